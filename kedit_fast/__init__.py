@@ -1,0 +1,40 @@
+"""Trace, edit and evaluate facts in language models; see README.md for the map from paper to file.
+
+Public names are imported when first used, so that ``import kedit_fast`` and the command line's
+``--help`` stay free of torch (under 0.3 s).
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "open_model": "model.lm",
+    "LM": "model.lm",
+    "Fact": "facts",
+    "load_facts": "facts",
+    "trace": "tracing",
+    "average": "tracing",
+    "TraceResult": "tracing",
+    "AverageTrace": "tracing",
+    "second_moments": "moments",
+    "SecondMoment": "moments",
+    "Rome": "editors.rome",
+    "Memit": "editors.memit",
+    "EDITORS": "editors",
+    "evaluate": "evaluation",
+    "EvalReport": "evaluation",
+    "Edit": "edit",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

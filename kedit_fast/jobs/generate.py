@@ -1,0 +1,88 @@
+"""Generation: a prefill sweep, then a sweep of one row a run for each token, over one KV store."""
+
+import torch
+from torch import Tensor
+
+from ..progress import progress
+from ..sites import Site
+from ..sweep.engine import sweep
+from ..sweep.runs import RunList
+from ..sweep.store import KVStore
+from .collect import Collect
+
+
+@torch.no_grad()
+def generate(
+    lm, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
+    seed: int | None = None, stop: bool = True, label: str = "generating",
+) -> list[list[int]]:
+    """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
+
+    top_k: sample among the k likeliest tokens (None: all); stop: end a run at the tokenizer's end token.
+    Raises ValueError for an empty prompt, a length below 1, or sampling without a seed.
+    """
+    if max_new_tokens < 1 or not all(prompts):
+        raise ValueError(f"generate needs prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
+    if temperature > 0 and seed is None:
+        raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
+    draw = torch.Generator().manual_seed(seed) if temperature > 0 else None
+    end = lm.tokenizer.eos_token_id if stop else None
+    cache = _Cache(lm, prompts, max_new_tokens)
+    made: list[list[int]] = [[] for _ in prompts]
+    running = torch.ones(len(prompts), dtype=torch.bool)
+    with progress(label, max_new_tokens) as bar:
+        for _ in range(max_new_tokens):
+            tokens = _choose(lm.head(cache.advance()), temperature, top_k, draw)
+            for i in running.nonzero()[:, 0].tolist():
+                made[i].append(int(tokens[i]))
+            running &= tokens != (-1 if end is None else end)
+            bar.advance()
+            if not running.any():
+                break
+            cache.append(tokens)
+    return [ids[:-1] if end is not None and ids and ids[-1] == end else ids for ids in made]
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, draw) -> Tensor:
+    """[n] one token for each row of logits [n, V]."""
+    if temperature == 0:
+        return logits.argmax(-1).cpu()
+    logits = logits.float().cpu() / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
+
+
+class _Cache:
+    """The texts so far and their keys and values: each run has a slab of slots."""
+
+    def __init__(self, lm, prompts, max_new_tokens):
+        self._lm = lm
+        lengths = torch.tensor([len(p) for p in prompts])
+        self._width = int(lengths.max()) + max_new_tokens
+        self._tokens = torch.zeros(len(prompts), self._width, dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            self._tokens[i, : len(prompt)] = torch.tensor(prompt)
+        self._known = torch.zeros_like(lengths)  # positions whose keys are in the store
+        self._length = lengths
+        self._store = KVStore.slabs(len(prompts), self._width)
+
+    def append(self, tokens: Tensor) -> None:
+        """One token behind each text."""
+        self._tokens[torch.arange(len(tokens)), self._length] = tokens
+        self._length = self._length + 1
+
+    def advance(self) -> Tensor:
+        """Takes the texts' new tokens up the model; the hidden state [n, d] of each text's last token."""
+        runs = RunList()
+        width = int(self._length.max())
+        runs.add(self._tokens[:, :width], length=self._length, first_pos=self._known)
+        slots = torch.cat([
+            row[known:length]
+            for row, known, length in zip(self._store.table, self._known, self._length, strict=True)
+        ])
+        last = self._lm.n_layers - 1
+        top = Collect(Site.layer_out, [last], torch.arange(len(self._length)), self._length - 1)
+        sweep(self._lm, runs.runs(), [top], store=self._store, slots=slots)
+        self._known = self._length
+        return top.values[last]

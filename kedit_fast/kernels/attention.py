@@ -1,0 +1,102 @@
+"""Attention of packed rows through a row table: shared prefixes are read where they lie, never copied per run."""
+
+import math
+
+import torch
+from torch import Tensor
+
+GATHERED = 1 << 25  # numbers of K gathered at once by the reference: 128 MB in fp32
+DENSE_FROM = 64  # a run that starts at position 0 and is this long goes to SDPA: gathering costs 200x there
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, run: Tensor, pos: Tensor, *,
+    scale: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:
+    """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
+
+    query: [rows, H, D]; rows of a run stand together in ascending position
+    key, value: [slots, Hkv, D]: the KV store followed by (or holding) this layer's rows; H is a multiple of Hkv
+    key_rows: [R, T] int64: slot of position t of run r
+    run, pos: [rows] int64
+    window: positions a row sees, its own included (None: all); softcap: tanh cap on the scores (None: none)
+    Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
+    """
+    return attention_ref(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
+
+
+def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None):
+    """The same in plain torch: runs with equally many rows at a time; dense (SDPA) or gathered."""
+    out, device = torch.empty_like(query), query.device
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    for rows, which in _groups(run, pos):
+        dense = rows.shape[1] >= DENSE_FROM and softcap is None and not bool(pos[rows[:, 0]].any())
+        n_keys = int(pos[rows[:, -1]].max()) + 1
+        step = max(1, GATHERED // max(1, n_keys * key.shape[1] * key.shape[2]))
+        for i in range(0, len(which), step):
+            part = rows[i : i + step]
+            slots = key_rows[which[i : i + step], :n_keys]
+            q, k, v = query[part.to(device)], _take(key, slots), _take(value, slots)
+            if dense:
+                got = _dense(q, k, v, scale, window)
+            else:
+                got = _gathered(q.to(wide), k.to(wide), v.to(wide), pos[part].to(device), scale, window, softcap)
+            out[part.to(device)] = got.to(out.dtype)
+    return out
+
+
+def _groups(run: Tensor, pos: Tensor):
+    """(rows [n, length], run [n]) for every number of rows that stand together in one run."""
+    new = torch.ones_like(run, dtype=torch.bool)
+    new[1:] = (run[1:] != run[:-1]) | (pos[1:] != pos[:-1] + 1)
+    start = new.nonzero()[:, 0]
+    length = torch.diff(start, append=torch.tensor([len(run)]))
+    for n in length.unique().tolist():
+        of_n = start[length == n]
+        yield of_n[:, None] + torch.arange(n), run[of_n]
+
+
+def _take(x: Tensor, slots: Tensor) -> Tensor:
+    """x[slots] as [n, T, Hkv, D]; a view where the runs lie in equal slabs (a generation cache), else gathered."""
+    first, n_keys = slots[:, 0], slots.shape[1]
+    stride = int(first[1] - first[0]) if len(first) > 1 else n_keys
+    if n_keys <= stride and bool((slots == first[0] + torch.arange(len(slots))[:, None] * stride + torch.arange(n_keys)).all()):
+        begin, end = int(first[0]), int(first[0]) + (len(slots) - 1) * stride + n_keys
+        step = x.stride()
+        if end <= len(x):
+            return x.as_strided(
+                (len(slots), n_keys, *x.shape[1:]), (stride * step[0], *step), x.storage_offset() + begin * step[0]
+            )
+    return x[slots.clamp(min=0).to(x.device)]  # -1 stands behind a run's end, where no row of it looks
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window, softcap) -> Tensor:
+    """q [n, m, H, D] against k, v [n, T, Hkv, D]; heads that share a key head are stacked as further rows."""
+    n, m, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.view(n, m, kv_heads, heads // kv_heads, dim).transpose(1, 2).reshape(n, kv_heads, -1, dim)
+    scores = q @ k.permute(0, 2, 3, 1) * scale  # [n, Hkv, m * group, T]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    seen = _visible(pos, k.shape[1], window).repeat_interleave(heads // kv_heads, 1)[:, None]
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    out = (weights @ v.transpose(1, 2)).view(n, kv_heads, m, heads // kv_heads, dim)
+    return out.transpose(1, 2).reshape(n, m, heads, dim)
+
+
+def _visible(pos: Tensor, n_keys: int, window: int | None) -> Tensor:
+    """[n, m, T] whether a row at ``pos`` [n, m] sees key position t."""
+    t = torch.arange(n_keys, device=pos.device)
+    seen = t <= pos[..., None]
+    return seen if window is None else seen & (t > pos[..., None] - window)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, window) -> Tensor:
+    """Whole sequences from position 0 through torch's SDPA."""
+    n_keys = k.shape[1]
+    mask = None if window is None else _visible(torch.arange(n_keys, device=q.device), n_keys, window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)

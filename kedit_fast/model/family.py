@@ -1,0 +1,133 @@
+"""Model families: which module plays which role. One entry a family; nothing else in the package names a module.
+
+The engine calls Hugging Face's own decoder blocks, so an entry holds only what lies around them: the layers, the two
+output projections of a layer (the sites) and the final norm. The embedding and the head come from
+``get_input_embeddings`` and ``get_output_embeddings``.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths of roles (from the model, or from a decoder layer) and the few switches that blocks need."""
+
+    layers: str = "model.layers"
+    attn: str = "self_attn"  # in a layer
+    attn_proj: str = "self_attn.o_proj"  # in a layer: its output is the site attn_out
+    mlp_down: str = "mlp.down_proj"  # in a layer: input is mlp_key, output is mlp_out
+    norm: str = "model.norm"
+    positions: str | None = None  # learned position table, added to the embedding
+    rotary: str | None = "model.rotary_emb"  # None: the block makes its own from position_ids
+    rotary_by_type: bool = False  # one rotary table for each layer type (gemma3)
+    attention: str = "interface"  # "interface": transformers' attention registry; "_attn": replaced on the instance
+    post_norm: bool = False  # the down projection's output passes a norm before it joins the residual stream
+    text_config: str | None = None  # where the text model's config lies in a wrapper's config
+
+
+_LLAMA = Family()
+_GPT2 = Family(
+    layers="transformer.h",
+    attn="attn",
+    attn_proj="attn.c_proj",
+    mlp_down="mlp.c_proj",
+    norm="transformer.ln_f",
+    positions="transformer.wpe",
+    rotary=None,
+)
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": _GPT2,
+    "gptj": replace(_GPT2, attn_proj="attn.out_proj", mlp_down="mlp.fc_out", positions=None, attention="_attn"),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        attn="attention",
+        attn_proj="attention.dense",
+        mlp_down="mlp.dense_4h_to_h",
+        norm="gpt_neox.final_layer_norm",
+        rotary="gpt_neox.rotary_emb",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": replace(_LLAMA, post_norm=True),
+    "gemma3_text": replace(_LLAMA, post_norm=True, rotary_by_type=True),
+    "gemma3": Family(
+        layers="model.language_model.layers",
+        norm="model.language_model.norm",
+        rotary="model.language_model.rotary_emb",
+        rotary_by_type=True,
+        post_norm=True,
+        text_config="text_config",
+    ),
+    "phi3": _LLAMA,
+    "olmo2": replace(_LLAMA, post_norm=True),
+}
+
+
+def family_of(config) -> Family:
+    """The entry for a Hugging Face config. Raises ValueError, with the entry to write, for an unknown family."""
+    name = getattr(config, "model_type", None)
+    if name not in FAMILIES:
+        raise ValueError(
+            f"unknown model family {name!r}; known: {', '.join(FAMILIES)}. A new family is one entry in "
+            f"kedit_fast/model/family.py, for a Llama-like model:\n"
+            f'    "{name}": Family(layers="model.layers", attn="self_attn", attn_proj="self_attn.o_proj",\n'
+            f'        mlp_down="mlp.down_proj", norm="model.norm"),\n'
+            f"and its name in tests/tiny.py, so that the parity test covers it"
+        )
+    return FAMILIES[name]
+
+
+def text_config(config):
+    """The config of the text model: a wrapper (gemma3) keeps it inside its own."""
+    inner = family_of(config).text_config
+    return getattr(config, inner) if inner else config
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The submodule of ``root`` at a dotted path."""
+    return root.get_submodule(path)
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a Hugging Face model, in order."""
+    return module_at(model, family_of(model.config).layers)
+
+
+def down_projection(model: nn.Module, layer: int) -> nn.Module:
+    """The MLP down projection of one layer: the module that ROME and MEMIT edit.
+
+    Raises ValueError for a layer out of range, and for a layer that has no single down projection
+    (mixture of experts).
+    """
+    family, layers = family_of(model.config), layers_of(model)
+    check_layer(layer, len(layers))
+    try:
+        return module_at(layers[layer], family.mlp_down)
+    except AttributeError:
+        raise ValueError(
+            f"layer {layer} of this {model.config.model_type} model has no module {family.mlp_down!r} "
+            "(mixture-of-experts layers keep their experts in one tensor); edit a dense layer instead"
+        ) from None
+
+
+def check_layer(layer: int, n_layers: int) -> None:
+    """Raises ValueError unless ``layer`` is one of the model's layers."""
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
+        raise ValueError(f"layer {layer!r} is out of range: this model has layers 0 to {n_layers - 1}")
+
+
+def as_out_in(module: nn.Module) -> Tensor:
+    """The weight of a projection as an [out, in] view. GPT-2's Conv1D keeps [in, out]: told by type, never by shape."""
+    return module.weight.T if is_conv1d(module) else module.weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a projection stores its weight as [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

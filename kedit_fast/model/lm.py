@@ -1,0 +1,255 @@
+"""A language model as the package sees it: the Hugging Face model, its tokenizer, and where its layers come from."""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import family as fam
+from .family import Family, family_of, module_at, text_config
+from .fingerprint import fingerprint
+from .source import Checkpoint, Disk, Resident, open_on_disk
+
+DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights
+
+
+@dataclass(frozen=True, eq=False)
+class LM:
+    """A model to trace and edit. Made by ``open_model``; the Hugging Face model inside is never changed.
+
+    model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
+    source: supplies layer i; memory: bytes a sweep may hold besides the weights; edits: the edits that sweeps apply,
+    in order, see ``with_edit``; note: what a reader of results must know of the model
+    """
+
+    model: nn.Module
+    tokenizer: object
+    source: Resident | Disk
+    memory: int = DEFAULT_MEMORY
+    edits: tuple = ()
+    note: str = ""
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    # ---- shape
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model.config)
+
+    @property
+    def config(self):
+        """The text model's config."""
+        return text_config(self.model.config)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.source.layers)
+
+    @property
+    def d_model(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @cached_property
+    def d_ff(self) -> int:
+        down = fam.down_projection(self.model, 0)
+        return down.weight.shape[0 if fam.is_conv1d(down) else 1]
+
+    @property
+    def n_key_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.d_model // self.config.num_attention_heads
+
+    @property
+    def n_vocab(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def name(self) -> str:
+        """What the model was opened as."""
+        return self.model.config._name_or_path or self.model.config.model_type
+
+    @property
+    def fingerprint(self) -> str:
+        """Which weights these are (of the base model, edits not counted)."""
+        if "fingerprint" not in self._cache:
+            self._cache["fingerprint"] = fingerprint(self.model, self.source.down_weight)
+        return self._cache["fingerprint"]
+
+    # ---- what lies around the blocks
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings [rows, d] of tokens [rows], before learned positions: the site ``embed``."""
+        return self.model.get_input_embeddings()(tokens.to(self.device))
+
+    def add_positions(self, x: Tensor, pos: Tensor) -> Tensor:
+        """x [rows, d] with the learned position of each row added, where the family has such a table."""
+        if self.family.positions is None:
+            return x
+        return x + module_at(self.model, self.family.positions)(pos.to(x.device))
+
+    def rotary(self, layer: int, n_positions: int) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) [n_positions, head_dim] of one layer, from the model's own rotary module."""
+        if self.family.rotary is None:
+            return None
+        module = module_at(self.model, self.family.rotary)
+        x = torch.empty(0, dtype=self.dtype, device=self.device)
+        extra = (self.config.layer_types[layer],) if self.family.rotary_by_type else ()
+        cos, sin = module(x, torch.arange(n_positions, device=self.device)[None], *extra)
+        return cos[0], sin[0]
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits [rows, V] of hidden states [rows, d] after the last layer: final norm, head, soft cap."""
+        logits = self.model.get_output_embeddings()(module_at(self.model, self.family.norm)(h))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    # ---- for people
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids as the tokenizer gives them, special tokens included."""
+        return self.tokenizer(text)["input_ids"]
+
+    def top_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
+        """The k likeliest next tokens after ``prompt`` with their probabilities."""
+        from ..jobs.score import next_token_probs
+
+        probs = next_token_probs(self, [self.encode(prompt)])[0].topk(k)
+        return [(self.tokenizer.decode([i]), p) for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)]
+
+    def generate(self, prompts, max_new_tokens: int = 20, **sampling) -> list[str]:
+        """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts."""
+        from ..jobs.generate import generate
+
+        single = isinstance(prompts, str)
+        ids = [self.encode(p) for p in ([prompts] if single else prompts)]
+        made = generate(self, ids, max_new_tokens, **sampling)
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
+        return texts[0] if single else texts
+
+    def with_edit(self, edit, written: torch.dtype | None = None) -> "LM":
+        """A view of this model with an edit on top; the weights stay as they are.
+
+        written: a dtype; the edit then acts as it would once written into weights of that dtype (in bf16 a small
+        share of an edit loses 2-4 %). Raises ValueError for an edit made on another model.
+        """
+        from ..edit import written_delta
+
+        if edit.fingerprint and edit.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; open the model it was made on"
+            )
+        for layer in edit.deltas:
+            fam.check_layer(layer, self.n_layers)
+        if written is not None:
+            deltas = {i: written_delta(self.source.down_weight(i), d, written) for i, d in edit.deltas.items()}
+            edit = replace(edit, deltas=deltas)
+        return replace(self, edits=(*self.edits, edit))
+
+
+def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -> LM:
+    """Opens a model: a folder, a hub id, a loaded Hugging Face model, or "smollm2" (the demo model).
+
+    memory: bytes (or "8GB") for weights and sweeps together. A checkpoint larger than half of it stays on disk and is
+        read layer by layer; None keeps the model in memory.
+    device: where to compute (default: the model's own, else the CPU); dtype: a torch dtype or its name (default: the
+        checkpoint's)
+    tokenizer: for a loaded model; default: the one saved under the model's name
+
+    Raises ValueError for an unknown family, a slow tokenizer, NaN in weights. No remote code is run.
+    """
+    dtype = _dtype(dtype)
+    memory = _bytes(memory)
+    if isinstance(model, nn.Module):
+        lm = _from_loaded(model, tokenizer, memory, device, dtype)
+    else:
+        lm = _from_folder(model, tokenizer, memory, torch.device(device or "cpu"), dtype)
+    if not getattr(lm.tokenizer, "is_fast", False):
+        raise ValueError("kedit_fast needs a fast tokenizer (subject spans come from its character offsets)")
+    _check_weights(lm)
+    return lm
+
+
+def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
+    from transformers import AutoTokenizer
+
+    family_of(model.config)
+    here = model.get_input_embeddings().weight
+    if (dtype is not None and dtype != here.dtype) or (device is not None and torch.device(device) != here.device):
+        raise ValueError(
+            f"this loaded model is {here.dtype} on {here.device}; a loaded model is used as it is: "
+            "convert it first with model.to(...)"
+        )
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    return LM(model, tokenizer, Resident(model), memory or DEFAULT_MEMORY)
+
+
+def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
+    import transformers
+
+    note = ""
+    if str(name) == "smollm2":
+        from .smollm2 import NOTE, smollm2_folder
+
+        name, note = smollm2_folder(), NOTE
+    config = transformers.AutoConfig.from_pretrained(name)
+    family = family_of(config)
+    tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name)
+    classes = transformers.AutoModelForImageTextToText if family.text_config else transformers.AutoModelForCausalLM
+    if memory is not None:
+        folder = _local(name)
+        if Checkpoint(folder).n_bytes > memory // 2:
+            model, source = open_on_disk(folder, config, classes._model_mapping[type(config)], device, dtype)
+            return LM(model, tokenizer, source, memory // 2, note=note)
+    model = classes.from_pretrained(name, dtype=dtype or "auto").to(device)
+    return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, note=note)
+
+
+def _local(name) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"]))
+
+
+def _check_weights(lm: LM) -> None:
+    """Refuses NaN and infinity in a resident model's weights, which would spread into every result in silence."""
+    for name, p in lm.model.named_parameters():
+        if not p.is_meta and p.is_floating_point() and not math.isfinite(p.detach().abs().max().item() if p.numel() else 0):
+            raise ValueError(f"weight {name!r} of {lm.name} holds NaN or infinity; the checkpoint is damaged")
+
+
+def _dtype(dtype) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+    found = getattr(torch, short.get(str(dtype), str(dtype)), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; give float32, bfloat16, float16 or float64")
+    return found
+
+
+def _bytes(memory) -> int | None:
+    if memory is None or isinstance(memory, int):
+        return memory
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    text = str(memory).strip().upper()
+    unit = next((u for u in sorted(units, key=len, reverse=True) if text.endswith(u)), None)
+    try:
+        return int(float(text.removesuffix(unit or "")) * units.get(unit, 1))
+    except ValueError:
+        raise ValueError(f"memory {memory!r} is not a size; give bytes or a text such as '24GB'") from None

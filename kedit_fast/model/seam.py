@@ -1,0 +1,132 @@
+"""Where the sweep plugs into Hugging Face's blocks: one attention function, put in place for the length of a sweep.
+
+The function is registered through transformers' attention interface and finds its pack in a context variable, since
+extra keyword arguments do not reach it in every family. A family whose blocks never ask the interface (gptj) gets it
+on the attention instance.
+"""
+
+import math
+import warnings
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .family import Family, layers_of, module_at, text_config
+
+NAME = "kedit_fast"
+_call: ContextVar = ContextVar("kedit_fast_attention_call", default=None)
+# Keywords that transformers' blocks pass along and that change nothing in what attention computes.
+HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_attentions", "cache_position", "is_causal"}
+
+
+def _attention(
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **rest
+):
+    """transformers' signature: query [1, H, rows, D] -> ([1, rows, H, D], None)."""
+    attend = _call.get()
+    if attend is None:
+        raise RuntimeError(f"attention {NAME!r} ran outside a sweep; set the model's attention implementation back")
+    unknown = {name for name, given in rest.items() if given is not None and name not in HARMLESS}
+    if unknown or attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} passes {sorted(unknown) or 'a mask'} to attention, which a sweep would ignore")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = attend(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        scale=scale, window=sliding_window, softcap=softcap,
+    )
+    return out[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
+
+
+@contextmanager
+def attend_with(attend):
+    """Blocks called inside use ``attend(query [rows, H, D], key, value, scale=, window=, softcap=)``."""
+    token = _call.set(attend)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+@contextmanager
+def prepared(model, family: Family):
+    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention. Put back afterwards, also on error."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(_frozen(model))
+        if family.attention == "_attn":
+            stack.enter_context(_own_attn(model, family))
+        else:
+            stack.enter_context(_implementation(text_config(model.config)))
+        _report_foreign_hooks(model)
+        yield
+
+
+@contextmanager
+def _eval_mode(model):
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _frozen(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _implementation(config):
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
+@contextmanager
+def _own_attn(model, family):
+    """gptj: the block calls ``self._attn(query, key, value, mask)``, [1, H, rows, D] in and out."""
+    modules = [module_at(layer, family.attn) for layer in layers_of(model)]
+
+    def own(query, key, value, attention_mask=None, *, module):
+        out, weights = _attention(module, query, key, value, attention_mask, scaling=1 / math.sqrt(query.shape[-1]))
+        return out.transpose(1, 2).to(value.dtype), weights
+
+    for module in modules:
+        if "_attn" in vars(module):
+            raise RuntimeError(f"{type(module).__name__}._attn is already replaced on this model")
+        module._attn = lambda *args, module=module: own(*args, module=module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("_attn", None)
+
+
+def _report_foreign_hooks(model):
+    hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    if hooked:
+        warnings.warn(
+            f"hooks of others stand on {len(hooked)} modules of this model (first: {hooked[0] or 'the model'}); they run in sweeps too",
+            stacklevel=3,
+        )

@@ -1,0 +1,158 @@
+"""Weight sources: who supplies layer i. Nothing above them assumes a model in memory."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .family import as_out_in, down_projection, family_of, is_conv1d, layers_of, module_at
+
+
+class Resident:
+    """The layers of a loaded model, as they are."""
+
+    name = "resident"
+
+    def __init__(self, model: nn.Module):
+        self.model, self.layers = model, layers_of(model)
+
+    def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
+        """Runs one decoder block on packed rows [1, rows, d]."""
+        out = self.layers[layer](h, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def down_weight(self, layer: int) -> Tensor:
+        """The down projection's weight [d, d_ff]."""
+        return as_out_in(down_projection(self.model, layer))
+
+
+class Disk:
+    """One layer at a time from safetensors; the layer's module stays on meta and its weights are handed in.
+
+    Gives the same bits as ``Resident`` in the same dtype. No prefetch: each layer's weights are read when it is called.
+    """
+
+    name = "disk"
+
+    def __init__(self, model: nn.Module, checkpoint: "Checkpoint", device: torch.device, dtype: torch.dtype):
+        self.model, self.layers = model, layers_of(model)
+        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        self.prefix = family_of(model.config).layers
+        self._held: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def _read(self, layer: int) -> dict[str, Tensor]:
+        names = {n for n, p in self.layers[layer].named_parameters()}
+        return {n: self.tensor(f"{self.prefix}.{layer}.{n}") for n in sorted(names)}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the checkpoint in the device and dtype that is computed with."""
+        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
+
+    def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
+        """Runs one decoder block on packed rows [1, rows, d] with weights read for this call."""
+        out = torch.func.functional_call(self.layers[layer], self._weights(layer), (h,), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _weights(self, layer: int) -> dict[str, Tensor]:
+        if self._held[0] != layer:  # a layer's calls follow each other: read it once
+            self._held = (layer, self._read(layer))
+        return self._held[1]
+
+    def down_weight(self, layer: int) -> Tensor:
+        """The down projection's weight [d, d_ff], read from disk."""
+        weight = self.tensor(f"{self.prefix}.{layer}.{family_of(self.model.config).mlp_down}.weight")
+        return weight.T if is_conv1d(down_projection(self.model, layer)) else weight
+
+
+class Checkpoint:
+    """The tensors of a safetensors checkpoint folder, by the model's parameter names."""
+
+    def __init__(self, folder: Path, prefix: str = ""):
+        self.folder, self._prefix = Path(folder), prefix
+        self._file_of = self._index()
+        self._open: dict[str, safe_open] = {}
+
+    def _index(self) -> dict[str, str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            return json.loads(index.read_text())["weight_map"]
+        single = self.folder / "model.safetensors"
+        if not single.exists():
+            raise FileNotFoundError(
+                f"{self.folder} has neither model.safetensors nor its index; reading layers from disk needs a "
+                "safetensors checkpoint (save_pretrained writes one)"
+            )
+        with safe_open(single, "pt") as f:
+            return dict.fromkeys(f.keys(), single.name)
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter is in the checkpoint."""
+        return self._stored(name) is not None
+
+    def _stored(self, name: str) -> str | None:
+        short = name.removeprefix(self._prefix + ".")  # base models are saved without the head's prefix
+        return next((n for n in (name, short) if n in self._file_of), None)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, a view of the file in the checkpoint's own dtype."""
+        stored = self._stored(name)
+        if stored is None:
+            raise KeyError(f"{self.folder} has no tensor {name!r}; is it a checkpoint of this model?")
+        file = self._file_of[stored]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, "pt")
+        return self._open[file].get_tensor(stored)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensor files."""
+        return sum((self.folder / f).stat().st_size for f in set(self._file_of.values()))
+
+
+def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype: torch.dtype | None):
+    """A model whose layers stay on disk: (module with embedding, norm and head loaded, ``Disk`` source)."""
+    if dtype is not None:
+        config.dtype = dtype
+    with _parameters_on_meta():
+        model = model_class._from_config(config, dtype=config.dtype)
+    model.eval()
+    checkpoint = Checkpoint(folder, model.base_model_prefix)
+    source = Disk(model, checkpoint, device, config.dtype)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight or config.tie_word_embeddings
+    missing = []
+    for name, parameter in list(model.named_parameters()):
+        if not checkpoint.has(name):
+            if not (tied and parameter is model.get_output_embeddings().weight):
+                missing.append(name)
+        elif not name.startswith(source.prefix + "."):
+            _put(model, name, nn.Parameter(source.tensor(name).clone(), requires_grad=parameter.requires_grad))
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
+    model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        _put(model, name, buffer.to(device))
+    return model, source
+
+
+def _put(model: nn.Module, name: str, tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module_at(model, path) if path else model
+    (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = tensor
+
+
+@contextmanager
+def _parameters_on_meta():
+    """Modules built inside hold no weights, but real buffers: rotary tables are not in a checkpoint."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

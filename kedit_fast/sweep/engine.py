@@ -84,17 +84,23 @@ class _Pack:
         for layer in range(first, last + 1):
             source = table.grow(layer)
             if layer == first:
-                h = self._embed(table) if h is None else h
+                h = self._embed(table, source) if h is None else h
             elif len(source):
                 h = branch_rows(h, source.to(h.device))
             h = self._layer(layer, h, table, layer == last)
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
 
-    def _embed(self, table: RowTable) -> Tensor:
+    def _embed(self, table: RowTable, source: Tensor) -> Tensor:
+        """Rows of layer 0: embeddings as the jobs leave them; a row that begins as another's is its copy."""
         call = Call(table, torch.arange(len(table)), self.number)
         x = self.lm.embed(call.tokens)
         x = _through(self.jobs, Site.embed, 0, x, call)
+        origin = torch.where(source >= 0, source, torch.arange(len(table)))
+        while not torch.equal(origin, origin[origin]):
+            origin = origin[origin]
+        if (source >= 0).any():
+            x = x[origin.to(x.device)]
         return self.lm.add_positions(x, table.pos)
 
     # ---- one layer

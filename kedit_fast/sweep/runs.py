@@ -23,7 +23,7 @@ class Runs:
     parent: [R] the run that earlier positions are read from, -1 for a root
     branch_layer: [R] the layer whose input holds the run's first own rows
     first_pos: [R] the first position the run owns
-    source: [R] the run whose rows the new rows begin as (default: the parent)
+    source: [R] the run whose rows the new rows begin as (default: the parent); -1: from their own tokens' embeddings
     graft: [R] the run whose row stands at ``first_pos`` instead (default: ``source``). The clean run, for a
         restored state: this is the restoration.
     narrow: [R] bool; only the first row differs while the branch layer runs, so the others join one layer above
@@ -126,7 +126,7 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
         parent = owners[shared - 1] if shared else -1
         made = runs.add(
             tokens, parent=parent, first_pos=shared, branch_layer=branch_layer, owner=owner,
-            source=parent if source is None else int(source[i]),
+            source=-1 if source is None else int(source[i]),
         )
         number[i] = made[0]
         owners = owners[:shared] + [int(made[0])] * (len(tokens) - shared)

@@ -1,0 +1,192 @@
+"""Results of causal tracing: one fact's table of effects, and the average over facts by the role of the token."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from .facts import Fact
+
+ROLES = (
+    "first subject token", "middle subject tokens", "last subject token",
+    "first subsequent token", "further tokens", "last token",
+)  # fmt: skip
+LOCALIZATION_WARNING = (
+    "where a fact is traced does not by itself predict where editing it works best (Hase et al. 2023); "
+    "check the layers by editing"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TraceResult:
+    """The trace of one fact and one kind. Values are in ``metric`` (prob: 0 to 1; logprob, logit_diff: nats).
+
+    tokens: T strings; subject_span: half-open (b, e); answer: the traced token, with its leading space
+    kind: state, mlp or attn; window: layers restored together; noise: level, None when another subject corrupted
+    sever: None, or the contribution that stayed frozen at its corrupted values
+    p_clean, p_corrupted: of the two runs; p_restored: [T, L] fp32
+    """
+
+    fact: Fact
+    tokens: tuple[str, ...]
+    subject_span: tuple[int, int]
+    answer_id: int
+    answer: str
+    kind: str
+    window: int
+    noise: float | None
+    metric: str
+    sever: str | None
+    p_clean: float
+    p_corrupted: float
+    p_restored: np.ndarray
+
+    @property
+    def indirect_effect(self) -> np.ndarray:
+        """[T, L] p_restored - p_corrupted."""
+        return self.p_restored - np.float32(self.p_corrupted)
+
+    @property
+    def normalized_effect(self) -> np.ndarray:
+        """[T, L] (p_restored - p_corrupted) / (p_clean - p_corrupted); NaN where corruption changed nothing."""
+        total = self.p_clean - self.p_corrupted
+        return self.indirect_effect / np.float32(total if total else np.nan)
+
+    def plot(self, path=None):
+        """Heat map in the published conventions; writes a PNG where ``path`` is given. Gives the figure."""
+        from .plots import plot_trace
+
+        return plot_trace(self, path)
+
+    def to_record(self) -> dict:
+        """Plain values, for a line of JSON."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        return record | {
+            "fact": self.fact.to_record(),
+            "p_restored": [[round(float(x), 8) for x in row] for row in self.p_restored],
+        }
+
+    @classmethod
+    def from_record(cls, record: dict) -> "TraceResult":
+        """The result that ``to_record`` gave."""
+        return cls(**record | {
+            "fact": Fact.from_record(record["fact"]),
+            "tokens": tuple(record["tokens"]),
+            "subject_span": tuple(record["subject_span"]),
+            "p_restored": np.array(record["p_restored"], dtype=np.float32),
+        })  # fmt: skip
+
+    def save(self, path) -> None:
+        """Writes an .npz file without pickle; ``load`` gives it back."""
+        record = self.to_record()
+        del record["p_restored"]
+        np.savez(path, p_restored=self.p_restored, record=json.dumps(record))
+
+    @classmethod
+    def load(cls, path) -> "TraceResult":
+        """Raises ValueError for a file that ``save`` did not write."""
+        data = _npz(path, "p_restored", "record")
+        return cls.from_record(json.loads(str(data["record"])) | {"p_restored": data["p_restored"]})
+
+    def _repr_html_(self) -> str:
+        from .plots import figure_html
+
+        return figure_html(self.plot())
+
+
+@dataclass(frozen=True, eq=False)
+class AverageTrace:
+    """Average indirect effect by the role of the token (``ROLES``) and layer.
+
+    mean, stderr: [6, L] fp32, NaN for a role that no fact has; each token of a role counts once, as published, so
+        stderr pools tokens of one fact (one-token subjects count as first and as last subject token)
+    counts: [6] tokens of each role; n_facts; kind; total_effect: mean of p_clean - p_corrupted
+    """
+
+    mean: np.ndarray
+    stderr: np.ndarray
+    counts: np.ndarray
+    n_facts: int
+    kind: str
+    metric: str
+    total_effect: float
+
+    def recommend_layers(self, n: int = 5) -> tuple[int, ...]:
+        """The n consecutive layers with the largest mean effect at the last subject token, where facts are edited.
+
+        A hint, not a proof: see ``LOCALIZATION_WARNING``. Raises ValueError when n is not within the layers.
+        """
+        effect = self.mean[ROLES.index("last subject token")]
+        if not 1 <= n <= len(effect):
+            raise ValueError(f"{n} layers of {len(effect)}: expected 1 to {len(effect)}")
+        sums = np.convolve(effect, np.ones(n), mode="valid")
+        first = int(sums.argmax())
+        return tuple(range(first, first + n))
+
+    def plot(self, path=None):
+        """Heat map of the six roles; writes a PNG where ``path`` is given. Gives the figure."""
+        from .plots import plot_average
+
+        return plot_average(self, path)
+
+    def save(self, path) -> None:
+        """Writes an .npz file without pickle; ``load`` gives it back."""
+        record = {k: v for k, v in asdict(self).items() if not isinstance(v, np.ndarray)}
+        np.savez(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
+
+    @classmethod
+    def load(cls, path) -> "AverageTrace":
+        """Raises ValueError for a file that ``save`` did not write."""
+        data = _npz(path, "mean", "stderr", "counts", "record")
+        return cls(data["mean"], data["stderr"], data["counts"], **json.loads(str(data["record"])))
+
+    def _repr_html_(self) -> str:
+        from .plots import figure_html
+
+        return figure_html(self.plot())
+
+
+def _npz(path, *names) -> dict:
+    try:
+        with np.load(Path(path), allow_pickle=False) as data:
+            return {name: data[name] for name in names}
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a saved trace ({error}); expected the arrays {', '.join(names)}") from error
+
+
+def average(results: Iterable[TraceResult]) -> dict[str, AverageTrace]:
+    """Average trace of each kind over facts. Raises ValueError for none, or for results that cannot be averaged."""
+    results = list(results)
+    if not results:
+        raise ValueError("no trace results to average")
+    if len({(r.metric, r.sever, r.p_restored.shape[1]) for r in results}) > 1:
+        raise ValueError("these traces differ in metric, severing or number of layers; average them apart")
+    kinds = dict.fromkeys(r.kind for r in results)
+    return {kind: _average([r for r in results if r.kind == kind]) for kind in kinds}
+
+
+def _average(results: list[TraceResult]) -> AverageTrace:
+    n_layers = results[0].p_restored.shape[1]
+    pooled: list[list[np.ndarray]] = [[] for _ in ROLES]
+    for result in results:
+        for role, tokens in enumerate(_tokens_by_role(len(result.tokens), *result.subject_span)):
+            pooled[role].extend(result.indirect_effect[t] for t in tokens)
+    counts = np.array([len(rows) for rows in pooled])
+    mean, stderr = (np.full((len(ROLES), n_layers), np.nan, dtype=np.float32) for _ in range(2))
+    for role, rows in enumerate(pooled):
+        if rows:
+            mean[role] = np.mean(rows, axis=0)
+        if len(rows) > 1:
+            stderr[role] = np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
+    total = float(np.mean([r.p_clean - r.p_corrupted for r in results]))
+    return AverageTrace(mean, stderr, counts, len(results), results[0].kind, results[0].metric, total)
+
+
+def _tokens_by_role(n: int, b: int, e: int) -> tuple[list[int], ...]:
+    """Positions of each of ``ROLES`` in a prompt of n tokens with the subject at [b, e)."""
+    after = list(range(e, n - 1))
+    return [b], list(range(b + 1, e - 1)), [e - 1], after[:1], after[1:], [n - 1] if n > e else []

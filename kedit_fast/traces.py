@@ -65,7 +65,7 @@ class TraceResult:
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         return record | {
             "fact": self.fact.to_record(),
-            "p_restored": [[round(float(x), 8) for x in row] for row in self.p_restored],
+            "p_restored": [[float(str(x)) for x in row] for row in self.p_restored],  # fp32's shortest exact form
         }
 
     @classmethod
@@ -82,7 +82,7 @@ class TraceResult:
         """Writes an .npz file without pickle; ``load`` gives it back."""
         record = self.to_record()
         del record["p_restored"]
-        np.savez(path, p_restored=self.p_restored, record=json.dumps(record))
+        _write_npz(path, p_restored=self.p_restored, record=json.dumps(record))
 
     @classmethod
     def load(cls, path) -> "TraceResult":
@@ -101,7 +101,8 @@ class AverageTrace:
     """Average indirect effect by the role of the token (``ROLES``) and layer.
 
     mean, stderr: [6, L] fp32, NaN for a role that no fact has; each token of a role counts once, as published, so
-        stderr pools tokens of one fact (one-token subjects count as first and as last subject token)
+        stderr pools tokens of one fact (one-token subjects count as first and as last subject token, a single token
+        behind the subject as first subsequent and as last token)
     counts: [6] tokens of each role; n_facts; kind; total_effect: mean of p_clean - p_corrupted
     """
 
@@ -134,7 +135,7 @@ class AverageTrace:
     def save(self, path) -> None:
         """Writes an .npz file without pickle; ``load`` gives it back."""
         record = {k: v for k, v in asdict(self).items() if not isinstance(v, np.ndarray)}
-        np.savez(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
+        _write_npz(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
 
     @classmethod
     def load(cls, path) -> "AverageTrace":
@@ -146,6 +147,11 @@ class AverageTrace:
         from .plots import figure_html
 
         return figure_html(self.plot())
+
+
+def _write_npz(path, **arrays) -> None:
+    with open(path, "wb") as file:  # np.savez would put another suffix behind a path that has none
+        np.savez(file, **arrays)
 
 
 def _npz(path, *names) -> dict:
@@ -188,5 +194,5 @@ def _average(results: list[TraceResult]) -> AverageTrace:
 
 def _tokens_by_role(n: int, b: int, e: int) -> tuple[list[int], ...]:
     """Positions of each of ``ROLES`` in a prompt of n tokens with the subject at [b, e)."""
-    after = list(range(e, n - 1))
-    return [b], list(range(b + 1, e - 1)), [e - 1], after[:1], after[1:], [n - 1] if n > e else []
+    after = list(range(e, n))
+    return [b], list(range(b + 1, e - 1)), [e - 1], after[:1], after[1:-1], after[-1:]

@@ -69,11 +69,12 @@ def trace(
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
+    kinds = tuple(dict.fromkeys(kinds))
     _check(facts, kinds, window, samples, metric, sever)
     level = noise_level(lm, facts, noise) if corrupt == "noise" else None
     tasks = _tasks(lm, facts, answer, corrupt, metric)
     draws = 1 if corrupt != "noise" else samples
-    options = {"kinds": tuple(kinds), "window": window, "metric": metric, "sever": sever}
+    options = {"kinds": kinds, "window": window, "metric": metric, "sever": sever}
     results: list[TraceResult] = []
     with progress("tracing facts", len(tasks)) as bar:
         for group in _groups(lm, tasks, draws, kinds):

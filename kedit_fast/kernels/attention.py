@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-GATHERED = 1 << 25  # numbers of K gathered at once by the reference: 128 MB in fp32
+GATHERED = 1 << 25  # numbers of K, or of scores, held at once by the reference: 128 MB in fp32
 DENSE_FROM = 64  # a run that starts at position 0 and is this long goes to SDPA: gathering costs 200x there
 
 
@@ -32,7 +32,8 @@ def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, 
     for rows, which in _groups(run, pos):
         dense = rows.shape[1] >= DENSE_FROM and softcap is None and not bool(pos[rows[:, 0]].any())
         n_keys = int(pos[rows[:, -1]].max()) + 1
-        step = max(1, GATHERED // max(1, n_keys * key.shape[1] * key.shape[2]))
+        widest = max(key.shape[1] * key.shape[2], 0 if dense else rows.shape[1] * query.shape[1])  # keys or scores
+        step = max(1, GATHERED // max(1, n_keys * widest))
         for i in range(0, len(which), step):
             part = rows[i : i + step]
             slots = key_rows[which[i : i + step], :n_keys]
@@ -60,7 +61,8 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
     """x[slots] as [n, T, Hkv, D]; a view where the runs lie in equal slabs (a generation cache), else gathered."""
     first, n_keys = slots[:, 0], slots.shape[1]
     stride = int(first[1] - first[0]) if len(first) > 1 else n_keys
-    if n_keys <= stride and bool((slots == first[0] + torch.arange(len(slots))[:, None] * stride + torch.arange(n_keys)).all()):
+    # a view would be saved for backward and then written to by the next call
+    if not torch.is_grad_enabled() and n_keys <= stride and bool((slots == first[0] + torch.arange(len(slots))[:, None] * stride + torch.arange(n_keys)).all()):
         begin, end = int(first[0]), int(first[0]) + (len(slots) - 1) * stride + n_keys
         step = x.stride()
         if end <= len(x):

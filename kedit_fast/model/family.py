@@ -23,7 +23,7 @@ class Family:
     rotary: str | None = "model.rotary_emb"  # None: the block makes its own from position_ids
     rotary_by_type: bool = False  # one rotary table for each layer type (gemma3)
     attention: str = "interface"  # "interface": transformers' attention registry; "_attn": replaced on the instance
-    post_norm: bool = False  # the down projection's output passes a norm before it joins the residual stream
+    post_norm: str | None = None  # in a layer: the norm that the down projection's output passes before the residual add
     text_config: str | None = None  # where the text model's config lies in a wrapper's config
 
 
@@ -53,18 +53,18 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": replace(_LLAMA, post_norm=True),
-    "gemma3_text": replace(_LLAMA, post_norm=True, rotary_by_type=True),
+    "gemma2": replace(_LLAMA, post_norm="post_feedforward_layernorm"),
+    "gemma3_text": replace(_LLAMA, post_norm="post_feedforward_layernorm", rotary_by_type=True),
     "gemma3": Family(
         layers="model.language_model.layers",
         norm="model.language_model.norm",
         rotary="model.language_model.rotary_emb",
         rotary_by_type=True,
-        post_norm=True,
+        post_norm="post_feedforward_layernorm",
         text_config="text_config",
     ),
     "phi3": _LLAMA,
-    "olmo2": replace(_LLAMA, post_norm=True),
+    "olmo2": replace(_LLAMA, post_norm="post_feedforward_layernorm"),
 }
 
 

@@ -111,9 +111,27 @@ class LM:
         cos, sin = module(x, torch.arange(n_positions, device=self.device)[None], *extra)
         return cos[0], sin[0]
 
+    def check_length(self, n_positions: int) -> None:
+        """Raises ValueError for texts longer than a sweep can take together, with the reason."""
+        longest, why = self._longest
+        if longest is not None and n_positions > longest:
+            raise ValueError(f"a text of {n_positions} tokens; this model takes {longest} here: {why}. Shorten the text")
+
+    @cached_property
+    def _longest(self) -> tuple[int | None, str]:
+        if self.family.rotary is None:
+            return self.config.max_position_embeddings, "its position table ends there"
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for scaling in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+            if scaling.get("rope_type") in ("dynamic", "longrope"):
+                longest = scaling.get("original_max_position_embeddings") or self.config.max_position_embeddings
+                return longest, "beyond it rotary frequencies depend on the longest text of a call"
+        return None, ""
+
     def head(self, h: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, d] after the last layer: final norm, head, soft cap."""
-        logits = self.model.get_output_embeddings()(module_at(self.model, self.family.norm)(h))
+        with torch.autocast(h.device.type, enabled=False):  # as in a sweep: results depend on no caller's context
+            logits = self.model.get_output_embeddings()(module_at(self.model, self.family.norm)(h))
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

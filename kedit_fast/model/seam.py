@@ -60,7 +60,7 @@ def prepared(model, family: Family):
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
         stack.enter_context(_eval_mode(model))
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen(model))
         if family.attention == "_attn":
             stack.enter_context(_own_attn(model, family))
         else:
@@ -82,7 +82,8 @@ def _eval_mode(model):
 
 
 @contextmanager
-def _frozen(model):
+def frozen(model):
+    """The model without gradients for its parameters; flags are put back."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)

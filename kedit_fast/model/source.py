@@ -24,6 +24,10 @@ class Resident:
         out = self.layers[layer](h, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def part(self, layer: int, path: str, x: Tensor) -> Tensor:
+        """Runs one submodule of a decoder block."""
+        return module_at(self.layers[layer], path)(x)
+
     def down_weight(self, layer: int) -> Tensor:
         """The down projection's weight [d, d_ff]."""
         return as_out_in(down_projection(self.model, layer))
@@ -55,6 +59,11 @@ class Disk:
         """Runs one decoder block on packed rows [1, rows, d] with weights read for this call."""
         out = torch.func.functional_call(self.layers[layer], self._weights(layer), (h,), kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def part(self, layer: int, path: str, x: Tensor) -> Tensor:
+        """Runs one submodule of a decoder block with weights read for this call."""
+        weights = {n.removeprefix(path + "."): w for n, w in self._weights(layer).items() if n.startswith(path + ".")}
+        return torch.func.functional_call(module_at(self.layers[layer], path), weights, (x,))
 
     def _weights(self, layer: int) -> dict[str, Tensor]:
         if self._held[0] != layer:  # a layer's calls follow each other: read it once

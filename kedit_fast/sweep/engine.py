@@ -56,9 +56,10 @@ def sweep(
     keep: a store that keeps this sweep's keys and values; the sweep is then one pack
     grad: keeps autograd on, for jobs that optimize
 
-    One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory``; leaves the model as it was, always.
+    One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory`` or are too long; leaves the model as it was, always.
     """
     last_layer = lm.n_layers - 1 if last_layer is None else last_layer
+    lm.check_length(int(runs.length.max()) if len(runs) else 0)
     whole = h is not None or store is not None or keep is not None
     everything = torch.arange(len(runs))
     packs = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory)
@@ -84,9 +85,11 @@ class _Pack:
         for layer in range(first, last + 1):
             source = table.grow(layer)
             if layer == first:
-                h = self._embed(table, source) if h is None else h
+                h = self._embed(table, source) if h is None else _in_table_order(h, table)
             elif len(source):
                 h = branch_rows(h, source.to(h.device))
+            if self.keep is not None and layer == self.keep.from_layer:
+                self.keep.h = h
             h = self._layer(layer, h, table, layer == last)
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
@@ -113,7 +116,8 @@ class _Pack:
         else:
             keys_only = torch.ones(len(table), dtype=torch.bool)
             keys_only[read] = False
-            self._block(layer, h, Call(table, keys_only.nonzero()[:, 0], self.number), cache, keys_only=True)
+            for index in keys_only.nonzero()[:, 0].split(CALL_ROWS):
+                self._block(layer, h, Call(table, index, self.number), cache, keys_only=True)
             parts = list(read.split(CALL_ROWS))
         outs = [self._block(layer, h, Call(table, index, self.number), cache, leave_early=is_last) for index in parts]
         if self.keep is not None:
@@ -135,7 +139,8 @@ class _Pack:
         shape = (self.lm.n_key_heads, self.lm.head_dim)
         if self.store is not None:
             return self.store.room(layer, len(table) if self.slots is None else 0, h, shape)
-        return h.new_empty(len(table), *shape), h.new_empty(len(table), *shape)
+        # zeros, not empty: slots of later calls are gathered with the others and only then masked, and 0 * NaN is NaN
+        return h.new_zeros(len(table), *shape), h.new_zeros(len(table), *shape)
 
     def _block(self, layer, h, call: Call, cache, *, keys_only=False, leave_early=False) -> Tensor | None:
         """One call of Hugging Face's block on the rows ``call.index``; its layer_out, or None where it was left early."""
@@ -220,6 +225,14 @@ class _Attend:
         return attention(
             query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap
         )
+
+
+def _in_table_order(h: Tensor, table: RowTable) -> Tensor:
+    """Rows h [rows, d] in declared order as the table has them: a trie's children stand behind all their parents."""
+    if len(h) != len(table):
+        raise ValueError(f"h has {len(h)} rows and these runs own {len(table)} in their first layer; expected one for each")
+    order = (table.run * table.key_rows.shape[1] + table.pos).argsort()
+    return h[order.argsort().to(h.device)]
 
 
 def _pick(h: Tensor, index: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class RunList:
         tokens = torch.as_tensor(tokens, dtype=torch.int64)
         given["length"] = tokens.shape[-1] if length is None else length
         columns = {name: torch.as_tensor(v) for name, v in given.items()}
-        n = max([1, *(len(c) for c in columns.values() if c.ndim), *([len(tokens)] if tokens.ndim == 2 else [])])
+        sizes = [len(c) for c in (*columns.values(), tokens[..., 0]) if c.ndim]
+        n = 0 if 0 in sizes else max([1, *sizes])
         block = {name: c.expand(n) for name, c in columns.items()}
         block["tokens"] = tokens.expand(n, tokens.shape[-1])
         self._blocks.append(block)

@@ -5,21 +5,26 @@ from torch import Tensor
 
 
 class KVStore:
-    """Slots of keys and values by layer. ``table`` [runs, T] says which slot holds position t of run r."""
+    """Slots of keys and values by layer. ``table`` [runs, T] says which slot holds position t of run r.
 
-    def __init__(self, table: Tensor | None = None, size: int = 0):
-        self.table, self.size = table, size
+    from_layer: keys and values are kept from this layer on, and ``h`` [size, d] is what its rows were on entering it
+    """
+
+    def __init__(self, from_layer: int = 0, table: Tensor | None = None, size: int = 0):
+        self.from_layer, self.table, self.size = from_layer, table, size
+        self.h: Tensor | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def slabs(cls, n_runs: int, n_positions: int) -> "KVStore":
         """An empty store with ``n_positions`` slots in a row for each run: the cache of a generation."""
         table = torch.arange(n_runs * n_positions).view(n_runs, n_positions)
-        return cls(table, n_runs * n_positions)
+        return cls(table=table, size=n_runs * n_positions)
 
     def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keeps one layer's keys and values [slots, Hkv, D]."""
-        self._kept[layer] = keys.detach(), values.detach()
+        if layer >= self.from_layer:
+            self._kept[layer] = keys.detach(), values.detach()
 
     def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of this sweep stand behind."""

@@ -1,0 +1,107 @@
+"""Text behind statistics: a file, strings, a Hugging Face data set, or text that the model samples itself."""
+
+import gzip
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SELF = "self"
+WINDOW = 256  # tokens a text is cut into; attention over longer windows changes C little and costs more
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token windows and the name under which statistics remember them."""
+
+    id: str
+    windows: list[list[int]]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.windows))
+
+
+def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
+    """``n_tokens`` tokens of a corpus, in windows of at most ``WINDOW``.
+
+    corpus: "self" (sampled from the model at temperature 1 from its start token, ``seed``; as good as Wikipedia in a
+    trial, and needs no download), a text file (.txt or .txt.gz), a list of texts, or "hf:NAME" or "hf:NAME#CONFIG" for
+    the "text" field of a Hugging Face data set's train split (needs the package ``datasets``).
+
+    Raises ValueError for a corpus that is empty or too short, FileNotFoundError for a missing file.
+    """
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens {n_tokens}: expected at least 1")
+    if isinstance(corpus, str) and corpus == SELF:
+        return _sampled(lm, n_tokens, seed)
+    name, texts = _texts(corpus)
+    windows, left = [], n_tokens
+    for text in texts:
+        for window in windows_of(lm, text):
+            windows.append(window[:left])
+            left -= len(windows[-1])
+            if left <= 0:
+                return Corpus(name, windows)
+    raise ValueError(
+        f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
+    )
+
+
+def windows_of(lm, text: str, size: int = WINDOW) -> list[list[int]]:
+    """A text's tokens cut into windows of at most ``size`` (special tokens only at its start)."""
+    ids = lm.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+
+def _sampled(lm, n_tokens: int, seed: int) -> Corpus:
+    from .jobs.generate import generate
+
+    start = lm.tokenizer.bos_token_id
+    start = lm.tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise ValueError("this tokenizer has neither a start nor an end token to sample text from; give a corpus")
+    # many short texts: a step of generation takes one row a text, and few rows are as slow as many
+    length = 128
+    n = -(-n_tokens // length)
+    made = generate(
+        lm, [[start]] * n, length - 1, temperature=1.0, seed=seed, stop=False, label="sampling text for statistics"
+    )
+    windows = [[start, *ids] for ids in made]
+    windows[-1] = windows[-1][: n_tokens - length * (n - 1)]
+    return Corpus(f"self-seed{seed}-{lm.fingerprint}", [w for w in windows if w])
+
+
+def _texts(corpus) -> tuple[str, Iterator[str]]:
+    if isinstance(corpus, str) and corpus.startswith("hf:"):
+        return corpus, _data_set(corpus[3:])
+    if isinstance(corpus, str | Path):
+        path = Path(corpus)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"corpus {str(corpus)!r}: no such file; give a text file, a list of texts, 'self' or 'hf:NAME'"
+            )
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        return f"{path.name}-{_digest(text)}", iter([text])
+    texts = list(corpus)
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError("corpus: expected 'self', a path, 'hf:NAME' or a non-empty list of texts")
+    return f"texts-{_digest(chr(0).join(texts))}", iter(texts)
+
+
+def _data_set(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"corpus hf:{name} needs the package `datasets` (pip install 'kedit-fast[datasets]')"
+        ) from None
+    path, _, config = name.partition("#")
+    for row in load_dataset(path, config or None, split="train", streaming=True):
+        if row["text"].strip():
+            yield row["text"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

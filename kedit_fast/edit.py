@@ -1,0 +1,229 @@
+"""An edit as data: what to add to which layers, for which facts, and how it was made.
+
+    edit = Memit(...).edit(lm, facts)      # deltas {layer: LowRank | Dense}
+    edit.save(path);  Edit.load(path)      # one safetensors file, no pickle
+    lm.with_edit(edit)                     # a view: base weights untouched, nothing to undo
+    with edit.apply(hf_model): ...         # written into the weights, undone bit for bit at the end
+
+Nothing in this file changes a model: the algebra of a delta is deltas.py, writing into a model is apply.py.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kedit_fast.deltas import Delta, Dense, LowRank, as_smallest, edited_weight, written_delta
+from kedit_fast.facts import Fact
+from kedit_fast.files import replace_file
+
+__all__ = ["Delta", "Dense", "Edit", "LowRank", "as_smallest", "edited_weight", "written_delta"]
+
+FORMAT, VERSION = "kedit_fast.edit", "1"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """What an editor returns: the deltas of some layers and everything needed to know where they come from.
+
+    method: the editor's name; hparams: its fields; fingerprint: of the model it was made for
+    facts: the n facts it writes
+    deltas: {layer: LowRank | Dense}, of the down projections, [out, in]
+    values: [n, d], the v* (ROME) or z (MEMIT) of each fact; keys: {layer: [n, d_ff]}, their keys
+    contexts: groups of prefix templates over which keys were averaged, [["{}"], ["... {}", ...]]
+    provenance: free: who, when, why, package version, fit and iterations
+    owners: None, or {layer: [r] int64}: the index of the fact that each factor belongs to (independent edits)
+
+    hparams, contexts and provenance are kept as JSON has them (lists, string keys), so a saved edit equals its
+    original. Raises ValueError where sizes disagree, TypeError for what cannot be saved.
+    """
+
+    method: str
+    hparams: dict
+    fingerprint: str
+    facts: tuple[Fact, ...]
+    deltas: dict[int, Delta]
+    values: Tensor | None = None
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    contexts: list[list[str]] = field(default_factory=list)
+    provenance: dict = field(default_factory=dict)
+    owners: dict[int, Tensor] | None = None
+
+    def __post_init__(self):
+        for name in ("hparams", "contexts", "provenance"):
+            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
+        for name in ("deltas", "keys", "owners"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
+        object.__setattr__(self, "facts", tuple(self.facts))
+        _as_json("facts", [fact.to_record() for fact in self.facts])  # now, not when hours of work are to be saved
+        _check_sizes(self)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers, ascending."""
+        return tuple(self.deltas)
+
+    def delta(self, layer: int) -> Delta | None:
+        """What is added to this layer's down projection; None where the edit leaves it alone."""
+        return self.deltas.get(layer)
+
+    def only(self, i: int) -> "Edit":
+        """The edit of fact ``i`` alone, which nobody owns any more: the factors it owns, its value and its keys."""
+        n = len(self.facts)
+        if not 0 <= i < n:
+            raise ValueError(f"fact {i} of an edit of {n} facts: expected 0 to {n - 1}")
+        if self.owners is None and n > 1:
+            raise ValueError(
+                f"these {n} facts were solved together and cannot be told apart; edit the one fact by itself, "
+                "or all with independent=True"
+            )
+        if self.owners is None:
+            return self
+        mine = {layer: owner == i for layer, owner in self.owners.items()}
+        return replace(
+            self,
+            facts=self.facts[i : i + 1],
+            deltas={
+                layer: LowRank(delta.u[:, mine[layer]], delta.v[:, mine[layer]])
+                for layer, delta in self.deltas.items()
+                if mine[layer].any()
+            },
+            values=None if self.values is None else self.values[i : i + 1].clone(),
+            keys={layer: key[i : i + 1].clone() for layer, key in self.keys.items()},
+            owners=None,
+        )
+
+    def apply(self, hf_model, *, check_fingerprint: bool = True):
+        """Write W + Δ into a Hugging Face model; see ``kedit_fast.apply.apply_edit``. -> Applied, with ``undo()``."""
+        # Imported here: apply.py reads the family table, which stands above this file.
+        from kedit_fast.apply import apply_edit
+
+        return apply_edit(self, hf_model, check_fingerprint=check_fingerprint)
+
+    def save(self, path) -> None:
+        """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``."""
+        tensors = {name: _storable(tensor) for name, tensor in _tensors_of(self).items()}
+        record = {name: getattr(self, name) for name in ("method", "hparams", "fingerprint", "contexts", "provenance")}
+        record |= {"facts": [fact.to_record() for fact in self.facts], "tensors": sorted(tensors)}
+        # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
+        tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+        with replace_file(path) as unfinished:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
+            save_file(tensors, unfinished, metadata={"format": FORMAT, "version": VERSION, "method": self.method})
+            unfinished.chmod(mode)  # as the umask has it: safetensors makes files that only their owner can read
+
+    @classmethod
+    def load(cls, path) -> "Edit":
+        """The edit that ``save`` wrote, bit for bit, on the CPU.
+
+        Raises ValueError, naming the file, if it is cut short, no edit, of another version or lacks a tensor.
+        """
+        tensors = _read(path)
+        try:
+            record = json.loads(bytes(tensors.pop("record").numpy()))
+            expected = record.pop("tensors")
+            if sorted(tensors) != expected:
+                raise ValueError(f"expected the tensors {expected}, found {sorted(tensors)}")
+            record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
+            return cls(**record, **_fields_of(tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged edit ({error}); expected what Edit.save wrote") from error
+
+    def __repr__(self):
+        n, layers = len(self.facts), ", ".join(map(str, self.layers)) or "none"
+        ranks = sorted({delta.rank for delta in self.deltas.values()})
+        rank = "-".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "0"
+        size = sum(delta.nbytes for delta in self.deltas.values()) / 1e6
+        kind = ", independent" if self.owners is not None else ""
+        return (
+            f"Edit({self.method}, {n} fact{'s' * (n != 1)}{kind}, layers {layers}, rank {rank}, "
+            f"{size:.3g} MB, model {self.fingerprint[:12] or 'unknown'})"
+        )
+
+
+def _check_sizes(edit):
+    """Raises ValueError, naming the field, where an Edit's parts do not fit each other."""
+    n = len(edit.facts)
+    for layer, delta in edit.deltas.items():
+        if not isinstance(layer, int) or layer < 0 or not isinstance(delta, LowRank | Dense):
+            raise ValueError(
+                f"deltas: expected {{layer: LowRank | Dense}} with layers from 0, got {layer!r}: {delta!r}"
+            )
+    for delta in edit.deltas.values():
+        if edit.values is not None and edit.values.shape != (n, delta.shape[0]):
+            raise ValueError(f"values: expected [{n}, {delta.shape[0]}], a row a fact; got {list(edit.values.shape)}")
+    for layer, key in edit.keys.items():
+        width = edit.deltas[layer].shape[1] if layer in edit.deltas else key.shape[-1]
+        if key.shape != (n, width):
+            raise ValueError(f"keys of layer {layer}: expected [{n}, {width}], a row a fact; got {list(key.shape)}")
+    if edit.owners is None:
+        return
+    if edit.owners.keys() != edit.deltas.keys():
+        raise ValueError(
+            f"owners of layers {list(edit.owners)}, deltas of layers {list(edit.deltas)}: expected the same"
+        )
+    for layer, owner in edit.owners.items():
+        delta = edit.deltas[layer]
+        if not isinstance(delta, LowRank) or owner.dtype != torch.int64 or owner.shape != (delta.rank,):
+            raise ValueError(f"owners of layer {layer}: expected int64, one a factor of a LowRank; delta is {delta!r}")
+        if owner.numel() and not 0 <= int(owner.min()) <= int(owner.max()) < n:
+            raise ValueError(f"owners of layer {layer}: expected fact indices 0 to {n - 1}")
+
+
+def _as_json(name, value):
+    """``value`` as it comes back from a file: tuples as lists, keys as strings."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} has to be plain values that JSON can hold: {error}") from error
+
+
+def _tensors_of(edit):
+    """{name in the file: tensor}; ``_fields_of`` is its inverse."""
+    tensors = {} if edit.values is None else {"values": edit.values}
+    for layer, delta in edit.deltas.items():
+        tensors |= {f"deltas.{layer}.{part}": tensor for part, tensor in vars(delta).items()}
+    tensors |= {f"keys.{layer}": key for layer, key in edit.keys.items()}
+    return tensors | {f"owners.{layer}": owner for layer, owner in (edit.owners or {}).items()}
+
+
+def _fields_of(tensors):
+    """{field of Edit: value} from the tensors of a file."""
+    fields = {"values": None, "deltas": {}, "keys": {}, "owners": {}}
+    parts = {}
+    for name, tensor in tensors.items():
+        kind, *place = name.split(".")
+        if kind == "values":
+            fields["values"] = tensor
+        elif kind == "deltas":
+            parts.setdefault(int(place[0]), {})[place[1]] = tensor
+        else:
+            fields[kind][int(place[0])] = tensor
+    fields["deltas"] = {layer: (Dense if "delta" in part else LowRank)(**part) for layer, part in parts.items()}
+    fields["owners"] = fields["owners"] or None
+    return fields
+
+
+def _read(path):
+    """{name: tensor} of an edit's file; ValueError if it is not one."""
+    expected = f"expected a {FORMAT} file of version {VERSION}, as Edit.save writes it"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file but no edit; {expected}")
+            if metadata.get("version") != VERSION:
+                raise ValueError(f"{path} is an edit of version {metadata.get('version')}; {expected}")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable itself)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or no safetensors file ({error}); {expected}") from error
+
+
+def _storable(tensor):
+    """A contiguous copy on the CPU: safetensors takes neither views with strides nor shared memory."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,183 @@
+"""What ROME and MEMIT share: settings files, the facts as token sequences, keys, statistics."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..facts import Fact, check_facts, fact_tokens, target_tokens
+from ..jobs.collect import Collect
+from ..jobs.values import ValueTask
+from ..kernels.solve import MomentFactor, factor
+from ..model.family import check_layer
+from ..moments import SecondMoment, second_moments
+from ..sites import Site
+from ..sweep.engine import sweep
+from ..sweep.runs import RunList, add_sequences
+
+ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
+# Published settings files also hold these. Module paths follow from the model; statistics are handed to ``edit``.
+IGNORED = {
+    "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
+    "layer_selection", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "model_name", "alg_name", "stats_dir", "device",
+    "max_length", "model_parallel", "model_class", "tokenizer_class", "tokenizer_name",
+}  # fmt: skip
+
+
+class Settings:
+    """Reading hyper-parameters: the part of an editor that is the same for all of them."""
+
+    @classmethod
+    def from_json(cls, path):
+        """The editor of a published hyper-parameter file (or one of the same form).
+
+        Module paths and the statistics' data set are read over: they follow from the model and from ``edit``'s
+        arguments. Raises ValueError for a field that no editor has, naming it.
+        """
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); expected a hyper-parameter file") from error
+        known = {f.name for f in fields(cls)}
+        unknown = set(given) - known - IGNORED
+        if unknown:
+            raise ValueError(
+                f"{path}: {cls.__name__} has no field {sorted(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        return cls(**{name: value for name, value in given.items() if name in known})
+
+    def _check(self, lm) -> None:
+        if not self.layers:
+            raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
+        for layer in (*self.layers, *([] if self.v_loss_layer is None else [self.v_loss_layer])):
+            check_layer(layer, lm.n_layers)
+        if self.fact_token != "subject_last":
+            raise ValueError(f'fact_token {self.fact_token!r}: only "subject_last" carries the fact; expected that')
+        if self.v_num_grad_steps < 1 or self.clamp_norm_factor <= 0 or self.v_lr <= 0:
+            raise ValueError("v_num_grad_steps, v_lr and clamp_norm_factor must be positive")
+
+
+def published(table: dict, lm):
+    """The editor published for this very model, or None."""
+    name = Path(str(lm.name)).name.lower()
+    return next((editor for known, editor in table.items() if known.lower() == name), None)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """n facts in all contexts, as token sequences; what keys and values are read from.
+
+    sequences: [n * m] prompts, fact by fact, in m contexts each (the bare one first); lookups: [n * m] positions;
+    weights: [m] of each context in a key
+    """
+
+    facts: tuple[Fact, ...]
+    sequences: list[list[int]]
+    lookups: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, lm, facts: Sequence[Fact], groups: list[list[str]]) -> "Prompts":
+        """Key weights: the mean within a group, then over groups."""
+        templates = [t for group in groups for t in group]
+        tokenized = [fact_tokens(lm.tokenizer, fact, template) for fact in facts for template in templates]
+        weights = [1 / (len(groups) * len(group)) for group in groups for _ in group]
+        return cls(
+            tuple(facts), [list(t.ids) for t in tokenized], torch.tensor([t.lookup for t in tokenized]),
+            torch.tensor(weights, dtype=torch.float64),
+        )  # fmt: skip
+
+    @property
+    def n_contexts(self) -> int:
+        return len(self.weights)
+
+    @property
+    def bare(self) -> Tensor:
+        """[n] index of each fact's bare prompt among the sequences."""
+        return torch.arange(len(self.facts)) * self.n_contexts
+
+    def value_tasks(self, lm) -> list[ValueTask]:
+        """What the values of these facts are optimized on."""
+        tasks = []
+        for i, fact in enumerate(self.facts):
+            mine = slice(i * self.n_contexts, (i + 1) * self.n_contexts)
+            essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject))
+            target = target_tokens(lm.tokenizer, fact.target_new)
+            ids = list(essence.ids)[: essence.lookup + 1]
+            tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids))
+        return tasks
+
+    def collect(self, lm, reads: dict[Site, tuple[int, Tensor]]) -> dict[Site, Tensor]:
+        """{site: rows [k, width]} at one layer each, at the lookup tokens of the sequences ``which`` [k]; one sweep."""
+        runs = RunList()
+        number = add_sequences(runs, self.sequences, owner=0 if lm.edits else -1)
+        jobs = {
+            site: Collect(site, [layer], number[which], self.lookups[which]) for site, (layer, which) in reads.items()
+        }
+        sweep(lm, runs.runs(), list(jobs.values()), last_layer=max(layer for layer, _ in reads.values()))
+        return {site: job.values[reads[site][0]] for site, job in jobs.items()}
+
+    def average(self, rows: Tensor) -> Tensor:
+        """[n, width] fp64: rows [n * m, width] of all sequences, averaged over contexts by their weights."""
+        grouped = rows.double().view(len(self.facts), self.n_contexts, -1)
+        return torch.einsum("m,nmw->nw", self.weights.to(grouped.device), grouped)
+
+
+def checked_facts(facts) -> list[Fact]:
+    """Facts an editor can write, before any work: targets present, no contradictions."""
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    if not facts:
+        raise ValueError("no facts to edit")
+    return check_facts(facts, need_new=True)
+
+
+def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, SecondMoment]:
+    """The statistics of each layer: those given, checked, or measured over ``corpus``.
+
+    Raises ValueError where there are neither, or they are another model's, or of too few tokens.
+    """
+    if moments is None:
+        if corpus is None:
+            raise ValueError(
+                "an edit needs second moments of the keys: give moments=kedit_fast.second_moments(...), or corpus= "
+                '("self" samples text from the model), or mom2_adjustment=False to go without'
+            )
+        moments = second_moments(lm, layers, corpus)
+    for layer in layers:
+        if layer not in moments:
+            raise ValueError(f"no second moment for layer {layer}; given for {sorted(moments)}")
+        m = moments[layer]
+        if m.fingerprint is not None and m.fingerprint != lm.fingerprint:
+            raise ValueError(
+                f"the second moment of layer {layer} is of {m.fingerprint}, this model is {lm.fingerprint}"
+            )
+        if tuple(m.matrix.shape) != (lm.d_ff, lm.d_ff):
+            raise ValueError(
+                f"the second moment of layer {layer} is {list(m.matrix.shape)}; this model's d_ff is {lm.d_ff}"
+            )
+        if m.n_tokens < lm.d_ff and not regularizer:
+            raise ValueError(
+                f"the second moment of layer {layer} is of {m.n_tokens} tokens, fewer than d_ff = {lm.d_ff}, so it has "
+                "no inverse; collect more tokens, or give the editor a regularizer such as 1e-6"
+            )
+    return moments
+
+
+def factored(lm, moment: SecondMoment, weight: float, regularizer: float) -> MomentFactor:
+    """Cholesky factor of weight * C on the model's device."""
+    return factor(moment.matrix.to(lm.device), weight, regularizer=regularizer, n_tokens=moment.n_tokens)
+
+
+def fit(factor_of_c: MomentFactor, keys: Tensor) -> tuple[float, float]:
+    """(g, g / (g + weight)): g = mean of kᵀ C⁻¹ k over the facts, and the share of a residual one layer can reach."""
+    half = torch.linalg.solve_triangular(factor_of_c.lower, keys.double().T, upper=False)
+    weighted = half.square().sum(0).mean().item()  # kᵀ (weight C)⁻¹ k
+    return weighted * factor_of_c.weight, weighted / (weighted + 1)
+
+
+def storable(lm, factors: Tensor) -> Tensor:
+    """Factors as an Edit keeps them: fp32, or fp64 for an fp64 model."""
+    return factors.to(torch.promote_types(lm.dtype, torch.float32)).cpu()

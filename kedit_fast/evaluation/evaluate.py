@@ -1,0 +1,208 @@
+"""Evaluation of an edit: did it take, does it generalize, and what did it change that it should not have.
+
+The model without and with the edit goes through the same sweeps; below the first edited layer they share every row.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .. import __version__
+from ..facts import Fact
+from ..progress import progress
+from ..sweep.plan import CALL_ROWS, RowCost
+from .metrics import METRICS, fact_columns, knew
+from .perplexity import MAX_TOKENS, WINDOW, n_predicted, perplexity, text_windows
+from .probes import FactProbes, Names, fact_probes, read_probes
+from .report import EvalReport, fact_record
+
+CHUNK = 64  # facts a sweep when the weights are in memory: progress moves and the log grows
+
+
+def evaluate(
+    lm, facts, edit=None, *, text=None, generate: int = 0, max_tokens: int = MAX_TOKENS, log=None
+) -> EvalReport:
+    """CounterFact's metrics of facts for the model and, in the same sweeps, for the model with its edits.
+
+    edit: an Edit, on top of those that ``lm`` carries; base is the model without any of them. To judge an edit as it
+        will be once written in some dtype: ``evaluate(lm.with_edit(edit, written=torch.bfloat16), facts)``. Under
+        independent edits each fact is asked under its own.
+    text: a string or several, for perplexity and its drift; of it max_tokens tokens at most
+    generate: tokens to continue each fact's prompt by, greedily, without and with the edits
+    log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
+
+    A fact needs target_new or target_true, or same_subject prompts; a metric is NaN where the fact lacks what it
+    compares. Neighborhood prompts that name a subject edited together with the fact (those of ``facts`` and of the
+    edits' own facts; with independent edits only the fact's own) are left out and counted.
+
+    Raises ValueError for no facts, nothing to compare, text too short, an edit for another model, independent edits
+    that do not hold a fact, or text together with them; TypeError for anything but Facts. All before the first sweep.
+    One weight pass for each chunk of facts (64, or as many as memory holds when weights are streamed) and for the text.
+    """
+    facts = _checked(facts, generate, max_tokens)
+    lm = lm if edit is None else lm.with_edit(edit)
+    owners = _owners(lm, facts)
+    if owners is not None and text is not None:
+        raise ValueError(
+            "text= with independent edits: perplexity is of one model, and these are as many as facts; "
+            "evaluate edit.only(i) with the text"
+        )
+    windows = None if text is None else text_windows(lm, text, max_tokens)
+    probes = _probes(lm, facts, owners)
+    chunks = list(_chunks(lm, probes))
+    generations = _generations(lm, facts, chunks, owners, generate)
+    rows: list[tuple[dict, dict | None]] = []
+    with progress("evaluating facts", len(facts)) as bar:
+        for chunk in chunks:
+            done = slice(len(rows), len(rows) + len(chunk))
+            rows += _values(lm, chunk, owners is not None)
+            _append(log, facts[done], rows[done], generations[done])
+            bar.advance(len(chunk))
+    return EvalReport(
+        base=_columns([base for base, _ in rows]),
+        edited=_columns([edited for _, edited in rows]) if lm.edits else None,
+        facts=tuple(facts),
+        meta=_meta(lm, facts, windows, max_tokens),
+        perplexity=None if windows is None else perplexity(lm, windows),
+        generations=tuple(generations),
+    )
+
+
+# ---- what is asked
+
+
+def _checked(facts, generate, max_tokens) -> list[Fact]:
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    for fact in facts:
+        if not isinstance(fact, Fact):
+            raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
+    if not facts:
+        raise ValueError("no facts given; evaluate needs at least one")
+    for fact in facts:
+        if not (fact.target_new or fact.target_true or fact.same_subject):
+            raise ValueError(
+                f"fact {fact.label} has neither target_new nor target_true nor same_subject prompts: nothing to compare"
+            )
+    if generate < 0 or max_tokens < 2:
+        raise ValueError(f"expected generate >= 0 and max_tokens >= 2; got {generate} and {max_tokens}")
+    return facts
+
+
+def _owners(lm, facts: Sequence[Fact]) -> list[int] | None:
+    """For each fact its number in the model's independent edits; None where edits are shared."""
+    owned = [edit for edit in lm.edits if edit.owners is not None]
+    if not owned:
+        return None
+    if len(owned) > 1:
+        raise ValueError(f"the model carries {len(owned)} sets of independent edits; evaluate them one at a time")
+    number = {_place(fact): i for i, fact in reversed(list(enumerate(owned[0].facts)))}
+    for fact in facts:
+        if _place(fact) not in number:
+            raise ValueError(
+                f"fact {fact.label} with target_new {fact.target_new!r} is not among the {len(number)} that these "
+                "independent edits are for; evaluate the edit's own facts (edit.facts)"
+            )
+    return [number[_place(fact)] for fact in facts]
+
+
+def _place(fact: Fact) -> tuple:
+    return fact.prompt, fact.subject, fact.target_new
+
+
+def _probes(lm, facts: Sequence[Fact], owners: list[int] | None) -> list[FactProbes]:
+    shared = Names(fact.subject for edit in lm.edits if edit.owners is None for fact in edit.facts)
+    if owners is not None:
+        return [
+            fact_probes(lm, fact, [shared, Names([fact.subject])], owner)
+            for fact, owner in zip(facts, owners, strict=True)
+        ]
+    edited = [shared, Names(fact.subject for fact in facts)]
+    return [fact_probes(lm, fact, edited) for fact in facts]
+
+
+def _chunks(lm, probes: list[FactProbes]) -> Iterator[list[FactProbes]]:
+    """Consecutive facts for one sweep; one that is too large is cut by the sweep's plan."""
+    cost = RowCost.of(lm)
+    budget = (lm.memory - CALL_ROWS * cost.passing) // cost.kept
+    most = CHUNK if lm.source.name == "resident" else len(probes)
+    chunk, held = [], 0
+    for one in probes:
+        if chunk and (len(chunk) == most or held + one.n_rows > budget):
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(one)
+        held += one.n_rows
+    yield chunk
+
+
+# ---- what is answered
+
+
+def _values(lm, chunk: list[FactProbes], independent: bool) -> list[tuple[dict, dict | None]]:
+    """({metric: value} of base, of edited or None) for each fact."""
+    base, edited = read_probes(lm, chunk, independent)
+    values = []
+    for i, fact in enumerate(chunk):
+        known = knew(base[i])
+        after = None if edited is None else fact_columns(edited[i], known, fact.left_out)
+        values.append((fact_columns(base[i], known, fact.left_out), after))
+    return values
+
+
+def _generations(lm, facts, chunks, owners, n: int) -> list[tuple[str, str, str | None]]:
+    """(prompt, continuation before, after or None) for each fact; nothing for n = 0."""
+    if n == 0:
+        return []
+    base = dataclasses.replace(lm, edits=())
+    made: list[tuple[str, str, str | None]] = []
+    for chunk in chunks:
+        prompts = [fact.text for fact in facts[len(made) : len(made) + len(chunk)]]
+        after: list[str | None] = [None] * len(prompts)
+        if owners is not None:
+            after = [_alone(lm, fact.owner).generate(prompt, n) for fact, prompt in zip(chunk, prompts, strict=True)]
+        elif lm.edits:
+            after = lm.generate(prompts, n)
+        made += zip(prompts, base.generate(prompts, n), after, strict=True)
+    return made
+
+
+def _alone(lm, owner: int):
+    """The model with one fact's own of the independent edits."""
+    edits = tuple(edit if edit.owners is None else edit.only(owner) for edit in lm.edits)
+    return dataclasses.replace(lm, edits=edits)
+
+
+# ---- what is reported
+
+
+def _append(log, facts, values, generations) -> None:
+    if log is None:
+        return
+    generations = generations or [None] * len(facts)
+    with open(log, "a", encoding="utf-8") as file:
+        for fact, (base, edited), generation in zip(facts, values, generations, strict=True):
+            file.write(json.dumps(fact_record(fact, base, edited, generation), allow_nan=False) + "\n")
+
+
+def _columns(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in METRICS}
+
+
+def _meta(lm, facts, windows, max_tokens) -> dict:
+    meta = {
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "note": lm.note,
+        "method": " + ".join(edit.method for edit in lm.edits) or None,
+        "layers": sorted({layer for edit in lm.edits for layer in edit.deltas}),
+        "independent": any(edit.owners is not None for edit in lm.edits),
+        "n": len(facts),
+        "version": __version__,
+    }
+    if windows is not None:
+        meta["text"] = {"n_predicted": n_predicted(windows), "window": WINDOW, "max_tokens": max_tokens}
+    return meta

@@ -1,0 +1,214 @@
+"""The result of an evaluation: columns with a value a fact, their means with intervals, and files of them."""
+
+import html
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..facts import Fact
+from ..files import replace_file
+from .metrics import COUNT, METRICS, SCORE, Interval, summarize
+
+FORMAT, VERSION = "kedit_fast.report", 1
+_CELL = "padding:2px 12px 2px 0;text-align:left"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EvalReport:
+    """What a model says of facts, before and after an edit. Metrics and their definitions: ``metrics.METRICS``.
+
+    base, edited: {metric: fp32 [n_facts]}, NaN where a fact has no such probe; edited is None without an edit
+    facts: in the columns' order
+    meta: model, fingerprint, dtype, device, note, method (None without an edit), layers, independent, n, text (what
+        the perplexity was taken of), version
+    perplexity: (base, edited or None), or None where no text was given
+    generations: (prompt, continuation before, after or None) a fact, where they were asked for
+    """
+
+    base: dict[str, Tensor]
+    edited: dict[str, Tensor] | None
+    facts: tuple[Fact, ...]
+    meta: dict
+    perplexity: tuple[float, float | None] | None = None
+    generations: tuple[tuple[str, str, str | None], ...] = ()
+
+    @property
+    def drift(self) -> float | None:
+        """Edited perplexity / base perplexity - 1; None where either is missing."""
+        if self.perplexity is None or self.perplexity[1] is None:
+            return None
+        return self.perplexity[1] / self.perplexity[0] - 1
+
+    def summary(self) -> dict[str, dict[str, Interval | None]]:
+        """{metric: {"base": (mean, low, high, n), "edited": the same or None}}, with 95 % intervals over facts.
+
+        Facts without such a probe are left out and not counted in n. "score" is S, the harmonic mean of the means of
+        efficacy, paraphrase and neighborhood. Which interval is used: ``metrics.interval``.
+        """
+        base = summarize(self.base)
+        edited = None if self.edited is None else summarize(self.edited)
+        return {name: {"base": base[name], "edited": edited and edited[name]} for name in base}
+
+    def to_records(self) -> list[dict]:
+        """One record a fact, ready for JSON: fact, base and edited {metric: value or None}, generation."""
+        return [
+            fact_record(
+                fact,
+                {name: float(column[i]) for name, column in self.base.items()},
+                None if self.edited is None else {name: float(column[i]) for name, column in self.edited.items()},
+                self.generations[i] if self.generations else None,
+            )
+            for i, fact in enumerate(self.facts)
+        ]
+
+    def save(self, path) -> None:
+        """Writes one JSON file, whole or not at all; NaN and infinity are null in it, and NaN once loaded."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "meta": self.meta,
+            "facts": [fact.to_record() for fact in self.facts],
+            "base": _listed(self.base),
+            "edited": None if self.edited is None else _listed(self.edited),
+            "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
+            "generations": self.generations,
+        }
+        with replace_file(path) as unfinished:
+            unfinished.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path) -> "EvalReport":
+        """The report that ``save`` wrote, columns bit for bit. Raises ValueError for any other file."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            if (record["format"], record["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"it is {record['format']} of version {record['version']}")
+            edited, perplexity = record["edited"], record["perplexity"]
+            return cls(
+                base=_columns(record["base"]),
+                edited=None if edited is None else _columns(edited),
+                facts=tuple(Fact.from_record(fact) for fact in record["facts"]),
+                meta=record["meta"],
+                perplexity=None if perplexity is None else _pair(perplexity, edited is not None),
+                generations=tuple(tuple(generation) for generation in record["generations"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a saved report ({error}); expected {FORMAT}, version {VERSION}, "
+                "as EvalReport.save writes it"
+            ) from error
+
+    def to_html(self, path=None) -> str:
+        """The table as an HTML fragment without scripts or outside files; written as a page where path is given."""
+        sides = ["base", "edited"][: 1 + (self.edited is not None)]
+        rows = [
+            f'<tr><td style="{_CELL}" title="{html.escape(_says(name))}">{html.escape(name)}</td>'
+            + "".join(f'<td style="{_CELL}">{_shown(both[side])}</td>' for side in sides)
+            + f'<td style="{_CELL}">{both["base"].n}</td></tr>'
+            for name, both in self._rows()
+        ]
+        head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ["metric", *sides, "facts"])
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
+        fragment = (
+            f"<div><p><b>{html.escape(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>{lines}{self._generations_html()}</div>"
+        )
+        if path is not None:
+            page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(self._title())}</title>\n{fragment}\n'
+            Path(path).write_text(page, encoding="utf-8")
+        return fragment
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def __str__(self) -> str:
+        table = [["metric", "base", "facts"]] if self.edited is None else [["metric", "base", "edited", "facts"]]
+        for name, both in self._rows():
+            sides = [_shown(both[side]) for side in table[0][1:-1]]
+            table.append([name, *sides, str(both["base"].n)])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join([self._title(), *lines, *self._lines()])
+
+    def __repr__(self) -> str:
+        return f"EvalReport({self._title()})"
+
+    def _rows(self):
+        """(metric, {"base", "edited"}) of the metrics that some fact has; counts stand below the table."""
+        for name, both in self.summary().items():
+            if both["base"].n and (name == SCORE or METRICS[name][0] != COUNT) and not math.isnan(both["base"].mean):
+                yield name, both
+
+    def _title(self) -> str:
+        n, method = len(self.facts), self.meta.get("method")
+        what = f"{n} fact{'s' * (n != 1)}"
+        return f"{self.meta.get('model', 'model')}: {what}, {f'edited by {method}' if method else 'no edit'}"
+
+    def _lines(self) -> list[str]:
+        """What stands below the table."""
+        lines = []
+        if self.perplexity is not None:
+            base, edited = self.perplexity
+            change = "" if edited is None else f" -> {edited:.2f} ({self.drift:+.1%})"
+            lines.append(
+                f"perplexity {base:.2f}{change} over {self.meta.get('text', {}).get('n_predicted', '?')} tokens"
+            )
+        left_out = int(self.base["neighborhood_left_out"].nansum())
+        if left_out:
+            n = sum(len(fact.neighborhood) for fact in self.facts)
+            lines.append(f"{left_out} of {n} neighborhood prompts left out: they name an edited subject")
+        return lines + ([self.meta["note"]] if self.meta.get("note") else [])
+
+    def _generations_html(self) -> str:
+        if not self.generations:
+            return ""
+        rows = "".join(
+            "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(text or "")}</td>' for text in row) + "</tr>"
+            for row in self.generations
+        )
+        head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ("prompt", "before", "after"))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def fact_record(fact: Fact, base: dict[str, float], edited: dict[str, float] | None, generation=None) -> dict:
+    """One fact's values as JSON has them; NaN is None."""
+    record = {
+        "fact": fact.to_record(),
+        "base": {name: finite(value) for name, value in base.items()},
+        "edited": None if edited is None else {name: finite(value) for name, value in edited.items()},
+    }
+    return record | ({"generation": list(generation)} if generation else {})
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None for NaN and infinity, which JSON has not."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _listed(columns: dict[str, Tensor]) -> dict[str, list]:
+    return {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
+
+
+def _columns(listed: dict[str, list]) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+        for name, values in listed.items()
+    }
+
+
+def _pair(perplexity, has_edited) -> tuple[float, float | None]:
+    base, edited = (math.nan if value is None else value for value in perplexity)
+    return base, edited if has_edited else None
+
+
+def _says(name: str) -> str:
+    return "harmonic mean of efficacy, paraphrase and neighborhood (S)" if name == SCORE else METRICS[name][1]
+
+
+def _shown(value: Interval) -> str:
+    bounds = "" if math.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]"
+    return f"{value.mean:.3f}{bounds}"

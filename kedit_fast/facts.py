@@ -1,0 +1,319 @@
+"""Facts, and where they stand in a tokenized prompt.
+
+A fact is a prompt with a place for its subject, and the answers: "{} is in the city of", "The Eiffel Tower", Paris.
+Tracing corrupts the subject's tokens, editing writes at the last of them (the lookup token), and both read the
+probability of an answer after the prompt. So all the package needs to know of a fact, below this file, is a list of
+token ids, the half-open span of its subject's tokens, and the ids of its targets. They are found by character
+position through the tokenizer's offsets: tokenizing the parts and counting gives other tokens wherever a merge
+crosses a boundary, and is off by one for tokenizers that put a start token before each part.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from kedit_fast.fact_files import fact_fields, read_records
+
+WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
+LISTS = ("paraphrases", "neighborhood", "same_subject")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a model says, or shall say, of a subject: prompt with "{}" for the subject, and the answers.
+
+    prompt: template with exactly one "{}"; subject: the text that goes there.
+    target_new, target_true (o*, o^c): the answers after and before an edit, without the space that leads to them.
+    paraphrases: other wordings of the same relation and subject. neighborhood: the same relation and target_true, other
+    subjects. same_subject: the same subject, other relations. All three are tuples of whole prompts, subject filled in.
+    id: a name for messages and reports. provenance: who, when, why; JSON values, free.
+
+    Raises ValueError for a prompt without or with several "{}", a blank subject, target or prompt, or a non-string.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str | None = None
+    target_true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[str, ...] = ()
+    same_subject: tuple[str, ...] = ()
+    id: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        _check_text("Fact.subject", self.subject)
+        _check_text("Fact.prompt", self.prompt)
+        places = self.prompt.count("{}")
+        if places != 1:
+            raise ValueError(
+                f"subject {self.subject!r} {'not in' if places == 0 else 'in several places of'} prompt "
+                f"{self.prompt!r}; Fact.prompt needs one {{}}, it has {places}"
+            )
+        for name in ("target_new", "target_true"):
+            if getattr(self, name) is not None:
+                _check_text(f"Fact.{name}", getattr(self, name))
+        if not isinstance(self.id, str):
+            raise ValueError(f"Fact.id: expected a string, got {self.id!r}")
+        for name in LISTS:
+            object.__setattr__(self, name, _prompt_tuple(f"Fact.{name}", getattr(self, name)))
+        if not isinstance(self.provenance, Mapping):
+            raise ValueError(f"Fact.provenance: expected a mapping, got {self.provenance!r}")
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        # Not str.format: subjects and prompts may hold braces.
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def label(self) -> str:
+        """The fact as messages name it: its id where it has one, and its text."""
+        return f"{self.id} ({self.text!r})" if self.id else repr(self.text)
+
+    def to_record(self) -> dict:
+        """The fact in CounterFact's field names, ready for JSON; ``from_record`` gives the same fact again."""
+        provenance = dict(self.provenance)
+        rewrite = {"prompt": self.prompt, "subject": self.subject}
+        for name in ("target_new", "target_true"):
+            if getattr(self, name) is not None:
+                rewrite[name] = {"str": getattr(self, name)}
+        if provenance.get("relation_id"):
+            rewrite["relation_id"] = provenance.pop("relation_id")
+        return {
+            "case_id": self.id,
+            "requested_rewrite": rewrite,
+            "paraphrase_prompts": list(self.paraphrases),
+            "neighborhood_prompts": list(self.neighborhood),
+            "same_subject_prompts": list(self.same_subject),
+            "provenance": provenance,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Fact":
+        """The fact in one record of any format that :func:`load_facts` reads.
+
+        Raises ValueError where the record fits no format or holds several facts (MQuAKE: read it with load_facts).
+        """
+        fields = fact_fields(record)
+        if len(fields) != 1:
+            raise ValueError(f"record holds {len(fields)} facts, from_record reads one; use load_facts")
+        return cls(**fields[0])
+
+
+def _check_text(name, value):
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a string, got {value!r}")
+    if not value.strip():
+        raise ValueError(f"{name} is empty ({value!r}); give it a text, or None where a target is not known")
+
+
+def _prompt_tuple(name, prompts):
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise ValueError(f"{name}: expected a tuple of prompts, got {prompts!r}")
+    prompts = tuple(prompts)
+    for prompt in prompts:
+        _check_text(name, prompt)
+    return prompts
+
+
+def load_facts(path, n: int | None = None) -> list[Fact]:
+    """The facts of a file, in its order, the first n of them where n is given.
+
+    path: .json, .jsonl, .json.gz or .jsonl.gz in any format of :mod:`kedit_fast.fact_files`: CounterFact and
+    multi_counterfact, known_1000, zsRE as prepared for MEND, EasyEdit, KnowEdit, QAEdit, MQuAKE, ``Fact.to_record``.
+    A fact whose record has no id is named by the record's index.
+
+    Raises ValueError for n < 1 and for every problem of the file, with the file and the record's place; OSError where
+    the file cannot be opened.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"n = {n!r}: expected a positive number of facts, or None for all")
+    return list(islice(_facts_of(path), n))
+
+
+def _facts_of(path):
+    for index, (place, record) in enumerate(read_records(path)):
+        try:
+            facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record)]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        yield from facts
+
+
+def check_facts(facts: Iterable[Fact], *, need_new: bool = False) -> list[Fact]:
+    """The facts without duplicates, checked before any work starts; what editors call first.
+
+    Two facts are at the same place where subject and prompt are equal but for case and spacing. At one place the same
+    target_new is a duplicate: the first is kept, a warning counts the rest. Another target_new is a contradiction.
+    Warned of as well: a target_new that equals target_true (nothing to edit), and different new targets for one subject
+    and ``provenance["relation_id"]`` under different prompts (right for relations that take several objects).
+
+    need_new: every fact must have a target_new.
+    Raises ValueError for no facts, for a contradiction (both facts and targets are named) and for a missing target_new;
+    TypeError for anything but a collection of Facts.
+    """
+    if isinstance(facts, Fact):
+        raise TypeError("facts: expected a list of Facts, got one Fact; pass [fact]")
+    kept: dict[tuple, Fact] = {}
+    places: dict[tuple, Fact] = {}
+    relations: dict[tuple, Fact] = {}
+    repeated, pointless, clashes = [], [], []
+    for fact in facts:
+        if not isinstance(fact, Fact):
+            raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
+        target = fact.target_new and fact.target_new.strip()
+        place = (_folded(fact.subject), _folded(fact.prompt))
+        if kept.setdefault((*place, target), fact) is not fact:
+            repeated.append(fact)
+        if target is None:
+            if need_new:
+                raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
+            continue
+        first = places.setdefault(place, fact)
+        if False:
+            raise ValueError(
+                f"facts {first.label} and {fact.label} contradict each other: target_new {first.target_new!r} and "
+                f"{fact.target_new!r} for one subject and prompt; keep one of them"
+            )
+        if fact.target_true and fact.target_true.strip() == target:
+            pointless.append(fact)
+        relation = fact.provenance.get("relation_id")
+        if relation and relations.setdefault((place[0], relation), fact).target_new.strip() != target:
+            clashes.append(fact)
+    if not kept:
+        raise ValueError("no facts given")
+    _warn(repeated, "left out: the same subject, prompt and target_new as a fact before")
+    _warn(pointless, "target_new equals target_true, there is nothing to edit")
+    _warn(clashes, "another target_new than a fact before it with the same subject and relation_id")
+    return list(kept.values())
+
+
+def _folded(text):
+    return " ".join(text.casefold().split())
+
+
+def _warn(facts, what):
+    if facts:
+        shown = ", ".join(fact.label for fact in facts[:5]) + (", ..." if len(facts) > 5 else "")
+        warnings.warn(f"{len(facts)} facts: {what}: {shown}", stacklevel=3)
+
+
+class TokenizedPrompt(NamedTuple):
+    """Token ids of a prompt, special tokens included, and the half-open span (b, e) of the subject's tokens."""
+
+    ids: list[int]
+    span: tuple[int, int]
+
+    @property
+    def lookup(self) -> int:
+        """Position of the lookup token: the last subject token, where an edit is written."""
+        return self.span[1] - 1
+
+
+def encode_span(tokenizer, text: str, chars: tuple[int, int]) -> TokenizedPrompt:
+    """Tokenize text as the tokenizer does by itself (its start token included) and find the tokens of text[b:e].
+
+    A token belongs to the span if its characters and the span's overlap, so one that straddles an end is in, and so are
+    all the tokens into which one character is split; a token that is only the space before the span is out, whether
+    or not the tokenizer counts a leading space to the word's own token. Blanks at the span's ends are not counted.
+
+    tokenizer: a fast Hugging Face tokenizer. chars: (b, e) in characters of text.
+    Raises TypeError for a tokenizer without offsets, ValueError where no token overlaps the span.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"{type(tokenizer).__name__} gives no character offsets, so the subject's tokens cannot be located; "
+            "load a fast tokenizer (one with a tokenizer.json)"
+        )
+    begin, end = chars
+    word = text[begin:end]
+    begin, end = begin + len(word) - len(word.lstrip()), end - len(word) + len(word.rstrip())
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    # Start tokens and other tokens that the text does not hold have the empty range (0, 0), which overlaps nothing.
+    inside = [at for at, (b, e) in enumerate(offsets) if b < e and b < end and e > begin]
+    if not inside:
+        raise ValueError(f"no token of {text!r} covers {word!r}; the tokenizer drops these characters")
+    # A word mark put before the text's first word may be a token of its own that claims the word's first character.
+    if len(inside) > 1 and offsets[inside[0]][0] == offsets[inside[1]][0]:
+        inside = inside[tokenizer.convert_ids_to_tokens(ids[inside[0]]) in WORD_MARKS :]
+    return TokenizedPrompt(ids, (inside[0], inside[-1] + 1))
+
+
+def subject_tokens(tokenizer, text: str, subject: str, template: str | None = None) -> TokenizedPrompt:
+    """ids and half-open token span of the subject in a text; (ids, (b, e)).
+
+    template: the text with "{}" for the subject; needed where the subject stands in the text more than once.
+    Raises ValueError where the subject is absent or its place is not clear, or the template does not give the text;
+    TypeError for a tokenizer without offsets.
+    """
+    _check_text("subject", subject)
+    if template is None:
+        if text.count(subject) != 1:
+            raise ValueError(
+                f"subject {subject!r} stands {text.count(subject)} times in {text!r}; "
+                "expected once, or a template that says where"
+            )
+        begin = text.index(subject)
+    else:
+        before, after = _split(template, "template")
+        if before + subject + after != text:
+            raise ValueError(f"template {template!r} with subject {subject!r} is not the text {text!r}")
+        begin = len(before)
+    return encode_span(tokenizer, text, (begin, begin + len(subject)))
+
+
+def fact_tokens(tokenizer, fact: Fact, context: str = "{}") -> TokenizedPrompt:
+    """The fact's prompt, filled in and set in a context such as "Because of this. {}", with its subject's span.
+
+    Raises ValueError for a context without or with several "{}", TypeError for a tokenizer without offsets.
+    """
+    before, after = _split(context, "context")
+    begin = len(before) + fact.prompt.index("{}")
+    return encode_span(tokenizer, before + fact.text + after, (begin, begin + len(fact.subject)))
+
+
+def _split(template, name):
+    parts = template.split("{}")
+    if len(parts) != 2:
+        raise ValueError(f"{name} {template!r}: expected one {{}}, found {len(parts) - 1}")
+    return parts
+
+
+def continuation_tokens(tokenizer, prompt_text: str, target: str) -> list[int]:
+    """ids of the target as it continues a prompt, so that the prompt's ids + these are one tokenized text.
+
+    A space is put before the target unless it or the prompt's end has one. The ids are what joint tokenization has
+    more than the prompt alone, both without special tokens. Where the joint text does not begin with the prompt's ids
+    (a merge over the boundary), they are the ids of the target's text alone, since the prompt's ids stay as they are.
+
+    Differs: the published code tokenizes " target" alone. That is the same for byte-level BPE; sentencepiece tokenizers
+    put a word mark of their own before every text, so " Paris" alone is an empty word mark and Paris.
+    Raises ValueError for an empty target, or one that the tokenizer drops.
+    """
+    _check_text("target", target)
+    if not target[0].isspace() and not prompt_text[-1:].isspace():
+        target = " " + target
+    prompt_ids = _plain_ids(tokenizer, prompt_text) if prompt_text else []
+    joint = _plain_ids(tokenizer, prompt_text + target)
+    ids = joint[len(prompt_ids) :] if joint[: len(prompt_ids)] == prompt_ids else _plain_ids(tokenizer, target)
+    if not ids:
+        raise ValueError(f"target {target!r} has no tokens; the tokenizer drops these characters")
+    return ids
+
+
+def target_tokens(tokenizer, target: str) -> list[int]:
+    """ids of the target after any prompt that does not end in a space: a leading space, no special tokens.
+
+    Taken as the continuation of one letter, for :func:`continuation_tokens`' reason; with byte-level BPE these are
+    the ids of " target".
+    """
+    return continuation_tokens(tokenizer, "a", target)
+
+
+def _plain_ids(tokenizer, text):
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,280 @@
+"""Optimizes the values v* (ROME) or z (MEMIT) of many facts at once.
+
+For each fact a vector δ is added to one site of one layer at the lookup token of all its contexts, and moved by Adam to
+
+    L = mean over contexts, target tokens of -log p(o*)  +  kl_factor KL(p_δ || p_0)  +  weight_decay ||δ|| / ||v_0||²
+
+with ||δ|| <= clamp ||v_0|| by projection (Meng et al. 2022, ROME, eq. 4; Meng et al. 2023, MEMIT, eq. 16). KL is taken
+at the subject's last token of "{subject} is a", and δ acts there too. Deltas of facts are independent, so packing them
+is exact. Everything before the lookup token and below the layer is computed once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.target_logprob import target_logprob
+from ..model.seam import frozen
+from ..progress import progress
+from ..sites import Site
+from ..sweep.engine import sweep
+from ..sweep.runs import NEVER, RunList, Runs, add_sequences
+from ..sweep.store import KVStore
+from .collect import Collect
+
+STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
+SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
+
+
+@dataclass(frozen=True)
+class ValueTask:
+    """One fact: token sequences, where its value acts, and what is to come after.
+
+    sequences: prompt tokens in each context, the bare one first; lookups: index of the lookup token in each
+    target: token ids; essence: tokens of "{subject} is a" up to its lookup token, its last one
+    """
+
+    sequences: list[list[int]]
+    lookups: list[int]
+    target: list[int]
+    essence: list[int]
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """Where the values live and the hyper-parameters of their optimization, under the published names.
+
+    loss_layer: the hidden state of this layer is what the target's loss reads through norm and head
+    """
+
+    layer: int
+    site: Site
+    lr: float
+    steps: int
+    weight_decay: float
+    kl_factor: float
+    clamp: float
+    loss_layer: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """values, initial: [n, d]; steps: [n] forward passes taken; loss: [n] the last loss (nats); nll: [n] its first
+    term, so exp(-nll) is the target's probability at the value."""
+
+    values: Tensor
+    initial: Tensor
+    steps: Tensor
+    loss: Tensor
+    nll: Tensor
+
+
+def optimize_values(lm, tasks: list[ValueTask], settings: ValueSettings) -> Values:
+    """Values of all facts; facts are cut into groups by ``lm.memory``. One base sweep and up to ``steps`` sweeps of the
+    upper layers a group. No randomness."""
+    parts = []
+    with progress("optimizing values (facts)", len(tasks)) as bar:
+        for group in _groups(lm, tasks, settings):
+            parts.append(_Group(lm, group, settings).optimize(bar))
+    return Values(*(torch.cat([getattr(p, name) for p in parts]) for name in Values.__dataclass_fields__))
+
+
+def _groups(lm, tasks, settings):
+    layers = lm.n_layers - settings.layer
+    row = SAVED * lm.d_model * lm.dtype.itemsize * layers
+    group, held = [], 0
+    for task in tasks:
+        n = row * (
+            1 + sum(len(s) + len(task.target) - k - 1 for s, k in zip(task.sequences, task.lookups, strict=True))
+        )
+        if group and held + n > lm.memory:
+            yield group
+            group, held = [], 0
+        group.append(task)
+        held += n
+    yield group
+
+
+class _AddValue:
+    """Adds each fact's δ at the site of one layer, at places (run, pos) owned by ``fact``; out of place, for autograd."""
+
+    def __init__(self, settings: ValueSettings, run: Tensor, pos: Tensor, fact: Tensor, delta: Tensor):
+        self._settings, self.run, self.pos, self.fact, self.delta = settings, run, pos, fact, delta
+
+    def sites(self, layer):
+        return (self._settings.site,) if layer == self._settings.layer else ()
+
+    def reads(self, layer):
+        return None
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        return x.index_add(0, row.to(x.device), self.delta[self.fact[which].to(x.device)].to(x.dtype))
+
+
+class _Top:
+    """Keeps, with their graph, the layer_out rows at places (run, pos) of one layer: ``h`` [k, d] after the sweep."""
+
+    def __init__(self, layer: int, run: Tensor, pos: Tensor):
+        self.layer, self.run, self.pos, self._parts = layer, run, pos, []
+
+    def sites(self, layer):
+        return (Site.layer_out,) if layer == self.layer else ()
+
+    def reads(self, layer):
+        return self.run, self.pos
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        self._parts.append((which, x[row.to(x.device)]))
+        return None
+
+    @property
+    def h(self) -> Tensor:
+        order = torch.cat([which for which, _ in self._parts]).argsort()
+        return torch.cat([x for _, x in self._parts])[order.to(self._parts[0][1].device)]
+
+
+class _Group:
+    """The facts of one pack, from the base sweep to their values."""
+
+    def __init__(self, lm, tasks: list[ValueTask], settings: ValueSettings):
+        self.lm, self.tasks, self.settings = lm, tasks, settings
+        self.store = KVStore(from_layer=settings.layer)
+        self._declare()
+        self._base_sweep()
+
+    def _declare(self) -> None:
+        """Every (fact, context) and every KL prompt as one list of sequences, with what is read of each."""
+        tasks = self.tasks
+        self.sequences = [s + t.target[:-1] for t in tasks for s in t.sequences] + [t.essence for t in tasks]
+        n_contexts = torch.tensor([len(t.sequences) for t in tasks])
+        fact = torch.arange(len(tasks))
+        self.fact = torch.cat([fact.repeat_interleave(n_contexts), fact])
+        self.is_essence = torch.arange(len(self.sequences)) >= len(self.sequences) - len(tasks)
+        self.lookup = torch.tensor([k for t in tasks for k in t.lookups] + [len(t.essence) - 1 for t in tasks])
+        self.prompt_length = torch.tensor(
+            [len(s) for t in tasks for s in t.sequences] + [len(t.essence) for t in tasks]
+        )
+
+    def _base_sweep(self) -> None:
+        """Keys, values and rows of every sequence from the layer on; the initial values; p_0 of the KL prompts."""
+        lm, settings = self.lm, self.settings
+        runs = RunList()
+        self.number = add_sequences(runs, self.sequences, owner=0 if lm.edits else -1)
+        self.base = runs.runs()
+        bare = torch.tensor([int((self.fact == i).nonzero()[0, 0]) for i in range(len(self.tasks))])
+        initial = Collect(settings.site, [settings.layer], self.number[bare], self.lookup[bare])
+        essence = Collect(Site.layer_out, [lm.n_layers - 1], self.number[self.is_essence], self.lookup[self.is_essence])
+        sweep(lm, self.base, [initial, essence], keep=self.store)
+        self.initial = initial.values[settings.layer].to(_wide(lm.dtype))
+        self.essence_h = essence.values[lm.n_layers - 1]
+
+    def optimize(self, bar) -> Values:
+        settings, n = self.settings, len(self.tasks)
+        delta = torch.zeros_like(self.initial, requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=settings.lr)
+        longest = settings.clamp * self.initial.norm(dim=1, keepdim=True)
+        steps = torch.zeros(n, dtype=torch.int64)
+        loss, nll = torch.zeros(n), torch.zeros(n)
+        active = torch.ones(n, dtype=torch.bool)
+        for step in range(settings.steps):
+            part_nll, part_loss = self._losses(active, delta)
+            steps[active] += 1
+            loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
+            done = active & (loss < STOP_BELOW) if step + 1 < settings.steps else active.clone()
+            bar.advance(int(done.sum()), f"loss {loss[active].mean():.3f}")
+            active = active & ~done
+            if not active.any():
+                break
+            kept = delta.detach().clone()
+            adam.zero_grad()
+            part_loss.sum().backward()
+            adam.step()
+            with torch.no_grad():
+                delta[~active.to(delta.device)] = kept[
+                    ~active.to(delta.device)
+                ]  # done: Adam's momentum must not move it
+                delta *= (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+        return Values((self.initial + delta.detach()), self.initial, steps, loss, nll)
+
+    def _losses(self, active: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(-log p of the target, whole loss) [active facts] in nats, with their graph."""
+        lm, settings = self.lm, self.settings
+        chosen = active[self.fact].nonzero()[:, 0]
+        runs, h, number = self._runs(chosen)
+        fact, essence = self.fact[chosen], self.is_essence[chosen]
+        add = _AddValue(settings, number, self.lookup[chosen], fact, delta)
+        place, target, weight = self._target_places(chosen, number)
+        top = _Top(settings.loss_layer, *place)
+        kl_top = _Top(lm.n_layers - 1, number[essence], self.lookup[chosen[essence]])
+        sweep(
+            lm,
+            runs,
+            [add, top, kl_top],
+            first_layer=settings.layer,
+            h=h,
+            store=self.store,
+            grad=True,
+        )
+        with torch.enable_grad(), frozen(lm.model):
+            log_p = target_logprob(top.h, lm.head, target, lm.n_vocab)
+            owner = fact[~essence].repeat_interleave(self._target_lengths(chosen[~essence])).to(log_p.device)
+            nll = log_p.new_zeros(len(active)).index_add(0, owner, -log_p * weight.to(log_p))
+            kl = self._kl(kl_top.h, active)
+            decay = delta.norm(dim=1) / self.initial.norm(dim=1).square()
+            total = nll[active] + settings.kl_factor * kl + settings.weight_decay * decay[active]
+        return nll[active], total
+
+    def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor]:
+        """Runs that own the rows from each lookup token on, over the stored ones; their rows' start; their numbers."""
+        base = self.number[chosen]
+        tokens, length = self.base.tokens, self.prompt_length[chosen] + self._target_lengths(chosen) - 1
+        length = torch.where(self.is_essence[chosen], self.prompt_length[chosen], length)
+        runs = RunList()
+        runs.add(tokens, length=self.base.length, branch_layer=torch.full((len(self.base),), NEVER))
+        number = runs.add(
+            tokens[base],
+            length=length,
+            parent=base,
+            first_pos=self.lookup[chosen],
+            branch_layer=self.settings.layer,
+            owner=0 if self.lm.edits else -1,
+        )
+        count = length - self.lookup[chosen]
+        run = base.repeat_interleave(count)
+        pos = torch.cat(
+            [torch.arange(a, b) for a, b in zip(self.lookup[chosen].tolist(), length.tolist(), strict=True)]
+        )
+        return runs.runs(), self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach(), number
+
+    def _target_lengths(self, chosen: Tensor) -> Tensor:
+        lengths = torch.tensor([len(t.target) for t in self.tasks])
+        return lengths[self.fact[chosen]]
+
+    def _target_places(self, chosen: Tensor, number: Tensor):
+        """Places whose next token is a target token, those tokens, and each one's weight in its fact's mean."""
+        run, pos, target, weight = [], [], [], []
+        for i, r in zip(chosen.tolist(), number.tolist(), strict=True):
+            if self.is_essence[i]:
+                continue
+            task, start = self.tasks[int(self.fact[i])], int(self.prompt_length[i]) - 1
+            for j, token in enumerate(task.target):
+                run.append(r)
+                pos.append(start + j)
+                target.append(token)
+                weight.append(1 / (len(task.target) * len(task.sequences)))
+        return (torch.tensor(run), torch.tensor(pos)), torch.tensor(target), torch.tensor(weight, dtype=torch.float64)
+
+    def _kl(self, h: Tensor, active: Tensor) -> Tensor:
+        """KL(p_δ || p_0) in nats for each active fact; p_0 is recomputed from the kept hidden state."""
+        wide = _wide(h.dtype)
+        log_p = self.lm.head(h).to(wide).log_softmax(-1)
+        with torch.no_grad():
+            log_p0 = self.lm.head(self.essence_h[active.to(h.device)]).to(wide).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_p0)).sum(-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

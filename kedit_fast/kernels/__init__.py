@@ -1,0 +1,4 @@
+"""Numeric operations: each file holds a public op, its plain torch reference and, where there is one, its kernel.
+
+``dispatch`` says which implementation runs. The compiled twins of these files lie in ``csrc/`` under the same stem.
+"""

@@ -1,0 +1,147 @@
+"""Which implementation of an op runs: plain torch (reference), the C++ extension (native), or Triton.
+
+Left alone, an op takes the first implementation in ``IMPLEMENTATIONS`` that serves the tensor's device and dtype and
+can run on this machine, and the reference otherwise. ``KEDIT_FAST_BACKEND`` forces one; what is forced and cannot
+be had is an error, never replaced in silence. ``kedit-fast info`` prints ``report()``.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from kedit_fast import settings
+
+BACKENDS = ("reference", "native", "triton")
+INTERFACE = 1  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
+
+
+class Implementation(NamedTuple):
+    """A backend that computes an op for tensors of these device types and dtypes."""
+
+    backend: str
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+
+
+# An op absent from here, or a device or dtype absent from its row, is computed by the op's reference.
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    "second_moment": (
+        Implementation("native", frozenset({"cpu"}), frozenset({torch.float32, torch.float16, torch.bfloat16})),
+    ),
+    "solve": (),
+}
+
+
+def native() -> ModuleType | None:
+    """The compiled extension, or None where it was not built; ``why_not_native`` then says why."""
+    return _load_native()[0]
+
+
+def why_not_native() -> str:
+    """Why ``native()`` is None and what to do about it; empty if the extension is there."""
+    return _load_native()[1]
+
+
+@cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    # torch is imported above, before the extension: both name libgomp.so.1, and the first to come decides which copy
+    # the process maps. Two copies would be two thread pools on the same cores.
+    try:
+        from kedit_fast import _native as module
+    except ImportError as error:
+        return None, (
+            f"the extension was not built or does not load ({error}); with a C++17 compiler at hand, "
+            "KEDIT_FAST_NATIVE=1 pip install . shows what fails"
+        )
+    found = getattr(module, "interface", None)
+    if found != INTERFACE:
+        return None, (
+            f"{module.__file__} has interface {found}, this package needs {INTERFACE}: it was built from other "
+            "sources; install the package again"
+        )
+    return module, ""
+
+
+def backend_for(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend that will run ``op`` on tensors of this device and dtype: "reference", "native" or "triton".
+
+    ``KEDIT_FAST_BACKEND`` forces a backend for every op that has it at all; an op without it stays on the reference,
+    as ``report`` shows. ValueError: an unknown backend name, one that cannot run on this machine, or one that has
+    the op but not for this device and dtype.
+    """
+    device = torch.device(device)
+    forced = _forced_backend()
+    candidates = IMPLEMENTATIONS.get(op, ())
+    if forced is None:
+        usable = (each.backend for each in candidates if _serves(each, device, dtype))
+        return next((backend for backend in usable if not _why_not(backend)), "reference")
+    offered = [each for each in candidates if each.backend == forced]
+    if forced == "reference" or not offered:
+        return "reference"
+    if not any(_serves(each, device, dtype) for each in offered):
+        raise ValueError(
+            f"KEDIT_FAST_BACKEND={forced}: {op} has no {forced} implementation for {dtype} on {device.type}; "
+            "unset the variable to let device and dtype decide"
+        )
+    return forced
+
+
+def _serves(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type in implementation.devices and dtype in implementation.dtypes
+
+
+def _forced_backend() -> str | None:
+    name = settings.backend()
+    if name is None:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"KEDIT_FAST_BACKEND={name}: expected one of {', '.join(BACKENDS)}, or unset")
+    reason = _why_not(name)
+    if reason:
+        raise ValueError(f"KEDIT_FAST_BACKEND={name} cannot run here: {reason}")
+    return name
+
+
+def _why_not(backend: str) -> str:
+    """Why a backend cannot run on this machine; empty if it can."""
+    if backend == "native":
+        return why_not_native()
+    if backend == "triton":
+        if not any(each.backend == "triton" for row in IMPLEMENTATIONS.values() for each in row):
+            return "no op of this version has a Triton kernel"
+        if find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+    return ""
+
+
+def report() -> dict:
+    """What ``kedit-fast info`` shows.
+
+    forced: the value of KEDIT_FAST_BACKEND or None; native: True, or the reason it is missing; instruction_sets and
+    openmp: of the extension ([] and False without it); threads: that CPU ops use; ops: {op: {device: {dtype name:
+    backend}}} for the devices present. Raises what ``backend_for`` raises for a wrong KEDIT_FAST_BACKEND.
+    """
+    module = native()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "forced": _forced_backend(),
+        "native": True if module else why_not_native(),
+        "instruction_sets": module.instruction_sets() if module else [],
+        "openmp": module.has_openmp() if module else False,
+        "threads": torch.get_num_threads(),
+        "ops": {op: {device: _backends(op, device) for device in devices} for op in IMPLEMENTATIONS},
+    }
+
+
+def _backends(op: str, device: str) -> dict[str, str]:
+    """{dtype name: backend} of an op; a forced backend that the op lacks for a dtype shows as "none"."""
+    backends = {}
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        try:
+            backends[str(dtype).removeprefix("torch.")] = backend_for(op, device, dtype)
+        except ValueError:
+            backends[str(dtype).removeprefix("torch.")] = "none"
+    return backends

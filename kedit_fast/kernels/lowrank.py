@@ -1,0 +1,73 @@
+"""Low-rank update of rows: how an edit Δ = u vᵀ acts on a down projection's output without forming Δ."""
+
+import torch
+from torch import Tensor
+
+
+def lowrank_add(
+    y: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    row_owner: Tensor | None = None,
+    factor_owner: Tensor | None = None,
+) -> Tensor:
+    """y + (x v) uᵀ, a new tensor; with owners, factor j acts only on the rows whose owner is factor j's.
+
+    y: [rows, d] outputs of the down projection (mlp_out)
+    x: [rows, d_ff] its inputs (mlp_key)
+    u, v: [d, r] and [d_ff, r] factors of the update
+    row_owner: [rows] int64, the fact that owns each row; any value that owns no factor (-1) leaves the row as it is
+    factor_owner: [r] int64, the fact that owns each factor, in any order
+
+    Returns [rows, d] in y's dtype, rounded once from fp32 (fp64 where y is fp64). Gradients pass through every
+    floating argument. Cost: rows · r · (d + d_ff) multiply-adds; with owners only a row's own factors are counted.
+    Raises ValueError where shapes disagree or only one of the owners is given.
+    """
+    _check(y, x, u, v, row_owner, factor_owner)
+    return lowrank_add_ref(y, x, u, v, row_owner, factor_owner)
+
+
+def lowrank_add_ref(y, x, u, v, row_owner=None, factor_owner=None):
+    """``lowrank_add`` in plain torch."""
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    u, v = u.to(wide), v.to(wide)
+    if factor_owner is None:
+        return (y.to(wide) + x.to(wide) @ v @ u.T).to(y.dtype)
+
+    # One small product for each owner: a masked [rows, r] product would cost facts times as much, and a NaN in
+    # one fact's factors would reach every other fact's rows as 0 * NaN.
+    rows, factors = row_owner.argsort(stable=True), factor_owner.argsort(stable=True)
+    owners = torch.unique(factor_owner)
+    row_groups = _groups(row_owner[rows], owners)
+    factor_groups = _groups(factor_owner[factors], owners)
+    u, v = u[:, factors], v[:, factors]
+
+    touched, update = [rows[:0]], [x[:0].to(wide) @ v @ u.T]  # no rows, but x, u and v are in the graph whoever owns
+    for (row, row_end), (factor, factor_end) in zip(row_groups, factor_groups, strict=True):
+        if row < row_end:
+            mine = rows[row:row_end]
+            touched.append(mine)
+            update.append(x[mine].to(wide) @ v[:, factor:factor_end] @ u[:, factor:factor_end].T)
+    return y.to(wide).index_add(0, torch.cat(touched), torch.cat(update)).to(y.dtype)
+
+
+def _groups(sorted_owner, owners):
+    """[(begin, end)] of each of ``owners`` in a sorted vector; empty where it does not occur."""
+    begin = torch.searchsorted(sorted_owner, owners)
+    end = torch.searchsorted(sorted_owner, owners, right=True)
+    return list(zip(begin.tolist(), end.tolist(), strict=True))
+
+
+def _check(y, x, u, v, row_owner, factor_owner):
+    sizes = {name: tuple(tensor.shape) for name, tensor in (("y", y), ("x", x), ("u", u), ("v", v))}
+    if any(len(size) != 2 for size in sizes.values()) or not (
+        sizes["y"] == (sizes["x"][0], sizes["u"][0]) and sizes["v"] == (sizes["x"][1], sizes["u"][1])
+    ):
+        raise ValueError(f"expected y [rows, d], x [rows, d_ff], u [d, r], v [d_ff, r]; got {sizes}")
+    if (row_owner is None) != (factor_owner is None):
+        raise ValueError("row_owner and factor_owner go together: give both, or neither for an update of all rows")
+    if row_owner is not None:
+        for name, owner, n in (("row_owner", row_owner, len(y)), ("factor_owner", factor_owner, u.shape[1])):
+            if owner.shape != (n,) or owner.dtype != torch.int64:
+                raise ValueError(f"expected {name} [{n}] int64, got {list(owner.shape)} {owner.dtype}")

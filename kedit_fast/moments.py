@@ -1,0 +1,200 @@
+"""Second moments of keys: C = E[k kᵀ] over text, for every edit layer in one pass that stops at the last of them.
+
+k is the input of a layer's MLP down projection at each token, uncentered (Meng et al. 2022, ROME, section 3.1). The
+published code makes one pass over the data for each layer; one shared pass gives the same sums.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .corpus import SELF, Corpus, read_corpus
+from .files import replace_file
+from .jobs.moments import Moments
+from .kernels.second_moment import fill_upper_
+from .kernels.solve import condition
+from .model.family import check_layer
+from .progress import progress
+from .sweep.engine import sweep
+from .sweep.runs import RunList
+
+FORMAT = "kedit_fast.second_moment"
+BATCH_TOKENS = 16_384  # tokens a sweep; what an interrupted pass may lose
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """C = mean of k kᵀ over ``n_tokens`` tokens at one layer's mlp_key.
+
+    matrix: [d_ff, d_ff] fp32 (from an fp64 sum where memory allows); fingerprint: of the model; corpus: its id; dtype:
+    the model's, while it was measured. The last three are None where a file does not say (published npz files).
+    """
+
+    matrix: Tensor
+    n_tokens: int
+    layer: int
+    fingerprint: str | None = None
+    corpus: str | None = None
+    dtype: str | None = None
+
+    @property
+    def condition(self) -> float:
+        """Estimated condition number; infinite where the matrix is singular (fewer tokens than d_ff)."""
+        return condition(self.matrix)
+
+    def save(self, path) -> None:
+        """Writes one safetensors file, atomically."""
+        meta = {"layer": self.layer, "n_tokens": self.n_tokens, "fingerprint": self.fingerprint}
+        meta |= {"corpus": self.corpus, "dtype": self.dtype}
+        with replace_file(path) as unfinished:
+            save_file({"matrix": self.matrix.contiguous()}, unfinished, {"format": FORMAT, "record": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path, layer: int | None = None) -> "SecondMoment":
+        """What ``save`` wrote, or a statistics file of the rome and memit repositories (.npz; give its ``layer``).
+
+        Raises ValueError, naming the file, for anything else.
+        """
+        if str(path).endswith(".npz"):
+            return cls._load_published(path, layer)
+        try:
+            with safe_open(path, "pt") as f:
+                meta = f.metadata() or {}
+                if meta.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz"
+                    )
+                return cls(f.get_tensor("matrix"), **json.loads(meta["record"]))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); collect these statistics again") from error
+
+    @classmethod
+    def _load_published(cls, path, layer) -> "SecondMoment":
+        if layer is None:
+            raise ValueError(f"{path} does not say which layer it is of; give layer=")
+        with np.load(path, allow_pickle=False) as data:
+            missing = {"mom2.mom2", "mom2.count"} - set(data.files)
+            if missing:
+                raise ValueError(f"{path} lacks {sorted(missing)}: not a statistics file of rome or memit")
+            count = int(data["mom2.count"])
+            return cls(torch.from_numpy(data["mom2.mom2"] / count).float(), count, layer)
+
+
+def second_moments(
+    lm, layers: Sequence[int], corpus=SELF, *, n_tokens: int | None = None, seed: int = 0, cache_dir=None
+) -> dict[int, SecondMoment]:
+    """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
+
+    n_tokens: default 10 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
+    an interrupted pass goes on from its last ``BATCH_TOKENS``.
+
+    One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens. Sums in fp64 where that fits ``lm.memory``,
+    else fp32. Raises ValueError for a layer out of range or a corpus that is too short.
+    """
+    for layer in layers:
+        check_layer(layer, lm.n_layers)
+    if not layers:
+        raise ValueError("no layers to collect statistics for")
+    n_tokens = 10 * lm.d_ff if n_tokens is None else n_tokens
+    text = None
+    if cache_dir is not None:
+        found = _cached(lm, layers, corpus, n_tokens, seed, cache_dir)
+        if found is not None:
+            return found
+    text = read_corpus(lm, corpus, n_tokens, seed=seed)
+    sums = _Sums(lm, layers, text, cache_dir)
+    with progress("collecting second moments (tokens)", text.n_tokens) as bar:
+        bar.advance(sums.n_done)
+        for batch in _batches(text.windows[sums.n_windows :]):
+            runs = RunList()
+            for window in batch:
+                runs.add(window)
+            sweep(lm, runs.runs(), [Moments(sums.by_layer)], last_layer=max(layers))
+            sums.advance(batch)
+            bar.advance(sum(map(len, batch)))
+    return sums.finish()
+
+
+def _batches(windows):
+    batch, held = [], 0
+    for window in windows:
+        batch.append(window)
+        held += len(window)
+        if held >= BATCH_TOKENS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _name(lm, layer, corpus_id, n_tokens) -> str:
+    return f"moment-{lm.fingerprint}-{_dtype(lm)}-layer{layer}-{corpus_id}-{n_tokens}.safetensors"
+
+
+def _dtype(lm) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+def _cached(lm, layers, corpus, n_tokens, seed, cache_dir):
+    """Finished statistics of a corpus whose id is known before it is read (sampled text, the costly one)."""
+    if corpus != SELF:
+        return None
+    paths = {
+        layer: Path(cache_dir, _name(lm, layer, f"self-seed{seed}-{lm.fingerprint}", n_tokens)) for layer in layers
+    }
+    return (
+        {layer: SecondMoment.load(p) for layer, p in paths.items()} if all(p.exists() for p in paths.values()) else None
+    )
+
+
+class _Sums:
+    """Running sums of all layers, with a checkpoint where there is a cache."""
+
+    def __init__(self, lm, layers, text: Corpus, cache_dir):
+        self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
+        wide = 8 * lm.d_ff**2 * len(layers) <= lm.memory // 2
+        dtype = torch.float64 if wide else torch.float32
+        self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in sorted(layers)}
+        self.n_windows = self.n_done = 0
+        if self._dir is not None:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            self._partial = self._dir / _name(lm, "-".join(map(str, self.by_layer)), text.id, text.n_tokens).replace(
+                "moment", "partial", 1
+            )
+            self._resume()
+
+    def _resume(self):
+        if not self._partial.exists():
+            return
+        with safe_open(self._partial, "pt") as f:
+            self.n_windows = int(f.metadata()["windows"])
+            for layer in self.by_layer:
+                self.by_layer[layer].copy_(f.get_tensor(str(layer)))
+        self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
+
+    def advance(self, batch) -> None:
+        self.n_windows += len(batch)
+        self.n_done += sum(map(len, batch))
+        if self._dir is not None and self.n_windows < len(self._text.windows):
+            with replace_file(self._partial) as unfinished:
+                save_file({str(i): s for i, s in self.by_layer.items()}, unfinished, {"windows": str(self.n_windows)})
+
+    def finish(self) -> dict[int, SecondMoment]:
+        made = {}
+        for layer, total in self.by_layer.items():
+            matrix = fill_upper_(total.div_(self.n_done)).float().cpu()
+            made[layer] = SecondMoment(
+                matrix, self.n_done, layer, self._lm.fingerprint, self._text.id, _dtype(self._lm)
+            )
+            if self._dir is not None:
+                made[layer].save(self._dir / _name(self._lm, layer, self._text.id, self.n_done))
+        if self._dir is not None:
+            self._partial.unlink(missing_ok=True)
+        return made

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kedit_fast.fact_files import fact_fields, read_records
 
 WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
+OWN_FACTS = Path(__file__).parent / "data" / "facts.json"  # 77 facts that SmolLM2-135M-Instruct knows
 LISTS = ("paraphrases", "neighborhood", "same_subject")
 
 
@@ -174,7 +176,7 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False) -> list[Fact]:
                 raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
             continue
         first = places.setdefault(place, fact)
-        if False:
+        if first.target_new.strip() != target:
             raise ValueError(
                 f"facts {first.label} and {fact.label} contradict each other: target_new {first.target_new!r} and "
                 f"{fact.target_new!r} for one subject and prompt; keep one of them"

@@ -127,7 +127,8 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
         below.axhline(0, color=_GRAY, linewidth=0.6)
         below.set_ylabel(f"AIE on {metric}")
         below.spines[["top", "right"]].set_visible(False)
-        below.legend(frameon=False, title="with 95 % bands", title_fontsize=7.5, alignment="left", loc="best")
+        bands = "with 95 % bands" if np.isfinite(average.stderr).any() else None
+        below.legend(frameon=False, title=bands, title_fontsize=7.5, alignment="left", loc="best")
         _layer_ticks(below, n_layers)
         below.set_xlabel(_within("center of the restored interval" if average.kind != "state" else "layer", model))
     return _finish(figure, path, _average_alt(average))
@@ -215,7 +216,7 @@ class TerminalHeatMap:
         for label, row, highest in zip(labels, values, maxima, strict=True):
             head = " " * (margin - 1 - cell_len(label)) + label + " "
             lines.append(painted(head, (row - low) / (high - low), f" {highest}"))
-        steps = 8 if width < 60 else 20 // cell
+        steps = min(20, width - margin - len(least) - len(most) - 2) // cell
         lines.append(painted(f"{'scale':>{margin - 1}} {least} ", np.linspace(0, 1, steps), f" {most}"))
         title = [_impact(result), _runs_line(result)]
         notes = f"* subject; layer: {_layer_label(result, '')}" + f"; a column: highest of {pool} layers" * (pool > 1)
@@ -224,7 +225,10 @@ class TerminalHeatMap:
 
 
 def _wrapped(texts: list[str], width: int, ascii_only: bool) -> list[str]:
-    return [line for text in texts for line in textwrap.wrap(_ascii(text) if ascii_only else text, width)]
+    from rich.cells import cell_len
+
+    texts = [_ascii(text) if ascii_only else text for text in texts]
+    return [line for text in texts for line in textwrap.wrap(text, width + len(text) - cell_len(text))]
 
 
 def _pooled(values: np.ndarray, room: int) -> tuple[np.ndarray, int, int]:
@@ -283,6 +287,9 @@ def _figure(width: float, height: float):
 
 def _finish(figure, path, alt: str):
     figure.set_label(alt)
+    with _style():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out anew at each drawing, it would move by a pixel
     if path is not None and Path(path).suffix.lower() in ("", ".png"):
         Path(path).write_bytes(figure_png(figure))
     elif path is not None:
@@ -304,7 +311,9 @@ def _map_height(result: TraceResult) -> float:
 
 
 def _label_width(result: TraceResult) -> float:
-    return 0.15 + 0.075 * max(len(label) for label in _token_labels(result))
+    from rich.cells import cell_len
+
+    return 0.15 + 0.075 * max(map(cell_len, _token_labels(result)))
 
 
 def _scale(results: Sequence[TraceResult], normalized: bool) -> tuple[list[np.ndarray], float, float]:
@@ -337,10 +346,10 @@ def _heat_map(axes, values, kind, low, high, name):
     mesh = axes.pcolor(np.ma.masked_invalid(values), cmap=_COLORMAP[kind], vmin=low, vmax=high)
     axes.set_facecolor(_NO_DATA)
     axes.set_ylim(len(values), 0)
-    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=18)
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=max(18, 1.8 * len(values)))
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(labelsize=7, length=2)
-    bar.ax.set_title(textwrap.fill(name, 14), fontsize=7.5, parse_math=False)
+    bar.ax.set_title(textwrap.fill(name, 12, break_long_words=False), fontsize=7.5, parse_math=False)
 
 
 def _layer_ticks(axes, n_layers: int):
@@ -376,7 +385,7 @@ def _readable(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
+    return text.encode("unicode_escape").decode()
 
 
 def _token_labels(result: TraceResult, limit: int = 22, ascii_only: bool = False) -> list[str]:
@@ -393,7 +402,10 @@ def _metric(result: TraceResult, limit: int = 20) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 2] + ".."
+    """At most ``limit`` terminal columns of the text; a Chinese character takes two."""
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= limit else set_cell_size(text, limit - 2).rstrip() + ".."
 
 
 def _number(value: float, metric: str = "prob") -> str:

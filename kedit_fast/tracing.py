@@ -148,6 +148,8 @@ def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
                 f"subject {subject!r} takes {len(other.ids) - len(prompt.ids):+d} tokens against {fact.subject!r}; "
                 "corrupting by another subject needs one of equal token count"
             )
+        if other.ids[: other.span[0]] != prompt.ids[: prompt.span[0]]:
+            raise ValueError(f"with subject {subject!r} the tokens before the subject differ from those with {fact.subject!r}")
         made.append(list(other.ids))
     return made
 

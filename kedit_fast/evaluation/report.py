@@ -96,7 +96,7 @@ class EvalReport:
                 perplexity=None if perplexity is None else _pair(perplexity, edited is not None),
                 generations=tuple(tuple(generation) for generation in record["generations"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a saved report ({error}); expected {FORMAT}, version {VERSION}, "
                 "as EvalReport.save writes it"

@@ -113,9 +113,9 @@ def _own_attn(model, family):
         out, weights = _attention(module, query, key, value, attention_mask, scaling=1 / math.sqrt(query.shape[-1]))
         return out.transpose(1, 2).to(value.dtype), weights
 
+    if replaced := [module for module in modules if "_attn" in vars(module)]:
+        raise RuntimeError(f"{type(replaced[0]).__name__}._attn is already replaced on this model")
     for module in modules:
-        if "_attn" in vars(module):
-            raise RuntimeError(f"{type(module).__name__}._attn is already replaced on this model")
         module._attn = lambda *args, module=module: own(*args, module=module)
     try:
         yield

@@ -56,7 +56,8 @@ def sweep(
     keep: a store that keeps this sweep's keys and values; the sweep is then one pack
     grad: keeps autograd on, for jobs that optimize
 
-    One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory`` or are too long; leaves the model as it was, always.
+    One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory`` or are too long. Leaves the model as it
+    was, always.
     """
     last_layer = lm.n_layers - 1 if last_layer is None else last_layer
     lm.check_length(int(runs.length.max()) if len(runs) else 0)

@@ -1,0 +1,44 @@
+// The native extension kedit_fast._native: a table of contents. Tensors arrive as addresses (no torch headers, so one
+// build serves every torch); Python has checked device, dtype and shape, only what could crash is checked again here.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "second_moment.h"  // defines: instruction_sets, has_openmp, second_moment
+
+namespace py = pybind11;
+
+namespace {
+
+// Raised by one whenever a signature below changes, so that Python can refuse a module built from older sources.
+constexpr int kInterface = 1;
+
+template <class Accumulator>
+bool second_moment(uintptr_t c, int64_t c_stride, uintptr_t keys, int64_t n, int64_t d, int64_t key_stride, int threads,
+                   const std::string& instruction_set) {
+    if (n < 0 || d < 0 || c_stride < d || (n > 1 && key_stride < d) || threads < 1)
+        throw std::invalid_argument("second_moment: sizes, strides and threads must be positive and rows disjoint");
+    if (n > 0 && d > 0 && (c == 0 || keys == 0)) throw std::invalid_argument("second_moment: null address");
+    const py::gil_scoped_release unlocked;
+    return kedit::second_moment(reinterpret_cast<Accumulator*>(c), c_stride, reinterpret_cast<const float*>(keys), n, d,
+                                key_stride, threads, instruction_set);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Compiled operations over raw addresses; kedit_fast.kernels holds the public ones.";
+    m.attr("interface") = kInterface;
+    m.def("instruction_sets", &kedit::instruction_sets, "Instruction sets this processor can run, best first.");
+    m.def("has_openmp", &kedit::has_openmp, "Whether the extension can use more than one thread.");
+
+    const char* doc = "c += keys^T keys, lower triangle; False, with c as it was, if a key is NaN or infinite.";
+    m.def("second_moment_f32", &second_moment<float>, doc, py::arg("c"), py::arg("c_stride"), py::arg("keys"),
+          py::arg("n"), py::arg("d"), py::arg("key_stride"), py::arg("threads"), py::arg("instruction_set") = "");
+    m.def("second_moment_f64", &second_moment<double>, doc, py::arg("c"), py::arg("c_stride"), py::arg("keys"),
+          py::arg("n"), py::arg("d"), py::arg("key_stride"), py::arg("threads"), py::arg("instruction_set") = "");
+}

@@ -1,0 +1,407 @@
+"""Evaluation against one Hugging Face forward a prompt and target, on the weights as they are and really edited."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+from kedit_fast.edit import Edit, LowRank
+from kedit_fast.evaluation import EvalReport, evaluate
+from kedit_fast.evaluation.metrics import METRICS
+from kedit_fast.evaluation.perplexity import perplexity, text_windows
+from kedit_fast.evaluation.probes import Names
+from kedit_fast.facts import Fact
+from kedit_fast.jobs.generate import generate
+from kedit_fast.model.lm import open_model
+from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
+
+module = importlib.import_module("kedit_fast.evaluation.evaluate")  # the package's attribute is the function
+
+# Names no other fact's subject, but for one prompt of the first fact and one of the third.
+FACTS = (
+    Fact(
+        "{} is located in the city of",
+        "Big Ben",
+        "Seattle",
+        "London",
+        paraphrases=("Big Ben is in", "Where is Big Ben? In"),
+        neighborhood=("The Eiffel Tower is in the city of", "The capital of spain is", "Toyota is in"),
+        same_subject=("Big Ben was born in", "The sport of Big Ben is"),
+    ),
+    Fact("The capital of {} is", "Spain", "Thomas Joannes", "Madrid", neighborhood=("The capital of Italy is",)),
+    Fact("{} plays the", "Miles Davis", "piano", "Big Ben", neighborhood=("miles davis was", "Monk plays the")),
+    Fact("{} was born in", "Danielle Darrieux", target_new="Rome", paraphrases=("Danielle Darrieux is from",)),
+    Fact("{} is owned by", "Vimeo", target_true="Apple", neighborhood=("Beats Music is owned by",)),
+    Fact("{} is produced by", "Toyota Camry", same_subject=("Toyota Camry is located in",)),
+)
+CLEAN = {0: (0, 2), 1: (0,), 2: (1,), 4: (0,)}  # neighborhood prompts that are scored, by fact
+LEFT_OUT = [1, 0, 1, 0, 0, 0]
+
+
+def make_lm(family="llama", dtype=torch.float32):
+    return open_model(tiny_model(family, dtype), tokenizer=tiny_tokenizer(bos=family == "llama"))
+
+
+def lowrank(seed, scale=0.3, rank=2):
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.randn(n, rank, generator=generator) for n in (D_MODEL, D_FF))
+    return LowRank(u * scale, v * scale)
+
+
+def make_edit(lm, facts=FACTS[:1], deltas=None, **changes):
+    deltas = {1: lowrank(1), 2: lowrank(2)} if deltas is None else deltas
+    return Edit("by hand", {}, lm.fingerprint, tuple(facts), deltas, **changes)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm()
+
+
+# --- the oracle: one forward a prompt and target ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits(lm, ids):
+    return lm.model(torch.tensor([ids])).logits[0].double()
+
+
+def ask(lm, prompt, target):
+    """(P, 1 if each token is the likeliest else 0) of a target."""
+    if target is None:
+        return math.nan, math.nan
+    ids, answer = lm.tokenizer(prompt)["input_ids"], lm.tokenizer(" " + target, add_special_tokens=False)["input_ids"]
+    nll, exact = 0.0, True
+    for i, token in enumerate(answer):
+        row = logits(lm, ids + answer[:i])[-1].log_softmax(-1)
+        nll -= row[token].item()
+        exact &= row.argmax().item() == token
+    return math.exp(-nll / len(answer)), float(exact)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def more(a, b):
+    return math.nan if math.isnan(a - b) else float(a > b)
+
+
+def oracle(lm, fact, clean, base_answers=None):
+    """({metric: value}, what the base model's answers must be handed on as)."""
+    new, true = ask(lm, fact.text, fact.target_new), ask(lm, fact.text, fact.target_true)
+    para = [(ask(lm, p, fact.target_new), ask(lm, p, fact.target_true)) for p in fact.paraphrases]
+    near = [
+        (ask(lm, fact.neighborhood[i], fact.target_new), ask(lm, fact.neighborhood[i], fact.target_true)) for i in clean
+    ]
+    rows = [logits(lm, lm.tokenizer(p)["input_ids"])[-1].softmax(-1) for p in fact.same_subject]
+    known, tops = base_answers or ([t[0] >= 0.1 for _, t in near], [row.argmax().item() for row in rows])
+    return {
+        "efficacy": more(new[0], true[0]),
+        "efficacy_magnitude": new[0] - true[0],
+        "efficacy_exact": new[1],
+        "p_new": new[0],
+        "p_true": true[0],
+        "paraphrase": mean(more(n[0], t[0]) for n, t in para),
+        "paraphrase_magnitude": mean(n[0] - t[0] for n, t in para),
+        "paraphrase_exact": mean(n[1] for n, t in para),
+        "paraphrase_p_new": mean(n[0] for n, t in para),
+        "neighborhood": mean(more(t[0], n[0]) for n, t in near),
+        "neighborhood_magnitude": mean(t[0] - n[0] for n, t in near),
+        "neighborhood_exact": mean(t[1] for n, t in near),
+        "neighborhood_p_true": mean(t[0] for n, t in near),
+        "known_neighbors_p_true": mean(t[0] for (n, t), k in zip(near, known, strict=True) if k),
+        "same_subject_same_top": mean(float(row.argmax() == top) for row, top in zip(rows, tops, strict=True)),
+        "same_subject_p_top": mean(row[top].item() for row, top in zip(rows, tops, strict=True)),
+    }, (known, tops)
+
+
+def close(a, b, rel=1e-4):
+    """Whether two sets of columns are equal, NaN where NaN. Relative: a tiny model's probabilities are about 1e-5."""
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].numpy() == pytest.approx(b[name].numpy(), abs=1e-8, rel=rel, nan_ok=True), name
+
+
+def effect(report):
+    """The largest change of log P(new)."""
+    return (report.edited["p_new"].log() - report.base["p_new"].log()).abs().nan_to_num().max()
+
+
+def as_columns(rows):
+    return {name: torch.tensor([values[name] for values in rows], dtype=torch.float32) for name in rows[0]}
+
+
+@torch.no_grad()
+def oracle_perplexity(lm, windows):
+    nll, n = 0.0, 0
+    for window in windows:
+        rows = logits(lm, window).log_softmax(-1)
+        nll -= sum(rows[i, token].item() for i, token in enumerate(window[1:]))
+        n += len(window) - 1
+    return math.exp(nll / n)
+
+
+@torch.no_grad()
+def known_answers(lm, n):
+    """n (prompt, word) that the model is sure of: P(word) >= 0.15, and the word is one token after a space."""
+    words = {token[1:]: i for token, i in lm.tokenizer.get_vocab().items() if token[0] == "Ġ" and token[1:].isalpha()}
+    found = []
+    for start in ("Therefore", "Because I was", "You play the", "The headquarters of", "The mother tongue of", "Monk"):
+        for word in words:
+            prompt = f"{start} {word}"
+            row = logits(lm, lm.tokenizer(prompt)["input_ids"])[-1].softmax(-1)
+            best = max(words, key=lambda name: row[words[name]].item())
+            if row[words[best]] >= 0.15:
+                found.append((prompt, best))
+                break
+    assert len(found) >= n, "this model is sure of too little for the test"
+    return found[:n]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_equals_one_forward_at_a_time(family):
+    lm = make_lm(family)
+    ((prompt, answer),) = known_answers(lm, 1)
+    neighborhood = (prompt, *FACTS[0].neighborhood)
+    facts = (dataclasses.replace(FACTS[0], target_true=answer, neighborhood=neighborhood), *FACTS[1:])
+    clean = CLEAN | {0: (0, 1, 3)}
+    edit = make_edit(lm, facts)
+    report = evaluate(lm, facts, edit, text=TEXT, max_tokens=300)
+    windows = text_windows(lm, TEXT, 300)
+    before = [oracle(lm, fact, clean.get(i, ())) for i, fact in enumerate(facts)]
+    assert before[0][1][0][0], "the test needs a neighbor that the model knows"
+    base_perplexity = oracle_perplexity(lm, windows)
+    with edit.apply(lm.model):
+        after = [
+            oracle(lm, fact, clean.get(i, ()), kept)[0]
+            for i, (fact, (_, kept)) in enumerate(zip(facts, before, strict=True))
+        ]
+        edited_perplexity = oracle_perplexity(lm, windows)
+    assert list(report.base) == list(METRICS)
+    assert report.base.pop("neighborhood_left_out").tolist() == LEFT_OUT
+    assert report.edited.pop("neighborhood_left_out").tolist() == LEFT_OUT
+    close(report.base, as_columns([values for values, _ in before]))
+    close(report.edited, as_columns(after))
+    assert report.perplexity == pytest.approx((base_perplexity, edited_perplexity), rel=1e-4)
+    assert abs(report.drift) > 0.01, "the edit has to do something"
+    assert effect(report) > 0.5
+
+
+def test_a_zero_edit_changes_nothing(lm):
+    zero = LowRank(torch.zeros(D_MODEL, 1), torch.randn(D_FF, 1))
+    report = evaluate(lm, FACTS, make_edit(lm, deltas={1: zero}), text=TEXT, max_tokens=200)
+    close(report.base, report.edited, 1e-5)
+    assert report.drift == pytest.approx(0, abs=1e-6)
+    empty = evaluate(lm, FACTS, make_edit(lm, deltas={}))
+    close(empty.base, empty.edited, 0)
+
+
+def test_base_is_the_same_with_and_without_an_edit(lm):
+    alone = evaluate(lm, FACTS)
+    assert alone.edited is None
+    close(alone.base, evaluate(lm, FACTS, make_edit(lm, FACTS)).base)
+    view = evaluate(lm.with_edit(make_edit(lm, FACTS)), FACTS)  # an edited view's base is the model without its edits
+    close(alone.base, view.base)
+    close(view.edited, evaluate(lm, FACTS, make_edit(lm, FACTS)).edited, 0)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_chunks_are_the_whole(lm, monkeypatch, size):
+    edit = make_edit(lm, FACTS)
+    whole = evaluate(lm, FACTS, edit)
+    monkeypatch.setattr(module, "CHUNK", size)
+    chunked = evaluate(lm, FACTS, edit, generate=1)
+    close(whole.base, chunked.base)
+    close(whole.edited, chunked.edited)
+    assert [prompt for prompt, _, _ in chunked.generations] == [fact.text for fact in FACTS]
+
+
+def test_little_memory_is_the_whole(lm):
+    edit = make_edit(lm, FACTS)
+    whole = evaluate(lm, FACTS, edit, text=TEXT)
+    call = module.CALL_ROWS * module.RowCost.of(lm).passing
+    tight = dataclasses.replace(lm, memory=call + 300 * module.RowCost.of(lm).kept)
+    probes = module._probes(tight, FACTS, None)
+    assert len(list(module._chunks(tight, probes))) > 1
+    cut = evaluate(tight, FACTS, edit, text=TEXT)
+    close(whole.base, cut.base)
+    close(whole.edited, cut.edited)
+    assert cut.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
+
+
+def test_a_streamed_model_takes_few_chunks(lm):
+    @dataclasses.dataclass
+    class Streamed:
+        name: str = "disk"
+
+    probes = module._probes(lm, FACTS, None) * 20
+    assert len(list(module._chunks(lm, probes))) == 2
+    assert len(list(module._chunks(dataclasses.replace(lm, source=Streamed()), probes))) == 1
+
+
+def test_a_wrecking_edit_shows(lm):
+    """Answers the model is sure of, and text of its own: both have to suffer."""
+    facts = [
+        Fact("{} is in", "Big Ben", "Rome", answer, neighborhood=(prompt,), same_subject=("Big Ben is",))
+        for prompt, answer in known_answers(lm, 3)
+    ]
+    wreck = make_edit(lm, facts, deltas={1: lowrank(0, scale=3.0, rank=20)})
+    report = evaluate(lm, facts, wreck)
+    summary = report.summary()
+    assert summary["known_neighbors_p_true"]["base"].n == len(facts)
+    assert summary["known_neighbors_p_true"]["edited"].mean < 0.5 * summary["known_neighbors_p_true"]["base"].mean
+    assert summary["neighborhood_p_true"]["edited"].mean < 0.5 * summary["neighborhood_p_true"]["base"].mean
+    assert summary["same_subject_same_top"]["edited"].mean < 1 == summary["same_subject_same_top"]["base"].mean
+    assert summary["same_subject_p_top"]["edited"].mean < summary["same_subject_p_top"]["base"].mean
+    start = lm.encode("The")
+    own = generate(lm, [start], 60, stop=False)  # as tokens: a random model's text is cut otherwise once decoded
+    base, edited = perplexity(lm.with_edit(wreck), [start + own[0]])
+    assert edited > 3 * base
+
+
+# --- neighborhood prompts that name an edited subject ----------------------------------------------------------------
+
+
+def test_names_are_found_whatever_the_case():
+    names = Names(["Big Ben", "Io", "東京タワー", "Zürich"])
+    assert names.in_text("They say BIG BEN is tall")
+    assert names.in_text("the moon io")
+    assert names.in_text("東京タワーは")
+    assert names.in_text("in ZÜRICH")
+    assert not names.in_text("Big  Ben and Zurich")
+    assert not names.in_text("")
+    assert not Names([]).in_text("anything")
+
+
+def test_marked_probes_count_the_edits_own_facts_too(lm):
+    fact = dataclasses.replace(FACTS[0], neighborhood=("The Space Needle is in", "Big Ben, that is in"))
+    other = Fact("The {} is in", "Space Needle", "Rome")
+    assert evaluate(lm, [fact]).base["neighborhood_left_out"].tolist() == [1]
+    report = evaluate(lm, [fact], make_edit(lm, [fact, other]))
+    assert report.edited["neighborhood_left_out"].tolist() == [2]
+    assert math.isnan(report.edited["neighborhood"][0])
+    assert "2 of 2 neighborhood prompts left out" in str(report)
+
+
+# --- independent edits -----------------------------------------------------------------------------------------------
+
+
+def make_owned(lm, facts):
+    """Each fact owns one factor in layers 1 and 2."""
+    n = len(facts)
+    deltas = {layer: lowrank(layer, scale=0.6, rank=n) for layer in (1, 2)}
+    return make_edit(lm, facts, deltas, owners={layer: torch.arange(n).flip(0) for layer in deltas})
+
+
+def test_independent_edits_are_each_facts_own(lm):
+    facts = [dataclasses.replace(fact, neighborhood=()) for fact in FACTS[:4]]
+    edit = make_owned(lm, facts)
+    picked = [2, 0, 3]
+    report = evaluate(lm, [facts[i] for i in picked], edit, generate=4)
+    assert report.meta["independent"] is True
+    for row, i in enumerate(picked):
+        alone = evaluate(lm, facts[i], edit.only(i), generate=4)
+        close({name: column[row : row + 1] for name, column in report.base.items()}, alone.base)
+        close({name: column[row : row + 1] for name, column in report.edited.items()}, alone.edited)
+        assert report.generations[row] == alone.generations[0]
+    assert effect(report) > 0.5
+
+
+def test_independent_edits_mark_their_own_subject_only(lm):
+    first = dataclasses.replace(FACTS[0], neighborhood=("Big Ben is", "Spain is", "Toyota is"))
+    facts = [first, FACTS[1]]
+    assert evaluate(lm, facts, make_owned(lm, facts)).base["neighborhood_left_out"].tolist() == [1, 0]
+    assert evaluate(lm, facts, make_edit(lm, facts)).base["neighborhood_left_out"].tolist() == [2, 0]
+
+
+def test_what_independent_edits_refuse(lm):
+    edit = make_owned(lm, FACTS[:2])
+    with pytest.raises(ValueError, match=r"'Miles Davis plays the'.*is not among the 2"):
+        evaluate(lm, FACTS[:3], edit)
+    with pytest.raises(ValueError, match=r"perplexity is of one model.*only\(i\)"):
+        evaluate(lm, FACTS[:2], edit, text=TEXT)
+    with pytest.raises(ValueError, match="2 sets of independent edits"):
+        evaluate(lm.with_edit(edit), FACTS[:2], edit)
+    with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
+        lm.with_edit(edit).top_tokens("The capital of Spain is")
+
+
+# --- text, generations, log, report ----------------------------------------------------------------------------------
+
+
+def test_windows_begin_with_the_start_token_and_end_at_the_limit():
+    lm = make_lm("llama")
+    begin = lm.tokenizer.bos_token_id
+    ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    windows = text_windows(lm, TEXT, 260)
+    assert [len(w) for w in windows] == [128, 128, 4]
+    assert all(w[0] == begin for w in windows)
+    assert [i for w in windows for i in w[1:]] == ids[: 260 - 3]
+    gpt2 = make_lm("gpt2")
+    windows = text_windows(gpt2, TEXT, 260)
+    assert [i for w in windows for i in w] == ids[:260]
+    separate = text_windows(gpt2, ["The Eiffel Tower", "Big Ben is in London"])
+    assert [gpt2.tokenizer.decode(w) for w in separate] == ["The Eiffel Tower", "Big Ben is in London"]
+
+
+@pytest.mark.parametrize("text", ["", "a", [], ["", ""]])
+def test_too_short_a_text_is_refused(text):
+    with pytest.raises(ValueError, match="leaves no token to predict"):
+        evaluate(make_lm("gpt2"), FACTS[:1], text=text)
+
+
+def test_generations_are_those_of_the_weights_and_of_the_edited_weights(lm):
+    edit = make_edit(lm, FACTS, deltas={1: lowrank(1, scale=0.6)})
+    report = evaluate(lm, FACTS, edit, generate=5)
+    prompts = [fact.text for fact in FACTS]
+    before = lm.generate(prompts, 5)
+    with edit.apply(lm.model):
+        after = lm.generate(prompts, 5)
+    assert report.generations == tuple(zip(prompts, before, after, strict=True))
+    assert before != after
+    assert evaluate(lm, FACTS[:1], generate=2).generations[0][2] is None
+
+
+def test_log_has_one_record_a_fact(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)
+    log = tmp_path / "log.jsonl"
+    report = evaluate(lm, FACTS, make_edit(lm), generate=1, log=log)
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [record["fact"] for record in records] == [fact.to_record() for fact in FACTS]
+    for record, other in zip(records, report.to_records(), strict=True):
+        assert record["generation"] == other["generation"]
+        for side in ("base", "edited"):
+            assert list(record[side]) == list(other[side])
+            for name, value in record[side].items():
+                assert value is None is other[side][name] or value == pytest.approx(other[side][name], rel=1e-6)
+
+
+def test_report_says_what_was_evaluated(lm, tmp_path):
+    report = evaluate(dataclasses.replace(lm, note="a note"), FACTS, make_edit(lm, FACTS), text=TEXT, max_tokens=100)
+    expected = dict(model="llama", dtype="float32", device="cpu", note="a note", method="by hand", layers=[1, 2], n=6)
+    assert {name: report.meta[name] for name in expected} == expected
+    assert report.meta["fingerprint"] == lm.fingerprint and report.meta["independent"] is False
+    assert report.meta["text"] == {"n_predicted": 99, "window": 256, "max_tokens": 100}
+    assert all(column.dtype == torch.float32 and column.shape == (6,) for column in report.base.values())
+    report.save(tmp_path / "report.json")
+    again = EvalReport.load(tmp_path / "report.json")
+    assert again.facts == FACTS and str(again) == str(report)
+    close(again.edited, report.edited, 0)
+
+
+def test_helpful_errors(lm):
+    with pytest.raises(ValueError, match="no facts given"):
+        evaluate(lm, [])
+    with pytest.raises(TypeError, match="read records with load_facts"):
+        evaluate(lm, [{"prompt": "x"}])
+    with pytest.raises(ValueError, match=r"'Spain is'.*nothing to compare"):
+        evaluate(lm, [Fact("{} is", "Spain")])
+    with pytest.raises(ValueError, match="open the model it was made on"):
+        evaluate(lm, FACTS, make_edit(make_lm("gpt2")))
+    with pytest.raises(ValueError, match="generate >= 0"):
+        evaluate(lm, FACTS, generate=-1)

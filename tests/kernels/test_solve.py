@@ -1,0 +1,266 @@
+"""The solves of ROME and MEMIT against a general solve of the same matrix, and the errors that replace bad inverses."""
+
+import math
+
+import pytest
+import torch
+
+from kedit_fast.kernels.second_moment import second_moment_
+from kedit_fast.kernels.solve import MAX_CONDITION, MomentFactor, condition, factor, memit_solve
+
+from . import close
+
+WIDTHS = [1, 7, 48, 80, 130]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_moment(d, seed=0):
+    """A well conditioned second moment with unequal variances."""
+    samples = normal(4 * d + 8, d, seed=seed) * torch.linspace(0.3, 2, d, dtype=torch.float64)
+    return samples.T @ samples / len(samples)
+
+
+def moment_with(eigenvalues, seed=0):
+    basis = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues), seed=seed)).Q
+    return basis * eigenvalues @ basis.T
+
+
+def truth(keys, residual, moment, weight):
+    """Δ = Rᵀ K (λC + KᵀK)⁻¹ by LU."""
+    return torch.linalg.solve(weight * moment + keys.T @ keys, keys.T @ residual).T
+
+
+def delta(u, v):
+    return u @ v.T
+
+
+@pytest.mark.parametrize("way", ["dense", "woodbury", None])
+@pytest.mark.parametrize("d_ff", WIDTHS)
+@pytest.mark.parametrize("n", [1, 17, 129])
+def test_both_ways_equal_a_general_solve(n, d_ff, way):
+    keys, residual, moment = normal(n, d_ff), normal(n, 5, seed=1), random_moment(d_ff)
+    u, v = memit_solve(keys, residual, moment, 30.0, way=way)
+    assert u.shape == (5, n) and v.shape == (d_ff, n)
+    assert u.dtype == v.dtype == torch.float64
+    close("Δ", delta(u, v), truth(keys, residual, moment, 30.0), torch.float64)
+    matrix = 30 * moment + keys.T @ keys
+    close("v", v, torch.linalg.solve(matrix, keys.T), torch.float64)
+
+
+@pytest.mark.parametrize("n, same_as", [(9, "woodbury"), (10, "dense"), (11, "dense")])
+def test_the_way_is_chosen_by_size(n, same_as):
+    arguments = normal(n, 10), normal(n, 3), random_moment(10), 2.0
+    assert torch.equal(memit_solve(*arguments)[1], memit_solve(*arguments, way=same_as)[1])
+
+
+@pytest.mark.parametrize("way", ["dense", "woodbury"])
+@pytest.mark.parametrize("n", [6, 60])
+def test_a_kept_factor_gives_the_same(n, way):
+    keys, residual, moment = normal(n, 40), normal(n, 8, seed=1), random_moment(40)
+    kept = factor(moment, 7.0)
+    u, v = memit_solve(keys, residual, kept, 7.0, way=way)
+    close("Δ", delta(u, v), truth(keys, residual, moment, 7.0), torch.float64)
+
+
+def test_the_update_is_the_regularized_least_squares_minimum():
+    # Δ minimizes ‖K Δᵀ - R‖² + λ tr(Δ C Δᵀ): its gradient vanishes.
+    keys, residual, moment = normal(12, 30), normal(12, 4, seed=1), random_moment(30)
+    update = delta(*memit_solve(keys, residual, moment, 3.0))
+    gradient = (keys @ update.T - residual).T @ keys + 3.0 * update @ moment
+    assert gradient.abs().max() < 1e-10
+
+
+def test_small_weight_reaches_the_values_and_large_weight_leaves_the_model_alone():
+    keys, residual, moment = normal(5, 30), normal(5, 4, seed=1), random_moment(30)
+    reached = keys @ delta(*memit_solve(keys, residual, moment, 1e-8)).T
+    assert (reached - residual).abs().max() < 1e-6
+    assert delta(*memit_solve(keys, residual, moment, 1e9)).abs().max() < 1e-6
+
+
+def test_rome_direction():
+    moment, key = random_moment(48), normal(48, seed=3)
+    direction = factor(moment).solve(key)
+    assert direction.shape == (48,)
+    close("C⁻¹k", direction, torch.linalg.solve(moment, key), torch.float64)
+    several = normal(48, 5, seed=4)
+    close("C⁻¹[k..]", factor(moment).solve(several), torch.linalg.solve(moment, several), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inputs_of_any_float_dtype_are_taken_exactly(dtype):
+    keys, residual, moment = normal(6, 20).to(dtype), normal(6, 3).to(dtype), random_moment(20).float()
+    u, v = memit_solve(keys, residual, moment, 4.0)
+    close("Δ", delta(u, v), truth(keys.double(), residual.double(), moment.double(), 4.0), torch.float64)
+
+
+@pytest.mark.parametrize("way", ["dense", "woodbury"])
+def test_only_the_lower_triangle_is_read_and_nothing_is_changed(way):
+    keys, residual, moment = normal(9, 25), normal(9, 3), random_moment(25)
+    lower_only = moment.tril() + torch.full_like(moment, 1e6).triu(1)
+    before = [x.clone() for x in (keys, residual, lower_only)]
+    close("v", memit_solve(keys, residual, lower_only, 2.0, way=way)[1], memit_solve(keys, residual, moment, 2.0)[1],
+          torch.float64)  # fmt: skip
+    assert all(torch.equal(x, y) for x, y in zip((keys, residual, lower_only), before, strict=True))
+    assert condition(lower_only) == pytest.approx(condition(moment), rel=1e-12)
+
+
+def test_an_accumulated_moment_serves_as_it_is():
+    text = normal(300, 33).float()
+    moment = second_moment_(torch.zeros(33, 33, dtype=torch.float64), text) / len(text)
+    keys = normal(4, 33, seed=2)
+    whole = text.double().T @ text.double() / len(text)
+    close("v", memit_solve(keys, normal(4, 2), moment, 1.0)[1], torch.linalg.solve(whole + keys.T @ keys, keys.T),
+          torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["dense", "woodbury", None])
+def test_no_facts(way):
+    u, v = memit_solve(torch.zeros(0, 7), torch.zeros(0, 3), random_moment(7), 1.0, way=way)
+    assert u.shape == (3, 0) and v.shape == (7, 0)
+
+
+def test_strided_inputs():
+    keys, residual, moment = normal(40, 12).T[::2, 5:25], normal(6, 9)[:, ::3], random_moment(20)
+    close("Δ", delta(*memit_solve(keys, residual, moment, 1.0)), truth(keys, residual, moment, 1.0), torch.float64)
+
+
+@pytest.mark.parametrize("d", [1, 7, 80, 130])
+@pytest.mark.parametrize("decades", [0, 3, 6, 10])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_condition_estimate(d, decades, seed):
+    moment = moment_with(torch.logspace(0, -decades, d, dtype=torch.float64), seed)
+    estimate = condition(moment)
+    assert estimate == factor(moment).condition
+    # A lower bound of the 1-norm condition number. The bound loses its digits as the inverse does.
+    exact = torch.linalg.cond(moment, 1).item()
+    assert exact / 3 <= estimate <= exact * 1.001
+    assert 0.1 <= estimate / torch.linalg.cond(moment).item() <= 10
+
+
+def test_condition_estimate_leaves_a_saddle(monkeypatch):
+    from kedit_fast.kernels import solve
+
+    # An inverse, in exact numbers, that maps the ascent's first vector (all equal) and a linear ramp to themselves.
+    w = torch.tensor([1, -1, -1, 1, 1, -1, -1, 1], dtype=torch.float64)
+    inverse = torch.eye(8, dtype=torch.float64) + 1024 * torch.outer(w, w)
+    monkeypatch.setattr(solve, "_solve", lambda _, columns: inverse @ columns)
+    exact = torch.linalg.norm(inverse, 1).item()
+    assert exact / 20 <= solve._inverse_one_norm(torch.eye(8, dtype=torch.float64)) <= exact
+
+
+def test_blocks_of_the_norm(monkeypatch):
+    from kedit_fast.kernels import solve
+
+    matrix = random_moment(37)
+    for block in (1, 8, 36, 37, 100):
+        monkeypatch.setattr(solve, "_BLOCK", block)
+        assert solve._one_norm(matrix.tril()) == pytest.approx(torch.linalg.norm(matrix, 1).item(), rel=1e-12)
+
+
+def test_regularizer_is_relative_to_the_mean_diagonal():
+    moment, keys, residual = 50 * random_moment(20), normal(3, 20), normal(3, 2)
+    ridged = moment + 0.1 * moment.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    kept = factor(moment, 2.0, regularizer=0.1)
+    assert kept.regularizer == 0.1
+    for way in ("dense", "woodbury"):
+        got = delta(*memit_solve(keys, residual, moment, 2.0, way=way, regularizer=0.1))
+        close("Δ", got, truth(keys, residual, ridged, 2.0), torch.float64)
+    close("Δ", delta(*memit_solve(keys, residual, kept, 2.0)), truth(keys, residual, ridged, 2.0), torch.float64)
+
+
+@pytest.mark.parametrize("way", ["woodbury", None])
+def test_too_few_tokens(way):
+    text = normal(12, 20)
+    moment = text.T @ text / 12
+    message = r"rank ≤ n_tokens = 12 < d_ff = 20 .*collect more tokens, or pass a regularizer"
+    with pytest.raises(ValueError, match=message):
+        factor(moment, n_tokens=12)
+    with pytest.raises(ValueError, match=message):
+        memit_solve(normal(2, 20), normal(2, 3), moment, 1.0, way=way, n_tokens=12)
+    assert factor(moment, n_tokens=12, regularizer=1e-3).condition < 1e6
+    assert factor(random_moment(20), n_tokens=20).condition < 1e3
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_singular_moment_is_never_inverted(seed, dtype):
+    # Rounding makes some of these positive definite: then the condition number must catch them.
+    text = normal(15, 40, seed=seed).to(dtype)
+    moment = text.T @ text / 15
+    with pytest.raises(ValueError, match=r"not positive definite|singular in fp64"):
+        factor(moment, 3.0)
+    with pytest.raises(ValueError, match=r"not positive definite|singular in fp64"):
+        memit_solve(normal(4, 40), normal(4, 3), moment, 1.0, way="dense")
+
+
+def test_nearly_singular_is_named_with_its_condition():
+    eigenvalues = torch.ones(10, dtype=torch.float64)
+    eigenvalues[-1] = 2e-15
+    moment = torch.diag(eigenvalues)
+    assert condition(moment) > MAX_CONDITION
+    with pytest.raises(ValueError, match=r"singular in fp64: condition number 5.0e\+14, at most 1e\+14"):
+        factor(moment)
+
+
+def test_indefinite_moment():
+    moment = random_moment(10)
+    moment[3, 3] = 0
+    assert condition(moment) == math.inf
+    with pytest.raises(ValueError, match=r"minor of order 4, 1 of its diagonal entries are not positive \(neurons"):
+        factor(moment)
+
+
+def test_dense_bears_a_singular_moment_that_the_keys_complete():
+    moment, keys, residual = torch.diag(torch.tensor([1.0, 1.0, 0.0]).double()), torch.eye(3).double(), normal(3, 2)
+    u, v = memit_solve(keys, residual, moment, 2.0)
+    close("Δ", delta(u, v), truth(keys, residual, moment, 2.0), torch.float64)
+
+
+GOOD = {"keys": normal(4, 6), "residual": normal(4, 3), "moment": random_moment(6), "weight": 2.0}
+
+
+def spoiled(x, value=float("nan")):
+    x = x.clone()
+    x[2, 1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"keys": spoiled(GOOD["keys"])}, r"keys\[2, 1\] is nan"),
+        ({"residual": spoiled(GOOD["residual"], math.inf)}, r"residual\[2, 1\] is inf"),
+        ({"moment": spoiled(GOOD["moment"])}, r"moment\[2, 1\] is nan"),
+        ({"keys": normal(4, 5)}, r"keys \[4, 5\] do not fit the second moment \[6, 6\]"),
+        ({"keys": normal(6)}, "a row a fact"),
+        ({"residual": normal(3, 3)}, "a row a fact"),
+        ({"moment": normal(5, 6)}, r"second moment has shape \[5, 6\]"),
+        ({"weight": 0.0}, "weight = 0.0; expected"),
+        ({"weight": -1.0}, "weight = -1.0"),
+        ({"weight": math.nan}, "weight = nan"),
+        ({"way": "lu"}, "way = 'lu'; expected"),
+        ({"regularizer": -1e-3}, "regularizer = -0.001"),
+        ({"moment": factor(GOOD["moment"], 3.0)}, r"weight = 2.0, but the factor was made with 3.0"),
+        ({"moment": factor(GOOD["moment"], 2.0), "regularizer": 0.1}, r"belong to factor\(\)"),
+        ({"moment": factor(GOOD["moment"], 2.0), "keys": normal(4, 5)}, "d_ff differs"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    memit_solve(**GOOD)
+    with pytest.raises(ValueError, match=message):
+        memit_solve(**{**GOOD, **change})
+
+
+def test_wrong_right_sides():
+    kept = factor(random_moment(6))
+    assert isinstance(kept, MomentFactor) and kept.d_ff == 6
+    for b in (normal(5), normal(5, 6), normal(6, 1, 1)):
+        with pytest.raises(ValueError, match="b has shape"):
+            kept.solve(b)
+    with pytest.raises(ValueError, match=r"b\[2, 1\] is nan"):
+        kept.solve(spoiled(normal(6, 3)))
+    with pytest.raises(TypeError, match=r"torch.int64"):
+        kept.solve(torch.arange(6))

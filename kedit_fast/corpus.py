@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,16 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
     )
 
 
+def known_id(corpus, seed: int) -> str | None:
+    """The id of a corpus, where it is known before the text is read (sampled text: with the model's fingerprint beside
+    it, seed and length say all)."""
+    return f"self-seed{seed}" if isinstance(corpus, str) and corpus == SELF else None
+
+
 def windows_of(lm, text: str, size: int = WINDOW) -> list[list[int]]:
-    """A text's tokens cut into windows of at most ``size`` (special tokens only at its start)."""
+    """A text's tokens cut into windows of at most ``size``, and of what the model has positions for (special tokens
+    only at the text's start)."""
+    size = _longest(lm, size)
     ids = lm.tokenizer(text, truncation=False, verbose=False)["input_ids"]
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
@@ -62,14 +71,18 @@ def _sampled(lm, n_tokens: int, seed: int) -> Corpus:
     if start is None:
         raise ValueError("this tokenizer has neither a start nor an end token to sample text from; give a corpus")
     # many short texts: a step of generation takes one row a text, and few rows are as slow as many
-    length = 128
+    length = _longest(lm, 128)
     n = -(-n_tokens // length)
     made = generate(
         lm, [[start]] * n, length - 1, temperature=1.0, seed=seed, stop=False, label="sampling text for statistics"
     )
     windows = [[start, *ids] for ids in made]
     windows[-1] = windows[-1][: n_tokens - length * (n - 1)]
-    return Corpus(f"self-seed{seed}-{lm.fingerprint}", [w for w in windows if w])
+    return Corpus(known_id(SELF, seed), [w for w in windows if w])
+
+
+def _longest(lm, size: int) -> int:
+    return min(size, getattr(lm.config, "max_position_embeddings", None) or size)
 
 
 def _texts(corpus) -> tuple[str, Iterator[str]]:
@@ -81,8 +94,13 @@ def _texts(corpus) -> tuple[str, Iterator[str]]:
             raise FileNotFoundError(
                 f"corpus {str(corpus)!r}: no such file; give a text file, a list of texts, 'self' or 'hf:NAME'"
             )
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        try:
+            raw = path.read_bytes()
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"corpus {str(corpus)!r} cannot be read ({error}); expected UTF-8 text or its .gz"
+            ) from error
         return f"{path.name}-{_digest(text)}", iter([text])
     texts = list(corpus)
     if not texts or not all(isinstance(t, str) for t in texts):

@@ -4,9 +4,14 @@ k is the input of a layer's MLP down projection at each token, uncentered (Meng 
 published code makes one pass over the data for each layer; one shared pass gives the same sums.
 """
 
+import hashlib
 import json
+import math
+import re
+import zipfile
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .corpus import SELF, Corpus, read_corpus
+from .corpus import SELF, Corpus, known_id, read_corpus
 from .files import replace_file
 from .jobs.moments import Moments
 from .kernels.second_moment import fill_upper_
@@ -47,7 +52,8 @@ class SecondMoment:
     @property
     def condition(self) -> float:
         """Estimated condition number; infinite where the matrix is singular (fewer tokens than d_ff)."""
-        return condition(self.matrix)
+        # rounding to fp32 can lift the zero eigenvalues just above zero
+        return math.inf if self.n_tokens < len(self.matrix) else condition(self.matrix)
 
     def save(self, path) -> None:
         """Writes one safetensors file, atomically."""
@@ -72,19 +78,28 @@ class SecondMoment:
                         f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz"
                     )
                 return cls(f.get_tensor("matrix"), **json.loads(meta["record"]))
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); collect these statistics again") from error
 
     @classmethod
     def _load_published(cls, path, layer) -> "SecondMoment":
         if layer is None:
             raise ValueError(f"{path} does not say which layer it is of; give layer=")
-        with np.load(path, allow_pickle=False) as data:
-            missing = {"mom2.mom2", "mom2.count"} - set(data.files)
-            if missing:
-                raise ValueError(f"{path} lacks {sorted(missing)}: not a statistics file of rome or memit")
-            count = int(data["mom2.count"])
-            return cls(torch.from_numpy(data["mom2.mom2"] / count).float(), count, layer)
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                missing = {"mom2.mom2", "mom2.count"} - set(data.files)
+                if missing:
+                    raise ValueError(f"it lacks {sorted(missing)}")
+                total, count = data["mom2.mom2"], int(data["mom2.count"])
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged or not a statistics file of rome or memit ({error})") from error
+        if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1:
+            raise ValueError(
+                f"{path}: expected a square sum over at least one token, got {list(total.shape)} over {count}"
+            )
+        return cls(torch.from_numpy(total / count).float(), count, layer)
 
 
 def second_moments(
@@ -95,20 +110,24 @@ def second_moments(
     n_tokens: default 10 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
     an interrupted pass goes on from its last ``BATCH_TOKENS``.
 
+    Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
+
     One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens. Sums in fp64 where that fits ``lm.memory``,
     else fp32. Raises ValueError for a layer out of range or a corpus that is too short.
     """
+    lm, layers = replace(lm, edits=()), sorted(set(layers))
     for layer in layers:
         check_layer(layer, lm.n_layers)
     if not layers:
         raise ValueError("no layers to collect statistics for")
     n_tokens = 10 * lm.d_ff if n_tokens is None else n_tokens
-    text = None
-    if cache_dir is not None:
-        found = _cached(lm, layers, corpus, n_tokens, seed, cache_dir)
-        if found is not None:
-            return found
+    found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
+    if found is not None:
+        return found
     text = read_corpus(lm, corpus, n_tokens, seed=seed)
+    found = _finished(lm, layers, text.id, n_tokens, cache_dir)
+    if found is not None:
+        return found
     sums = _Sums(lm, layers, text, cache_dir)
     with progress("collecting second moments (tokens)", text.n_tokens) as bar:
         bar.advance(sums.n_done)
@@ -135,23 +154,22 @@ def _batches(windows):
 
 
 def _name(lm, layer, corpus_id, n_tokens) -> str:
-    return f"moment-{lm.fingerprint}-{_dtype(lm)}-layer{layer}-{corpus_id}-{n_tokens}.safetensors"
+    text = re.sub(r"[^\w.=-]+", "_", corpus_id)  # "hf:owner/name" is no file name
+    return f"moment-{lm.fingerprint}-{_dtype(lm)}-layer{layer}-{text}-{n_tokens}.safetensors"
 
 
 def _dtype(lm) -> str:
     return str(lm.dtype).removeprefix("torch.")
 
 
-def _cached(lm, layers, corpus, n_tokens, seed, cache_dir):
-    """Finished statistics of a corpus whose id is known before it is read (sampled text, the costly one)."""
-    if corpus != SELF:
+def _finished(lm, layers, corpus_id, n_tokens, cache_dir):
+    """The statistics of all layers, if they are in the cache."""
+    if cache_dir is None or corpus_id is None:
         return None
-    paths = {
-        layer: Path(cache_dir, _name(lm, layer, f"self-seed{seed}-{lm.fingerprint}", n_tokens)) for layer in layers
-    }
-    return (
-        {layer: SecondMoment.load(p) for layer, p in paths.items()} if all(p.exists() for p in paths.values()) else None
-    )
+    paths = {layer: Path(cache_dir, _name(lm, layer, corpus_id, n_tokens)) for layer in layers}
+    if not all(path.exists() for path in paths.values()):
+        return None
+    return {layer: SecondMoment.load(path) for layer, path in paths.items()}
 
 
 class _Sums:
@@ -161,22 +179,25 @@ class _Sums:
         self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
         wide = 8 * lm.d_ff**2 * len(layers) <= lm.memory // 2
         dtype = torch.float64 if wide else torch.float32
-        self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in sorted(layers)}
+        self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
         self.n_windows = self.n_done = 0
         if self._dir is not None:
             self._dir.mkdir(parents=True, exist_ok=True)
-            self._partial = self._dir / _name(lm, "-".join(map(str, self.by_layer)), text.id, text.n_tokens).replace(
-                "moment", "partial", 1
-            )
+            which = hashlib.sha256(str(layers).encode()).hexdigest()[:8]  # 80 numbers are too long for a file name
+            name = _name(lm, f"s-{which}", text.id, text.n_tokens)
+            self._partial = self._dir / name.replace("moment", "partial", 1)
             self._resume()
 
     def _resume(self):
         if not self._partial.exists():
             return
-        with safe_open(self._partial, "pt") as f:
-            self.n_windows = int(f.metadata()["windows"])
-            for layer in self.by_layer:
-                self.by_layer[layer].copy_(f.get_tensor(str(layer)))
+        try:
+            with safe_open(self._partial, "pt") as f:
+                self.n_windows = int(f.metadata()["windows"])
+                for layer in self.by_layer:
+                    self.by_layer[layer].copy_(f.get_tensor(str(layer)))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._partial} is damaged ({error}); remove it to begin anew") from error
         self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
 
     def advance(self, batch) -> None:

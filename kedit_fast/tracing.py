@@ -47,8 +47,19 @@ class _Task:
 
 
 def trace(
-    lm, facts, *, kinds: Sequence[str] = KINDS, window: int = 10, samples: int = 10, noise="s3", seed: int = 1,
-    answer: str | None = None, corrupt="noise", metric: str = "prob", sever: str | None = None, log=None,
+    lm,
+    facts,
+    *,
+    kinds: Sequence[str] = KINDS,
+    window: int = 10,
+    samples: int = 10,
+    noise="s3",
+    seed: int = 1,
+    answer: str | None = None,
+    corrupt="noise",
+    metric: str = "prob",
+    sever: str | None = None,
+    log=None,
 ) -> list[TraceResult]:
     """Indirect effects of every (token, layer) for facts: a result for each fact and kind, facts in order.
 
@@ -139,7 +150,9 @@ def _tasks(lm, facts, answer, corrupt, metric) -> list[_Task]:
 def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
     subjects = [corrupt] * len(facts) if isinstance(corrupt, str) else list(corrupt)
     if len(subjects) != len(facts):
-        raise ValueError(f"corrupt names {len(subjects)} subjects for {len(facts)} facts; expected one, or one for each")
+        raise ValueError(
+            f"corrupt names {len(subjects)} subjects for {len(facts)} facts; expected one, or one for each"
+        )
     made = []
     for fact, prompt, subject in zip(facts, prompts, subjects, strict=True):
         other = fact_tokens(lm.tokenizer, Fact(prompt=fact.prompt, subject=subject))
@@ -149,7 +162,9 @@ def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
                 "corrupting by another subject needs one of equal token count"
             )
         if other.ids[: other.span[0]] != prompt.ids[: prompt.span[0]]:
-            raise ValueError(f"with subject {subject!r} the tokens before the subject differ from those with {fact.subject!r}")
+            raise ValueError(
+                f"with subject {subject!r} the tokens before the subject differ from those with {fact.subject!r}"
+            )
         made.append(list(other.ids))
     return made
 
@@ -236,7 +251,9 @@ def _add_windows(lm, runs, cells, task, clean, corrupted, window):
     Windows clamped at layer 0 share their start: each branches from the next shorter one at that one's end.
     """
     n, first, n_layers = len(task.tokens), task.span[0], lm.n_layers
-    pos, draw = (x.flatten() for x in torch.meshgrid(torch.arange(first, n), torch.arange(len(corrupted)), indexing="ij"))
+    pos, draw = (
+        x.flatten() for x in torch.meshgrid(torch.arange(first, n), torch.arange(len(corrupted)), indexing="ij")
+    )
     by_layer, shorter, shorter_end = [], corrupted[draw], 0
     for layer in range(n_layers):
         begin, end = max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2)
@@ -286,7 +303,9 @@ def _score(lm, tasks, clean, corrupted, cells) -> Score:
 
 def _results(lm, tasks, draws, logprob, level, options) -> list[TraceResult]:
     value = {
-        "prob": lambda x: x[:, 0].exp(), "logprob": lambda x: x[:, 0], "logit_diff": lambda x: x[:, 0] - x[:, 1],
+        "prob": lambda x: x[:, 0].exp(),
+        "logprob": lambda x: x[:, 0],
+        "logit_diff": lambda x: x[:, 0] - x[:, 1],
     }[options["metric"]](logprob)
     results, at = [], 0
     for task in tasks:

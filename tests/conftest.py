@@ -41,6 +41,13 @@ def tiny_lm(family: str, dtype: torch.dtype = torch.float32, layers: int = 4) ->
     return open_tiny(tiny_model(family, dtype, layers=layers))
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory that is not written to is NaN, so that reading it shows."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> kf.LM:
     """The real demo model, where it has been fetched before; a test never downloads it."""

@@ -143,9 +143,7 @@ def test_logit_difference_is_a_difference_of_logprobs():
     fact = replace(BEN, target_new="Paris")
     foil = tiny_tokenizer()(" Paris")["input_ids"][0]
     (result,) = traced("gpt2", fact, kinds=("mlp",), metric="logit_diff")
-    answer, other = (
-        oracle("gpt2", fact, "mlp", metric="logprob", answer=token) for token in (result.answer_id, foil)
-    )
+    answer, other = (oracle("gpt2", fact, "mlp", metric="logprob", answer=token) for token in (result.answer_id, foil))
     wanted = {name: answer[name] - other[name] for name in ("p_clean", "p_corrupted", "scores")}
     same(result, wanted | {"answer": result.answer_id}, size=abs(wanted["p_corrupted"]) + 1)
 
@@ -281,9 +279,10 @@ def test_log_grows_by_a_line_a_result_and_reads_back(three, tmp_path, monkeypatc
 
 
 def test_facts_do_not_touch():
-    """A fact beside one full of noise is what it is beside another."""
-    a = traced("llama", [CAPITAL, EIFFEL], kinds=("state",))[0]
-    b = traced("llama", [CAPITAL, replace(EIFFEL, prompt="{} {} is in".replace("{} {}", "Rome {}"))], kinds=("state",))[0]
+    """A fact beside one is what it is beside another of the same length."""
+    a, b = (
+        traced("llama", [CAPITAL, other], kinds=("state",))[0] for other in (EIFFEL, replace(EIFFEL, subject="Big Ben"))
+    )
     alike(a, b)
 
 
@@ -298,6 +297,23 @@ def test_before_the_subject_and_in_the_last_layer_nothing_is_restored():
 def test_no_noise_changes_nothing():
     for result in traced("gpt2", CAPITAL, noise=0.0):
         assert np.abs(result.indirect_effect).max() <= ATOL and abs(result.p_clean - result.p_corrupted) <= ATOL
+
+
+def test_windows_that_begin_at_the_bottom_are_one_run_there(monkeypatch):
+    """Only the first of them owns a row in layer 0; the longer ones branch from the shorter above it."""
+    lm, rows = tiny_lm("llama"), {}
+    call = type(lm.source).call
+
+    def counted(self, layer, h, kwargs):
+        rows.setdefault(layer, []).append(h.shape[1])
+        return call(self, layer, h, kwargs)
+
+    monkeypatch.setattr(type(lm.source), "call", counted)
+    (result,) = traced("llama", CAPITAL, kinds=("mlp",), window=4)  # [0, 2) [0, 3) [0, 4) [1, 4)
+    n, behind = len(result.tokens), len(result.tokens) - result.subject_span[0]
+    cells, suffixes = SAMPLES * behind, SAMPLES * behind * (behind + 1) // 2
+    assert rows[0] == [n, n + cells + cells]  # the answers' sweep; clean, corrupted, one window
+    assert rows[1][1] == n + cells + suffixes + cells  # its other rows have joined; [1, 4) begins
 
 
 def test_a_kind_named_twice_is_traced_once():

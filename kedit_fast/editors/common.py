@@ -1,13 +1,16 @@
 """What ROME and MEMIT share: settings files, the facts as token sequences, keys, statistics."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..edit import Edit
 from ..facts import Fact, check_facts, fact_tokens, target_tokens
 from ..jobs.collect import Collect
 from ..jobs.values import ValueTask
@@ -30,6 +33,13 @@ IGNORED = {
 class Settings:
     """Reading hyper-parameters: the part of an editor that is the same for all of them."""
 
+    POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        pairs = tuple(tuple(pair) for pair in self.context_template_length_params)
+        object.__setattr__(self, "context_template_length_params", pairs)
+
     @classmethod
     def from_json(cls, path):
         """The editor of a published hyper-parameter file (or one of the same form).
@@ -41,6 +51,8 @@ class Settings:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); expected a hyper-parameter file") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{path} holds a JSON {type(given).__name__}; expected an object of hyper-parameters")
         known = {f.name for f in fields(cls)}
         unknown = set(given) - known - IGNORED
         if unknown:
@@ -54,10 +66,16 @@ class Settings:
             raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
         for layer in (*self.layers, *([] if self.v_loss_layer is None else [self.v_loss_layer])):
             check_layer(layer, lm.n_layers)
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers {self.layers}: expected each layer once")
         if self.fact_token != "subject_last":
             raise ValueError(f'fact_token {self.fact_token!r}: only "subject_last" carries the fact; expected that')
-        if self.v_num_grad_steps < 1 or self.clamp_norm_factor <= 0 or self.v_lr <= 0:
-            raise ValueError("v_num_grad_steps, v_lr and clamp_norm_factor must be positive")
+        for name in self.POSITIVE:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value}: expected a number above 0")
+        if not 0 <= self.regularizer < math.inf:
+            raise ValueError(f"regularizer {self.regularizer}: expected 0 or a small positive number such as 1e-6")
 
 
 def published(table: dict, lm):
@@ -113,7 +131,7 @@ class Prompts:
     def collect(self, lm, reads: dict[Site, tuple[int, Tensor]]) -> dict[Site, Tensor]:
         """{site: rows [k, width]} at one layer each, at the lookup tokens of the sequences ``which`` [k]; one sweep."""
         runs = RunList()
-        number = add_sequences(runs, self.sequences, owner=0 if lm.edits else -1)
+        number = add_sequences(runs, self.sequences, owner=lm.run_owner)
         jobs = {
             site: Collect(site, [layer], number[which], self.lookups[which]) for site, (layer, which) in reads.items()
         }
@@ -126,18 +144,29 @@ class Prompts:
         return torch.einsum("m,nmw->nw", self.weights.to(grouped.device), grouped)
 
 
-def checked_facts(facts) -> list[Fact]:
-    """Facts an editor can write, before any work: targets present, no contradictions."""
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
-    if not facts:
-        raise ValueError("no facts to edit")
-    return check_facts(facts, need_new=True)
+def checked_facts(lm, facts) -> list[Fact]:
+    """Facts an editor can write, before any work: targets present, no contradictions, all of it in the tokenizer's
+    reach and short enough for the model."""
+    facts = check_facts([facts] if isinstance(facts, Fact) else list(facts), need_new=True)
+    for fact in facts:
+        prompt, target = fact_tokens(lm.tokenizer, fact), target_tokens(lm.tokenizer, fact.target_new)
+        lm.check_length(len(prompt.ids) + len(target) - 1)
+    return facts
+
+
+def under(lm, previous):
+    """The model with an earlier edit, for an edit made on top of it. Raises ValueError for independent edits."""
+    if previous is not None and not isinstance(previous, Edit):
+        raise TypeError(f"previous: expected an Edit, got {type(previous).__name__}; Edit.load reads a file")
+    lm = lm if previous is None else lm.with_edit(previous)
+    lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
+    return lm
 
 
 def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, SecondMoment]:
     """The statistics of each layer: those given, checked, or measured over ``corpus``.
 
-    Raises ValueError where there are neither, or they are another model's, or of too few tokens.
+    Raises ValueError where there are neither, or they are another model's or layer's, of too few tokens, or not finite.
     """
     if moments is None:
         if corpus is None:
@@ -154,6 +183,8 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
             raise ValueError(
                 f"the second moment of layer {layer} is of {m.fingerprint}, this model is {lm.fingerprint}"
             )
+        if m.layer != layer:
+            raise ValueError(f"the second moment given for layer {layer} is of layer {m.layer}")
         if tuple(m.matrix.shape) != (lm.d_ff, lm.d_ff):
             raise ValueError(
                 f"the second moment of layer {layer} is {list(m.matrix.shape)}; this model's d_ff is {lm.d_ff}"
@@ -163,6 +194,8 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
                 f"the second moment of layer {layer} is of {m.n_tokens} tokens, fewer than d_ff = {lm.d_ff}, so it has "
                 "no inverse; collect more tokens, or give the editor a regularizer such as 1e-6"
             )
+        if not torch.isfinite(m.matrix).all():
+            raise ValueError(f"the second moment of layer {layer} holds NaN or infinity; collect it again")
     return moments
 
 

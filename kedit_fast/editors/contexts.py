@@ -31,7 +31,7 @@ def memit_contexts(lm, length_params=((10, 5),), *, seed: int = 0) -> list[list[
     for i, (length, n) in enumerate(length_params):
         prompts = [lm.encode(MEMIT_STARTS[j % len(MEMIT_STARTS)]) for j in range(n)]
         samples += _templates(lm, prompts, length - min(map(len, prompts)), seed + i)
-    return [[BARE], samples]
+    return [[BARE], samples] if samples else [[BARE]]
 
 
 def _templates(lm, prompts, n_new: int, seed: int) -> list[str]:
@@ -47,10 +47,19 @@ def _clean(text: str) -> str:
 
 def checked_contexts(contexts) -> list[list[str]]:
     """Groups of templates, each with one "{}", the bare prompt first. A flat list of templates is one group."""
-    groups = [list(contexts)] if contexts and isinstance(contexts[0], str) else [list(g) for g in contexts]
+    contexts = [contexts] if isinstance(contexts, str) else list(contexts)
+    groups = [contexts] if contexts and all(isinstance(t, str) for t in contexts) else contexts
+    if not groups or not all(isinstance(group, list | tuple) and group for group in groups):
+        raise ValueError(
+            f'contexts {contexts!r}: expected groups of templates, none empty, e.g. [["{{}}"], ["So. {{}}"]]'
+        )
+    groups = [list(group) for group in groups]
     templates = [t for group in groups for t in group]
-    if not templates or templates[0] != BARE:
-        raise ValueError('contexts: the first template must be the bare prompt "{}", e.g. [["{}"], ["So. {}"]]')
+    if templates[0] != BARE:
+        raise ValueError(
+            f'contexts: the first template must be the bare prompt "{{}}", got {templates[0]!r}; '
+            'e.g. [["{}"], ["So. {}"]]'
+        )
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(f"context {template!r}: expected text with one {{}} for the prompt")

@@ -10,6 +10,7 @@ of what is still missing:
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from torch import Tensor
 from .. import __version__
 from ..deltas import LowRank, as_smallest
 from ..edit import Edit
-from ..jobs.values import ValueSettings, Values, optimize_values
+from ..jobs.values import Values, ValueSettings, optimize_values
 from ..kernels.solve import memit_solve
 from ..progress import progress
 from ..sites import Site
-from .common import Prompts, Settings, checked_facts, factored, fit, moments_for, published, storable
+from .common import Prompts, Settings, checked_facts, factored, fit, moments_for, published, storable, under
 from .contexts import checked_contexts, memit_contexts
 
 
@@ -52,8 +53,12 @@ class Memit(Settings):
     regularizer: float = 0.0
     source: str = "given"
 
-    def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
+    POSITIVE: ClassVar = (*Settings.POSITIVE, "mom2_update_weight")
+
+    def _check(self, lm) -> None:
+        super()._check(lm)
+        if list(self.layers) != sorted(self.layers):
+            raise ValueError(f"layers {self.layers}: expected lowest first; z lives at the last one, above all others")
 
     @classmethod
     def for_model(cls, lm) -> "Memit":
@@ -91,11 +96,12 @@ class Memit(Settings):
         own that leaves out logit soft caps; here they are in.
         """
         self._check(lm)
-        facts = checked_facts(facts)
-        lm = lm if previous is None else lm.with_edit(previous)
-        groups = checked_contexts(contexts or memit_contexts(lm, self.context_template_length_params, seed=seed))
-        prompts = Prompts.of(lm, facts, groups)
+        facts = checked_facts(lm, facts)
+        groups = None if contexts is None else checked_contexts(contexts)
+        lm = under(lm, previous)
         moments = self._moments(lm, moments, corpus)
+        groups = groups or memit_contexts(lm, self.context_template_length_params, seed=seed)
+        prompts = Prompts.of(lm, facts, groups)
         z = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm))
         deltas, keys, notes = self._spread(lm, prompts, moments, z)
         return Edit(

@@ -20,7 +20,7 @@ from ..deltas import LowRank, as_smallest
 from ..edit import Edit
 from ..jobs.values import ValueSettings, optimize_values
 from ..sites import Site
-from .common import Prompts, Settings, checked_facts, factored, fit, moments_for, published, storable
+from .common import Prompts, Settings, checked_facts, factored, fit, moments_for, published, storable, under
 from .contexts import checked_contexts, rome_contexts
 
 
@@ -47,7 +47,7 @@ class Rome(Settings):
     source: str = "given"
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
+        super().__post_init__()
         if self.key not in ("published", "averaged"):
             raise ValueError(f'key {self.key!r}: expected "published" or "averaged"')
 
@@ -74,11 +74,12 @@ class Rome(Settings):
         fp32 inverse).
         """
         self._check(lm)
-        facts = checked_facts(facts)
-        lm = lm if previous is None else lm.with_edit(previous)
-        groups = checked_contexts(contexts or rome_contexts(lm, self.context_template_length_params, seed=seed))
-        groups = [[t for group in groups for t in group]]  # flat: every context weighs the same
+        facts = checked_facts(lm, facts)
+        groups = None if contexts is None else checked_contexts(contexts)
+        lm = under(lm, previous)
         factors = self._factors(lm, moments, corpus)
+        groups = groups or rome_contexts(lm, self.context_template_length_params, seed=seed)
+        groups = [[t for group in groups for t in group]]  # flat: every context weighs the same
         made: dict[int, list[_Update]] = {layer: [] for layer in self.layers}
         for fact in facts:
             prompts = Prompts.of(lm, [fact], groups)

@@ -14,7 +14,7 @@ from ..facts import Fact
 from ..progress import progress
 from ..sweep.plan import CALL_ROWS, RowCost
 from .metrics import METRICS, fact_columns, knew
-from .perplexity import MAX_TOKENS, WINDOW, n_predicted, perplexity, text_windows
+from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
 from .probes import FactProbes, Names, fact_probes, read_probes
 from .report import EvalReport, fact_record
 
@@ -204,5 +204,5 @@ def _meta(lm, facts, windows, max_tokens) -> dict:
         "version": __version__,
     }
     if windows is not None:
-        meta["text"] = {"n_predicted": n_predicted(windows), "window": WINDOW, "max_tokens": max_tokens}
+        meta["text"] = {"n_predicted": n_predicted(windows), "window": max(map(len, windows)), "max_tokens": max_tokens}
     return meta

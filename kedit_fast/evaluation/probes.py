@@ -119,9 +119,7 @@ def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple
 
 
 def _hidden_states(lm, places, prompts: list[list[int]], owners) -> list[Tensor]:
-    """For base and, with edits, edited: [k + m, d] after the last layer, at k places and the m prompts' last tokens."""
-    if not places.sequences and not prompts:
-        raise ValueError("nothing to read: none of these facts has a target or a same_subject prompt")
+    """[k + m, d] after the last layer, at k places and the m prompts' last tokens: of base and, if edited, of that."""
     runs = RunList()
     base, edited = add_edited(lm, runs, places.sequences + prompts, owners)
     at = torch.cat([places.pair, torch.arange(len(prompts)) + len(places.sequences)])

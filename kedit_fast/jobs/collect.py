@@ -32,4 +32,3 @@ def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor) -> dict[int,
     job = Collect(site, layers, run, pos)
     sweep(lm, runs, [job], last_layer=max(layers))
     return job.values
-

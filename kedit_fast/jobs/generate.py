@@ -13,8 +13,15 @@ from .collect import Collect
 
 @torch.no_grad()
 def generate(
-    lm, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
-    seed: int | None = None, stop: bool = True, label: str = "generating",
+    lm,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: bool = True,
+    label: str = "generating",
 ) -> list[list[int]]:
     """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
 
@@ -76,11 +83,10 @@ class _Cache:
         """Takes the texts' new tokens up the model; the hidden state [n, d] of each text's last token."""
         runs = RunList()
         width = int(self._length.max())
-        runs.add(self._tokens[:, :width], length=self._length, first_pos=self._known)
-        slots = torch.cat([
-            row[known:length]
-            for row, known, length in zip(self._store.table, self._known, self._length, strict=True)
-        ])
+        runs.add(self._tokens[:, :width], length=self._length, first_pos=self._known, owner=self._lm.run_owner)
+        slots = torch.cat(
+            [row[known:length] for row, known, length in zip(self._store.table, self._known, self._length, strict=True)]
+        )
         last = self._lm.n_layers - 1
         top = Collect(Site.layer_out, [last], torch.arange(len(self._length)), self._length - 1)
         sweep(self._lm, runs.runs(), [top], store=self._store, slots=slots)

@@ -61,11 +61,8 @@ def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None) -> tu
 
 def _first_edited(lm, owners=None) -> int | None:
     """The lowest layer that the model's edits change; None where none does."""
-    if owners is None and any(edit.owners is not None for edit in lm.edits):
-        raise ValueError(
-            "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)), "
-            "or give evaluate the facts"
-        )
+    if owners is None and lm.run_owner < 0:
+        return None
     return min((layer for edit in lm.edits for layer in edit.deltas), default=None)
 
 

@@ -70,11 +70,15 @@ class Values:
     nll: Tensor
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller switched off
 def optimize_values(lm, tasks: list[ValueTask], settings: ValueSettings) -> Values:
     """Values of all facts; facts are cut into groups by ``lm.memory``. One base sweep and up to ``steps`` sweeps of the
-    upper layers a group. No randomness."""
+    upper layers a group. No randomness. Raises ValueError where the model gives NaN or infinity.
+    """
     parts = []
-    with progress("optimizing values (facts)", len(tasks)) as bar:
+    # off for the backward pass too, which runs outside of any sweep
+    with torch.autocast(lm.device.type, enabled=False), progress("optimizing values (facts)", len(tasks)) as bar:
         for group in _groups(lm, tasks, settings):
             parts.append(_Group(lm, group, settings).optimize(bar))
     return Values(*(torch.cat([getattr(p, name) for p in parts]) for name in Values.__dataclass_fields__))
@@ -97,7 +101,7 @@ def _groups(lm, tasks, settings):
 
 
 class _AddValue:
-    """Adds each fact's δ at the site of one layer, at places (run, pos) owned by ``fact``; out of place, for autograd."""
+    """Adds each fact's δ at the site of one layer, at places (run, pos) of ``fact``; out of place, for autograd."""
 
     def __init__(self, settings: ValueSettings, run: Tensor, pos: Tensor, fact: Tensor, delta: Tensor):
         self._settings, self.run, self.pos, self.fact, self.delta = settings, run, pos, fact, delta
@@ -162,7 +166,7 @@ class _Group:
         """Keys, values and rows of every sequence from the layer on; the initial values; p_0 of the KL prompts."""
         lm, settings = self.lm, self.settings
         runs = RunList()
-        self.number = add_sequences(runs, self.sequences, owner=0 if lm.edits else -1)
+        self.number = add_sequences(runs, self.sequences, owner=lm.run_owner)
         self.base = runs.runs()
         bare = torch.tensor([int((self.fact == i).nonzero()[0, 0]) for i in range(len(self.tasks))])
         initial = Collect(settings.site, [settings.layer], self.number[bare], self.lookup[bare])
@@ -170,6 +174,11 @@ class _Group:
         sweep(lm, self.base, [initial, essence], keep=self.store)
         self.initial = initial.values[settings.layer].to(_wide(lm.dtype))
         self.essence_h = essence.values[lm.n_layers - 1]
+        if not (torch.isfinite(self.initial).all() and torch.isfinite(self.essence_h).all()):
+            raise ValueError(
+                f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts: its weights are damaged, "
+                f"or {str(lm.dtype).removeprefix('torch.')} is too narrow for it"
+            )
 
     def optimize(self, bar) -> Values:
         settings, n = self.settings, len(self.tasks)
@@ -240,7 +249,7 @@ class _Group:
             parent=base,
             first_pos=self.lookup[chosen],
             branch_layer=self.settings.layer,
-            owner=0 if self.lm.edits else -1,
+            owner=self.lm.run_owner,
         )
         count = length - self.lookup[chosen]
         run = base.repeat_interleave(count)

@@ -10,8 +10,16 @@ DENSE_FROM = 64  # a run that starts at position 0 and is this long goes to SDPA
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, key_rows: Tensor, run: Tensor, pos: Tensor, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_rows: Tensor,
+    run: Tensor,
+    pos: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
 
@@ -61,8 +69,9 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
     """x[slots] as [n, T, Hkv, D]; a view where the runs lie in equal slabs (a generation cache), else gathered."""
     first, n_keys = slots[:, 0], slots.shape[1]
     stride = int(first[1] - first[0]) if len(first) > 1 else n_keys
+    slabs = first[0] + torch.arange(len(slots))[:, None] * stride + torch.arange(n_keys)
     # a view would be saved for backward and then written to by the next call
-    if not torch.is_grad_enabled() and n_keys <= stride and bool((slots == first[0] + torch.arange(len(slots))[:, None] * stride + torch.arange(n_keys)).all()):
+    if not torch.is_grad_enabled() and n_keys <= stride and torch.equal(slots, slabs):
         begin, end = int(first[0]), int(first[0]) + (len(slots) - 1) * stride + n_keys
         step = x.stride()
         if end <= len(x):

@@ -23,8 +23,11 @@ class Family:
     rotary: str | None = "model.rotary_emb"  # None: the block makes its own from position_ids
     rotary_by_type: bool = False  # one rotary table for each layer type (gemma3)
     attention: str = "interface"  # "interface": transformers' attention registry; "_attn": replaced on the instance
-    post_norm: str | None = None  # in a layer: the norm that the down projection's output passes before the residual add
+    post_norm: str | None = (
+        None  # in a layer: the norm that the down projection's output passes before the residual add
+    )
     text_config: str | None = None  # where the text model's config lies in a wrapper's config
+    stored_as: tuple[tuple[str, str], ...] = ()  # beginnings of parameter names, and what checkpoint files have there
 
 
 _LLAMA = Family()
@@ -48,6 +51,7 @@ FAMILIES: dict[str, Family] = {
         mlp_down="mlp.dense_4h_to_h",
         norm="gpt_neox.final_layer_norm",
         rotary="gpt_neox.rotary_emb",
+        stored_as=(("lm_head.", "embed_out."),),
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -62,6 +66,7 @@ FAMILIES: dict[str, Family] = {
         rotary_by_type=True,
         post_norm="post_feedforward_layernorm",
         text_config="text_config",
+        stored_as=(("model.language_model.", "language_model.model."),),
     ),
     "phi3": _LLAMA,
     "olmo2": replace(_LLAMA, post_norm="post_feedforward_layernorm"),

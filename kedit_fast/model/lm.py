@@ -89,6 +89,19 @@ class LM:
             self._cache["fingerprint"] = fingerprint(self.model, self.source.down_weight)
         return self._cache["fingerprint"]
 
+    @property
+    def run_owner(self) -> int:
+        """The owner of runs that these edits act on: 0, or -1 without edits (``Runs.owner``).
+
+        Raises ValueError for independent edits, which belong to one fact each.
+        """
+        if any(edit.owners is not None for edit in self.edits):
+            raise ValueError(
+                "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)), "
+                "or give evaluate the facts"
+            )
+        return 0 if self.edits else -1
+
     # ---- what lies around the blocks
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -115,7 +128,9 @@ class LM:
         """Raises ValueError for texts longer than a sweep can take together, with the reason."""
         longest, why = self._longest
         if longest is not None and n_positions > longest:
-            raise ValueError(f"a text of {n_positions} tokens; this model takes {longest} here: {why}. Shorten the text")
+            raise ValueError(
+                f"a text of {n_positions} tokens; this model takes {longest} here: {why}. Shorten the text"
+            )
 
     @cached_property
     def _longest(self) -> tuple[int | None, str]:
@@ -146,7 +161,9 @@ class LM:
         from ..jobs.score import next_token_probs
 
         probs = next_token_probs(self, [self.encode(prompt)])[0].topk(k)
-        return [(self.tokenizer.decode([i]), p) for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)]
+        return [
+            (self.tokenizer.decode([i]), p) for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
+        ]
 
     def generate(self, prompts, max_new_tokens: int = 20, **sampling) -> list[str]:
         """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts."""
@@ -168,7 +185,8 @@ class LM:
 
         if edit.fingerprint and edit.fingerprint != self.fingerprint:
             raise ValueError(
-                f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; open the model it was made on"
+                f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; "
+                "open the model it was made on"
             )
         for layer in edit.deltas:
             fam.check_layer(layer, self.n_layers)
@@ -247,7 +265,11 @@ def _local(name) -> Path:
 def _check_weights(lm: LM) -> None:
     """Refuses NaN and infinity in a resident model's weights, which would spread into every result in silence."""
     for name, p in lm.model.named_parameters():
-        if not p.is_meta and p.is_floating_point() and not math.isfinite(p.detach().abs().max().item() if p.numel() else 0):
+        if (
+            not p.is_meta
+            and p.is_floating_point()
+            and not math.isfinite(p.detach().abs().max().item() if p.numel() else 0)
+        ):
             raise ValueError(f"weight {name!r} of {lm.name} holds NaN or infinity; the checkpoint is damaged")
 
 

@@ -31,11 +31,17 @@ def _attention(
         raise RuntimeError(f"attention {NAME!r} ran outside a sweep; set the model's attention implementation back")
     unknown = {name for name, given in rest.items() if given is not None and name not in HARMLESS}
     if unknown or attention_mask is not None:
-        raise ValueError(f"{type(module).__name__} passes {sorted(unknown) or 'a mask'} to attention, which a sweep would ignore")
+        raise ValueError(
+            f"{type(module).__name__} passes {sorted(unknown) or 'a mask'} to attention, which a sweep would ignore"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = attend(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
-        scale=scale, window=sliding_window, softcap=softcap,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
     )
     return out[None], None
 
@@ -56,9 +62,9 @@ def attend_with(attend):
 
 @contextmanager
 def prepared(model, family: Family):
-    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention. Put back afterwards, also on error."""
+    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention. Put back after it, also on error."""
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
+        stack.enter_context(torch.autocast(model.get_input_embeddings().weight.device.type, enabled=False))
         stack.enter_context(_eval_mode(model))
         stack.enter_context(frozen(model))
         if family.attention == "_attn":
@@ -128,6 +134,7 @@ def _report_foreign_hooks(model):
     hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     if hooked:
         warnings.warn(
-            f"hooks of others stand on {len(hooked)} modules of this model (first: {hooked[0] or 'the model'}); they run in sweeps too",
+            f"hooks of others stand on {len(hooked)} modules of this model (first: {hooked[0] or 'the model'}); "
+            "they run in sweeps too",
             stacklevel=3,
         )

@@ -79,8 +79,8 @@ class Disk:
 class Checkpoint:
     """The tensors of a safetensors checkpoint folder, by the model's parameter names."""
 
-    def __init__(self, folder: Path, prefix: str = ""):
-        self.folder, self._prefix = Path(folder), prefix
+    def __init__(self, folder: Path, prefix: str = "", stored_as: tuple[tuple[str, str], ...] = ()):
+        self.folder, self._prefix, self._stored_as = Path(folder), prefix, stored_as
         self._file_of = self._index()
         self._open: dict[str, safe_open] = {}
 
@@ -103,7 +103,8 @@ class Checkpoint:
 
     def _stored(self, name: str) -> str | None:
         short = name.removeprefix(self._prefix + ".")  # base models are saved without the head's prefix
-        return next((n for n in (name, short) if n in self._file_of), None)
+        others = [there + name.removeprefix(here) for here, there in self._stored_as if name.startswith(here)]
+        return next((n for n in (name, short, *others) if n in self._file_of), None)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, a view of the file in the checkpoint's own dtype."""
@@ -122,22 +123,32 @@ class Checkpoint:
 
 
 def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype: torch.dtype | None):
-    """A model whose layers stay on disk: (module with embedding, norm and head loaded, ``Disk`` source)."""
+    """A model whose layers stay on disk: (module with embedding, norm and head, ``Disk`` source).
+
+    What no text passes (a wrapper's vision tower) stays on meta. Raises ValueError for tensors that are missing.
+    """
     if dtype is not None:
         config.dtype = dtype
     with _parameters_on_meta():
         model = model_class._from_config(config, dtype=config.dtype)
     model.eval()
-    checkpoint = Checkpoint(folder, model.base_model_prefix)
+    family = family_of(config)
+    checkpoint = Checkpoint(folder, model.base_model_prefix, family.stored_as)
     source = Disk(model, checkpoint, device, config.dtype)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight or config.tie_word_embeddings
+    around = [model.get_input_embeddings(), model.get_output_embeddings(), module_at(model, family.norm)]
+    around += [module_at(model, family.positions)] if family.positions else []
+    loaded = {id(parameter) for module in around for parameter in module.parameters()}
     missing = []
     for name, parameter in list(model.named_parameters()):
+        if id(parameter) not in loaded and not name.startswith(source.prefix + "."):
+            continue
         if not checkpoint.has(name):
             if not (tied and parameter is model.get_output_embeddings().weight):
                 missing.append(name)
-        elif not name.startswith(source.prefix + "."):
-            _put(model, name, nn.Parameter(source.tensor(name).clone(), requires_grad=parameter.requires_grad))
+        elif id(parameter) in loaded:  # a view of the file, as a resident model has: a copy is aligned otherwise and
+            # another path of the BLAS gives other last bits
+            _put(model, name, nn.Parameter(source.tensor(name), requires_grad=parameter.requires_grad))
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
     model.tie_weights()
@@ -158,7 +169,11 @@ def _parameters_on_meta():
     register = nn.Module.register_parameter
 
     def on_meta(module, name, parameter):
-        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+        register(
+            module,
+            name,
+            parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad),
+        )
 
     nn.Module.register_parameter = on_meta
     try:

@@ -44,8 +44,17 @@ class _Enough(Exception):
 
 
 def sweep(
-    lm, runs: Runs, jobs: list[Job], *, first_layer: int = 0, last_layer: int | None = None, h: Tensor | None = None,
-    store: KVStore | None = None, slots: Tensor | None = None, keep: KVStore | None = None, grad: bool = False,
+    lm,
+    runs: Runs,
+    jobs: list[Job],
+    *,
+    first_layer: int = 0,
+    last_layer: int | None = None,
+    h: Tensor | None = None,
+    store: KVStore | None = None,
+    slots: Tensor | None = None,
+    keep: KVStore | None = None,
+    grad: bool = False,
 ) -> None:
     """Takes ``runs`` from the input of ``first_layer`` through ``last_layer`` (default: the last one).
 
@@ -144,7 +153,7 @@ class _Pack:
         return h.new_zeros(len(table), *shape), h.new_zeros(len(table), *shape)
 
     def _block(self, layer, h, call: Call, cache, *, keys_only=False, leave_early=False) -> Tensor | None:
-        """One call of Hugging Face's block on the rows ``call.index``; its layer_out, or None where it was left early."""
+        """One call of Hugging Face's block on the rows of ``call``; its layer_out, or None where it was left early."""
         if not len(call.index):
             return None
         table = call.table
@@ -197,7 +206,9 @@ class _Pack:
 
         with ExitStack() as stack:
             if Site.attn_out in wanted:
-                hook = module_at(block, family.attn_proj).register_forward_hook(lambda m, a, out: see(Site.attn_out, out))
+                hook = module_at(block, family.attn_proj).register_forward_hook(
+                    lambda m, a, out: see(Site.attn_out, out)
+                )
                 stack.callback(hook.remove)
             if Site.mlp_key in wanted:
                 hook = module_at(block, family.mlp_down).register_forward_pre_hook(
@@ -231,7 +242,9 @@ class _Attend:
 def _in_table_order(h: Tensor, table: RowTable) -> Tensor:
     """Rows h [rows, d] in declared order as the table has them: a trie's children stand behind all their parents."""
     if len(h) != len(table):
-        raise ValueError(f"h has {len(h)} rows and these runs own {len(table)} in their first layer; expected one for each")
+        raise ValueError(
+            f"h has {len(h)} rows and these runs own {len(table)} in their first layer; expected one for each"
+        )
     order = (table.run * table.key_rows.shape[1] + table.pos).argsort()
     return h[order.argsort().to(h.device)]
 

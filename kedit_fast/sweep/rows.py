@@ -32,7 +32,7 @@ class RowTable:
         return len(self.run)
 
     def grow(self, layer: int) -> Tensor:
-        """Adds the rows that are born in the input of ``layer``; gives the row each begins as [m] (-1: from nothing)."""
+        """Adds the rows born in the input of ``layer``; gives the row each begins as [m] (-1: its own embedding)."""
         runs = self.runs
         starting = (runs.branch_layer <= layer) if layer == self._first_layer else (runs.branch_layer == layer)
         starting &= runs.branch_layer != NEVER

@@ -74,7 +74,16 @@ class RunList:
         return self._n
 
     def add(
-        self, tokens, *, parent=-1, branch_layer=0, first_pos=0, length=None, source=None, graft=None, narrow=False,
+        self,
+        tokens,
+        *,
+        parent=-1,
+        branch_layer=0,
+        first_pos=0,
+        length=None,
+        source=None,
+        graft=None,
+        narrow=False,
         owner=0,
     ) -> Tensor:
         """Appends n runs and gives their numbers [n]. Every argument is one value for all or a tensor [n].
@@ -82,7 +91,11 @@ class RunList:
         tokens: [T] for one sequence shared by all of them, or [n, T]; ``length`` defaults to T.
         """
         given = {
-            "parent": parent, "branch_layer": branch_layer, "first_pos": first_pos, "narrow": narrow, "owner": owner,
+            "parent": parent,
+            "branch_layer": branch_layer,
+            "first_pos": first_pos,
+            "narrow": narrow,
+            "owner": owner,
         }
         given["source"] = given["parent"] if source is None else source
         given["graft"] = given["source"] if graft is None else graft
@@ -126,7 +139,11 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
             raise AssertionError("sequences out of order")
         parent = owners[shared - 1] if shared else -1
         made = runs.add(
-            tokens, parent=parent, first_pos=shared, branch_layer=branch_layer, owner=owner,
+            tokens,
+            parent=parent,
+            first_pos=shared,
+            branch_layer=branch_layer,
+            owner=owner,
             source=-1 if source is None else int(source[i]),
         )
         number[i] = made[0]

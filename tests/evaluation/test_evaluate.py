@@ -148,7 +148,7 @@ def oracle_perplexity(lm, windows):
 
 @torch.no_grad()
 def known_answers(lm, n):
-    """n (prompt, word) that the model is sure of: P(word) >= 0.15, and the word is one token after a space."""
+    """n (prompt, word) that the model is sure of: the likeliest token, P >= 0.15, is a space and the word."""
     words = {token[1:]: i for token, i in lm.tokenizer.get_vocab().items() if token[0] == "Ġ" and token[1:].isalpha()}
     found = []
     for start in ("Therefore", "Because I was", "You play the", "The headquarters of", "The mother tongue of", "Monk"):
@@ -156,7 +156,7 @@ def known_answers(lm, n):
             prompt = f"{start} {word}"
             row = logits(lm, lm.tokenizer(prompt)["input_ids"])[-1].softmax(-1)
             best = max(words, key=lambda name: row[words[name]].item())
-            if row[words[best]] >= 0.15:
+            if row[words[best]] >= 0.15 and row.argmax() == words[best]:
                 found.append((prompt, best))
                 break
     assert len(found) >= n, "this model is sure of too little for the test"
@@ -190,6 +190,18 @@ def test_equals_one_forward_at_a_time(family):
     assert report.perplexity == pytest.approx((base_perplexity, edited_perplexity), rel=1e-4)
     assert abs(report.drift) > 0.01, "the edit has to do something"
     assert effect(report) > 0.5
+
+
+def test_exact_means_all_tokens(lm):
+    ((prompt, answer),) = known_answers(lm, 1)
+    start, subject = prompt.rsplit(" ", 1)
+    whole = Fact(start + " {}", subject, answer, paraphrases=(prompt,), neighborhood=("Toyota is",))
+    longer = dataclasses.replace(whole, target_new=answer + " Zürich")
+    base = evaluate(lm, [whole, longer]).base
+    assert base["efficacy_exact"].tolist() == base["paraphrase_exact"].tolist() == [1, 0]
+    probe = Fact("{} is", "Big Ben", target_true=answer, neighborhood=(prompt,))
+    base = evaluate(lm, [probe, dataclasses.replace(probe, target_true=answer + " Zürich")]).base
+    assert base["neighborhood_exact"].tolist() == [1, 0]
 
 
 def test_a_zero_edit_changes_nothing(lm):
@@ -386,7 +398,7 @@ def test_report_says_what_was_evaluated(lm, tmp_path):
     expected = dict(model="llama", dtype="float32", device="cpu", note="a note", method="by hand", layers=[1, 2], n=6)
     assert {name: report.meta[name] for name in expected} == expected
     assert report.meta["fingerprint"] == lm.fingerprint and report.meta["independent"] is False
-    assert report.meta["text"] == {"n_predicted": 99, "window": 256, "max_tokens": 100}
+    assert report.meta["text"] == {"n_predicted": 99, "window": 100, "max_tokens": 100}
     assert all(column.dtype == torch.float32 and column.shape == (6,) for column in report.base.values())
     report.save(tmp_path / "report.json")
     again = EvalReport.load(tmp_path / "report.json")

@@ -35,7 +35,7 @@ FACTS = tuple(
     Fact(prompt.template, prompt.subject, " New York") for prompt in (PROMPTS[3], PROMPTS[5])
 )  # a window of 4 reaches from subject to end
 N_LAYERS = 3
-VALUE_SITES = {"gemma2": "mlp_out"}
+POST_NORM = ("gemma2",)
 
 
 @functools.cache
@@ -289,26 +289,36 @@ def test_rome_makes_the_key_s_value_the_new_one(family, key):
 
 @pytest.mark.parametrize("family", EDITED)
 def test_memit_reaches_z_and_spreads_over_layers(family):
-    model, tok, site = shared_model(family), tiny_tokenizer(), VALUE_SITES.get(family, "layer_out")
+    model, tok, post_norm = shared_model(family), tiny_tokenizer(), family in POST_NORM
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    edit = functools.partial(memit_update, model, tok, FACTS, value_site=site, steps=4, lr=0.1)
+    edit = functools.partial(memit_update, model, tok, FACTS, pull_back=post_norm, steps=4, lr=0.1)
     moments = {layer: moment() for layer in range(N_LAYERS)}
 
+    def bare(edited, layer, site):
+        places = [lookup(tok, fact.prompt, fact.subject) for fact in FACTS]
+        return torch.stack([read_value(edited, *place, layer, site) for place in places])
+
     single = edit([["{}"]], [1], moments, 1e-9)
-    assert (single.residual_after[1] < 1e-4 * single.residual_before[1]).all()
-    places = [lookup(tok, fact.prompt, fact.subject) for fact in FACTS]
-    reached = torch.stack([read_value(single.edited, *place, 1, site) for place in places])
-    assert close(reached, single.z, 1e-4)
+    before_it, after_it = bare(model, 1, "mlp_out"), bare(single.edited, 1, "mlp_out")
+    assert close(after_it - before_it, single.shares[1], 1e-4)
+    if not post_norm:
+        assert close(bare(single.edited, 1, "layer_out"), single.z, 1e-4)
+        assert (single.residual_after[1] < 1e-4 * single.residual_before[1]).all()
+    else:  # a norm's output has a fixed length, so its direction is all that an edit can set
+        assert (single.residual_after[1] < single.residual_before[1]).all()
+        norm = layers(model)[1].post_feedforward_layernorm
+        wanted = norm(before_it) + single.z - bare(model, 1, "layer_out")
+        assert torch.cosine_similarity(norm(after_it), wanted).min() > 1 - 1e-6
 
     double = edit([CONTEXTS[:1], CONTEXTS[1:]], [0, 1], moments, 0.1, values=single.values)
     assert (double.residual_after[1] < double.residual_before[0]).all()
     assert torch.equal(double.residual_after[0], double.residual_before[1])
     partly = copy.deepcopy(model)
     for layer, left in ((0, 2), (1, 1)):
-        K = double.keys[layer]
-        H = torch.stack([read_value(partly, *place, 1, site) for place in places])
+        K, share = double.keys[layer], (double.z - bare(partly, 1, "layer_out")) / left
+        assert close(double.shares[layer], share, 1e-5) != post_norm
         gain = torch.linalg.inv(0.1 * moment()) @ K.T  # the n x n form of the same solve
-        expected = ((double.z - H) / left).T @ (gain @ torch.linalg.inv(torch.eye(len(FACTS)) + K @ gain)).T
+        expected = double.shares[layer].T @ (gain @ torch.linalg.inv(torch.eye(len(FACTS)) + K @ gain)).T
         assert close(double.deltas[layer], expected, 1e-5)
         add_delta(site_module(partly, layer, "mlp_out"), expected)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

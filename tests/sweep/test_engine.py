@@ -149,6 +149,7 @@ def test_a_block_that_does_not_attend_once_is_refused(family):
         return forward(*args, **kwargs)
 
     lm = open_tiny(model)
+
     def never(*args, **kwargs):
         return torch.zeros_like(args[0] if args else kwargs["hidden_states"]), None
 
@@ -225,10 +226,11 @@ def test_grad_mode_outside_does_not_matter():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma3"])
-@pytest.mark.parametrize("size", [1000, 12])
-def test_gradients_are_those_of_hugging_face(family, size, monkeypatch):
-    """One call or many; the embedding's output asks for a gradient."""
+@pytest.mark.parametrize(("size", "dense_from"), [(1000, 64), (12, 64), (5, 64), (5, 5)])
+def test_gradients_are_those_of_hugging_face(family, size, dense_from, monkeypatch):
+    """One call or many, gathered or dense; the embedding's output asks for a gradient."""
     cut = engine.calls
+    monkeypatch.setattr("kedit_fast.kernels.attention.DENSE_FROM", dense_from)
     monkeypatch.setattr(engine, "calls", lambda ends: cut(ends, size))
     lm, texts = tiny_lm(family), [ids[:5] for ids in TEXTS]
     runs = RunList()
@@ -242,7 +244,8 @@ def test_gradients_are_those_of_hugging_face(family, size, monkeypatch):
         return tops.append(x)
 
     sites = [Watch(act, Site.embed, layers=[0]), Watch(act, Site.layer_out, layers=[LAST])]
-    sweep(lm, runs.runs(), sites, grad=True)
+    with torch.no_grad():
+        sweep(lm, runs.runs(), sites, grad=True)
     weight = torch.randn(len(texts), 5, lm.n_vocab, generator=torch.Generator().manual_seed(0))
     with frozen(lm.model):
         (lm.head(torch.cat(tops)).view_as(weight) * weight).sum().backward()
@@ -261,6 +264,15 @@ def test_gradients_are_those_of_hugging_face(family, size, monkeypatch):
         model.zero_grad(set_to_none=True)
     error = relative_error(leaves[0].grad, wanted[0].grad.flatten(0, 1))
     assert error <= 5e-5  # four layers there and back: five times the forward's tolerance
+
+
+def test_no_graph_is_kept_unless_asked_for():
+    leaf = Watch(lambda site, layer, x: x.detach().requires_grad_(), Site.embed, layers=[0])
+    top = Watch(lambda site, layer, x: asks.append(x.requires_grad), Site.layer_out)
+    for grad in (False, True):
+        asks = []
+        sweep(tiny_lm("llama"), packed()[0], [leaf, top], grad=grad)
+        assert asks == [grad] * 4
 
 
 # ---- rows
@@ -313,18 +325,22 @@ def test_sites_are_hugging_faces_modules(family):
     places = torch.zeros(len(ids), dtype=torch.int64), torch.arange(len(ids))
     seen, entry = {}, FAMILIES[family]
     block = layers_of(lm.model)[1]
-    hooks = [
-        module_at(block, entry.attn_proj).register_forward_hook(lambda m, a, out: seen.update(attn_out=out[0])),
-        module_at(block, entry.mlp_down).register_forward_hook(lambda m, a, out: seen.update(mlp_key=a[0][0], mlp_out=out[0])),
-        block.register_forward_hook(lambda m, a, out: seen.update(layer_out=(out[0] if isinstance(out, tuple) else out)[0])),
-        lm.model.get_input_embeddings().register_forward_hook(lambda m, a, out: seen.update(embed=out[0])),
-    ]
+    modules = {
+        Site.embed: lm.model.get_input_embeddings(), Site.layer_out: block,
+        Site.attn_out: module_at(block, entry.attn_proj), Site.mlp_out: module_at(block, entry.mlp_down),
+    }  # fmt: skip
+
+    def keep(site):
+        return lambda module, args, out: seen.update({site: (args, out[0] if isinstance(out, tuple) else out)})
+
+    hooks = [module.register_forward_hook(keep(site)) for site, module in modules.items()]
     hugging_faces(lm.model, [ids])
     for hook in hooks:
         hook.remove()
     for site in Site:
         layer = 0 if site is Site.embed else 1
-        close(f"{family} {site}", collect(lm, runs.runs(), site, [layer], *places)[layer], seen[site.value])
+        wanted = seen[Site.mlp_out][0][0] if site is Site.mlp_key else seen[site][1]
+        close(f"{family} {site}", collect(lm, runs.runs(), site, [layer], *places)[layer], wanted[0])
 
 
 def test_a_job_replaces_rows_and_the_next_one_sees_it():
@@ -361,7 +377,7 @@ def test_start_half_way_from_rows_in_declared_order(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3_text"])
-def test_suffixes_over_a_stored_prefix_equal_the_whole(family):
+def test_suffixes_over_a_stored_prefix_equal_the_whole(family, poisoned_memory):
     lm = tiny_lm(family)
     prefix, suffixes = TEXTS[0], [TEXTS[1][:3], TEXTS[2][:5], TEXTS[3][:1]]
     store, runs = KVStore(), RunList()
@@ -401,7 +417,8 @@ def test_edited_and_base_runs_of_one_sweep(family):
     edited = lm.with_edit(make_edit(model, owners=None))
     runs = RunList()
     base, over = add_edited(edited, runs, TEXTS)
-    places = [(int(n), pos) for side in (base, over) for n, ids in zip(side, TEXTS, strict=True) for pos in range(len(ids))]
+    numbers = zip(torch.cat([base, over]).tolist(), TEXTS * 2, strict=True)
+    places = [(number, pos) for number, ids in numbers for pos in range(len(ids))]
     top = Collect(Site.layer_out, [LAST], *torch.tensor(places).unbind(1))
     sweep(edited, runs.runs(), [top])
     with torch.no_grad():

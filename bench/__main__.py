@@ -1,0 +1,99 @@
+"""``python -m bench [NAME ...]``: run benchmarks, print their tables, keep their figures in bench/results."""
+
+import argparse
+import shlex
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from bench import report
+from bench.common import RESULTS, CheckFailed, Measured, Skipped, append_rows, environment
+
+BENCHES = {  # name: what it measures; each is a module with ``run(options) -> Measured``
+    "second_moment": "C += KᵀK, native against torch, on random keys (1 minute)",
+    "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
+    "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    listed = "\n".join(f"  {name:14} {what}" for name, what in BENCHES.items())
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into README.md",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; all where none is named")
+    made.add_argument("--list", action="store_true", help="print the names and exit")
+    made.add_argument("--quick", action="store_true", help="a small run of a minute or two; its figures are not kept")
+    made.add_argument("--threads", type=int, default=1, help="threads of torch and of the native ops (default 1)")
+    made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where figures are kept and read")
+    made.add_argument("--readme", type=Path, default=report.README, help="the file that `report` writes into")
+    made.add_argument("--facts", type=int, default=8, help="trace: facts in one call (default 8)")
+    made.add_argument("--n", type=int, nargs="+", default=[1, 10, 30], help="edit: facts a batch (default 1 10 30)")
+    made.add_argument("--sets", type=int, default=3, help="edit: disjoint batches of each size (default 3)")
+    made.add_argument("--method", choices=["memit", "rome"], default="memit", help="edit: the editor (default memit)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what the command line names; 1 where a check failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parse = parser()
+    options = parse.parse_args(arguments)
+    unknown = [name for name in options.names if name not in (*BENCHES, "report")]
+    if unknown:
+        parse.error(f"no benchmark {', '.join(unknown)}; expected {', '.join(BENCHES)} or report")
+    if options.list:
+        print("\n".join(f"{name:14} {what}" for name, what in BENCHES.items()))
+        return 0
+    torch.set_num_threads(options.threads)
+    results = [_run(name, options, arguments) for name in options.names or BENCHES]
+    return int(not all(results))
+
+
+def _run(name: str, options, arguments: list[str]) -> bool:
+    """One benchmark, or the report; False where its check failed."""
+    if name == "report":
+        report.update_readme(options.readme, options.results)
+        print(f"{options.readme}: written from {options.results}")
+        return True
+    began = time.perf_counter()
+    try:
+        measured = import_module(f"bench.{name}").run(options)
+    except Skipped as reason:
+        print(f"{name}: skipped: {reason}\n")
+        return True
+    except CheckFailed as reason:
+        print(f"{name}: CHECK FAILED, nothing is reported: {reason}\n")
+        return False
+    _show(name, measured, time.perf_counter() - began)
+    if not options.quick:
+        path = append_rows(options.results, name, _command(name, arguments), measured)
+        print(f"{len(measured.figures)} rows added to {path}\n")
+    return True
+
+
+def _command(name: str, arguments: list[str]) -> str:
+    """The command that repeats this benchmark alone."""
+    others = [word for word in arguments if word not in BENCHES]
+    return shlex.join(["python", "-m", "bench", name, *others])
+
+
+def _show(name: str, measured: Measured, seconds: float) -> None:
+    env = environment()
+    print(
+        f"{name} on {env['cpu']}, {env['cores']} cores, {env['threads']} threads, peak {measured.peak:.1f} GFLOP/s; torch "
+        f"{env['torch']}, transformers {env['transformers']}, kedit_fast {env['kedit_fast']} at {env['commit']}; "
+        f"{seconds:.0f} s"
+    )
+    print(report.as_text(measured.figures))
+    print("\n".join([*measured.notes, ""]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

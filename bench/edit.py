@@ -1,0 +1,214 @@
+"""Editing SmolLM2 with MEMIT or ROME: what an edit of known CounterFact facts changes, and what it leaves alone.
+
+Facts: those of CounterFact that the model ranks first, without those whose answers stand in the subject, in the order
+of one draw with ``random.Random(0)``; a batch holds no two facts of one subject and relation. CounterFact's first
+paraphrase and first neighborhood prompt of each fact are original, the other neighborhood prompts rebuilt.
+"""
+
+import dataclasses
+import gzip
+import json
+import random
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+import kedit_fast as kf
+from bench.common import DATA, Figure, Measured, Skipped, peak_matmul, timed
+from kedit_fast.evaluation.metrics import DIFFERENCE, METRICS, SHARE, Interval, interval
+from kedit_fast.facts import Fact, check_facts
+from kedit_fast.settings import cache_dir
+
+KNOWN = "smollm2_known.json.gz"
+COUNTERFACT = "counterfact/counterfact.json.gz"
+STATISTICS_TEXT, N_TOKENS = "corpus/wikitext2_raw_valid.txt.gz", 40_960
+PERPLEXITY_TEXT, N_CHARACTERS = "corpus/wikitext2_raw_test.txt.gz", 60_000  # more than the 5,120 tokens it is taken of
+SINGLES = 10  # edits of one fact each, pooled, that stand for n = 1
+N_OTHER = 3  # prompts of the same subject's other relations
+MARKS = {
+    "efficacy": ">= 95",
+    "P(new)": ">= 0.85",
+    "paraphrase": ">= 80",
+    "neighborhood, change": ">= -8",
+    "known neighbors, P(true) kept": ">= 70",
+    "perplexity, worst edit": "<= 3",
+}
+
+
+class Outcome(NamedTuple):
+    """One edit evaluated, and the CPU seconds that making it and evaluating it took."""
+
+    report: kf.EvalReport
+    edit_s: float
+    evaluate_s: float
+
+
+def run(options) -> Measured:
+    """The benchmark as the command line asks for it. Raises Skipped where the public data sets are not at hand."""
+    missing = [name for name in (KNOWN, COUNTERFACT, STATISTICS_TEXT, PERPLEXITY_TEXT) if not (DATA / name).exists()]
+    if missing:
+        raise Skipped(f"{DATA} lacks {', '.join(missing)}")
+    sizes, sets, singles = ([1, 4], 1, 2) if options.quick else (options.n, options.sets, SINGLES)
+    lm = kf.open_model("smollm2")
+    editor = kf.EDITORS[options.method].for_model(lm)
+    moments = kf.second_moments(
+        lm, editor.layers, DATA / STATISTICS_TEXT, n_tokens=N_TOKENS, cache_dir=cache_dir() / "bench"
+    )
+    with gzip.open(DATA / PERPLEXITY_TEXT, "rt", encoding="utf-8") as file:
+        text = file.read(N_CHARACTERS)
+    batches = {n: cut(draw(), n, singles if n == 1 else sets) for n in sizes}
+    return measure(lm, editor, moments, batches, text, marked=options.method == "memit")
+
+
+def measure(lm, editor, moments, batches: dict[int, list[list[Fact]]], text: str, *, marked: bool = True) -> Measured:
+    """A column a batch size: every batch is edited and evaluated by itself, and the facts of one size are pooled."""
+    peak, contexts, figures = peak_matmul(), None, []
+    for n, of_size in batches.items():
+        outcomes = []
+        for facts in of_size:
+            made = timed(lambda facts=facts: editor.edit(lm, facts, moments=moments, contexts=contexts))
+            contexts = made.result.contexts  # sampled once
+            judged = timed(lambda facts=facts, edit=made.result: kf.evaluate(lm, facts, edit, text=text))
+            outcomes.append(Outcome(judged.result, made.cpu, judged.cpu))
+            print(f"n = {n}, {len(outcomes)} of {len(of_size)}: {made.cpu:.0f} s + {judged.cpu:.0f} s", flush=True)
+        name = f"n = {n}, {len(of_size)} edit{'s' * (len(of_size) > 1)}"
+        figures += [f if marked else dataclasses.replace(f, mark="") for f in table(name, outcomes)]
+    settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(editor).items())
+    return Measured(figures, peak, [f"{type(editor).__name__}: {settings}."])
+
+
+# ---- facts
+
+
+def draw() -> list[Fact]:
+    """Known CounterFact facts in the order of the draw, with prompts of other relations, none in another's way."""
+    everything = kf.load_facts(DATA / COUNTERFACT)
+    by_id = {fact.id: fact for fact in everything}
+    with gzip.open(DATA / KNOWN, "rt", encoding="utf-8") as file:
+        known = [by_id[str(record["id"])] for record in json.load(file) if record["source"] == "counterfact"]
+    candidates = [fact for fact in known if not _gives_away(fact)]
+    drawn = without_conflicts(random.Random(0).sample(candidates, len(candidates)))
+    relations = Relations(everything)
+    return [dataclasses.replace(fact, same_subject=relations.other_prompts(fact)) for fact in check_facts(drawn)]
+
+
+def _gives_away(fact: Fact) -> bool:
+    """Whether an answer stands in the subject."""
+    return any(target.casefold() in fact.subject.casefold() for target in (fact.target_true, fact.target_new))
+
+
+def without_conflicts(facts: Iterable[Fact]) -> list[Fact]:
+    """The facts whose subject and relation no fact before them has."""
+    kept: dict[tuple, Fact] = {}
+    for fact in facts:
+        kept.setdefault((fact.subject.casefold(), fact.provenance.get("relation_id")), fact)
+    return list(kept.values())
+
+
+def cut(facts: list[Fact], n: int, sets: int) -> list[list[Fact]]:
+    """The first ``sets`` disjoint slices of n facts. Raises ValueError where there are too few facts."""
+    if n < 1 or sets < 1 or n * sets > len(facts):
+        raise ValueError(f"{sets} sets of {n} facts: expected at least one fact, and {len(facts)} at most")
+    return [facts[i * n : (i + 1) * n] for i in range(sets)]
+
+
+class Relations:
+    """Which other relations can be asked of a fact's subject, and how.
+
+    Two relations fit the same kind of subject where some subject of ``facts`` has both. A relation that has the fact's
+    new answer among its own is left out (mother tongue and language spoken): its answer may rightly move.
+    """
+
+    def __init__(self, facts: list[Fact]):
+        relations: dict[str, set[str]] = {}
+        self._answers: dict[str, set[str]] = {}
+        prompts: dict[str, Counter] = {}
+        for fact in facts:
+            relation = fact.provenance.get("relation_id")
+            if relation:
+                relations.setdefault(fact.subject, set()).add(relation)
+                self._answers.setdefault(relation, set()).add(fact.target_true)
+                prompts.setdefault(relation, Counter())[fact.prompt] += 1
+        pairs = ((a, b) for both in relations.values() for a in both for b in both if a != b)
+        self._together = Counter(pairs)
+        self._prompt = {relation: min(c, key=lambda p, c=c: (-c[p], p)) for relation, c in prompts.items()}
+
+    def other_prompts(self, fact: Fact, n: int = N_OTHER) -> tuple[str, ...]:
+        """Prompts of the n relations most often found together with the fact's own, each in its commonest wording."""
+        own = fact.provenance.get("relation_id")
+        others = [(-count, b) for (a, b), count in self._together.items() if a == own]
+        fitting = [b for _, b in sorted(others) if fact.target_new not in self._answers[b]]
+        return tuple(self._prompt[b].replace("{}", fact.subject) for b in fitting[:n])
+
+
+# ---- figures
+
+
+def table(case: str, outcomes: list[Outcome]) -> list[Figure]:
+    """The figures of one batch size: facts of all its edits pooled, intervals over facts."""
+    reports = [outcome.report for outcome in outcomes]
+    base, edited = (_pooled(columns) for columns in zip(*((r.base, r.edited) for r in reports), strict=True))
+    lines: list[tuple[str, Interval, str]] = []
+
+    def both(metric: str, column: str, unit: str) -> None:
+        lines.append((f"{metric}, base", _scaled(base[column], column, unit), unit))
+        lines.append((metric, _scaled(edited[column], column, unit), unit))
+
+    both("efficacy", "efficacy", "%")
+    both("P(new)", "p_new", "probability")
+    both("paraphrase", "paraphrase", "%")
+    both("neighborhood", "neighborhood", "%")
+    moved = interval(edited["neighborhood"] - base["neighborhood"], DIFFERENCE)
+    lines.append(("neighborhood, change", _times(moved, 100), "points"))
+    both("known neighbors, P(true)", "known_neighbors_p_true", "probability")
+    kept = kept_share(base["known_neighbors_p_true"], edited["known_neighbors_p_true"])
+    lines.append(("known neighbors, P(true) kept", _times(kept, 100), "%"))
+    lines.append(("other relations, top token kept", _scaled(edited["same_subject_same_top"], "efficacy", "%"), "%"))
+    both("other relations, P(top)", "same_subject_p_top", "probability")
+    return [
+        Figure(case, metric, *_numbers(value, unit), mark=MARKS.get(metric, "")) for metric, value, unit in lines
+    ] + _per_edit(case, outcomes)
+
+
+def _per_edit(case: str, outcomes: list[Outcome]) -> list[Figure]:
+    """What an edit has one of, not a fact."""
+    drifts = [100 * outcome.report.drift for outcome in outcomes]
+    n_facts = sum(len(outcome.report.facts) for outcome in outcomes)
+    worst = "perplexity, worst edit"
+    return [
+        Figure(case, "perplexity, mean change", statistics.fmean(drifts), "% change", n=len(drifts)),
+        Figure(case, worst, max(drifts), "% change", n=len(drifts), mark=MARKS[worst]),
+        Figure(case, "editing, CPU time a fact", sum(o.edit_s for o in outcomes) / n_facts, "s", n=n_facts),
+        Figure(case, "evaluation, CPU time a fact", sum(o.evaluate_s for o in outcomes) / n_facts, "s", n=n_facts),
+    ]
+
+
+def kept_share(base: torch.Tensor, edited: torch.Tensor) -> Interval:
+    """Σ edited / Σ base over facts [n], NaN left out, with the interval of a ratio of means (by linearization)."""
+    there = ~base.isnan()
+    base, edited = base[there].double(), edited[there].double()
+    ratio, mean = float(edited.sum() / base.sum()), float(base.mean())
+    around = interval(edited - ratio * base, DIFFERENCE)
+    return Interval(ratio, ratio + around.low / mean, ratio + around.high / mean, len(base))
+
+
+def _pooled(columns: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    columns = list(columns)
+    return {name: torch.cat([of_one[name] for of_one in columns]) for name in METRICS}
+
+
+def _scaled(column: torch.Tensor, metric: str, unit: str) -> Interval:
+    kind = SHARE if unit == "%" else METRICS[metric][0]
+    return _times(interval(column, kind), 100 if unit == "%" else 1)
+
+
+def _times(value: Interval, factor: float) -> Interval:
+    return Interval(value.mean * factor, value.low * factor, value.high * factor, value.n)
+
+
+def _numbers(value: Interval, unit: str) -> tuple:
+    """A Figure's value, unit, low, high and n."""
+    return value.mean, unit, value.low, value.high, value.n

@@ -1,0 +1,98 @@
+"""Tables of figures: on the screen after a run, and in the README from the rows kept in bench/results."""
+
+import math
+from pathlib import Path
+
+from bench.common import RESULTS, ROOT, Figure, read_rows
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = ROOT / "README.md"
+FORMATS = {  # unit: how a value is shown
+    "x": "{:.2f}×",
+    "%": "{:.1f} %",
+    "% change": "{:+.2f} %",
+    "points": "{:+.1f} points",
+    "probability": "{:.3f}",
+    "difference": "{:.1e}",
+    "s": "{:.2f} s",
+    "ms": "{:.1f} ms",
+    "TFLOP": "{:.2f} TFLOP",
+    "GFLOP/s": "{:.0f} GFLOP/s",
+}
+_BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
+
+
+def pivot(figures: list[Figure]) -> list[list[str]]:
+    """Cells of a table, header first: a line a metric, a column a case. A mark stands behind its figure."""
+    cases = list(dict.fromkeys(figure.case for figure in figures))
+    cells = {(figure.metric, figure.case): _shown(figure) for figure in figures}
+    metrics = dict.fromkeys(figure.metric for figure in figures)
+    return [["", *cases], *([metric, *(cells.get((metric, case), "") for case in cases)] for metric in metrics)]
+
+
+def _shown(figure: Figure) -> str:
+    text = FORMATS[figure.unit].format(figure.value)
+    if not math.isnan(figure.low):
+        low, high = (_BARE[figure.unit].format(bound) for bound in (figure.low, figure.high))
+        text += f" [{low}, {high}]"
+    if figure.mark:
+        mark = figure.mark.replace(">=", "≥").replace("<=", "≤")
+        text += f" ({mark})" if figure.met else f" (missed {mark})"
+    return text
+
+
+def as_text(figures: list[Figure]) -> str:
+    """The table in aligned columns."""
+    table = pivot(figures)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+
+
+def as_markdown(figures: list[Figure]) -> str:
+    """The table as Markdown."""
+    head, *rows = pivot(figures)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def render(folder: Path = RESULTS) -> str:
+    """Markdown of the newest figures of every machine: of each benchmark, case and metric the last row.
+
+    Raises ValueError where no results were kept.
+    """
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise ValueError(f"no results in {folder}; run `python -m bench` first")
+    return "\n\n".join(_section(path) for path in files)
+
+
+def _section(path: Path) -> str:
+    newest: dict[str, dict[tuple, tuple[dict, Figure]]] = {}
+    for row, figure in read_rows(path):
+        cases = newest.setdefault(row["bench"], {})
+        cases[figure.case, figure.metric] = row, figure
+    parts = []
+    for bench, cases in newest.items():
+        row = max((row for row, _ in cases.values()), key=lambda row: row["date"])
+        parts.append(f"**{bench}**: `{row['command']}`, {_where(row)}.")
+        parts.append(as_markdown([figure for _, figure in cases.values()]))
+        notes = dict.fromkeys(row["notes"] for row, _ in cases.values() if row["notes"])
+        parts += notes
+    return "\n\n".join(parts)
+
+
+def _where(row: dict[str, str]) -> str:
+    threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    return (
+        f"{row['date'][:10]}, {row['cpu']} ({row['cores']} cores, {threads}, {float(row['peak_gflops']):.0f} GFLOP/s at "
+        f"its best), torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}"
+    )
+
+
+def update_readme(readme: Path = README, folder: Path = RESULTS) -> None:
+    """Puts ``render`` between the two marker comments of a README. Raises ValueError where it has not both."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme} needs the lines {BEGIN} and {END}, in this order; the table goes between them")
+    readme.write_text(f"{before}{BEGIN}\n{render(folder)}\n{END}{after}", encoding="utf-8")

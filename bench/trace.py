@@ -1,0 +1,203 @@
+"""Causal tracing against two rivals in the same run: the published loop, and a simple batched loop.
+
+The published loop takes one forward a cell; the batched loop sends positions x draws up as one batch, through the
+layers above the restoration only. Both are the tests' oracle, over the same Hugging Face model. Ratios are of CPU time
+on one thread. What was timed is also what is compared: all cells must agree to ``TOLERANCE``, or nothing is reported.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kedit_fast as kf
+from bench.common import CheckFailed, Figure, Measured, Timing, peak_matmul, timed
+from kedit_fast.facts import OWN_FACTS, Fact, fact_tokens
+from kedit_fast.tracing import noise_level
+from tests.oracle.tracing import batched_loop, published_loop
+
+KINDS = {"state": ">= 5", "mlp": ">= 4"}  # kind: the mark of its ratio to the published loop
+RIVALS = {"published loop": published_loop, "batched loop": batched_loop}
+TOLERANCE = 1e-5  # of p, in fp32
+WINDOW = 10
+
+
+def run(options) -> Measured:
+    """The benchmark as the command line asks for it."""
+    lm = kf.open_model("smollm2")
+    facts = kf.load_facts(OWN_FACTS)
+    if options.quick:
+        facts = sorted(facts, key=lambda fact: len(_tokens(lm, fact).ids))[:2]
+        return measure(lm, facts, samples=2)
+    return measure(lm, spread(facts, options.facts))
+
+
+def spread(facts: list[Fact], n: int) -> list[Fact]:
+    """n facts at even distances, the first one first ("The Eiffel Tower is in the city of")."""
+    if not 1 <= n <= len(facts):
+        raise ValueError(f"--facts {n}: expected 1 to {len(facts)}")
+    return [facts[i * len(facts) // n] for i in range(n)]
+
+
+def measure(lm, facts: list[Fact], *, samples: int = 10) -> Measured:
+    """Each kind on the first fact, and, where there are more, on all of them in one call."""
+    peaks = [peak_matmul()]
+    cases, notes = [], []
+    for kind in KINDS:
+        ground = Ground(lm, kind, samples, noise_level(lm, facts, "s3")[1])
+        cases.append(one_fact(ground, facts[0]))
+        peaks.append(peak_matmul())
+        if len(facts) > 1:
+            measured = [facts[0], _typical(lm, facts)]
+            cases.append(many_facts(ground, facts, measured, cases[-1]))
+            peaks.append(peak_matmul())
+            texts = " and ".join(f'"{fact.text}"' for fact in measured)
+            notes = [f"With {len(facts)} facts the rivals were measured on {texts}, and scaled to the others by tokens."]
+    notes.append(f"{samples} noise draws; windows of {WINDOW} layers.")
+    return Measured([figure for case in cases for figure in case.figures(max(peaks))], max(peaks), notes)
+
+
+def _typical(lm, facts: list[Fact]) -> Fact:
+    """The fact, not the first, on which the published loop's cost is nearest the mean over all facts."""
+    costs = [COSTS["published loop"](lm, fact) for fact in facts]
+    return min(zip(facts[1:], costs[1:], strict=True), key=lambda pair: abs(pair[1] - np.mean(costs)))[0]
+
+
+# Work of a rival on one fact, up to a factor: cells or rows that grow with the T tokens, the subject beginning at b.
+COSTS: dict[str, Callable[..., int]] = {
+    "published loop": lambda lm, fact: len(_tokens(lm, fact).ids) ** 2,
+    "batched loop": lambda lm, fact: (n := len(_tokens(lm, fact).ids)) * (n - _tokens(lm, fact).span[0]),
+}
+
+
+def _tokens(lm, fact: Fact):
+    return fact_tokens(lm.tokenizer, fact)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """One kind of trace, set up the same for everyone."""
+
+    lm: object
+    kind: str
+    samples: int
+    noise: float
+
+    def ours(self, facts: list[Fact], samples: int | None = None) -> list[kf.TraceResult]:
+        return kf.trace(
+            self.lm, facts, kinds=(self.kind,), window=WINDOW, samples=samples or self.samples, noise=self.noise
+        )
+
+    def rival(self, name: str, fact: Fact) -> dict:
+        ids, span = _tokens(self.lm, fact)
+        return RIVALS[name](
+            self.lm.model, ids, span, self.kind, window=WINDOW, samples=self.samples, noise=self.noise, seed=1
+        )
+
+    def flop_ours(self, facts: list[Fact]) -> float:
+        """FLOP of the products in our trace: counted for one and two draws, and the rest is linear in the draws."""
+        one, two = (_flop(lambda n=n: self.ours(facts, samples=n)) for n in (1, 2))
+        return one + (self.samples - 1) * (two - one)
+
+    def flop_published(self, fact: Fact) -> float:
+        """FLOP of the products in the published loop: one forward's, times its forwards."""
+        ids = torch.tensor([_tokens(self.lm, fact).ids] * (self.samples + 1))
+        with torch.inference_mode():
+            return _flop(lambda: self.lm.model(ids)) * (ids.shape[1] * self.lm.n_layers + 2)
+
+
+def _flop(work: Callable) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was measured of one kind on one or several facts.
+
+    ours, rivals: seconds a fact; difference: largest of p over all cells that a rival gave too; flop, flop_published:
+    of one fact, ours and the published loop's, where they were counted
+    """
+
+    name: str
+    mark: str
+    ours: Timing
+    rivals: dict[str, Timing]
+    difference: float
+    flop: float = 0
+    flop_published: float = 0
+
+    def figures(self, peak: float) -> list[Figure]:
+        """peak: of the machine, GFLOP/s."""
+        rows = [(f"ratio to the {name}", t.seconds / self.ours.seconds, "x") for name, t in self.rivals.items()]
+        rows.append(("largest difference of p", self.difference, "difference"))
+        for name, timing in {"kedit_fast": self.ours, **self.rivals}.items():
+            rows += [(f"{name}, CPU time a fact", timing.cpu, "s"), (f"{name}, wall time a fact", timing.wall, "s")]
+        if self.flop:
+            rows += self._work(peak)
+        marks = {"ratio to the published loop": self.mark, "largest difference of p": f"<= {TOLERANCE:g}"}
+        return [Figure(self.name, metric, value, unit, mark=marks.get(metric, "")) for metric, value, unit in rows]
+
+    def _work(self, peak: float) -> list[tuple[str, float, str]]:
+        """The bound is the ratio if our products ran at the peak and nothing else took time."""
+        published = self.rivals["published loop"].seconds
+        rates = [1e-9 * self.flop / self.ours.seconds, 1e-9 * self.flop_published / published]
+        return [
+            ("kedit_fast, FLOP", 1e-12 * self.flop, "TFLOP"),
+            ("published loop, FLOP", 1e-12 * self.flop_published, "TFLOP"),
+            ("kedit_fast, share of peak", 100 * rates[0] / peak, "%"),
+            ("published loop, share of peak", 100 * rates[1] / peak, "%"),
+            ("bound of the ratio by FLOP", published * peak / (1e-9 * self.flop), "x"),
+        ]
+
+
+def one_fact(ground: Ground, fact: Fact) -> Case:
+    """Both rivals on one fact, with ours before, between and after them."""
+    flop = ground.flop_ours([fact])  # warms up, too
+    ours, rivals = [timed(lambda: ground.ours([fact]))], {}
+    for name in RIVALS:
+        rivals[name] = timed(lambda name=name: ground.rival(name, fact))
+        _difference(ours[0].result[0], rivals[name].result)
+        ours.append(timed(lambda: ground.ours([fact])))
+    return Case(
+        name=f"{ground.kind}, 1 fact",
+        mark=KINDS[ground.kind],
+        ours=sorted(ours, key=lambda timing: timing.seconds)[1],
+        rivals=rivals,
+        difference=max(_difference(ours[0].result[0], timing.result) for timing in rivals.values()),
+        flop=flop,
+        flop_published=ground.flop_published(fact),
+    )
+
+
+def many_facts(ground: Ground, facts: list[Fact], measured: list[Fact], single: Case) -> Case:
+    """All facts in one call of ours; the rivals on one more fact than ``single`` has already."""
+    ours = timed(lambda: ground.ours(facts))
+    rivals, difference = {}, 0.0
+    for name in RIVALS:
+        timings = [single.rivals[name], timed(lambda name=name: ground.rival(name, measured[1]))]
+        traces = [ours.result[facts.index(fact)] for fact in measured]
+        difference = max(difference, *map(_difference, traces, [timing.result for timing in timings]))
+        costs = [COSTS[name](ground.lm, fact) for fact in measured]
+        scale = np.mean([COSTS[name](ground.lm, fact) for fact in facts]) / sum(costs)
+        rivals[name] = Timing(None, scale * sum(t.cpu for t in timings), scale * sum(t.wall for t in timings))
+    return Case(
+        name=f"{ground.kind}, {len(facts)} facts",
+        mark=KINDS[ground.kind],
+        ours=Timing(None, ours.cpu / len(facts), ours.wall / len(facts)),
+        rivals=rivals,
+        difference=difference,
+    )
+
+
+def _difference(ours: kf.TraceResult, rival: dict) -> float:
+    """Largest difference of p over all cells and the two runs. Raises CheckFailed where it is not small."""
+    cells = np.abs(ours.p_restored - rival["scores"].float().numpy()).max()
+    runs = max(abs(ours.p_clean - rival["p_clean"]), abs(ours.p_corrupted - rival["p_corrupted"]))
+    worst = float(max(cells, runs))
+    if not worst <= TOLERANCE:
+        raise CheckFailed(f"{ours.kind} trace of {ours.fact.label} differs by {worst:.1e} in p, allowed {TOLERANCE:g}")
+    return worst

@@ -1,0 +1,93 @@
+"""``kedit-fast edit``: facts to an edit file, by ROME or MEMIT."""
+
+from dataclasses import replace
+from statistics import mean
+
+from ..edit import Edit
+from ..editors import EDITORS
+from ..facts import check_facts
+from ..moments import second_moments
+from .inputs import (
+    check_output,
+    find_moments,
+    make_folder_of,
+    model_line,
+    open_lm,
+    read_facts,
+    say,
+    statistics_folder,
+    table,
+)
+
+SHOWN = 20  # facts listed one by one
+
+
+def run(args) -> None:
+    """Makes the edit and writes its file; says what it was made of."""
+    facts = check_facts(read_facts(args), need_new=True)
+    path = check_output(args.output, args.force)
+    editor_class = EDITORS[args.method]
+    given = editor_class.from_json(args.hparams) if args.hparams else None
+    lm = open_lm(args)
+    say(model_line(lm))
+    editor = given or editor_class.for_model(lm)
+    if args.layers:
+        editor = replace(editor, layers=args.layers)
+    source = f"read from {args.hparams}" if args.hparams else editor.source
+    say(
+        f"{args.method}, settings {source}; layers {', '.join(map(str, editor.layers))}"
+        + " as given" * bool(args.layers)
+    )
+    edit = editor.edit(lm, facts, moments=_moments(args, lm, editor), seed=args.seed)
+    make_folder_of(path)
+    edit.save(path)
+    say_layers(edit, lm.d_ff)
+    say_facts(edit)
+    say(f"{path}: {edit!r}")
+
+
+def _moments(args, lm, editor):
+    if not editor.mom2_adjustment:
+        return None
+    if args.stats:
+        return find_moments(lm, args.stats, editor.layers)
+    return second_moments(
+        lm, editor.layers, args.corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=statistics_folder()
+    )
+
+
+def say_layers(edit: Edit, d_ff: int) -> None:
+    """g and fit of each layer: how much of what is asked the layer can give."""
+    weight = edit.hparams.get("mom2_update_weight")
+    rows = []
+    for layer, notes in edit.provenance["layers"].items():
+        notes = notes if isinstance(notes, list) else [notes]  # ROME: one a fact
+        if not all("g" in each for each in notes):  # without statistics
+            continue
+        g, fit = mean(each["g"] for each in notes), mean(each.get("fit", 1.0) for each in notes)
+        rows.append((layer, f"{g:,.0f}", f"{g / d_ff:.2f}", f"{fit:.2f}", f"{notes[0]['condition']:.2g}"))
+    if rows:
+        say(table(("layer", "g", "g / d_ff", "fit", "condition of C"), rows))
+        why = f"g / (g + {weight:,.0f})" if weight else "1: ROME writes the value exactly"
+        say(f"g: mean of k' C^-1 k over the facts; fit: share of what is missing that one layer can give, {why}")
+
+
+def say_facts(edit: Edit) -> None:
+    """How the value of each fact was found: steps, and the probability of the new answer with it in place."""
+    rows = [
+        (fact.label, fact.target_new or "", str(steps), f"{p_new:.3f}")
+        for fact, (steps, p_new) in zip(edit.facts, found_values(edit), strict=True)
+    ]
+    say(table(("fact", "new answer", "steps", "P(new) at the value"), rows[:SHOWN]))
+    if len(rows) > SHOWN:
+        p_new = [p for _, p in found_values(edit)]
+        say(f"... and {len(rows) - SHOWN} more; P(new) of all: mean {mean(p_new):.3f}, least {min(p_new):.3f}")
+
+
+def found_values(edit: Edit) -> list[tuple[int, float]]:
+    """(steps, P(new) at the value found) of each fact."""
+    values = edit.provenance.get("values")
+    if values:  # MEMIT: one value a fact
+        return list(zip(values["steps"], values["p_new"], strict=True))
+    last = list(edit.provenance["layers"].values())[-1]
+    return [(notes["steps"], notes["p_new"]) for notes in last]

@@ -1,0 +1,179 @@
+"""``kedit-fast info``: what this installation can use. No line of it may fail: what cannot be told says why."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from .. import __version__, settings
+from ..files import replace_file
+
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib", "rich", "triton", "datasets", "peft",
+)  # fmt: skip
+
+
+def run(args) -> None:
+    """Prints what is there, a line each; the same as JSON where ``args.output`` names a file."""
+    found = {name: _told(tell) for name, tell in (*LINES, ("model", lambda: _model(args)))}
+    found = {name: value for name, value in found.items() if value is not None}
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:>{width}}  " + f"\n{'':{width}}  ".join(_lines(value)))
+    if args.output:
+        with replace_file(args.output) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _told(tell: Callable):
+    try:
+        return tell()
+    except Exception as error:  # a broken part must not hide the others: that is what this command is asked for
+        return f"unknown: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+
+
+def _lines(value) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{name}: {each}" for name, each in value.items()]
+    return str(value).splitlines() or [""]
+
+
+# ---- one function a line
+
+
+def _packages() -> str:
+    return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _machine() -> str:
+    return f"{platform.system()} {platform.machine()}, {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "processor not named"
+
+
+def _threads() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} for CPU work (--threads or OMP_NUM_THREADS change it)"
+
+
+def _instruction_sets() -> str:
+    import torch
+
+    from ..kernels import dispatch
+
+    ours = ", ".join(dispatch.report()["instruction_sets"]) or "none, as it is not built"
+    return f"torch: {torch.backends.cpu.get_cpu_capability()}; native extension: {ours}"
+
+
+def _devices() -> str:
+    import torch
+
+    lines = ["cpu"]
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        lines.append(f"{torch.device('cuda', i)}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
+    if len(lines) == 1:
+        lines.append("no GPU that this torch can use: everything runs on the CPU")
+    return "\n".join(lines)
+
+
+def _native() -> str:
+    from ..kernels import dispatch
+
+    report = dispatch.report()
+    if report["native"] is not True:
+        return f"not there, so plain torch does its work: {report['native']}"
+    return "built" + (", with OpenMP" if report["openmp"] else ", without OpenMP: one thread")
+
+
+def _triton() -> str:
+    import torch
+
+    if find_spec("triton") is None:
+        return "not installed; only GPUs need it"
+    return f"{_version('triton')}" + ("" if torch.cuda.is_available() else "; unused without a GPU")
+
+
+def _backend() -> str:
+    from ..kernels import dispatch
+
+    forced = dispatch.report()["forced"]
+    return f"{forced}, forced by KEDIT_FAST_BACKEND" if forced else "chosen by device and dtype"
+
+
+def _ops() -> dict[str, str]:
+    from ..kernels import dispatch
+
+    told = {}
+    for op, devices in dispatch.report()["ops"].items():
+        for device, by_dtype in devices.items():
+            told[f"{op} on {device}"] = ", ".join(f"{dtype} {backend}" for dtype, backend in by_dtype.items())
+    return told
+
+
+def _cache() -> str:
+    folder = settings.cache_dir()
+    if not folder.is_dir():
+        return f"{folder} (not made yet)"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{folder} ({size / 1e6:,.0f} MB)"
+
+
+def _demo_model() -> str:
+    from ..model.smollm2 import FOLDER, WHEEL_BYTES, is_complete
+
+    folder = settings.cache_dir() / FOLDER
+    if is_complete(folder):
+        return f"SmolLM2-135M-Instruct in {folder}"
+    return f"not here yet; the first use fetches {WHEEL_BYTES / 1e6:.0f} MB from the package index"
+
+
+def _model(args) -> dict[str, str] | None:
+    if args.model is None:
+        return None
+    from ..editors import EDITORS
+    from .inputs import open_lm
+
+    lm = open_lm(args)
+    layers = {name: ", ".join(map(str, editor.for_model(lm).layers)) for name, editor in EDITORS.items()}
+    return {
+        "name": lm.note or lm.name,
+        "fingerprint": lm.fingerprint,
+        "shape": f"{lm.config.model_type}, {lm.n_layers} layers, d {lm.d_model}, d_ff {lm.d_ff}, {lm.n_vocab} tokens",
+        "weights": f"{str(lm.dtype).removeprefix('torch.')}, {lm.source.name}",
+        **{f"layers that {name} edits": each for name, each in layers.items()},
+    }
+
+
+LINES = (
+    ("kedit-fast", lambda: __version__),
+    ("python", lambda: f"{platform.python_version()} at {sys.executable}"),
+    ("packages", _packages),
+    ("machine", _machine),
+    ("instruction sets", _instruction_sets),
+    ("threads", _threads),
+    ("devices", _devices),
+    ("native extension", _native),
+    ("triton", _triton),
+    ("backend", _backend),
+    ("ops", _ops),
+    ("cache", _cache),
+    ("demo model", _demo_model),
+)

@@ -1,0 +1,205 @@
+"""What the commands share: the model, the facts and the files that arguments name, checked before any work."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .. import moments, settings
+from ..fact_files import as_template
+from ..facts import OWN_FACTS, Fact, load_facts
+from ..model.lm import LM, open_model
+from ..moments import SecondMoment
+
+BUILTIN = "builtin"  # instead of a fact file: the facts of this package
+DEMO_MODEL = "smollm2"
+
+
+def say(text: str = "") -> None:
+    """A line of the command's answer, on stdout."""
+    print(text, flush=True)
+
+
+def show(renderable) -> None:
+    """Something that rich draws, on stdout, with color where the terminal has it."""
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def note(text: str) -> None:
+    """A line on what goes on meanwhile, on stderr."""
+    print(f"kedit-fast: {text}", file=sys.stderr, flush=True)
+
+
+# ---- the model
+
+
+def open_lm(args) -> LM:
+    """The model of ``--model``, as ``--memory``, ``--device``, ``--dtype`` and ``--threads`` say."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours stand alone
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    _check_device(args.device)
+    if args.model == DEMO_MODEL:
+        from ..model.smollm2 import smollm2_folder
+
+        smollm2_folder(note)  # says what it fetches
+    elif args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().is_dir():
+        raise ValueError(f"model {args.model!r}: no such folder; give a model's folder, a hub id, or '{DEMO_MODEL}'")
+    model = str(Path(args.model).expanduser()) if args.model.startswith("~") else args.model
+    return open_model(model, memory=args.memory, device=args.device, dtype=args.dtype)
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch raises each of them for some device
+        raise ValueError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); `kedit-fast info` shows those present"
+        ) from error
+
+
+def model_line(lm: LM) -> str:
+    """Which model this is, for the first line of an answer."""
+    return lm.note or f"{lm.name}, {lm.config.model_type}, {lm.n_layers} layers, {str(lm.dtype).removeprefix('torch.')}"
+
+
+# ---- facts
+
+
+def check_fact_arguments(args) -> None:
+    """Raises ValueError unless the arguments name a fact file, or one fact; before a model is loaded."""
+    single = [args.prompt, args.subject]
+    if "target" in args:
+        single.append(args.target)
+    if args.facts is None and None in single:
+        alone = '--prompt "{} is in the city of" --subject "The Eiffel Tower"' + " --target Rome" * ("target" in args)
+        raise ValueError(f"which facts? give --facts FILE (or --facts {BUILTIN}), or one fact: {alone}")
+    if args.facts is not None and any(x is not None for x in single):
+        raise ValueError("--facts and a fact of its own (--prompt, --subject) are both given; expected one of them")
+
+
+def read_facts(args) -> list[Fact]:
+    """The facts that the arguments name."""
+    check_fact_arguments(args)
+    if args.facts is not None:
+        return fact_file(args.facts, args.n)
+    prompt = as_template(args.prompt, args.subject)
+    return [Fact(prompt=prompt, subject=args.subject, target_new=getattr(args, "target", None))]
+
+
+def fact_file(name: str, n: int | None) -> list[Fact]:
+    """The first n facts of a file, or of this package's own."""
+    return load_facts(OWN_FACTS if name == BUILTIN else name, n)
+
+
+# ---- files
+
+
+def check_output(path, force: bool) -> Path:
+    """The path, where it may be written; ValueError where something is there already, or its folder is a file."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of a file to write")
+    if path.exists() and not force:
+        raise ValueError(f"{path} is there already; --force replaces it, or name another file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {folder} is no folder that you may write to")
+    return path
+
+
+def make_folder_of(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def fresh_log(path: Path):
+    """The path of a log that begins empty: an older file of that name comes back if nothing was logged."""
+    make_folder_of(path)
+    older = path.with_name(f".{path.name}.older")
+    if path.exists():
+        path.replace(older)
+    try:
+        yield path
+    finally:
+        if path.exists():
+            older.unlink(missing_ok=True)
+        elif older.exists():
+            older.replace(path)
+
+
+# ---- statistics
+
+
+def statistics_folder() -> Path:
+    """Where statistics are kept unless told otherwise."""
+    return settings.cache_dir() / "statistics"
+
+
+def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMoment]:
+    """{layer: SecondMoment} from a folder of files; of several that fit a layer, the one over the most tokens.
+
+    Files of this package fit by the fingerprint they hold, published .npz files by the layer in their name.
+    Raises ValueError for a layer without a file that fits, and says whose statistics the folder holds.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"statistics {str(folder)!r}: no such folder; `kedit-fast stats -o {folder}` makes it")
+    found: dict[int, tuple[int, Path]] = {}
+    others = set()
+    for path in sorted(folder.iterdir()):
+        layer, fingerprint, n_tokens = _described(path)
+        if layer is None:
+            continue
+        if fingerprint not in (None, lm.fingerprint):
+            others.add(fingerprint)
+        elif layer not in found or n_tokens > found[layer][0]:
+            found[layer] = (n_tokens, path)
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        foreign = f"; it holds statistics of {', '.join(sorted(others))}" if others else ""
+        raise ValueError(
+            f"{folder} has no statistics of {lm.fingerprint} for layers {_listed(missing)}{foreign}. "
+            f"`kedit-fast stats --layers {','.join(map(str, missing))} -o {folder}` measures them"
+        )
+    return {layer: SecondMoment.load(found[layer][1], layer) for layer in layers}
+
+
+def _described(path: Path) -> tuple[int | None, str | None, int]:
+    """(layer, fingerprint, tokens) of a statistics file without reading its matrix; layer None: it is none."""
+    if path.suffix == ".npz":
+        layer = re.search(r"\.(\d+)\.", path.name)
+        return (int(layer[1]) if layer else None), None, 0
+    if path.suffix != ".safetensors" or path.name.startswith("."):
+        return None, None, 0
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and measure again") from error
+    if metadata.get("format") != moments.FORMAT:
+        return None, None, 0
+    record = json.loads(metadata["record"])
+    return record["layer"], record["fingerprint"], record["n_tokens"]
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first on the left, the others on the right."""
+    rows = [list(headers), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)

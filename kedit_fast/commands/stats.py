@@ -1,0 +1,29 @@
+"""``kedit-fast stats``: second moments of the keys at the layers to edit, kept for later edits."""
+
+from pathlib import Path
+
+from ..editors import EDITORS
+from ..moments import second_moments
+from .inputs import model_line, open_lm, say, statistics_folder, table
+
+
+def run(args) -> None:
+    """Measures the statistics and says how well conditioned they are."""
+    folder = Path(args.output).expanduser() if args.output else statistics_folder()
+    lm = open_lm(args)
+    say(model_line(lm))
+    layers = args.layers or default_layers(lm)
+    made = second_moments(lm, layers, args.corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=folder)
+    rows = [(str(layer), f"{m.n_tokens:,}", f"{m.condition:.2g}") for layer, m in sorted(made.items())]
+    say(table(("layer", "tokens", "condition number"), rows))
+    few = {m.n_tokens for m in made.values() if m.n_tokens < lm.d_ff}
+    if few:
+        say(
+            f"{min(few):,} tokens are fewer than the {lm.d_ff:,} key features: an edit needs a regularizer, or more tokens"
+        )
+    say(f"corpus {next(iter(made.values())).corpus}; kept in {folder}")
+
+
+def default_layers(lm) -> tuple[int, ...]:
+    """Every layer that an editor would edit by default."""
+    return tuple(sorted({layer for editor in EDITORS.values() for layer in editor.for_model(lm).layers}))

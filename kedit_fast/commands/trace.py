@@ -1,0 +1,61 @@
+"""``kedit-fast trace``: which tokens and layers carry a fact; heat maps, averages, and a JSON line a trace."""
+
+from itertools import groupby
+from pathlib import Path
+
+from ..plots import plot_kinds, terminal_heatmap
+from ..traces import LOCALIZATION_WARNING, ROLES, TraceResult, average
+from ..tracing import trace
+from .inputs import check_output, fresh_log, model_line, open_lm, read_facts, say, show
+
+LOG = "traces.jsonl"
+RECOMMENDED = 5  # layers, as many as MEMIT edits
+
+
+def run(args) -> None:
+    """Traces the facts, drawing what was found."""
+    facts = read_facts(args)
+    folder = Path(args.output).expanduser()
+    log = check_output(folder / LOG, args.force)
+    lm = open_lm(args)
+    say(model_line(lm))
+    with fresh_log(log):
+        results = trace(
+            lm, facts, kinds=args.kinds, window=args.window, samples=args.samples, noise=args.noise, seed=args.seed,
+            answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, log=log,
+        )  # fmt: skip
+    for result in results if len(facts) == 1 else ():
+        say()
+        show(terminal_heatmap(result))
+    if len(facts) > 1:
+        say(f"{len(facts)} facts, {len(results)} traces")
+    say()
+    say_averages(results, folder)
+    pictures = _draw(results, folder, args.plots)
+    say(f"{log}: a line for each trace" + (f"; {pictures[0]}{' ...' * (len(pictures) > 1)}: pictures" * bool(pictures)))
+
+
+def say_averages(results: list[TraceResult], folder: Path) -> None:
+    """The layers that carried most, by kind; draws and saves the averages."""
+    for kind, mean in average(results).items():
+        n = min(RECOMMENDED, mean.mean.shape[1])
+        layers = mean.recommend_layers(n)
+        effect = mean.mean[ROLES.index("last subject token"), list(layers)].mean()
+        say(
+            f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token (there {effect:.3f} come back "
+            f"of {mean.total_effect:.3f} lost; {mean.n_facts} fact{'s' * (mean.n_facts != 1)})"
+        )
+        mean.plot(folder / f"average-{kind}.png")
+        mean.save(folder / f"average-{kind}.npz")
+    say(f"note: {LOCALIZATION_WARNING}")
+
+
+def _draw(results: list[TraceResult], folder: Path, n: int) -> list[Path]:
+    """A picture with all kinds for each of the first n facts."""
+    paths = []
+    for index, (_, kinds) in enumerate(groupby(results, key=lambda result: id(result.fact))):
+        if index == n:
+            break
+        paths.append(folder / f"fact-{index}.png")
+        plot_kinds(list(kinds), paths[-1])
+    return paths

@@ -1,0 +1,78 @@
+"""Facts, contexts and statistics for the tests of the editors, and tiny models that are float64 all through."""
+
+import functools
+
+import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+import kedit_fast as kf
+from kedit_fast.moments import SecondMoment
+from tests.oracle.values import Fact as OracleFact
+from tests.tiny import D_FF
+
+FAMILIES = ("gpt2", "gptj", "llama", "gemma2", "olmo2")
+POST_NORM = ("gemma2", "olmo2")
+N_TOKENS = 500
+
+# The subject inside, at the start, alone (the lookup token is the prompt's last one); targets of one and more tokens.
+FACTS = (
+    kf.Fact(prompt="The {} is in the city of", subject="Space Needle", target_new="Rome"),
+    kf.Fact(prompt="{} plays the sport of", subject="LeBron James", target_new="cheese boat"),
+    kf.Fact(prompt="{}", subject="Big Ben", target_new="London"),
+    kf.Fact(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="Berlin"),
+)
+GROUPS = [["{}"], ["The sun. {}", "I go there because of the piano in New York. {}"]]
+FLAT = [context for group in GROUPS for context in group]
+
+
+def oracle_facts(facts=FACTS) -> list[OracleFact]:
+    return [OracleFact(fact.prompt, fact.subject, fact.target_new) for fact in facts]
+
+
+@functools.cache
+def moments(n_layers: int = 4, n_tokens: int = N_TOKENS) -> dict[int, SecondMoment]:
+    """{layer: second moment of random keys}, far from the identity and different in each layer."""
+    made = {}
+    for layer in range(n_layers):
+        generator = torch.Generator().manual_seed(layer)
+        keys = torch.randn(n_tokens, D_FF, generator=generator, dtype=torch.float64)
+        keys *= torch.linspace(0.3, 2.0, D_FF, dtype=torch.float64)
+        made[layer] = SecondMoment((keys.T @ keys / n_tokens).float(), n_tokens, layer)
+    return made
+
+
+def matrices(given=None) -> dict[int, torch.Tensor]:
+    """The same as the oracle takes them."""
+    return {layer: moment.matrix for layer, moment in (given or moments()).items()}
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want|| in float64."""
+    got, want = got.detach().double(), want.detach().double()
+    assert got.shape == want.shape
+    return ((got - want).norm() / want.norm()).item()
+
+
+def make_exact(monkeypatch) -> None:
+    """Takes the float32 casts out of Hugging Face's norms and gptj's attention, for oracle and package alike.
+
+    With them a float64 model is no sharper than float32: a value that falls on either side of a rounding step moves by
+    6e-8.
+    """
+
+    def norm(self, x):
+        eps = self.eps if isinstance(self, Gemma2RMSNorm) else self.variance_epsilon
+        weight = self.weight + 1 if isinstance(self, Gemma2RMSNorm) else self.weight
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    def attend(self, query, key, value, attention_mask=None):
+        scores = query @ key.transpose(-1, -2) / self.head_dim**0.5 + attention_mask
+        weights = scores.softmax(-1)
+        return weights @ value, weights
+
+    for module in (Gemma2RMSNorm, LlamaRMSNorm, Olmo2RMSNorm):
+        monkeypatch.setattr(module, "forward", norm)
+    monkeypatch.setattr(GPTJAttention, "_attn", attend)

@@ -1,0 +1,139 @@
+"""Generation: Hugging Face's greedy texts for ragged prompts in one batch, and sampling that can be made again."""
+
+import pytest
+import torch
+
+from kedit_fast.jobs.generate import generate
+from kedit_fast.model.family import FAMILIES
+from kedit_fast.sweep import engine
+from tests.conftest import close, open_tiny, tiny_lm
+from tests.edits import make_edit
+from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
+
+TEXTS = ["The", *(p.template.format(p.subject) for p in PROMPTS[:3])]
+PROMPT_IDS = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
+N_NEW = 8  # longer than the sliding window
+
+
+def hugging_faces(model, ids, n=N_NEW, eos=-1):
+    """Greedy continuation of one prompt by itself."""
+    with torch.no_grad():
+        made = model.generate(
+            torch.tensor([ids]), max_new_tokens=n, do_sample=False, eos_token_id=eos, pad_token_id=1,
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        )  # fmt: skip
+    return made[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_texts_are_hugging_faces(family):
+    lm = tiny_lm(family)
+    got = generate(lm, PROMPT_IDS, N_NEW, stop=False)
+    assert got == [hugging_faces(lm.model, ids) for ids in PROMPT_IDS]
+    assert len({tuple(ids) for ids in got}) > 1  # the prompts are told apart
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_each_step_is_the_whole_text_again(family, monkeypatch):
+    """The cache gives the logits of a forward over the text so far."""
+    lm, seen = tiny_lm(family), []
+    head = type(lm).head
+    monkeypatch.setattr(type(lm), "head", lambda self, h: seen.append(head(self, h)) or seen[-1])
+    made = generate(lm, PROMPT_IDS, N_NEW, stop=False)
+    with torch.no_grad():
+        for i, (ids, new) in enumerate(zip(PROMPT_IDS, made, strict=True)):
+            logits = lm.model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1]
+            close(f"text {i}", torch.stack([step[i] for step in seen]), logits)
+
+
+def test_a_token_costs_a_row_a_text(monkeypatch):
+    lm, rows = tiny_lm("llama"), []
+    call = type(lm.source).call
+
+    def counted(self, layer, h, kwargs):
+        rows.append(h.shape[1]) if layer == 0 else None
+        return call(self, layer, h, kwargs)
+
+    monkeypatch.setattr(type(lm.source), "call", counted)
+    generate(lm, PROMPT_IDS, 4, stop=False)
+    assert rows == [sum(map(len, PROMPT_IDS)), *[len(PROMPT_IDS)] * 3]
+
+
+def test_texts_end_at_the_end_token():
+    """Texts that end are cut there; the others go on as if alone."""
+    model = tiny_model("llama")
+    lm = open_tiny(model)
+    free = generate(lm, PROMPT_IDS, N_NEW, stop=False)
+    end = free[1][3]  # a token that one of the texts is known to reach
+    tokenizer = type("Ends", (), {"eos_token_id": end, "is_fast": True})()
+    got = generate(type(lm)(model, tokenizer, lm.source), PROMPT_IDS, N_NEW)
+    assert got == [ids[: ids.index(end)] if end in ids else ids for ids in free]
+    assert len(got[1]) <= 3
+    assert generate(type(lm)(model, tokenizer, lm.source), PROMPT_IDS[1:2], N_NEW) == got[1:2]
+
+
+def test_sampling_can_be_made_again():
+    lm = tiny_lm("gpt2")
+    ids = PROMPT_IDS[:1] * 6
+    a, b, c = (generate(lm, ids, 6, temperature=1.0, seed=seed, stop=False) for seed in (3, 3, 4))
+    assert a == b != c and len({tuple(t) for t in a}) > 1
+    assert generate(lm, ids, 6, temperature=1.0, top_k=1, seed=3, stop=False) == generate(lm, ids, 6, stop=False)
+    state = torch.get_rng_state()
+    generate(lm, ids, 2, temperature=1.0, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)  # no one else's randomness is used
+
+
+def test_sampled_tokens_are_among_the_k_likeliest():
+    lm, k = tiny_lm("gpt2"), 3
+    with torch.no_grad():
+        top = lm.model(torch.tensor(PROMPT_IDS[1:2])).logits[0, -1].topk(k).indices.tolist()
+    made = [t[0] for t in generate(lm, PROMPT_IDS[1:2] * 200, 1, temperature=5.0, top_k=k, seed=0, stop=False)]
+    assert set(made) == set(top)
+
+
+def test_frequencies_of_samples_follow_the_temperature():
+    lm, n = tiny_lm("gpt2"), 3000
+    with torch.no_grad():
+        wanted = (lm.model(torch.tensor([[5]])).logits[0, -1] / 0.5).softmax(-1)
+    made = torch.tensor(generate(lm, [[5]] * n, 1, temperature=0.5, seed=1, stop=False)).flatten()
+    got = made.bincount(minlength=len(wanted)) / n
+    assert (got - wanted).abs().max() < 4 * 0.5 / n**0.5
+
+
+def test_edits_act():
+    model = tiny_model("gptj")
+    edit = make_edit(model)
+    edited = generate(open_tiny(model).with_edit(edit), PROMPT_IDS, N_NEW, stop=False)
+    with edit.apply(model):
+        assert edited == [hugging_faces(model, ids) for ids in PROMPT_IDS]
+    assert edited != generate(open_tiny(model), PROMPT_IDS, N_NEW, stop=False)
+
+
+def test_texts_and_single_prompts():
+    lm = tiny_lm("llama")
+    texts = ["The Eiffel Tower is", "Big Ben"]
+    got = lm.generate(texts, 5, stop=False)
+    theirs = [hugging_faces(lm.model, lm.encode(text), 5) for text in texts]
+    assert got == [tiny_tokenizer().decode(ids, skip_special_tokens=True) for ids in theirs]
+    assert lm.generate(texts[0], 5, stop=False) == got[0]
+
+
+def test_many_texts_are_cut_into_calls(monkeypatch, poisoned_memory):
+    cut = engine.calls
+    whole = generate(tiny_lm("gemma3"), PROMPT_IDS, N_NEW, stop=False)
+    monkeypatch.setattr(engine, "calls", lambda ends: cut(ends, 2))
+    monkeypatch.setattr(engine, "CALL_ROWS", 2)
+    assert generate(tiny_lm("gemma3"), PROMPT_IDS, N_NEW, stop=False) == whole
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, "prompts of at least one token"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens >= 1, got 0"),
+        ([[1]], {"temperature": 0.7}, "needs a seed"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_lm("gpt2"), prompts, **{"max_new_tokens": 3} | options)

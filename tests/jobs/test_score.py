@@ -1,0 +1,79 @@
+"""Scoring against Hugging Face's forward, one text at a time, on the weights as they are and as edited."""
+
+import pytest
+import torch
+
+from kedit_fast.edit import Edit, LowRank
+from kedit_fast.facts import Fact
+from kedit_fast.jobs.score import continuation_logprobs, likeliest_tokens, next_token_probs, text_logprobs
+from kedit_fast.model.lm import open_model
+from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
+
+TOKENS = tiny_tokenizer()(TEXT)["input_ids"]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def lm(request):
+    return open_model(tiny_model(request.param), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def edit(lm):
+    generator = torch.Generator().manual_seed(0)
+    delta = LowRank(*(torch.randn(n, 2, generator=generator) * 0.5 for n in (D_MODEL, D_FF)))
+    return Edit("by hand", {}, lm.fingerprint, (), {2: delta})
+
+
+@torch.no_grad()
+def oracle(lm, ids, n_given):
+    """log p of each token from ``n_given`` on."""
+    rows = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return torch.stack([rows[i - 1, ids[i]] for i in range(n_given, len(ids))])
+
+
+def both(lm, edit, texts):
+    """The oracle's (base, edited) for (ids, tokens given)."""
+    base = [oracle(lm, *text) for text in texts]
+    with edit.apply(lm.model):
+        return base, [oracle(lm, *text) for text in texts]
+
+
+def assert_equal(got, want):
+    for side, expected in zip(got, want, strict=True):
+        assert [len(x) for x in side] == [len(x) for x in expected]
+        torch.testing.assert_close(torch.cat(side), torch.cat(expected), rtol=0, atol=1e-4)
+
+
+def test_continuations(lm, edit):
+    # Shared prefixes, a target that begins as another, equal pairs, a one-token prompt, one that is another's text.
+    pairs = [(TOKENS[:5], TOKENS[5:6]), (TOKENS[:5], TOKENS[5:9]), (TOKENS[:5], [7, 8]), (TOKENS[:5], TOKENS[5:6])]
+    pairs += [(TOKENS[:1], [9]), (TOKENS[:7], TOKENS[7:8]), (TOKENS[30:40], TOKENS[40:43])]
+    want = both(lm, edit, [(prompt + target, len(prompt)) for prompt, target in pairs])
+    assert_equal(continuation_logprobs(lm.with_edit(edit), pairs), want)
+    base, same = continuation_logprobs(lm, pairs)
+    assert_equal((base, same), (want[0], want[0]))
+    assert (torch.cat(want[0]) - torch.cat(want[1])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("length", [100, 20])  # dense and gathered attention
+def test_texts(lm, edit, length):
+    texts = [TOKENS[:length], TOKENS[: length // 2], TOKENS[50 : 50 + length], TOKENS[:2]]
+    assert_equal(text_logprobs(lm.with_edit(edit), texts), both(lm, edit, [(ids, 1) for ids in texts]))
+
+
+def test_likeliest_tokens(lm):
+    h = torch.randn(17, D_MODEL, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(likeliest_tokens(lm, h), lm.head(h).argmax(-1))
+        assert likeliest_tokens(lm, h[:0]).shape == (0,)
+
+
+def test_independent_edits_need_an_owner(lm):
+    generator = torch.Generator().manual_seed(0)
+    delta = LowRank(*(torch.randn(n, 1, generator=generator) for n in (D_MODEL, D_FF)))
+    fact = Fact("{} is", "Big Ben", "Rome")
+    owned = Edit("by hand", {}, lm.fingerprint, (fact,), {2: delta}, owners={2: torch.tensor([0])})
+    for read in (next_token_probs, text_logprobs):
+        with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
+            read(lm.with_edit(owned), [TOKENS[:5]])
+    assert next_token_probs(lm.with_edit(owned.only(0)), [TOKENS[:5]]).shape == (1, lm.n_vocab)

@@ -1,0 +1,194 @@
+"""Attention through a row table against one softmax a row in float64."""
+
+import math
+
+import pytest
+import torch
+
+from kedit_fast.kernels import attention as kernel
+from kedit_fast.kernels.attention import DENSE_FROM, attention, attention_ref
+from tests.conftest import close, relative_error
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def naive(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None):
+    """One row and one head at a time, in float64, reading only what the row may see."""
+    query, key, value = query.double(), key.double(), value.double()
+    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    for i in range(len(query)):
+        p = int(pos[i])
+        slots = key_rows[int(run[i]), max(0, p + 1 - window) if window else 0 : p + 1]
+        for head in range(query.shape[1]):
+            scores = key[slots, head // group] @ query[i, head] * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[i, head] = scores.softmax(0) @ value[slots, head // group]
+    return out
+
+
+def numbers(rows, slots, heads, kv_heads, dim, dtype, seed=0):
+    """Query, key and value; keys large enough that a softmax is far from even."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, heads, dim), (slots, kv_heads, dim), (slots, kv_heads, dim)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def layout(kind):
+    """(key_rows [R, T], run [rows], pos [rows]) of several ways that rows may lie."""
+    if kind == "one row":
+        return torch.tensor([[0]]), torch.tensor([0]), torch.tensor([0])
+    if kind == "one run":
+        return torch.arange(17)[None], torch.zeros(17, dtype=torch.int64), torch.arange(17)
+    if kind == "ragged":  # five runs of 1 to 57 rows, 129 in all, slots in no order
+        lengths = [57, 1, 31, 9, 31]
+        table, order, at = torch.full((5, 57), -1), torch.randperm(140, generator=torch.Generator().manual_seed(1)), 0
+        for r, n in enumerate(lengths):
+            table[r, :n] = order[at : at + n]
+            at += n
+        run = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+        return table, run, torch.cat([torch.arange(n) for n in lengths])
+    if kind == "shared":  # a prefix of 6; suffixes of 3, 3, 1 and 4; the last one again behind the third one's row
+        table = torch.arange(6).repeat(5, 1)
+        own = [[6, 7, 8, -1], [9, 10, 11, -1], [12, -1, -1, -1], [13, 14, 15, 16], [12, 17, -1, -1]]
+        table = torch.cat([table, torch.tensor(own)], 1)
+        run = torch.tensor([0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 4])
+        return table, run, torch.tensor([6, 7, 8, 6, 7, 8, 6, 6, 7, 8, 9, 7])
+    if kind == "slabs":  # a cache: 7 slots a run, one row each at its own length
+        return torch.arange(28).view(4, 7), torch.arange(4), torch.tensor([6, 2, 4, 0])
+    assert kind == "gap"  # one run's rows at positions that do not follow each other, as in a last layer
+    return torch.arange(12)[None], torch.zeros(5, dtype=torch.int64), torch.tensor([0, 1, 5, 6, 11])
+
+
+LAYOUTS = ("one row", "one run", "ragged", "shared", "slabs", "gap")
+HOW = ({}, {"window": 1}, {"window": 5}, {"softcap": 1.5}, {"window": 4, "softcap": 0.8})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (4, 1)], ids=["1", "4 on 2", "4 on 1"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_against_one_softmax_a_row(kind, heads, dtype):
+    key_rows, run, pos = layout(kind)
+    for dim in (5, 64):
+        q, k, v = numbers(len(run), int(key_rows.max()) + 3, *heads, dim, dtype)
+        for how in HOW:
+            how = {"scale": 1.3 / math.sqrt(dim)} | how
+            got = attention(q, k, v, key_rows, run, pos, **how)
+            assert got.dtype == dtype
+            close(f"{kind} {heads} {dim} {how}", got, naive(q, k, v, key_rows, run, pos, **how))
+
+
+def test_float64():
+    key_rows, run, pos = layout("ragged")
+    q, k, v = numbers(len(run), 140, 4, 2, 5, torch.float64)
+    close("fp64", attention(q, k, v, key_rows, run, pos, scale=1.0), naive(q, k, v, key_rows, run, pos, scale=1.0))
+
+
+def test_the_public_op_is_its_reference_on_the_cpu():
+    key_rows, run, pos = layout("shared")
+    q, k, v = numbers(len(run), 20, 4, 2, 5, torch.float32)
+    assert torch.equal(*(op(q, k, v, key_rows, run, pos, scale=1.0) for op in (attention, attention_ref)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 30, 500])
+def test_long_runs_take_the_dense_path(window, dtype, monkeypatch):
+    """Whole texts from position 0: the same as gathered, and as one softmax a row."""
+    n = DENSE_FROM + 1
+    key_rows = torch.arange(3 * n).view(3, n)[:, torch.arange(n)] + torch.tensor([[0], [5], [9]])
+    run, pos = torch.arange(3).repeat_interleave(n), torch.arange(n).repeat(3)
+    q, k, v = numbers(3 * n, 3 * n + 9, 4, 2, 5, dtype)
+    dense_calls = []
+    dense = kernel._dense
+    monkeypatch.setattr(kernel, "_dense", lambda *a: dense_calls.append(1) or dense(*a))
+    got = attention(q, k, v, key_rows, run, pos, scale=0.7, window=window)
+    assert dense_calls
+    monkeypatch.setattr(kernel, "DENSE_FROM", 10**9)
+    gathered = attention(q, k, v, key_rows, run, pos, scale=0.7, window=window)
+    assert len(dense_calls) == 1
+    wanted = naive(q, k, v, key_rows, run, pos, scale=0.7, window=window)
+    close("dense", got, wanted)
+    close("gathered", gathered, wanted)
+
+
+def test_long_suffixes_and_capped_scores_do_not_take_it(monkeypatch):
+    """SDPA knows neither a prefix behind the diagonal nor a cap."""
+    monkeypatch.setattr(kernel, "_dense", lambda *a: pytest.fail("dense"))
+    n = DENSE_FROM + 3
+    key_rows = torch.arange(2 * n).view(2, n)
+    q, k, v = numbers(n - 2, 2 * n, 2, 1, 5, torch.float32)
+    run, pos = torch.ones(n - 2, dtype=torch.int64), torch.arange(2, n)
+    close("suffix", attention(q, k, v, key_rows, run, pos, scale=1.0), naive(q, k, v, key_rows, run, pos, scale=1.0))
+    q, k, v = numbers(n, 2 * n, 2, 1, 5, torch.float32)
+    run, pos = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+    how = {"scale": 1.0, "softcap": 1.0}
+    close("cap", attention(q, k, v, key_rows, run, pos, **how), naive(q, k, v, key_rows, run, pos, **how))
+
+
+def test_equal_slabs_are_read_where_they_lie():
+    store = torch.randn(30, 2, 5)
+    slabs = torch.arange(30).view(3, 10)[:, :7]
+    with torch.no_grad():
+        view = kernel._take(store, slabs)
+        assert view.untyped_storage().data_ptr() == store.untyped_storage().data_ptr()
+        assert torch.equal(view, store[slabs])
+        part = store[2:]  # a view of its own
+        assert torch.equal(kernel._take(part, slabs[:2] + 3), part[slabs[:2] + 3])
+        for slots in (slabs.flip(0), slabs[:, [0, 2, 1]], slabs[[0, 0]], torch.tensor([[0, 1], [1, 2], [4, 5]])):
+            assert torch.equal(kernel._take(store, slots), store[slots])
+        assert torch.equal(kernel._take(store, torch.tensor([[3, -1]])), store[torch.tensor([[3, 0]])])
+
+
+def test_many_runs_are_gathered_a_few_at_a_time(monkeypatch):
+    key_rows, run, pos = layout("ragged")
+    q, k, v = numbers(len(run), 140, 4, 2, 5, torch.float32)
+    whole = attention(q, k, v, key_rows, run, pos, scale=1.0)
+    monkeypatch.setattr(kernel, "GATHERED", 1)
+    close("one at a time", attention(q, k, v, key_rows, run, pos, scale=1.0), whole)
+
+
+def test_scores_count_as_memory_held_at_once(monkeypatch):
+    """Long runs beside prefixes: 70 rows x 70 keys x 4 heads of scores are more than the keys they came from."""
+    held = []
+    gathered = kernel._gathered
+    monkeypatch.setattr(kernel, "_gathered", lambda q, *a: held.append(q.shape[0]) or gathered(q, *a))
+    monkeypatch.setattr(kernel, "GATHERED", 2 * 70 * 4 * 71)
+    key_rows = torch.arange(6 * 71).view(6, 71)
+    run, pos = torch.arange(6).repeat_interleave(70), torch.arange(1, 71).repeat(6)
+    q, k, v = numbers(len(run), 6 * 71, 4, 1, 5, torch.float32)
+    attention(q, k, v, key_rows, run, pos, scale=1.0)
+    assert max(held) <= 2 and sum(held) == 6
+
+
+def test_slots_that_no_row_may_see_are_not_read_into_it():
+    """What lies behind a run's end, or belongs to later rows, may be anything that is finite."""
+    key_rows, run, pos = layout("shared")
+    q, k, v = numbers(len(run), 30, 4, 2, 5, torch.float32)
+    got = attention(q, k, v, key_rows, run, pos, scale=1.0)
+    k[18:], v[18:] = 1e30, -1e30
+    assert torch.equal(attention(q, k, v, key_rows, run, pos, scale=1.0), got)
+
+
+@pytest.mark.parametrize("kind", ["one run", "ragged", "shared", "slabs"])
+@pytest.mark.parametrize("how", HOW[:1] + HOW[2:], ids=str)
+def test_gradients_flow(kind, how):
+    key_rows, run, pos = layout(kind)
+    grads = []
+    for op in (attention, naive):
+        leaves = [x.requires_grad_() for x in numbers(len(run), int(key_rows.max()) + 1, 4, 2, 5, torch.float32)]
+        out = op(*leaves, key_rows, run, pos, scale=0.6, **how)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        (out.double() * weight).sum().backward()
+        grads.append([x.grad for x in leaves])
+    for name, got, want in zip("qkv", *grads, strict=True):
+        close(f"gradient of {name}", got, want)
+
+
+def test_one_wrong_row_is_seen():
+    key_rows, run, pos = layout("shared")
+    q, k, v = numbers(len(run), 20, 4, 2, 5, torch.float32)
+    wanted = naive(q, k, v, key_rows, run, pos, scale=1.0)
+    for place in ((0, 2), (4, 6), (3, 9)):
+        wrong = key_rows.clone()
+        wrong[place] += 1
+        assert relative_error(attention(q, k, v, wrong, run, pos, scale=1.0), wanted) > 1e-2

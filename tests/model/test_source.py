@@ -1,0 +1,155 @@
+"""Layers from disk give the same bits as layers in memory, from any safetensors checkpoint of a family."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kedit_fast as kf
+from kedit_fast.model.family import FAMILIES, as_out_in, down_projection, layers_of
+from kedit_fast.model.source import Checkpoint
+from tests.conftest import close, tiny_lm
+from tests.edits import make_edit
+from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
+
+MEMORY = 1 << 30
+FACT = kf.Fact(prompt=PROMPTS[5].template, subject=PROMPTS[5].subject)
+
+
+def saved(folder, family, dtype=torch.float32, **options):
+    """The folder of a tiny model as save_pretrained writes it."""
+    tiny_model(family, dtype).save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def opened(folder, **options):
+    """(in memory, layers on disk): the same folder opened twice."""
+    on_disk = kf.open_model(folder, memory=1, **options)
+    assert on_disk.source.name == "disk"
+    return kf.open_model(folder, **options), replace(on_disk, memory=MEMORY)
+
+
+def numbers(lm):
+    """A trace, next-token probabilities and a text."""
+    (trace,) = kf.trace(lm, FACT, kinds=("mlp",), samples=1, window=2, noise=0.5)
+    return trace.p_restored.tolist(), trace.p_clean, lm.top_tokens("The Eiffel Tower is", 5), lm.generate("Big Ben", 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
+    resident, disk = opened(saved(tmp_path, family))
+    assert numbers(disk) == numbers(resident)
+    assert disk.fingerprint == resident.fingerprint
+    assert all(p.is_meta for p in layers_of(disk.model).parameters())
+    on_meta = {n for n, p in disk.model.named_parameters() if p.is_meta and not n.startswith(disk.source.prefix + ".")}
+    assert on_meta == {n for n, _ in disk.model.named_parameters() if "vision_tower" in n or "projector" in n}
+    buffers = [dict(lm.model.named_buffers()) for lm in (disk, resident)]
+    assert list(buffers[0]) == list(buffers[1])
+    for a, b in zip(*(side.values() for side in buffers), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_down_weights_are_out_in(family, tmp_path):
+    resident, disk = opened(saved(tmp_path, family))
+    for layer in range(4):
+        weight = disk.source.down_weight(layer)
+        assert weight.shape == (48, 80) and torch.equal(weight, as_out_in(down_projection(resident.model, layer)))
+        assert torch.equal(weight, resident.source.down_weight(layer))
+    assert (disk.d_ff, disk.d_model, disk.n_vocab, disk.dtype) == (80, 48, resident.n_vocab, torch.float32)
+
+
+def test_the_model_from_disk_is_the_model(tmp_path):
+    """Opening what was saved gives the saved model's numbers, not only two equal wrong ones."""
+    _, disk = opened(saved(tmp_path, "gemma3"))
+    (got, want) = (
+        kf.trace(lm, FACT, kinds=("state",), samples=1, noise=0.5)[0].p_restored for lm in (disk, tiny_lm("gemma3"))
+    )
+    close("trace", torch.from_numpy(got), torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3"])
+@pytest.mark.parametrize("given", [None, "bf16"])
+def test_half_precision_checkpoints_and_conversion(family, given, tmp_path):
+    saved(tmp_path, family, torch.float32 if given else torch.bfloat16)
+    resident, disk = opened(tmp_path, dtype=given)
+    assert disk.dtype == resident.dtype == torch.bfloat16
+    assert disk.source.down_weight(2).dtype == torch.bfloat16
+    assert numbers(disk) == numbers(resident)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_many_shards(family, tmp_path):
+    saved(tmp_path, family, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    resident, disk = opened(tmp_path)
+    assert numbers(disk) == numbers(resident)
+    assert Checkpoint(tmp_path).n_bytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+
+
+def test_each_weight_is_read_once_a_pack(tmp_path, monkeypatch):
+    _, disk = opened(saved(tmp_path, "llama"))
+    read, tensor = [], Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    disk.top_tokens("The Eiffel Tower is in", 1)
+    per_layer = len(list(disk.source.layers[0].parameters()))
+    assert len(read) == len(set(read)) == 4 * per_layer
+
+
+def test_base_models_saved_without_the_heads_prefix(tmp_path):
+    """Older GPT-2 checkpoints name their tensors from the base model on."""
+    saved(tmp_path, "gpt2")
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    resident, disk = opened(tmp_path)
+    assert numbers(disk) == numbers(resident)
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_a_missing_tensor_is_named(lost, tmp_path):
+    saved(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 tensors of this model, '{lost}' first"):
+        kf.open_model(tmp_path, memory=1)
+    with pytest.raises(KeyError, match="has no tensor"):
+        Checkpoint(tmp_path).tensor(lost)
+
+
+def test_no_safetensors_says_what_to_do(tmp_path):
+    saved(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor its index; .*save_pretrained"):
+        kf.open_model(tmp_path, memory=1)
+
+
+def test_memory_decides(tmp_path):
+    """More than twice the checkpoint: in memory, and what is left of it is the sweeps'."""
+    saved(tmp_path, "llama")
+    n = Checkpoint(tmp_path).n_bytes
+    for memory, source in ((2 * n, "resident"), (2 * n - 1, "disk"), (None, "resident")):
+        assert kf.open_model(tmp_path, memory=memory).source.name == source
+    assert kf.open_model(tmp_path, memory="1GB").memory == 500_000_000
+
+
+def test_edits_on_layers_from_disk(tmp_path):
+    resident, disk = opened(saved(tmp_path, "gpt2"))
+    edit = make_edit(resident.model)
+    for written in (None, torch.bfloat16):
+        assert numbers(disk.with_edit(edit, written)) == numbers(resident.with_edit(edit, written))
+    assert numbers(disk.with_edit(edit)) != numbers(disk)
+
+
+def test_nothing_is_written_to_the_files(tmp_path):
+    saved(tmp_path, "gpt2")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    _, disk = opened(tmp_path)
+    numbers(disk.with_edit(make_edit()))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"

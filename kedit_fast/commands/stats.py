@@ -16,11 +16,9 @@ def run(args) -> None:
     made = second_moments(lm, layers, args.corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=folder)
     rows = [(str(layer), f"{m.n_tokens:,}", f"{m.condition:.2g}") for layer, m in sorted(made.items())]
     say(table(("layer", "tokens", "condition number"), rows))
-    few = {m.n_tokens for m in made.values() if m.n_tokens < lm.d_ff}
-    if few:
-        say(
-            f"{min(few):,} tokens are fewer than the {lm.d_ff:,} key features: an edit needs a regularizer, or more tokens"
-        )
+    n_tokens = min(m.n_tokens for m in made.values())
+    if n_tokens < lm.d_ff:
+        say(f"{n_tokens:,} tokens are fewer than d_ff = {lm.d_ff:,}: an edit then needs a regularizer, or more tokens")
     say(f"corpus {next(iter(made.values())).corpus}; kept in {folder}")
 
 

@@ -3,7 +3,8 @@
 from itertools import groupby
 from pathlib import Path
 
-from ..plots import plot_kinds, terminal_heatmap
+from ..plots import plot_kinds
+from ..terminal import terminal_heatmap
 from ..traces import LOCALIZATION_WARNING, ROLES, TraceResult, average
 from ..tracing import trace
 from .inputs import check_output, fresh_log, model_line, open_lm, read_facts, say, show
@@ -41,9 +42,10 @@ def say_averages(results: list[TraceResult], folder: Path) -> None:
         n = min(RECOMMENDED, mean.mean.shape[1])
         layers = mean.recommend_layers(n)
         effect = mean.mean[ROLES.index("last subject token"), list(layers)].mean()
+        facts = f"{mean.n_facts} fact{'s' * (mean.n_facts != 1)}"
         say(
-            f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token (there {effect:.3f} come back "
-            f"of {mean.total_effect:.3f} lost; {mean.n_facts} fact{'s' * (mean.n_facts != 1)})"
+            f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token "
+            f"({effect:.3f} of {mean.total_effect:.3f} lost come back, {facts})"
         )
         mean.plot(folder / f"average-{kind}.png")
         mean.save(folder / f"average-{kind}.npz")

@@ -23,9 +23,7 @@ class Family:
     rotary: str | None = "model.rotary_emb"  # None: the block makes its own from position_ids
     rotary_by_type: bool = False  # one rotary table for each layer type (gemma3)
     attention: str = "interface"  # "interface": transformers' attention registry; "_attn": replaced on the instance
-    post_norm: str | None = (
-        None  # in a layer: the norm that the down projection's output passes before the residual add
-    )
+    post_norm: str | None = None  # in a layer: the norm between the down projection and the residual add
     text_config: str | None = None  # where the text model's config lies in a wrapper's config
     stored_as: tuple[tuple[str, str], ...] = ()  # beginnings of parameter names, and what checkpoint files have there
 

@@ -224,7 +224,8 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
 
     family_of(model.config)
     here = model.get_input_embeddings().weight
-    if (dtype is not None and dtype != here.dtype) or (device is not None and torch.device(device) != here.device):
+    elsewhere = device is not None and torch.empty(0, device=device).device != here.device  # "cuda" is cuda:0
+    if (dtype is not None and dtype != here.dtype) or elsewhere:
         raise ValueError(
             f"this loaded model is {here.dtype} on {here.device}; a loaded model is used as it is: "
             "convert it first with model.to(...)"

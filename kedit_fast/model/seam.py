@@ -62,7 +62,7 @@ def attend_with(attend):
 
 @contextmanager
 def prepared(model, family: Family):
-    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention. Put back after it, also on error."""
+    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention; put back after it, always."""
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(model.get_input_embeddings().weight.device.type, enabled=False))
         stack.enter_context(_eval_mode(model))

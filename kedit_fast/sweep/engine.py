@@ -70,6 +70,8 @@ def sweep(
     """
     last_layer = lm.n_layers - 1 if last_layer is None else last_layer
     lm.check_length(int(runs.length.max()) if len(runs) else 0)
+    if keep is not None and store is not None:
+        raise ValueError("a sweep reads a store or keeps one, not both")
     whole = h is not None or store is not None or keep is not None
     everything = torch.arange(len(runs))
     packs = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory)

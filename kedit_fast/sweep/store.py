@@ -27,7 +27,7 @@ class KVStore:
             self._kept[layer] = keys.detach(), values.detach()
 
     def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of the sweep stand behind."""
+        """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of it stand behind."""
         kept = self._kept.get(layer)
         if kept is None or len(kept[0]) < self.size + n:
             # zeros, not empty: a slab's later slots are gathered with the others and only then masked

@@ -17,9 +17,9 @@ from tests.oracle.values import optimize_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SITES = (Site.mlp_out, Site.layer_out)
-STEPS = 10
+STEPS, CLAMP = 10, 0.7
 # A clamp that some of these values reach and some do not, a rate that takes them there.
-OPTIMIZATION = dict(lr=2.0, steps=STEPS, weight_decay=0.05, kl_factor=0.01, clamp=1.0)
+OPTIMIZATION = dict(lr=2.0, steps=STEPS, weight_decay=0.05, kl_factor=0.01, clamp=CLAMP)
 
 
 def settings(lm, site=Site.layer_out, layer=1, loss_layer=None, **changes):
@@ -66,8 +66,8 @@ def test_values_equal_the_oracle(family, site, dtype, tolerance, monkeypatch):
     assert got.values.dtype == dtype
     assert got.steps.min() < got.steps.max() == STEPS
     length = (got.values - got.initial).norm(dim=1) / got.initial.norm(dim=1)
-    assert length.max() <= 1 + 1e-5
-    assert (length > 1 - 1e-5).any()
+    assert length.max() <= CLAMP * (1 + 1e-5)
+    assert (length > CLAMP * (1 - 1e-5)).any()
 
 
 def test_a_fact_stops_at_a_twentieth_of_a_nat(monkeypatch):

@@ -1,0 +1,355 @@
+"""MEMIT against its oracle, and what must hold for its edits."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kedit_fast as kf
+import kedit_fast.editors.memit as memit_module
+from kedit_fast.kernels.solve import factor, memit_solve
+from kedit_fast.sweep.plan import CALL_ROWS, RowCost
+from tests.conftest import open_tiny, tiny_lm
+from tests.edits import bits, same_bits
+from tests.editors.cases import (
+    FACTS,
+    FAMILIES,
+    FLAT,
+    GROUPS,
+    POST_NORM,
+    make_exact,
+    matrices,
+    moments,
+    oracle_facts,
+    relative,
+)
+from tests.oracle.access import lookup, read_value
+from tests.oracle.memit import memit_update
+from tests.oracle.values import Value, optimize_value
+from tests.tiny import D_FF, PROMPTS, tiny_model, tiny_tokenizer
+
+LAYERS = (0, 1, 2)
+WEIGHT = 5.0
+OPTIMIZATION = dict(lr=1.0, steps=6, weight_decay=0.5, kl_factor=0.0625, clamp=0.4)
+EDITOR = kf.Memit(
+    layers=LAYERS, mom2_update_weight=WEIGHT, v_lr=1.0, v_num_grad_steps=6, v_weight_decay=0.5, kl_factor=0.0625,
+    clamp_norm_factor=0.4,
+)  # fmt: skip
+
+
+def edit(lm, facts=FACTS, editor=EDITOR, **options):
+    return editor.edit(lm, facts, **{"moments": moments(), "contexts": GROUPS} | options)
+
+
+def oracle(model, family, facts=FACTS, layers=LAYERS, weight=WEIGHT, **options):
+    return memit_update(
+        model, tiny_tokenizer(), oracle_facts(facts), GROUPS, layers, matrices(), weight,
+        pull_back=family in POST_NORM, **OPTIMIZATION | options,
+    )  # fmt: skip
+
+
+def residuals(model, made) -> torch.Tensor:
+    """||z - h|| [n] of a Hugging Face model, at the bare prompts."""
+    places = [lookup(tiny_tokenizer(), fact.prompt, fact.subject) for fact in made.facts]
+    last = made.layers[-1]
+    return (made.values - torch.stack([read_value(model, *place, last, "layer_out") for place in places])).norm(dim=1)
+
+
+# --- the oracle ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memit_equals_the_oracle(family):
+    lm = tiny_lm(family)
+    made, expected = edit(lm), oracle(lm.model, family)
+    assert made.provenance["values"]["steps"] == [value.n_iterations for value in expected.values]
+    assert relative(made.values, expected.z) < 1e-4
+    for layer in LAYERS:
+        assert relative(made.keys[layer], expected.keys[layer]) < 1e-5
+        assert relative(made.deltas[layer].dense(), expected.deltas[layer]) < 1e-4
+        missing = expected.residual_before[layer].mean().item()
+        assert made.provenance["layers"][str(layer)]["missing"] == pytest.approx(missing, rel=1e-4)
+    assert made.layers == LAYERS and made.method == "memit" and made.facts == FACTS
+    assert made.fingerprint == lm.fingerprint and made.contexts == GROUPS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memit_equals_the_oracle_in_float64(family, monkeypatch):
+    make_exact(monkeypatch)
+    lm = tiny_lm(family, torch.float64)
+    made, expected = edit(lm), oracle(lm.model, family)
+    assert relative(made.values, expected.z) < 1e-8
+    for layer in LAYERS:
+        assert made.deltas[layer].dense().dtype == torch.float64
+        assert relative(made.keys[layer], expected.keys[layer]) < 1e-8
+        assert relative(made.deltas[layer].dense(), expected.deltas[layer]) < 1e-8
+    with lm.with_edit(made).edits[0].apply(copied := copy.deepcopy(lm.model)):
+        assert relative(residuals(copied, made), expected.residual_after[2]) < 1e-8
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_update_for_given_values_keys_and_moment(family, monkeypatch):
+    """Rᵀ K (λC + KᵀK)⁻¹ by a general solve, from the edit's own z and keys: one layer, where R is z - h."""
+    make_exact(monkeypatch)
+    lm = tiny_lm(family, torch.float64)
+    made = edit(lm, editor=replace(EDITOR, layers=(1,)))
+    expected = oracle(
+        lm.model, family, layers=(1,), values=[Value(z, z, 0, []) for z in made.values]
+    )
+    K, R = made.keys[1], expected.shares[1]
+    system = WEIGHT * matrices()[1].double() + K.T @ K
+    assert relative(made.deltas[1].dense(), R.T @ torch.linalg.solve(system, K.T).T) < 1e-8
+
+
+def test_more_facts_than_the_width_of_a_key(monkeypatch):
+    """n >= d_ff takes the dense solve. z of one step is where it began, so a layer below is edited first."""
+    make_exact(monkeypatch)
+    subjects = ["France", "Spain", "Italy", "Japan", "Big Ben", "Vimeo", "Zürich", "Miles Davis", "Toyota", "Rome"]
+    facts = [
+        kf.Fact(prompt=template, subject=subject, target_new=target)
+        for template, *_, in PROMPTS[:9]
+        for subject, target in zip(subjects, ["Paris", "Rome"] * 5, strict=True)
+    ]  # fmt: skip
+    facts = list(dict.fromkeys(facts))[: D_FF + 1]
+    assert len(facts) == D_FF + 1
+    lm = tiny_lm("gpt2", torch.float64)
+    editor = replace(EDITOR, layers=(0, 1), v_num_grad_steps=2)
+    made = edit(lm, facts, editor, contexts=[["{}"]])
+    given = [Value(z, z, 0, []) for z in made.values]
+    expected = memit_update(
+        lm.model, tiny_tokenizer(), oracle_facts(facts), [["{}"]], (0, 1), matrices(), WEIGHT, values=given
+    )
+    for layer in (0, 1):
+        assert isinstance(made.deltas[layer], kf.edit.Dense)
+        assert relative(made.deltas[layer].dense(), expected.deltas[layer]) < 1e-8
+
+
+def test_woodbury_equals_dense():
+    generator = torch.Generator().manual_seed(0)
+    keys, share = torch.randn(7, D_FF, generator=generator), torch.randn(7, 48, generator=generator)
+    kept = factor(matrices()[0], WEIGHT)
+    ways = [torch.mm(u, v.T) for u, v in (memit_solve(keys, share, kept, WEIGHT, way=w) for w in ("dense", "woodbury"))]
+    assert relative(*ways) < 1e-12
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "llama"])
+def test_what_is_missing_shrinks_layer_by_layer(family):
+    """For values near the model's own: a random model's next layers answer a large change with anything."""
+    model = tiny_model(family)
+    lm = open_tiny(model)
+    made = edit(lm, editor=replace(EDITOR, clamp_norm_factor=0.2, v_num_grad_steps=8, mom2_update_weight=0.5))
+    missing = [made.provenance["layers"][str(layer)]["missing"] for layer in LAYERS]
+    before = residuals(model, made)
+    assert missing[0] == pytest.approx(before.mean().item(), rel=1e-4)
+    with made.apply(model):
+        after = residuals(model, made)
+    assert missing[0] > missing[1] > missing[2] > after.mean()
+    assert after.mean() < 0.5 * before.mean()
+    assert (after < before).all()
+
+
+def test_the_edit_reaches_its_values_where_nothing_holds_it_back():
+    """One layer, bare prompts, λ -> 0: h becomes z, and the model says what it says with z in its place."""
+    model = tiny_model("gpt2", torch.float64)
+    lm = open_tiny(model)
+    editor = replace(EDITOR, layers=(1,), mom2_update_weight=1e-9)
+    made = edit(lm, editor=editor, contexts=[["{}"]])
+    with made.apply(model):
+        assert residuals(model, made).max() < 1e-4
+    p_new = torch.tensor(made.provenance["values"]["p_new"])
+    for i, fact in enumerate(FACTS[:1]):
+        target = tiny_tokenizer()(" " + fact.target_new)["input_ids"]
+        assert len(target) == 1
+        edited = lm.with_edit(made).top_tokens(fact.text, k=lm.n_vocab)
+        p = dict(edited)[" " + fact.target_new]
+        assert p == pytest.approx(p_new[i].item(), abs=2e-5)
+
+
+def test_the_order_of_facts_does_not_matter():
+    lm = tiny_lm("gemma2", torch.float64)
+    made, turned = edit(lm), edit(lm, FACTS[::-1])
+    assert relative(turned.values.flip(0), made.values) < 1e-10
+    for layer in LAYERS:
+        assert relative(turned.deltas[layer].dense(), made.deltas[layer].dense()) < 1e-6
+        assert relative(turned.keys[layer].flip(0), made.keys[layer]) < 1e-6
+
+
+def test_values_in_a_batch_are_those_of_each_fact_alone():
+    lm = tiny_lm("llama")
+    made = edit(lm)
+    for i, fact in enumerate(FACTS):
+        alone = edit(lm, fact)
+        assert relative(made.values[i], alone.values[0]) < 1e-4
+        assert relative(made.keys[0][i], alone.keys[0][0]) < 1e-5
+    flat = [optimize_value(lm.model, tiny_tokenizer(), fact, FLAT, 2, "layer_out", **OPTIMIZATION) for fact in oracle_facts()]
+    assert relative(made.values, torch.stack([value.value for value in flat])) < 1e-4
+
+
+def test_a_model_with_little_memory_makes_the_same_edit():
+    """Values are optimized in groups and rows collected in packs."""
+    lm = tiny_lm("llama", torch.float64)
+    facts = [kf.Fact(prompt=p.template, subject=p.subject, target_new="Rome") for p in PROMPTS]
+    cost = RowCost.of(lm)
+    small = replace(lm, memory=CALL_ROWS * cost.passing + 60 * cost.kept)
+    editor = replace(EDITOR, layers=(0, 1), v_num_grad_steps=2)
+    groups = [["{}"], [f"{'The piano and the trumpet play. ' * i}{{}}" for i in range(1, 8)]]
+    whole, cut = edit(lm, facts, editor, contexts=groups), edit(small, facts, editor, contexts=groups)
+    assert relative(cut.values, whole.values) < 1e-10
+    for layer in (0, 1):
+        assert relative(cut.deltas[layer].dense(), whole.deltas[layer].dense()) < 1e-8
+
+
+def test_little_memory_really_cuts(monkeypatch):
+    """The test above is blind if its memory holds everything."""
+    import kedit_fast.jobs.values as values_module
+    import kedit_fast.sweep.engine as engine
+
+    groups, packs = [], []
+    count = values_module._groups
+    cut = engine.cut
+    monkeypatch.setattr(values_module, "_groups", lambda *a: groups.append(list(count(*a))) or groups[-1])
+    monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])
+    test_a_model_with_little_memory_makes_the_same_edit()
+    assert [len(g) > 1 for g in groups] == [False, True]
+    assert len(packs[0]) == 1 and max(map(len, packs)) > 1
+
+
+def test_an_edit_on_top_of_an_edit():
+    """previous= edits the edited model: as if the first edit stood in its weights."""
+    model = tiny_model("llama", torch.float64)
+    lm = open_tiny(model)
+    first = edit(lm, FACTS[:2])
+    second = edit(lm, FACTS[2:], previous=first)
+    written = copy.deepcopy(model)
+    first.apply(written)
+    expected = edit(open_tiny(written), FACTS[2:])
+    assert relative(second.values, expected.values) < 1e-9
+    for layer in LAYERS:
+        assert relative(second.deltas[layer].dense(), expected.deltas[layer].dense()) < 1e-8
+    alone = edit(lm, FACTS[2:])
+    assert relative(second.deltas[1].dense(), alone.deltas[1].dense()) > 1e-2
+    assert second.fingerprint == lm.fingerprint
+    stacked = edit(lm.with_edit(first), FACTS[2:])
+    assert all(torch.equal(stacked.deltas[i].dense(), second.deltas[i].dense()) for i in LAYERS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_layers_from_disk_give_the_same_bits(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    disk, resident = kf.open_model(tmp_path, memory=1), kf.open_model(tmp_path)
+    assert disk.source.name == "disk"
+    made, expected = edit(replace(disk, memory=resident.memory)), edit(resident)
+    assert torch.equal(made.values, expected.values)
+    for layer in LAYERS:
+        assert torch.equal(made.deltas[layer].dense(), expected.deltas[layer].dense())
+        assert torch.equal(made.keys[layer], expected.keys[layer])
+    assert made.fingerprint == expected.fingerprint
+
+
+def test_generated_contexts_are_kept_with_the_edit_and_come_from_the_seed():
+    lm = tiny_lm("gpt2")
+    editor = replace(EDITOR, layers=(0,), v_num_grad_steps=2, context_template_length_params=((6, 3),))
+    made = edit(lm, FACTS[:1], editor, contexts=None, seed=3)
+    assert [len(group) for group in made.contexts] == [1, 3] and made.contexts[0] == ["{}"]
+    again = edit(lm, FACTS[:1], editor, contexts=made.contexts)
+    assert torch.equal(again.deltas[0].dense(), made.deltas[0].dense())
+    assert edit(lm, FACTS[:1], editor, contexts=None, seed=3).contexts == made.contexts
+    assert edit(lm, FACTS[:1], editor, contexts=None, seed=4).contexts != made.contexts
+
+
+def test_without_statistics_the_identity_takes_their_place():
+    lm = tiny_lm("gpt2", torch.float64)
+    editor = replace(EDITOR, layers=(1,), mom2_adjustment=False)
+    made = edit(lm, editor=editor, moments=None)
+    K = made.keys[1]
+    share = made.deltas[1].dense() @ (WEIGHT * torch.eye(D_FF) + K.T @ K)
+    expected = oracle(lm.model, "gpt2", layers=(1,), values=[Value(z, z, 0, []) for z in made.values])
+    assert relative(share, expected.shares[1].T @ K) < 1e-8
+
+
+def test_the_fit_says_how_much_of_a_residual_a_layer_can_reach():
+    lm = tiny_lm("gpt2", torch.float64)
+    made = edit(lm, FACTS[:1], replace(EDITOR, layers=(1,)), contexts=[["{}"]])
+    notes, k = made.provenance["layers"]["1"], made.keys[1][0]
+    g = (k @ torch.linalg.solve(matrices()[1].double(), k)).item()
+    assert notes["g"] == pytest.approx(g, rel=1e-6)
+    assert notes["fit"] == pytest.approx(g / (g + WEIGHT), rel=1e-6)
+    with made.apply(model := copy.deepcopy(lm.model)):
+        assert residuals(model, made).item() == pytest.approx(notes["missing"] * (1 - notes["fit"]), rel=1e-6)
+
+
+def test_the_saved_edit_is_the_edit(tmp_path):
+    made = edit(tiny_lm("olmo2"))
+    made.save(tmp_path / "edit.safetensors")
+    loaded = kf.Edit.load(tmp_path / "edit.safetensors")
+    assert loaded.hparams == made.hparams and loaded.provenance == made.provenance and loaded.facts == made.facts
+    assert all(torch.equal(loaded.deltas[i].dense(), made.deltas[i].dense()) for i in LAYERS)
+
+
+# --- the model is left alone -----------------------------------------------------------------------------------------
+
+
+def mixed_flags(model) -> dict[str, bool]:
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 > 0)
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def assert_untouched(model, before, flags):
+    assert same_bits(model, before)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("_attn" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["gptj", "gemma2"])
+def test_an_edit_leaves_the_model_as_it_was(family):
+    model = tiny_model(family).train()
+    before, flags, implementation = bits(model), mixed_flags(model), model.config._attn_implementation
+    edit(open_tiny(model))
+    assert_untouched(model, before, flags)
+    assert model.config._attn_implementation == implementation
+
+
+class Broken(Exception):
+    """What a test throws."""
+
+
+@pytest.mark.parametrize("family", ["gptj", "gemma2"])
+@pytest.mark.parametrize("place", ["second layer's solve", "third step", "inside a block"])
+def test_an_error_on_the_way_leaves_the_model_as_it_was(family, place, monkeypatch):
+    model = tiny_model(family).train()
+    before, flags, implementation = bits(model), mixed_flags(model), model.config._attn_implementation
+    lm, calls = open_tiny(model), []
+
+    def breaking(function, at):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at:
+                raise Broken
+            return function(*args, **kwargs)
+
+        return call
+
+    target, name, at = {
+        "second layer's solve": (memit_module, "memit_solve", 2),
+        "third step": (torch.optim.Adam, "step", 3),
+        "inside a block": (kf.sweep.engine, "attention", 40),
+    }[place]
+    monkeypatch.setattr(target, name, breaking(getattr(target, name), at))
+    with pytest.raises(Broken):
+        edit(lm)
+    assert len(calls) == at
+    monkeypatch.undo()
+    assert_untouched(model, before, flags)
+    assert model.config._attn_implementation == implementation
+    expected = edit(tiny_lm(family))
+    made = edit(lm)
+    assert all(torch.equal(made.deltas[i].dense(), expected.deltas[i].dense()) for i in LAYERS)

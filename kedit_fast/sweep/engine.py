@@ -90,6 +90,7 @@ class _Pack:
         self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
         self.store, self.slots, self.keep = store, slots, keep
         self.n_positions = int(runs.length.max()) if len(runs) else 0
+        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     def run(self, first: int, last: int, h: Tensor | None) -> None:
         base = 0 if self.store is None or self.slots is not None else self.store.size
@@ -177,10 +178,16 @@ class _Pack:
     def _block_kwargs(self, layer: int, pos: Tensor) -> dict:
         device = self.lm.device
         kwargs = {"attention_mask": None, "position_ids": pos[None].to(device)}
-        rotary = self.lm.rotary(layer, self.n_positions)
-        if rotary is not None:
-            kwargs["position_embeddings"] = tuple(t[pos.to(device)][None] for t in rotary)
+        if self.lm.family.rotary is not None:
+            kwargs["position_embeddings"] = tuple(t[pos.to(device)][None] for t in self._rotary(layer))
         return kwargs
+
+    def _rotary(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's rotary tables over this pack's positions, made once for all layers of a type."""
+        kind = self.lm.config.layer_types[layer] if self.lm.family.rotary_by_type else None
+        if kind not in self._tables:
+            self._tables[kind] = self.lm.rotary(layer, self.n_positions)
+        return self._tables[kind]
 
     # ---- sites
 

@@ -1,7 +1,6 @@
 """``python -m bench [NAME ...]``: run benchmarks, print their tables, keep their figures in bench/results."""
 
 import argparse
-import shlex
 import sys
 import time
 from importlib import import_module
@@ -17,6 +16,7 @@ BENCHES = {  # name: what it measures; each is a module with ``run(options) -> M
     "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }
+OPTIONS = {"second_moment": ["threads"], "trace": ["facts", "threads"], "edit": ["method", "n", "sets", "threads"]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +42,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line names; 1 where a check failed."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     parse = parser()
     options = parse.parse_args(arguments)
     unknown = [name for name in options.names if name not in (*BENCHES, "report")]
@@ -52,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"{name:14} {what}" for name, what in BENCHES.items()))
         return 0
     torch.set_num_threads(options.threads)
-    results = [_run(name, options, arguments) for name in options.names or BENCHES]
+    results = [_run(name, options, _command(name, options, parse)) for name in options.names or BENCHES]
     return int(not all(results))
 
 
-def _run(name: str, options, arguments: list[str]) -> bool:
+def _run(name: str, options, command: str) -> bool:
     """One benchmark, or the report; False where its check failed."""
     if name == "report":
         report.update_readme(options.readme, options.results)
@@ -73,22 +72,27 @@ def _run(name: str, options, arguments: list[str]) -> bool:
         return False
     _show(name, measured, time.perf_counter() - began)
     if not options.quick:
-        path = append_rows(options.results, name, _command(name, arguments), measured)
+        path = append_rows(options.results, name, command, measured)
         print(f"{len(measured.figures)} rows added to {path}\n")
     return True
 
 
-def _command(name: str, arguments: list[str]) -> str:
-    """The command that repeats this benchmark alone."""
-    others = [word for word in arguments if word not in BENCHES]
-    return shlex.join(["python", "-m", "bench", name, *others])
+def _command(name: str, options, parse: argparse.ArgumentParser) -> str:
+    """The command that repeats this benchmark alone: the options that it reads, where they are not the defaults."""
+    given = {option: getattr(options, option) for option in OPTIONS.get(name, ())}
+    changed = {option: value for option, value in given.items() if value != parse.get_default(option)}
+    words = [
+        f"--{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for option, value in changed.items()
+    ]
+    return " ".join(["python -m bench", name, *words])
 
 
 def _show(name: str, measured: Measured, seconds: float) -> None:
     env = environment()
     print(
-        f"{name} on {env['cpu']}, {env['cores']} cores, {env['threads']} threads, peak {measured.peak:.1f} GFLOP/s; torch "
-        f"{env['torch']}, transformers {env['transformers']}, kedit_fast {env['kedit_fast']} at {env['commit']}; "
+        f"{name} on {env['cpu']}, {env['cores']} cores, {env['threads']} threads, peak {measured.peak:.1f} GFLOP/s; "
+        f"torch {env['torch']}, transformers {env['transformers']}, kedit_fast {env['kedit_fast']} at {env['commit']}; "
         f"{seconds:.0f} s"
     )
     print(report.as_text(measured.figures))

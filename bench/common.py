@@ -77,17 +77,17 @@ class Timing(NamedTuple):
         return self.cpu if torch.get_num_threads() == 1 else self.wall
 
 
-def timed(work: Callable[[], Any]) -> Timing:
-    """Runs ``work`` once."""
+def timed(work: Callable, *args, **options) -> Timing:
+    """Runs ``work`` once, with the rest as its arguments."""
     wall, cpu = time.perf_counter(), time.process_time()
-    result = work()
+    result = work(*args, **options)
     return Timing(result, time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def peak_matmul(repeats: int = 20, size: int = PEAK_SIZE) -> float:
     """GFLOP/s of the best of some square fp32 products, with the threads torch is set to."""
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-    best = min(timed(lambda: a @ a).seconds for _ in range(repeats))
+    best = min(timed(torch.mm, a, a).seconds for _ in range(repeats))
     return 2e-9 * size**3 / best
 
 
@@ -118,6 +118,11 @@ def environment() -> dict[str, str | int]:
     }
 
 
+def now() -> str:
+    """The date and time of a run, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def _commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -134,7 +139,7 @@ def results_file(folder: Path, env: dict) -> Path:
 def append_rows(folder: Path, bench: str, command: str, measured: Measured) -> Path:
     """Adds one row a figure to the machine's file, which is only ever added to; gives its path."""
     env = environment()
-    shared = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "bench": bench}
+    shared = {"date": now(), "bench": bench}
     tail = env | {"peak_gflops": round(measured.peak, 1), "command": command, "notes": " ".join(measured.notes)}
     rows = [shared | asdict(figure) | tail for figure in measured.figures]
     path = results_file(folder, env)

@@ -51,15 +51,18 @@ def run(options) -> Measured:
     missing = [name for name in (KNOWN, COUNTERFACT, STATISTICS_TEXT, PERPLEXITY_TEXT) if not (DATA / name).exists()]
     if missing:
         raise Skipped(f"{DATA} lacks {', '.join(missing)}")
-    sizes, sets, singles = ([1, 4], 1, 2) if options.quick else (options.n, options.sets, SINGLES)
+    sizes, sets, singles, n_characters = options.n, options.sets, SINGLES, N_CHARACTERS
+    if options.quick:
+        sizes, sets, singles, n_characters = [1, 4], 1, 2, N_CHARACTERS // 20
+    facts = draw()
+    batches = {n: cut(facts, n, singles if n == 1 else sets) for n in sizes}
     lm = kf.open_model("smollm2")
     editor = kf.EDITORS[options.method].for_model(lm)
     moments = kf.second_moments(
         lm, editor.layers, DATA / STATISTICS_TEXT, n_tokens=N_TOKENS, cache_dir=cache_dir() / "bench"
     )
     with gzip.open(DATA / PERPLEXITY_TEXT, "rt", encoding="utf-8") as file:
-        text = file.read(N_CHARACTERS)
-    batches = {n: cut(draw(), n, singles if n == 1 else sets) for n in sizes}
+        text = file.read(n_characters)
     return measure(lm, editor, moments, batches, text, marked=options.method == "memit")
 
 
@@ -69,15 +72,15 @@ def measure(lm, editor, moments, batches: dict[int, list[list[Fact]]], text: str
     for n, of_size in batches.items():
         outcomes = []
         for facts in of_size:
-            made = timed(lambda facts=facts: editor.edit(lm, facts, moments=moments, contexts=contexts))
+            made = timed(editor.edit, lm, facts, moments=moments, contexts=contexts)
             contexts = made.result.contexts  # sampled once
-            judged = timed(lambda facts=facts, edit=made.result: kf.evaluate(lm, facts, edit, text=text))
+            judged = timed(kf.evaluate, lm, facts, made.result, text=text)
             outcomes.append(Outcome(judged.result, made.cpu, judged.cpu))
             print(f"n = {n}, {len(outcomes)} of {len(of_size)}: {made.cpu:.0f} s + {judged.cpu:.0f} s", flush=True)
         name = f"n = {n}, {len(of_size)} edit{'s' * (len(of_size) > 1)}"
         figures += [f if marked else dataclasses.replace(f, mark="") for f in table(name, outcomes)]
     settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(editor).items())
-    return Measured(figures, peak, [f"{type(editor).__name__}: {settings}."])
+    return Measured(figures, peak, [f"{type(editor).__name__}: {settings}. Brackets: 95 % intervals over facts."])
 
 
 # ---- facts
@@ -153,24 +156,28 @@ def table(case: str, outcomes: list[Outcome]) -> list[Figure]:
     base, edited = (_pooled(columns) for columns in zip(*((r.base, r.edited) for r in reports), strict=True))
     lines: list[tuple[str, Interval, str]] = []
 
-    def both(metric: str, column: str, unit: str) -> None:
-        lines.append((f"{metric}, base", _scaled(base[column], column, unit), unit))
-        lines.append((metric, _scaled(edited[column], column, unit), unit))
+    def both(metric: str, column: str) -> None:
+        kind = METRICS[column][0]
+        for name, columns in ((f"{metric}, base", base), (metric, edited)):
+            lines.append((name, *_in_percent(interval(columns[column], kind), kind)))
 
-    both("efficacy", "efficacy", "%")
-    both("P(new)", "p_new", "probability")
-    both("paraphrase", "paraphrase", "%")
-    both("neighborhood", "neighborhood", "%")
+    both("efficacy", "efficacy")
+    both("P(new)", "p_new")
+    both("paraphrase", "paraphrase")
+    both("neighborhood", "neighborhood")
     moved = interval(edited["neighborhood"] - base["neighborhood"], DIFFERENCE)
-    lines.append(("neighborhood, change", _times(moved, 100), "points"))
-    both("known neighbors, P(true)", "known_neighbors_p_true", "probability")
+    lines.append(("neighborhood, change", *_in_percent(moved, DIFFERENCE)))
+    both("known neighbors, P(true)", "known_neighbors_p_true")
     kept = kept_share(base["known_neighbors_p_true"], edited["known_neighbors_p_true"])
-    lines.append(("known neighbors, P(true) kept", _times(kept, 100), "%"))
-    lines.append(("other relations, top token kept", _scaled(edited["same_subject_same_top"], "efficacy", "%"), "%"))
-    both("other relations, P(top)", "same_subject_p_top", "probability")
-    return [
-        Figure(case, metric, *_numbers(value, unit), mark=MARKS.get(metric, "")) for metric, value, unit in lines
-    ] + _per_edit(case, outcomes)
+    lines.append(("known neighbors, P(true) kept", *_in_percent(kept, SHARE)))
+    both("other relations, top token kept", "same_subject_same_top")
+    both("other relations, P(top)", "same_subject_p_top")
+    figures = [
+        Figure(case, metric, value.mean, unit, value.low, value.high, value.n, MARKS.get(metric, ""))
+        for metric, value, unit in lines
+        if value.n and metric != "other relations, top token kept, base"  # 100 % by definition
+    ]
+    return figures + _per_edit(case, outcomes)
 
 
 def _per_edit(case: str, outcomes: list[Outcome]) -> list[Figure]:
@@ -200,15 +207,9 @@ def _pooled(columns: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
     return {name: torch.cat([of_one[name] for of_one in columns]) for name in METRICS}
 
 
-def _scaled(column: torch.Tensor, metric: str, unit: str) -> Interval:
-    kind = SHARE if unit == "%" else METRICS[metric][0]
-    return _times(interval(column, kind), 100 if unit == "%" else 1)
-
-
-def _times(value: Interval, factor: float) -> Interval:
-    return Interval(value.mean * factor, value.low * factor, value.high * factor, value.n)
-
-
-def _numbers(value: Interval, unit: str) -> tuple:
-    """A Figure's value, unit, low, high and n."""
-    return value.mean, unit, value.low, value.high, value.n
+def _in_percent(value: Interval, kind: str) -> tuple[Interval, str]:
+    """The value as it is shown, and its unit: shares in percent, their differences in points."""
+    units = {SHARE: "%", DIFFERENCE: "points"}
+    if kind not in units:
+        return value, "probability"
+    return Interval(100 * value.mean, 100 * value.low, 100 * value.high, value.n), units[kind]

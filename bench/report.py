@@ -55,36 +55,32 @@ def as_markdown(figures: list[Figure]) -> str:
 
 
 def render(folder: Path = RESULTS) -> str:
-    """Markdown of the newest figures of every machine: of each benchmark, case and metric the last row.
-
-    Raises ValueError where no results were kept.
-    """
+    """Markdown of every machine's newest run of each command. Raises ValueError where no results were kept."""
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"no results in {folder}; run `python -m bench` first")
-    return "\n\n".join(_section(path) for path in files)
+    return "\n\n".join(_run(rows) for path in files for rows in _newest(path))
 
 
-def _section(path: Path) -> str:
-    newest: dict[str, dict[tuple, tuple[dict, Figure]]] = {}
+def _newest(path: Path) -> list[list[tuple[dict, Figure]]]:
+    """The rows of the newest run of each command in a machine's file."""
+    runs: dict[str, dict[str, list]] = {}
     for row, figure in read_rows(path):
-        cases = newest.setdefault(row["bench"], {})
-        cases[figure.case, figure.metric] = row, figure
-    parts = []
-    for bench, cases in newest.items():
-        row = max((row for row, _ in cases.values()), key=lambda row: row["date"])
-        parts.append(f"**{bench}**: `{row['command']}`, {_where(row)}.")
-        parts.append(as_markdown([figure for _, figure in cases.values()]))
-        notes = dict.fromkeys(row["notes"] for row, _ in cases.values() if row["notes"])
-        parts += notes
-    return "\n\n".join(parts)
+        runs.setdefault(row["command"], {}).setdefault(row["date"], []).append((row, figure))
+    return [of_command[max(of_command)] for of_command in runs.values()]
+
+
+def _run(rows: list[tuple[dict, Figure]]) -> str:
+    row = rows[0][0]
+    parts = [f"**{row['bench']}**: `{row['command']}`, {_where(row)}", as_markdown([figure for _, figure in rows])]
+    return "\n\n".join([*parts, row["notes"]]).rstrip()
 
 
 def _where(row: dict[str, str]) -> str:
     threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
     return (
-        f"{row['date'][:10]}, {row['cpu']} ({row['cores']} cores, {threads}, {float(row['peak_gflops']):.0f} GFLOP/s at "
-        f"its best), torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}"
+        f"{row['date'][:10]}, {row['cpu']} ({row['cores']} cores, {threads}, at best {float(row['peak_gflops']):.0f} "
+        f"GFLOP/s), torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}."
     )
 
 

@@ -59,7 +59,7 @@ def _times(d_ff: int, n_rows: int, repeats: int) -> tuple[dict[str, float], dict
     runs: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(repeats):
         for name, (c, op, _) in providers.items():
-            runs[name].append(timed(lambda op=op, c=c: op(c, keys)).seconds)
+            runs[name].append(timed(op, c, keys).seconds)
     return {name: statistics.median(seconds) for name, seconds in runs.items()}, errors
 
 

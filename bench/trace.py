@@ -43,19 +43,19 @@ def spread(facts: list[Fact], n: int) -> list[Fact]:
 
 def measure(lm, facts: list[Fact], *, samples: int = 10) -> Measured:
     """Each kind on the first fact, and, where there are more, on all of them in one call."""
-    peaks = [peak_matmul()]
-    cases, notes = [], []
+    measured = [facts[0], _typical(lm, facts)] if len(facts) > 1 else facts
+    noise = noise_level(lm, facts, "s3")[1]
+    peaks, cases = [peak_matmul()], []
     for kind in KINDS:
-        ground = Ground(lm, kind, samples, noise_level(lm, facts, "s3")[1])
+        ground = Ground(lm, kind, samples, noise)
         cases.append(one_fact(ground, facts[0]))
         peaks.append(peak_matmul())
         if len(facts) > 1:
-            measured = [facts[0], _typical(lm, facts)]
             cases.append(many_facts(ground, facts, measured, cases[-1]))
             peaks.append(peak_matmul())
-            texts = " and ".join(f'"{fact.text}"' for fact in measured)
-            notes = [f"With {len(facts)} facts the rivals were measured on {texts}, and scaled to the others by tokens."]
-    notes.append(f"{samples} noise draws; windows of {WINDOW} layers.")
+    texts = " and ".join(f'"{fact.text}"' for fact in measured)
+    notes = [f"{samples} noise draws of {noise:.3f}; windows of {WINDOW} layers; rivals measured on {texts}"]
+    notes[0] += f", and scaled to {len(facts)} facts by tokens." if len(facts) > 1 else "."
     return Measured([figure for case in cases for figure in case.figures(max(peaks))], max(peaks), notes)
 
 
@@ -98,19 +98,19 @@ class Ground:
 
     def flop_ours(self, facts: list[Fact]) -> float:
         """FLOP of the products in our trace: counted for one and two draws, and the rest is linear in the draws."""
-        one, two = (_flop(lambda n=n: self.ours(facts, samples=n)) for n in (1, 2))
+        one, two = (_flop(self.ours, facts, samples) for samples in (1, 2))
         return one + (self.samples - 1) * (two - one)
 
     def flop_published(self, fact: Fact) -> float:
         """FLOP of the products in the published loop: one forward's, times its forwards."""
         ids = torch.tensor([_tokens(self.lm, fact).ids] * (self.samples + 1))
         with torch.inference_mode():
-            return _flop(lambda: self.lm.model(ids)) * (ids.shape[1] * self.lm.n_layers + 2)
+            return _flop(self.lm.model, ids) * (ids.shape[1] * self.lm.n_layers + 2)
 
 
-def _flop(work: Callable) -> int:
+def _flop(work: Callable, *args) -> int:
     with FlopCounterMode(display=False) as counter:
-        work()
+        work(*args)
     return counter.get_total_flops()
 
 
@@ -157,11 +157,11 @@ class Case:
 def one_fact(ground: Ground, fact: Fact) -> Case:
     """Both rivals on one fact, with ours before, between and after them."""
     flop = ground.flop_ours([fact])  # warms up, too
-    ours, rivals = [timed(lambda: ground.ours([fact]))], {}
+    ours, rivals = [timed(ground.ours, [fact])], {}
     for name in RIVALS:
-        rivals[name] = timed(lambda name=name: ground.rival(name, fact))
+        rivals[name] = timed(ground.rival, name, fact)
         _difference(ours[0].result[0], rivals[name].result)
-        ours.append(timed(lambda: ground.ours([fact])))
+        ours.append(timed(ground.ours, [fact]))
     return Case(
         name=f"{ground.kind}, 1 fact",
         mark=KINDS[ground.kind],
@@ -175,10 +175,10 @@ def one_fact(ground: Ground, fact: Fact) -> Case:
 
 def many_facts(ground: Ground, facts: list[Fact], measured: list[Fact], single: Case) -> Case:
     """All facts in one call of ours; the rivals on one more fact than ``single`` has already."""
-    ours = timed(lambda: ground.ours(facts))
+    ours = timed(ground.ours, facts)
     rivals, difference = {}, 0.0
     for name in RIVALS:
-        timings = [single.rivals[name], timed(lambda name=name: ground.rival(name, measured[1]))]
+        timings = [single.rivals[name], timed(ground.rival, name, measured[1])]
         traces = [ours.result[facts.index(fact)] for fact in measured]
         difference = max(difference, *map(_difference, traces, [timing.result for timing in timings]))
         costs = [COSTS[name](ground.lm, fact) for fact in measured]

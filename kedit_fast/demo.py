@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from .commands.inputs import check_output, model_line, open_lm, say, show, statistics_folder
-from .commands.stats import default_layers
 from .edit import Edit
 from .editors import Memit, Rome
 from .evaluation import EvalReport, evaluate
@@ -92,7 +91,7 @@ class Findings:
 
 
 class Story:
-    """Tells the steps: a heading and why, then what came out and how long it took."""
+    """Tells the steps: a heading and why, then what came out (a line or two) and how long it took."""
 
     TOTAL = 7
 
@@ -107,7 +106,7 @@ class Story:
         yield results.append
         seconds = time.monotonic() - began
         self.steps.append((title, results[-1], seconds))
-        say(f"   => {results[-1]}  ({seconds:.0f} s)")
+        say(f"   => {results[-1]}".replace("\n", "\n      ") + f"  ({seconds:.0f} s)")
 
 
 def run(args) -> None:
@@ -139,6 +138,8 @@ def run_demo(
     samples: int = 10,
     few_samples: int = 3,
     n_tokens: int | None = None,
+    rome: Rome | None = None,
+    memit: Memit | None = None,
     cache_dir=None,
     seed: int = 0,
 ) -> Path:
@@ -147,7 +148,8 @@ def run_demo(
     facts: with target_new and target_true; the first is traced and edited by ROME, the next two are traced for the
         average, and MEMIT edits the first ``n_memit``
     samples, few_samples: noise draws for the first fact, and for the two others
-    n_tokens: of sampled text for the statistics; default ``TOKENS_PER_FEATURE`` d_ff. cache_dir: keeps statistics.
+    n_tokens: of sampled text for the statistics; default ``TOKENS_PER_FEATURE`` d_ff. cache_dir: keeps statistics
+    rome, memit: the editors; default those for this model
 
     The model is left bit for bit as it was. Raises ValueError where its weights are not in memory.
     """
@@ -162,9 +164,11 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     found = Findings(model_line(lm), story.steps)
     _trace(lm, facts, folder, story, found, (samples, few_samples))
-    _measure(lm, story, found, n_tokens or TOKENS_PER_FEATURE * lm.d_ff, cache_dir, seed)
-    _rome(lm, facts[:1], story, found, seed)
-    _memit(lm, facts[:n_memit], story, found, seed)
+    rome, memit = rome or Rome.for_model(lm), memit or Memit.for_model(lm)
+    layers = sorted({*rome.layers, *memit.layers})
+    _measure(lm, layers, story, found, n_tokens or TOKENS_PER_FEATURE * lm.d_ff, cache_dir, seed)
+    _rome(lm, rome, facts[:1], story, found, seed)
+    _memit(lm, memit, facts[:n_memit], story, found, seed)
     _write_and_undo(lm, story, found)
     path = folder / REPORT
     with story.step("Report", "One page with the pictures, every probability, success and damage.") as result:
@@ -198,8 +202,7 @@ def _trace(lm, facts, folder, story, found, samples) -> None:
     say(f"      Note: {LOCALIZATION_WARNING}.")
 
 
-def _measure(lm, story, found, n_tokens, cache_dir, seed) -> None:
-    layers = default_layers(lm)
+def _measure(lm, layers, story, found, n_tokens, cache_dir, seed) -> None:
     with story.step(
         "Statistics: what must an edit leave alone?",
         f"The model writes {n_tokens:,} tokens of text; what passes layers {layers[0]}-{layers[-1]} is summed up.",
@@ -210,26 +213,22 @@ def _measure(lm, story, found, n_tokens, cache_dir, seed) -> None:
         result(f"second moments of {len(layers)} layers, condition number at most {worst:.1e}{kept}")
 
 
-def _rome(lm, facts, story, found, seed) -> None:
-    editor = Rome.for_model(lm)
+def _rome(lm, editor: Rome, facts, story, found, seed) -> None:
     with story.step(
         f"ROME: {facts[0].text} ... {facts[0].target_new}",
         f"One rank-one change of one matrix, layer {editor.layers[0]} (settings {editor.source}).",
     ) as result:
-        edit = editor.edit(lm, facts, moments=found.moments, seed=seed)
-        found.rome = _checked(lm, edit)
-        result(summary_line(found.rome))
+        found.rome = _checked(lm, editor.edit(lm, facts, moments=found.moments, seed=seed))
+        result(outcome_lines(found.rome))
 
 
-def _memit(lm, facts, story, found, seed) -> None:
-    editor = Memit.for_model(lm)
+def _memit(lm, editor: Memit, facts, story, found, seed) -> None:
     with story.step(
         f"MEMIT: {len(facts)} new answers at once",
         f"One joint change of layers {', '.join(map(str, editor.layers))} (settings {editor.source}).",
     ) as result:
-        edit = editor.edit(lm, facts, moments=found.moments, seed=seed)
-        found.memit = _checked(lm, edit)
-        result(summary_line(found.memit))
+        found.memit = _checked(lm, editor.edit(lm, facts, moments=found.moments, seed=seed))
+        result(outcome_lines(found.memit))
 
 
 def _checked(lm, edit: Edit) -> Checked:
@@ -256,16 +255,19 @@ def prompt_changes(lm, edit: Edit) -> list[Change]:
     return changes
 
 
-def summary_line(checked: Checked) -> str:
-    """Success and damage in one line."""
+def outcome_lines(checked: Checked) -> str:
+    """Success in one line, damage in another."""
     means = {name: (both["base"].mean, both["edited"].mean) for name, both in checked.report.summary().items()}
     new, neighbors = means["p_new"], means["known_neighbors_p_true"]
-    outcomes = [change.outcome.value for change in checked.changes]
-    hurt = outcomes.count("damaged") + outcomes.count("weakened")
-    known = hurt + outcomes.count("kept")
+    outcomes = [(change.role, change.outcome.value) for change in checked.changes]
+    written = outcomes.count(("edit", "written"))
+    hurt = outcomes.count(("neighbor", "damaged")) + outcomes.count(("neighbor", "weakened"))
+    known = hurt + outcomes.count(("neighbor", "kept"))
     return (
-        f"P(new) {new[0]:.3f} -> {new[1]:.3f}, in other words {means['paraphrase_p_new'][1]:.3f}; "
-        f"{hurt} of {known} neighbors hurt (their mean P {neighbors[0]:.3f} -> {neighbors[1]:.3f}); "
+        f"written: {written} of {len(checked.edit.facts)}, P(new) {new[0]:.3f} -> {new[1]:.3f}; "
+        f"asked in other words {means['paraphrase_p_new'][1]:.3f}\n"
+        f"damage: {hurt} of {known} neighbors (their mean P {neighbors[0]:.3f} -> {neighbors[1]:.3f}); "
+        f"{1 - means['same_subject_same_top'][1]:.0%} of other prompts on the subject go on differently; "
         f"perplexity {checked.report.drift:+.1%}"
     )
 

@@ -20,7 +20,7 @@ _SCORES = (
     ("paraphrase", "paraphrases that prefer the new answer", "rise"),
     ("paraphrase_p_new", "probability of the new answer, paraphrases", "rise"),
     ("neighborhood", "neighbors that prefer their own answer", "stay"),
-    ("known_neighbors_p_true", "probability of their own answer, neighbors the model knew", "stay"),
+    ("known_neighbors_p_true", "probability of their own answer, neighbors that had 0.1 or more", "stay"),
     ("same_subject_same_top", "other prompts on the subject: the likeliest next token is the same", "stay"),
 )
 
@@ -47,7 +47,7 @@ def write_demo_report(path, found) -> None:
 
 
 def _summary(found) -> Section:
-    rows = [(title, outcome, f"{seconds:.1f} s") for title, outcome, seconds in found.steps]
+    rows = [(title, outcome.replace("\n", "; "), f"{seconds:.1f} s") for title, outcome, seconds in found.steps]
     total = sum(seconds for _, _, seconds in found.steps)
     return Section("What was done", [Table(("step", "what came out", "time"), rows), f"{total:.0f} seconds in all."])
 
@@ -98,7 +98,7 @@ def _edit(heading: str, checked, what: str) -> Section:
     return Section(
         heading,
         [
-            f"{what} Layers {layers}; settings {settings}. {full.caption}",
+            f"{what} Layer{'s' * (len(checked.edit.layers) > 1)} {layers}; settings {settings}. {full.caption}",
             _scores(checked),
             _changes(written, "The edited facts, before and after"),
             *_hurt(hurt, neighbors),
@@ -177,7 +177,9 @@ def _method(found) -> Section:
             "The probability of an answer of several tokens is the geometric mean of its tokens' probabilities. A "
             "neighbor is the same question about another subject whose right answer is the old one: it must not "
             "change. It counts as damaged where the new answer has overtaken its own, as weakened where its own lost "
-            "over half of its probability. Neighbors that name an edited subject are left out.",
+            "over half of its probability. Neighbors that name an edited subject are left out. The table of success "
+            "and damage averages each fact's prompts and then the facts; the lines above tables of prompts count "
+            "prompts.",
             f"{len(facts)} facts with about {probes:.0f} neighbors each tell whether editing works here, not how well "
             f"it works in general: one fact more or less moves a share by {1 / len(facts):.0%}. The same holds of the "
             "perplexity of so short a text.",

@@ -51,6 +51,11 @@ def _moments(args, lm, editor):
         return None
     if args.stats:
         return find_moments(lm, args.stats, editor.layers)
+    if args.tokens and args.tokens < lm.d_ff and not editor.regularizer:
+        raise ValueError(
+            f"--tokens {args.tokens}: fewer than d_ff = {lm.d_ff}, so the statistics have no inverse; give more, or a "
+            "regularizer in --hparams"
+        )
     return second_moments(
         lm, editor.layers, args.corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=statistics_folder()
     )

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -70,7 +70,9 @@ def _check_device(device: str | None) -> None:
 
 def model_line(lm: LM) -> str:
     """Which model this is, for the first line of an answer."""
-    return lm.note or f"{lm.name}, {lm.config.model_type}, {lm.n_layers} layers, {str(lm.dtype).removeprefix('torch.')}"
+    return (
+        lm.note or f"{lm.name} ({lm.config.model_type}, {lm.n_layers} layers, {str(lm.dtype).removeprefix('torch.')})"
+    )
 
 
 # ---- facts
@@ -124,7 +126,8 @@ def make_folder_of(path: Path) -> None:
 
 @contextmanager
 def fresh_log(path: Path):
-    """The path of a log that begins empty: an older file of that name comes back if nothing was logged."""
+    """A log's path, to begin empty. If nothing is logged, an older file of that name comes back and no folder stays."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
     make_folder_of(path)
     older = path.with_name(f".{path.name}.older")
     if path.exists():
@@ -136,6 +139,9 @@ def fresh_log(path: Path):
             older.unlink(missing_ok=True)
         elif older.exists():
             older.replace(path)
+        with suppress(OSError):  # not empty: it is in use
+            for folder in made:
+                folder.rmdir()
 
 
 # ---- statistics

@@ -1,6 +1,6 @@
 """``kedit-fast trace``: which tokens and layers carry a fact; heat maps, averages, and a JSON line a trace."""
 
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from ..plots import plot_kinds
@@ -32,8 +32,8 @@ def run(args) -> None:
         say(f"{len(facts)} facts, {len(results)} traces")
     say()
     say_averages(results, folder)
-    pictures = _draw(results, folder, args.plots)
-    say(f"{log}: a line for each trace" + (f"; {pictures[0]}{' ...' * (len(pictures) > 1)}: pictures" * bool(pictures)))
+    _draw(results, folder, args.plots)
+    say(f"in {folder}: {LOG}, a line for each trace; pictures (.png); averages (.npz)")
 
 
 def say_averages(results: list[TraceResult], folder: Path) -> None:
@@ -45,19 +45,15 @@ def say_averages(results: list[TraceResult], folder: Path) -> None:
         facts = f"{mean.n_facts} fact{'s' * (mean.n_facts != 1)}"
         say(
             f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token "
-            f"({effect:.3f} of {mean.total_effect:.3f} lost come back, {facts})"
+            f"(mean indirect effect {effect:.3f}, total effect {mean.total_effect:.3f}, {facts})"
         )
         mean.plot(folder / f"average-{kind}.png")
         mean.save(folder / f"average-{kind}.npz")
     say(f"note: {LOCALIZATION_WARNING}")
 
 
-def _draw(results: list[TraceResult], folder: Path, n: int) -> list[Path]:
+def _draw(results: list[TraceResult], folder: Path, n: int) -> None:
     """A picture with all kinds for each of the first n facts."""
-    paths = []
-    for index, (_, kinds) in enumerate(groupby(results, key=lambda result: id(result.fact))):
-        if index == n:
-            break
-        paths.append(folder / f"fact-{index}.png")
-        plot_kinds(list(kinds), paths[-1])
-    return paths
+    by_fact = groupby(results, key=lambda result: id(result.fact))
+    for index, (_, kinds) in enumerate(islice(by_fact, n)):
+        plot_kinds(list(kinds), folder / f"fact-{index}.png")

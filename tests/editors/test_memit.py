@@ -8,10 +8,12 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.editors.memit as memit_module
+import kedit_fast.jobs.values as values_module
+import kedit_fast.sweep.engine as engine
+from kedit_fast.edit import Dense
 from kedit_fast.kernels.solve import factor, memit_solve
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from tests.conftest import open_tiny, tiny_lm
-from tests.edits import bits, same_bits
 from tests.editors.cases import (
     FACTS,
     FAMILIES,
@@ -24,6 +26,7 @@ from tests.editors.cases import (
     oracle_facts,
     relative,
 )
+from tests.edits import bits, same_bits
 from tests.oracle.access import lookup, read_value
 from tests.oracle.memit import memit_update
 from tests.oracle.values import Value, optimize_value
@@ -94,9 +97,7 @@ def test_the_update_for_given_values_keys_and_moment(family, monkeypatch):
     make_exact(monkeypatch)
     lm = tiny_lm(family, torch.float64)
     made = edit(lm, editor=replace(EDITOR, layers=(1,)))
-    expected = oracle(
-        lm.model, family, layers=(1,), values=[Value(z, z, 0, []) for z in made.values]
-    )
+    expected = oracle(lm.model, family, layers=(1,), values=[Value(z, z, 0, []) for z in made.values])
     K, R = made.keys[1], expected.shares[1]
     system = WEIGHT * matrices()[1].double() + K.T @ K
     assert relative(made.deltas[1].dense(), R.T @ torch.linalg.solve(system, K.T).T) < 1e-8
@@ -105,14 +106,14 @@ def test_the_update_for_given_values_keys_and_moment(family, monkeypatch):
 def test_more_facts_than_the_width_of_a_key(monkeypatch):
     """n >= d_ff takes the dense solve. z of one step is where it began, so a layer below is edited first."""
     make_exact(monkeypatch)
-    subjects = ["France", "Spain", "Italy", "Japan", "Big Ben", "Vimeo", "Zürich", "Miles Davis", "Toyota", "Rome"]
+    subjects = sorted({prompt.subject for prompt in PROMPTS})
+    templates = sorted({prompt.template for prompt in PROMPTS} | {"{} was built in", "I like {}, which is in"})
     facts = [
-        kf.Fact(prompt=template, subject=subject, target_new=target)
-        for template, *_, in PROMPTS[:9]
-        for subject, target in zip(subjects, ["Paris", "Rome"] * 5, strict=True)
-    ]  # fmt: skip
-    facts = list(dict.fromkeys(facts))[: D_FF + 1]
-    assert len(facts) == D_FF + 1
+        kf.Fact(prompt=template, subject=subject, target_new=("Paris", "Rome")[len(subject) % 2])
+        for template in templates
+        for subject in subjects
+    ][: D_FF + 1]
+    assert len(set(facts)) == D_FF + 1
     lm = tiny_lm("gpt2", torch.float64)
     editor = replace(EDITOR, layers=(0, 1), v_num_grad_steps=2)
     made = edit(lm, facts, editor, contexts=[["{}"]])
@@ -121,7 +122,7 @@ def test_more_facts_than_the_width_of_a_key(monkeypatch):
         lm.model, tiny_tokenizer(), oracle_facts(facts), [["{}"]], (0, 1), matrices(), WEIGHT, values=given
     )
     for layer in (0, 1):
-        assert isinstance(made.deltas[layer], kf.edit.Dense)
+        assert isinstance(made.deltas[layer], Dense)
         assert relative(made.deltas[layer].dense(), expected.deltas[layer]) < 1e-8
 
 
@@ -136,12 +137,14 @@ def test_woodbury_equals_dense():
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "llama"])
-def test_what_is_missing_shrinks_layer_by_layer(family):
-    """For values near the model's own: a random model's next layers answer a large change with anything."""
+@pytest.mark.parametrize(("family", "clamp"), [("gemma2", 0.05), ("gemma3_text", 0.05), ("olmo2", 0.05), ("gpt2", 0.4)])
+def test_what_is_missing_shrinks_layer_by_layer(family, clamp):
+    """For values near the model's own: the layers above answer a large change with anything (test_behavior.py has a
+    trained Llama, whose layers do not).
+    """
     model = tiny_model(family)
     lm = open_tiny(model)
-    made = edit(lm, editor=replace(EDITOR, clamp_norm_factor=0.2, v_num_grad_steps=8, mom2_update_weight=0.5))
+    made = edit(lm, editor=replace(EDITOR, clamp_norm_factor=clamp, mom2_update_weight=0.5))
     missing = [made.provenance["layers"][str(layer)]["missing"] for layer in LAYERS]
     before = residuals(model, made)
     assert missing[0] == pytest.approx(before.mean().item(), rel=1e-4)
@@ -153,20 +156,14 @@ def test_what_is_missing_shrinks_layer_by_layer(family):
 
 
 def test_the_edit_reaches_its_values_where_nothing_holds_it_back():
-    """One layer, bare prompts, λ -> 0: h becomes z, and the model says what it says with z in its place."""
-    model = tiny_model("gpt2", torch.float64)
+    """One layer, bare prompts, λ -> 0."""
+    model = tiny_model("llama", torch.float64)
     lm = open_tiny(model)
     editor = replace(EDITOR, layers=(1,), mom2_update_weight=1e-9)
     made = edit(lm, editor=editor, contexts=[["{}"]])
+    before = residuals(model, made)
     with made.apply(model):
-        assert residuals(model, made).max() < 1e-4
-    p_new = torch.tensor(made.provenance["values"]["p_new"])
-    for i, fact in enumerate(FACTS[:1]):
-        target = tiny_tokenizer()(" " + fact.target_new)["input_ids"]
-        assert len(target) == 1
-        edited = lm.with_edit(made).top_tokens(fact.text, k=lm.n_vocab)
-        p = dict(edited)[" " + fact.target_new]
-        assert p == pytest.approx(p_new[i].item(), abs=2e-5)
+        assert (residuals(model, made) < 1e-6 * before).all()
 
 
 def test_the_order_of_facts_does_not_matter():
@@ -185,37 +182,32 @@ def test_values_in_a_batch_are_those_of_each_fact_alone():
         alone = edit(lm, fact)
         assert relative(made.values[i], alone.values[0]) < 1e-4
         assert relative(made.keys[0][i], alone.keys[0][0]) < 1e-5
-    flat = [optimize_value(lm.model, tiny_tokenizer(), fact, FLAT, 2, "layer_out", **OPTIMIZATION) for fact in oracle_facts()]
+    flat = [
+        optimize_value(lm.model, tiny_tokenizer(), fact, FLAT, 2, "layer_out", **OPTIMIZATION)
+        for fact in oracle_facts()
+    ]
     assert relative(made.values, torch.stack([value.value for value in flat])) < 1e-4
 
 
-def test_a_model_with_little_memory_makes_the_same_edit():
+def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
     """Values are optimized in groups and rows collected in packs."""
+    groups, packs = [], []
+    grouped, cut = values_module._groups, engine.cut
+    monkeypatch.setattr(values_module, "_groups", lambda *a: groups.append(list(grouped(*a))) or groups[-1])
+    monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])
     lm = tiny_lm("llama", torch.float64)
     facts = [kf.Fact(prompt=p.template, subject=p.subject, target_new="Rome") for p in PROMPTS]
     cost = RowCost.of(lm)
-    small = replace(lm, memory=CALL_ROWS * cost.passing + 60 * cost.kept)
+    small = replace(lm, memory=CALL_ROWS * cost.passing + 150 * cost.kept)
     editor = replace(EDITOR, layers=(0, 1), v_num_grad_steps=2)
-    groups = [["{}"], [f"{'The piano and the trumpet play. ' * i}{{}}" for i in range(1, 8)]]
-    whole, cut = edit(lm, facts, editor, contexts=groups), edit(small, facts, editor, contexts=groups)
-    assert relative(cut.values, whole.values) < 1e-10
+    contexts = [["{}"], [f"{prompt.answer.strip()} plays, therefore you play. {{}}" for prompt in PROMPTS[:8]]]
+    whole = edit(lm, facts, editor, contexts=contexts)
+    assert len(groups) == 1 and {len(x) for x in (*groups, *packs)} == {1}
+    parts = edit(small, facts, editor, contexts=contexts)
+    assert len(groups[1]) > 1 and len(packs[-1]) > 1
+    assert relative(parts.values, whole.values) < 1e-10
     for layer in (0, 1):
-        assert relative(cut.deltas[layer].dense(), whole.deltas[layer].dense()) < 1e-8
-
-
-def test_little_memory_really_cuts(monkeypatch):
-    """The test above is blind if its memory holds everything."""
-    import kedit_fast.jobs.values as values_module
-    import kedit_fast.sweep.engine as engine
-
-    groups, packs = [], []
-    count = values_module._groups
-    cut = engine.cut
-    monkeypatch.setattr(values_module, "_groups", lambda *a: groups.append(list(count(*a))) or groups[-1])
-    monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])
-    test_a_model_with_little_memory_makes_the_same_edit()
-    assert [len(g) > 1 for g in groups] == [False, True]
-    assert len(packs[0]) == 1 and max(map(len, packs)) > 1
+        assert relative(parts.deltas[layer].dense(), whole.deltas[layer].dense()) < 1e-8
 
 
 def test_an_edit_on_top_of_an_edit():
@@ -341,7 +333,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(family, place, monkeypat
     target, name, at = {
         "second layer's solve": (memit_module, "memit_solve", 2),
         "third step": (torch.optim.Adam, "step", 3),
-        "inside a block": (kf.sweep.engine, "attention", 40),
+        "inside a block": (engine, "attention", 10),
     }[place]
     monkeypatch.setattr(target, name, breaking(getattr(target, name), at))
     with pytest.raises(Broken):

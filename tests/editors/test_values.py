@@ -11,8 +11,8 @@ from kedit_fast.editors.common import Prompts
 from kedit_fast.jobs.values import ValueSettings, optimize_values
 from kedit_fast.sites import Site
 from tests.conftest import open_tiny, tiny_lm
-from tests.edits import bits, same_bits
 from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, make_exact, oracle_facts, relative
+from tests.edits import bits, same_bits
 from tests.oracle.values import optimize_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -57,7 +57,7 @@ def test_values_equal_the_oracle(family, site, dtype, tolerance, monkeypatch):
     """Some facts stop early and some do not, some values are pulled back and some are not."""
     if dtype == torch.float64:
         make_exact(monkeypatch)
-    goal = 6.5 if site is Site.layer_out else 7.0  # nats: random models do not come near 0.05
+    goal = 6.6 if site is Site.layer_out else 7.1  # nats: random models do not come near 0.05
     monkeypatch.setattr(values_module, "STOP_BELOW", goal)
     monkeypatch.setattr(oracle_module, "LOSS_GOAL", goal)
     lm = tiny_lm(family, dtype)
@@ -113,7 +113,7 @@ def test_the_target_s_loss_reads_the_loss_layer(loss_layer):
 
 
 def test_a_value_in_the_last_layer_only_reaches_its_own_row():
-    """The lookup token's last row feeds no later one: the prompt that ends there is moved, the others keep their loss."""
+    """The lookup token's last row feeds no later one, so only the prompt that ends there can be moved."""
     lm = tiny_lm("llama")
     got = optimize_values(lm, tasks(lm), settings(lm, layer=3, weight_decay=0.0, kl_factor=0.0))
     compare(got, oracle_values(lm.model, Site.layer_out, layer=3, weight_decay=0.0, kl_factor=0.0), 1e-4)

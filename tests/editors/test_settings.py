@@ -1,0 +1,145 @@
+"""Hyper-parameters: published files load as they are, other models get derived ones and say so."""
+
+import json
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+
+import kedit_fast as kf
+from kedit_fast.editors import memit as memit_module
+from kedit_fast.editors import rome as rome_module
+from tests.conftest import open_tiny
+from tests.tiny import tiny_model
+
+COMMON = {
+    "fact_token": "subject_last",
+    "v_num_grad_steps": 20,
+    "v_lr": 0.5,
+    "v_loss_layer": 47,
+    "v_weight_decay": 0.5,
+    "kl_factor": 0.0625,
+    "mom2_adjustment": True,
+    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "layer_module_tmp": "transformer.h.{}",
+    "mlp_module_tmp": "transformer.h.{}.mlp",
+    "attn_module_tmp": "transformer.h.{}.attn",
+    "ln_f_module": "transformer.ln_f",
+    "lm_head_module": "transformer.wte",
+    "mom2_dataset": "wikipedia",
+    "mom2_n_samples": 100000,
+    "mom2_dtype": "float32",
+}
+ROME = COMMON | {
+    "layers": [17],
+    "clamp_norm_factor": 4,
+    "context_template_length_params": [[5, 10], [10, 10]],
+}
+MEMIT = COMMON | {
+    "layers": [13, 14, 15, 16, 17],
+    "layer_selection": "all",
+    "clamp_norm_factor": 0.75,
+    "mom2_update_weight": 20000,
+}
+
+
+def written(folder, record):
+    path = folder / "gpt2-xl.json"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    return path
+
+
+def named(name, family="gpt2", layers=4):
+    """A tiny model that says it was opened as ``name``."""
+    lm = open_tiny(tiny_model(family, layers=layers))
+    lm.model.config._name_or_path = name
+    return lm
+
+
+@pytest.mark.parametrize(("editor", "record", "table"), [
+    (kf.Rome, ROME, rome_module.PUBLISHED),
+    (kf.Memit, MEMIT, memit_module.PUBLISHED),
+])  # fmt: skip
+def test_a_published_file_loads_as_it_is(editor, record, table, tmp_path):
+    loaded = editor.from_json(written(tmp_path, record))
+    for name in {f.name for f in fields(editor)} & set(record):
+        given = record[name]
+        expected = tuple(tuple(x) if isinstance(x, list) else x for x in given) if isinstance(given, list) else given
+        assert getattr(loaded, name) == expected, name
+    assert replace(loaded, source=table["gpt2-xl"].source) == table["gpt2-xl"]
+    assert len({loaded, editor.from_json(written(tmp_path, record))}) == 1, "equal settings hash alike"
+    assert editor.from_json(written(tmp_path, asdict(loaded))) == loaded
+
+
+def test_a_file_may_leave_fields_out(tmp_path):
+    assert kf.Rome.from_json(written(tmp_path, {"layers": [3], "v_lr": 0.1})) == kf.Rome(layers=(3,), v_lr=0.1)
+
+
+@pytest.mark.parametrize("editor", [kf.Rome, kf.Memit])
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"layers": [1], "nullspace_threshold": 2e-2, "L2": 10}, r"no field \['L2', 'nullspace_threshold'\]; it has"),
+        ("{'layers': [1]}", "is not JSON"),
+        ("[1, 2]", "holds a JSON list; expected an object"),
+        ('"layers"', "holds a JSON str"),
+        ("", "is not JSON"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none(editor, record, says, tmp_path):
+    path = written(tmp_path, record)
+    with pytest.raises(ValueError, match=says) as error:
+        editor.from_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_rome_does_not_take_memit_s_file(tmp_path):
+    """A weight that nobody reads would be a setting without effect."""
+    with pytest.raises(ValueError, match=r"Rome has no field.*mom2_update_weight"):
+        kf.Rome.from_json(written(tmp_path, MEMIT))
+
+
+@pytest.mark.parametrize(("name", "rome_layers", "memit_layers"), [
+    ("gpt2-xl", (17,), (13, 14, 15, 16, 17)),
+    ("openai-community/gpt2-xl", (17,), (13, 14, 15, 16, 17)),
+    ("EleutherAI/gpt-j-6b", (5,), (3, 4, 5, 6, 7, 8)),
+    ("/models/gpt2-medium", (8,), None),
+])  # fmt: skip
+def test_for_model_gives_what_was_published(name, rome_layers, memit_layers):
+    lm = named(name)
+    rome, memit = kf.Rome.for_model(lm), kf.Memit.for_model(lm)
+    assert rome.layers == rome_layers and rome.source.startswith("published for gpt")
+    if memit_layers is None:
+        assert memit.source.startswith("derived")
+    else:
+        assert memit.layers == memit_layers and memit.source.startswith("published for gpt")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 12])
+def test_for_model_derives_the_rest_and_says_so(layers):
+    lm = named("somebody/gpt2-xl-tuned", layers=layers)
+    rome, memit = kf.Rome.for_model(lm), kf.Memit.for_model(lm)
+    assert rome.source == f"derived for {layers} layers"
+    assert memit.source == f"derived for {layers} layers, d_ff 80"
+    assert memit.mom2_update_weight == 80 and memit.clamp_norm_factor == 0.75
+    assert 1 <= len(memit.layers) <= 5 and memit.layers == tuple(range(memit.layers[0], memit.layers[-1] + 1))
+    for editor in (rome, memit):
+        assert editor.v_loss_layer is None
+        editor._check(lm)
+
+
+def test_the_source_is_kept_with_an_edit():
+    lm = named("tiny")
+    editor = replace(kf.Memit.for_model(lm), mom2_adjustment=False, v_num_grad_steps=1)
+    made = editor.edit(lm, kf.Fact(prompt="{} is in", subject="Big Ben", target_new="Rome"), contexts=["{}"])
+    assert made.hparams["source"] == "derived for 4 layers, d_ff 80"
+    assert made.hparams["layers"] == list(editor.layers)
+
+
+def test_settings_are_frozen_and_listed():
+    assert {"rome": kf.Rome, "memit": kf.Memit} == kf.EDITORS
+    with pytest.raises(FrozenInstanceError):
+        kf.Rome().v_lr = 1.0
+    with pytest.raises(ValueError, match="key 'both': expected"):
+        kf.Rome(key="both")
+    with pytest.raises(TypeError):
+        kf.Memit(lr=0.5)

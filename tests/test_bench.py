@@ -1,0 +1,275 @@
+"""The benchmarks' harness: what it checks before it reports, how it pools, what it keeps and what it prints."""
+
+import csv
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kedit_fast as kf
+from bench import common, edit, report, second_moment, trace
+from bench.__main__ import main
+from bench.common import CheckFailed, Figure, Measured, Skipped
+from kedit_fast.facts import Fact
+from tests.conftest import tiny_lm
+from tests.tiny import PROMPTS, TEXT
+
+FACTS = [
+    Fact(p.template, p.subject, target_new=new, target_true=p.answer.strip())
+    for p, new in zip(PROMPTS[:4], ("Rome", "London", "Madrid", "English"), strict=True)
+]
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    """The machine's peak is not what is tested."""
+    for module in (trace, edit, second_moment):
+        monkeypatch.setattr(module, "peak_matmul", lambda: 100.0)
+
+
+def values(measured: Measured) -> dict[tuple[str, str], Figure]:
+    return {(figure.case, figure.metric): figure for figure in measured.figures}
+
+
+# ---- trace
+
+
+def test_trace_checks_and_times_both_kinds_on_one_and_on_several_facts():
+    figures = values(trace.measure(tiny_lm("llama"), FACTS[:3], samples=2))
+    assert {case for case, _ in figures} == {"state, 1 fact", "state, 3 facts", "mlp, 1 fact", "mlp, 3 facts"}
+    assert figures["state, 3 facts", "ratio to the published loop"].mark == ">= 5"
+    assert figures["mlp, 1 fact", "ratio to the published loop"].mark == ">= 4"
+    for case in ("state, 1 fact", "mlp, 3 facts"):
+        ours, rival = (figures[case, f"{name}, CPU time a fact"].value for name in ("kedit_fast", "batched loop"))
+        assert figures[case, "ratio to the batched loop"].value == pytest.approx(rival / ours)
+        assert 0 <= figures[case, "largest difference of p"].value <= 1e-5
+
+
+@pytest.mark.parametrize("kind", trace.KINDS)
+def test_counted_flop_of_any_number_of_draws_follows_from_one_and_two(kind):
+    ground = trace.Ground(tiny_lm("llama"), kind, 4, 1.0)
+    assert ground.flop_ours(FACTS[:1]) == trace._flop(ground.ours, FACTS[:1], 4)
+    assert ground.flop_ours(FACTS[:1]) < ground.flop_published(FACTS[0])
+
+
+def test_a_trace_that_differs_from_a_rival_is_not_reported(monkeypatch):
+    def off_by_little(*args, **options):
+        given = trace.published_loop(*args, **options)
+        given["scores"] = given["scores"].clone()
+        given["scores"][1, 0] += 1e-4
+        return given
+
+    monkeypatch.setitem(trace.RIVALS, "published loop", off_by_little)
+    with pytest.raises(CheckFailed, match=r"state trace of .* differs by 1\.\de-04"):
+        trace.measure(tiny_lm("llama"), FACTS[:1], samples=2)
+
+
+def test_facts_are_spread_over_the_file():
+    assert trace.spread(FACTS, 2) == [FACTS[0], FACTS[2]]
+    with pytest.raises(ValueError, match="--facts 5: expected 1 to 4"):
+        trace.spread(FACTS, 5)
+
+
+# ---- second moment
+
+
+def test_second_moment_is_checked_against_fp64():
+    figures = values(second_moment.measure(widths=(17, 32), n_rows=33, repeats=2))
+    assert figures["d_ff 17", "native, fp64 sum: error"].value < 1e-6
+    assert figures["d_ff 32", "torch.addmm, fp32: share of peak"].value > 0
+
+
+def test_a_wrong_second_moment_is_not_reported(monkeypatch):
+    monkeypatch.setattr(second_moment, "second_moment_", lambda c, keys: c.addmm_(keys[1:].T.to(c), keys[1:].to(c)))
+    with pytest.raises(CheckFailed, match="native, fp64 sum, d_ff 17"):
+        second_moment.measure(widths=(17,), n_rows=33, repeats=1)
+
+
+# ---- edit
+
+
+def test_edit_table_of_a_tiny_model():
+    lm = tiny_lm("llama")
+    editor = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, v_num_grad_steps=3)
+    moments = kf.second_moments(lm, editor.layers, [TEXT], n_tokens=200)
+    asked = [
+        dataclasses.replace(f, paraphrases=(f"Indeed {f.text}",), same_subject=(f"{f.subject} is",)) for f in FACTS
+    ]
+    measured = edit.measure(lm, editor, moments, {1: [asked[:1], asked[1:2]], 4: [asked]}, TEXT)
+    figures = values(measured)
+    assert {case for case, _ in figures} == {"n = 1, 2 edits", "n = 4, 1 edit"}
+    report_of_four = kf.evaluate(lm, asked, editor.edit(lm, asked, moments=moments), text=TEXT)
+    shown = figures["n = 4, 1 edit", "P(new)"]
+    assert shown.value == pytest.approx(float(report_of_four.edited["p_new"].mean()), rel=1e-4)
+    assert (shown.n, shown.mark, shown.unit) == (4, ">= 0.85", "probability")
+    assert shown.low < shown.value < shown.high
+    assert figures["n = 1, 2 edits", "paraphrase"].n == 2
+    assert ("n = 4, 1 edit", "neighborhood") not in figures, "these facts have no neighborhood prompts"
+    assert figures["n = 4, 1 edit", "perplexity, worst edit"].value == pytest.approx(100 * report_of_four.drift, 1e-3)
+    assert "mom2_update_weight 80.0" in measured.notes[0]
+
+
+def test_kept_share_is_a_ratio_of_means_with_an_interval():
+    base, edited = torch.tensor([0.2, 0.4, math.nan, 0.6]), torch.tensor([0.1, 0.2, math.nan, 0.3])
+    assert edit.kept_share(base, edited) == pytest.approx((0.5, 0.5, 0.5, 3))
+    uneven = edit.kept_share(base, torch.tensor([0.2, 0.2, math.nan, 0.2]))
+    assert uneven.mean == pytest.approx(0.5)
+    residual_sd = torch.tensor([0.1, 0.0, -0.1]).std().item()  # of edited - 0.5 base
+    assert uneven.high - uneven.mean == pytest.approx(1.959964 * residual_sd / 3**0.5 / 0.4, rel=1e-4)
+
+
+def fact(subject, relation, prompt="{} is in", new="Rome", true="Paris"):
+    return Fact(prompt, subject, target_new=new, target_true=true, provenance={"relation_id": relation})
+
+
+def test_conflicts_are_dropped_and_slices_are_disjoint():
+    first, again, other = fact("Vimeo", "P1"), fact("VIMEO", "P1", "{} stands in", new="Oslo"), fact("Vimeo", "P2")
+    kept = edit.without_conflicts([first, again, other])
+    assert kept == [first, other]
+    assert edit.cut(kept, 1, 2) == [[first], [other]]
+    with pytest.raises(ValueError, match=r"3 sets of 1 facts: .* 2 at most"):
+        edit.cut(kept, 1, 3)
+
+
+def test_other_relations_fit_the_subject_and_cannot_rightly_move():
+    facts = [
+        fact("Ada", "born in", "{} was born in", true="London"),
+        fact("Ada", "field", "{} works on", true="numbers"),
+        fact("Bo", "born in", "{} was born in", true="Oslo"),
+        fact("Bo", "field", "{} studies", true="numbers"),
+        fact("Cy", "field", "{} studies", true="plants"),
+        fact("Cy", "died in", "{} died in", true="Rome"),
+        fact("Di", "born in", "{} was born in", true="Bonn"),
+        fact("Di", "died in", "{} died in", true="Bonn"),
+        fact("Toyota", "maker", "{} is made by", true="Toyota"),
+    ]
+    relations = edit.Relations(facts)
+    born_in_rome = fact("Eve", "born in", "{} was born in", new="Rome")
+    assert relations.other_prompts(born_in_rome) == ("Eve studies",), "who died in Rome may have been born there"
+    assert relations.other_prompts(dataclasses.replace(born_in_rome, target_new="Lima")) == (
+        "Eve studies",
+        "Eve died in",
+    )
+    assert relations.other_prompts(fact("Vimeo", None)) == ()
+
+
+def test_the_draw_over_known_counterfact_facts():
+    if not (common.DATA / edit.COUNTERFACT).exists():
+        pytest.skip(f"{common.DATA} does not hold CounterFact")
+    facts = edit.draw()
+    assert facts == edit.draw()
+    assert len(facts) >= 90
+    assert not any(target.lower() in f.subject.lower() for f in facts for target in (f.target_true, f.target_new))
+    assert all(f.subject in prompt for f in facts for prompt in f.same_subject)
+    assert sum(len(f.same_subject) == edit.N_OTHER for f in facts) > 0.9 * len(facts)
+    with pytest.raises(ValueError, match="contradict"):
+        kf.Memit(layers=(1,)).edit(tiny_lm("llama"), [facts[0], dataclasses.replace(facts[0], target_new="Basque")])
+
+
+# ---- rows and tables
+
+
+def measured_once(value: float = 5.5) -> Measured:
+    figures = [
+        Figure("state", "ratio", value, "x", mark=">= 5"),
+        Figure("mlp", "ratio", 3.9, "x", mark=">= 4"),
+        Figure("mlp", "share", 50.0, "%", 40.0, 60.0, n=30),
+    ]
+    return Measured(figures, 90.0, ["Two facts."])
+
+
+def test_rows_say_what_a_figure_depends_on_and_read_back(tmp_path):
+    path = common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once())
+    assert common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once()) == path
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    needed = {"date", "bench", "cpu", "cores", "threads", "torch", "transformers", "kedit_fast", "commit", "command"}
+    assert needed | {"peak_gflops"} <= {name for name, value in rows[0].items() if value}
+    assert path.name.endswith("-cores.csv")
+    read = [figure for _, figure in common.read_rows(path)][2]
+    assert read == measured_once().figures[2]
+
+
+def test_the_table_shows_marks_and_intervals():
+    assert report.as_markdown(measured_once().figures).splitlines() == [
+        "|  | state | mlp |",
+        "| --- | --- | --- |",
+        "| ratio | 5.50× (≥ 5) | 3.90× (missed ≥ 4) |",
+        "| share |  | 50.0 % [40.0, 60.0] |",
+    ]
+
+
+def test_the_readme_gets_the_newest_run_of_each_command(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    for second, value in enumerate((6.0, 7.0)):
+        monkeypatch.setattr(common, "now", lambda second=second: f"2030-01-01T00:00:0{second}Z")
+        common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once(value))
+    common.append_rows(tmp_path, "edit", "python -m bench edit", measured_once(8.0))
+    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
+    assert "7.00× (≥ 5)" in text and "6.00×" not in text and "8.00×" in text
+    assert "`python -m bench trace`, 2030-01-01" in text and "90 GFLOP/s" in text and "Two facts." in text
+
+
+def test_a_readme_without_its_markers_is_left_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing", encoding="utf-8")
+    common.append_rows(tmp_path, "trace", "x", measured_once())
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.update_readme(readme, tmp_path)
+    assert readme.read_text(encoding="utf-8") == "nothing"
+    with pytest.raises(ValueError, match="no results"):
+        report.render(tmp_path / "empty")
+
+
+# ---- command line
+
+
+def fake_bench(monkeypatch, outcome):
+    """`trace` replaced by what gives or raises the outcome."""
+
+    def run(options):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("bench.__main__.import_module", lambda name: SimpleNamespace(run=run))
+
+
+def test_a_run_is_printed_and_kept_unless_it_was_a_quick_one(monkeypatch, tmp_path, capsys):
+    fake_bench(monkeypatch, measured_once())
+    assert main(["trace", "--quick", "--results", str(tmp_path)]) == 0
+    assert "3.90× (missed ≥ 4)" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert main(["trace", "--facts", "2", "--n", "5", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    assert {row["command"] for row, _ in common.read_rows(path)} == {"python -m bench trace --facts 2"}
+
+
+def test_what_cannot_run_is_skipped_and_what_is_wrong_fails(monkeypatch, tmp_path, capsys):
+    fake_bench(monkeypatch, Skipped("no data"))
+    assert main(["trace", "--results", str(tmp_path)]) == 0
+    assert "trace: skipped: no data" in capsys.readouterr().out
+    fake_bench(monkeypatch, CheckFailed("off by one"))
+    assert main(["trace", "--results", str(tmp_path)]) == 1
+    assert "CHECK FAILED" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_edit_says_which_data_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr(edit, "DATA", tmp_path)
+    with pytest.raises(Skipped, match="smollm2_known"):
+        edit.run(SimpleNamespace())
+
+
+def test_the_list_and_an_unknown_name(capsys):
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.startswith("second_moment")
+    with pytest.raises(SystemExit):
+        main(["training"])
+    assert "no benchmark training" in capsys.readouterr().err

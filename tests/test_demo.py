@@ -1,0 +1,181 @@
+"""The demo, on a tiny model from end to end, and in a short form on the real one."""
+
+import dataclasses
+import html
+import re
+
+import pytest
+import torch
+
+import kedit_fast as kf
+from kedit_fast import demo
+from kedit_fast.evaluation import evaluate
+from kedit_fast.facts import OWN_FACTS, Fact
+from tests.conftest import open_tiny
+from tests.edits import make_edit
+from tests.tiny import tiny_model
+
+FACTS = (
+    Fact(
+        "{} is in the city of",
+        "The Eiffel Tower",
+        "Rome",
+        "Paris",
+        paraphrases=("Where is The Eiffel Tower? In",),
+        neighborhood=("The Louvre is in the city of", "Big Ben is in the city of", "The Paris of France is"),
+        same_subject=("The Eiffel Tower was born in",),
+    ),
+    Fact("{} plays the", "Miles Davis", "piano", "trumpet", neighborhood=("Thelonious Monk plays the",)),
+    Fact("{} is located in the city of", "Big Ben", "Seattle", "London", paraphrases=("Big Ben is in",)),
+)
+EASY = {"v_num_grad_steps": 4, "context_template_length_params": ((4, 2),)}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """(lm, what it printed, its report, its folder, state digest before) of one demo on a tiny model."""
+    lm, folder = open_tiny(tiny_model("llama")), tmp_path_factory.mktemp("demo")
+    digest = demo.state_digest(lm.model)
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr(demo, "say", lambda text="": printed.append(text))
+        patch.setattr(demo, "show", lambda shown: printed.append(str(shown)))
+        path = demo.run_demo(
+            lm,
+            FACTS,
+            folder / "out",
+            samples=2,
+            few_samples=1,
+            n_tokens=400,
+            rome=kf.Rome(layers=(1,), **EASY),
+            memit=kf.Memit(layers=(1, 2), mom2_update_weight=80.0, **EASY),
+        )
+    return lm, "\n".join(printed), path.read_text(), folder / "out", digest
+
+
+def test_every_step_is_told(told):
+    printed = told[1]
+    headings = re.findall(r"^\[(\d)/7\] (\w+)", printed, re.MULTILINE)
+    assert [name for _, name in headings] == ["Trace", "Statistics", "ROME", "MEMIT", "Write", "Report"]
+    assert len(re.findall(r"^   => .", printed, re.MULTILINE)) == len(headings)
+    assert "Impact of restoring state" in printed and "does not by itself predict" in printed
+    assert printed.count("damage: ") == printed.count("written: ") == 2
+
+
+def test_the_model_is_as_it_was(told):
+    lm, printed, report, _, digest = told
+    assert demo.state_digest(lm.model) == digest
+    digests = re.findall(r"sha256 \w+: ([0-9a-f]{64})", printed)
+    assert len(digests) == 3 and digests[0] == digests[2] == digest != digests[1]
+    assert report.count(digest) == 2 and "the same bits" in report
+
+
+def test_the_report_says_what_it_measured(told):
+    lm, _, report, folder, _ = told
+    body = report[report.index("<body>") :]
+    assert html.unescape(body).startswith(f'<body>\n<p class="first-line">Measured on {demo.model_line(lm)}.')
+    assert body.count("<img ") == 2 and "http://" not in body and "https://" not in body
+    assert (folder / "trace.png").read_bytes()[:4] == b"\x89PNG"
+    text = html.unescape(re.sub(r"<[^>]+>", " ", body))
+    for said in (
+        "Success and damage",
+        "neighbors known before",
+        "neighbors",
+        "paraphrases",
+        "perplexity of ordinary prose, ",
+    ):
+        assert said in text, said
+    for fact in FACTS:
+        assert fact.text in text and fact.target_new in text and fact.target_true in text
+    for step in ("Trace", "Statistics", "ROME", "MEMIT", "Write"):
+        assert re.search(rf'<th scope="row">{step}[^\n]*?<td>[\d.]+ s</td>', body), step
+
+
+def test_the_first_line_is_the_models_note(told, tmp_path):
+    lm = dataclasses.replace(told[0], note="a model de-quantised from 4 bits <&>")
+    editors = {"rome": kf.Rome(layers=(1,), **EASY), "memit": kf.Memit(layers=(1,), mom2_update_weight=80.0, **EASY)}
+    report = demo.run_demo(lm, FACTS[:1], tmp_path, samples=1, n_memit=1, n_tokens=200, **editors).read_text()
+    assert '<p class="first-line">Measured on a model de-quantised from 4 bits &lt;&amp;&gt;.' in report
+
+
+def test_prompts_before_and_after_are_those_of_the_evaluation():
+    lm = open_tiny(tiny_model("llama"))
+    edit = dataclasses.replace(make_edit(lm.model), facts=FACTS[:2])
+    changes, report = demo.prompt_changes(lm, edit), evaluate(lm, FACTS[:2], edit)
+    eiffel = [change for change in changes if change.old == "Paris"]
+    assert [(c.role, c.prompt) for c in eiffel] == [
+        ("edit", FACTS[0].text),
+        ("paraphrase", FACTS[0].paraphrases[0]),
+        *(("neighbor", prompt) for prompt in FACTS[0].neighborhood),
+    ]
+    for side, columns in enumerate((report.base, report.edited)):
+        got = {
+            "p_new": eiffel[0].p_new[side],
+            "p_true": eiffel[0].p_old[side],
+            "paraphrase_p_new": eiffel[1].p_new[side],
+            "neighborhood_p_true": sum(c.p_old[side] for c in eiffel[2:]) / 3,
+        }
+        for name, value in got.items():
+            assert value == pytest.approx(float(columns[name][0]), rel=1e-5), (side, name)
+    assert eiffel[0].p_new[0] != eiffel[0].p_new[1]
+
+
+def test_neighbors_that_name_an_edited_subject_are_left_out():
+    lm = open_tiny(tiny_model("llama"))
+    edit = dataclasses.replace(make_edit(lm.model), facts=(FACTS[0], FACTS[2]))
+    prompts = [change.prompt for change in demo.prompt_changes(lm, edit)]
+    assert "The Louvre is in the city of" in prompts and "Big Ben is in the city of" not in prompts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_sees_one_bit_and_one_name(dtype):
+    model = tiny_model("gpt2", dtype)
+    before = demo.state_digest(model)
+    weight = model.transformer.h[1].mlp.c_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.view(-1).view(torch.uint8)[-1] ^= 1
+    assert demo.state_digest(model) != before
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert demo.state_digest(model) == before
+    model.register_buffer("other", torch.zeros(0))
+    assert demo.state_digest(model) != before
+
+
+def test_an_undo_that_is_not_exact_is_an_error(monkeypatch, tmp_path):
+    lm = open_tiny(tiny_model("llama"))
+    digests = iter(["a", "b", "c"])
+    monkeypatch.setattr(demo, "state_digest", lambda model: next(digests))
+    found = demo.Findings("tiny", memit=demo.Checked(make_edit(lm.model), None, ()))
+    with pytest.raises(RuntimeError, match="sha256 a, then c"):
+        demo._write_and_undo(lm, demo.Story(), found)
+
+
+def test_weights_on_disk_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    lm = kf.open_model(str(tmp_path / "model"), tokenizer=open_tiny(tiny_model("llama")).tokenizer, memory=100_000)
+    assert lm.source.name != "resident"
+    with pytest.raises(ValueError, match="--memory"):
+        demo.run_demo(lm, FACTS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.smollm2
+def test_a_short_demo_on_the_real_model(smollm2, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "TEXT", demo.TEXT.split("\n\n")[0])
+    monkeypatch.setattr(demo, "N_GENERATED", 3)
+    fact = kf.load_facts(OWN_FACTS, 1)[0]
+    fact = dataclasses.replace(fact, neighborhood=fact.neighborhood[:3])
+    # 512 tokens have no inverse of their own
+    short = {"v_num_grad_steps": 12, "context_template_length_params": ((5, 2),), "regularizer": 0.01}
+    editors = {name: dataclasses.replace(kf.EDITORS[name].for_model(smollm2), **short) for name in ("rome", "memit")}
+    before = demo.state_digest(smollm2.model)
+    path = demo.run_demo(smollm2, [fact], tmp_path, samples=1, n_memit=1, n_tokens=512, **editors)
+    report, shown = path.read_text(), capsys.readouterr().out
+    assert demo.state_digest(smollm2.model) == before
+    assert "Measured on SmolLM2-135M-Instruct de-quantised from a 4-bit" in report.split("<h1>")[0]
+    assert "p(Paris) 0.656" in shown and shown.count("written: 1 of 1") == 2 and "edited: Rome" in shown
+    for damage in re.findall("damage: (\\d+) of 3 neighbors", shown):
+        assert damage == "0"
+    assert all(abs(float(drift)) < 3 for drift in re.findall(r"perplexity ([-+][\d.]+)%", shown))

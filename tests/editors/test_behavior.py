@@ -7,10 +7,8 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
 import kedit_fast as kf
-from kedit_fast.deltas import LowRank
 from kedit_fast.facts import OWN_FACTS
 
 pytestmark = pytest.mark.smollm2

@@ -22,7 +22,8 @@ class LM:
 
     model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
     source: supplies layer i; memory: bytes a sweep may hold besides the weights; edits: the edits that sweeps apply,
-    in order, see ``with_edit``; note: what a reader of results must know of the model
+    in order, see ``with_edit``; note: what a reader of results must know of the model; opened_as: what ``open_model``
+    was given, where that was a name
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class LM:
     memory: int = DEFAULT_MEMORY
     edits: tuple = ()
     note: str = ""
+    opened_as: str = ""
     _cache: dict = field(default_factory=dict, repr=False)
 
     # ---- shape
@@ -80,7 +82,7 @@ class LM:
     @property
     def name(self) -> str:
         """What the model was opened as."""
-        return self.model.config._name_or_path or self.model.config.model_type
+        return self.opened_as or self.model.config._name_or_path or self.model.config.model_type
 
     @property
     def fingerprint(self) -> str:
@@ -237,11 +239,11 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
 def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
     import transformers
 
-    note = ""
+    about = {"opened_as": str(name)}
     if str(name) == "smollm2":
         from .smollm2 import NOTE, smollm2_folder
 
-        name, note = smollm2_folder(), NOTE
+        name, about["note"] = smollm2_folder(), NOTE
     config = transformers.AutoConfig.from_pretrained(name)
     family = family_of(config)
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name)
@@ -250,9 +252,9 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
         folder = _local(name)
         if Checkpoint(folder).n_bytes > memory // 2:
             model, source = open_on_disk(folder, config, classes._model_mapping[type(config)], device, dtype)
-            return LM(model, tokenizer, source, memory // 2, note=note)
+            return LM(model, tokenizer, source, memory // 2, **about)
     model = classes.from_pretrained(name, dtype=dtype or "auto").to(device)
-    return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, note=note)
+    return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, **about)
 
 
 def _local(name) -> Path:

@@ -20,6 +20,7 @@ from ..moments import SecondMoment, second_moments
 from ..sites import Site
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList, add_sequences
+from .contexts import checked_contexts
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 # Published settings files also hold these. Module paths follow from the model; statistics are handed to ``edit``.
@@ -30,8 +31,33 @@ IGNORED = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
 class Settings:
-    """Reading hyper-parameters: the part of an editor that is the same for all of them."""
+    """The hyper-parameters that ROME and MEMIT share, under their published names, and how they are read.
+
+    layers: edited
+    v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of the optimization of a fact's value (jobs/values.py);
+    clamp_norm_factor: ||value - start|| <= this times ||start||
+    v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
+    there the field is only read
+    context_template_length_params: (length, n) of generated contexts
+    mom2_adjustment: whether second moments are used; regularizer: added to C's diagonal, relative to its mean; 0 is the
+    published form
+    source: where these settings come from, for whoever reads the edit
+    """
+
+    layers: tuple[int, ...] = ()
+    fact_token: str = "subject_last"
+    v_num_grad_steps: int = 20
+    v_lr: float = 0.5
+    v_loss_layer: int | None = None
+    v_weight_decay: float = 0.5
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    mom2_adjustment: bool = True
+    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
+    regularizer: float = 0.0
+    source: str = "given"
 
     POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
 
@@ -60,6 +86,13 @@ class Settings:
                 f"{path}: {cls.__name__} has no field {sorted(unknown)}; it has {', '.join(sorted(known))}"
             )
         return cls(**{name: value for name, value in given.items() if name in known})
+
+    def _prepared(self, lm, facts, contexts, previous):
+        """(model with ``previous`` on it, facts, groups of contexts or None), checked before any work."""
+        self._check(lm)
+        facts = checked_facts(lm, facts)
+        groups = None if contexts is None else checked_contexts(contexts)
+        return under(lm, previous), facts, groups
 
     def _check(self, lm) -> None:
         if not self.layers:

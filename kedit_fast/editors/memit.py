@@ -22,36 +22,19 @@ from ..jobs.values import Values, ValueSettings, optimize_values
 from ..kernels.solve import memit_solve
 from ..progress import progress
 from ..sites import Site
-from .common import Prompts, Settings, checked_facts, factored, fit, moments_for, published, storable, under
-from .contexts import checked_contexts, memit_contexts
+from .common import Prompts, Settings, factored, fit, moments_for, published, storable
+from .contexts import memit_contexts
 
 
 @dataclass(frozen=True)
 class Memit(Settings):
-    """Hyper-parameters under their published names; ``edit`` does the work.
+    """Hyper-parameters under their published names (see ``Settings``); ``edit`` does the work.
 
-    layers: edited, lowest first; the last one is where z lives
+    layers: lowest first; the last one is where z lives
     mom2_update_weight: λ, the weight of C against the new keys (published 15,000 to 20,000; d_ff fits small models)
-    clamp_norm_factor: ||z - z_0|| <= this times ||z_0||; v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of z's
-    optimization (jobs/values.py); v_loss_layer: whose hidden state its loss reads (None: the last)
-    context_template_length_params: (length, n) of generated contexts
-    regularizer: added to C's diagonal, relative to its mean; 0 is the published form
-    source: where these settings come from, for whoever reads the edit
     """
 
-    layers: tuple[int, ...] = ()
-    fact_token: str = "subject_last"
-    v_num_grad_steps: int = 20
-    v_lr: float = 0.5
-    v_loss_layer: int | None = None
-    v_weight_decay: float = 0.5
-    clamp_norm_factor: float = 0.75
-    kl_factor: float = 0.0625
-    mom2_adjustment: bool = True
     mom2_update_weight: float = 15_000
-    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
-    regularizer: float = 0.0
-    source: str = "given"
 
     POSITIVE: ClassVar = (*Settings.POSITIVE, "mom2_update_weight")
 
@@ -95,10 +78,7 @@ class Memit(Settings):
         range, missing or foreign statistics. Differs: the published code optimizes z with a head projection of its
         own that leaves out logit soft caps; here they are in.
         """
-        self._check(lm)
-        facts = checked_facts(lm, facts)
-        groups = None if contexts is None else checked_contexts(contexts)
-        lm = under(lm, previous)
+        lm, facts, groups = self._prepared(lm, facts, contexts, previous)
         moments = self._moments(lm, moments, corpus)
         groups = groups or memit_contexts(lm, self.context_template_length_params, seed=seed)
         prompts = Prompts.of(lm, facts, groups)

@@ -20,31 +20,21 @@ from ..deltas import LowRank, as_smallest
 from ..edit import Edit
 from ..jobs.values import ValueSettings, optimize_values
 from ..sites import Site
-from .common import Prompts, Settings, checked_facts, factored, fit, moments_for, published, storable, under
-from .contexts import checked_contexts, rome_contexts
+from .common import Prompts, Settings, factored, fit, moments_for, published, storable
+from .contexts import rome_contexts
 
 
 @dataclass(frozen=True)
 class Rome(Settings):
-    """Hyper-parameters under their published names; ``edit`` does the work.
+    """Hyper-parameters under their published names (see ``Settings``); ``edit`` does the work.
 
-    layers: edited one after the other (published: one); the other fields as in Memit
+    layers: one after the other (published: one)
     key: "published" (the bare prompt's key in the divisor, so W' k_0 = v*) or "averaged" (R-ROME, W' k* = v*)
     """
 
-    layers: tuple[int, ...] = ()
-    fact_token: str = "subject_last"
-    v_num_grad_steps: int = 20
-    v_lr: float = 0.5
-    v_loss_layer: int | None = None
-    v_weight_decay: float = 0.5
     clamp_norm_factor: float = 4.0
-    kl_factor: float = 0.0625
-    mom2_adjustment: bool = True
     context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
-    regularizer: float = 0.0
     key: str = "published"
-    source: str = "given"
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,10 +63,7 @@ class Rome(Settings):
         Arguments and errors as in ``Memit.edit``. Differs: C is solved by Cholesky in fp64 (published: an explicit
         fp32 inverse).
         """
-        self._check(lm)
-        facts = checked_facts(lm, facts)
-        groups = None if contexts is None else checked_contexts(contexts)
-        lm = under(lm, previous)
+        lm, facts, groups = self._prepared(lm, facts, contexts, previous)
         factors = self._factors(lm, moments, corpus)
         groups = groups or rome_contexts(lm, self.context_template_length_params, seed=seed)
         groups = [[t for group in groups for t in group]]  # flat: every context weighs the same

@@ -14,8 +14,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError, LinkError
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", "csrc/second_moment.cpp"]
-HEADERS = ["csrc/second_moment.h"]
+SOURCES = ["csrc/bindings.cpp", "csrc/linear.cpp", "csrc/second_moment.cpp"]
+HEADERS = ["csrc/linear.h", "csrc/second_moment.h"]
 
 
 class BuildNative(build_ext):

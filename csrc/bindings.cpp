@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "linear.h"         // defines: is_amd, linear
 #include "second_moment.h"  // defines: instruction_sets, has_openmp, second_moment
 
 namespace py = pybind11;
@@ -15,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised by one whenever a signature below changes, so that Python can refuse a module built from older sources.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 template <class Accumulator>
 bool second_moment(uintptr_t c, int64_t c_stride, uintptr_t keys, int64_t n, int64_t d, int64_t key_stride, int threads,
@@ -26,6 +27,17 @@ bool second_moment(uintptr_t c, int64_t c_stride, uintptr_t keys, int64_t n, int
     const py::gil_scoped_release unlocked;
     return kedit::second_moment(reinterpret_cast<Accumulator*>(c), c_stride, reinterpret_cast<const float*>(keys), n, d,
                                 key_stride, threads, instruction_set);
+}
+
+void linear(uintptr_t out, uintptr_t x, uintptr_t w, uintptr_t bias, int64_t rows, int64_t n_in, int64_t n_out,
+            int64_t x_stride, int64_t w_stride, bool in_out, uintptr_t sgemm, int threads) {
+    if (rows < 1 || n_in < 1 || n_out < 1 || x_stride < n_in || w_stride < (in_out ? n_out : n_in) || threads < 1)
+        throw std::invalid_argument("linear: sizes, strides and threads must be positive and rows disjoint");
+    if (out == 0 || x == 0 || w == 0 || sgemm == 0) throw std::invalid_argument("linear: null address");
+    const py::gil_scoped_release unlocked;
+    kedit::linear(reinterpret_cast<float*>(out), reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(w),
+                  reinterpret_cast<const float*>(bias), rows, n_in, n_out, x_stride, w_stride, in_out,
+                  reinterpret_cast<kedit::Sgemm>(sgemm), threads);
 }
 
 }  // namespace
@@ -41,4 +53,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("n"), py::arg("d"), py::arg("key_stride"), py::arg("threads"), py::arg("instruction_set") = "");
     m.def("second_moment_f64", &second_moment<double>, doc, py::arg("c"), py::arg("c_stride"), py::arg("keys"),
           py::arg("n"), py::arg("d"), py::arg("key_stride"), py::arg("threads"), py::arg("instruction_set") = "");
+
+    m.def("is_amd", &kedit::is_amd, "Whether AMD made this processor.");
+    m.def("linear", &linear, "out = x w^T + bias, by a sgemm with 64-bit integers that uses one thread.",
+          py::arg("out"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("rows"), py::arg("n_in"),
+          py::arg("n_out"), py::arg("x_stride"), py::arg("w_stride"), py::arg("in_out"), py::arg("sgemm"),
+          py::arg("threads"));
 }

@@ -5,6 +5,7 @@ can run on this machine, and the reference otherwise. ``KEDIT_FAST_BACKEND`` for
 be had is an error, never replaced in silence. ``kedit-fast info`` prints ``report()``.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,17 +14,24 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast import settings
+from kedit_fast.kernels import openblas
 
 BACKENDS = ("reference", "native", "triton")
-INTERFACE = 1  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
+INTERFACE = 2  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
 
 
 class Implementation(NamedTuple):
-    """A backend that computes an op for tensors of these device types and dtypes."""
+    """A backend that computes an op for tensors of these device types and dtypes.
+
+    why_not: why this op of the backend cannot run on this machine; empty if it can
+    why_not_chosen: why it runs only where it is forced, though it could; empty if it is taken unasked
+    """
 
     backend: str
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
+    why_not: Callable[[], str] = str
+    why_not_chosen: Callable[[], str] = str
 
 
 # An op absent from here, or a device or dtype absent from its row, is computed by the op's reference.
@@ -32,7 +40,16 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("native", frozenset({"cpu"}), frozenset({torch.float32, torch.float16, torch.bfloat16})),
     ),
     "solve": (),
+    "linear": (
+        Implementation(
+            "native", frozenset({"cpu"}), frozenset({torch.float32}), lambda: openblas.why_not(), lambda: _not_amd()
+        ),
+    ),
 }
+
+
+def _not_amd() -> str:
+    return "" if native().is_amd() else "torch's own products are as fast on processors that are not AMD's"
 
 
 def native() -> ModuleType | None:
@@ -76,17 +93,26 @@ def backend_for(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     forced = _forced_backend()
     candidates = IMPLEMENTATIONS.get(op, ())
     if forced is None:
-        usable = (each.backend for each in candidates if _serves(each, device, dtype))
-        return next((backend for backend in usable if not _why_not(backend)), "reference")
+        usable = (each for each in candidates if _serves(each, device, dtype))
+        return next((each.backend for each in usable if not (_unfit(each) or each.why_not_chosen())), "reference")
     offered = [each for each in candidates if each.backend == forced]
     if forced == "reference" or not offered:
         return "reference"
-    if not any(_serves(each, device, dtype) for each in offered):
+    offered = [each for each in offered if _serves(each, device, dtype)]
+    if not offered:
         raise ValueError(
             f"KEDIT_FAST_BACKEND={forced}: {op} has no {forced} implementation for {dtype} on {device.type}; "
             "unset the variable to let device and dtype decide"
         )
+    reason = _unfit(offered[0])
+    if reason:
+        raise ValueError(f"KEDIT_FAST_BACKEND={forced}: {op} cannot run here: {reason}")
     return forced
+
+
+def _unfit(implementation: Implementation) -> str:
+    """Why an implementation cannot run on this machine; empty if it can."""
+    return _why_not(implementation.backend) or implementation.why_not()
 
 
 def _serves(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> bool:

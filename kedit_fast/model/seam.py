@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.linear import fast_products
 from .family import Family, layers_of, module_at, text_config
 
 NAME = "kedit_fast"
@@ -62,9 +63,12 @@ def attend_with(attend):
 
 @contextmanager
 def prepared(model, family: Family):
-    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention; put back after it, always."""
+    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention and products; put back after it,
+    always."""
+    embedding = model.get_input_embeddings().weight
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(model.get_input_embeddings().weight.device.type, enabled=False))
+        stack.enter_context(torch.autocast(embedding.device.type, enabled=False))
+        stack.enter_context(fast_products(embedding.device, embedding.dtype))
         stack.enter_context(_eval_mode(model))
         stack.enter_context(frozen(model))
         if family.attention == "_attn":

@@ -34,7 +34,7 @@ def without_native(monkeypatch):
 @pytest.fixture
 def with_native(monkeypatch):
     """A stand-in where the extension is not built: only the choice is tested here."""
-    module = SimpleNamespace(instruction_sets=lambda: ["plain"], has_openmp=lambda: True)
+    module = SimpleNamespace(instruction_sets=lambda: ["plain"], has_openmp=lambda: True, is_amd=lambda: False)
     monkeypatch.setattr(dispatch, "_load_native", lambda: (module, ""))
 
 

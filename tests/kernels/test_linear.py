@@ -1,0 +1,150 @@
+"""Products of rows with weights: OpenBLAS through the extension against fp64, and who is sent there."""
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from kedit_fast.kernels import dispatch, openblas
+from kedit_fast.kernels import linear as module
+from kedit_fast.kernels.linear import FEWEST, fast_products, linear, linear_ref
+from tests.conftest import close
+
+WHY = dispatch.why_not_native() or openblas.why_not()
+native_only = pytest.mark.skipif(bool(WHY), reason=f"no native products: {WHY}")
+FP32 = (torch.device("cpu"), torch.float32)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Forces the native products; the shapes of x [rows, n_in] and the output that came through them."""
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "native")
+    real, shapes = dispatch.native(), []
+
+    class Counting:
+        def linear(self, out, x, w, bias, rows, n_in, n_out, *rest):
+            shapes.append((rows, n_in, n_out))
+            real.linear(out, x, w, bias, rows, n_in, n_out, *rest)
+
+    monkeypatch.setattr(module.dispatch, "native", lambda: Counting())
+    return shapes
+
+
+@native_only
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("in_out", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [64, 129, 600])
+def test_equals_the_product_in_fp64(rows, with_bias, in_out, threads, counted):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n_in, n_out in ((1, 1), (17, 5), (48, 129)):
+            x, weight = numbers(rows, n_in), numbers(n_out, n_in, seed=1)
+            bias = numbers(n_out, seed=2) if with_bias else None
+            want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            got = linear(x, weight.T.contiguous() if in_out else weight, bias, in_out=in_out)
+            close(f"{n_in} to {n_out}", got, want)
+        assert counted == [(rows, 1, 1), (rows, 17, 5), (rows, 48, 129)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@native_only
+def test_strides_and_leading_dimensions(counted):
+    wide, weight = numbers(2, 50, 40), numbers(30, 64, seed=1)
+    for x, w in (
+        (wide, weight[:, :40]),  # a part of a fused weight
+        (wide[..., :20], weight[:, 10:30]),
+        (wide.transpose(1, 2), weight[:, 14:64]),
+        (wide[:, :1].expand(2, 50, 40), weight[:, :40]),  # the same row again and again: stride 0
+    ):
+        close("out", linear(x, w), x.double() @ w.double().T)
+    assert len(counted) == 4
+
+
+@native_only
+def test_what_is_left_to_torch(counted):
+    x, weight = numbers(FEWEST, 8), numbers(4, 8, seed=1)
+    for left in (
+        lambda: linear(x[: FEWEST - 1], weight),
+        lambda: linear(x.double(), weight.double()),
+        lambda: linear(x, numbers(8, 4).T),  # rows of the weight do not lie together
+        lambda: linear(x[0], weight),
+        lambda: linear(x[:, :0], weight[:, :0]),
+        lambda: linear(x, weight[:0]),
+    ):
+        left()
+    weight.requires_grad_()
+    linear(x, weight).sum().backward()
+    close("gradient", weight.grad, x.sum(0).expand(4, 8))
+    assert not counted
+    with torch.no_grad():
+        linear(x, weight)
+    assert len(counted) == 1
+
+
+def test_reference_of_both_orientations():
+    x, weight, bias = numbers(5, 3, 8), numbers(4, 8, seed=1), numbers(4, seed=2)
+    want = x.double() @ weight.double().T + bias.double()
+    close("rows", linear_ref(x, weight, bias), want)
+    close("columns", linear_ref(x, weight.T, bias, in_out=True), want)
+    close("no bias", linear_ref(x, weight.T, in_out=True), x.double() @ weight.double().T)
+
+
+@native_only
+@torch.no_grad()
+def test_the_layers_of_blocks_come_here(counted):
+    x, torch_linear, conv = numbers(1, 70, 16), torch.nn.Linear(16, 12), Conv1D(12, 16)
+    want = [torch_linear(x), conv(x)]
+    assert not counted
+    with fast_products(*FP32):
+        for layer, expected in zip((torch_linear, conv), want, strict=True):
+            close(type(layer).__name__, layer(x), expected)
+    assert counted == [(70, 16, 12)] * 2
+    torch_linear(x)  # and not any longer
+    assert len(counted) == 2
+
+
+@native_only
+def test_numpys_threads_are_put_back():
+    library = openblas._library()
+    before = library.scipy_openblas_get_num_threads64_()
+    with pytest.raises(KeyError), openblas.one_thread():
+        assert library.scipy_openblas_get_num_threads64_() == 1
+        raise KeyError
+    assert library.scipy_openblas_get_num_threads64_() == before
+
+
+def test_without_openblas_torch_does_the_work(monkeypatch):
+    monkeypatch.setattr(openblas, "_library", lambda: None)
+    monkeypatch.delenv("KEDIT_FAST_BACKEND", raising=False)
+    assert "OpenBLAS" in openblas.why_not()
+    assert dispatch.backend_for("linear", *FP32) == "reference"
+    x, weight = numbers(70, 8), numbers(4, 8, seed=1)
+    assert torch.equal(linear(x, weight), linear_ref(x, weight))
+    with fast_products(*FP32):
+        assert torch.overrides._len_torch_function_stack() == 0
+
+
+@native_only
+def test_only_amd_processors_choose_it_unasked(monkeypatch):
+    class Elsewhere:
+        is_amd = staticmethod(lambda: False)
+
+    monkeypatch.delenv("KEDIT_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "native", lambda: Elsewhere())
+    assert dispatch.backend_for("linear", *FP32) == "reference"
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "native")
+    assert dispatch.backend_for("linear", *FP32) == "native"
+
+
+@native_only
+def test_forcing_what_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "native")
+    monkeypatch.setattr(openblas, "_library", lambda: None)
+    with pytest.raises(ValueError, match="linear cannot run here: numpy brings no OpenBLAS"):
+        dispatch.backend_for("linear", *FP32)

@@ -4,6 +4,7 @@
 at which sites of which layers it reads or writes; it knows rows, not facts, and no other job.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -55,6 +56,7 @@ def sweep(
     slots: Tensor | None = None,
     keep: KVStore | None = None,
     grad: bool = False,
+    advance: Callable[[float], None] | None = None,
 ) -> None:
     """Takes ``runs`` from the input of ``first_layer`` through ``last_layer`` (default: the last one).
 
@@ -64,6 +66,7 @@ def sweep(
     slots: [rows] the store's slots that the rows write their keys and values to (generation)
     keep: a store that keeps this sweep's keys and values; the sweep is then one pack
     grad: keeps autograd on, for jobs that optimize
+    advance: told after each layer which share of the sweep that was; the shares add up to 1
 
     One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory`` or are too long. Leaves the model as it
     was, always.
@@ -74,13 +77,17 @@ def sweep(
         raise ValueError("a sweep reads a store or keeps one, not both")
     whole = h is not None or store is not None or keep is not None
     everything = torch.arange(len(runs))
-    packs = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory)
+    cuts = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory)
+    packs = [(which, runs if len(which) == len(runs) else runs.take(which)) for which in cuts]
+    work = sum(taken.row_layers(first_layer, last_layer) for _, taken in packs)
     with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):
-        for which in packs:
+        for which, taken in packs:
             number = torch.full((len(runs),), -1)
             number[which] = torch.arange(len(which))
-            pack = _Pack(lm, runs if len(which) == len(runs) else runs.take(which), number, jobs, store, slots, keep)
-            pack.run(first_layer, last_layer, h)
+            pack = _Pack(lm, taken, number, jobs, store, slots, keep)
+            for rows in pack.run(first_layer, last_layer, h):
+                if advance is not None:
+                    advance(rows / work)
 
 
 class _Pack:
@@ -92,7 +99,8 @@ class _Pack:
         self.n_positions = int(runs.length.max()) if len(runs) else 0
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
-    def run(self, first: int, last: int, h: Tensor | None) -> None:
+    def run(self, first: int, last: int, h: Tensor | None) -> Iterator[int]:
+        """Goes up layer by layer; gives the number of rows after each."""
         base = 0 if self.store is None or self.slots is not None else self.store.size
         table = RowTable(self.runs, first, None if self.store is None else self.store.table, base, self.slots)
         for layer in range(first, last + 1):
@@ -104,6 +112,7 @@ class _Pack:
             if self.keep is not None and layer == self.keep.from_layer:
                 self.keep.h = h
             h = self._layer(layer, h, table, layer == last)
+            yield len(table)
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
 

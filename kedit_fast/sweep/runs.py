@@ -53,6 +53,12 @@ class Runs:
         """[R] rows each run owns once it is fully grown."""
         return torch.where(self.branch_layer == NEVER, 0, self.length - self.first_pos)
 
+    def row_layers(self, first: int, last: int) -> int:
+        """Rows that go through layers first to last, summed over the layers: what a sweep costs."""
+        layers = (last + 1 - self.branch_layer.clamp(min=first)).clamp(min=0)  # of the run's first row
+        of_the_others = (layers - self.narrow.long()).clamp(min=0)
+        return int(torch.where(self.n_rows > 0, layers + (self.n_rows - 1) * of_the_others, 0).sum())
+
     def take(self, which: Tensor) -> "Runs":
         """The runs ``which`` (ascending, closed under parents, sources and grafts), renumbered."""
         new = torch.full((len(self) + 1,), -1)

@@ -449,6 +449,25 @@ def test_each_run_has_its_own_factors():
     assert relative_error(got[1], got[2]) > 0.01
 
 
+def test_progress_is_told_by_rows(monkeypatch):
+    """Shares of the sweep after each layer, over several packs, with runs that branch (one of them narrow)."""
+    lm, runs = tiny_lm("llama"), RunList()
+    clean = runs.add(TEXTS[0])
+    runs.add(TEXTS[0], parent=clean[0], branch_layer=2, first_pos=torch.tensor([1, 3]))
+    runs.add(TEXTS[0], parent=clean[0], branch_layer=1, first_pos=2, narrow=True)
+    n = len(TEXTS[0])
+    rows = [n, n + 1, n + (n - 1) + (n - 3) + (n - 2), n + (n - 1) + (n - 3) + (n - 2)]
+    assert runs.runs().row_layers(0, LAST) == sum(rows)
+    assert runs.runs().row_layers(2, 2) == rows[2] - (n - 3)  # a narrow run below the first layer keeps its one row
+    shares = []
+    sweep(lm, runs.runs(), [], advance=shares.append)
+    assert shares == pytest.approx([r / sum(rows) for r in rows])
+    monkeypatch.setattr(engine, "cut", lambda runs, cost, memory: [torch.tensor([0, 1]), torch.tensor([0, 2, 3])])
+    shares.clear()
+    sweep(lm, runs.runs(), [], advance=shares.append)
+    assert len(shares) == 8 and sum(shares) == pytest.approx(1)
+
+
 def test_texts_that_are_too_long_are_refused():
     lm = tiny_lm("gpt2")
     with pytest.raises(ValueError, match="a text of 129 tokens; this model takes 128"):

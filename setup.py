@@ -15,7 +15,7 @@ from setuptools.errors import CompileError, ExecError, LinkError
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ["csrc/bindings.cpp", "csrc/linear.cpp", "csrc/second_moment.cpp"]
-HEADERS = ["csrc/linear.h", "csrc/second_moment.h"]
+HEADERS = ["csrc/linear.h", "csrc/second_moment.h", "csrc/second_moment_tiles.h"]
 
 
 class BuildNative(build_ext):

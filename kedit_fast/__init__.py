@@ -25,6 +25,7 @@ _HOME = {
     "evaluate": "evaluation",
     "EvalReport": "evaluation",
     "Edit": "edit",
+    "show_progress": "progress",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -30,7 +30,10 @@ _FACT_FILES = (
 
 
 def main(argv=None) -> int:
-    """Runs one command; its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+    """Runs one command; its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
+
+    An error that is a fault of this package is raised as it is, and with ``--debug`` every error.
+    """
     args = build_parser().parse_args(argv)
     with warnings.catch_warnings(), show_progress(not args.quiet):
         warnings.showwarning = _warning_line
@@ -42,11 +45,20 @@ def main(argv=None) -> int:
         except BrokenPipeError:  # `kedit-fast ... | head`: nobody reads on, and the flush at exit must not complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return PIPE_CLOSED
-        except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError) as error:
-            if args.debug:
+        except Exception as error:
+            if args.debug or not _is_the_users(error):
                 raise
             return _say(f"error: {str(error).strip() or type(error).__name__}", FAILED)
     return 0
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether an error is of what was asked for or of the machine, and no fault of this package."""
+    if isinstance(error, (ValueError, OSError, MemoryError, ImportError)):
+        return True
+    # torch has no type of its own for memory that the CPU lacks
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, RuntimeError) and out_of_memory
 
 
 def _say(text: str, status: int) -> int:
@@ -209,7 +221,7 @@ def _edit(commands):
     how.add_argument(
         "--stats", metavar="DIR", help="folder of statistics, of `kedit-fast stats` or published .npz files"
     )
-    how.add_argument("--corpus", default="self", help="text to measure statistics on without --stats (default: self)")
+    how.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
     how.add_argument("--tokens", type=_positive, metavar="N", help="tokens of it (default: 10 d_ff)")
     _output(parser, "FILE", "the edit (default: edit.safetensors)", "edit.safetensors")
     _machine_options(parser)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from .commands.inputs import check_output, model_line, open_lm, say, show, statistics_folder
+from .commands.inputs import check_folder, check_output, model_line, open_lm, say, show, statistics_folder
 from .edit import Edit
 from .editors import Memit, Rome
 from .evaluation import EvalReport, evaluate
 from .evaluation.probes import Names, fact_probes, read_probes
 from .facts import OWN_FACTS, Fact, load_facts
-from .html_report import ROLES, Change
+from .html_report import ROLES, Change, known_neighbors
 from .moments import SecondMoment, second_moments
 from .terminal import terminal_heatmap
 from .traces import LOCALIZATION_WARNING, AverageTrace, TraceResult, average
@@ -113,6 +113,7 @@ def run(args) -> None:
     """The demo with the model of ``args`` and the facts of this package."""
     folder = Path(args.output).expanduser()
     check_output(folder / REPORT, force=True)
+    kept = check_folder(statistics_folder())
     story = Story()
     with story.step(
         "Open the model", "SmolLM2-135M-Instruct: small enough for any computer, and it knows some facts."
@@ -120,11 +121,11 @@ def run(args) -> None:
         lm = open_lm(args)
         result(model_line(lm))
     facts = load_facts(OWN_FACTS)
-    path = run_demo(lm, facts, folder, story=story, cache_dir=statistics_folder(), seed=args.seed)
+    path = run_demo(lm, facts, folder, story=story, cache_dir=kept, seed=args.seed)
     seconds = sum(seconds for _, _, seconds in story.steps)
     say(f"\nDone in {seconds:.0f} s. Open {path} in a browser for the pictures and every number. To go on:")
     say('  kedit-fast trace --prompt "{} is in the city of" --subject "Big Ben"')
-    say(f"  kedit-fast edit --facts builtin -n 30 --stats {statistics_folder()} -o edit.safetensors")
+    say(f"  kedit-fast edit --facts builtin -n 30 --stats {kept} -o edit.safetensors")
     say("  kedit-fast eval --edit edit.safetensors --generate 12 --html eval.html")
 
 
@@ -256,17 +257,17 @@ def prompt_changes(lm, edit: Edit) -> list[Change]:
 
 
 def outcome_lines(checked: Checked) -> str:
-    """Success in one line, damage in another."""
+    """Success in one line, damage in another; the neighbors' mean is over prompts, those that are counted before it."""
     means = {name: (both["base"].mean, both["edited"].mean) for name, both in checked.report.summary().items()}
-    new, neighbors = means["p_new"], means["known_neighbors_p_true"]
+    new = means["p_new"]
     outcomes = [(change.role, change.outcome.value) for change in checked.changes]
-    written = outcomes.count(("edit", "written"))
-    hurt = outcomes.count(("neighbor", "damaged")) + outcomes.count(("neighbor", "weakened"))
-    known = hurt + outcomes.count(("neighbor", "kept"))
+    neighbors = known_neighbors(checked.changes)
+    before, after = neighbors.p_old
+    kept = f"mean P over these prompts {before:.3f} -> {after:.3f}" if neighbors.n else "the model knew none"
     return (
-        f"written: {written} of {len(checked.edit.facts)}, P(new) {new[0]:.3f} -> {new[1]:.3f}; "
-        f"asked in other words {means['paraphrase_p_new'][1]:.3f}\n"
-        f"damage: {hurt} of {known} neighbors (their mean P {neighbors[0]:.3f} -> {neighbors[1]:.3f}); "
+        f"written: {outcomes.count(('edit', 'written'))} of {len(checked.edit.facts)}, "
+        f"P(new) {new[0]:.3f} -> {new[1]:.3f}; asked in other words {means['paraphrase_p_new'][1]:.3f}\n"
+        f"damage: {neighbors.damaged + neighbors.weakened} of {neighbors.n} neighbors ({kept}); "
         f"{1 - means['same_subject_same_top'][1]:.0%} of other prompts on the subject go on differently; "
         f"perplexity {checked.report.drift:+.1%}"
     )

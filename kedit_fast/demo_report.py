@@ -114,15 +114,16 @@ def _scores(checked) -> Table:
         before, after = summary[name]["base"].mean, summary[name]["edited"].mean
         rows.append((what, should, before, Cell(after, _tone(should, before, after))))
     before, after = checked.report.perplexity
-    tone = "bad" if after > (1 + MAX_DRIFT) * before else "good"
+    tone = "good" if after <= (1 + MAX_DRIFT) * before else "bad"  # NaN is bad
     n = checked.report.meta["text"]["n_predicted"]
     change = Cell(f"{after:.2f} ({checked.report.drift:+.1%})", tone)
     rows.append((f"perplexity of ordinary prose, {n} tokens", "stay", f"{before:.2f}", change))
-    return Table(("means over the facts", "should", "before", "after"), rows, "Success and damage")
+    return Table(("mean over facts of their prompts", "should", "before", "after"), rows, "Success and damage")
 
 
 def _tone(should: str, before: float, after: float) -> str:
-    if before != before or after != after:
+    """The color of a mean: none where there was nothing to measure, bad where only the edited model has no number."""
+    if before != before:
         return "neutral"
     if should == "rise":
         return "good" if after >= TAKEN else "bad"

@@ -38,7 +38,7 @@ class Edit:
     owners: None, or {layer: [r] int64}: the index of the fact that each factor belongs to (independent edits)
 
     hparams, contexts and provenance are kept as JSON has them (lists, string keys), so a saved edit equals its
-    original. Raises ValueError where sizes disagree, TypeError for what cannot be saved.
+    original. Raises ValueError where sizes disagree or a delta is not finite, TypeError for what cannot be saved.
     """
 
     method: str
@@ -60,7 +60,7 @@ class Edit:
                 object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
         object.__setattr__(self, "facts", tuple(self.facts))
         _as_json("facts", [fact.to_record() for fact in self.facts])  # now, not when hours of work are to be saved
-        _check_sizes(self)
+        _check_parts(self)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -112,10 +112,7 @@ class Edit:
         # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
         tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
         with replace_file(path) as unfinished:
-            unfinished.touch()
-            mode = unfinished.stat().st_mode
             save_file(tensors, unfinished, metadata={"format": FORMAT, "version": VERSION, "method": self.method})
-            unfinished.chmod(mode)  # as the umask has it: safetensors makes files that only their owner can read
 
     @classmethod
     def load(cls, path) -> "Edit":
@@ -131,7 +128,7 @@ class Edit:
                 raise ValueError(f"expected the tensors {expected}, found {sorted(tensors)}")
             record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
             return cls(**record, **_fields_of(tensors))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged edit ({error}); expected what Edit.save wrote") from error
 
     def __repr__(self):
@@ -146,14 +143,16 @@ class Edit:
         )
 
 
-def _check_sizes(edit):
-    """Raises ValueError, naming the field, where an Edit's parts do not fit each other."""
+def _check_parts(edit):
+    """Raises ValueError, naming the field, where an Edit's parts do not fit each other or a delta is not finite."""
     n = len(edit.facts)
     for layer, delta in edit.deltas.items():
         if not isinstance(layer, int) or layer < 0 or not isinstance(delta, LowRank | Dense):
             raise ValueError(
                 f"deltas: expected {{layer: LowRank | Dense}} with layers from 0, got {layer!r}: {delta!r}"
             )
+        if not all(torch.isfinite(tensor).all() for tensor in vars(delta).values()):
+            raise ValueError(f"deltas of layer {layer} hold NaN or infinity; such an edit would spoil every answer")
     for delta in edit.deltas.values():
         if edit.values is not None and edit.values.shape != (n, delta.shape[0]):
             raise ValueError(f"values: expected [{n}, {delta.shape[0]}], a row a fact; got {list(edit.values.shape)}")

@@ -50,11 +50,7 @@ def read_records(path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_array(path, file):
-    try:
-        records = json.load(file)
-    except json.JSONDecodeError as error:
-        hint = "; for one record a line, name the file .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}){hint}") from error
+    records = _json(file.read(), path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a JSON array of records, found {type(records).__name__}")
     for index, record in enumerate(records):
@@ -66,12 +62,20 @@ def _read_lines(path, file):
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number}, column {error.colno}: not JSON ({error.msg})") from error
-        yield f"{path}: record {index} (line {number})", record
+        yield f"{path}: record {index} (line {number})", _json(line, path, number)
         index += 1
+
+
+def _json(text, path, line=None):
+    """The value of a JSON text; ValueError, with the file and the line, where it has none. line: a line's own number"""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; for one record a line, name the file .jsonl" if line is None and error.msg == "Extra data" else ""
+        place = f"{path}: line {line or error.lineno}, column {error.colno}"
+        raise ValueError(f"{place}: not JSON ({error.msg}){hint}") from error
+    except (RecursionError, ValueError) as error:  # brackets by the thousand; a number of thousands of digits
+        raise ValueError(f"{path}{f': line {line}' if line else ''}: JSON that cannot be read ({error})") from error
 
 
 def fact_fields(record: dict) -> list[dict]:
@@ -94,7 +98,9 @@ def fact_fields(record: dict) -> list[dict]:
 def _read_counterfact(record):
     rewrites = record["requested_rewrite"]
     several = isinstance(rewrites, list)
-    name = str(record.get("case_id", ""))
+    if several and not rewrites:
+        raise ValueError("requested_rewrite: expected at least one fact, found an empty list")
+    name = _id(record, "case_id")
     facts = []
     for number, rewrite in enumerate(rewrites if several else [rewrites]):
         if not isinstance(rewrite, dict):
@@ -102,7 +108,7 @@ def _read_counterfact(record):
         missing = [key for key in ("prompt", "subject") if key not in rewrite]
         if missing:
             raise ValueError(f"requested_rewrite misses {', '.join(missing)}")
-        provenance = dict(record.get("provenance", {}))
+        provenance = _provenance(record)
         if rewrite.get("relation_id"):
             provenance["relation_id"] = rewrite["relation_id"]
         facts.append(
@@ -136,7 +142,7 @@ def _read_known(record):
             "prompt": prompt,
             "subject": subject,
             "target_true": _target(record["attribute"], "attribute"),
-            "id": str(record.get("known_id", "")),
+            "id": _id(record, "known_id"),
             "provenance": {key: record[key] for key in ("relation_id",) if record.get(key)},
         }
     ]
@@ -158,7 +164,7 @@ def _read_zsre(record):
             "target_new": _target(record["alt"], "alt") or None,
             "target_true": _target(record.get("answers"), "answers"),
             "paraphrases": _prompts(record, "rephrase"),
-            "id": str(record.get("id", "")),
+            "id": _id(record, "id"),
             "provenance": provenance,
         }
     ]
@@ -167,7 +173,7 @@ def _read_zsre(record):
 def _read_flat(record):
     subject = _text(record, "subject")
     same_subject, other = _locality(record.get("locality"), subject)
-    provenance = dict(record.get("provenance", {}))
+    provenance = _provenance(record)
     provenance |= {key: record[key] for key in ("source", "portability") if record.get(key)}
     if other:
         provenance["locality"] = other
@@ -181,7 +187,7 @@ def _read_flat(record):
             "target_true": _target(record.get(true), true),
             "paraphrases": _prompts(record, "rephrase_prompt") + _prompts(record, "rephrase"),
             "same_subject": same_subject,
-            "id": str(record.get("id", record.get("case_id", ""))),
+            "id": _id(record, "id", "case_id"),
             "provenance": provenance,
         }
     ]
@@ -200,6 +206,18 @@ def as_template(text: str, subject: str) -> str:
     whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text)
     begin = whole.start() if whole else at[0]
     return text[:begin] + "{}" + text[begin + len(subject) :]
+
+
+def _id(record, *keys):
+    """The first of these fields that is there, as text; "" for none."""
+    return next((str(record[key]) for key in keys if record.get(key) is not None), "")
+
+
+def _provenance(record):
+    value = {} if record.get("provenance") is None else record["provenance"]
+    if not isinstance(value, dict):
+        raise ValueError(f"provenance: expected an object with named fields, found {value!r}")
+    return dict(value)
 
 
 def _text(record, key):

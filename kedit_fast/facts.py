@@ -111,6 +111,10 @@ def _check_text(name, value):
         raise ValueError(f"{name}: expected a string, got {value!r}")
     if not value.strip():
         raise ValueError(f"{name} is empty ({value!r}); give it a text, or None where a target is not known")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: {value!r} holds half a character (a surrogate); no tokenizer takes it") from None
 
 
 def _prompt_tuple(name, prompts):
@@ -184,7 +188,7 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False) -> list[Fact]:
         if fact.target_true and fact.target_true.strip() == target:
             pointless.append(fact)
         relation = fact.provenance.get("relation_id")
-        if relation and relations.setdefault((place[0], relation), fact).target_new.strip() != target:
+        if relation and relations.setdefault((place[0], str(relation)), fact).target_new.strip() != target:
             clashes.append(fact)
     if not kept:
         raise ValueError("no facts given")
@@ -224,10 +228,10 @@ def encode_span(tokenizer, text: str, chars: tuple[int, int]) -> TokenizedPrompt
     or not the tokenizer counts a leading space to the word's own token. Blanks at the span's ends are not counted.
 
     tokenizer: a fast Hugging Face tokenizer. chars: (b, e) in characters of text.
-    Raises TypeError for a tokenizer without offsets, ValueError where no token overlaps the span.
+    Raises ValueError for a tokenizer without offsets, and where no token overlaps the span.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
+        raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets, so the subject's tokens cannot be located; "
             "load a fast tokenizer (one with a tokenizer.json)"
         )
@@ -250,8 +254,8 @@ def subject_tokens(tokenizer, text: str, subject: str, template: str | None = No
     """ids and half-open token span of the subject in a text; (ids, (b, e)).
 
     template: the text with "{}" for the subject; needed where the subject stands in the text more than once.
-    Raises ValueError where the subject is absent or its place is not clear, or the template does not give the text;
-    TypeError for a tokenizer without offsets.
+    Raises ValueError where the subject is absent or its place is not clear, the template does not give the text, or the
+    tokenizer has no offsets.
     """
     _check_text("subject", subject)
     if template is None:
@@ -272,7 +276,7 @@ def subject_tokens(tokenizer, text: str, subject: str, template: str | None = No
 def fact_tokens(tokenizer, fact: Fact, context: str = "{}") -> TokenizedPrompt:
     """The fact's prompt, filled in and set in a context such as "Because of this. {}", with its subject's span.
 
-    Raises ValueError for a context without or with several "{}", TypeError for a tokenizer without offsets.
+    Raises ValueError for a context without or with several "{}", and for a tokenizer without offsets.
     """
     before, after = _split(context, "context")
     begin = len(before) + fact.prompt.index("{}")

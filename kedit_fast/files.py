@@ -5,16 +5,49 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+
+def check_place(path) -> Path:
+    """The path, if a file can be written there.
+
+    Raises FileNotFoundError where its folder does not exist, NotADirectoryError where that is no folder,
+    IsADirectoryError where ``path`` itself is one, PermissionError where writing is not allowed.
+    """
+    path = Path(path)
+    if not path.parent.exists():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: you may not write there")
+    return path
+
 
 @contextmanager
 def replace_file(path):
-    """Gives a path beside ``path`` to write to; it takes the name ``path`` when the block ends without an error."""
-    path = Path(path)
+    """Gives a path beside ``path`` to write to; it takes the name ``path`` when the block ends without an error.
+
+    The file gets the mode of a plainly created one, whoever wrote it. Raises what ``check_place`` raises, and OSError
+    where writing fails; both name ``path``.
+    """
+    path = check_place(path)
     unfinished = path.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
+        unfinished.chmod(mode)
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) != unfinished:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    except SafetensorError as error:  # says which file of its own it could not write
+        raise OSError(f"{path} could not be written: {str(error).partition(' at path ')[0]}") from error
     finally:
         unfinished.unlink(missing_ok=True)

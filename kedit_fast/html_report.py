@@ -7,15 +7,14 @@ below. All text is escaped: facts hold quotes, ampersands and angle brackets.
 """
 
 import html
-import os
+import math
 import re
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .files import replace_file
 from .plots import figure_alt, figure_png, png_html
 
 TONES = ("", "good", "bad", "neutral")
@@ -87,14 +86,9 @@ def write_report(path, title: str, first_line: str, sections: Iterable[Section])
     first_line: the first text of the body, above the title: what model this was measured on, for instance
     Raises TypeError for a block of unknown type, ValueError for bytes that are no PNG; then nothing is written.
     """
-    path = Path(path)
     page = render_report(title, first_line, sections)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.unfinished")
-    try:
+    with replace_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def render_report(title: str, first_line: str, sections: Iterable[Section]) -> str:
@@ -154,6 +148,28 @@ class Change:
         return Cell("weakened", "bad") if old_after < WEAKENED * old_before else Cell("kept", "good")
 
 
+class KnownNeighbors(NamedTuple):
+    """The n neighbors that kept to their own answer before an edit, counted by what the edit did to them.
+
+    p_old: mean probability of their own answers over these prompts, (before, after); NaN for n = 0
+    """
+
+    n: int
+    damaged: int
+    weakened: int
+    kept: int
+    p_old: tuple[float, float]
+
+
+def known_neighbors(rows: Iterable[Change]) -> KnownNeighbors:
+    """What an edit did to the neighbors among these prompts; those not known before or not measured are left out."""
+    known = [c for c in rows if c.role == "neighbor" and c.outcome.tone != "neutral"]
+    outcomes = [c.outcome.value for c in known]
+    n = len(known)
+    p_old = tuple(sum(c.p_old[i] for c in known) / n if n else math.nan for i in (0, 1))
+    return KnownNeighbors(n, *map(outcomes.count, ("damaged", "weakened", "kept")), p_old)
+
+
 def before_after_table(rows: Iterable[Change]) -> Table:
     """A row for each prompt, edited facts first, neighbors last, and a caption that counts both."""
     rows = sorted(rows, key=lambda change: ROLES.index(change.role))
@@ -172,12 +188,12 @@ def _counts(rows: Sequence[Change]) -> str:
         if outcomes:
             parts.append(f"{outcomes.count('written')} of {len(outcomes)} {name} written")
     neighbors = [c for c in rows if c.role == "neighbor"]
-    known = [c for c in neighbors if c.outcome.tone != "neutral"]
-    if known:
-        outcomes = [c.outcome.value for c in known]
-        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("damaged", "weakened", "kept"))
-        mean = [sum(c.p_old[i] for c in known) / len(known) for i in (0, 1)]
-        parts.append(f"of {len(known)} neighbors known before: {counts}; their mean p(old) {_arrow(mean)}")
+    known = known_neighbors(neighbors)
+    if known.n:
+        parts.append(
+            f"of {known.n} neighbors known before: {known.damaged} damaged, {known.weakened} weakened, {known.kept} "
+            f"kept; mean p(old) over these prompts {_arrow(known.p_old)}"
+        )
     elif neighbors:
         parts.append(f"none of {len(neighbors)} neighbors known before or measured")
     else:

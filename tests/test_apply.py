@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kedit_fast.apply as writing
-from kedit_fast.deltas import written_delta
+from kedit_fast.deltas import Dense, written_delta
 from kedit_fast.model.family import as_out_in, down_projection
 from tests.edits import bits, logits, lowrank, make_edit, same_bits
 from tests.tiny import D_FF, tiny_model
@@ -92,6 +92,40 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(model, monkeypatch, e
     with pytest.raises(error, match="in the middle"):
         edit.apply(model)
     assert len(calls) == 4  # two writes, both put back
+    assert same_bits(model, before)
+
+
+def test_a_second_interrupt_does_not_stop_the_restoring(model, monkeypatch):
+    """The third layer's write is interrupted, and putting it back is too: the two below are put back all the same."""
+    edit = make_edit(model, deltas={layer: lowrank(seed=layer) for layer in (0, 1, 2)}, keys={})
+    before, write, calls = bits(model), writing._write, []
+
+    def failing(module, weight):
+        calls.append(module)
+        if len(calls) in (3, 4):
+            raise KeyboardInterrupt
+        write(module, weight)
+
+    monkeypatch.setattr(writing, "_write", failing)
+    with pytest.raises(KeyboardInterrupt):
+        edit.apply(model)
+    assert len(calls) == 6
+    assert same_bits(model, before)
+
+
+def test_an_edit_that_another_one_cancels_is_still_below_it(model):
+    """The weights are the original ones again, but the edit on top keeps a copy of the edited ones."""
+    before, weight = bits(model), as_out_in(down_projection(model, 2))
+    first = make_edit(model, deltas={2: lowrank(seed=2)}, keys={})
+    base = weight.detach().clone()
+    one = first.apply(model)
+    back = Dense(base.double() - weight.detach().double())
+    two = make_edit(model, deltas={2: back}, keys={}).apply(model, check_fingerprint=False)
+    assert same_bits(model, before)
+    with pytest.raises(ValueError, match="Undo the edits that were applied after"):
+        one.undo()
+    two.undo()
+    one.undo()
     assert same_bits(model, before)
 
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import kedit_fast as kf
 from kedit_fast import cli, progress
+from kedit_fast.commands import edit as edit_command
 from kedit_fast.commands import info
 from kedit_fast.commands.inputs import find_moments, fresh_log
 from kedit_fast.edit import Edit
 from kedit_fast.editors import EDITORS
 from kedit_fast.evaluation import EvalReport
-from kedit_fast.moments import SecondMoment
+from kedit_fast.moments import FORMAT, SecondMoment
 from kedit_fast.tracing import KINDS, METRICS, read_log
 from tests.tiny import D_FF, TEXT, tiny_model, tiny_tokenizer
 
@@ -155,13 +156,22 @@ def raising(error):
     return act
 
 
-@pytest.mark.parametrize("error", [ValueError("v"), TypeError("v"), OSError("v"), RuntimeError("v"), ImportError("v")])
-def test_an_error_is_a_line(error, monkeypatch, capsys):
-    handler(monkeypatch, raising(error))
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's for CUDA, which a test without a GPU cannot raise."""
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ImportError, FileNotFoundError, MemoryError, OutOfMemoryError])
+def test_an_error_is_a_line(kind, monkeypatch, capsys):
+    handler(monkeypatch, raising(kind("v")))
     assert run("info") == 2
     assert capsys.readouterr() == ("", "kedit-fast: error: v\n")
-    with pytest.raises(type(error)):
+    with pytest.raises(kind):
         run("info", "--debug")
+
+
+def test_too_little_memory_on_the_cpu_is_a_line(monkeypatch, capsys):
+    handler(monkeypatch, lambda args: torch.empty(1 << 60))
+    assert run("info") == 2 and "can't allocate memory" in capsys.readouterr().err
 
 
 def test_an_error_without_words_is_named(monkeypatch, capsys):
@@ -169,10 +179,12 @@ def test_an_error_without_words_is_named(monkeypatch, capsys):
     assert run("info") == 2 and capsys.readouterr().err == "kedit-fast: error: MemoryError\n"
 
 
-def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch):
-    handler(monkeypatch, raising(AssertionError("ours")))
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize("kind", [AssertionError, TypeError, RuntimeError, KeyError, AttributeError, IndexError])
+def test_a_fault_of_the_package_keeps_its_traceback(kind, monkeypatch, capsys):
+    handler(monkeypatch, raising(kind("ours")))
+    with pytest.raises(kind):
         run("info")
+    assert capsys.readouterr().err == ""
 
 
 def test_interrupt(monkeypatch, capsys):
@@ -216,6 +228,8 @@ def test_progress_is_on_unless_quiet(monkeypatch):
         (["trace", "--prompt", "Paris is in", "--subject", "Rome"], "subject 'Rome' not in prompt"),
         (["trace", *ONE, "--sever", "mlp"], "sever"),
         (["trace", *ONE, "--noise", "x3"], "noise 'x3'"),
+        (["trace", *ONE, "--noise", "nan"], "noise 'nan'"),
+        (["trace", *ONE, "--noise", "snan"], "noise 'snan'"),
         (["trace", *ONE, "--corrupt", "Danielle Darrieux"], "equal token count"),
         (["trace", *ONE, "-o", "taken"], "taken/traces.jsonl is there already"),
         (["trace", *ONE, "-o", "bad.jsonl"], "is no folder"),
@@ -225,10 +239,15 @@ def test_progress_is_on_unless_quiet(monkeypatch):
         (["trace", *ONE, "--memory", "much"], "much"),
         (["stats", "--layers", "9"], "layer 9 is out of range"),
         (["stats", "--corpus", "none.txt"], "none.txt"),
+        (["stats", "-o", "bad.jsonl"], "bad.jsonl is no folder"),
+        (["stats", "-o", "bad.jsonl/deeper"], "bad.jsonl is no folder"),
         (["edit", *ONE], "which facts?"),
         (["edit", *ONE, "--target", " "], "target_new is empty"),
         (["edit", *ONE, "--target", "Rome", "--layers", "9"], "layer 9 is out of range"),
         (["edit", *ONE, "--target", "Rome", "--tokens", "20"], f"20: fewer than d_ff = {D_FF}"),
+        (["edit", *ONE, "--target", "Rome", "--corpus", "none.txt"], "none.txt"),
+        (["edit", *ONE, "--target", "Rome", "--stats", "taken", "--corpus", "self"], "--stats and --corpus are both"),
+        (["edit", *ONE, "--target", "Rome", "--stats", "taken", "--tokens", "99"], "--stats and --tokens are both"),
         (["edit", *ONE, "--target", "Rome", "--hparams", "bad.jsonl"], "bad.jsonl is not JSON"),
         (["edit", *ONE, "--target", "Rome", "--stats", "none"], "no such folder"),
         (["edit", *ONE, "--target", "Rome", "--stats", "taken"], "has no statistics"),
@@ -288,6 +307,48 @@ def test_statistics_and_edits_of_another_model_are_refused(model, work, capsys):
     assert run(*made) == 0
     assert run("eval", "--edit", "edit.safetensors", "--model", model) == 2
     assert "this edit was made on qwen2-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["eval", "-o", "new", "--html", "new"], "--output and --html both name new"),
+        (["eval", "-o", "new", "--log", "../work/new"], "--output and --log both name ../work/new"),
+        (["eval", "--html", "new", "--log", "linked/new"], "--html and --log both name"),
+        (["eval", "--html", "edit.safetensors"], "--html edit.safetensors would replace what --edit reads"),
+        (["eval", "-o", "linked/edit.safetensors"], "would replace what --edit reads"),
+        (["eval", "-o", "hard"], "would replace what --edit reads"),
+        (["eval", "--log", "facts.json"], "would replace what --facts reads"),
+        (["eval", "--html", "text.txt"], "would replace what --text reads"),
+        (["eval", "-o", "model/config.json"], "would replace what --model reads"),
+        (["edit", "-o", "facts.json"], "would replace what --facts reads"),
+        (["edit", "-o", "hparams.json"], "would replace what --hparams reads"),
+        (["edit", "-o", "text.txt", "--corpus", "text.txt"], "would replace what --corpus reads"),
+        (["edit", "-o", "stats/one.safetensors", "--stats", "stats"], "would replace what --stats reads"),
+        (["edit", "-o", "model/config.json"], "would replace what --model reads"),
+        (["trace", "-o", "traced"], "is the log that these traces would replace"),
+    ],
+)
+def test_outputs_spare_each_other_and_what_is_read(args, says, work, capsys):
+    for name in ("edit.safetensors", "facts.json", "text.txt", "hparams.json"):
+        (work / name).write_text(name)
+    for name in ("stats/one.safetensors", "model/config.json", "traced/traces.jsonl"):
+        (work / name).parent.mkdir()
+        (work / name).write_text(name)
+    (work / "linked").symlink_to(work)
+    (work / "hard").hardlink_to(work / "edit.safetensors")
+    (work / "facts.json").write_text(json.dumps(FACTS))
+    (work / "traced" / "traces.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    command, *rest = args
+    given = {
+        "eval": ["--edit", "edit.safetensors", "--facts", "facts.json", "--text", "text.txt"],
+        "edit": ["--facts", "facts.json"] + ["--hparams", "hparams.json"] * (rest[1] == "hparams.json"),
+        "trace": ["--facts", "traced/traces.jsonl"],
+    }[command]
+    before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
+    assert run(command, *rest, *given, "--force", "--model", "model") == 2
+    assert says in capsys.readouterr().err
+    assert before == {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
 
 
 # ---- trace
@@ -387,6 +448,67 @@ def test_from_statistics_to_a_report(model, work, capsys):
 
     assert run("eval", "--facts", "../facts.json", "-n", "1", "--model", model) == 0  # the model as it is
     assert "no edit" in capsys.readouterr().out
+    some = ["--edit", "deep/edit.safetensors", "-n", "1", "-o", "some.json"]
+    assert run("eval", *some, "--model", model) == 0
+    assert EvalReport.load(work / "some.json").facts == tuple(facts[:1])
+
+
+def test_the_seed_and_the_corpus_of_statistics_arrive(model, work):
+    (work / "text.txt").write_text(TEXT)
+    layer = ["--layers", "1", "--tokens", "90", "--model", model, "-o", "stats"]
+    assert run("stats", *layer, "--seed", "5") == run("stats", *layer, "--corpus", "text.txt") == 0
+    corpora = {SecondMoment.load(path).corpus for path in (work / "stats").iterdir()}
+    assert "self-seed5" in corpora and any(corpus.startswith("text.txt-") for corpus in corpora) and len(corpora) == 2
+
+
+def test_the_seed_and_the_corpus_of_an_edit_arrive(model, work):
+    (work / "text.txt").write_text(TEXT)
+    args = ["edit", *ONE, "--target", "Rome", "--hparams", "../memit.json", "--tokens", "90", "--model", model]
+    kept = work.parent / "cache" / "statistics"
+    assert run(*args, "--seed", "5", "-o", "a.safetensors") == 0
+    assert {SecondMoment.load(path).corpus for path in kept.iterdir()} == {"self-seed5"}
+    lm = kf.open_model(model)
+    moments = {i: SecondMoment(torch.eye(D_FF), 90, i, lm.fingerprint) for i in (1, 2)}
+    editor, fact = kf.Memit.from_json(work.parent / "memit.json"), kf.Fact("The capital of {} is", "France", "Rome")
+    contexts = [editor.edit(lm, [fact], moments=moments, seed=seed).contexts for seed in (5, 0)]
+    assert Edit.load("a.safetensors").contexts == contexts[0] != contexts[1]
+
+    for path in kept.iterdir():
+        path.unlink()
+    assert run(*args, "--corpus", "text.txt", "-o", "b.safetensors") == 0
+    assert [SecondMoment.load(path).corpus.split("-")[0] for path in kept.iterdir()] == ["text.txt"] * 2
+
+
+def test_statistics_without_layers_are_of_both_editors(model, work, capsys, monkeypatch):
+    for editor, layers in ((kf.Rome, (3,)), (kf.Memit, (0, 2))):
+        monkeypatch.setattr(editor, "for_model", classmethod(lambda cls, lm, layers=layers: cls(layers=layers)))
+    assert run("stats", "--tokens", "20", "--model", model, "-o", "stats") == 0
+    assert sorted(SecondMoment.load(path).layer for path in (work / "stats").iterdir()) == [0, 2, 3]
+    assert f"20 tokens are fewer than d_ff = {D_FF}" in capsys.readouterr().out
+    assert run("stats", "--tokens", str(D_FF), "--layers", "1", "--model", model, "-o", "enough") == 0
+    assert "fewer than" not in capsys.readouterr().out
+
+
+def test_an_edit_that_needs_no_statistics_measures_none(model, work, capsys):
+    hparams = work.parent / "rome.json"
+    fields = {k: v for k, v in FAST.items() if k != "mom2_update_weight"}
+    hparams.write_text(json.dumps(fields | {"layers": [1], "mom2_adjustment": False}))
+    args = ["edit", *ONE, "--target", "Rome", "--method", "rome", "--hparams", hparams, "--model", model]
+    assert run(*args) == 0
+    assert not (work.parent / "cache").exists() and "condition of C" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_the_table_of_an_edit_shows_steps_and_probability(method, capsys):
+    fact = kf.Fact("The capital of {} is", "France", "Rome")
+    provenance = {
+        "memit": {"layers": {}, "values": {"steps": [7], "p_new": [0.25]}},
+        "rome": {"layers": {1: [{"steps": 7, "p_new": 0.25}]}},
+    }[method]
+    edit_command.say_facts(Edit(method, {}, "", (fact,), {}, provenance=provenance))
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[-2].strip() == "steps" and header.endswith("P(new) at the value")
+    assert row.split()[-3:] == ["Rome", "7", "0.250"]
 
 
 def test_rome_with_statistics_from_the_cache(model, work, capsys, monkeypatch):
@@ -422,9 +544,25 @@ def test_published_statistics(model, work):
 
 
 def test_a_damaged_statistics_file_is_named(model, work):
-    (work / "cut.safetensors").write_bytes(b"123")
+    lm, path = kf.open_model(model), work / "cut.safetensors"
+    whole = {"layer": 1, "n_tokens": 5, "fingerprint": lm.fingerprint, "corpus": None, "dtype": None}
+    headers = [
+        {"format": FORMAT},
+        {"format": FORMAT, "record": "{broken"},
+        {"format": FORMAT, "record": "[1]"},
+        *(
+            {"format": FORMAT, "record": json.dumps(whole | changed)}
+            for changed in ({"layer": None}, {"n_tokens": "x"})
+        ),
+        {"format": FORMAT, "record": json.dumps({k: v for k, v in whole.items() if k != "fingerprint"})},
+    ]
+    path.write_bytes(b"123")
     with pytest.raises(ValueError, match=r"cut\.safetensors is damaged"):
-        find_moments(kf.open_model(model), work, [1])
+        find_moments(lm, work, [1])
+    for header in headers:
+        save_file({"matrix": torch.eye(D_FF)}, path, header)
+        with pytest.raises(ValueError, match=r"cut\.safetensors is damaged"):
+            find_moments(lm, work, [1])
 
 
 # ---- info

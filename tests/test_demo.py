@@ -2,15 +2,18 @@
 
 import dataclasses
 import html
+import math
 import re
 
 import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast import demo
-from kedit_fast.evaluation import evaluate
+from kedit_fast import demo, demo_report
+from kedit_fast.evaluation import EvalReport, evaluate
+from kedit_fast.evaluation.metrics import METRICS
 from kedit_fast.facts import OWN_FACTS, Fact
+from kedit_fast.html_report import Change
 from tests.conftest import open_tiny
 from tests.edits import make_edit
 from tests.tiny import tiny_model
@@ -46,6 +49,7 @@ def told(tmp_path_factory):
             folder / "out",
             samples=2,
             few_samples=1,
+            n_memit=2,
             n_tokens=400,
             rome=kf.Rome(layers=(1,), **EASY),
             memit=kf.Memit(layers=(1, 2), mom2_update_weight=80.0, **EASY),
@@ -85,7 +89,9 @@ def test_the_report_says_what_it_measured(told):
         "perplexity of ordinary prose, ",
     ):
         assert said in text, said
-    for fact in FACTS:
+    assert "MEMIT: 2 new answers at once" in told[1] and "MEMIT: 2 facts at once" in text
+    assert "Seattle" not in text, "the third fact is traced, not edited"
+    for fact in FACTS[:2]:
         assert fact.text in text and fact.target_new in text and fact.target_true in text
     for step in ("Trace", "Statistics", "ROME", "MEMIT", "Write"):
         assert re.search(rf'<th scope="row">{step}[^\n]*?<td>[\d.]+ s</td>', body), step
@@ -152,6 +158,81 @@ def test_an_undo_that_is_not_exact_is_an_error(monkeypatch, tmp_path):
         demo._write_and_undo(lm, demo.Story(), found)
 
 
+def test_answers_that_differ_after_the_undo_are_an_error(monkeypatch):
+    lm = open_tiny(tiny_model("llama"))
+    answers = iter([["a", "b"], ["c", "d"], ["a", "e"]])
+    monkeypatch.setattr(demo, "hf_answers", lambda lm, prompts: next(answers))
+    found = demo.Findings("tiny", memit=demo.Checked(make_edit(lm.model), None, ()))
+    with pytest.raises(RuntimeError, match="is not what it was"):
+        demo._write_and_undo(lm, demo.Story(), found)
+
+
+# ---- success and damage, from numbers by hand
+
+CHANGES = (
+    Change("a", "Paris", (0.6, 0.1), "Rome", (0.1, 0.9)),
+    Change("b", "Paris", (0.6, 0.5), "Rome", (0.1, 0.2)),
+    Change("c", "Paris", (0.6, 0.1), "Rome", (0.1, 0.9), "paraphrase"),
+    Change("d", "Paris", (0.8, 0.1), "Rome", (0.1, 0.2), "neighbor"),  # damaged
+    Change("e", "Paris", (0.8, 0.3), "Rome", (0.1, 0.2), "neighbor"),  # weakened
+    Change("f", "Paris", (0.5, 0.5), "Rome", (0.1, 0.2), "neighbor"),  # kept
+    Change("g", "Paris", (0.1, 0.9), "Rome", (0.2, 0.2), "neighbor"),  # not known before
+)
+
+
+def by_hand(perplexity=(40.0, 40.4), changes=CHANGES, **edited):
+    """A Checked of two facts: every base metric is 0.5, edited ones are 0.75 or as given."""
+    sides = [{name: torch.full((2,), value) for name in METRICS} for value in (0.5, 0.75)]
+    sides[1] |= {name: torch.full((2,), value) for name, value in edited.items()}
+    meta = {"model": "tiny", "text": {"n_predicted": 99}}
+    report = EvalReport(*sides, FACTS[:2], meta, perplexity)
+    return demo.Checked(dataclasses.replace(make_edit(), facts=FACTS[:2]), report, changes)
+
+
+def test_outcome_lines_count_success_and_damage():
+    checked = by_hand(p_new=0.9, paraphrase_p_new=0.625, same_subject_same_top=0.9, known_neighbors_p_true=0.0)
+    assert demo.outcome_lines(checked) == (
+        "written: 1 of 2, P(new) 0.500 -> 0.900; asked in other words 0.625\n"
+        "damage: 2 of 3 neighbors (mean P over these prompts 0.700 -> 0.300); "
+        "10% of other prompts on the subject go on differently; perplexity +1.0%"
+    )
+    none = demo.outcome_lines(by_hand(changes=CHANGES[:3]))
+    assert "damage: 0 of 0 neighbors (the model knew none); " in none and "nan" not in none
+    assert "; perplexity +nan%" in demo.outcome_lines(by_hand(perplexity=(40.0, math.nan)))
+
+
+@pytest.mark.parametrize(
+    "should, before, after, tone",
+    [
+        ("rise", 0.1, 0.9, "good"),
+        ("rise", 0.1, 0.79, "bad"),
+        ("fall", 0.5, 0.4, "good"),
+        ("fall", 0.5, 0.5, "bad"),
+        ("stay", 0.5, 0.48, "good"),
+        ("stay", 0.5, 0.47, "bad"),
+        ("stay", 0.5, 0.9, "good"),
+        *((should, 0.5, math.nan, "bad") for should in ("rise", "fall", "stay")),
+        *((should, math.nan, 0.9, "neutral") for should in ("rise", "fall", "stay")),
+        ("stay", math.nan, math.nan, "neutral"),
+    ],
+)
+def test_tones(should, before, after, tone):
+    assert demo_report._tone(should, before, after) == tone
+
+
+@pytest.mark.parametrize(
+    "after, tone",
+    [(40.0, "good"), (30.0, "good"), (41.19, "good"), (41.3, "bad"), (math.inf, "bad"), (math.nan, "bad")],
+)
+def test_a_perplexity_that_rose_or_is_none_is_bad(after, tone):
+    table = demo_report._scores(by_hand(perplexity=(40.0, after), p_true=0.9, neighborhood=0.4))
+    assert table.rows[-1][0] == "perplexity of ordinary prose, 99 tokens" and table.rows[-1][-1].tone == tone
+    tones = {name: row[-1].tone for (name, _, _), row in zip(demo_report._SCORES, table.rows, strict=False)}
+    assert tones["p_true"] == tones["neighborhood"] == tones["p_new"] == "bad"
+    assert tones["same_subject_same_top"] == "good"
+    assert [row[2] for row in table.rows[:-1]] == [0.5] * len(demo_report._SCORES)
+
+
 def test_weights_on_disk_are_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     lm = kf.open_model(str(tmp_path / "model"), tokenizer=open_tiny(tiny_model("llama")).tokenizer, memory=100_000)
@@ -176,6 +257,6 @@ def test_a_short_demo_on_the_real_model(smollm2, tmp_path, capsys, monkeypatch):
     assert demo.state_digest(smollm2.model) == before
     assert "Measured on SmolLM2-135M-Instruct de-quantised from a 4-bit" in report.split("<h1>")[0]
     assert "p(Paris) 0.656" in shown and shown.count("written: 1 of 1") == 2 and "edited: Rome" in shown
-    for damage in re.findall("damage: (\\d+) of 3 neighbors", shown):
-        assert damage == "0"
-    assert all(abs(float(drift)) < 3 for drift in re.findall(r"perplexity ([-+][\d.]+)%", shown))
+    assert re.findall(r"damage: (\d+) of (\d+) neighbors", shown) == [("0", "3")] * 2
+    drifts = re.findall(r"perplexity (\S+)%", shown)
+    assert len(drifts) == 2 and all(abs(float(drift)) < 3 for drift in drifts)

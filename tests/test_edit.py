@@ -66,6 +66,15 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
         make_edit(**changes)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["u", "v", "delta"])
+def test_deltas_that_are_not_finite_are_refused(part, value):
+    delta = Dense(torch.zeros(D_MODEL, D_FF)) if part == "delta" else lowrank()
+    getattr(delta, part)[3, 1] = value
+    with pytest.raises(ValueError, match="deltas of layer 2 hold NaN or infinity"):
+        make_edit(deltas={1: lowrank(), 2: delta})
+
+
 def test_what_cannot_be_saved_is_refused_at_once():
     with pytest.raises(TypeError, match="provenance has to be plain values"):
         make_edit(provenance={"fit": torch.zeros(3)})
@@ -177,6 +186,8 @@ def test_foreign_files_are_refused(tmp_path):
         {"deltas.3.u": torch.zeros(2, 2)},
         {"record": torch.zeros(9, dtype=torch.uint8)},
         {"record": torch.tensor(list(b"[]"), dtype=torch.uint8)},
+        {"record": torch.tensor(list(b"3"), dtype=torch.uint8)},
+        {"deltas": torch.zeros(2, 2)},
         {"record": torch.tensor(list(b"\xff\xfe"), dtype=torch.uint8)},
         {"deltas.2.v": torch.zeros(5, 5)},
     ],

@@ -218,6 +218,46 @@ def test_file_problems_say_where(tmp_path, name, text, message):
         load_facts(tmp_path / name)
 
 
+FLAT = {"prompt": "Paris is in", "subject": "Paris", "target_true": "France"}
+REWRITE = {"requested_rewrite": {"prompt": "{} is in", "subject": "Paris"}}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        *((form | {"provenance": bad}, "provenance: expected an object with named fields")
+          for form in (FLAT, REWRITE) for bad in ([1], 3, "me", [["a", 1]])),
+        ({"requested_rewrite": []}, "requested_rewrite: expected at least one fact"),
+        (FLAT | {"target_new": "\ud800"}, r"Fact\.target_new: '\\ud800' holds half a character"),
+        (FLAT | {"rephrase": ["Is it\ud800?"]}, r"Fact\.paraphrases: .* holds half a character"),
+        (FLAT | {"locality": 3}, "locality: expected objects"),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_is_named(tmp_path, record, message):
+    (tmp_path / "f.json").write_text(json.dumps([FLAT, record]))
+    with pytest.raises(ValueError, match=rf"f\.json: record 1: {message}"):
+        load_facts(tmp_path / "f.json")
+    (tmp_path / "f.jsonl").write_text(f"{GOOD}\n\n{json.dumps(record)}")
+    with pytest.raises(ValueError, match=rf"f\.jsonl: record 1 \(line 3\): {message}"):
+        load_facts(tmp_path / "f.jsonl")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000], ids=["brackets", "digits"])
+def test_json_that_python_cannot_hold(tmp_path, text):
+    (tmp_path / "f.json").write_text(text)
+    with pytest.raises(ValueError, match=r"f\.json: JSON that cannot be read"):
+        load_facts(tmp_path / "f.json")
+    (tmp_path / "f.jsonl").write_text(f"{GOOD}\n{text}")
+    with pytest.raises(ValueError, match=r"f\.jsonl: line 2: JSON that cannot be read"):
+        load_facts(tmp_path / "f.jsonl")
+
+
+def test_null_is_as_absent(tmp_path):
+    (tmp_path / "f.json").write_text(json.dumps([FLAT | {"id": None, "case_id": 4, "provenance": None}]))
+    (fact,) = load_facts(tmp_path / "f.json")
+    assert fact.id == "4" and fact.provenance == {}
+
+
 @pytest.mark.parametrize("cut", [None, -20])
 def test_broken_gzip(tmp_path, cut):
     path = tmp_path / "f.json.gz"
@@ -312,7 +352,7 @@ def test_own_facts_are_known():
 
     try:
         folder = smollm2.smollm2_folder(fetch=False)
-    except RuntimeError as error:
+    except OSError as error:
         pytest.skip(f"SmolLM2 is not in the cache: {error}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

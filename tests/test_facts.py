@@ -121,6 +121,14 @@ def test_other_target_for_one_relation_is_warned_of():
         assert check_facts(facts) == facts
 
 
+def test_a_relation_may_be_any_json_value():
+    facts = [
+        Fact(prompt=prompt, subject="Lyon", target_new="Italy", provenance={"relation_id": ["P17", "P131"]})
+        for prompt in ("{} is in", "{} belongs to")
+    ]
+    assert check_facts(facts) == facts
+
+
 def test_check_facts_refuses():
     with pytest.raises(ValueError, match="has no target_new"):
         check_facts([Fact(prompt="{} is in", subject="Lyon")], need_new=True)
@@ -299,7 +307,7 @@ def test_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(TypeError, match=r"Slow gives no character offsets.*fast tokenizer"):
+    with pytest.raises(ValueError, match=r"Slow gives no character offsets.*fast tokenizer"):
         fact_tokens(Slow(), TOWER)
 
 

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from kedit_fast.html_report import Cell, Change, Details, Picture, Section, Table, before_after_table, write_report
+from kedit_fast.html_report import (
+    Cell,
+    Change,
+    Details,
+    Picture,
+    Section,
+    Table,
+    before_after_table,
+    known_neighbors,
+    write_report,
+)
 from kedit_fast.plots import figure_png
 
 FIRST = "This model is SmolLM2-135M-Instruct de-quantised from a 4-bit file"
@@ -147,7 +157,7 @@ def test_mistakes_are_named_and_leave_the_old_page_whole(tmp_path):
 
 def test_a_failed_write_leaves_no_file_behind(tmp_path, monkeypatch):
     page_of(tmp_path, "old")
-    monkeypatch.setattr("kedit_fast.html_report.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("kedit_fast.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         page_of(tmp_path, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -185,13 +195,20 @@ def test_damage_stands_as_plainly_as_success(tmp_path):
     table = before_after_table([KEPT, DAMAGED, UNMEASURED, FACT, WEAKENED, MISSED, UNKNOWN])
     assert table.caption == (
         "1 of 1 facts written; 0 of 1 paraphrases written; of 3 neighbors known before: 1 damaged, 1 weakened, 1 kept; "
-        "their mean p(old) 0.600 → 0.233."
+        "mean p(old) over these prompts 0.600 → 0.233."
     )
     assert [row[1] for row in table.rows] == ["edit", "paraphrase"] + ["neighbor"] * 5
     assert table.rows[0][:6] == (FACT.prompt, "edit", "Paris", "0.656 → <0.001", "Rome", "0.001 → 0.990")
     page = page_of(tmp_path, table)
     tones = re.findall(r"good|bad|neutral", " ".join(a.get("class", "") for a in page.all("td")))
     assert tones == ["good", "bad", "good", "bad", "neutral", "bad", "neutral"]
+
+
+def test_known_neighbors_are_counted_each_prompt_once():
+    found = known_neighbors([KEPT, DAMAGED, UNMEASURED, FACT, WEAKENED, MISSED, UNKNOWN])
+    assert found[:4] == (3, 1, 1, 1) and found.p_old == pytest.approx((0.6, (0.31 + 0.1 + 0.29) / 3))
+    none = known_neighbors([FACT, UNKNOWN])
+    assert none[:4] == (0, 0, 0, 0) and all(p != p for p in none.p_old)
 
 
 def test_missing_neighbors_are_said_to_be_missing():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import kedit_fast as kf
 import kedit_fast.moments as moments_module
@@ -250,6 +251,40 @@ def test_finished_statistics_are_found_again(corpus, tmp_path, monkeypatch):
     assert equal(second_moments(lm, [2], corpus, n_tokens=N_TOKENS, cache_dir=cache), {2: made[2]})
 
 
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_cache_that_is_a_file_is_refused_before_any_work(below, tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setattr(moments_module, "read_corpus", lambda *a, **k: pytest.fail("text was read"))
+    monkeypatch.setattr(moments_module, "sweep", None)
+    place = tmp_path / "cache" / below
+    with pytest.raises(OSError, match=f"cache_dir '{place}' is a file or lies below one"):
+        second_moments(tiny_lm("gpt2"), LAYERS, LINES, n_tokens=N_TOKENS, cache_dir=place)
+
+
+@pytest.mark.parametrize("change", ["layer", "model", "corpus", "n_tokens", "dtype"])
+def test_a_file_under_another_ones_name_is_not_taken(change, tmp_path):
+    """As after two files were swapped, or one copied over another."""
+    lm, collect = tiny_lm("gpt2"), dict(n_tokens=N_TOKENS, cache_dir=tmp_path)
+    second_moments(lm, [1], LINES, **collect)
+    (path,) = tmp_path.iterdir()
+    other, layer, lines = lm, 1, LINES
+    if change == "layer":
+        layer = 2
+    elif change == "model":
+        other = open_tiny(tiny_model("gpt2", seed=1))
+    elif change == "corpus":
+        lines = LINES[1:]
+    elif change == "n_tokens":
+        collect["n_tokens"] = 100
+    else:
+        other = tiny_lm("gpt2", torch.bfloat16)
+    second_moments(other, [layer], lines, **collect)
+    (foreign,) = set(tmp_path.iterdir()) - {path}
+    foreign.replace(path)
+    with pytest.raises(ValueError, match=f"{path} is not what its name says; delete it"):
+        second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+
+
 def test_what_is_in_the_cache_is_not_taken_for_something_else(tmp_path):
     lm = tiny_lm("gpt2")
     made = [
@@ -288,10 +323,12 @@ def test_a_damaged_checkpoint_says_so(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
     (partial,) = tmp_path.iterdir()
-    partial.write_bytes(partial.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"is damaged.*remove it to begin anew") as error:
-        second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
-    assert str(partial) in str(error.value)
+    whole = partial.read_bytes()
+    for content in (whole[:-8], whole.replace(b"layers-", b"layerz-")):  # cut short; another one's
+        partial.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged.*remove it to begin anew") as error:
+            second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+        assert str(partial) in str(error.value)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -366,6 +403,29 @@ def test_truncated_files(name, length, tmp_path):
     with pytest.raises(ValueError, match="damaged") as error:
         SecondMoment.load(path, layer=0)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("record", ["3", "[]", "{", '{"layer": 1}', '{"n_tokens": 9}', '{"layer": "1", "n_tokens": 9}'])
+def test_records_that_say_too_little(record, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"matrix": torch.eye(3)}, path, {"format": "kedit_fast.second_moment", "record": record})
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        SecondMoment.load(path)
+    save_file({"matrix": torch.eye(3)}, path, {"format": "kedit_fast.second_moment"})
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        SecondMoment.load(path)
+    said = {"format": "kedit_fast.second_moment", "record": '{"layer": 1, "n_tokens": 9}'}
+    save_file({"matrix": torch.zeros(3, 4)}, path, said)
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*square matrix, found \[3, 4\]"):
+        SecondMoment.load(path)
+
+
+def test_saving_where_that_cannot_be_names_the_file_asked_for(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "absent" / "m.safetensors", tmp_path, tmp_path / "file" / "m.safetensors"):
+        with pytest.raises(OSError, match=str(place)) as error:
+            SecondMoment(torch.eye(3), 9, 1).save(place)
+        assert "unfinished" not in str(error.value)
 
 
 def test_files_that_are_no_statistics(tmp_path):

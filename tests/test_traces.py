@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kedit_fast as kf
-from kedit_fast.traces import ROLES, average
+from kedit_fast.traces import ROLES, average, read_log
 
 FACT = kf.Fact(prompt="{} is in", subject="Zürich {x}", target_new="Rome", id="7", provenance={"who": "me"})
 
@@ -17,6 +17,7 @@ def result(p_restored, span, **changes) -> kf.TraceResult:
     fields = dict(
         fact=FACT, tokens=tuple(f"t{i}" for i in range(len(table))), subject_span=span, answer_id=3, answer=" Paris",
         kind="state", window=1, noise=0.1, metric="prob", sever=None, p_clean=0.9, p_corrupted=0.1, p_restored=table,
+        backend="attention reference",
     )  # fmt: skip
     return kf.TraceResult(**fields | changes)
 
@@ -58,6 +59,22 @@ def test_a_record_is_plain_json_and_loses_nothing():
     line = json.dumps(r.to_record())
     assert "\n" not in line
     same(kf.TraceResult.from_record(json.loads(line)), r)
+    assert kf.TraceResult.from_record(without_backend(r.to_record())).backend == ""
+
+
+def without_backend(record):
+    """A record as it was written before results said which backend ran."""
+    return {name: value for name, value in record.items() if name != "backend"}
+
+
+def test_a_log_that_was_cut_short_says_where(tmp_path):
+    lines = [json.dumps(result([[0.5]], (0, 1)).to_record()) for _ in range(2)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert len(read_log(tmp_path / "log.jsonl")) == 2
+    for rest in (lines[1][:-9], "3", "{}"):
+        (tmp_path / "log.jsonl").write_text(f"{lines[0]}\n{rest}")
+        with pytest.raises(ValueError, match=r"log\.jsonl: line 2 is no trace"):
+            read_log(tmp_path / "log.jsonl")
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -67,7 +84,10 @@ def test_foreign_files_are_refused(tmp_path):
     text.write_text("no archive")
     objects = tmp_path / "pickled.npz"
     np.savez(objects, p_restored=np.zeros((1, 1)), record=np.array({"a": 1}, dtype=object))
-    for path in (other, text, objects):
+    short = tmp_path / "short.npz"
+    result([[0.5]], (0, 1)).save(short)
+    short.write_bytes(short.read_bytes()[:-9])
+    for path in (other, text, objects, short):
         with pytest.raises(ValueError, match="is not a saved trace"):
             kf.TraceResult.load(path)
     with pytest.raises(FileNotFoundError):

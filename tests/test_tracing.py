@@ -1,6 +1,7 @@
 """Tracing equals the slow oracle, whatever the family, kind, window, corruption and metric, packed or alone."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast import tracing
+from kedit_fast import trace_tasks, tracing
+from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from tests.conftest import open_tiny, tiny_lm
@@ -336,12 +338,19 @@ def test_model_is_left_as_it_was():
         ({"kinds": ("state", "heads")}, r"kinds \['heads'\]; expected some of state, mlp, attn"),
         ({"kinds": ()}, "unknown trace kinds"),
         ({"metric": "rank"}, "metric 'rank'; expected one of prob, logprob, logit_diff"),
-        ({"window": 0}, "window >= 1"),
-        ({"samples": 0}, "samples >= 1"),
+        ({"window": 0}, "from 1 on; got 1, 0, "),
+        ({"samples": 0}, "from 1 on; got 1, .*, 0, 20"),
+        ({"top": 0}, "from 1 on; got .*, 0$"),
+        ({"method": "guess"}, "method 'guess'; expected one of exact, attribution, screen"),
+        ({"sever": "mlp", "kinds": ("state",), "method": "screen"}, "method='screen': expected"),
         ({"sever": "mlp"}, "sever='mlp'"),
         ({"sever": "state", "kinds": ("state",)}, "sever='state'"),
         ({"noise": "t3"}, "noise 't3': expected a number"),
         ({"noise": "s"}, "noise 's': expected a number"),
+        *(
+            ({"noise": noise}, f"noise {noise!r}: expected a number from 0 on")
+            for noise in (math.nan, math.inf, -0.1, None, "nan", "snan", "s-1", "sinf", "u-0.1", "uinf")
+        ),
         ({"metric": "logit_diff"}, "needs a foil"),
         ({"corrupt": "Danielle Darrieux"}, r"takes \+\d+ tokens against 'France'"),
         ({"corrupt": ["Spain", "Italy"]}, "2 subjects for 1 facts"),
@@ -351,6 +360,29 @@ def test_what_cannot_be_traced_is_refused_before_any_work(options, message, monk
     monkeypatch.setattr(tracing, "sweep", lambda *a, **k: pytest.fail("a sweep ran"))
     with pytest.raises(ValueError, match=message):
         traced("gpt2", CAPITAL, **options)
+
+
+@pytest.mark.parametrize(("run", "options"), [("clean", {}), ("corrupted", {"noise": 3e38})])
+def test_a_trace_without_numbers_is_refused_before_it_is_written(run, options, tmp_path):
+    """A model that gives NaN, or noise that makes it do so."""
+    model = tiny_model("gpt2")
+    lm = open_tiny(model)
+    if run == "clean":
+        with torch.no_grad():
+            model.transformer.ln_f.weight[3] = math.nan
+    with pytest.raises(ValueError, match=f"fact 'The capital of France is': the {run} run gives NaN"):
+        traced("gpt2", CAPITAL, lm, log=tmp_path / "log.jsonl", **options)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_result_says_which_backends_ran(monkeypatch):
+    lm = tiny_lm("gpt2")
+    (result,) = traced("gpt2", CAPITAL, lm, kinds=("state",))
+    wanted = {op: backend_for(op, "cpu", torch.float32) for op in ("attention", "linear", "rows", "target_logprob")}
+    assert result.backend == ", ".join(f"{op} {name}" for op, name in wanted.items())
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "reference")
+    (result,) = traced("gpt2", CAPITAL, lm, kinds=("state",))
+    assert result.backend == "attention reference, linear reference, rows reference, target_logprob reference"
 
 
 def test_no_facts_is_refused():
@@ -368,9 +400,9 @@ def test_a_subject_that_changes_the_tokens_before_it_is_refused():
     tokenizer.is_fast = True
     tokenizer.convert_ids_to_tokens = str
     fact = kf.Fact(prompt="to {}", subject="Paris")
-    prompts = [tracing.fact_tokens(tokenizer, fact)]
+    prompts = [trace_tasks.fact_tokens(tokenizer, fact)]
     with pytest.raises(ValueError, match="tokens before the subject differ"):
-        tracing._corrupted(SimpleNamespace(tokenizer=tokenizer), [fact], prompts, "Rome")
+        trace_tasks._corrupted(SimpleNamespace(tokenizer=tokenizer), [fact], prompts, "Rome")
 
 
 @pytest.mark.smollm2

@@ -8,7 +8,9 @@ from ..editors import EDITORS
 from ..facts import check_facts
 from ..moments import second_moments
 from .inputs import (
+    check_distinct,
     check_output,
+    corpus_of,
     find_moments,
     make_folder_of,
     model_line,
@@ -24,8 +26,13 @@ SHOWN = 20  # facts listed one by one
 
 def run(args) -> None:
     """Makes the edit and writes its file; says what it was made of."""
+    for option in ("corpus", "tokens"):
+        if args.stats and getattr(args, option) is not None:
+            raise ValueError(f"--stats and --{option} are both given; --{option} is for statistics yet to be measured")
     facts = check_facts(read_facts(args), need_new=True)
+    check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
     path = check_output(args.output, args.force)
+    corpus = corpus_of(args)
     editor_class = EDITORS[args.method]
     given = editor_class.from_json(args.hparams) if args.hparams else None
     lm = open_lm(args)
@@ -38,7 +45,7 @@ def run(args) -> None:
         f"{args.method}, settings {source}; layers {', '.join(map(str, editor.layers))}"
         + " as given" * bool(args.layers)
     )
-    edit = editor.edit(lm, facts, moments=_moments(args, lm, editor), seed=args.seed)
+    edit = editor.edit(lm, facts, moments=_moments(args, lm, editor, corpus), seed=args.seed)
     make_folder_of(path)
     edit.save(path)
     say_layers(edit, lm.d_ff)
@@ -46,7 +53,7 @@ def run(args) -> None:
     say(f"{path}: {edit!r}")
 
 
-def _moments(args, lm, editor):
+def _moments(args, lm, editor, corpus: str):
     if not editor.mom2_adjustment:
         return None
     if args.stats:
@@ -57,7 +64,7 @@ def _moments(args, lm, editor):
             "regularizer in --hparams"
         )
     return second_moments(
-        lm, editor.layers, args.corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=statistics_folder()
+        lm, editor.layers, corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=statistics_folder()
     )
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from ..edit import Edit
 from ..evaluation import evaluate
-from .inputs import check_output, fact_file, fresh_log, make_folder_of, open_lm, say
+from .inputs import check_distinct, check_output, fact_file, fresh_log, make_folder_of, open_lm, say
 
 
 def run(args) -> None:
     """Evaluates the facts with and without the edit; prints the table and writes the files asked for."""
     if args.edit is None and args.facts is None:
         raise ValueError("evaluate what? give --edit FILE, or --facts FILE to ask the model as it is")
+    check_distinct(args, ["output", "html", "log"], ["edit", "facts", "text", "model"])
     report, page, log = (path and check_output(path, args.force) for path in (args.output, args.html, args.log))
     edit = None if args.edit is None else Edit.load(args.edit)
     facts = list(edit.facts)[: args.n] if args.facts is None else fact_file(args.facts, args.n)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import moments, settings
+from ..corpus import SELF
 from ..fact_files import as_template
 from ..facts import OWN_FACTS, Fact, load_facts
 from ..model.lm import LM, open_model
@@ -114,10 +115,49 @@ def check_output(path, force: bool) -> Path:
         raise ValueError(f"{path} is a folder; expected the name of a file to write")
     if path.exists() and not force:
         raise ValueError(f"{path} is there already; --force replaces it, or name another file")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {folder} is no folder that you may write to")
+    check_folder(path.absolute().parent, path)
     return path
+
+
+def check_folder(folder, path=None) -> Path:
+    """The folder, where it is one that files can be written to, or one that can be made; else ValueError.
+
+    path: what will be written there, for the message (default: the folder)
+    """
+    folder = Path(folder).expanduser()
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{path or folder} cannot be written: {there} is no folder that you may write to")
+    return folder
+
+
+def check_distinct(args, outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Raises ValueError where two options name one file to write, or an output would replace what is read.
+
+    outputs, inputs: names of options, those not given are passed over; an input may be a folder of files
+    """
+    written: dict[str, Path] = {}
+    for name in outputs:
+        path = _path_of(args, name)
+        if path is None:
+            continue
+        for other, taken in written.items():
+            if _same(path, taken):
+                raise ValueError(f"--{other} and --{name} both name {path}; expected a file for each")
+        for source in inputs:
+            read = _path_of(args, source)
+            if read is not None and (_same(path, read) or (path.exists() and _same(path.parent, read))):
+                raise ValueError(f"--{name} {path} would replace what --{source} reads; name another file")
+        written[name] = path
+
+
+def _path_of(args, option: str) -> Path | None:
+    given = getattr(args, option)
+    return None if given in (None, BUILTIN, SELF) else Path(given).expanduser()
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
 
 
 def make_folder_of(path: Path) -> None:
@@ -145,6 +185,17 @@ def fresh_log(path: Path):
 
 
 # ---- statistics
+
+
+def corpus_of(args) -> str:
+    """The text that ``--corpus`` names; ValueError for a file that is not there, before a model is loaded."""
+    name = args.corpus or SELF
+    if name == SELF or name.startswith("hf:"):
+        return name
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"corpus {name!r}: no such file; expected a text file, '{SELF}' or hf:NAME")
+    return str(path)
 
 
 def statistics_folder() -> Path:
@@ -195,8 +246,11 @@ def _described(path: Path) -> tuple[int | None, str | None, int]:
         raise ValueError(f"{path} is damaged ({error}); delete it and measure again") from error
     if metadata.get("format") != moments.FORMAT:
         return None, None, 0
-    record = json.loads(metadata["record"])
-    return record["layer"], record["fingerprint"], record["n_tokens"]
+    try:
+        record = json.loads(metadata["record"])
+        return int(record["layer"]), record["fingerprint"], int(record["n_tokens"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r} in its record); delete it and measure again") from error
 
 
 def _listed(layers: Sequence[int]) -> str:

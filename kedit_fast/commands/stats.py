@@ -1,19 +1,18 @@
 """``kedit-fast stats``: second moments of the keys at the layers to edit, kept for later edits."""
 
-from pathlib import Path
-
 from ..editors import EDITORS
 from ..moments import second_moments
-from .inputs import model_line, open_lm, say, statistics_folder, table
+from .inputs import check_folder, corpus_of, model_line, open_lm, say, statistics_folder, table
 
 
 def run(args) -> None:
     """Measures the statistics and says how well conditioned they are."""
-    folder = Path(args.output).expanduser() if args.output else statistics_folder()
+    folder = check_folder(args.output or statistics_folder())
+    corpus = corpus_of(args)
     lm = open_lm(args)
     say(model_line(lm))
     layers = args.layers or default_layers(lm)
-    made = second_moments(lm, layers, args.corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=folder)
+    made = second_moments(lm, layers, corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=folder)
     rows = [(str(layer), f"{m.n_tokens:,}", f"{m.condition:.2g}") for layer, m in sorted(made.items())]
     say(table(("layer", "tokens", "condition number"), rows))
     n_tokens = min(m.n_tokens for m in made.values())

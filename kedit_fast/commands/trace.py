@@ -17,6 +17,8 @@ def run(args) -> None:
     """Traces the facts, drawing what was found."""
     facts = read_facts(args)
     folder = Path(args.output).expanduser()
+    if args.facts and Path(args.facts).expanduser().resolve() == (folder / LOG).resolve():
+        raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")
     log = check_output(folder / LOG, args.force)
     lm = open_lm(args)
     say(model_line(lm))

@@ -20,10 +20,13 @@ from ..deltas import LowRank, as_smallest
 from ..edit import Edit
 from ..jobs.values import Values, ValueSettings, optimize_values
 from ..kernels.solve import memit_solve
+from ..moments import SecondMoment
 from ..progress import progress
 from ..sites import Site
-from .common import Prompts, Settings, factored, fit, moments_for, published, storable
+from .common import Prompts, chain, check_finite, storable
 from .contexts import memit_contexts
+from .hyperparameters import Settings, published
+from .statistics import described, factored, fit
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,19 @@ class Memit(Settings):
     ) -> Edit:
         """One Edit that writes all facts. Nothing is changed: use ``lm.with_edit(edit)`` or ``edit.apply(model)``.
 
-        moments: {layer: SecondMoment}; corpus: text to measure them over ("self": sampled from the model)
+        moments: {layer: SecondMoment}, or corpus: text to measure them over ("self": sampled from the model); neither
+            is read with mom2_adjustment=False
         contexts: groups of templates [["{}"], ["... {}", ...]]; None generates them from ``seed``
-        previous: an edit this one is made on top of; apply both, in order
+        previous: an edit this one is made on top of (as those that ``lm`` carries); apply both, in order:
+            ``provenance["on_top_of"]`` says which. A fact of it that gets another target is warned of
 
-        Raises ValueError, before any work, for facts that contradict each other or lack a target, layers out of
-        range, missing or foreign statistics. Differs: the published code optimizes z with a head projection of its
+        Raises ValueError, before any work, for facts that contradict each other, lack a target or are too long for the
+        model, layers out of range, missing or foreign statistics; later, naming the fact, where a loss or a residual
+        turns NaN. Differs: the published code optimizes z with a head projection of its
         own that leaves out logit soft caps; here they are in.
         """
         lm, facts, groups = self._prepared(lm, facts, contexts, previous)
-        moments = self._moments(lm, moments, corpus)
+        moments = self._moments(lm, moments, corpus) or _identities(lm, self.layers)
         groups = groups or memit_contexts(lm, self.context_template_length_params, seed=seed)
         prompts = Prompts.of(lm, facts, groups)
         z = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm))
@@ -87,15 +93,8 @@ class Memit(Settings):
         return Edit(
             method="memit", hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts), deltas=deltas,
             values=z.values.cpu(), keys=keys, contexts=groups,
-            provenance={"version": __version__, "layers": notes, "values": _value_notes(z)},
+            provenance={"version": __version__, "layers": notes, "values": _value_notes(z)} | chain(lm),
         )  # fmt: skip
-
-    def _moments(self, lm, moments, corpus):
-        if self.mom2_adjustment:
-            return moments_for(lm, self.layers, moments, corpus, self.regularizer)
-        from ..moments import SecondMoment
-
-        return {i: SecondMoment(torch.eye(lm.d_ff), lm.d_ff, i, corpus="identity") for i in self.layers}
 
     def _value_settings(self, lm) -> ValueSettings:
         last = lm.n_layers - 1
@@ -113,6 +112,8 @@ class Memit(Settings):
                 k, out, current = self._measure(lm, prompts, layer, deltas)
                 missing = z.values.double() - current
                 residual = through_post_norm(lm, layer, out, missing / (len(self.layers) - i))
+                check_finite(k, prompts.facts, f"key at layer {layer}")
+                check_finite(residual, prompts.facts, f"residual at layer {layer}")
                 moment = factored(lm, moments[layer], self.mom2_update_weight, self.regularizer)
                 u, v = memit_solve(k, residual, moment, self.mom2_update_weight)
                 deltas[layer] = as_smallest(LowRank(storable(lm, u), storable(lm, v)))
@@ -120,8 +121,7 @@ class Memit(Settings):
                 g, share = fit(moment, k)
                 notes[layer] = {
                     "g": g, "fit": share, "condition": moment.condition, "missing": missing.norm(dim=1).mean().item(),
-                    "corpus": moments[layer].corpus, "n_tokens": moments[layer].n_tokens,
-                }  # fmt: skip
+                } | described(moments[layer])  # fmt: skip
                 bar.advance(1, f"layer {layer}: fit {share:.2f}")
         return deltas, keys, notes
 
@@ -141,6 +141,11 @@ class Memit(Settings):
             },
         )
         return prompts.average(rows[Site.mlp_key]), rows[Site.mlp_out].double(), rows[Site.layer_out].double()
+
+
+def _identities(lm, layers) -> dict[int, SecondMoment]:
+    """What takes the statistics' place without ``mom2_adjustment``."""
+    return {i: SecondMoment(torch.eye(lm.d_ff), lm.d_ff, i, corpus="identity") for i in layers}
 
 
 def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from ..deltas import LowRank, as_smallest
 from ..edit import Edit
 from ..jobs.values import ValueSettings, optimize_values
 from ..sites import Site
-from .common import Prompts, Settings, factored, fit, moments_for, published, storable
+from .common import Prompts, chain, check_finite, storable
 from .contexts import rome_contexts
+from .hyperparameters import Settings, published
+from .statistics import described, factored, fit
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Rome(Settings):
         fp32 inverse).
         """
         lm, facts, groups = self._prepared(lm, facts, contexts, previous)
-        factors = self._factors(lm, moments, corpus)
+        moments = self._moments(lm, moments, corpus)
+        factors = {layer: factored(lm, moment, 1.0, self.regularizer) for layer, moment in moments.items()}
         groups = groups or rome_contexts(lm, self.context_template_length_params, seed=seed)
         groups = [[t for group in groups for t in group]]  # flat: every context weighs the same
         made: dict[int, list[_Update]] = {layer: [] for layer in self.layers}
@@ -73,19 +76,15 @@ class Rome(Settings):
             for layer in self.layers:
                 made[layer].append(self._update(_with(lm, made), prompts, layer, factors.get(layer)))
         updates = {layer: made[layer] for layer in sorted(made)}
+        about = {layer: described(moment) for layer, moment in moments.items()}
+        notes = {layer: [update.notes | about.get(layer, {}) for update in updates[layer]] for layer in updates}
         return Edit(
             method="rome", hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
             deltas={i: as_smallest(_joined(ups)) for i, ups in updates.items()},
             values=torch.cat([u.value for u in made[self.layers[-1]]]).cpu(),
             keys={i: torch.cat([u.key for u in ups]) for i, ups in updates.items()}, contexts=groups,
-            provenance={"version": __version__, "layers": {i: [u.notes for u in ups] for i, ups in updates.items()}},
+            provenance={"version": __version__, "layers": notes} | chain(lm),
         )  # fmt: skip
-
-    def _factors(self, lm, moments, corpus) -> dict:
-        if not self.mom2_adjustment:
-            return {}
-        moments = moments_for(lm, self.layers, moments, corpus, self.regularizer)
-        return {layer: factored(lm, moments[layer], 1.0, self.regularizer) for layer in self.layers}
 
     def _update(self, lm, prompts: Prompts, layer: int, moment) -> "_Update":
         """Δ of one fact at one layer."""
@@ -99,6 +98,7 @@ class Rome(Settings):
         bare = int(prompts.bare[0])
         key, out = (keys[bare], outs[bare]) if self.key == "published" else (averaged, prompts.average(outs)[0])
         right = (v.values[0].double() - out) / (key @ left)
+        check_finite(right[None], prompts.facts, f"change of the output of layer {layer}")
         notes = {"steps": int(v.steps[0]), "loss": float(v.loss[0]), "p_new": float((-v.nll[0]).exp())}
         if moment is not None:
             notes |= {"g": fit(moment, averaged[None])[0], "condition": moment.condition}

@@ -11,6 +11,8 @@ import torch
 
 from .. import __version__
 from ..facts import Fact
+from ..files import check_place
+from ..kernels.dispatch import backend_for
 from ..progress import progress
 from ..sweep.plan import CALL_ROWS, RowCost
 from .metrics import METRICS, fact_columns, knew
@@ -18,6 +20,7 @@ from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
 from .probes import FactProbes, Names, fact_probes, read_probes
 from .report import EvalReport, fact_record
 
+OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation runs
 CHUNK = 64  # facts a sweep when the weights are in memory: progress moves and the log grows
 
 
@@ -34,14 +37,18 @@ def evaluate(
     log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
 
     A fact needs target_new or target_true, or same_subject prompts; a metric is NaN where the fact lacks what it
-    compares. Neighborhood prompts that name a subject edited together with the fact (those of ``facts`` and of the
-    edits' own facts; with independent edits only the fact's own) are left out and counted.
+    compares. A prompt whose answer is NaN (an edit that overflows) has probability 0 and is no success. Neighborhood
+    prompts that name a subject edited together with the fact (those of ``facts`` and of the edits' own facts; with
+    independent edits only the fact's own) are left out and counted.
 
     Raises ValueError for no facts, nothing to compare, text too short, an edit for another model, independent edits
-    that do not hold a fact, or text together with them; TypeError for anything but Facts. All before the first sweep.
+    that do not hold a fact, or text together with them; TypeError for anything but Facts; OSError for a log that cannot
+    be written. All before the first sweep.
     One weight pass for each chunk of facts (64, or as many as memory holds when weights are streamed) and for the text.
     """
     facts = _checked(facts, generate, max_tokens)
+    if log is not None:
+        check_place(log)
     lm = lm if edit is None else lm.with_edit(edit)
     owners = _owners(lm, facts)
     if owners is not None and text is not None:
@@ -52,6 +59,7 @@ def evaluate(
     windows = None if text is None else text_windows(lm, text, max_tokens)
     probes = _probes(lm, facts, owners)
     chunks = list(_chunks(lm, probes))
+    meta = _meta(lm, facts, windows, max_tokens)
     generations = _generations(lm, facts, chunks, owners, generate)
     rows: list[tuple[dict, dict | None]] = []
     with progress("evaluating facts", len(facts)) as bar:
@@ -64,7 +72,7 @@ def evaluate(
         base=_columns([base for base, _ in rows]),
         edited=_columns([edited for _, edited in rows]) if lm.edits else None,
         facts=tuple(facts),
-        meta=_meta(lm, facts, windows, max_tokens),
+        meta=meta,
         perplexity=None if windows is None else perplexity(lm, windows),
         generations=tuple(generations),
     )
@@ -196,6 +204,7 @@ def _meta(lm, facts, windows, max_tokens) -> dict:
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
+        "backend": {op: backend_for(op, lm.device, lm.dtype) for op in OPS},
         "note": lm.note,
         "method": " + ".join(edit.method for edit in lm.edits) or None,
         "layers": sorted({layer for edit in lm.edits for layer in edit.deltas}),

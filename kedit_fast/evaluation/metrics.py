@@ -44,9 +44,10 @@ SCORE_OF = ("efficacy", "paraphrase", "neighborhood")
 
 
 class Answers(NamedTuple):
-    """One model's answers to the m prompts of one kind: [m] each, NaN where the fact has no such target.
+    """One model's answers to the m prompts of one kind: [m] each, NaN only where the fact has no such target.
 
-    p_new, p_true: P of the target; exact_new, exact_true: 1 where all its tokens are the likeliest, else 0
+    p_new, p_true: P of the target; exact_new, exact_true: 1 where all its tokens are the likeliest, else 0. All are 0
+    where the model answered NaN: such a prompt counts against it and is not left out.
     """
 
     p_new: Tensor

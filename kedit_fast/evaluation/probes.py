@@ -94,7 +94,8 @@ def _probe(lm, fact: Fact, prompt: str) -> Probe:
 def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple[list[Reading], list[Reading] | None]:
     """What the base model and, where ``lm`` carries edits, the edited one answer: a Reading a fact, in one sweep.
 
-    independent: the edits are owned; each fact is asked under its own. Values are fp64.
+    independent: the edits are owned; each fact is asked under its own. Values are fp64. A prompt that a model answers
+    with NaN (its activations overflow) is answered wrong: its probabilities are 0, and so are the flags beside them.
     """
     probes = [probe for fact in facts for kind in fact.kinds for probe in kind]
     owners = torch.tensor([fact.owner for fact in facts for kind in fact.kinds for _ in kind], dtype=torch.int64)
@@ -112,8 +113,9 @@ def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple
     readings = []
     for h in sides:
         answers = _answers(lm, h[:k], places, cells, len(probes))
-        p_top = target_logprob(h[k:], lm.head, base_top, lm.n_vocab).cpu().double().exp()
+        p_top = target_logprob(h[k:], lm.fusable_head, base_top, lm.n_vocab).cpu().double().exp()
         same_top = (likeliest_tokens(lm, h[k:]) == base_top).to(p_top.dtype).cpu()
+        same_top, p_top = (values.where(~p_top.isnan(), 0) for values in (same_top, p_top))
         readings.append(_by_fact(facts, answers, same_top, p_top))
     return readings[0], readings[-1] if lm.edits else None
 
@@ -131,15 +133,17 @@ def _hidden_states(lm, places, prompts: list[list[int]], owners) -> list[Tensor]
 
 
 def _answers(lm, h: Tensor, places, cells: Tensor, n_probes: int) -> Tensor:
-    """[n_probes, 4]: p_new, p_true, exact_new, exact_true; NaN where the target is not known."""
+    """[n_probes, 4]: p_new, p_true, exact_new, exact_true; NaN where the target is not known, 0 for a NaN answer."""
     # fp64: where an edit wrecks both answers, their order is still told below e^-103
-    logprob = target_logprob(h, lm.head, places.targets, lm.n_vocab).cpu().double()
+    logprob = target_logprob(h, lm.fusable_head, places.targets, lm.n_vocab).cpu().double()
     is_top = (likeliest_tokens(lm, h).cpu() == places.targets).to(logprob.dtype)
     n_tokens = torch.tensor(places.lengths, dtype=logprob.dtype)
     sums = torch.zeros(2, len(cells), dtype=logprob.dtype).index_add(1, places.pair, torch.stack([logprob, is_top]))
+    # Both answers of a prompt: were only the one that overflowed 0, the other would win against it.
+    failed = torch.zeros(n_probes, dtype=torch.bool).index_fill_(0, cells[sums[0].isnan()] // 2, True)[cells // 2]
     answers = logprob.new_full((2, 2 * n_probes), torch.nan)
-    answers[0, cells] = (sums[0] / n_tokens).exp()
-    answers[1, cells] = (sums[1] == n_tokens).to(logprob.dtype)
+    answers[0, cells] = (sums[0] / n_tokens).exp().where(~failed, 0)
+    answers[1, cells] = ((sums[1] == n_tokens) & ~failed).to(logprob.dtype)
     return answers.view(2, n_probes, 2).transpose(0, 1).flatten(1)
 
 

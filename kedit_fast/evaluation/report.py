@@ -23,8 +23,8 @@ class EvalReport:
 
     base, edited: {metric: fp32 [n_facts]}, NaN where a fact has no such probe; edited is None without an edit
     facts: in the columns' order
-    meta: model, fingerprint, dtype, device, note, method (None without an edit), layers, independent, n, text (what
-        the perplexity was taken of), version
+    meta: model, fingerprint, dtype, device, backend {op: which implementation ran}, note, method (None without an
+        edit), layers, independent, n, text (what the perplexity was taken of), version
     perplexity: (base, edited or None), or None where no text was given
     generations: (prompt, continuation before, after or None) a fact, where they were asked for
     """
@@ -103,12 +103,12 @@ class EvalReport:
             ) from error
 
     def to_html(self, path=None) -> str:
-        """The table as an HTML fragment without scripts or outside files; written as a page where path is given."""
+        """The table as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
             f'<tr><td style="{_CELL}" title="{html.escape(_says(name))}">{html.escape(name)}</td>'
             + "".join(f'<td style="{_CELL}">{_shown(both[side])}</td>' for side in sides)
-            + f'<td style="{_CELL}">{both["base"].n}</td></tr>'
+            + f'<td style="{_CELL}">{html.escape(_counted(both))}</td></tr>'
             for name, both in self._rows()
         ]
         head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ["metric", *sides, "facts"])
@@ -119,7 +119,8 @@ class EvalReport:
         )
         if path is not None:
             page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(self._title())}</title>\n{fragment}\n'
-            Path(path).write_text(page, encoding="utf-8")
+            with replace_file(path) as unfinished:
+                unfinished.write_text(page, encoding="utf-8")
         return fragment
 
     def _repr_html_(self) -> str:
@@ -129,7 +130,7 @@ class EvalReport:
         table = [["metric", "base", "facts"]] if self.edited is None else [["metric", "base", "edited", "facts"]]
         for name, both in self._rows():
             sides = [_shown(both[side]) for side in table[0][1:-1]]
-            table.append([name, *sides, str(both["base"].n)])
+            table.append([name, *sides, _counted(both)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         return "\n".join([self._title(), *lines, *self._lines()])
@@ -140,7 +141,8 @@ class EvalReport:
     def _rows(self):
         """(metric, {"base", "edited"}) of the metrics that some fact has; counts stand below the table."""
         for name, both in self.summary().items():
-            if both["base"].n and (name == SCORE or METRICS[name][0] != COUNT) and not math.isnan(both["base"].mean):
+            measured = any(side is not None and not math.isnan(side.mean) for side in both.values())
+            if measured and (name == SCORE or METRICS[name][0] != COUNT):
                 yield name, both
 
     def _title(self) -> str:
@@ -209,6 +211,14 @@ def _says(name: str) -> str:
     return "harmonic mean of efficacy, paraphrase and neighborhood (S)" if name == SCORE else METRICS[name][1]
 
 
+def _counted(both: dict[str, Interval | None]) -> str:
+    """Facts behind a row; "6 -> 5" where fewer or more of them have a value after the edit."""
+    base, edited = both["base"].n, both["base" if both["edited"] is None else "edited"].n
+    return str(base) if edited == base else f"{base} -> {edited}"
+
+
 def _shown(value: Interval) -> str:
+    if math.isnan(value.mean):
+        return "–"
     bounds = "" if math.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]"
     return f"{value.mean:.3f}{bounds}"

@@ -1,5 +1,6 @@
 """Reading rows: the value of a site at given places, in given layers."""
 
+import torch
 from torch import Tensor
 
 from ..sites import Site
@@ -7,7 +8,10 @@ from ..sweep.engine import sweep
 
 
 class Collect:
-    """``values[layer]`` [k, width]: the site's value at places run [k], pos [k] in each of ``layers``."""
+    """``values[layer]`` [k, width]: the site's value at places run [k], pos [k] in each of ``layers``.
+
+    NaN at a place that no row of the sweep had.
+    """
 
     def __init__(self, site: Site, layers, run: Tensor, pos: Tensor):
         self.site, self.layers, self.run, self.pos = site, frozenset(layers), run, pos
@@ -22,7 +26,7 @@ class Collect:
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
         if layer not in self.values:
-            self.values[layer] = x.new_zeros(len(self.run), x.shape[1])
+            self.values[layer] = x.new_full((len(self.run), x.shape[1]), torch.nan)
         self.values[layer][which.to(x.device)] = x[row.to(x.device)].detach()
         return None
 

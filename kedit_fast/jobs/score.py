@@ -32,7 +32,7 @@ class Score:
         which, row = call.find(self.run, self.pos)
         if len(which):
             h = x[row.to(x.device)]
-            self.logprob[which] = target_logprob(h, self._lm.head, self.targets[which], self._lm.n_vocab).cpu()
+            self.logprob[which] = target_logprob(h, self._lm.fusable_head, self.targets[which], self._lm.n_vocab).cpu()
         return None
 
 

@@ -25,6 +25,7 @@ from .collect import Collect
 
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
 SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
+LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row, hold at the height of a step
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class ValueTask:
 
     sequences: prompt tokens in each context, the bare one first; lookups: index of the lookup token in each
     target: token ids; essence: tokens of "{subject} is a" up to its lookup token, its last one
+    name: what errors call it, besides its number
     """
 
     sequences: list[list[int]]
     lookups: list[int]
     target: list[int]
     essence: list[int]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,30 +77,46 @@ class Values:
 @torch.enable_grad()  # whatever the caller switched off
 def optimize_values(lm, tasks: list[ValueTask], settings: ValueSettings) -> Values:
     """Values of all facts; facts are cut into groups by ``lm.memory``. One base sweep and up to ``steps`` sweeps of the
-    upper layers a group. No randomness. Raises ValueError where the model gives NaN or infinity.
+    upper layers a group. No randomness. Raises ValueError where the model or a loss gives NaN or infinity; for a loss
+    with the fact's number and name and the step.
     """
-    parts = []
+    parts, n_done = [], 0
     # off for the backward pass too, which runs outside of any sweep
     with torch.autocast(lm.device.type, enabled=False), progress("optimizing values (facts)", len(tasks)) as bar:
         for group in _groups(lm, tasks, settings):
-            parts.append(_Group(lm, group, settings).optimize(bar))
+            parts.append(_Group(lm, group, settings, n_done).optimize(bar))
+            n_done += len(group)
     return Values(*(torch.cat([getattr(p, name) for p in parts]) for name in Values.__dataclass_fields__))
 
 
 def _groups(lm, tasks, settings):
-    layers = lm.n_layers - settings.layer
-    row = SAVED * lm.d_model * lm.dtype.itemsize * layers
+    """Consecutive facts that fit ``lm.memory`` together; one that is too large stands alone."""
     group, held = [], 0
     for task in tasks:
-        n = row * (
-            1 + sum(len(s) + len(task.target) - k - 1 for s, k in zip(task.sequences, task.lookups, strict=True))
-        )
+        n = held_bytes(lm, task, settings)
         if group and held + n > lm.memory:
             yield group
             group, held = [], 0
         group.append(task)
         held += n
     yield group
+
+
+def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
+    """Bytes that one fact holds at the height of a step, from above: prefixes that facts share count for each.
+
+    By layer: what autograd keeps of the rows from the lookup token on, their attention weights, and keys and values,
+    in the store and once more as attention gathers them, wide and as long as the longest. Once: the store's rows, and
+    logits of target rows and of the KL row.
+    """
+    itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
+    lengths = [len(s) + len(task.target) - 1 for s in task.sequences] + [len(task.essence)]
+    rows = sum(n - k for n, k in zip(lengths, [*task.lookups, len(task.essence) - 1], strict=True))
+    weights = 2 * lm.config.num_attention_heads * rows * max(lengths) * wide
+    keys_and_values = 2 * lm.n_key_heads * lm.head_dim * (sum(lengths) * itemsize + len(lengths) * max(lengths) * wide)
+    by_layer = SAVED * lm.d_model * itemsize * rows + weights + keys_and_values
+    logits = (LOGITS * len(task.sequences) * len(task.target) + KL_LOGITS) * lm.n_vocab * wide
+    return (lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize * sum(lengths) + logits
 
 
 class _AddValue:
@@ -141,10 +160,10 @@ class _Top:
 
 
 class _Group:
-    """The facts of one pack, from the base sweep to their values."""
+    """The facts of one pack, from the base sweep to their values. first: the number of the first of them."""
 
-    def __init__(self, lm, tasks: list[ValueTask], settings: ValueSettings):
-        self.lm, self.tasks, self.settings = lm, tasks, settings
+    def __init__(self, lm, tasks: list[ValueTask], settings: ValueSettings, first: int = 0):
+        self.lm, self.tasks, self.settings, self.first = lm, tasks, settings, first
         self.store = KVStore(from_layer=settings.layer)
         self._declare()
         self._base_sweep()
@@ -190,6 +209,7 @@ class _Group:
         active = torch.ones(n, dtype=torch.bool)
         for step in range(settings.steps):
             part_nll, part_loss = self._losses(active, delta)
+            self._check_losses(active, part_loss.detach(), step)
             steps[active] += 1
             loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
             done = active & (loss < STOP_BELOW) if step + 1 < settings.steps else active.clone()
@@ -207,6 +227,21 @@ class _Group:
                 ]  # done: Adam's momentum must not move it
                 delta *= (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return Values((self.initial + delta.detach()), self.initial, steps, loss, nll)
+
+    def _check_losses(self, active: Tensor, loss: Tensor, step: int) -> None:
+        """A value that is NaN would go into the edit, and from there into every row."""
+        loss = loss.cpu()
+        bad = (~torch.isfinite(loss)).nonzero()[:, 0]
+        if len(bad):
+            i = int(active.nonzero()[bad[0], 0])
+            became = "NaN" if loss[bad[0]].isnan() else "infinite"
+            dtype = str(self.lm.dtype).removeprefix("torch.")
+            wider = f"open {self.lm.name} in float32 ({dtype} is narrow), " if self.lm.dtype.itemsize < 4 else ""
+            raise ValueError(
+                f"the loss of fact {self.tasks[i].name or self.first + i} became {became} at step {step + 1} of "
+                f"{self.settings.steps} ({len(bad)} of {len(loss)} facts): {wider}lower the learning rate, or look for "
+                "NaN in the model's head"
+            )
 
     def _losses(self, active: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """(-log p of the target, whole loss) [active facts] in nats, with their graph."""
@@ -228,7 +263,7 @@ class _Group:
             grad=True,
         )
         with torch.enable_grad(), frozen(lm.model):
-            log_p = target_logprob(top.h, lm.head, target, lm.n_vocab)
+            log_p = target_logprob(top.h, lm.fusable_head, target, lm.n_vocab)
             owner = fact[~essence].repeat_interleave(self._target_lengths(chosen[~essence])).to(log_p.device)
             nll = log_p.new_zeros(len(active)).index_add(0, owner, -log_p * weight.to(log_p))
             kl = self._kl(kl_top.h, active)

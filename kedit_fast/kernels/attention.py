@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from kedit_fast.kernels import dispatch
+
 GATHERED = 1 << 25  # numbers of K, or of scores, held at once by the reference: 128 MB in fp32
 DENSE_FROM = 64  # a run that starts at position 0 and is this long goes to SDPA: gathering costs 200x there
 
@@ -29,7 +31,15 @@ def attention(
     run, pos: [rows] int64
     window: positions a row sees, its own included (None: all); softcap: tanh cap on the scores (None: none)
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
+
+    The Triton kernel reads every key where it lies and holds no scores. It has no backward pass: where autograd
+    records, the reference computes.
     """
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if not recorded and dispatch.backend_for("attention", query.device, query.dtype) == "triton":
+        from .triton import attention as triton
+
+        return triton.attention(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
     return attention_ref(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
 
 

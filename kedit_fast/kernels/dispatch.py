@@ -17,7 +17,7 @@ from kedit_fast import settings
 from kedit_fast.kernels import openblas
 
 BACKENDS = ("reference", "native", "triton")
-INTERFACE = 2  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
+INTERFACE = 3  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
 
 
 class Implementation(NamedTuple):
@@ -34,12 +34,35 @@ class Implementation(NamedTuple):
     why_not_chosen: Callable[[], str] = str
 
 
+def _triton(*dtypes: torch.dtype) -> tuple[Implementation, ...]:
+    """The rows of an op that has a Triton kernel for these dtypes: on GPUs, and on the CPU for tests."""
+    return (
+        Implementation("triton", frozenset({"cuda"}), frozenset(dtypes), str, _interpreted),
+        Implementation("triton", frozenset({"cpu"}), frozenset(dtypes), _not_interpreted, _interpreted),
+    )
+
+
+def _interpreted() -> str:
+    return "Triton's interpreter (TRITON_INTERPRET=1) is for tests" if settings.triton_interprets() else ""
+
+
+def _not_interpreted() -> str:
+    return "" if settings.triton_interprets() else "Triton runs on the CPU only under TRITON_INTERPRET=1"
+
+
+_UP_TO_32_BITS = (torch.float32, torch.float16, torch.bfloat16)
+
 # An op absent from here, or a device or dtype absent from its row, is computed by the op's reference.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    "attention": _triton(*_UP_TO_32_BITS),
+    "target_logprob": _triton(*_UP_TO_32_BITS),
+    "rows": _triton(*_UP_TO_32_BITS, torch.float64),
+    "lowrank": _triton(*_UP_TO_32_BITS),
     "second_moment": (
-        Implementation("native", frozenset({"cpu"}), frozenset({torch.float32, torch.float16, torch.bfloat16})),
+        Implementation("native", frozenset({"cpu"}), frozenset(_UP_TO_32_BITS)),
+        *_triton(*_UP_TO_32_BITS),
     ),
-    "solve": (),
+    "solve": (Implementation("native", frozenset({"cpu"}), frozenset({torch.float64}), lambda: openblas.why_not()),),
     "linear": (
         Implementation(
             "native", frozenset({"cpu"}), frozenset({torch.float32}), lambda: openblas.why_not(), lambda: _not_amd()
@@ -136,25 +159,23 @@ def _why_not(backend: str) -> str:
     if backend == "native":
         return why_not_native()
     if backend == "triton":
-        if not any(each.backend == "triton" for row in IMPLEMENTATIONS.values() for each in row):
-            return "no op of this version has a Triton kernel"
-        if find_spec("triton") is None:
-            return "Triton is not installed; pip install triton"
+        return "" if find_spec("triton") else "Triton is not installed; pip install triton"
     return ""
 
 
 def report() -> dict:
     """What ``kedit-fast info`` shows.
 
-    forced: the value of KEDIT_FAST_BACKEND or None; native: True, or the reason it is missing; instruction_sets and
-    openmp: of the extension ([] and False without it); threads: that CPU ops use; ops: {op: {device: {dtype name:
-    backend}}} for the devices present. Raises what ``backend_for`` raises for a wrong KEDIT_FAST_BACKEND.
+    forced: the value of KEDIT_FAST_BACKEND or None; native, triton: True, or the reason it is missing;
+    instruction_sets, openmp: of the extension ([] and False without it); threads: that CPU ops use; ops: {op: {device:
+    {dtype name: backend}}} for the devices present. Raises what ``backend_for`` raises for a wrong KEDIT_FAST_BACKEND.
     """
     module = native()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "forced": _forced_backend(),
         "native": True if module else why_not_native(),
+        "triton": _why_not("triton") or True,
         "instruction_sets": module.instruction_sets() if module else [],
         "openmp": module.has_openmp() if module else False,
         "threads": torch.get_num_threads(),

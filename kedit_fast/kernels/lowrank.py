@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kedit_fast.kernels import dispatch
+
 
 def lowrank_add(
     y: Tensor,
@@ -25,6 +27,10 @@ def lowrank_add(
     Raises ValueError where shapes disagree or only one of the owners is given.
     """
     _check(y, x, u, v, row_owner, factor_owner)
+    if dispatch.backend_for("lowrank", y.device, y.dtype) == "triton":
+        from kedit_fast.kernels.triton import lowrank
+
+        return lowrank.lowrank_add(y, x, u, v, row_owner, factor_owner)
     return lowrank_add_ref(y, x, u, v, row_owner, factor_owner)
 
 

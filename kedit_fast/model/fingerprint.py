@@ -5,30 +5,55 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from .family import as_out_in, down_projection, layers_of
+from .family import family_of, is_conv1d, module_at
+from .source import Disk, Resident
 
-ROWS = 2  # rows read from each layer's down projection: any ROME or MEMIT edit changes every row
+ROWS = 2  # rows read of each matrix: fine-tuning and edits change every row of what they change
 
 
-def fingerprint(model: nn.Module, weight_of=None) -> str:
-    """``family-L-d-hash`` (16 hex digits) of a Hugging Face model.
+def fingerprint(model: nn.Module, source: Resident | Disk | None = None) -> str:
+    """``family-L-d-hash`` (16 hex digits) of a Hugging Face model, whose layers ``source`` supplies (default: it does).
 
-    The hash covers two rows of every layer's down projection and of the token embedding, rounded to bfloat16, so a
-    bf16 and an fp32 copy of one model agree, and a 70B model costs about 9 MB read. ``weight_of(layer)`` hands in a
-    weight [out, in] that is not in the module (layers on disk).
+    The hash covers the shape of every parameter that a text passes, two rows [out, in] of each matrix (attention, MLP,
+    embedding, position table, head) and the whole of each vector (norms, biases), rounded to bfloat16, so that a bf16
+    and an fp32 copy of one model agree. It does not see a change that leaves these two rows as they are.
+
+    Cost: some 30 MB read of a 70B model; 0.02 s for 30 layers in memory. Raises ValueError for a model without weights.
     """
+    source = source or Resident(model)
     digest = hashlib.sha256()
-    embedding = model.get_input_embeddings().weight
-    n_layers = len(layers_of(model))
-    weight_of = weight_of or (lambda layer: as_out_in(down_projection(model, layer)))
-    for weight in (embedding, *map(weight_of, range(n_layers))):
-        digest.update(str(tuple(weight.shape)).encode())
-        digest.update(_sample(weight))
-    return f"{model.config.model_type}-{n_layers}-{embedding.shape[1]}-{digest.hexdigest()[:16]}"
+    family = family_of(model.config)
+    embedding = model.get_input_embeddings()
+    places = [module_at(model, path) for path in (family.positions, family.norm) if path]
+    for module in (embedding, *places, model.get_output_embeddings()):
+        for name, parameter in sorted(module.named_parameters()):
+            _add(digest, module, name, parameter.__getitem__)
+    for layer, block in enumerate(source.layers):
+        for name, _ in sorted(block.named_parameters()):
+            _add(digest, block, name, lambda index, at=(layer, name): source.rows(*at, index))
+    return f"{model.config.model_type}-{len(source.layers)}-{embedding.weight.shape[1]}-{digest.hexdigest()[:16]}"
 
 
-def _sample(weight: Tensor) -> bytes:
-    if weight.is_meta:
+def _add(digest, root: nn.Module, name: str, read) -> None:
+    """Adds the sample of one parameter to the digest; ``read(index)`` gives a part of it."""
+    turned = is_conv1d(module_at(root, name.rpartition(".")[0]))
+    shape = root.get_parameter(name).shape
+    shape = shape[::-1] if turned and len(shape) == 2 else shape
+    digest.update(str(tuple(shape)).encode())
+    for index in _sample(shape):
+        rows = read(index[::-1] if turned else index)
+        digest.update(_bits(rows.T if turned and rows.ndim == 2 else rows))
+
+
+def _sample(shape) -> list[tuple]:
+    """Indices of the rows that are read: a vector whole, else the first row and the middle one (of the first and the
+    middle matrix, where several are stacked)."""
+    if len(shape) < 2:
+        return [()]
+    return [(*(slice(k * n // ROWS, k * n // ROWS + 1) for n in shape[:-1]), slice(None)) for k in range(ROWS)]
+
+
+def _bits(rows: Tensor) -> bytes:
+    if rows.is_meta:
         raise ValueError("this model's weights are not loaded (meta device); open it from its folder instead")
-    rows = weight.detach()[:: max(1, weight.shape[0] // ROWS)][:ROWS]
-    return rows.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes()
+    return rows.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes()

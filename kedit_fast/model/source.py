@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .family import as_out_in, down_projection, family_of, is_conv1d, layers_of, module_at
@@ -31,6 +31,10 @@ class Resident:
     def down_weight(self, layer: int) -> Tensor:
         """The down projection's weight [d, d_ff]."""
         return as_out_in(down_projection(self.model, layer))
+
+    def rows(self, layer: int, name: str, index: tuple) -> Tensor:
+        """``parameter[index]`` of a layer's parameter ``name``, as it is stored."""
+        return self.layers[layer].get_parameter(name)[index]
 
 
 class Disk:
@@ -75,6 +79,10 @@ class Disk:
         weight = self.tensor(f"{self.prefix}.{layer}.{family_of(self.model.config).mlp_down}.weight")
         return weight.T if is_conv1d(down_projection(self.model, layer)) else weight
 
+    def rows(self, layer: int, name: str, index: tuple) -> Tensor:
+        """``parameter[index]`` of a layer's parameter ``name``, as it is stored: no more than that is read."""
+        return self._checkpoint.rows(f"{self.prefix}.{layer}.{name}", index).to(self._dtype)
+
 
 class Checkpoint:
     """The tensors of a safetensors checkpoint folder, by the model's parameter names."""
@@ -87,14 +95,17 @@ class Checkpoint:
     def _index(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            return json.loads(index.read_text())["weight_map"]
+            try:
+                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{index} is damaged ({error!r}); fetch the checkpoint again") from error
         single = self.folder / "model.safetensors"
         if not single.exists():
             raise FileNotFoundError(
                 f"{self.folder} has neither model.safetensors nor its index; reading layers from disk needs a "
                 "safetensors checkpoint (save_pretrained writes one)"
             )
-        with safe_open(single, "pt") as f:
+        with open_tensors(single) as f:
             return dict.fromkeys(f.keys(), single.name)
 
     def has(self, name: str) -> bool:
@@ -107,14 +118,28 @@ class Checkpoint:
         return next((n for n in (name, short, *others) if n in self._file_of), None)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, a view of the file in the checkpoint's own dtype."""
+        """One tensor, a view of the file in the checkpoint's own dtype. Raises ValueError where it is missing."""
+        stored, file = self._found(name)
+        return file.get_tensor(stored)
+
+    def rows(self, name: str, index: tuple) -> Tensor:
+        """``tensor(name)[index]``, read alone."""
+        stored, file = self._found(name)
+        return file.get_slice(stored)[index]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        stored, file = self._found(name)
+        return tuple(file.get_slice(stored).get_shape())
+
+    def _found(self, name: str) -> tuple[str, safe_open]:
         stored = self._stored(name)
         if stored is None:
-            raise KeyError(f"{self.folder} has no tensor {name!r}; is it a checkpoint of this model?")
+            raise ValueError(f"{self.folder} has no tensor {name!r}; is it a checkpoint of this model?")
         file = self._file_of[stored]
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, "pt")
-        return self._open[file].get_tensor(stored)
+            self._open[file] = open_tensors(self.folder / file)
+        return stored, self._open[file]
 
     @property
     def n_bytes(self) -> int:
@@ -122,10 +147,36 @@ class Checkpoint:
         return sum((self.folder / f).stat().st_size for f in set(self._file_of.values()))
 
 
+def open_tensors(path: Path) -> safe_open:
+    """An open safetensors file. Raises ValueError, naming it, for one that is cut short or something else."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is cut short or no safetensors file ({error}); fetch or save the checkpoint again"
+        ) from error
+
+
+def check_complete(folder, missing, mismatched) -> None:
+    """Raises ValueError for parameters that a checkpoint lacks, or has in another shape.
+
+    missing: their names, in the model's order; mismatched: (name, shape in the checkpoint, the model's shape)
+    """
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"{folder}: tensor {name!r} is {list(stored)}, its config.json says {list(wanted)}; "
+            "the checkpoint's files do not belong together"
+        )
+
+
 def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype: torch.dtype | None):
     """A model whose layers stay on disk: (module with embedding, norm and head, ``Disk`` source).
 
-    What no text passes (a wrapper's vision tower) stays on meta. Raises ValueError for tensors that are missing.
+    What no text passes (a wrapper's vision tower) stays on meta. Raises ValueError for tensors that are missing or have
+    another shape than the config says, and for damaged files.
     """
     if dtype is not None:
         config.dtype = dtype
@@ -139,18 +190,19 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
     around = [model.get_input_embeddings(), model.get_output_embeddings(), module_at(model, family.norm)]
     around += [module_at(model, family.positions)] if family.positions else []
     loaded = {id(parameter) for module in around for parameter in module.parameters()}
-    missing = []
+    missing, mismatched = [], []
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in loaded and not name.startswith(source.prefix + "."):
             continue
         if not checkpoint.has(name):
             if not (tied and parameter is model.get_output_embeddings().weight):
                 missing.append(name)
+        elif checkpoint.shape(name) != tuple(parameter.shape):
+            mismatched.append((name, checkpoint.shape(name), parameter.shape))
         elif id(parameter) in loaded:  # a view of the file, as a resident model has: a copy is aligned otherwise and
             # another path of the BLAS gives other last bits
             _put(model, name, nn.Parameter(source.tensor(name), requires_grad=parameter.requires_grad))
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
+    check_complete(folder, missing, mismatched)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device))

@@ -11,7 +11,9 @@ import kedit_fast.editors.memit as memit_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
 from kedit_fast.edit import Dense
+from kedit_fast.editors.common import Prompts
 from kedit_fast.kernels.solve import factor, memit_solve
+from kedit_fast.sites import Site
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import (
@@ -32,6 +34,7 @@ from tests.oracle.memit import memit_update
 from tests.oracle.values import Value, optimize_value
 from tests.tiny import D_FF, PROMPTS, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 LAYERS = (0, 1, 2)
 WEIGHT = 5.0
 OPTIMIZATION = dict(lr=1.0, steps=6, weight_decay=0.5, kl_factor=0.0625, clamp=0.4)
@@ -273,6 +276,56 @@ def test_the_fit_says_how_much_of_a_residual_a_layer_can_reach():
     assert notes["fit"] == pytest.approx(g / (g + WEIGHT), rel=1e-6)
     with made.apply(model := copy.deepcopy(lm.model)):
         assert residuals(model, made).item() == pytest.approx(notes["missing"] * (1 - notes["fit"]), rel=1e-6)
+
+
+def test_the_fit_is_the_mean_over_facts():
+    made = edit(tiny_lm("gpt2", torch.float64), editor=replace(EDITOR, layers=(1,)))
+    K, C = made.keys[1], matrices()[1].double()
+    g = (K * torch.linalg.solve(C, K.T).T).sum(1)
+    assert g.max() > 1.1 * g.mean()
+    notes = made.provenance["layers"]["1"]
+    assert notes["g"] == pytest.approx(g.mean().item(), rel=1e-6)
+    assert notes["fit"] == pytest.approx((g.mean() / (g.mean() + WEIGHT)).item(), rel=1e-6)
+
+
+def test_the_notes_give_each_fact_s_probability_at_its_value(monkeypatch):
+    """Not exp(-loss): the loss has KL and decay in it."""
+    found = []
+
+    def optimize(*args):
+        found.append(values_module.optimize_values(*args))
+        return found[0]
+
+    monkeypatch.setattr(memit_module, "optimize_values", optimize)
+    made = edit(tiny_lm("llama"), editor=replace(EDITOR, v_lr=2.0, clamp_norm_factor=1.2, kl_factor=0.2))
+    notes, z = made.provenance["values"], found[0]
+    assert notes["p_new"] == pytest.approx((-z.nll).exp().tolist(), abs=1e-5)
+    assert notes["loss"] == pytest.approx(z.loss.tolist(), abs=1e-5)
+    assert ((-z.nll).exp() - (-z.loss).exp()).max() > 1e-2
+
+
+def test_the_values_loss_reads_v_loss_layer():
+    """Or the last edit layer, where that is above it."""
+    lm = tiny_lm("llama")
+    made = {layer: edit(lm, editor=replace(EDITOR, v_loss_layer=layer)).values for layer in (0, 2, 3, None)}
+    tasks = Prompts.of(lm, FACTS, GROUPS).value_tasks(lm)
+    for layer in (2, 3):
+        settings = values_module.ValueSettings(layer=2, site=Site.layer_out, loss_layer=layer, **OPTIMIZATION)
+        assert torch.equal(made[layer], values_module.optimize_values(lm, tasks, settings).values)
+    assert relative(made[2], made[3]) > 1e-2
+    assert torch.equal(made[None], made[3]) and torch.equal(made[0], made[2])
+
+
+def test_a_regularizer_bears_statistics_of_few_tokens():
+    lm = tiny_lm("gpt2", torch.float64)
+    few = moments(n_tokens=40)
+    made = edit(lm, editor=replace(EDITOR, layers=(1,), regularizer=1e-2), moments=few)
+    C = few[1].matrix.double()
+    C += 1e-2 * C.diagonal().mean() * torch.eye(D_FF)
+    K = made.keys[1]
+    expected = oracle(lm.model, "gpt2", layers=(1,), values=[Value(z, z, 0, []) for z in made.values]).shares[1]
+    system = WEIGHT * C + K.T @ K
+    assert relative(made.deltas[1].dense(), expected.T @ torch.linalg.solve(system, K.T).T) < 1e-6
 
 
 def test_the_saved_edit_is_the_edit(tmp_path):

@@ -1,6 +1,7 @@
 """ROME against its oracle, and what must hold for its edits."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from tests.oracle.rome import rome_update
 from tests.oracle.values import keys
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 LAYER = 1
 OPTIMIZATION = dict(lr=1.0, steps=5, weight_decay=0.5, kl_factor=0.0625, clamp=0.8)
 EDITOR = kf.Rome(
@@ -162,6 +164,22 @@ def test_a_regularizer_bears_statistics_of_few_tokens():
     C += 1e-3 * C.diagonal().mean() * torch.eye(len(C))
     expected = rome_update(lm.model, tiny_tokenizer(), oracle_facts()[1], FLAT, LAYER, C, **OPTIMIZATION)
     assert relative(made.deltas[LAYER].dense(), expected.delta) < 1e-4
+
+
+def test_the_notes_say_what_the_update_was_made_of():
+    lm = tiny_lm("gpt2", torch.float64)
+    known = {LAYER: replace(moments()[LAYER], fingerprint=lm.fingerprint, corpus="some text")}
+    made = edit(lm, FACTS[:2], moments=known)
+    value = oracle(lm.model, oracle_facts()[0]).value
+    for k, notes in zip(made.keys[LAYER], made.provenance["layers"][str(LAYER)], strict=True):
+        g = (k @ torch.linalg.solve(matrices()[LAYER].double(), k)).item()
+        assert notes["g"] == pytest.approx(g, rel=1e-6) and abs(g - 1) > 0.1
+        assert notes["corpus"] == "some text" and notes["fingerprint"] == lm.fingerprint
+        assert notes["n_tokens"] == known[LAYER].n_tokens
+        assert notes["p_new"] > math.exp(-notes["loss"]) * 1.01
+    assert made.provenance["layers"][str(LAYER)][0]["loss"] == pytest.approx(value.losses[-1], rel=1e-4)
+    (plain,) = edit(lm, editor=replace(EDITOR, mom2_adjustment=False), moments=None).provenance["layers"][str(LAYER)]
+    assert not {"g", "corpus", "n_tokens", "fingerprint"} & set(plain)
 
 
 def test_the_loss_reads_the_last_layer_whatever_v_loss_layer_says():

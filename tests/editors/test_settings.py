@@ -1,6 +1,8 @@
 """Hyper-parameters: published files load as they are, other models get derived ones and say so."""
 
 import json
+import math
+import re
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
@@ -98,20 +100,36 @@ def test_rome_does_not_take_memit_s_file(tmp_path):
         kf.Rome.from_json(written(tmp_path, MEMIT))
 
 
-@pytest.mark.parametrize(("name", "rome_layers", "memit_layers"), [
-    ("gpt2-xl", (17,), (13, 14, 15, 16, 17)),
-    ("openai-community/gpt2-xl", (17,), (13, 14, 15, 16, 17)),
-    ("EleutherAI/gpt-j-6b", (5,), (3, 4, 5, 6, 7, 8)),
-    ("/models/gpt2-medium", (8,), None),
+@pytest.mark.parametrize(("name", "depth", "rome_layers", "memit_layers"), [
+    ("gpt2-xl", 48, (17,), (13, 14, 15, 16, 17)),
+    ("openai-community/gpt2-xl", 48, (17,), (13, 14, 15, 16, 17)),
+    ("EleutherAI/gpt-j-6b", 28, (5,), (3, 4, 5, 6, 7, 8)),
+    ("/models/gpt2-medium", 24, (8,), None),
 ])  # fmt: skip
-def test_for_model_gives_what_was_published(name, rome_layers, memit_layers):
-    lm = named(name)
+def test_for_model_gives_what_was_published(name, depth, rome_layers, memit_layers):
+    lm = named(name, layers=depth)
     rome, memit = kf.Rome.for_model(lm), kf.Memit.for_model(lm)
     assert rome.layers == rome_layers and rome.source.startswith("published for gpt")
     if memit_layers is None:
         assert memit.source.startswith("derived")
     else:
         assert memit.layers == memit_layers and memit.source.startswith("published for gpt")
+
+
+@pytest.mark.parametrize("table", [rome_module.PUBLISHED, memit_module.PUBLISHED])
+def test_what_was_published_tells_the_depth_of_its_model(table):
+    depths = {"gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48, "gpt-j-6B": 28, "gpt-neox-20b": 44}
+    for name, editor in table.items():
+        assert editor.v_loss_layer == depths[name] - 1 and name in editor.source
+
+
+@pytest.mark.parametrize("layers", [4, 47, 49])
+def test_a_name_alone_makes_no_published_model(layers):
+    """A folder may be called anything."""
+    lm = named("/models/gpt2-xl", layers=layers)
+    for editor in (kf.Rome.for_model(lm), kf.Memit.for_model(lm)):
+        assert editor.source.startswith(f"derived for {layers} layers")
+        editor._check(lm)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 12])
@@ -143,3 +161,52 @@ def test_settings_are_frozen_and_listed():
         kf.Rome(key="both")
     with pytest.raises(TypeError):
         kf.Memit(lr=0.5)
+
+
+NUMBERS = ("v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "regularizer")
+WRONG = [
+    *(("layers", value, "a list of layers") for value in (17, "17", [1.0], ["1"], [True], [-1], [[1]], None)),
+    *(("v_num_grad_steps", value, "a whole number") for value in (2.5, 20.0, "20", True, None, [20])),
+    *(("v_loss_layer", value, "a whole number from 0 on, or null") for value in (-1, 47.0, "47", True)),
+    *((name, value, "a finite number") for name in NUMBERS for value in (None, "0.5", math.nan, math.inf, [0.5], True)),
+    *(("mom2_adjustment", value, "true or false") for value in ("false", 0, 1, None)),
+    *(("context_template_length_params", value, "a list of pairs") for value in (
+        [[4, -1]], [[0, 3]], [4, 2], [[4]], [[4, 2, 1]], [["4", "2"]], [[4.0, 2]], "4", 4, None,
+    )),
+    ("source", 3, "a string"),
+    ("fact_token", None, "a string"),
+    ("fact_token", "last", 'only "subject_last"'),
+    ("layers", (1, 1), "each layer once"),
+    *((name, -5, "a finite number from 0 on") for name in ("v_weight_decay", "kl_factor", "regularizer")),
+    *((name, value, "a number above 0") for name in kf.Rome.POSITIVE for value in (0, -1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("editor", [kf.Rome, kf.Memit])
+@pytest.mark.parametrize(("name", "value", "says"), WRONG)
+def test_a_value_of_another_kind_is_refused(editor, name, value, says, tmp_path):
+    """When the editor is made: not after hours of statistics, and not in the words of what failed inside."""
+    expected = rf"{name} {re.escape(repr(as_tuples(value)))}: .*{says}"
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        editor(**{name: value})
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        replace(editor(), **{name: value})
+    path = written(tmp_path, {name: value})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {expected}"):
+        editor.from_json(path)
+
+
+def as_tuples(value):
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("value", [None, "15000", 0, -1, math.nan, True])
+def test_memit_s_weight_is_a_number_above_0(value):
+    with pytest.raises(ValueError, match=r"^mom2_update_weight .*: expected a (finite )?number"):
+        kf.Memit(mom2_update_weight=value)
+
+
+def test_what_the_fields_take():
+    made = kf.Memit(layers=[3, 4], v_lr=1, v_weight_decay=0, kl_factor=0.0, context_template_length_params=[[4, 2]])
+    assert made.layers == (3, 4) and made.context_template_length_params == ((4, 2),) and made.v_loss_layer is None
+    assert kf.Rome(context_template_length_params=()).context_template_length_params == ()

@@ -1,9 +1,12 @@
 """v* and z of all facts at once against one fact at a time over Hugging Face's forward."""
 
+import re
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kedit_fast.jobs.values as values_module
 import tests.oracle.values as oracle_module
@@ -160,6 +163,46 @@ def test_groups_cut_by_memory_are_the_whole():
         assert torch.equal(parts.steps, whole.steps)
 
 
+class LiveBytes(TorchDispatchMode):
+    """``peak``: most bytes of tensors alive at once that were made inside, a model's own not counted."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.alive = {x.untyped_storage()._cdata: 0 for x in (*model.parameters(), *model.buffers())}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._end, storage._cdata)
+
+    def _end(self, key):
+        self.now -= self.alive.pop(key, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("groups", [GROUPS, [["{}", "The piano is in the city of London. " * 8 + "{}"]]])
+def test_a_fact_is_counted_as_what_it_holds(groups, layer, family, dtype):
+    """Near the top logits are the most of it, with long contexts keys and values, below what autograd keeps of rows."""
+    lm = tiny_lm(family, dtype)
+    some, chosen = tasks(lm, groups=groups), settings(lm, layer=layer, steps=2)
+    with LiveBytes(lm.model) as held:
+        optimize_values(lm, some, chosen)
+    counted = sum(values_module.held_bytes(lm, task, chosen) for task in some)
+    assert held.peak <= counted <= 3 * held.peak
+
+
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_the_caller_s_grad_mode_does_not_matter(around):
     lm = tiny_lm("gpt2")
@@ -202,6 +245,38 @@ def test_damaged_weights_are_found_before_the_first_step(monkeypatch):
     monkeypatch.setattr(values_module._Group, "_losses", None)
     with pytest.raises(ValueError, match="NaN or infinity at the facts' prompts"):
         optimize_values(lm, tasks(lm), settings(lm))
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 1])
+@pytest.mark.parametrize("names", [True, False])
+def test_a_loss_that_turns_nan_is_an_error(names, memory, monkeypatch):
+    """Named by the fact's name, or its number among all facts, whatever the groups; before the value is used."""
+    lm = replace(tiny_lm("llama"), memory=memory)
+    some = [task if names else replace(task, name="") for task in tasks(lm)]
+    first, wrong = torch.tensor(some[0].target), some[2].target[0]
+    made = values_module.target_logprob
+    calls = []
+
+    def spoiled(h, head, targets, n_vocab):
+        """The first fact is done at once, so numbers among those still at work are others."""
+        calls.append(1)
+        bad = (targets == wrong) & (sum(calls) > (1 if memory > 1 else STEPS + 2))
+        log_p = made(h, head, targets, n_vocab).masked_fill(torch.isin(targets, first), 0.0)
+        return log_p.masked_fill(bad, torch.nan)
+
+    monkeypatch.setattr(values_module, "target_logprob", spoiled)
+    fact = re.escape(FACTS[2].label) if names else "2"
+    with pytest.raises(
+        ValueError, match=rf"loss of fact {fact} became NaN at step 2 of {STEPS} \(1 of \d facts\): lower"
+    ):
+        optimize_values(lm, some, settings(lm))
+
+
+@pytest.mark.parametrize("name", ["kl_factor", "weight_decay"])
+def test_settings_that_are_nan_give_no_values(name):
+    lm = tiny_lm("gpt2")
+    with pytest.raises(ValueError, match="the loss of fact 'The Space Needle is in the city of' became NaN at step 1"):
+        optimize_values(lm, tasks(lm), settings(lm, **{name: torch.nan}))
 
 
 def test_a_bfloat16_model_is_optimized_in_float32():

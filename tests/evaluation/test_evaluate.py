@@ -15,6 +15,7 @@ from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.evaluation.probes import Names
 from kedit_fast.facts import Fact
 from kedit_fast.jobs.generate import generate
+from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.lm import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
@@ -276,6 +277,42 @@ def test_a_wrecking_edit_shows(lm):
     assert edited > 3 * base
 
 
+def test_an_edit_that_overflows_is_no_success(lm):
+    """One of several facts answers NaN after its edit: it is counted, with probability 0, and never as a success."""
+    facts = [
+        dataclasses.replace(FACTS[0], same_subject=("Big Ben was born in",), neighborhood=("Toyota is in",)),
+        Fact("The capital of {} is", "Spain", "Paris", "Madrid"),
+    ]
+    edit = make_owned(lm, facts)
+    for delta in edit.deltas.values():
+        delta.u[:, 1] *= 1e38  # the factor that the first fact owns
+    report = evaluate(lm, facts, edit)
+    summary = report.summary()
+    for name in METRICS:
+        lacking = name == "known_neighbors_p_true" and not report.base["neighborhood_p_true"][0] >= 0.1
+        if name != "neighborhood_left_out" and not lacking:
+            assert report.edited[name][0] == 0 and not math.isnan(report.base[name][0]), name
+        assert summary[name]["edited"].n == summary[name]["base"].n, name
+    close({"p_new": report.edited["p_new"][1:]}, {"p_new": evaluate(lm, facts[1], edit.only(1)).edited["p_new"]})
+    assert " -> " not in str(report)
+
+
+def test_a_prompt_with_one_nan_answer_is_no_success_for_the_other(lm, monkeypatch):
+    """NaN in the second token of target_new: target_true must not win against it."""
+    fact = Fact("{} is in", "Big Ben", "Rome Zürich", "London", neighborhood=("Toyota is in",))
+    probes = importlib.import_module("kedit_fast.evaluation.probes")
+    second = lm.tokenizer(" Zürich", add_special_tokens=False)["input_ids"][-1]
+
+    def torn(h, head, targets, n_vocab):
+        return target_logprob(h, head, targets, n_vocab).masked_fill(targets == second, math.nan)
+
+    assert evaluate(lm, fact).base["neighborhood_p_true"][0] > 0
+    monkeypatch.setattr(probes, "target_logprob", torn)
+    base = evaluate(lm, fact).base
+    for name in ("efficacy", "p_new", "p_true", "neighborhood", "neighborhood_p_true", "neighborhood_magnitude"):
+        assert base[name].tolist() == [0], name
+
+
 # --- neighborhood prompts that name an edited subject ----------------------------------------------------------------
 
 
@@ -391,6 +428,23 @@ def test_log_has_one_record_a_fact(lm, tmp_path, monkeypatch):
             assert list(record[side]) == list(other[side])
             for name, value in record[side].items():
                 assert value is None is other[side][name] or value == pytest.approx(other[side][name], rel=1e-6)
+
+
+@pytest.mark.parametrize("place, error", [("none/log", FileNotFoundError), (".", IsADirectoryError)])
+def test_a_log_that_cannot_be_written_is_refused_first(lm, tmp_path, monkeypatch, place, error):
+    monkeypatch.setattr(module, "read_probes", lambda *args: pytest.fail("a sweep began"))
+    with pytest.raises(error) as caught:
+        evaluate(lm, FACTS, log=tmp_path / place)
+    assert str(tmp_path / place) in str(caught.value)
+
+
+def test_a_report_says_which_backend_ran(lm, monkeypatch):
+    assert set(evaluate(lm, FACTS[0]).meta["backend"]) == {"attention", "linear", "lowrank", "target_logprob"}
+    asked = []
+    monkeypatch.setattr(module, "backend_for", lambda *args: asked.append(args) or f"of {args[0]}")
+    half = make_lm(dtype=torch.bfloat16)
+    assert evaluate(half, FACTS[0]).meta["backend"]["lowrank"] == "of lowrank"
+    assert {args[1:] for args in asked} == {(half.device, torch.bfloat16)}
 
 
 def test_report_says_what_was_evaluated(lm, tmp_path):

@@ -265,6 +265,26 @@ def test_text_table():
     assert lines[-1] == "a note & more"
 
 
+def test_what_no_fact_has_is_not_shown():
+    """Neither in the table nor as the score of it; a metric that only one side has is."""
+    report = make_report(
+        base=full(efficacy=[0.0, 1.0], neighborhood=[1.0, 0.5]), edited=full(efficacy=[1.0, 1.0], p_true=[0.5, NAN])
+    )
+    for text in (str(report), report.to_html()):
+        assert "nan" not in text and "paraphrase" not in text and "score" not in text
+    assert "p_true" in str(report) and "–" in str(report) and "p_true" in report.to_html()
+
+
+def test_the_number_of_facts_is_said_of_each_side_where_they_differ():
+    values = dict(efficacy=[0.0, 1.0], p_new=[0.5, 0.25])
+    report = make_report(base=full(**values), edited=full(efficacy=[1.0, 1.0], p_new=[NAN, 0.5]))
+    shown = {line.split()[0]: line.split("  ")[-1].strip() for line in str(report).splitlines()[2:4]}
+    assert shown == {"efficacy": "2", "p_new": "2 -> 1"}
+    assert report.to_html().count(">2 -&gt; 1</td>") == 1
+    alone = make_report(base=full(**values), edited=None)
+    assert all(line.endswith("  2") for line in str(alone).splitlines()[2:4])
+
+
 def test_html(tmp_path):
     report, path = make_report(), tmp_path / "report.html"
     fragment = report.to_html(path)

@@ -42,7 +42,6 @@ def test_device_and_dtype_decide(force, with_native):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert dispatch.backend_for("second_moment", "cpu", dtype) == "native"
     assert dispatch.backend_for("second_moment", "cpu", torch.float64) == "reference"
-    assert dispatch.backend_for("second_moment", torch.device("cuda", 0), torch.float32) == "reference"
     assert dispatch.backend_for("rows", "cpu", torch.float32) == "reference"
 
 
@@ -77,10 +76,55 @@ def test_forced_but_missing(force, without_native):
         dispatch.backend_for("second_moment", "cpu", torch.float32)
 
 
-def test_forced_triton_without_kernels(force, with_native):
+@pytest.fixture
+def triton(monkeypatch):
+    """Sets whether Triton is installed and whether it interprets."""
+
+    def set_triton(installed=True, interprets=False):
+        monkeypatch.setattr(dispatch, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if interprets else "0")
+
+    return set_triton
+
+
+def test_triton_serves_gpus(force, with_native, triton):
+    triton()
+    for op in ("rows", "lowrank", "second_moment"):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert dispatch.backend_for(op, "cuda:1", dtype) == "triton"
+            assert dispatch.backend_for(op, "cpu", dtype) != "triton"
+    assert dispatch.backend_for("rows", "cuda", torch.float64) == "triton"
+    assert dispatch.backend_for("lowrank", "cuda", torch.float64) == "reference"
+    assert dispatch.backend_for("second_moment", "cuda", torch.float64) == "reference"
+    force("reference")
+    assert dispatch.backend_for("rows", "cuda", torch.float32) == "reference"
+
+
+def test_without_triton_the_reference_serves_gpus_and_says_so(force, with_native, triton):
+    triton(installed=False)
+    assert dispatch.backend_for("rows", "cuda", torch.float32) == "reference"
+    assert dispatch.report()["triton"] == "Triton is not installed; pip install triton"
+    triton()
+    assert dispatch.report()["triton"] is True
+    triton(installed=False)
     force("triton")
-    with pytest.raises(ValueError, match="KEDIT_FAST_BACKEND=triton cannot run here"):
-        dispatch.backend_for("second_moment", "cpu", torch.float32)
+    with pytest.raises(ValueError, match="KEDIT_FAST_BACKEND=triton cannot run here: Triton is not installed"):
+        dispatch.backend_for("rows", "cuda", torch.float32)
+
+
+def test_the_interpreter_runs_only_where_it_is_forced(force, with_native, triton):
+    triton(interprets=True)
+    assert dispatch.backend_for("rows", "cpu", torch.float32) == "reference"
+    assert dispatch.backend_for("rows", "cuda", torch.float32) == "reference"
+    force("triton")
+    assert dispatch.backend_for("rows", "cpu", torch.float32) == "triton"
+    assert dispatch.backend_for("solve", "cpu", torch.float64) == "reference", "an op without a Triton kernel"
+    with pytest.raises(ValueError, match=r"lowrank has no triton implementation for torch.float64 on cpu"):
+        dispatch.backend_for("lowrank", "cpu", torch.float64)
+    assert dispatch.report()["ops"]["lowrank"]["cpu"]["float64"] == "none"
+    triton()
+    with pytest.raises(ValueError, match=r"rows cannot run here: Triton runs on the CPU only under TRITON_INTERPRET=1"):
+        dispatch.backend_for("rows", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("op", ["second_moment", "rows"])

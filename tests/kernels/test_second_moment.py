@@ -36,7 +36,8 @@ def instruction_sets():
 
 def run_native(c, keys, threads=1, instruction_set=""):
     module = dispatch.native()
-    run = module.second_moment_f64 if c.dtype == torch.float64 else module.second_moment_f32
+    c_type, key_type = (str(x.dtype).removeprefix("torch.") for x in (c, keys))
+    run = getattr(module, f"second_moment_{c_type}_{key_type}")
     n, d = keys.shape
     return run(c.data_ptr(), c.stride(0), keys.data_ptr(), n, d, keys.stride(0), threads, instruction_set)
 
@@ -64,10 +65,11 @@ def test_fp64_keys_are_not_rounded(op):
 @native_only
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 @pytest.mark.parametrize("c_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [*WIDTHS, 200, 391])  # 391: several groups of panels a side
 @pytest.mark.parametrize("n", ROWS)
-def test_every_instruction_set(n, d, c_dtype, instruction_set):
-    keys = random_keys(n, d)
+def test_every_instruction_set(n, d, dtype, c_dtype, instruction_set):
+    keys = random_keys(n, d, dtype)
     c = torch.full((d, d), -3.0, dtype=c_dtype)
     assert run_native(c, keys, threads=2, instruction_set=instruction_set)
     close("c", c.tril() + 3 * torch.ones(d, d).tril(), truth(keys), torch.float32)
@@ -75,9 +77,52 @@ def test_every_instruction_set(n, d, c_dtype, instruction_set):
 
 
 @native_only
-def test_rows_with_a_stride_and_a_strided_accumulator():
-    whole = torch.full((40, 100), float("nan"))
-    whole[:, 3:80] = random_keys(40, 77)
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_16_bits_is_taken_as_it_is(dtype, instruction_set):
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    if dtype == torch.bfloat16 and instruction_set == "avx512_bf16":  # which takes subnormals for zeros
+        numbers = numbers[numbers.abs().float() >= torch.finfo(torch.bfloat16).tiny]
+    for part in numbers.split(999):
+        # Two rows: both halves of a pair. The first column is one, so that c's first column holds the sums of a column.
+        keys = torch.ones(2, 1 + len(part), dtype=dtype)
+        keys[0, 1:], keys[1, 1:] = part, 0
+        c = torch.zeros(1 + len(part), 1 + len(part), dtype=torch.float64)
+        for rows in (keys, keys.flip(0), keys[:1]):
+            assert run_native(c.zero_(), rows, instruction_set=instruction_set)
+            assert torch.equal(c[1:, 0], part.double())
+
+
+@native_only
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_every_instruction_set_refuses_bad_keys(value, dtype, instruction_set):
+    for row, column in ((0, 0), (256, 36), (299, 12)):
+        keys, c = random_keys(300, 37, dtype), torch.ones(37, 37, dtype=torch.float64)
+        keys[row, column] = value
+        assert not run_native(c, keys, instruction_set=instruction_set)
+        assert torch.equal(c, torch.ones(37, 37, dtype=torch.float64))
+
+
+@native_only
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums_keep_their_accuracy_in_every_instruction_set(dtype, instruction_set):
+    # All products positive: an fp32 sum over the rows would lose digits with the number of rows.
+    keys = (random_keys(20_000, 8).abs() + 1).to(dtype)
+    c = torch.zeros(8, 8, dtype=torch.float64)
+    assert run_native(c, keys, instruction_set=instruction_set)
+    error = (c.tril() - truth(keys)).abs().max() / truth(keys).max()
+    assert error < 1e-6
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_a_stride_and_a_strided_accumulator(dtype):
+    whole = torch.full((41, 100), float("nan"), dtype=dtype)
+    whole[:, 3:80] = random_keys(41, 77, dtype)
     accumulators = torch.zeros(77, 90, dtype=torch.float64)
     assert run_native(accumulators[:, :77], whole[:, 3:80])
     close("c", accumulators[:, :77].tril(), truth(whole[:, 3:80]), torch.float32)
@@ -120,7 +165,7 @@ def test_long_sums_keep_their_accuracy():
 
 
 @native_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_change_a_bit(dtype):
     keys, before = random_keys(700, 300, dtype), torch.get_num_threads()
     results = []
@@ -175,7 +220,7 @@ def test_keys_that_require_grad_leave_no_graph():
 
 @native_only
 def test_extension_refuses_what_would_crash():
-    run = dispatch.native().second_moment_f64
+    run = dispatch.native().second_moment_float64_float32
     with pytest.raises(ValueError, match="null address"):
         run(0, 4, 0, 2, 4, 4, 1)
     for sizes in [(4, 8, -1, 4, 4, 1), (3, 8, 2, 4, 4, 1), (4, 8, 2, 4, 3, 1), (4, 8, 2, 4, 4, 0)]:

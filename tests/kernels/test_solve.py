@@ -1,16 +1,45 @@
-"""The solves of ROME and MEMIT against a general solve of the same matrix, and the errors that replace bad inverses."""
+"""The solves of ROME and MEMIT against a general solve of the same matrix, and the errors that replace bad inverses.
+
+Every test runs twice: on plain torch and on numpy's OpenBLAS.
+"""
 
 import math
 
 import pytest
 import torch
 
+from kedit_fast.kernels import dispatch, openblas
+from kedit_fast.kernels import solve as module
 from kedit_fast.kernels.second_moment import second_moment_
-from kedit_fast.kernels.solve import MAX_CONDITION, MomentFactor, condition, factor, memit_solve
+from kedit_fast.kernels.solve import (
+    MAX_CONDITION,
+    MomentFactor,
+    condition,
+    factor,
+    factor_ref,
+    memit_solve,
+    memit_solve_ref,
+)
 
 from . import close
 
 WIDTHS = [1, 7, 48, 80, 130]
+WHY = dispatch.why_not_native() or openblas.why_not()
+native_only = pytest.mark.skipif(bool(WHY), reason=f"no native solves: {WHY}")
+
+
+@pytest.fixture(autouse=True, params=["reference", pytest.param("native", marks=native_only)])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def normal(*shape, seed=0):
@@ -140,24 +169,21 @@ def test_condition_estimate(d, decades, seed):
     assert 0.1 <= estimate / torch.linalg.cond(moment).item() <= 10
 
 
-def test_condition_estimate_leaves_a_saddle(monkeypatch):
-    from kedit_fast.kernels import solve
-
+def test_condition_estimate_leaves_a_saddle():
     # An inverse, in exact numbers, that maps the ascent's first vector (all equal) and a linear ramp to themselves.
     w = torch.tensor([1, -1, -1, 1, 1, -1, -1, 1], dtype=torch.float64)
     inverse = torch.eye(8, dtype=torch.float64) + 1024 * torch.outer(w, w)
-    monkeypatch.setattr(solve, "_solve", lambda _, columns: inverse @ columns)
     exact = torch.linalg.norm(inverse, 1).item()
-    assert exact / 20 <= solve._inverse_one_norm(torch.eye(8, dtype=torch.float64)) <= exact
+    assert exact / 20 <= module._inverse_one_norm(lambda row: row @ inverse, inverse) <= exact
 
 
-def test_blocks_of_the_norm(monkeypatch):
-    from kedit_fast.kernels import solve
-
+def test_blocks_of_a_matrix(monkeypatch):
     matrix = random_moment(37)
+    one_norm = module._algebra(matrix.device).one_norm
     for block in (1, 8, 36, 37, 100):
-        monkeypatch.setattr(solve, "_BLOCK", block)
-        assert solve._one_norm(matrix.tril()) == pytest.approx(torch.linalg.norm(matrix, 1).item(), rel=1e-12)
+        monkeypatch.setattr(module, "_BLOCK", block)
+        assert one_norm(matrix.tril()) == pytest.approx(torch.linalg.norm(matrix, 1).item(), rel=1e-12)
+        assert torch.equal(module._weighted(matrix.float(), 3.0, 0.0), 3 * matrix.float().double().tril())
 
 
 def test_regularizer_is_relative_to_the_mean_diagonal():
@@ -264,3 +290,121 @@ def test_wrong_right_sides():
         kept.solve(spoiled(normal(6, 3)))
     with pytest.raises(TypeError, match=r"torch.int64"):
         kept.solve(torch.arange(6))
+
+
+# ---- which algebra
+
+
+@pytest.mark.parametrize("way", ["dense", "woodbury"])
+@pytest.mark.parametrize("n, d_ff", [(1, 1), (5, 64), (17, 7), (129, 130), (40, 301)])
+def test_equals_the_reference(n, d_ff, way):
+    keys, residual, moment = normal(n, d_ff).float(), normal(n, 3, seed=1), random_moment(d_ff).float()
+    kept, kept_ref = factor(moment, 5.0, regularizer=1e-3), factor_ref(moment, 5.0, regularizer=1e-3)
+    close("L", kept.lower, kept_ref.lower, torch.float64)
+    assert kept.condition == pytest.approx(kept_ref.condition, rel=1e-10)
+    close("C⁻¹k", kept.solve(keys.T), kept_ref.solve(keys.T), torch.float64)
+    for matrix in (moment, kept, kept_ref):  # a factor serves both, whoever made it
+        got = memit_solve(keys, residual, matrix, 5.0, way=way)
+        want = memit_solve_ref(keys, residual, matrix, 5.0, way=way)
+        close("u", got[0], want[0], torch.float64)
+        close("v", got[1], want[1], torch.float64)
+
+
+@pytest.mark.parametrize("op", [factor, factor_ref])
+def test_a_factor_is_lower_triangular(op):
+    lower = op(random_moment(70).float() + torch.full((70, 70), 9.0).triu(1)).lower
+    assert torch.equal(lower, lower.tril())
+
+
+def test_the_residual_is_at_rounding_without_refinement():
+    eigenvalues = torch.logspace(0, -6, 200, dtype=torch.float64)
+    moment, keys = moment_with(eigenvalues), normal(30, 200)
+    for way in ("dense", "woodbury"):
+        v = memit_solve(keys, keys, moment, 0.5, way=way)[1]
+        left = 0.5 * moment @ v + keys.T @ (keys @ v) - keys.T
+        assert left.norm() <= 1e-13 * keys.norm()
+
+
+@pytest.mark.parametrize("way", ["dense", "woodbury"])
+def test_threads_do_not_change_the_result(way, threads):
+    keys, residual, moment = normal(90, 260), normal(90, 3, seed=1), random_moment(260)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(memit_solve(keys, residual, moment, 2.0, way=way)[1])
+    close("2 threads", results[1], results[0], torch.float64)
+    close("3 threads", results[2], results[0], torch.float64)
+
+
+def test_inputs_of_the_working_dtype_are_not_worked_on_in_place():
+    moment, keys, b = random_moment(30), normal(4, 30), normal(30, 2)
+    kept = factor(moment, 2.0)
+    before = [x.clone() for x in (moment, keys, b, kept.lower)]
+    kept.solve(b), kept.solve(b[:, 0]), condition(moment)
+    for matrix, way in ((moment, "dense"), (moment, "woodbury"), (kept, "dense"), (kept, "woodbury")):
+        memit_solve(keys, keys, matrix, 2.0, way=way)
+    assert all(torch.equal(x, y) for x, y in zip((moment, keys, b, kept.lower), before, strict=True))
+
+
+@native_only
+@pytest.mark.parametrize("absent", ["extension", "OpenBLAS"])
+def test_what_is_absent_leaves_the_reference(absent, monkeypatch):
+    monkeypatch.delenv("KEDIT_FAST_BACKEND")
+    assert dispatch.backend_for("solve", "cpu", torch.float64) == "native"
+    if absent == "OpenBLAS":
+        monkeypatch.setattr(openblas, "_library", lambda: None)
+    else:
+        monkeypatch.setattr(dispatch, "_load_native", lambda: (None, "the extension was not built"))
+    assert dispatch.backend_for("solve", "cpu", torch.float64) == "reference"
+    arguments = normal(4, 30), normal(4, 3), random_moment(30), 2.0
+    assert torch.equal(memit_solve(*arguments)[1], memit_solve_ref(*arguments)[1])
+
+
+# ---- the routines of OpenBLAS
+
+
+@native_only
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("left, shape", [(True, (9, 5)), (True, (9, 1)), (False, (5, 9)), (False, (1, 9))])
+def test_triangular_solves(left, shape, transposed):
+    lower, b = torch.linalg.cholesky(random_moment(9)), normal(*shape)
+    inverse = torch.linalg.inv(lower.T if transposed else lower)
+    want = inverse @ b if left else b @ inverse
+    dirty = lower + torch.full_like(lower, math.nan).triu(1)
+    assert openblas.solve_triangular_(dirty, b, left=left, transposed=transposed) is b
+    close("b", b, want, torch.float64)
+
+
+@native_only
+def test_products_and_factors_leave_the_upper_triangle():
+    for by_rows in (False, True):
+        matrix, rows = torch.full((7, 7), 2.0, dtype=torch.float64), normal(7, 4) if by_rows else normal(4, 7)
+        openblas.add_gram_(matrix, rows, by_rows=by_rows)
+        product = rows @ rows.T if by_rows else rows.T @ rows
+        close("rows", matrix.tril(), (2 + product).tril(), torch.float64)
+        assert torch.equal(matrix.triu(1), torch.full_like(matrix, 2.0).triu(1))
+    moment = random_moment(70)
+    dirty = moment.tril() + torch.full_like(moment, math.nan).triu(1)
+    assert openblas.one_norm(dirty) == pytest.approx(torch.linalg.norm(moment, 1).item(), rel=1e-12)
+    lower, minor = openblas.cholesky_(dirty)
+    assert lower is dirty and minor == 0
+    close("L", lower.tril(), torch.linalg.cholesky(moment), torch.float64)
+    assert lower.triu(1).isnan().sum() == 70 * 69 // 2
+    assert openblas.cholesky_(torch.diag(torch.tensor([1.0, 2.0, -1.0, 3.0]).double()))[1] == 3
+
+
+@native_only
+def test_routines_use_torchs_threads_and_put_numpys_back(threads, monkeypatch):
+    library, seen = openblas._library(), []
+    count = library.scipy_openblas_get_num_threads64_
+    before = count()
+
+    class Watching:
+        def __getattr__(self, name):
+            seen.append(count())
+            return getattr(library, name)
+
+    threads(3)
+    monkeypatch.setattr(openblas, "_library", Watching)
+    assert openblas.cholesky_(-torch.eye(3, dtype=torch.float64))[1] == 1
+    assert seen[-2:] == [3, 3] and count() == before  # at the call, and when the number is put back

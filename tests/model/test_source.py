@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, as_out_in, down_projection, layers_of
+from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import Checkpoint
 from tests.conftest import close, tiny_lm
 from tests.edits import make_edit
@@ -42,7 +43,7 @@ def numbers(lm):
 def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
     resident, disk = opened(saved(tmp_path, family))
     assert numbers(disk) == numbers(resident)
-    assert disk.fingerprint == resident.fingerprint
+    assert disk.fingerprint == resident.fingerprint == fingerprint(tiny_lm(family).model)
     assert all(p.is_meta for p in layers_of(disk.model).parameters())
     on_meta = {n for n, p in disk.model.named_parameters() if p.is_meta and not n.startswith(disk.source.prefix + ".")}
     assert on_meta == {n for n, _ in disk.model.named_parameters() if "vision_tower" in n or "projector" in n}
@@ -78,7 +79,14 @@ def test_half_precision_checkpoints_and_conversion(family, given, tmp_path):
     resident, disk = opened(tmp_path, dtype=given)
     assert disk.dtype == resident.dtype == torch.bfloat16
     assert disk.source.down_weight(2).dtype == torch.bfloat16
+    assert disk.fingerprint == resident.fingerprint == fingerprint(tiny_model(family))
     assert numbers(disk) == numbers(resident)
+
+
+def test_fingerprints_are_of_the_dtype_that_is_computed_with(tmp_path):
+    """float32 rounded to float16 and then to bfloat16 is not always float32 rounded to bfloat16."""
+    resident, disk = opened(saved(tmp_path, "llama"), dtype="fp16")
+    assert disk.fingerprint == resident.fingerprint
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
@@ -88,6 +96,15 @@ def test_many_shards(family, tmp_path):
     resident, disk = opened(tmp_path)
     assert numbers(disk) == numbers(resident)
     assert Checkpoint(tmp_path).n_bytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_fingerprint_reads_no_whole_matrix(family, tmp_path, monkeypatch):
+    _, disk = opened(saved(tmp_path, family))
+    sizes, rows = [], Checkpoint.rows
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a whole tensor was read"))
+    monkeypatch.setattr(Checkpoint, "rows", lambda *a: sizes.append(rows(*a).numel()) or rows(*a))
+    assert disk.fingerprint and len(sizes) > 4 * 10 and max(sizes) <= 4 * 80
 
 
 def test_each_weight_is_read_once_a_pack(tmp_path, monkeypatch):
@@ -116,10 +133,50 @@ def test_a_missing_tensor_is_named(lost, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"lacks 1 tensors of this model, '{lost}' first"):
-        kf.open_model(tmp_path, memory=1)
-    with pytest.raises(KeyError, match="has no tensor"):
+    for memory in (1, None):
+        with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 tensors of this model, '{lost}' first"):
+            kf.open_model(tmp_path, memory=memory)
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tensor '{lost}'"):
         Checkpoint(tmp_path).tensor(lost)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3"])
+def test_tied_heads_are_not_missing(family, tmp_path):
+    """A tied head stands once in the file, and none is made up."""
+    resident, disk = opened(saved(tmp_path, family))
+    for lm in (resident, disk):
+        assert lm.model.get_output_embeddings().weight is lm.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("memory", [1, None])
+def test_tensors_of_another_shape_are_named(memory, tmp_path):
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(saved(tmp_path, "llama") / "model.safetensors")
+    tensors[name] = tensors[name][:40].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}: tensor '{name}' is \[40, 48\], its config.json says \[80, 48\]"
+    ):
+        kf.open_model(tmp_path, memory=memory)
+
+
+@pytest.mark.parametrize("memory", [1, None])
+@pytest.mark.parametrize("length", [0, 7, 1000, -1])
+def test_files_cut_short_are_named(length, memory, tmp_path):
+    for folder, options in (("one", {}), ("shards", {"max_shard_size": "50KB"})):
+        saved(tmp_path / folder, "llama", **options)
+        file = sorted((tmp_path / folder).glob("*.safetensors"))[-1]
+        file.write_bytes(file.read_bytes()[:length])
+        with pytest.raises(ValueError, match=f"{file} is cut short or no safetensors file"):
+            kf.open_model(tmp_path / folder, memory=memory)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(text, tmp_path):
+    saved(tmp_path, "llama", max_shard_size="50KB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        kf.open_model(tmp_path, memory=1)
 
 
 def test_no_safetensors_says_what_to_do(tmp_path):

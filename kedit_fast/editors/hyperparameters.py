@@ -1,0 +1,157 @@
+"""Hyper-parameters as ROME and MEMIT share them: read from published files, checked one by one, derived for a model."""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+from ..model.family import check_layer
+from .common import check_lengths, checked_facts, under
+from .contexts import BARE, checked_contexts
+from .statistics import moments_for
+
+# Published settings files also hold these. Module paths follow from the model; statistics are handed to ``edit``.
+IGNORED = {
+    "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
+    "layer_selection", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "model_name", "alg_name", "stats_dir", "device",
+    "max_length", "model_parallel", "model_class", "tokenizer_class", "tokenizer_name",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The hyper-parameters that ROME and MEMIT share, under their published names, and how they are read.
+
+    layers: edited
+    v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of the optimization of a fact's value (jobs/values.py);
+    clamp_norm_factor: ||value - start|| <= this times ||start||
+    v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
+    there the field is only read
+    context_template_length_params: (length, n) of generated contexts
+    mom2_adjustment: whether second moments are used; regularizer: added to C's diagonal, relative to its mean; 0 is the
+    published form
+    source: where these settings come from, for whoever reads the edit
+
+    Raises ValueError, naming the field and its value, for a value of another kind than the field's.
+    """
+
+    layers: tuple[int, ...] = ()
+    fact_token: str = "subject_last"
+    v_num_grad_steps: int = 20
+    v_lr: float = 0.5
+    v_loss_layer: int | None = None
+    v_weight_decay: float = 0.5
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    mom2_adjustment: bool = True
+    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
+    regularizer: float = 0.0
+    source: str = "given"
+
+    POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = _frozen(getattr(self, field.name))
+            if field.name in self.POSITIVE and isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"{field.name} {value}: expected a number above 0")
+            _check_kind(field.name, field.type, value)
+            object.__setattr__(self, field.name, value)
+        if self.fact_token != "subject_last":
+            raise ValueError(f'fact_token {self.fact_token!r}: only "subject_last" carries the fact; expected that')
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers {self.layers}: expected each layer once")
+
+    @classmethod
+    def from_json(cls, path):
+        """The editor of a published hyper-parameter file (or one of the same form).
+
+        Module paths and the statistics' data set are read over: they follow from the model and from ``edit``'s
+        arguments. Raises ValueError, with the path, for a field that no editor has and for a value that the field
+        does not take.
+        """
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); expected a hyper-parameter file") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{path} holds a JSON {type(given).__name__}; expected an object of hyper-parameters")
+        known = {f.name for f in fields(cls)}
+        unknown = set(given) - known - IGNORED
+        if unknown:
+            raise ValueError(
+                f"{path}: {cls.__name__} has no field {sorted(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        try:
+            return cls(**{name: value for name, value in given.items() if name in known})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _prepared(self, lm, facts, contexts, previous):
+        """(model with ``previous`` on it, facts, groups of contexts or None), checked before any work."""
+        self._check(lm)
+        facts = checked_facts(facts)
+        groups = None if contexts is None else checked_contexts(contexts)
+        check_lengths(lm, facts, groups or [[BARE]])
+        return under(lm, previous, facts), facts, groups
+
+    def _moments(self, lm, moments, corpus) -> dict:
+        """The statistics of each layer; none without ``mom2_adjustment``."""
+        return moments_for(lm, self.layers, moments, corpus, self.regularizer) if self.mom2_adjustment else {}
+
+    def _check(self, lm) -> None:
+        if not self.layers:
+            raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
+        for layer in (*self.layers, *([] if self.v_loss_layer is None else [self.v_loss_layer])):
+            check_layer(layer, lm.n_layers)
+
+
+def _frozen(value):
+    """JSON's lists as tuples, also inside."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_whole(value, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_pair(value) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_whole(x, 1) for x in value)
+
+
+# By a field's annotation: what it takes, as a test and in words.
+_KINDS = {
+    int: (_is_whole, "a whole number from 0 on"),
+    int | None: (lambda x: x is None or _is_whole(x), "a whole number from 0 on, or null"),
+    float: (
+        lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf,
+        "a finite number from 0 on",
+    ),
+    bool: (lambda x: isinstance(x, bool), "true or false"),
+    str: (lambda x: isinstance(x, str), "a string"),
+    tuple[int, ...]: (
+        lambda x: isinstance(x, tuple) and all(map(_is_whole, x)),
+        "a list of layers, whole numbers from 0 on",
+    ),
+    tuple[tuple[int, int], ...]: (
+        lambda x: isinstance(x, tuple) and all(map(_is_pair, x)),
+        "a list of pairs [length, n], whole numbers from 1 on",
+    ),
+}
+
+
+def _check_kind(name: str, kind, value) -> None:
+    fits, words = _KINDS[kind]
+    if not fits(value):
+        raise ValueError(f"{name} {value!r}: expected {words}")
+
+
+def published(table: dict, lm):
+    """The editor published for this very model, or None: its name is known and its depth is that model's.
+
+    The name alone says little: any folder can be called "gpt2-xl".
+    """
+    name = Path(str(lm.name)).name.lower()
+    editor = next((editor for known, editor in table.items() if known.lower() == name), None)
+    return editor if editor is not None and editor.v_loss_layer == lm.n_layers - 1 else None

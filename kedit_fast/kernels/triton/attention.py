@@ -1,0 +1,200 @@
+"""Attention through the row table on Triton: a program holds a few rows of one run and goes over the keys they see."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_HEADS = 16  # heads of a group in one program at most: the least that a product takes
+# Queries of a program: as many as an average run of the call has, within these bounds, the upper one by bytes of an
+# element (64 spilled in fp32, whose products take no tensor cores). Not timed on a GPU yet.
+_LEAST, _MOST = 16, {2: 64, 4: 32}
+# By (bytes of an element, head size padded to a power of two): (keys at once, warps, stages). No spills on sm_80 and
+# sm_90 (tests/kernels/triton/test_compile.py), not timed on a GPU yet.
+_CONFIGS = {
+    (2, 64): (64, 4, 2),
+    (2, 128): (32, 4, 2),
+    (2, 256): (32, 8, 2),
+    (4, 64): (32, 4, 2),
+    (4, 128): (32, 4, 2),
+    (4, 256): (16, 8, 1),
+}
+
+
+@triton.jit
+def attention_kernel(
+    out, query, key, value, table, pos, blocks,
+    table_stride, query_stride, query_head, key_stride, key_head, value_stride, value_head, scale, window, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(softcap(q kᵀ scale)) v for the rows of one block and up to HEADS heads of one key head's GROUP.
+
+    out: [rows, H, DIM], contiguous; blocks: [n, 3] of ``Plan``; WIDTH: DIM padded to a power of two
+
+    Grid (blocks, key heads x parts of a group). A program owns QUERIES = (rows of its block x HEADS) queries: query i
+    is row i // HEADS and head i % HEADS, so the heads of a group share the keys that are read. It reads the keys and
+    values of the positions that some row of the block sees, and no other slot; writes its queries once. Online softmax
+    in fp32; 4 · queries · keys · DIM FLOP.
+
+    UPCAST: products in fp32; the interpreter's products of bf16 are not products.
+    """
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    first, end, segment = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    of_key, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    index = tl.arange(0, QUERIES)
+    member = part * HEADS + index % HEADS
+    mine = (first + index // HEADS < end) & (member < GROUP)
+    # Queries that are not ours repeat the last row and head: each has keys to see, and nothing to mask until the store.
+    row = tl.minimum(first + index // HEADS, end - 1)
+    head = of_key * GROUP + tl.minimum(member, GROUP - 1)
+    column = tl.arange(0, WIDTH)
+    inside = column < DIM
+    at = tl.load(pos + row).to(tl.int32)
+    last = tl.load(pos + end - 1).to(tl.int32)
+
+    q = tl.load(query + (row * query_stride + head * query_head)[:, None] + column[None, :], mask=inside[None, :])
+    q = tl.where(inside[None, :], q, 0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    key += of_key.to(tl.int64) * key_head
+    value += of_key.to(tl.int64) * value_head
+    table += segment * table_stride
+    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((QUERIES,), dtype=tl.float32)
+    total = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(tl.load(pos + first).to(tl.int32) - window + 1, 0)
+    for start in range(begin, last + 1, KEYS):
+        t = start + tl.arange(0, KEYS)
+        seen = t[None, :] <= at[:, None]
+        held = t <= last
+        if WINDOWED:  # rows with a gap between them may leave positions that none of them sees
+            seen = seen & (t[None, :] > at[:, None] - window)
+            held = held & (tl.max(seen.to(tl.int32), 0) > 0)
+        slot = tl.load(table + t, mask=held, other=-1)
+        held = slot >= 0
+        seen = seen & held[None, :]
+        k = tl.load(
+            key + (slot * key_stride)[None, :] + column[:, None], mask=inside[:, None] & held[None, :], other=0.0
+        )
+        v = tl.load(
+            value + (slot * value_stride)[:, None] + column[None, :], mask=held[:, None] & inside[None, :], other=0.0
+        )
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if CAPPED:
+            scores = softcap * _tanh(scores / softcap)
+        scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        ground = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet: no inf - inf
+        p = tl.exp2(scores - ground[:, None])
+        fade = tl.exp2(top - ground)
+        weight = weight * fade + tl.sum(p, 1)
+        total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+        top = higher
+    place = out + ((row * (tl.num_programs(1) // PARTS * GROUP) + head) * DIM)[:, None] + column[None, :]
+    tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+class Plan(NamedTuple):
+    """Which rows a program holds, all on the device.
+
+    blocks: [n, 3] int64: a block's first row, the one behind its last, and its segment; table: [segments, T] int64,
+    the row of ``key_rows`` of each segment (rows of one run in ascending position); pos: [rows] int64; queries: how
+    many a program has
+    """
+
+    blocks: Tensor
+    table: Tensor
+    pos: Tensor
+    queries: int
+
+
+def plan(key_rows: Tensor, run: Tensor, pos: Tensor, heads: int, most: int, device) -> Plan:
+    """Cuts the rows into segments where a run ends or a position does not ascend, and those into blocks; no loop."""
+    new = torch.ones_like(run, dtype=torch.bool)
+    new[1:] = (run[1:] != run[:-1]) | (pos[1:] <= pos[:-1])
+    start = new.nonzero()[:, 0]
+    stop = torch.cat([start[1:], start.new_tensor([len(run)])])
+    queries = triton.next_power_of_2(triton.cdiv(len(run), len(start)) * heads)
+    queries = min(max(queries, _LEAST), most)
+    rows = queries // heads
+    count = (stop - start + rows - 1) // rows
+    segment = torch.arange(len(start), device=run.device).repeat_interleave(count)
+    nth = torch.arange(len(segment), device=run.device) - (count.cumsum(0) - count)[segment]
+    first = start[segment] + nth * rows
+    blocks = torch.stack([first, torch.minimum(first + rows, stop[segment]), segment], 1)
+    table = key_rows[run[start].to(key_rows.device), : int(pos.max()) + 1]
+    return Plan(blocks.to(device), table.to(device), pos.to(device), queries)
+
+
+def attention(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None) -> Tensor:
+    """``kernels.attention.attention`` on Triton for fp32, fp16 and bf16; without gradients."""
+    rows, n_heads, dim = query.shape
+    out = query.new_empty(rows, n_heads, dim)
+    if not out.numel():
+        return out
+    kv_heads = key.shape[1]
+    group = n_heads // kv_heads
+    heads = min(group, _HEADS)
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    made = plan(key_rows, run, pos, heads, _MOST[query.element_size()], query.device)
+    constexprs, options = _config(query.element_size(), dim)
+    upcast = not isinstance(attention_kernel, triton.JITFunction)
+    # Blocks on the first axis of the grid: it takes 2**31 - 1 programs, the second one 65,535.
+    with torch.cuda.device_of(query):
+        attention_kernel[len(made.blocks), kv_heads * triton.cdiv(group, heads)](
+            out, query, key, value, made.table, made.pos, made.blocks, made.table.stride(0),
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            scale, window or 0, softcap or 1.0, GROUP=group, HEADS=heads, QUERIES=made.queries,
+            WINDOWED=window is not None, CAPPED=softcap is not None, UPCAST=upcast, **constexprs, **options,
+        )  # fmt: skip
+    return out
+
+
+def _config(element_size: int, dim: int) -> tuple[dict, dict]:
+    """Constexprs and options of the launch for a head size."""
+    width = max(16, triton.next_power_of_2(dim))
+    keys, warps, stages = _CONFIGS[element_size, max(64, width)]
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"KEYS": keys, "DIM": dim, "WIDTH": width}, options
+
+
+def compile_cases() -> list[tuple]:
+    """See ``kedit_fast.kernels.triton``."""
+    cases = []
+    for dtype, dim, group, tall, windowed, capped in (
+        ("bf16", 64, 1, False, False, False),
+        ("bf16", 64, 3, True, False, False),
+        ("bf16", 128, 4, True, True, False),
+        ("fp16", 80, 1, True, False, False),
+        ("bf16", 256, 2, True, True, True),
+        ("fp32", 64, 3, True, True, True),
+        ("fp32", 128, 4, True, False, False),
+        ("fp32", 256, 2, True, True, True),
+    ):
+        types = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}")
+        types |= dict.fromkeys(("table", "pos", "blocks"), "*i64") | dict.fromkeys(("scale", "softcap"), "fp32")
+        strides = (f"{name}_{what}" for name in ("query", "key", "value") for what in ("stride", "head"))
+        types |= dict.fromkeys(strides, "i32:16") | {"window": "i32", "table_stride": "i32"}
+        size = 4 if dtype == "fp32" else 2
+        constexprs, options = _config(size, dim)
+        queries = _MOST[size] if tall else _LEAST
+        constexprs |= {"GROUP": group, "HEADS": min(group, _HEADS), "QUERIES": queries, "UPCAST": False}
+        constexprs |= {"WINDOWED": windowed, "CAPPED": capped}
+        name = f"attention {dtype}, head size {dim}, {group} heads a key head, {queries} queries"
+        name += ", window" * windowed + ", soft cap" * capped
+        cases.append((name, attention_kernel, types, constexprs, options))
+    return cases

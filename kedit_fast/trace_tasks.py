@@ -1,0 +1,153 @@
+"""What is traced: facts as tokens, the answer that is read, and the noise that corrupts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .facts import Fact, fact_tokens, target_tokens
+from .jobs.restore import AddNoise
+from .jobs.score import next_token_probs
+from .sites import Site
+from .sweep.runs import RunList
+
+KINDS = ("state", "mlp", "attn")
+SITE = {"mlp": Site.mlp_out, "attn": Site.attn_out}  # where a kind's contribution is read and written
+METRICS = {  # of log-probabilities [k, m] of the answer and, for the last one, its foil
+    "prob": lambda logprob: logprob[:, 0].exp(),
+    "logprob": lambda logprob: logprob[:, 0],
+    "logit_diff": lambda logprob: logprob[:, 0] - logprob[:, 1],
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How facts are traced: the arguments of ``trace`` that its steps need.
+
+    draws: corrupted runs a fact; level: what ``noise_level`` gave, None where another subject corrupts
+    """
+
+    kinds: tuple[str, ...]
+    window: int
+    metric: str
+    sever: str | None
+    draws: int
+    level: tuple[str, float] | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fact as it will be traced."""
+
+    fact: Fact
+    tokens: list[int]
+    span: tuple[int, int]
+    corrupted: list[int]  # the corrupted run's tokens: the same ones, unless another subject corrupts
+    targets: list[int]  # the answer, then the foil of a logit difference
+
+
+def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
+    """("gaussian" or "uniform", level): a number as it is; "s3": 3 standard deviations (unbiased, over all tokens
+    and features) of the embeddings of these facts' subjects, each tokenized alone; "u0.1": uniform half-width 0.1.
+
+    Raises ValueError for anything else, and for a number that is negative or not finite.
+    """
+    text = str(noise)
+    kind = text[:1] if text[:1] in ("s", "u") else ""
+    try:
+        factor = float(text.removeprefix(kind))
+    except ValueError:
+        factor = math.nan
+    if not 0 <= factor < math.inf:
+        raise ValueError(f'noise {noise!r}: expected a number from 0 on, "s3" (times the standard deviation) or "u0.1"')
+    if kind != "s":
+        return ("uniform" if kind else "gaussian"), factor
+    ids = [i for fact in facts for i in lm.encode(fact.subject)]
+    with torch.no_grad():
+        return "gaussian", factor * lm.embed(torch.tensor(ids)).float().std().item()
+
+
+def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
+    """Everything that can be wrong with the facts is found here, before the sweep."""
+    prompts = [fact_tokens(lm.tokenizer, fact) for fact in facts]
+    others = [None] * len(facts) if corrupt == "noise" else _corrupted(lm, facts, prompts, corrupt)
+    texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
+    top = next_token_probs(lm, texts).argmax(-1).tolist()
+    answers = top[: len(facts)] if answer is None else [target_tokens(lm.tokenizer, answer)[0]] * len(facts)
+    tasks = []
+    for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
+        targets = [answers[i]]
+        if metric == "logit_diff":
+            targets.append(top[len(facts) + i] if others[i] is not None else _foil(lm, fact))
+        tasks.append(Task(fact, list(prompt.ids), tuple(prompt.span), others[i] or list(prompt.ids), targets))
+    return tasks
+
+
+def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
+    subjects = [corrupt] * len(facts) if isinstance(corrupt, str) else list(corrupt)
+    if len(subjects) != len(facts):
+        raise ValueError(f"corrupt: {len(subjects)} subjects for {len(facts)} facts; expected one, or one for each")
+    made = []
+    for fact, prompt, subject in zip(facts, prompts, subjects, strict=True):
+        other = fact_tokens(lm.tokenizer, Fact(prompt=fact.prompt, subject=subject))
+        if len(other.ids) != len(prompt.ids) or tuple(other.span) != tuple(prompt.span):
+            raise ValueError(
+                f"subject {subject!r} takes {len(other.ids) - len(prompt.ids):+d} tokens against {fact.subject!r}; "
+                "corrupting by another subject needs one of equal token count"
+            )
+        if other.ids[: other.span[0]] != prompt.ids[: prompt.span[0]]:
+            raise ValueError(f"with {subject!r} the tokens before the subject differ from those with {fact.subject!r}")
+        made.append(list(other.ids))
+    return made
+
+
+def _foil(lm, fact) -> int:
+    if fact.target_new is None:
+        raise ValueError(f"metric 'logit_diff' needs a foil: fact {fact.label} has no target_new")
+    return target_tokens(lm.tokenizer, fact.target_new)[0]
+
+
+def add_runs(runs: RunList, tasks: Sequence[Task], draws: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Adds each fact's clean run [1] and its corrupted runs [draws], which own rows from the subject on."""
+    clean, corrupted = [], []
+    for task in tasks:
+        clean.append(runs.add(task.tokens))
+        first = torch.full((draws,), task.span[0])
+        corrupted.append(runs.add(task.corrupted, parent=clean[-1], first_pos=first, source=-1))
+    return clean, corrupted
+
+
+def noise_job(lm, tasks: Sequence[Task], corrupted: list[Tensor], how: Settings) -> AddNoise:
+    """Published noise: one fp64 draw [draws, subject tokens, d] a fact, the generator restarted for each fact."""
+    run, pos, noise = [], [], []
+    for task, runs in zip(tasks, corrupted, strict=True):
+        b, e = task.span
+        generator = np.random.RandomState(how.seed)
+        size = (how.draws, e - b, lm.d_model)
+        drawn = generator.randn(*size) if how.level[0] == "gaussian" else generator.uniform(-1, 1, size=size)
+        noise.append(torch.from_numpy(how.level[1] * drawn).flatten(0, 1))
+        run.append(runs.repeat_interleave(e - b))
+        pos.append(torch.arange(b, e).repeat(how.draws))
+    return AddNoise(torch.cat(run), torch.cat(pos), torch.cat(noise))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was read of one fact, in its metric: p_clean, p_corrupted []; restored: {kind: [T, L]}."""
+
+    p_clean: Tensor
+    p_corrupted: Tensor
+    restored: dict[str, Tensor]
+
+    def check(self, task: Task) -> None:
+        """Raises ValueError where a run gave NaN, naming the fact."""
+        if self.p_clean.isnan() or self.p_corrupted.isnan():
+            run = "clean" if self.p_clean.isnan() else "corrupted"
+            raise ValueError(
+                f"fact {task.fact.label}: the {run} run gives NaN: damaged weights, "
+                "an edit or noise that is too large, or a dtype too narrow (open the model in float32)"
+            )

@@ -1,0 +1,122 @@
+"""The estimate against gradients of Hugging Face's own forward, and the exact trace that a screen computes."""
+
+import numpy as np
+import pytest
+import torch
+
+import kedit_fast as kf
+from kedit_fast import attribution
+from kedit_fast.attribution import most
+from kedit_fast.model.seam import frozen
+from kedit_fast.trace_tasks import KINDS
+from tests.conftest import close, tiny_lm
+from tests.oracle.access import changing, embedding, layers, site_module
+from tests.oracle.tracing import SITES, _add_noise, restored_layers
+
+EIFFEL = kf.Fact(prompt="{} is located in the city of", subject="The Eiffel Tower", target_new="Rome")
+CAPITAL = kf.Fact(prompt="The capital of {} is", subject="France", target_new="Rome")
+HOW = {"samples": 2, "noise": 0.5, "window": 3}
+
+
+def oracle(model, result) -> np.ndarray:
+    """[T, L] estimated values, by autograd through a whole forward of one clean and two corrupted rows."""
+    n_layers, kept = len(layers(model)), {}
+
+    def keep(layer):
+        def see(hidden):
+            hidden.requires_grad_()
+            hidden.retain_grad()
+            kept[layer] = hidden
+            return hidden
+
+        return see
+
+    ids = torch.tensor([model_ids(result)] * 3)
+    changes = [(embedding(model), _add_noise(result.subject_span, 0.5, 2, 1))]
+    changes += [(site_module(model, layer, SITES[result.kind]), keep(layer)) for layer in range(n_layers)]
+    with frozen(model), changing(changes):
+        p = model(ids).logits[:, -1].softmax(-1)[:, result.answer_id]
+    p[1:].sum().backward()
+    effect = [(kept[layer].grad[1:] * (kept[layer][:1] - kept[layer][1:])).sum(-1).mean(0) for layer in range(n_layers)]
+    effect = torch.stack(effect).detach()
+    windows = [restored_layers(result.kind, layer, 3, n_layers) for layer in range(n_layers)]
+    table = torch.stack([effect[list(window)].sum(0) for window in windows], 1)
+    return (p[1:].mean().detach() + table).numpy()
+
+
+def model_ids(result):
+    return tiny_lm("llama").encode(result.fact.text)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_autograd_through_hugging_faces_forward(family, kind):
+    lm = tiny_lm(family)
+    (got,) = kf.trace(lm, EIFFEL, kinds=kind, method="attribution", **HOW)
+    want = oracle(lm.model, got)
+    last = -1 if kind == "state" else want.shape[1]  # nothing stands above the last layer: those cells are known
+    close(kind, torch.from_numpy(got.p_restored[:, :last]), torch.from_numpy(want[:, :last]))
+    assert got.exact.sum() == (len(got.tokens) if kind == "state" else 0)
+    (exact,) = kf.trace(lm, EIFFEL, kinds=kind, **HOW)
+    assert exact.exact is None and np.abs(got.p_restored - exact.p_restored).max() > 1e-4  # it is an estimate
+    assert (got.p_clean, got.p_corrupted) == pytest.approx((exact.p_clean, exact.p_corrupted), abs=1e-6)
+    if kind == "state":
+        assert got.p_restored[:, -1] == pytest.approx(exact.p_restored[:, -1], abs=1e-6)
+
+
+def test_facts_in_groups_are_facts_together(monkeypatch):
+    lm, facts = tiny_lm("gpt2"), [EIFFEL, CAPITAL]
+    together = kf.trace(lm, facts, method="attribution", metric="logit_diff", **HOW)
+    monkeypatch.setattr(attribution, "SAVED", 1 << 40)  # every fact fills the memory
+    apart = kf.trace(lm, facts, method="attribution", metric="logit_diff", **HOW)
+    for a, b in zip(together, apart, strict=True):
+        assert a.fact == b.fact and a.kind == b.kind
+        close("estimate", torch.from_numpy(a.p_restored), torch.from_numpy(b.p_restored))
+
+
+def test_the_model_and_the_gradient_mode_are_left_alone():
+    lm = tiny_lm("llama")
+    before = [p.requires_grad for p in lm.model.parameters()]
+    kf.trace(lm, EIFFEL, method="attribution", **HOW)
+    assert before == [p.requires_grad for p in lm.model.parameters()]
+    assert all(p.grad is None for p in lm.model.parameters()) and torch.is_grad_enabled()
+
+
+def test_a_screen_computes_the_cells_that_the_estimate_ranks_first():
+    lm, facts = tiny_lm("llama"), [EIFFEL, CAPITAL]
+    estimates = kf.trace(lm, facts, method="attribution", **HOW)
+    exacts = kf.trace(lm, facts, **HOW)
+    for got, estimated, exact in zip(
+        kf.trace(lm, facts, method="screen", top=5, **HOW), estimates, exacts, strict=True
+    ):
+        known = got.exact & ~estimated.exact
+        assert known.sum() == 5
+        left = estimated.p_restored[~got.exact]
+        assert estimated.p_restored[known].min() >= left.max()
+        close("computed", torch.from_numpy(got.p_restored[known]), torch.from_numpy(exact.p_restored[known]))
+        close("estimated", torch.from_numpy(got.p_restored[~got.exact]), torch.from_numpy(left))
+        assert np.abs(estimated.p_restored[known] - exact.p_restored[known]).max() > 1e-5
+
+
+def test_a_screen_of_everything_is_the_exact_trace():
+    lm = tiny_lm("gpt2")
+    for got, want in zip(
+        kf.trace(lm, EIFFEL, method="screen", top=1000, **HOW), kf.trace(lm, EIFFEL, **HOW), strict=True
+    ):
+        assert got.exact.all()
+        close(got.kind, torch.from_numpy(got.p_restored), torch.from_numpy(want.p_restored))
+
+
+def test_what_is_exact_is_kept_in_files(tmp_path):
+    (got,) = kf.trace(tiny_lm("gpt2"), CAPITAL, kinds="state", method="screen", top=3, log=tmp_path / "log", **HOW)
+    got.save(tmp_path / "trace.npz")
+    (logged,) = kf.tracing.read_log(tmp_path / "log")
+    for read in (kf.TraceResult.load(tmp_path / "trace.npz"), logged):
+        assert read.exact.dtype == bool and (read.exact == got.exact).all()
+
+
+def test_the_largest_among_some():
+    effect = torch.tensor([[5.0, 1.0], [3.0, 4.0]])
+    among = torch.tensor([[False, True], [True, True]])
+    assert most(effect, 2, among).tolist() == [[False, False], [True, True]]
+    assert most(effect, 9, among).tolist() == among.tolist()

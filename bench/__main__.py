@@ -12,11 +12,19 @@ from bench import report
 from bench.common import RESULTS, CheckFailed, Measured, Skipped, append_rows, environment
 
 BENCHES = {  # name: what it measures; each is a module with ``run(options) -> Measured``
-    "second_moment": "C += KᵀK, native against torch, on random keys (1 minute)",
+    "second_moment": "C += KᵀK, native against torch, on random keys (3 minutes)",
+    "solve": "the solves of MEMIT, native against torch, on random keys (3 minutes)",
     "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
+    "attribution": "the estimate of a trace against the exact one, on 20 facts (20 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }
-OPTIONS = {"second_moment": ["threads"], "trace": ["facts", "threads"], "edit": ["method", "n", "sets", "threads"]}
+OPTIONS = {
+    "second_moment": ["threads"],
+    "solve": ["threads"],
+    "trace": ["facts", "threads"],
+    "attribution": ["threads"],
+    "edit": ["method", "n", "sets", "threads"],
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ FORMATS = {  # unit: how a value is shown
     "ms": "{:.1f} ms",
     "TFLOP": "{:.2f} TFLOP",
     "GFLOP/s": "{:.0f} GFLOP/s",
+    "correlation": "{:.2f}",
+    "share": "{:.2f}",
 }
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 

@@ -1,10 +1,14 @@
-"""The native second moment against torch: ``C += KᵀK`` at two widths, in the same run, one after the other.
+"""The native second moment against torch: ``C += KᵀK`` at three widths, in the same run, one after the other.
 
 torch multiplies the whole square, the native op one triangle: half the FLOP. Each is timed with the FLOP it does, so
-that the share of the peak says how good its products are, and the ratio of times which of them to use.
+that the share of the fp32 peak says how good its products are (bf16 products may pass it), and the ratio of times which
+of them to use. The rival of bf16 keys is torch's fp32 product of keys that are fp32 already: torch's own bf16 product
+rounds its sums to bf16.
 """
 
 import statistics
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +16,31 @@ from bench.common import CheckFailed, Figure, Measured, Skipped, peak_matmul, ti
 from kedit_fast.kernels import dispatch
 from kedit_fast.kernels.second_moment import second_moment_, second_moment_ref
 
-WIDTHS = (1536, 4096)  # SmolLM2-135M, GPT-2-medium
-ROWS = 4096
+ROWS = {1536: 4096, 4096: 4096, 14336: 512}  # of keys, by d_ff: SmolLM2-135M, GPT-2-medium, Llama-3-8B
 TOLERANCE = 1e-5  # relative RMS error in fp32, as the tests have it
+RIVAL = "torch.addmm, fp32"
+
+
+class Provider(NamedTuple):
+    """An op on an accumulator of its own, the keys' dtype, the FLOP of a row over d_ff², the ratio to reach at ROWS."""
+
+    accumulator: torch.dtype
+    keys: torch.dtype
+    op: Callable
+    flop: int
+    mark: str = ""
+
+
+def _providers() -> dict[str, Provider]:
+    wide, narrow = torch.float64, torch.float32
+    return {
+        "native, fp64 sum": Provider(wide, narrow, second_moment_, 1, ">= 1.7"),
+        "native, fp32 sum": Provider(narrow, narrow, second_moment_, 1),
+        "native, bf16 keys": Provider(wide, torch.bfloat16, second_moment_, 1, ">= 3"),
+        "native, fp16 keys": Provider(wide, torch.float16, second_moment_, 1),
+        RIVAL: Provider(narrow, narrow, lambda c, keys: c.addmm_(keys.T, keys), 2),
+        "torch reference, fp64": Provider(wide, narrow, second_moment_ref, 2),
+    }
 
 
 def run(options) -> Measured:
@@ -26,55 +52,63 @@ def run(options) -> Measured:
     return measure()
 
 
-def measure(widths=WIDTHS, n_rows: int = ROWS, repeats: int = 10) -> Measured:
-    """fp32 keys [n_rows, d_ff]; median of ``repeats``, providers taking turns."""
+def measure(widths=tuple(ROWS), n_rows: int | None = None, repeats: int = 5) -> Measured:
+    """Keys [n_rows, d_ff], as many as ROWS says where None; median of ``repeats``, providers taking turns."""
+    rows = {d_ff: n_rows or ROWS[d_ff] for d_ff in widths}
     peaks, timings = [peak_matmul()], {}
     for d_ff in widths:
-        timings[d_ff] = _times(d_ff, n_rows, repeats)
+        timings[d_ff] = _times(d_ff, rows[d_ff], repeats)
         peaks.append(peak_matmul())
-    figures = [figure for d_ff in widths for figure in _figures(d_ff, n_rows, *timings[d_ff], max(peaks))]
-    return Measured(figures, max(peaks), [f"{n_rows} rows of fp32 keys; median of {repeats}."])
+    figures = [figure for d_ff in widths for figure in _figures(d_ff, rows[d_ff], *timings[d_ff], max(peaks))]
+    note = (
+        f"Rows of keys: {', '.join(f'{count} at {d_ff}' for d_ff, count in rows.items())}; fp32 keys and fp64 sums "
+        f"where nothing else is named; instruction set {_instruction_set()}; median of {repeats}."
+    )
+    return Measured(figures, max(peaks), [note])
 
 
-def _providers(d_ff: int):
-    """{name: (accumulator, op, FLOP of a row)}."""
-    wide, narrow = (torch.zeros(d_ff, d_ff, dtype=dtype) for dtype in (torch.float64, torch.float32))
-    return {
-        "native, fp64 sum": (wide, second_moment_, d_ff**2),
-        "native, fp32 sum": (narrow, second_moment_, d_ff**2),
-        "torch.addmm, fp32": (narrow.clone(), lambda c, keys: c.addmm_(keys.T, keys), 2 * d_ff**2),
-        "torch reference, fp64": (wide.clone(), second_moment_ref, 2 * d_ff**2),
-    }
+def _instruction_set() -> str:
+    """The best one that the extension has here."""
+    module = dispatch.native()
+    return module.instruction_sets()[0] if module else "none, there is no extension"
 
 
 def _times(d_ff: int, n_rows: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """({provider: seconds}, {provider: relative RMS error against fp64})."""
     keys = torch.randn(n_rows, d_ff, generator=torch.Generator().manual_seed(0))
-    providers = _providers(d_ff)
-    truth = second_moment_ref(torch.zeros(d_ff, d_ff, dtype=torch.float64), keys).tril()
-    errors = {name: _error(op(c, keys), truth) for name, (c, op, _) in providers.items()}
-    for name, error in errors.items():
-        if not error <= TOLERANCE:
-            raise CheckFailed(f"{name}, d_ff {d_ff}: relative error {error:.1e}, allowed {TOLERANCE:g}")
-    runs: dict[str, list[float]] = {name: [] for name in providers}
+    by_dtype = {dtype: keys.to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    providers, runs, errors = _providers(), {}, {}
+    for name, provider in providers.items():
+        runs[name], errors[name] = [], _error(provider, by_dtype[provider.keys])
+        if not errors[name] <= TOLERANCE:
+            raise CheckFailed(f"{name}, d_ff {d_ff}: relative error {errors[name]:.1e}, allowed {TOLERANCE:g}")
+    # One accumulator a dtype: one a provider would be 7 GB at the largest width.
+    sums = {dtype: torch.zeros(d_ff, d_ff, dtype=dtype) for dtype in (torch.float64, torch.float32)}
     for _ in range(repeats):
-        for name, (c, op, _) in providers.items():
-            runs[name].append(timed(op, c, keys).seconds)
+        for name, provider in providers.items():
+            runs[name].append(timed(provider.op, sums[provider.accumulator], by_dtype[provider.keys]).seconds)
     return {name: statistics.median(seconds) for name, seconds in runs.items()}, errors
 
 
-def _error(c: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((c.tril().double() - truth).norm() / truth.norm())
+def _error(provider: Provider, keys: torch.Tensor) -> float:
+    """Relative RMS error of some rows of the lower triangle, against fp64; all rows where there are not many."""
+    d_ff = keys.shape[1]
+    c = provider.op(torch.zeros(d_ff, d_ff, dtype=provider.accumulator), keys)
+    rows = torch.arange(0, d_ff, max(1, d_ff // 1024))
+    below = torch.arange(d_ff) <= rows[:, None]
+    truth = keys[:, rows].T.double() @ keys.double()
+    return float(((c[rows].double() - truth) * below).norm() / (truth * below).norm())
 
 
 def _figures(d_ff: int, n_rows: int, seconds: dict, errors: dict, peak: float) -> list[Figure]:
-    case, rival = f"d_ff {d_ff}", seconds["torch.addmm, fp32"]
+    case, providers, marked = f"d_ff {d_ff}", _providers(), d_ff in ROWS
     figures = [
-        Figure(case, f"{name}: ratio to torch.addmm", rival / seconds[name], "x")
-        for name in ("native, fp64 sum", "native, fp32 sum")
+        Figure(case, f"{name}: ratio to {RIVAL}", seconds[RIVAL] / seconds[name], "x", mark=provider.mark * marked)
+        for name, provider in providers.items()
+        if provider.op is second_moment_
     ]
-    for name, (_, _, flop) in _providers(1).items():
-        rate = 1e-9 * flop * d_ff**2 * n_rows / seconds[name]
+    for name, provider in providers.items():
+        rate = 1e-9 * provider.flop * d_ff**2 * n_rows / seconds[name]
         figures += [
             Figure(case, name, 1000 * seconds[name], "ms"),
             Figure(case, f"{name}: rate", rate, "GFLOP/s"),

@@ -5,8 +5,10 @@ layers above the restoration only. Both are the tests' oracle, over the same Hug
 on one thread. What was timed is also what is compared: all cells must agree to ``TOLERANCE``, or nothing is reported.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from kedit_fast.facts import OWN_FACTS, Fact, fact_tokens
 from kedit_fast.tracing import noise_level
 from tests.oracle.tracing import batched_loop, published_loop
 
-KINDS = {"state": ">= 5", "mlp": ">= 4"}  # kind: the mark of its ratio to the published loop
+KINDS = {"state": ">= 6", "mlp": ">= 4.5"}  # kind: the mark of its ratio to the published loop
 RIVALS = {"published loop": published_loop, "batched loop": batched_loop}
 TOLERANCE = 1e-5  # of p, in fp32
 WINDOW = 10
@@ -109,7 +111,8 @@ class Ground:
 
 
 def _flop(work: Callable, *args) -> int:
-    with FlopCounterMode(display=False) as counter:
+    """Counted by torch, so torch computes: what another library multiplies it does not see."""
+    with patch.dict(os.environ, KEDIT_FAST_BACKEND="reference"), FlopCounterMode(display=False) as counter:
         work(*args)
     return counter.get_total_flops()
 

@@ -10,6 +10,7 @@ from torch import nn
 import kedit_fast.apply as writing
 from kedit_fast.deltas import Dense, written_delta
 from kedit_fast.model.family import as_out_in, down_projection
+from tests.conftest import open_tiny
 from tests.edits import bits, logits, lowrank, make_edit, same_bits
 from tests.tiny import D_FF, tiny_model
 
@@ -164,6 +165,17 @@ def test_edits_come_off_in_the_order_they_lie(model):
     assert same_bits(model, between)
     one.undo()
     assert same_bits(model, before)
+
+
+def test_a_model_with_an_edit_written_into_it_is_another_model(model):
+    """What is measured meanwhile is not filed under the base model, and the edit does not act twice in silence."""
+    lm, edit = open_tiny(model), make_edit(model)
+    base = lm.fingerprint
+    with edit.apply(model):
+        assert lm.fingerprint != base
+        with pytest.raises(ValueError, match="undo what was written into its weights"):
+            lm.with_edit(edit)
+    assert lm.fingerprint == base and lm.with_edit(edit).edits == (edit,)
 
 
 def test_edits_of_different_layers_come_off_in_any_order(model):

@@ -15,7 +15,8 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 # imports for itself is its own affair).
 FLOORS = (
     ("cli", "commands", "demo"),
-    ("tracing", "attribution", "trace_tasks", "plots", "terminal", "trace_labels", "html_report", "demo_report", "editors"),
+    ("tracing", "attribution", "trace_tasks", "editors"),
+    ("plots", "terminal", "trace_labels", "html_report", "demo_report"),
     ("evaluation",),
     ("traces", "moments", "corpus"),
     ("jobs",),

@@ -364,7 +364,8 @@ def test_published_statistics_are_sums(tmp_path):
     assert (moment.n_tokens, moment.layer, moment.fingerprint, moment.corpus) == (300, 3, None, None)
     editor = kf.Rome(layers=(3,), v_num_grad_steps=1)
     fact = kf.Fact(prompt="{} is in", subject="Big Ben", target_new="Rome")
-    editor.edit(tiny_lm("gpt2"), fact, moments={3: moment}, contexts=["{}"])
+    with pytest.warns(UserWarning, match="unchecked"):
+        editor.edit(tiny_lm("gpt2"), fact, moments={3: moment}, contexts=["{}"])
 
 
 def test_a_published_file_does_not_say_its_layer(tmp_path):

@@ -127,15 +127,9 @@ def memit_solve(
 
 
 def memit_solve_ref(
-    keys: Tensor,
-    residual: Tensor,
-    moment: Tensor | MomentFactor,
-    weight: float,
-    *,
-    way: str | None = None,
-    regularizer: float = 0.0,
-    n_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    keys: Tensor, residual: Tensor, moment: Tensor | MomentFactor, weight: float, *,
+    way: str | None = None, regularizer: float = 0.0, n_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``memit_solve`` in plain torch; same arguments, result and errors."""
     return _memit_solve(_TORCH, keys, residual, moment, weight, way, regularizer, n_tokens)
 

@@ -89,7 +89,12 @@ class LM:
 
     @property
     def fingerprint(self) -> str:
-        """Which weights these are (of the base model, edits not counted)."""
+        """Which weights these are, as they are now (edits that this view carries are not counted).
+
+        Read anew each time where the weights are in memory: an edit may have been written into them since.
+        """
+        if self.source.name == "resident":
+            return fingerprint(self.model, self.source)
         if "fingerprint" not in self._cache:
             self._cache["fingerprint"] = fingerprint(self.model, self.source)
         return self._cache["fingerprint"]
@@ -204,8 +209,8 @@ class LM:
 
         if edit.fingerprint and edit.fingerprint != self.fingerprint:
             raise ValueError(
-                f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; "
-                "open the model it was made on"
+                f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; open the model it was "
+                "made on, or undo what was written into its weights since"
             )
         for layer in edit.deltas:
             fam.check_layer(layer, self.n_layers)
@@ -229,6 +234,8 @@ def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -
     """
     dtype = _dtype(dtype)
     memory = _bytes(memory)
+    if not isinstance(model, nn.Module | str | Path) or not str(model):
+        raise ValueError(f"model {model!r}: expected a folder, a hub id, a loaded Hugging Face model, or 'smollm2'")
     if isinstance(model, nn.Module):
         lm = _from_loaded(model, tokenizer, memory, device, dtype)
     else:
@@ -250,6 +257,8 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
             f"this loaded model is {here.dtype} on {here.device}; a loaded model is used as it is: "
             "convert it first with model.to(...)"
         )
+    if tokenizer is None and not model.config._name_or_path:
+        raise ValueError("this loaded model has no name to find its tokenizer by; give tokenizer=")
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
     return LM(model, tokenizer, Resident(model), memory or DEFAULT_MEMORY)
 
@@ -262,7 +271,11 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
         from .smollm2 import NOTE, smollm2_folder
 
         name, about["note"] = smollm2_folder(), NOTE
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except OSError as error:
+        why = str(error).splitlines()[0]
+        raise OSError(f"model {str(name)!r} is no folder here and not found on the Hugging Face hub: {why}") from error
     family = family_of(config)
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name)
     classes = transformers.AutoModelForImageTextToText if family.text_config else transformers.AutoModelForCausalLM

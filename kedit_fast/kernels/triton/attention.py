@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _HEADS = 16  # heads of a group in one program at most: the least that a product takes
 # Queries of a program: as many as an average run of the call has, within these bounds, the upper one by bytes of an
 # element (64 spilled in fp32, whose products take no tensor cores). Not timed on a GPU yet.
@@ -57,8 +56,8 @@ def attention_kernel(
     at = tl.load(pos + row).to(tl.int32)
     last = tl.load(pos + end - 1).to(tl.int32)
 
-    q = tl.load(query + (row * query_stride + head * query_head)[:, None] + column[None, :], mask=inside[None, :])
-    q = tl.where(inside[None, :], q, 0.0)
+    queries = query + (row * query_stride + head * query_head)[:, None] + column[None, :]
+    q = tl.load(queries, mask=inside[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     key += of_key.to(tl.int64) * key_head
@@ -67,40 +66,45 @@ def attention_kernel(
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((QUERIES,), dtype=tl.float32)
     total = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(tl.load(pos + first).to(tl.int32) - window + 1, 0)
+    begin = tl.maximum(tl.load(pos + first).to(tl.int32) - window + 1, 0) if WINDOWED else 0
     for start in range(begin, last + 1, KEYS):
-        t = start + tl.arange(0, KEYS)
-        seen = t[None, :] <= at[:, None]
-        held = t <= last
-        if WINDOWED:  # rows with a gap between them may leave positions that none of them sees
-            seen = seen & (t[None, :] > at[:, None] - window)
-            held = held & (tl.max(seen.to(tl.int32), 0) > 0)
-        slot = tl.load(table + t, mask=held, other=-1)
+        slot, seen = _visible(table, start + tl.arange(0, KEYS), at, last, window, WINDOWED)
         held = slot >= 0
-        seen = seen & held[None, :]
-        k = tl.load(
-            key + (slot * key_stride)[None, :] + column[:, None], mask=inside[:, None] & held[None, :], other=0.0
-        )
-        v = tl.load(
-            value + (slot * value_stride)[:, None] + column[None, :], mask=held[:, None] & inside[None, :], other=0.0
-        )
+        keys = key + (slot * key_stride)[None, :] + column[:, None]
+        values = value + (slot * value_stride)[:, None] + column[None, :]
+        k = tl.load(keys, mask=inside[:, None] & held[None, :], other=0.0)
+        v = tl.load(values, mask=held[:, None] & inside[None, :], other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, k, input_precision="ieee") * scale
         if CAPPED:
             scores = softcap * _tanh(scores / softcap)
-        scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        ground = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet: no inf - inf
-        p = tl.exp2(scores - ground[:, None])
-        fade = tl.exp2(top - ground)
+        p, fade, top = _softmax_step(tl.where(seen, scores, float("-inf")), top)
         weight = weight * fade + tl.sum(p, 1)
         total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
-        top = higher
     place = out + ((row * (tl.num_programs(1) // PARTS * GROUP) + head) * DIM)[:, None] + column[None, :]
     tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+
+
+@triton.jit
+def _visible(table, t, at, last, window, WINDOWED: tl.constexpr):
+    """The slots of positions t (-1 for those that no row sees), and which of them a row at position ``at`` sees."""
+    seen = t[None, :] <= at[:, None]
+    wanted = t <= last
+    if WINDOWED:  # rows with a gap between them may leave positions that none of them sees
+        seen = seen & (t[None, :] > at[:, None] - window)
+        wanted = wanted & (tl.max(seen.to(tl.int32), 0) > 0)
+    slot = tl.load(table + t, mask=wanted, other=-1)
+    return slot, seen & (slot >= 0)[None, :]
+
+
+@triton.jit
+def _softmax_step(scores, top):
+    """exp of the scores over the highest so far, what earlier sums shrink by, and the new highest."""
+    scores *= 1.4426950408889634  # log2 e
+    higher = tl.maximum(top, tl.max(scores, 1))
+    ground = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet: no inf - inf
+    return tl.exp2(scores - ground[:, None]), tl.exp2(top - ground), higher
 
 
 @triton.jit

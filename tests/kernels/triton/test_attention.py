@@ -72,6 +72,17 @@ def test_long_runs_are_many_blocks_and_key_tiles(how):
     close("long", got, wanted(*qkv, key_rows, run, pos, scale=0.3, **how))
 
 
+def test_rows_far_from_each_other_under_a_window():
+    """Tiles of keys that some row of the block does not see, or none does."""
+    key_rows, run, pos = torch.arange(150)[None], torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 70, 149])
+    q, k, v = (x.to(DEVICE) for x in numbers(4, 150, 2, 1, 16, torch.float32))
+    truth = wanted(q, k, v, key_rows, run, pos, scale=1, window=5)
+    unseen = torch.ones(150, dtype=torch.bool)
+    unseen[:2] = unseen[66:71] = unseen[145:] = False
+    k[unseen], v[unseen] = torch.nan, torch.nan
+    close("far", attention(q, k, v, key_rows, run, pos, scale=1, window=5), truth)
+
+
 def test_a_run_in_two_stretches():
     """A run's first row stands in front of another run's rows and the others behind it."""
     key_rows = torch.tensor([[0, 2, 3, -1], [0, 1, 4, 5]])

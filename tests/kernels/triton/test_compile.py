@@ -18,6 +18,9 @@ KERNELS = ROOT / "kedit_fast" / "kernels" / "triton"
 pytest.importorskip("triton", reason="Triton is not installed")
 compile_all = pytest.importorskip("tests.kernels.triton.compile_all", reason="this Triton has no NVIDIA back end")
 
+# Registers a thread: loose, since versions of Triton differ by tens. Attention holds its queries and its sums besides
+# the keys and takes all there are (255), so of it only spills tell.
+CEILING, CEILINGS = 224, {"attention": 255}
 EXPECTED = [(case[0], capability) for case in compile_all.cases() for capability in compile_all.CAPABILITIES]
 
 
@@ -40,8 +43,7 @@ def rows() -> dict:
 def test_no_spills(rows, kernel, capability):
     row = rows[kernel, capability]
     assert row["spill_stores"] == row["spill_loads"] == 0, row
-    # 255 is all that a thread can have. Versions of Triton differ by tens, so no count is expected exactly.
-    assert row["registers"] <= 255, row
+    assert row["registers"] <= CEILINGS.get(kernel.split()[0], CEILING), row
 
 
 def test_nothing_else_is_compiled(rows):

@@ -5,7 +5,8 @@ times torch's, and its symmetric products do half the work of torch's. numpy is 
 anyway; where numpy was built otherwise, torch does the work.
 
 The routines over tensors read and write fp64 matrices whose rows lie one after the other, in place, on
-``torch.get_num_threads()`` threads. A lower triangle by rows is an upper one by columns, as Fortran sees it.
+``torch.get_num_threads()`` threads where that helps. A lower triangle by rows is an upper one by columns, as Fortran
+sees it.
 """
 
 import ctypes
@@ -18,6 +19,9 @@ import numpy
 import torch
 from torch import Tensor
 
+# Bound by memory, with a barrier every few columns: on a busy machine OpenBLAS's spinning threads took over 200 s for a
+# condition estimate at d_ff 4096 that one thread makes in half a second.
+ON_ONE_THREAD = {"dtrsv_", "dlansy_"}
 PREFIX, SUFFIX = "scipy_", "64_"  # of every symbol: 64-bit integers, renamed so that no other BLAS is in the way
 
 
@@ -106,5 +110,5 @@ def _call(name: str, *arguments: str | int | float | Tensor | ctypes.c_int64):
         for x in arguments
     ]
     lengths = [ctypes.c_size_t(1) for x in arguments if isinstance(x, str)]
-    with threads(torch.get_num_threads()):
+    with threads(1 if name in ON_ONE_THREAD else torch.get_num_threads()):
         return getattr(_library(), f"{PREFIX}{name}{SUFFIX}")(*passed, *lengths)

@@ -171,6 +171,13 @@ def _trace(commands):
         "--metric", choices=("prob", "logprob", "logit_diff"), default="prob", help="what is read (default: prob)"
     )
     how.add_argument("--sever", choices=("mlp", "attn"), help="keep this part corrupted (with --kinds state)")
+    how.add_argument(
+        "--method",
+        choices=("exact", "attribution", "screen"),
+        default="exact",
+        help="exact; attribution: estimate every cell, many times faster; screen: estimate, then compute the strongest",
+    )
+    how.add_argument("--top", type=_positive, default=20, metavar="N", help="cells that screen computes (default: 20)")
     how.add_argument("--answer", metavar="TEXT", help="trace this answer (default: the model's own)")
     _output(parser, "DIR", f"folder for traces.jsonl and pictures (default: {OUT}/trace)", f"{OUT}/trace")
     parser.add_argument(

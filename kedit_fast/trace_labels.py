@@ -48,7 +48,14 @@ def number(value: float, metric: str = "prob") -> str:
 
 
 def impact(result: TraceResult) -> str:
-    return f"Impact of {restoring(result)}" + " after corrupted input" * (result.sever is None)
+    return f"Impact of {restoring(result)}" + " after corrupted input" * (result.sever is None) + estimated(result)
+
+
+def estimated(result: TraceResult) -> str:
+    """What a reader must know of cells that were not computed."""
+    if result.exact is None:
+        return ""
+    return f" (estimated, but for {int(result.exact.sum())} of {result.exact.size} cells)"
 
 
 def restoring(result: TraceResult) -> str:
@@ -75,7 +82,7 @@ def trace_alt(result: TraceResult) -> str:
     token, layer = np.unravel_index(np.nanargmax(result.p_restored), result.p_restored.shape)
     return (
         f"Heat map of {len(result.tokens)} tokens by {result.p_restored.shape[1]} layers: {metric(result)} after "
-        f"{result.fact.text!r}, {restoring(result)}. {runs_line(result)}; highest "
+        f"{result.fact.text!r}, {restoring(result)}{estimated(result)}. {runs_line(result)}; highest "
         f"{number(result.p_restored[token, layer], result.metric)} at token {result.tokens[token]!r}, layer {layer}."
     )
 

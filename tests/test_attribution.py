@@ -8,6 +8,7 @@ import kedit_fast as kf
 from kedit_fast import attribution
 from kedit_fast.attribution import most
 from kedit_fast.model.seam import frozen
+from kedit_fast.trace_labels import impact
 from kedit_fast.trace_tasks import KINDS
 from tests.conftest import close, tiny_lm
 from tests.oracle.access import changing, embedding, layers, site_module
@@ -113,6 +114,14 @@ def test_what_is_exact_is_kept_in_files(tmp_path):
     (logged,) = kf.tracing.read_log(tmp_path / "log")
     for read in (kf.TraceResult.load(tmp_path / "trace.npz"), logged):
         assert read.exact.dtype == bool and (read.exact == got.exact).all()
+
+
+def test_pictures_say_what_is_estimated():
+    lm = tiny_lm("gpt2")
+    (got,) = kf.trace(lm, CAPITAL, kinds="mlp", method="screen", top=3, **HOW)
+    assert impact(got).endswith(f"(estimated, but for 3 of {got.p_restored.size} cells)")
+    (exact,) = kf.trace(lm, CAPITAL, kinds="mlp", **HOW)
+    assert "estimated" not in impact(exact)
 
 
 def test_the_largest_among_some():

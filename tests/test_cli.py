@@ -392,6 +392,9 @@ def test_trace_options_arrive(model, work):
     )
     got = read_log(work / "a" / "traces.jsonl")
     assert (got[0].p_restored == want[0].p_restored).all() and got[0].answer == want[0].answer
+    assert run("trace", *ONE, "--method", "screen", "--top", "3", "--model", model, "-o", "c") == 0
+    screened = read_log(work / "c" / "traces.jsonl")
+    assert screened[0].exact[:, :-1].sum() == screened[1].exact.sum() == 3
     assert run("trace", *ONE, "--corrupt", "England", "--model", model, "-o", "b") == 0
     assert read_log(work / "b" / "traces.jsonl")[0].noise is None
 

@@ -25,7 +25,8 @@ def run(args) -> None:
     with fresh_log(log):
         results = trace(
             lm, facts, kinds=args.kinds, window=args.window, samples=args.samples, noise=args.noise, seed=args.seed,
-            answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, log=log,
+            answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, method=args.method,
+            top=args.top, log=log,
         )  # fmt: skip
     for result in results if len(facts) == 1 else ():
         say()

@@ -1,11 +1,14 @@
 """The estimate against gradients of Hugging Face's own forward, and the exact trace that a screen computes."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast import attribution
+from kedit_fast import attribution, tracing
 from kedit_fast.attribution import most
 from kedit_fast.model.seam import frozen
 from kedit_fast.trace_labels import impact
@@ -129,3 +132,21 @@ def test_the_largest_among_some():
     among = torch.tensor([[False, True], [True, True]])
     assert most(effect, 2, among).tolist() == [[False, False], [True, True]]
     assert most(effect, 9, among).tolist() == among.tolist()
+
+
+@pytest.mark.parametrize("method", ["exact", "attribution", "screen"])
+def test_progress_reaches_the_number_of_facts(method, monkeypatch):
+    """Layer by layer, over several groups; and a group ends where more rows would only make results come later."""
+    told, groups, finish = [], [], tracing._trace_group
+
+    @contextmanager
+    def watched(label, total):
+        yield SimpleNamespace(advance=lambda n: told.append(n / total))
+
+    monkeypatch.setattr(tracing, "progress", watched)
+    monkeypatch.setattr(tracing, "TOGETHER", 1)
+    monkeypatch.setattr(
+        tracing, "_trace_group", lambda lm, tasks, *a: groups.append(len(tasks)) or finish(lm, tasks, *a)
+    )
+    kf.trace(tiny_lm("gpt2"), [CAPITAL, EIFFEL], kinds="state", method=method, **HOW)
+    assert sum(told) == pytest.approx(1) and len(told) >= 8 and groups == [1, 1]

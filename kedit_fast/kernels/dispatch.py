@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: plain torch (reference), the C++ extension (native), or Triton.
+"""Which implementation of an op runs: plain torch (reference), native code (the C++ extension, the OpenBLAS that numpy
+brings, the CUDA libraries that torch brings), or Triton.
 
 Left alone, an op takes the first implementation in ``IMPLEMENTATIONS`` that serves the tensor's device and dtype and
 can run on this machine, and the reference otherwise. ``KEDIT_FAST_BACKEND`` forces one; what is forced and cannot
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast import settings
-from kedit_fast.kernels import openblas
+from kedit_fast.kernels import cusolver, openblas
 
 BACKENDS = ("reference", "native", "triton")
 INTERFACE = 3  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
@@ -37,7 +38,7 @@ class Implementation(NamedTuple):
 def _triton(*dtypes: torch.dtype) -> tuple[Implementation, ...]:
     """The rows of an op that has a Triton kernel for these dtypes: on GPUs, and on the CPU for tests."""
     return (
-        Implementation("triton", frozenset({"cuda"}), frozenset(dtypes), str, _interpreted),
+        Implementation("triton", frozenset({"cuda"}), frozenset(dtypes), lambda: why_not_triton(), _interpreted),
         Implementation("triton", frozenset({"cpu"}), frozenset(dtypes), _not_interpreted, _interpreted),
     )
 
@@ -47,7 +48,9 @@ def _interpreted() -> str:
 
 
 def _not_interpreted() -> str:
-    return "" if settings.triton_interprets() else "Triton runs on the CPU only under TRITON_INTERPRET=1"
+    if not settings.triton_interprets():
+        return "Triton runs on the CPU only under TRITON_INTERPRET=1"
+    return why_not_triton()
 
 
 _UP_TO_32_BITS = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,13 +62,20 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "rows": _triton(*_UP_TO_32_BITS, torch.float64),
     "lowrank": _triton(*_UP_TO_32_BITS),
     "second_moment": (
-        Implementation("native", frozenset({"cpu"}), frozenset(_UP_TO_32_BITS)),
+        Implementation("native", frozenset({"cpu"}), frozenset(_UP_TO_32_BITS), lambda: why_not_native()),
         *_triton(*_UP_TO_32_BITS),
     ),
-    "solve": (Implementation("native", frozenset({"cpu"}), frozenset({torch.float64}), lambda: openblas.why_not()),),
+    "solve": (
+        Implementation("native", frozenset({"cpu"}), frozenset({torch.float64}), lambda: openblas.why_not()),
+        Implementation("native", frozenset({"cuda"}), frozenset({torch.float64}), lambda: cusolver.why_not()),
+    ),
     "linear": (
         Implementation(
-            "native", frozenset({"cpu"}), frozenset({torch.float32}), lambda: openblas.why_not(), lambda: _not_amd()
+            "native",
+            frozenset({"cpu"}),
+            frozenset({torch.float32}),
+            lambda: why_not_native() or openblas.why_not(),
+            lambda: _not_amd(),
         ),
     ),
 }
@@ -117,7 +127,7 @@ def backend_for(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     candidates = IMPLEMENTATIONS.get(op, ())
     if forced is None:
         usable = (each for each in candidates if _serves(each, device, dtype))
-        return next((each.backend for each in usable if not (_unfit(each) or each.why_not_chosen())), "reference")
+        return next((each.backend for each in usable if not (each.why_not() or each.why_not_chosen())), "reference")
     offered = [each for each in candidates if each.backend == forced]
     if forced == "reference" or not offered:
         return "reference"
@@ -127,15 +137,10 @@ def backend_for(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
             f"KEDIT_FAST_BACKEND={forced}: {op} has no {forced} implementation for {dtype} on {device.type}; "
             "unset the variable to let device and dtype decide"
         )
-    reason = _unfit(offered[0])
+    reason = offered[0].why_not()
     if reason:
         raise ValueError(f"KEDIT_FAST_BACKEND={forced}: {op} cannot run here: {reason}")
     return forced
-
-
-def _unfit(implementation: Implementation) -> str:
-    """Why an implementation cannot run on this machine; empty if it can."""
-    return _why_not(implementation.backend) or implementation.why_not()
 
 
 def _serves(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> bool:
@@ -148,19 +153,15 @@ def _forced_backend() -> str | None:
         return None
     if name not in BACKENDS:
         raise ValueError(f"KEDIT_FAST_BACKEND={name}: expected one of {', '.join(BACKENDS)}, or unset")
-    reason = _why_not(name)
+    reason = {"native": why_not_native, "triton": why_not_triton}.get(name, str)()
     if reason:
         raise ValueError(f"KEDIT_FAST_BACKEND={name} cannot run here: {reason}")
     return name
 
 
-def _why_not(backend: str) -> str:
-    """Why a backend cannot run on this machine; empty if it can."""
-    if backend == "native":
-        return why_not_native()
-    if backend == "triton":
-        return "" if find_spec("triton") else "Triton is not installed; pip install triton"
-    return ""
+def why_not_triton() -> str:
+    """Why Triton's kernels cannot run here; empty if they can."""
+    return "" if find_spec("triton") else "Triton is not installed; pip install triton"
 
 
 def report() -> dict:
@@ -175,7 +176,7 @@ def report() -> dict:
     return {
         "forced": _forced_backend(),
         "native": True if module else why_not_native(),
-        "triton": _why_not("triton") or True,
+        "triton": why_not_triton() or True,
         "instruction_sets": module.instruction_sets() if module else [],
         "openmp": module.has_openmp() if module else False,
         "threads": torch.get_num_threads(),

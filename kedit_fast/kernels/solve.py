@@ -8,7 +8,7 @@ weight. With n < d_ff the inverse is taken through n x n (Woodbury), and the fac
 
 A matrix that is not positive definite, or so nearly singular that fp64 cannot hold its inverse, is an error.
 
-On the CPU the algebra is that of numpy's OpenBLAS, in place: one matrix [d_ff, d_ff] for λC + KᵀK and its factor.
+The algebra is numpy's OpenBLAS on the CPU, cuSOLVER on CUDA, in place: one [d_ff, d_ff] for λC + KᵀK and its factor.
 ``*_ref`` do the same in plain torch: the reference, and what runs elsewhere (``dispatch.backend_for``).
 """
 
@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from kedit_fast.kernels import dispatch, openblas
+from kedit_fast.kernels import cusolver, dispatch, openblas
 from kedit_fast.kernels.second_moment import require_finite
 
 # At condition 1e14 fp64 leaves two digits. A second moment short of tokens, singular but for rounding, comes out at
@@ -144,7 +144,9 @@ class _Algebra(NamedTuple):
 
 
 def _algebra(device) -> _Algebra:
-    return _OPENBLAS if dispatch.backend_for("solve", device, torch.float64) == "native" else _TORCH
+    if dispatch.backend_for("solve", device, torch.float64) != "native":
+        return _TORCH
+    return _OPENBLAS if device.type == "cpu" else _CUSOLVER
 
 
 def _factor(algebra, moment, weight, regularizer, n_tokens):
@@ -296,6 +298,7 @@ def _torch_one_norm(matrix):
 
 _TORCH = _Algebra(_torch_cholesky, _torch_add_gram_, _torch_solve_triangular, _torch_one_norm)
 _OPENBLAS = _Algebra(openblas.cholesky_, openblas.add_gram_, openblas.solve_triangular_, openblas.one_norm)
+_CUSOLVER = _Algebra(cusolver.cholesky_, cusolver.add_gram_, cusolver.solve_triangular_, _torch_one_norm)
 
 
 def _check_tensor(name, x, device):

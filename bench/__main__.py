@@ -16,6 +16,8 @@ BENCHES = {  # name: what it measures; each is a module with ``run(options) -> M
     "solve": "the solves of MEMIT, native against torch, on random keys (3 minutes)",
     "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
     "attribution": "the estimate of a trace against the exact one, on 20 facts (20 minutes)",
+    "kernels": "every op against its reference and torch, on the shapes of four models (2 minutes on the CPU)",
+    "flows": "traces on the shapes of large models with random weights (on a GPU only; 3 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }
 OPTIONS = {
@@ -23,6 +25,8 @@ OPTIONS = {
     "solve": ["threads"],
     "trace": ["facts", "threads"],
     "attribution": ["threads"],
+    "kernels": ["device"],
+    "flows": ["device"],
     "edit": ["method", "n", "sets", "threads"],
 }
 
@@ -32,13 +36,15 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:14} {what}" for name, what in BENCHES.items())
     made = argparse.ArgumentParser(
         prog="python -m bench",
-        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into README.md",
+        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into README.md"
+        f"\n  {'gpu':14} everything that needs a GPU into one folder: python -m bench gpu --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; all where none is named")
     made.add_argument("--list", action="store_true", help="print the names and exit")
     made.add_argument("--quick", action="store_true", help="a small run of a minute or two; its figures are not kept")
     made.add_argument("--threads", type=int, default=1, help="threads of torch and of the native ops (default 1)")
+    made.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="kernels, flows: where")
     made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where figures are kept and read")
     made.add_argument("--readme", type=Path, default=report.README, help="the file that `report` writes into")
     made.add_argument("--facts", type=int, default=8, help="trace: facts in one call (default 8)")
@@ -50,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line names; 1 where a check failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:
+        return import_module("bench.gpu").main(arguments[1:])
     parse = parser()
     options = parse.parse_args(arguments)
     unknown = [name for name in options.names if name not in (*BENCHES, "report")]
@@ -97,11 +106,11 @@ def _command(name: str, options, parse: argparse.ArgumentParser) -> str:
 
 
 def _show(name: str, measured: Measured, seconds: float) -> None:
-    env = environment()
+    env = environment(measured.device)
     print(
-        f"{name} on {env['cpu']}, {env['cores']} cores, {env['threads']} threads, peak {measured.peak:.1f} GFLOP/s; "
-        f"torch {env['torch']}, transformers {env['transformers']}, kedit_fast {env['kedit_fast']} at {env['commit']}; "
-        f"{seconds:.0f} s"
+        f"{name} on {env.get('gpu', env['cpu'])}, {env['cores']} cores, {env['threads']} threads, "
+        f"peak {measured.peak:.1f} GFLOP/s; torch {env['torch']}, "
+        f"transformers {env['transformers']}, kedit_fast {env['kedit_fast']} at {env['commit']}; {seconds:.0f} s"
     )
     print(report.as_text(measured.figures))
     print("\n".join([*measured.notes, ""]))

@@ -5,11 +5,13 @@ import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,8 @@ class Figure:
     """One measured number.
 
     case: the column it stands in ("state, 1 fact"); metric: its line; unit: one of ``report.FORMATS``
-    low, high: 95 % interval over n, where there is one; mark: what it has to reach, such as ">= 5"
+    low, high: 95 % interval over n, or of n repeats the 20th and the 80th percentile, where there is one;
+    mark: what it has to reach, such as ">= 5"
     """
 
     case: str
@@ -59,11 +62,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """A benchmark's figures, the machine's peak in the same run in GFLOP/s, and what a reader must know of them."""
+    """A benchmark's figures, the machine's peak in the same run in GFLOP/s, and what a reader must know of them.
+
+    device: the type of device that was measured
+    """
 
     figures: list[Figure]
     peak: float
     notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
 
 
 class Timing(NamedTuple):
@@ -93,6 +100,93 @@ def peak_matmul(repeats: int = 20, size: int = PEAK_SIZE) -> float:
     return 2e-9 * size**3 / best
 
 
+# ---- devices
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``--device`` names; "auto" is a GPU where there is one."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if name == "auto" else name)
+
+
+class Times(NamedTuple):
+    """Seconds of one call: the 20th, 50th and 80th percentile of n calls."""
+
+    low: float
+    middle: float
+    high: float
+    n: int
+
+
+class Stopwatch:
+    """Times of some work on one device, of calls that find their inputs in memory and not in a cache.
+
+    On a GPU: between two events around each call, after a buffer larger than the L2 cache was written; what the host
+    does inside the call counts where the GPU waits for it. On the CPU: process time, caches as they are.
+    """
+
+    def __init__(self, device: torch.device, seconds: float = 0.3, least: int = 5, most: int = 100):
+        """seconds: to spend on one work, within ``least`` to ``most`` calls."""
+        self.device, self._seconds, self._least, self._most = device, seconds, least, most
+        self._flushed = None
+        if device.type == "cuda":
+            cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+            self._flushed = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def __call__(self, work: Callable) -> Times:
+        work()  # compiles, allocates
+        once = self._runs(work, 1)[0]
+        taken = sorted(self._runs(work, min(max(int(self._seconds / max(once, 1e-7)), self._least), self._most)))
+        low, high = (taken[round(share * (len(taken) - 1))] for share in (0.2, 0.8))
+        return Times(low, statistics.median(taken), high, len(taken))
+
+    def once(self, work: Callable) -> Timing:
+        """One call, as ``timed`` has it, to its end on the device."""
+        return timed(self._to_its_end, work)
+
+    def _to_its_end(self, work: Callable):
+        result = work()
+        self._wait()
+        return result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _runs(self, work: Callable, n: int) -> list[float]:
+        if self._flushed is None:
+            return [timed(work).seconds for _ in range(n)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        for begin, end in events:
+            self._flushed.zero_()
+            begin.record()
+            work()
+            end.record()
+        self._wait()
+        return [1e-3 * begin.elapsed_time(end) for begin, end in events]
+
+
+class Peaks(NamedTuple):
+    """What the machine does at best: FLOP/s of a plain product by dtype, and bytes/s of a plain copy (read + write)."""
+
+    products: dict[torch.dtype, float]
+    copy: float
+
+    @classmethod
+    def measure(cls, watch: Stopwatch, dtypes, quick: bool = False) -> "Peaks":
+        """Square products and a copy large enough for the device; a few milliseconds' worth where ``quick``."""
+        gpu = watch.device.type == "cuda"
+        size = 128 if quick else 8192 if gpu else PEAK_SIZE
+        count = 1 << (18 if quick else 30 if gpu else 27)
+        products = {}
+        for dtype in dtypes:
+            side = min(size, 4096) if dtype == torch.float64 else size
+            a, b = (torch.randn(side, side, device=watch.device).to(dtype) for _ in range(2))
+            products[dtype] = 2 * side**3 / watch(lambda a=a, b=b: torch.matmul(a, b)).low
+        source, target = (torch.zeros(count, dtype=torch.int8, device=watch.device) for _ in range(2))
+        return cls(products, 2 * count / watch(lambda: target.copy_(source)).low)
+
+
 # ---- rows
 
 
@@ -103,21 +197,34 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def environment() -> dict[str, str | int]:
-    """What a figure depends on besides the code's own options."""
-    import transformers
-
+def environment(device: str = "cpu") -> dict[str, str | int]:
+    """What a figure depends on besides the code's own options; of a GPU also its name, driver, CUDA and Triton."""
     import kedit_fast
 
-    return {
+    found = {
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": installed("transformers"),
         "kedit_fast": kedit_fast.__version__,
         "commit": _commit(),
     }
+    return found | (_gpu() if device == "cuda" else {})
+
+
+def installed(package: str) -> str:
+    """The version of a package that may be absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> dict[str, str]:
+    found = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": installed("triton")}
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return found | {"driver": _said(asked).split("\n")[0]}
 
 
 def now() -> str:
@@ -126,7 +233,11 @@ def now() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return _said(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"])
+
+
+def _said(command: list[str]) -> str:
+    """What a program prints; "unknown" where it is absent or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -134,13 +245,14 @@ def _commit() -> str:
 
 
 def results_file(folder: Path, env: dict) -> Path:
-    """The machine's file: named by its processor and number of cores, not by whose it is."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", f"{env['cpu']} {env['cores']} cores".lower()).strip("-") + ".csv")
+    """The machine's file: named by its GPU, or its processor and number of cores, not by whose it is."""
+    machine = env.get("gpu") or f"{env['cpu']} {env['cores']} cores"
+    return folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".csv")
 
 
 def append_rows(folder: Path, bench: str, command: str, measured: Measured) -> Path:
     """Adds one row a figure to the machine's file, which is only ever added to; gives its path."""
-    env = environment()
+    env = environment(measured.device)
     shared = {"date": now(), "bench": bench}
     tail = env | {"peak_gflops": round(measured.peak, 1), "command": command, "notes": " ".join(measured.notes)}
     rows = [shared | asdict(figure) | tail for figure in measured.figures]

@@ -16,20 +16,36 @@ FORMATS = {  # unit: how a value is shown
     "difference": "{:.1e}",
     "s": "{:.2f} s",
     "ms": "{:.1f} ms",
+    "µs": "{:.1f} µs",
+    "MB": "{:.1f} MB",
+    "GB": "{:.2f} GB",
+    "GB/s": "{:.1f} GB/s",
+    "GFLOP": "{:.2f} GFLOP",
     "TFLOP": "{:.2f} TFLOP",
     "GFLOP/s": "{:.0f} GFLOP/s",
+    "TFLOP/s": "{:.2f} TFLOP/s",
+    "facts/s": "{:.2f} facts/s",
+    "patches/s": "{:.0f} patches/s",
+    "facts": "{:.0f} facts",
     "correlation": "{:.2f}",
     "share": "{:.2f}",
 }
+WIDEST = 8  # columns
+SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the README shows have in their names
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 
 
 def pivot(figures: list[Figure]) -> list[list[str]]:
-    """Cells of a table, header first: a line a metric, a column a case. A mark stands behind its figure."""
-    cases = list(dict.fromkeys(figure.case for figure in figures))
+    """Cells of a table, header first. A mark stands behind its figure.
+
+    A line a metric and a column a case; the other way round where there are more than ``WIDEST`` cases.
+    """
     cells = {(figure.metric, figure.case): _shown(figure) for figure in figures}
-    metrics = dict.fromkeys(figure.metric for figure in figures)
-    return [["", *cases], *([metric, *(cells.get((metric, case), "") for case in cases)] for metric in metrics)]
+    lines, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    if len(columns) > WIDEST:
+        cells = {(case, metric): shown for (metric, case), shown in cells.items()}
+        lines, columns = columns, lines
+    return [["", *columns], *([line, *(cells.get((line, column), "") for column in columns)] for line in lines)]
 
 
 def _shown(figure: Figure) -> str:
@@ -74,11 +90,21 @@ def _newest(path: Path) -> list[list[tuple[dict, Figure]]]:
 
 def _run(rows: list[tuple[dict, Figure]]) -> str:
     row = rows[0][0]
-    parts = [f"**{row['bench']}**: `{row['command']}`, {_where(row)}", as_markdown([figure for _, figure in rows])]
+    words = SHORT.get(row["bench"], ())
+    shown = [figure for _, figure in rows if all(word in figure.case for word in words)]
+    parts = [f"**{row['bench']}**: `{row['command']}`, {_where(row)}", as_markdown(shown)]
+    if len(shown) < len(rows):
+        parts.append(f"Shown are {' and '.join(w.strip(' (') for w in words)}; all cases are in `bench/results`.")
     return "\n\n".join([*parts, row["notes"]]).rstrip()
 
 
 def _where(row: dict[str, str]) -> str:
+    if row.get("gpu"):
+        return (
+            f"{row['date'][:10]}, {row['gpu']} (driver {row['driver']}, CUDA {row['cuda']}, at best "
+            f"{1e-3 * float(row['peak_gflops']):.0f} TFLOP/s), torch {row['torch']}, triton {row['triton']}, "
+            f"transformers {row['transformers']}, commit {row['commit']}."
+        )
     threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
     return (
         f"{row['date'][:10]}, {row['cpu']} ({row['cores']} cores, {threads}, at best {float(row['peak_gflops']):.0f} "

@@ -100,17 +100,17 @@ class Ground:
 
     def flop_ours(self, facts: list[Fact]) -> float:
         """FLOP of the products in our trace: counted for one and two draws, and the rest is linear in the draws."""
-        one, two = (_flop(self.ours, facts, samples) for samples in (1, 2))
+        one, two = (count_flop(self.ours, facts, samples) for samples in (1, 2))
         return one + (self.samples - 1) * (two - one)
 
     def flop_published(self, fact: Fact) -> float:
         """FLOP of the products in the published loop: one forward's, times its forwards."""
         ids = torch.tensor([_tokens(self.lm, fact).ids] * (self.samples + 1))
         with torch.inference_mode():
-            return _flop(self.lm.model, ids) * (ids.shape[1] * self.lm.n_layers + 2)
+            return count_flop(self.lm.model, ids) * (ids.shape[1] * self.lm.n_layers + 2)
 
 
-def _flop(work: Callable, *args) -> int:
+def count_flop(work: Callable, *args) -> int:
     """Counted by torch, so torch computes: what another library multiplies it does not see."""
     with patch.dict(os.environ, KEDIT_FAST_BACKEND="reference"), FlopCounterMode(display=False) as counter:
         work(*args)

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import math
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from bench import attribution, common, edit, report, second_moment, trace
+from bench import attribution, common, edit, flows, gpu, kernels, report, second_moment, solve, trace
 from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
 from kedit_fast.facts import Fact
@@ -26,7 +28,7 @@ FACTS = [
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """The machine's peak is not what is tested."""
-    for module in (trace, attribution, edit, second_moment):
+    for module in (trace, attribution, edit, second_moment, solve):
         monkeypatch.setattr(module, "peak_matmul", lambda: 100.0)
 
 
@@ -51,7 +53,7 @@ def test_trace_checks_and_times_both_kinds_on_one_and_on_several_facts():
 @pytest.mark.parametrize("kind", trace.KINDS)
 def test_counted_flop_of_any_number_of_draws_follows_from_one_and_two(kind):
     ground = trace.Ground(tiny_lm("llama"), kind, 4, 1.0)
-    assert ground.flop_ours(FACTS[:1]) == trace._flop(ground.ours, FACTS[:1], 4)
+    assert ground.flop_ours(FACTS[:1]) == trace.count_flop(ground.ours, FACTS[:1], 4)
     assert ground.flop_ours(FACTS[:1]) < ground.flop_published(FACTS[0])
 
 
@@ -86,6 +88,196 @@ def test_a_wrong_second_moment_is_not_reported(monkeypatch):
     monkeypatch.setattr(second_moment, "second_moment_", lambda c, keys: c.addmm_(keys[1:].T.to(c), keys[1:].to(c)))
     with pytest.raises(CheckFailed, match="native, fp64 sum, d_ff 17"):
         second_moment.measure(widths=(17,), n_rows=33, repeats=1)
+
+
+# ---- solve
+
+
+def test_solves_are_checked_and_timed():
+    figures = values(solve.measure(d_ff=40, facts=(3,), repeats=1))
+    assert figures["3 facts", "once: residual"].value < 1e-10
+    assert figures["3 facts", f"cached factor: ratio to {solve.RIVAL}"].value > 0
+
+
+def test_a_wrong_solve_is_not_reported(monkeypatch):
+    right = solve.memit_solve
+    monkeypatch.setattr(solve, "memit_solve", lambda *a, **k: [1.001 * x for x in right(*a, **k)])
+    with pytest.raises(CheckFailed, match="once, 3 facts: relative residual"):
+        solve.measure(d_ff=40, facts=(3,), repeats=1)
+
+
+# ---- kernels, flows and the script for a GPU
+
+CPU = torch.device("cpu")
+
+
+def test_on_a_gpu_each_call_stands_between_two_events_with_a_cold_cache(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = len(said)
+            said.append("event")
+
+        def elapsed_time(self, other):
+            return other.at - self.at  # ms; one thing said between them: 2
+
+    watch = common.Stopwatch(CPU, seconds=0.01, least=3, most=7)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch._flushed = SimpleNamespace(zero_=lambda: said.append("flush"))
+    assert watch(lambda: said.append("work")) == (0.002, 0.002, 0.002, 5)
+    assert said == ["work", *["flush", "event", "work", "event"] * 6]
+
+
+def test_every_op_is_checked_and_timed_beside_its_reference_and_a_rival():
+    plan = kernels.Plan.of(CPU, quick=True)
+    measured = kernels.measure(plan)
+    assert len(measured.notes) == 1 and "divided by 64" in measured.notes[0]
+    figures = values(measured)
+    for problem in kernels.problems(plan):
+        assert "llama-3-8b / 64" in problem.name
+        cases = {case for case, _ in figures if case.startswith(problem.name)}
+        assert len(cases) >= 3, cases
+        for case in cases:
+            low, time, high = (getattr(figures[case, "time"], part) for part in ("low", "value", "high"))
+            assert 0 < low <= time <= high
+    rate, peak = (figures["linear, llama-3-8b / 64, fp32, reference", name] for name in ("product rate", "FLOP"))
+    assert rate.unit == "TFLOP/s" and peak.value == pytest.approx(1e-9 * 2 * 24 * 64 * 224)
+
+
+@pytest.mark.parametrize("op", ["attention", "rows.branch_rows"])
+def test_the_backend_that_ran_is_named(op, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "triton")
+    measured = kernels.measure(kernels.Plan.of(CPU, quick=True, ops=(op,), rows=24))
+    assert any(case.endswith("fp32, kedit_fast (triton)") for case, _ in values(measured))
+
+
+def test_a_wrong_op_is_not_reported_and_ends_only_its_own_cases(monkeypatch):
+    from bench import kernel_cases
+
+    monkeypatch.setattr(kernel_cases, "branch_rows", lambda h, source: torch.cat([h, h[source.roll(1)]]))
+    plan = kernels.Plan.of(CPU, quick=True, ops=("rows.branch_rows", "rows.add_noise"))
+    with pytest.raises(CheckFailed, match="branch_rows, llama-3-8b / 64, bf16: kedit_fast: relative error"):
+        kernels.measure(plan)
+    measured = kernels.measure(plan._replace(lenient=True))
+    assert sum(note.startswith("FAILED: rows.branch_rows") for note in measured.notes) == 2
+    assert {case.split(",")[0] for case, _ in values(measured)} == {"rows.add_noise"}
+
+
+def test_a_rival_that_cannot_run_is_noted(monkeypatch):
+    def missing(*args, **options):
+        raise NotImplementedError("no such product")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", missing)
+    measured = kernels.measure(kernels.Plan.of(CPU, quick=True, ops=("attention",)))
+    assert "SDPA cannot run here: no such product." in " ".join(measured.notes)
+    assert {metric for _, metric in values(measured)} >= {"time"}
+
+
+def test_no_case_is_begun_too_late():
+    measured = kernels.measure(kernels.Plan.of(CPU, quick=True, ops=("linear",), until=0.0))
+    assert not measured.figures
+    assert measured.notes[1].startswith("NOT RUN for want of time: linear, llama-3-8b / 64, bf16;")
+
+
+@pytest.mark.parametrize("model", flows.MODELS)
+def test_a_trace_on_a_model_made_from_its_config(model):
+    figures = values(flows.measure(flows.dry(model, CPU)))
+    (case,) = {case for case, _ in figures}
+    assert case == f"trace, {model} shrunk, fp32, 2 facts"
+    shown = {metric: figure.value for (_, metric), figure in figures.items()}
+    assert shown["patches a second"] == pytest.approx(shown["facts a second"] * 12 * 3)
+    assert shown["FLOP a fact"] > 0 and figures[case, "difference in fp32"].met
+
+
+def test_a_flow_that_differs_from_a_rival_is_not_reported(monkeypatch):
+    right = flows.oracle.batched_loop
+
+    def off_by_a_layer(*args, **options):
+        given = right(*args, **options)
+        return given | {"scores": given["scores"].roll(1, 1)}
+
+    monkeypatch.setattr(flows.oracle, "batched_loop", off_by_a_layer)
+    with pytest.raises(CheckFailed, match="llama-3-8b, 4 layers in fp32: differences"):
+        flows.measure(flows.dry("llama-3-8b", CPU))
+
+
+def test_facts_of_random_words_have_equal_lengths():
+    tokenizer = flows.word_tokenizer(300)
+    for one in flows.random_facts(5, 300):
+        ids, span = flows.fact_tokens(tokenizer, one)
+        assert (len(ids), span) == (12, (1, 5))
+
+
+def test_without_a_gpu_nothing_is_run(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["gpu", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().out == "no GPU here: nothing was run\n"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--device", "cpu"])
+
+
+@pytest.fixture
+def dry(tmp_path):
+    return gpu.parser().parse_args(["--out", str(tmp_path), "--device", "cpu", "--quick"])
+
+
+def test_a_dry_run_of_every_part_leaves_figures_and_a_summary(dry):
+    def here(part, seconds, options):
+        measured = gpu.measured_part(part.name, CPU, True, math.inf)
+        common.append_rows(options.out, part.name, "dry", measured)
+        return "done"
+
+    ended = list(gpu.run_parts(list(gpu.PARTS[1:]), dry, here))
+    assert [one.how for one in ended] == ["done"] * (len(gpu.PARTS) - 1)
+    text = gpu.summary(ended, dry)
+    assert text.startswith("# Dry run on the CPU") and "| trace gpt2-xl | done |" in text
+    for part in gpu.PARTS[1:]:
+        assert f"\n## {part.name}\n" in text
+
+
+def test_a_part_has_a_process_of_its_own_and_its_end_is_recorded(dry):
+    part = gpu.Part("kernels rows.branch_rows", 0, 60)
+    assert gpu._in_a_process(part, 60, dry) == "done"
+    assert "rows.branch_rows, llama-3-8b / 64, fp32, reference" in (dry.out / gpu.LOG).read_text(encoding="utf-8")
+    (figures,) = dry.out.glob("*.csv")
+    assert {row["bench"] for row, _ in common.read_rows(figures)} == {part.name}
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "how"),
+    [
+        ("raise SystemExit('cuda fell over')", 20, "failed (status 1): cuda fell over"),
+        ("import os; os.abort()", 20, "failed (status -6): it printed nothing"),
+        ("import time; time.sleep(60)", 0.2, "stopped after 0 s; see the log"),
+    ],
+)
+def test_what_goes_wrong_in_a_part_is_said(code, seconds, how, tmp_path):
+    command = [sys.executable, "-c", code]
+    assert gpu.logged(gpu.Part("kernels solve", 0, 1), command, dict(os.environ), seconds, tmp_path / "log.txt") == how
+
+
+def test_tests_that_all_skip_are_no_success():
+    assert gpu._tests_ended(["3 skipped in 0.1s"]).startswith("failed: no test passed")
+    assert gpu._tests_ended(["..", "2 passed, 1 skipped in 0.1s"]) == "done: 2 passed, 1 skipped in 0.1s"
+
+
+def test_parts_that_do_not_fit_are_skipped_and_failures_do_not_stop_the_next(dry):
+    dry.budget = gpu.GRACE + 50
+
+    def fails(part, seconds, options):
+        raise OSError("no room")
+
+    parts = [gpu.Part("a", 10, 30), gpu.Part("b", 100, 100), gpu.Part("c", 1, 5)]
+    ended = [one.how for one in gpu.run_parts(parts, dry, fails)]
+    assert ended[0] == ended[2] == "failed: OSError: no room"
+    assert ended[1].startswith("skipped: ") and ended[1].endswith("100 needed")
 
 
 # ---- edit
@@ -192,6 +384,23 @@ def test_rows_say_what_a_figure_depends_on_and_read_back(tmp_path):
     assert path.name.endswith("-cores.csv")
     read = [figure for _, figure in common.read_rows(path)][2]
     assert read == measured_once().figures[2]
+
+
+def test_rows_of_a_gpu_stand_in_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    names = ("solve, llama-3-8b, fp64, kedit_fast (native)", "solve, llama-3-8b, fp64, reference")
+    on_gpu = Measured([Figure(name, "time", 2.0, "ms") for name in names], 700_000.0, device="cuda")
+    path = common.append_rows(tmp_path, "kernels", "python -m bench kernels", on_gpu)
+    assert path.name == "nvidia-h100-80gb-hbm3.csv"
+    row = common.read_rows(path)[0][0]
+    assert row["triton"] and row["cuda"] and row["driver"]
+    assert "NVIDIA H100 80GB HBM3 (driver " in report.render(tmp_path) and "700 TFLOP/s" in report.render(tmp_path)
+    assert names[0] in report.render(tmp_path) and names[1] not in report.render(tmp_path)
+
+
+def test_many_cases_are_lines_and_not_columns():
+    figures = [Figure(f"case {i}", "time", i, "µs") for i in range(9)]
+    assert report.as_markdown(figures).splitlines()[:3] == ["|  | time |", "| --- | --- |", "| case 0 | 0.0 µs |"]
 
 
 def test_the_table_shows_marks_and_intervals():

@@ -1,14 +1,11 @@
 """Products of rows with a layer's weights on the CPU: four fifths of what a sweep does.
 
-Hugging Face's blocks call ``torch.nn.functional.linear`` (or ``torch.addmm``, GPT-2's Conv1D); inside
-``fast_products`` these calls come here. The caller's own torch calls outside of it are not touched.
+For the length of a sweep the linear layers of Hugging Face's blocks come here (``model.seam``); torch itself, and every
+other call to it, is not touched.
 """
-
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from kedit_fast.kernels import dispatch, openblas
 
@@ -59,24 +56,3 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.is_contiguous())
         and dispatch.backend_for("linear", "cpu", torch.float32) == "native"
     )  # fmt: skip
-
-
-class _Products(TorchFunctionMode):
-    """Sends a block's products to ``linear``."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and not kwargs:
-            return linear(*args)
-        if func is torch.addmm and not kwargs and args[1].ndim == 2 and args[0].ndim == 1:
-            return linear(args[1], args[2], args[0], in_out=True)
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def fast_products(device: torch.device, dtype: torch.dtype):
-    """Blocks called inside take their products from ``linear``, where it has more than the reference to offer."""
-    with ExitStack() as stack:
-        if dispatch.backend_for("linear", device, dtype) != "reference":
-            stack.enter_context(_Products())
-        yield

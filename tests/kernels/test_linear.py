@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
+from kedit_fast.jobs.collect import collect
 from kedit_fast.kernels import dispatch, openblas
 from kedit_fast.kernels import linear as module
-from kedit_fast.kernels.linear import FEWEST, fast_products, linear, linear_ref
-from tests.conftest import close
+from kedit_fast.kernels.linear import FEWEST, linear, linear_ref
+from kedit_fast.model.seam import prepared
+from kedit_fast.sites import Site
+from kedit_fast.sweep.runs import RunList
+from tests.conftest import close, open_tiny
+from tests.tiny import tiny_model
 
 WHY = dispatch.why_not_native() or openblas.why_not()
 native_only = pytest.mark.skipif(bool(WHY), reason=f"no native products: {WHY}")
@@ -96,17 +100,33 @@ def test_reference_of_both_orientations():
 
 
 @native_only
-@torch.no_grad()
-def test_the_layers_of_blocks_come_here(counted):
-    x, torch_linear, conv = numbers(1, 70, 16), torch.nn.Linear(16, 12), Conv1D(12, 16)
-    want = [torch_linear(x), conv(x)]
-    assert not counted
-    with fast_products(*FP32):
-        for layer, expected in zip((torch_linear, conv), want, strict=True):
-            close(type(layer).__name__, layer(x), expected)
-    assert counted == [(70, 16, 12)] * 2
-    torch_linear(x)  # and not any longer
-    assert len(counted) == 2
+@pytest.mark.parametrize("family, per_layer", [("llama", 7), ("gpt2", 4)])  # gpt2: Conv1D
+def test_the_layers_of_blocks_come_here(family, per_layer, counted):
+    model = tiny_model(family)
+    lm, before = open_tiny(model), [set(vars(module)) for module in model.modules()]
+    with pytest.raises(KeyError), prepared(model, lm.family):
+        raise KeyError
+    assert [set(vars(module)) for module in model.modules()] == before
+    runs = RunList()
+    runs.add(torch.arange(5, 75))
+    everything = torch.zeros(70, dtype=torch.int64), torch.arange(70)
+    h = collect(lm, runs.runs(), Site.layer_out, [0, 3], *everything)
+    assert len(counted) == per_layer * 4 and {rows for rows, _, _ in counted} == {70}
+    with torch.no_grad():
+        want = model(torch.arange(5, 75)[None], output_hidden_states=True).hidden_states[1][0]
+    close("h", h[0], want)
+    assert len(counted) == per_layer * 4  # Hugging Face's own forward multiplies as ever
+
+
+@native_only
+def test_a_layer_with_a_forward_of_its_own_keeps_it(counted):
+    model = tiny_model("llama")
+    module, called = model.model.layers[1].mlp.up_proj, []
+    module.forward = lambda x: called.append(len(x)) or torch.nn.functional.linear(x, module.weight)
+    kept = module.forward
+    with prepared(model, open_tiny(model).family):
+        assert module.forward is kept
+    assert module.forward is kept
 
 
 @native_only
@@ -126,8 +146,9 @@ def test_without_openblas_torch_does_the_work(monkeypatch):
     assert dispatch.backend_for("linear", *FP32) == "reference"
     x, weight = numbers(70, 8), numbers(4, 8, seed=1)
     assert torch.equal(linear(x, weight), linear_ref(x, weight))
-    with fast_products(*FP32):
-        assert torch.overrides._len_torch_function_stack() == 0
+    model = tiny_model("llama")
+    with prepared(model, open_tiny(model).family):
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 @native_only

@@ -9,14 +9,20 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.moments import second_moments
-from tests.conftest import tiny_lm
+from tests.conftest import open_tiny
 from tests.edits import lowrank, make_edit
 from tests.kernels import close
-from tests.tiny import TEXT
+from tests.kernels.triton import DEVICE
+from tests.tiny import TEXT, tiny_model
 
 FACT = kf.Fact(prompt="The capital of {} is", subject="France")
 # What must have run, (op's file, function); ops without a kernel stay on the reference.
 TRACED = {("rows", "add_noise"), ("rows", "branch_rows"), ("lowrank", "lowrank_add")}
+
+
+def tiny_lm(family: str, layers: int = 4) -> kf.LM:
+    """The tiny model where the kernels run."""
+    return open_tiny(tiny_model(family, layers=layers).to(DEVICE))
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def test_a_trace_of_an_edited_model(launched, monkeypatch):
     options = {"kinds": ["state", "mlp"], "samples": 1, "noise": 0.5, "window": 2}
     found = kf.trace(lm, FACT, **options)
     assert set(launched) == TRACED, launched
-    monkeypatch.delenv("KEDIT_FAST_BACKEND")
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "reference")
     launched.clear()
     for got, wanted in zip(found, kf.trace(lm, FACT, **options), strict=True):
         assert (got.kind, got.answer_id) == (wanted.kind, wanted.answer_id)
@@ -59,6 +65,6 @@ def test_second_moments(launched, monkeypatch):
     lines = [line for line in TEXT.splitlines() if line]
     found = second_moments(tiny_lm("llama"), [0, 2], lines, n_tokens=150)
     assert set(launched) - TRACED == {("second_moment", "second_moment_")}
-    monkeypatch.delenv("KEDIT_FAST_BACKEND")
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "reference")
     for layer, wanted in second_moments(tiny_lm("llama"), [0, 2], lines, n_tokens=150).items():
         close(f"C of layer {layer}", found[layer].matrix, wanted.matrix, torch.float32)

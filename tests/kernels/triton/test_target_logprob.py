@@ -7,9 +7,9 @@ import torch
 
 from kedit_fast.kernels import target_logprob as op
 from kedit_fast.kernels.target_logprob import Head, target_logprob, target_logprob_ref
-from tests.conftest import TOLERANCE, close, relative_error
+from tests.conftest import TOLERANCE, close, open_tiny, relative_error
 from tests.kernels.triton import DEVICE
-from tests.tiny import FAMILY_NAMES
+from tests.tiny import FAMILY_NAMES, tiny_model
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -163,9 +163,7 @@ def test_only_plain_frozen_heads_are_fused(monkeypatch):
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_head_of_every_family(family, no_reference):
     """The parts that ``fusable_head`` names are the whole of ``head``."""
-    from tests.conftest import tiny_lm
-
-    lm = tiny_lm(family)
+    lm = open_tiny(tiny_model(family).to(DEVICE))
     h = random(5, lm.d_model, seed=4).to(lm.device)
     targets = some_targets((5,), lm.n_vocab)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The OpenBLAS that numpy's wheels bring: where its routines lie, how many threads it may use, and those of ``solve``.
 
-Its fp32 products run at 97-103 GFLOP/s on one core of a Zen 4 where torch's (MKL) reach 80-90, its Cholesky is 1.5
-times torch's, and its symmetric products do half the work of torch's. numpy is a dependency and maps the library
+Its Cholesky is 1.5 times torch's (MKL) on a core of a Zen 4, its symmetric products do half the work of torch's, and its
+fp32 products of many rows lose less where the other cores are busy (see ``linear``). numpy is a dependency and maps the library
 anyway; where numpy was built otherwise, torch does the work.
 
 The routines over tensors read and write fp64 matrices whose rows lie one after the other, in place, on

@@ -1,8 +1,8 @@
 """The OpenBLAS that numpy's wheels bring: where its routines lie, how many threads it may use, and those of ``solve``.
 
-Its Cholesky is 1.5 times torch's (MKL) on a core of a Zen 4, its symmetric products do half the work of torch's, and its
-fp32 products of many rows lose less where the other cores are busy (see ``linear``). numpy is a dependency and maps the library
-anyway; where numpy was built otherwise, torch does the work.
+On a core of a Zen 4 its Cholesky is 1.5 times torch's (MKL), its symmetric products do half the work of torch's, and
+its fp32 products of many rows lose less where the other cores are busy (see ``linear``). numpy is a dependency and maps
+the library anyway; where numpy was built otherwise, torch does the work.
 
 The routines over tensors read and write fp64 matrices whose rows lie one after the other, in place, on
 ``torch.get_num_threads()`` threads where that helps. A lower triangle by rows is an upper one by columns, as Fortran

@@ -25,7 +25,7 @@ def numbers(*shape, seed=0):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Forces the native products, from 64 rows on; the shapes of x [rows, n_in] and the output that came through them."""
+    """Forces the native products, from 64 rows on; (rows, n_in, n_out) of those that ran."""
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "native")
     monkeypatch.setattr(module, "FEWEST", FEWEST)
     real, shapes = dispatch.native(), []

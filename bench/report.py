@@ -31,6 +31,7 @@ FORMATS = {  # unit: how a value is shown
     "share": "{:.2f}",
 }
 WIDEST = 8  # columns
+ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the README leaves out where a bench compares: machines differ
 SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the README shows have in their names
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 
@@ -92,9 +93,13 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
     row = rows[0][0]
     words = SHORT.get(row["bench"], ())
     shown = [figure for _, figure in rows if all(word in figure.case for word in words)]
+    if not words:
+        shown = [figure for figure in shown if figure.unit not in ABSOLUTE]
     parts = [f"**{row['bench']}**: `{row['command']}`, {_where(row)}", as_markdown(shown)]
-    if len(shown) < len(rows):
+    if words:
         parts.append(f"Shown are {' and '.join(w.strip(' (') for w in words)}; all cases are in `bench/results`.")
+    elif len(shown) < len(rows):
+        parts.append("Times and rates are in `bench/results`.")
     return "\n\n".join([*parts, row["notes"]]).rstrip()
 
 

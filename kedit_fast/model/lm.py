@@ -21,7 +21,7 @@ DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights
 
 @dataclass(frozen=True, eq=False)
 class LM:
-    """A model to trace and edit. Made by ``open_model``; the Hugging Face model inside is never changed.
+    """A model to trace and edit. Made by ``open_model``; only ``Edit.apply`` changes the Hugging Face model in it.
 
     model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
     source: supplies layer i; memory: bytes a sweep may hold besides the weights; edits: the edits that sweeps apply,

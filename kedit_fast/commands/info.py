@@ -121,10 +121,12 @@ def _backend() -> str:
 def _ops() -> dict[str, str]:
     from ..kernels import dispatch
 
-    told = {}
-    for op, devices in dispatch.report()["ops"].items():
+    told, report = {}, dispatch.report()
+    for op, devices in report["ops"].items():
         for device, by_dtype in devices.items():
-            told[f"{op} on {device}"] = ", ".join(f"{dtype} {backend}" for dtype, backend in by_dtype.items())
+            why = report["not_used"][op][device]
+            backends = ", ".join(f"{dtype} {backend}" for dtype, backend in by_dtype.items())
+            told[f"{op} on {device}"] = backends + (f" ({why})" if why else "")
     return told
 
 

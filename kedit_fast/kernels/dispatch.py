@@ -169,7 +169,8 @@ def report() -> dict:
 
     forced: the value of KEDIT_FAST_BACKEND or None; native, triton: True, or the reason it is missing;
     instruction_sets, openmp: of the extension ([] and False without it); threads: that CPU ops use; ops: {op: {device:
-    {dtype name: backend}}} for the devices present. Raises what ``backend_for`` raises for a wrong KEDIT_FAST_BACKEND.
+    {dtype name: backend}}} for the devices present; not_used: {op: {device: why a backend that has the op is not taken}}.
+    Raises what ``backend_for`` raises for a wrong KEDIT_FAST_BACKEND.
     """
     module = native()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -181,7 +182,18 @@ def report() -> dict:
         "openmp": module.has_openmp() if module else False,
         "threads": torch.get_num_threads(),
         "ops": {op: {device: _backends(op, device) for device in devices} for op in IMPLEMENTATIONS},
+        "not_used": {op: {device: _not_used(op, device) for device in devices} for op in IMPLEMENTATIONS},
     }
+
+
+def _not_used(op: str, device: str) -> str:
+    reasons = [
+        f"{each.backend}: {why}"
+        for each in IMPLEMENTATIONS[op]
+        if device in each.devices and (each.backend, device) != ("triton", "cpu")  # that is for tests only
+        and (why := each.why_not() or each.why_not_chosen())
+    ]  # fmt: skip
+    return "; ".join(reasons)
 
 
 def _backends(op: str, device: str) -> dict[str, str]:

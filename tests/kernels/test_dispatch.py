@@ -174,3 +174,17 @@ def test_built_extension_is_the_one_the_package_needs():
     if dispatch.native() is None:
         pytest.skip(f"no extension: {dispatch.why_not_native()}")
     assert dispatch.native().instruction_sets()[-1] == "plain"
+
+
+def test_report_says_why_a_backend_is_not_taken(force, without_native, monkeypatch):
+    monkeypatch.setattr(dispatch.openblas, "why_not", lambda: "no OpenBLAS here")
+    not_used = dispatch.report()["not_used"]
+    assert not_used["second_moment"]["cpu"] == f"native: {ABSENT}"
+    assert not_used["solve"]["cpu"] == "native: no OpenBLAS here"
+    assert not_used["attention"]["cpu"] == ""
+
+
+def test_report_says_why_a_backend_is_not_chosen(force, with_native, monkeypatch):
+    monkeypatch.setattr(dispatch.openblas, "why_not", str)
+    not_used = dispatch.report()["not_used"]
+    assert "not AMD's" in not_used["linear"]["cpu"] and not_used["second_moment"]["cpu"] == ""

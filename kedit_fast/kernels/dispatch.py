@@ -169,7 +169,7 @@ def report() -> dict:
 
     forced: the value of KEDIT_FAST_BACKEND or None; native, triton: True, or the reason it is missing;
     instruction_sets, openmp: of the extension ([] and False without it); threads: that CPU ops use; ops: {op: {device:
-    {dtype name: backend}}} for the devices present; not_used: {op: {device: why a backend that has the op is not taken}}.
+    {dtype name: backend}}} for the devices present; not_used: {op: {device: why a backend with that op is not taken}}.
     Raises what ``backend_for`` raises for a wrong KEDIT_FAST_BACKEND.
     """
     module = native()

@@ -150,7 +150,7 @@ def _facts_of(path):
         yield from facts
 
 
-def check_facts(facts: Iterable[Fact], *, need_new: bool = False) -> list[Fact]:
+def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool = True) -> list[Fact]:
     """The facts without duplicates, checked before any work starts; what editors call first.
 
     Two facts are at the same place where subject and prompt are equal but for case and spacing. At one place the same
@@ -158,7 +158,8 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False) -> list[Fact]:
     Warned of as well: a target_new that equals target_true (nothing to edit), and different new targets for one subject
     and ``provenance["relation_id"]`` under different prompts (right for relations that take several objects).
 
-    need_new: every fact must have a target_new.
+    need_new: every fact must have a target_new; together: whether they are written into one model. Independent edits
+        see nothing of each other, so they neither contradict each other nor clash.
     Raises ValueError for no facts, for a contradiction (both facts and targets are named) and for a missing target_new;
     TypeError for anything but a collection of Facts.
     """
@@ -173,21 +174,22 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False) -> list[Fact]:
             raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
         target = fact.target_new and fact.target_new.strip()
         place = (_folded(fact.subject), _folded(fact.prompt))
-        if kept.setdefault((*place, target), fact) is not fact:
+        if (*place, target) in kept:
             repeated.append(fact)
+        kept.setdefault((*place, target), fact)
         if target is None:
             if need_new:
                 raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
             continue
         first = places.setdefault(place, fact)
-        if first.target_new.strip() != target:
+        if together and first.target_new.strip() != target:
             raise ValueError(
                 f"facts {first.label} and {fact.label} contradict each other: target_new {first.target_new!r} and "
                 f"{fact.target_new!r} for one subject and prompt; keep one of them"
             )
         if fact.target_true and fact.target_true.strip() == target:
             pointless.append(fact)
-        relation = fact.provenance.get("relation_id")
+        relation = fact.provenance.get("relation_id") if together else None
         if relation and relations.setdefault((place[0], str(relation)), fact).target_new.strip() != target:
             clashes.append(fact)
     if not kept:

@@ -1,20 +1,22 @@
 """What ROME and MEMIT share in their sweeps: the facts as token sequences, their keys, the edits below a new one."""
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..edit import Edit
+from ..checkpoint import digest as digest_of
+from ..edit import Delta, Edit
 from ..facts import Fact, check_facts, fact_tokens, target_tokens
 from ..jobs.collect import Collect
 from ..jobs.values import ValueTask
 from ..sites import Site
+from ..sweep.edited import add_under
 from ..sweep.engine import sweep
-from ..sweep.runs import RunList, add_sequences
+from ..sweep.runs import RunList
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 
@@ -47,11 +49,6 @@ class Prompts:
     def n_contexts(self) -> int:
         return len(self.weights)
 
-    @property
-    def bare(self) -> Tensor:
-        """[n] index of each fact's bare prompt among the sequences."""
-        return torch.arange(len(self.facts)) * self.n_contexts
-
     def value_tasks(self, lm) -> list[ValueTask]:
         """What the values of these facts are optimized on."""
         tasks = []
@@ -60,28 +57,57 @@ class Prompts:
             essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject))
             target = target_tokens(lm.tokenizer, fact.target_new)
             ids = list(essence.ids)[: essence.lookup + 1]
-            tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids, fact.label))
+            tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids, fact.label, i))
         return tasks
 
-    def collect(self, lm, reads: dict[Site, tuple[int, Tensor]]) -> dict[Site, Tensor]:
-        """{site: rows [k, width]} at one layer each, at the lookup tokens of the sequences ``which`` [k]; one sweep."""
-        runs = RunList()
-        number = add_sequences(runs, self.sequences, owner=lm.run_owner)
-        jobs = {
-            site: Collect(site, [layer], number[which], self.lookups[which]) for site, (layer, which) in reads.items()
-        }
-        sweep(lm, runs.runs(), list(jobs.values()), last_layer=max(layer for layer, _ in reads.values()))
-        return {site: job.values[reads[site][0]] for site, job in jobs.items()}
+    def read(self, lm, *, averaged: dict[Site, int], bare: dict[Site, int]) -> "Read":
+        """What sites hold at the lookup tokens, at the layer given for each: averaged over contexts by their weights,
+        and of the bare prompt. Under independent edits each fact is read under its own.
 
-    def average(self, rows: Tensor) -> Tensor:
-        """[n, width] fp64: rows [n * m, width] of all sequences, averaged over contexts by their weights."""
-        grouped = rows.double().view(len(self.facts), self.n_contexts, -1)
+        One sweep for as many facts as a quarter of ``lm.memory`` holds rows of.
+        """
+        step = self._chunk(lm, averaged, bare)
+        parts = [
+            self._read(lm, range(first, min(first + step, len(self.facts))), averaged, bare)
+            for first in range(0, len(self.facts), step)
+        ]
+        return Read(*({site: torch.cat([part[i][site] for part in parts]) for site in parts[0][i]} for i in range(2)))
+
+    def _chunk(self, lm, averaged: dict, bare: dict) -> int:
+        """Facts whose rows a quarter of the memory holds."""
+        width = {Site.mlp_key: lm.d_ff}
+        of_all, of_bare = (sum(width.get(site, lm.d_model) for site in sites) for sites in (averaged, bare))
+        return max(1, lm.memory // 4 // ((of_all * self.n_contexts + of_bare) * lm.dtype.itemsize))
+
+    def _read(self, lm, facts: range, averaged: dict, bare: dict) -> tuple[dict, dict]:
+        runs, m = RunList(), self.n_contexts
+        every = torch.arange(facts.start * m, facts.stop * m)
+        number = add_under(lm, runs, [self.sequences[i] for i in every.tolist()], every // m)
+        pos = self.lookups[every]
+        of_all = {site: Collect(site, [layer], number, pos) for site, layer in averaged.items()}
+        of_bare = {site: Collect(site, [layer], number[::m], pos[::m]) for site, layer in bare.items()}
+        last = max([*averaged.values(), *bare.values()])
+        sweep(lm, runs.runs(), [*of_all.values(), *of_bare.values()], last_layer=last)
+        means = {site: self._mean(job.values[averaged[site]]) for site, job in of_all.items()}
+        return means, {site: job.values[bare[site]].double() for site, job in of_bare.items()}
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        grouped = rows.double().view(-1, self.n_contexts, rows.shape[1])
         return torch.einsum("m,nmw->nw", self.weights.to(grouped.device), grouped)
 
 
-def checked_facts(facts) -> list[Fact]:
-    """Facts an editor can write: targets present, no contradictions. One Fact is a list of one."""
-    return check_facts([facts] if isinstance(facts, Fact) else list(facts), need_new=True)
+class Read(NamedTuple):
+    """{site: [n, width] fp64}: means over contexts, and of the bare prompts."""
+
+    averaged: dict[Site, Tensor]
+    bare: dict[Site, Tensor]
+
+
+def checked_facts(facts, independent: bool = False) -> list[Fact]:
+    """Facts an editor can write: targets present, no contradictions unless each is an edit of its own. One Fact is a
+    list of one."""
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    return check_facts(facts, need_new=True, together=not independent)
 
 
 def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
@@ -98,16 +124,25 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
 
 
 def under(lm, previous, facts: Sequence[Fact]):
-    """The model with an earlier edit, for an edit of ``facts`` made on top of it.
+    """The model with earlier edits (an Edit, or several in order), for an edit of ``facts`` made on top of them.
 
     Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits.
     """
-    if previous is not None and not isinstance(previous, Edit):
-        raise TypeError(f"previous: expected an Edit, got {type(previous).__name__}; Edit.load reads a file")
-    lm = lm if previous is None else lm.with_edit(previous)
+    for edit in [] if previous is None else [previous] if isinstance(previous, Edit) else previous:
+        if not isinstance(edit, Edit):
+            raise TypeError(f"previous: expected an Edit, got {type(edit).__name__}; Edit.load reads a file")
+        lm = lm.with_edit(edit)
     lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
     _warn_of_overwritten(lm.edits, facts)
     return lm
+
+
+def edited_so_far(lm, deltas: dict[int, Delta], facts: Sequence[Fact], owner: Tensor | None):
+    """The model with the layers that the edit in making has done; owner: as in ``Written``."""
+    if not deltas:
+        return lm
+    owners = None if owner is None else dict.fromkeys(deltas, owner)
+    return lm.with_edit(Edit("in making", {}, lm.fingerprint, tuple(facts), deltas, owners=owners))
 
 
 def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
@@ -144,12 +179,8 @@ def chain(lm) -> dict:
 
 def digest(edit: Edit) -> str:
     """16 hex digits of the sha256 of an edit's deltas, bit for bit: the same before and after it is saved."""
-    made = hashlib.sha256()
-    for layer, delta in edit.deltas.items():
-        for name, tensor in vars(delta).items():
-            made.update(f"{layer} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            made.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return made.hexdigest()[:16]
+    parts = [(layer, name, tensor) for layer, delta in edit.deltas.items() for name, tensor in vars(delta).items()]
+    return digest_of(*(x for part in parts for x in part))
 
 
 def check_finite(rows: Tensor, facts: Sequence[Fact], what: str) -> None:
@@ -163,5 +194,6 @@ def check_finite(rows: Tensor, facts: Sequence[Fact], what: str) -> None:
 
 
 def storable(lm, factors: Tensor) -> Tensor:
-    """Factors as an Edit keeps them: fp32, or fp64 for an fp64 model."""
-    return factors.to(torch.promote_types(lm.dtype, torch.float32)).cpu()
+    """Factors as an Edit keeps them: fp32, or fp64 for an fp64 model; contiguous, as they come back from a file, for a
+    product's last bits depend on the strides."""
+    return factors.to(torch.promote_types(lm.dtype, torch.float32)).cpu().contiguous()

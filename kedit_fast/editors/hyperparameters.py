@@ -88,10 +88,10 @@ class Settings:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def _prepared(self, lm, facts, contexts, previous):
+    def _prepared(self, lm, facts, contexts, previous, independent):
         """(model with ``previous`` on it, facts, groups of contexts or None), checked before any work."""
         self._check(lm)
-        facts = checked_facts(facts)
+        facts = checked_facts(facts, independent)
         groups = None if contexts is None else checked_contexts(contexts)
         check_lengths(lm, facts, groups or [[BARE]])
         return under(lm, previous, facts), facts, groups

@@ -6,39 +6,46 @@ of what is still missing:
 
     R = (z - current value) / layers left                     [n, d]
     Δ = Rᵀ K (λ C + Kᵀ K)⁻¹                                   [d, d_ff], eq. 14 with facts as rows
+
+What an earlier edit wrote belongs to what is to be kept, so λ C then holds KₚᵀKₚ of its keys as well.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..checkpoint import Keep
 from ..deltas import LowRank, as_smallest
-from ..edit import Edit
 from ..jobs.values import Values, ValueSettings, optimize_values
-from ..kernels.solve import memit_solve
+from ..kernels.solve import MomentFactor, factor, memit_solve
 from ..moments import SecondMoment
 from ..progress import progress
 from ..sites import Site
-from .common import Prompts, chain, check_finite, storable
+from .common import Prompts, check_finite, edited_so_far, storable
 from .contexts import memit_contexts
+from .editor import Editor, Written
 from .hyperparameters import Settings, published
-from .statistics import described, factored, fit
+from .statistics import described, gains
 
 
 @dataclass(frozen=True)
-class Memit(Settings):
+class Memit(Editor):
     """Hyper-parameters under their published names (see ``Settings``); ``edit`` does the work.
 
     layers: lowest first; the last one is where z lives
     mom2_update_weight: λ, the weight of C against the new keys (published 15,000 to 20,000; d_ff fits small models)
+    keep_previous: whether the keys of edits below are kept (published: no, each batch forgets those before it)
+
+    Differs: the published code optimizes z with a head projection of its own that leaves out logit soft caps; here they
+    are in.
     """
 
     mom2_update_weight: float = 15_000
+    keep_previous: bool = True
 
+    METHOD: ClassVar = "memit"
     POSITIVE: ClassVar = (*Settings.POSITIVE, "mom2_update_weight")
 
     def _check(self, lm) -> None:
@@ -47,54 +54,40 @@ class Memit(Settings):
             raise ValueError(f"layers {self.layers}: expected lowest first; z lives at the last one, above all others")
 
     @classmethod
-    def for_model(cls, lm) -> "Memit":
+    def for_model(cls, lm):
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 
         Derived: five early-middle layers from a tenth of the depth on, λ = d_ff, clamp 0.75. On SmolLM2-135M later
         layers reach the same efficacy and lose the neighborhood, and λ = 15,000 fits nothing.
         """
-        first = round(0.1 * lm.n_layers)
-        layers = tuple(i for i in range(first, first + 5) if i < lm.n_layers)
+        layers = early_middle(lm.n_layers)
         derived = cls(
             layers=layers, mom2_update_weight=float(lm.d_ff), source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
         )
         return published(PUBLISHED, lm) or derived
 
-    def edit(
-        self,
-        lm,
-        facts: Sequence,
-        *,
-        moments=None,
-        corpus=None,
-        contexts=None,
-        previous: Edit | None = None,
-        seed: int = 0,
-    ) -> Edit:
-        """One Edit that writes all facts. Nothing is changed: use ``lm.with_edit(edit)`` or ``edit.apply(model)``.
+    def _contexts(self, lm, seed):
+        return memit_contexts(lm, self.context_template_length_params, seed=seed)
 
-        moments: {layer: SecondMoment}, or corpus: text to measure them over ("self": sampled from the model); neither
-            is read with mom2_adjustment=False
-        contexts: groups of templates [["{}"], ["... {}", ...]]; None generates them from ``seed``
-        previous: an edit this one is made on top of (as those that ``lm`` carries); apply both, in order:
-            ``provenance["on_top_of"]`` says which. A fact of it that gets another target is warned of
-
-        Raises ValueError, before any work, for facts that contradict each other, lack a target or are too long for the
-        model, layers out of range, missing or foreign statistics; later, naming the fact, where a loss or a residual
-        turns NaN. Differs: the published code optimizes z with a head projection of its
-        own that leaves out logit soft caps; here they are in.
-        """
-        lm, facts, groups = self._prepared(lm, facts, contexts, previous)
-        moments = self._moments(lm, moments, corpus) or _identities(lm, self.layers)
-        groups = groups or memit_contexts(lm, self.context_template_length_params, seed=seed)
+    def _write(self, lm, facts, groups, moments, independent: bool, keep: Keep) -> Written:
+        """z of all facts, then the layer loop."""
         prompts = Prompts.of(lm, facts, groups)
-        z = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm))
-        deltas, keys, notes = self._spread(lm, prompts, moments, z)
-        return Edit(
-            method="memit", hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts), deltas=deltas,
-            values=z.values.cpu(), keys=keys, contexts=groups,
-            provenance={"version": __version__, "layers": notes, "values": _value_notes(z)} | chain(lm),
-        )  # fmt: skip
+        z = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm), keep)
+        owner = torch.arange(len(facts)) if independent else None
+        deltas, keys, notes = {}, {}, {}
+        with progress("solving layers", len(self.layers)) as bar:
+            for i, layer in enumerate(self.layers):
+                below = edited_so_far(lm, deltas, facts, owner)
+                moment = moments[layer] if moments else _identity(lm, layer)
+                share = 1 / (len(self.layers) - i)
+                step = _Step(below, prompts, layer, z.values.double(), share, moment, independent)
+                made = keep(f"layer-{layer}", lambda step=step: self._solved(step))
+                delta = LowRank(made.pop("u"), made.pop("v"))
+                deltas[layer] = delta if independent else as_smallest(delta)
+                keys[layer] = made.pop("keys")
+                notes[layer] = {name: value.item() for name, value in made.items()} | described(moment)
+                bar.advance(1, f"layer {layer}: missing {notes[layer]['missing']:.2f}")
+        return Written(deltas, z.values, keys, notes, {"values": _value_notes(z)}, owner)
 
     def _value_settings(self, lm) -> ValueSettings:
         last = lm.n_layers - 1
@@ -104,48 +97,71 @@ class Memit(Settings):
             loss_layer=last if self.v_loss_layer is None else max(self.v_loss_layer, self.layers[-1]),
         )  # fmt: skip
 
-    def _spread(self, lm, prompts: Prompts, moments, z: Values):
-        """The layer loop: ({layer: delta}, {layer: keys [n, d_ff]}, {layer: notes})."""
-        deltas, keys, notes = {}, {}, {}
-        with progress("solving layers", len(self.layers)) as bar:
-            for i, layer in enumerate(self.layers):
-                k, out, current = self._measure(lm, prompts, layer, deltas)
-                missing = z.values.double() - current
-                residual = through_post_norm(lm, layer, out, missing / (len(self.layers) - i))
-                check_finite(k, prompts.facts, f"key at layer {layer}")
-                check_finite(residual, prompts.facts, f"residual at layer {layer}")
-                moment = factored(lm, moments[layer], self.mom2_update_weight, self.regularizer)
-                u, v = memit_solve(k, residual, moment, self.mom2_update_weight)
-                deltas[layer] = as_smallest(LowRank(storable(lm, u), storable(lm, v)))
-                keys[layer] = storable(lm, k)
-                g, share = fit(moment, k)
-                notes[layer] = {
-                    "g": g, "fit": share, "condition": moment.condition, "missing": missing.norm(dim=1).mean().item(),
-                } | described(moments[layer])  # fmt: skip
-                bar.advance(1, f"layer {layer}: fit {share:.2f}")
-        return deltas, keys, notes
+    def _solved(self, step: "_Step") -> dict[str, Tensor]:
+        """Δ = u vᵀ of one layer, the keys it stands on, and what there is to note of it."""
+        lm, layer, top = step.lm, step.layer, self.layers[-1]
+        read = step.prompts.read(lm, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
+        k, missing = read.averaged[Site.mlp_key], step.z - read.bare[Site.layer_out]
+        residual = through_post_norm(lm, layer, read.bare[Site.mlp_out], missing * step.share)
+        check_finite(k, step.prompts.facts, f"key at layer {layer}")
+        check_finite(residual, step.prompts.facts, f"residual at layer {layer}")
+        earlier = [edit.keys[layer] for edit in lm.edits if layer in edit.keys] if self.keep_previous else []
+        u, v, notes = self._update(lm, step.moment, k, residual, earlier, step.independent)
+        notes["missing"] = missing.norm(dim=1).mean().item()
+        return {name: storable(lm, x) for name, x in {"u": u, "v": v, "keys": k}.items()} | {
+            name: torch.tensor(x, dtype=torch.float64) for name, x in notes.items()
+        }
 
-    def _measure(self, lm, prompts: Prompts, layer: int, deltas: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys [n, d_ff] and bare outputs [n, d] of a layer, and current values [n, d] at the last one, with the layers
-        below edited; fp64."""
-        if deltas:
-            so_far = Edit(method="memit", hparams={}, fingerprint=lm.fingerprint, facts=(), deltas=deltas)
-            lm = lm.with_edit(so_far)
-        everything = torch.arange(len(prompts.sequences))
-        rows = prompts.collect(
-            lm,
-            {
-                Site.mlp_key: (layer, everything),
-                Site.mlp_out: (layer, prompts.bare),
-                Site.layer_out: (self.layers[-1], prompts.bare),
-            },
-        )
-        return prompts.average(rows[Site.mlp_key]), rows[Site.mlp_out].double(), rows[Site.layer_out].double()
+    def _update(self, lm, moment: SecondMoment, k: Tensor, residual: Tensor, earlier: list[Tensor], alone: bool):
+        """(u, v, notes) of Δ = u vᵀ by eq. 14; earlier: keys to be kept; alone: a K of one row for each fact."""
+        weight = self.mom2_update_weight
+        matrix = with_kept(moment.matrix.to(lm.device), earlier, weight)
+        c = factor(matrix, weight, regularizer=self.regularizer, n_tokens=moment.n_tokens)
+        g = gains(c, k).mean().item()
+        return *solved(c, k, residual, alone), {"g": g, "fit": g / (g + weight), "condition": c.condition}
 
 
-def _identities(lm, layers) -> dict[int, SecondMoment]:
+@dataclass(frozen=True)
+class _Step:
+    """One turn of the layer loop. z: [n, d] fp64; share: of what is missing; lm: with the layers below edited."""
+
+    lm: object
+    prompts: Prompts
+    layer: int
+    z: Tensor
+    share: float
+    moment: SecondMoment
+    independent: bool
+
+
+def with_kept(matrix: Tensor, keys: list[Tensor], weight: float) -> Tensor:
+    """C + KₚᵀKₚ / λ: λ times it keeps what C stands for and the earlier keys Kₚ, a list of [nₚ, d_ff]."""
+    if not keys:
+        return matrix
+    rows = torch.cat(keys).to(matrix.device, torch.float64)
+    return torch.addmm(matrix.double(), rows.T, rows, alpha=1 / weight)
+
+
+def solved(kept: MomentFactor, k: Tensor, residual: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
+    """u = Rᵀ and v = (A + Kᵀ K)⁻¹ Kᵀ of Δ = u vᵀ, for the kept A = λ C.
+
+    alone: each fact as if there were no other, v = A⁻¹ k / (1 + kᵀ A⁻¹ k) (Sherman and Morrison)
+    """
+    if not alone:
+        return memit_solve(k, residual, kept, kept.weight)
+    half = kept.solve(k.T)
+    return residual.T, half / (1 + (k.T * half).sum(0))
+
+
+def early_middle(n_layers: int) -> tuple[int, ...]:
+    """Five layers from a tenth of the depth on."""
+    first = round(0.1 * n_layers)
+    return tuple(i for i in range(first, first + 5) if i < n_layers)
+
+
+def _identity(lm, layer: int) -> SecondMoment:
     """What takes the statistics' place without ``mom2_adjustment``."""
-    return {i: SecondMoment(torch.eye(lm.d_ff), lm.d_ff, i, corpus="identity") for i in layers}
+    return SecondMoment(torch.eye(lm.d_ff), lm.d_ff, layer, corpus="identity")
 
 
 def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:

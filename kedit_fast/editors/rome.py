@@ -9,34 +9,40 @@ moves W as little as possible, in the metric of C, so that (W + Δ) k = v*. As p
 ``key="averaged"`` takes k* in both places (R-ROME, Gupta et al. 2024), which avoids the collapse of some edits.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..checkpoint import Keep
 from ..deltas import LowRank, as_smallest
-from ..edit import Edit
 from ..jobs.values import ValueSettings, optimize_values
 from ..sites import Site
-from .common import Prompts, chain, check_finite, storable
+from .common import Prompts, check_finite, edited_so_far, storable
 from .contexts import rome_contexts
-from .hyperparameters import Settings, published
-from .statistics import described, factored, fit
+from .editor import Editor, Written
+from .hyperparameters import published
+from .statistics import described, factored, gains
 
 
 @dataclass(frozen=True)
-class Rome(Settings):
+class Rome(Editor):
     """Hyper-parameters under their published names (see ``Settings``); ``edit`` does the work.
+
+    Several facts are written one after the other, each computed with those before it in place, unless independent.
 
     layers: one after the other (published: one)
     key: "published" (the bare prompt's key in the divisor, so W' k_0 = v*) or "averaged" (R-ROME, W' k* = v*)
+
+    Differs: C is solved by Cholesky in fp64 (published: an explicit fp32 inverse).
     """
 
     clamp_norm_factor: float = 4.0
     context_template_length_params: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
     key: str = "published"
+
+    METHOD: ClassVar = "rome"
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,62 +55,57 @@ class Rome(Settings):
         derived = cls(layers=(lm.n_layers // 6,), source=f"derived for {lm.n_layers} layers")
         return published(PUBLISHED, lm) or derived
 
-    def edit(
-        self,
-        lm,
-        facts: Sequence,
-        *,
-        moments=None,
-        corpus=None,
-        contexts=None,
-        previous: Edit | None = None,
-        seed: int = 0,
-    ) -> Edit:
-        """One Edit; several facts are written one after the other, each computed with those before it in place.
+    def _prepared(self, *args):
+        """Contexts are flat: every one weighs the same, whatever group it was given in."""
+        lm, facts, groups = super()._prepared(*args)
+        return lm, facts, groups and [[template for group in groups for template in group]]
 
-        Arguments and errors as in ``Memit.edit``. Differs: C is solved by Cholesky in fp64 (published: an explicit
-        fp32 inverse).
-        """
-        lm, facts, groups = self._prepared(lm, facts, contexts, previous)
-        moments = self._moments(lm, moments, corpus)
+    def _contexts(self, lm, seed):
+        return rome_contexts(lm, self.context_template_length_params, seed=seed)
+
+    def _write(self, lm, facts, groups, moments, independent: bool, keep: Keep) -> Written:
+        """Fact by fact and layer by layer; independent facts together, for none sees another."""
         factors = {layer: factored(lm, moment, 1.0, self.regularizer) for layer, moment in moments.items()}
-        groups = groups or rome_contexts(lm, self.context_template_length_params, seed=seed)
-        groups = [[t for group in groups for t in group]]  # flat: every context weighs the same
+        owner = torch.arange(len(facts)) if independent else None
         made: dict[int, list[_Update]] = {layer: [] for layer in self.layers}
-        for fact in facts:
-            prompts = Prompts.of(lm, [fact], groups)
+        for number, some in enumerate([facts] if independent else [[fact] for fact in facts]):
+            prompts = Prompts.of(lm, some, groups)
             for layer in self.layers:
-                made[layer].append(self._update(_with(lm, made), prompts, layer, factors.get(layer)))
-        updates = {layer: made[layer] for layer in sorted(made)}
+                below = edited_so_far(lm, {i: _joined(ups) for i, ups in made.items() if ups}, facts, owner)
+                name = f"values-{number}-layer-{layer}"
+                made[layer].append(self._update(below, prompts, layer, factors.get(layer), keep, name))
+        joined = {layer: _joined(ups) for layer, ups in made.items()}
         about = {layer: described(moment) for layer, moment in moments.items()}
-        notes = {layer: [update.notes | about.get(layer, {}) for update in updates[layer]] for layer in updates}
-        return Edit(
-            method="rome", hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
-            deltas={i: as_smallest(_joined(ups)) for i, ups in updates.items()},
-            values=torch.cat([u.value for u in made[self.layers[-1]]]).cpu(),
-            keys={i: torch.cat([u.key for u in ups]) for i, ups in updates.items()}, contexts=groups,
-            provenance={"version": __version__, "layers": notes} | chain(lm),
-        )  # fmt: skip
-
-    def _update(self, lm, prompts: Prompts, layer: int, moment) -> "_Update":
-        """Δ of one fact at one layer."""
-        everything = torch.arange(len(prompts.sequences))
-        rows = prompts.collect(lm, {Site.mlp_key: (layer, everything), Site.mlp_out: (layer, everything)})
-        keys, outs = rows[Site.mlp_key].double(), rows[Site.mlp_out].double()
-        averaged = prompts.average(keys)[0]
-        left = averaged if moment is None else moment.solve(averaged)
-        left = left / left.norm()
-        v = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm, layer))
-        bare = int(prompts.bare[0])
-        key, out = (keys[bare], outs[bare]) if self.key == "published" else (averaged, prompts.average(outs)[0])
-        right = (v.values[0].double() - out) / (key @ left)
-        check_finite(right[None], prompts.facts, f"change of the output of layer {layer}")
-        notes = {"steps": int(v.steps[0]), "loss": float(v.loss[0]), "p_new": float((-v.nll[0]).exp())}
-        if moment is not None:
-            notes |= {"g": fit(moment, averaged[None])[0], "condition": moment.condition}
-        return _Update(
-            storable(lm, right[:, None]), storable(lm, left[:, None]), v.values, storable(lm, averaged[None]), notes
+        return Written(
+            deltas={layer: delta if independent else as_smallest(delta) for layer, delta in joined.items()},
+            values=torch.cat([update.values for update in made[self.layers[-1]]]),
+            keys={layer: torch.cat([update.keys for update in ups]) for layer, ups in made.items()},
+            notes={
+                i: [n | about.get(i, {}) for update in ups for n in update.notes] for i, ups in sorted(made.items())
+            },
+            owner=owner,
         )
+
+    def _update(self, lm, prompts: Prompts, layer: int, moment, keep: Keep, name: str) -> "_Update":
+        """Δ of each fact at one layer, by eq. 2."""
+        sites = {Site.mlp_key: layer, Site.mlp_out: layer}
+        averaged, bare = prompts.read(lm, averaged=sites, bare=sites if self.key == "published" else {})
+        k_star = averaged[Site.mlp_key]
+        left = k_star if moment is None else moment.solve(k_star.T).T
+        left = left / left.norm(dim=1, keepdim=True)
+        v = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm, layer), keep, name)
+        at = bare if self.key == "published" else averaged
+        divisor = (at[Site.mlp_key] * left).sum(1, keepdim=True)
+        right = (v.values.double() - at[Site.mlp_out]) / divisor
+        check_finite(right, prompts.facts, f"change of the output of layer {layer}")
+        notes = [
+            {"steps": steps, "loss": loss, "p_new": p_new}
+            for steps, loss, p_new in zip(v.steps.tolist(), v.loss.tolist(), (-v.nll).exp().tolist(), strict=True)
+        ]
+        if moment is not None:
+            g = gains(moment, k_star).tolist()
+            notes = [note | {"g": g[i], "condition": moment.condition} for i, note in enumerate(notes)]
+        return _Update(storable(lm, right.T), storable(lm, left.T), v.values, storable(lm, k_star), notes)
 
     def _value_settings(self, lm, layer: int) -> ValueSettings:
         return ValueSettings(
@@ -115,25 +116,17 @@ class Rome(Settings):
 
 @dataclass(frozen=True)
 class _Update:
-    """One fact's Δ = u vᵀ at one layer, u [d, 1], v [d_ff, 1], and what it was made of."""
+    """Δ = u vᵀ of some facts at one layer, u [d, n], v [d_ff, n], and what it was made of; notes: of each fact."""
 
     u: Tensor
     v: Tensor
-    value: Tensor
-    key: Tensor
-    notes: dict
+    values: Tensor
+    keys: Tensor
+    notes: list[dict]
 
 
 def _joined(updates: list[_Update]) -> LowRank:
     return LowRank(torch.cat([x.u for x in updates], 1), torch.cat([x.v for x in updates], 1))
-
-
-def _with(lm, made: dict[int, list[_Update]]):
-    """The model with all updates made so far."""
-    deltas = {layer: _joined(updates) for layer, updates in made.items() if updates}
-    if not deltas:
-        return lm
-    return lm.with_edit(Edit(method="rome", hparams={}, fingerprint=lm.fingerprint, facts=(), deltas=deltas))
 
 
 def _rome(name: str, layer: int, clamp: float, last: int) -> Rome:

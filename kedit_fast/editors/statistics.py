@@ -90,8 +90,7 @@ def factored(lm, moment: SecondMoment, weight: float, regularizer: float) -> Mom
     return factor(moment.matrix.to(lm.device), weight, regularizer=regularizer, n_tokens=moment.n_tokens)
 
 
-def fit(factor_of_c: MomentFactor, keys: Tensor) -> tuple[float, float]:
-    """(g, g / (g + weight)): g = mean of kᵀ C⁻¹ k over the facts, and the share of a residual one layer can reach."""
+def gains(factor_of_c: MomentFactor, keys: Tensor) -> Tensor:
+    """g = kᵀ C⁻¹ k [n], fp64, of each key [n, d_ff]: one layer reaches g / (g + λ) of what is asked of it."""
     half = torch.linalg.solve_triangular(factor_of_c.lower, keys.double().T, upper=False)
-    weighted = half.square().sum(0).mean().item()  # kᵀ (weight C)⁻¹ k
-    return weighted * factor_of_c.weight, weighted / (weighted + 1)
+    return half.square().sum(0) * factor_of_c.weight  # the factor is of weight * C

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..facts import Fact, continuation_tokens
 from ..jobs.collect import collect
-from ..jobs.score import add_edited, continuation_places, likeliest_tokens
+from ..jobs.score import continuation_places, likeliest_tokens
 from ..kernels.target_logprob import target_logprob
 from ..sites import Site
+from ..sweep.edited import add_edited
 from ..sweep.runs import RunList
 from .metrics import Answers, Reading
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..kernels.target_logprob import LOGITS, target_logprob
 from ..sites import Site
+from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
-from ..sweep.runs import RunList, add_sequences
+from ..sweep.runs import RunList
 from .collect import collect
 
 
@@ -34,36 +35,6 @@ class Score:
             h = x[row.to(x.device)]
             self.logprob[which] = target_logprob(h, self._lm.fusable_head, self.targets[which], self._lm.n_vocab).cpu()
         return None
-
-
-def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None) -> tuple[Tensor, Tensor]:
-    """Adds each sequence as a base run and, where ``lm`` carries edits, as an edited run that branches from it.
-
-    Gives the run numbers (base [n], edited [n]). The edited run begins as its base run at the first edited layer, so
-    everything below is shared; without an edit both are the same run. Equal prefixes are one row.
-
-    owners: [n] the fact whose independent edit acts on each sequence; shared edits act on all.
-    Raises ValueError for independent edits without owners.
-    """
-    base = add_sequences(runs, sequences, owner=-1)
-    first = _first_edited(lm, owners)
-    if first is None:
-        return base, base
-    owners = torch.zeros(len(sequences), dtype=torch.int64) if owners is None else torch.as_tensor(owners)
-    edited = torch.empty_like(base)
-    for owner in owners.unique().tolist():
-        mine = (owners == owner).nonzero()[:, 0]
-        edited[mine] = add_sequences(
-            runs, [sequences[i] for i in mine.tolist()], branch_layer=first, owner=owner, source=base[mine]
-        )
-    return base, edited
-
-
-def _first_edited(lm, owners=None) -> int | None:
-    """The lowest layer that the model's edits change; None where none does."""
-    if owners is None and lm.run_owner < 0:
-        return None
-    return min((layer for edit in lm.edits for layer in edit.deltas), default=None)
 
 
 def likeliest_tokens(lm, h: Tensor) -> Tensor:
@@ -121,7 +92,7 @@ def text_logprobs(lm, sequences: list[list[int]]) -> tuple[list[Tensor], list[Te
         tokens[i, : len(sequence)] = torch.tensor(sequence)
     # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
     base = edited = runs.add(tokens, length=length, owner=-1)
-    first = _first_edited(lm)
+    first = first_edited(lm)
     if first is not None:
         edited = runs.add(tokens, length=length, branch_layer=first, source=base)
     return _scored(lm, runs, base, edited, continuation_places([(s[:1], s[1:]) for s in sequences]))

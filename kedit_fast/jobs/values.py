@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoint import Keep, make_now
 from ..kernels.target_logprob import target_logprob
 from ..model.seam import frozen
 from ..progress import progress
 from ..sites import Site
+from ..sweep.edited import add_under
 from ..sweep.engine import sweep
-from ..sweep.runs import NEVER, RunList, Runs, add_sequences
+from ..sweep.runs import NEVER, RunList, Runs
 from ..sweep.store import KVStore
 from .collect import Collect
 
@@ -34,7 +36,7 @@ class ValueTask:
 
     sequences: prompt tokens in each context, the bare one first; lookups: index of the lookup token in each
     target: token ids; essence: tokens of "{subject} is a" up to its lookup token, its last one
-    name: what errors call it, besides its number
+    name: what errors call it, besides its number; owner: the fact whose independent edit acts on it, if any do
     """
 
     sequences: list[list[int]]
@@ -42,6 +44,7 @@ class ValueTask:
     target: list[int]
     essence: list[int]
     name: str = ""
+    owner: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,28 @@ class Values:
 
 @torch.inference_mode(False)
 @torch.enable_grad()  # whatever the caller switched off
-def optimize_values(lm, tasks: list[ValueTask], settings: ValueSettings) -> Values:
+def optimize_values(
+    lm, tasks: list[ValueTask], settings: ValueSettings, keep: Keep = make_now, name: str = "values"
+) -> Values:
     """Values of all facts; facts are cut into groups by ``lm.memory``. One base sweep and up to ``steps`` sweeps of the
-    upper layers a group. No randomness. Raises ValueError where the model or a loss gives NaN or infinity; for a loss
-    with the fact's number and name and the step.
+    upper layers a group. No randomness.
+
+    keep, name: each group is a part of the work kept as "{name}-{number}" (checkpoint.py)
+    Raises ValueError where the model or a loss gives NaN or infinity; for a loss with the fact's number and name and
+    the step.
     """
     parts, n_done = [], 0
     # off for the backward pass too, which runs outside of any sweep
     with torch.autocast(lm.device.type, enabled=False), progress("optimizing values (facts)", len(tasks)) as bar:
         for group in _groups(lm, tasks, settings):
-            parts.append(_Group(lm, group, settings, n_done).optimize(bar))
+            made = keep(
+                f"{name}-{len(parts):05d}", lambda g=group, n=n_done: vars(_Group(lm, g, settings, n).optimize(bar))
+            )
+            parts.append(made)
             n_done += len(group)
-    return Values(*(torch.cat([getattr(p, name) for p in parts]) for name in Values.__dataclass_fields__))
+            bar.advance(n_done - bar.done)  # where the group had been kept
+    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return Values(**joined | {key: joined[key].to(lm.device) for key in ("values", "initial")})
 
 
 def _groups(lm, tasks, settings):
@@ -169,7 +182,11 @@ class _Group:
         self._base_sweep()
 
     def _declare(self) -> None:
-        """Every (fact, context) and every KL prompt as one list of sequences, with what is read of each."""
+        """Every (fact, context) and every KL prompt as one list of sequences, with what is read of each.
+
+        kl_index: [n] the sequence that holds each fact's KL row: its KL prompt, unless the bare prompt begins with it
+            (as in "{} is in the city of"), for then the lookup token's row is the same.
+        """
         tasks = self.tasks
         self.sequences = [s + t.target[:-1] for t in tasks for s in t.sequences] + [t.essence for t in tasks]
         n_contexts = torch.tensor([len(t.sequences) for t in tasks])
@@ -180,15 +197,20 @@ class _Group:
         self.prompt_length = torch.tensor(
             [len(s) for t in tasks for s in t.sequences] + [len(t.essence) for t in tasks]
         )
+        self.owner = torch.tensor([t.owner for t in tasks])[self.fact]
+        self.bare = n_contexts.cumsum(0) - n_contexts
+        own = self.is_essence.nonzero()[:, 0]
+        inside = torch.tensor([t.sequences[0][: t.lookups[0] + 1] == t.essence for t in tasks])
+        self.kl_index = torch.where(inside, self.bare, own)
+        self.has_rows = torch.ones(len(self.sequences), dtype=torch.bool).index_fill_(0, own[inside], False)
 
     def _base_sweep(self) -> None:
         """Keys, values and rows of every sequence from the layer on; the initial values; p_0 of the KL prompts."""
         lm, settings = self.lm, self.settings
         runs = RunList()
-        self.number = add_sequences(runs, self.sequences, owner=lm.run_owner)
+        self.number = add_under(lm, runs, self.sequences, self.owner)
         self.base = runs.runs()
-        bare = torch.tensor([int((self.fact == i).nonzero()[0, 0]) for i in range(len(self.tasks))])
-        initial = Collect(settings.site, [settings.layer], self.number[bare], self.lookup[bare])
+        initial = Collect(settings.site, [settings.layer], self.number[self.bare], self.lookup[self.bare])
         essence = Collect(Site.layer_out, [lm.n_layers - 1], self.number[self.is_essence], self.lookup[self.is_essence])
         sweep(lm, self.base, [initial, essence], keep=self.store)
         self.initial = initial.values[settings.layer].to(_wide(lm.dtype))
@@ -246,13 +268,14 @@ class _Group:
     def _losses(self, active: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """(-log p of the target, whole loss) [active facts] in nats, with their graph."""
         lm, settings = self.lm, self.settings
-        chosen = active[self.fact].nonzero()[:, 0]
+        chosen = (active[self.fact] & self.has_rows).nonzero()[:, 0]
         runs, h, number = self._runs(chosen)
-        fact, essence = self.fact[chosen], self.is_essence[chosen]
-        add = _AddValue(settings, number, self.lookup[chosen], fact, delta)
-        place, target, weight = self._target_places(chosen, number)
+        add = _AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)
+        contexts = chosen[~self.is_essence[chosen]]
+        place, target, weight = self._target_places(contexts, number[contexts])
+        kl = self.kl_index[active]
         top = _Top(settings.loss_layer, *place)
-        kl_top = _Top(lm.n_layers - 1, number[essence], self.lookup[chosen[essence]])
+        kl_top = _Top(lm.n_layers - 1, number[kl], self.lookup[kl])
         sweep(
             lm,
             runs,
@@ -264,7 +287,7 @@ class _Group:
         )
         with torch.enable_grad(), frozen(lm.model):
             log_p = target_logprob(top.h, lm.fusable_head, target, lm.n_vocab)
-            owner = fact[~essence].repeat_interleave(self._target_lengths(chosen[~essence])).to(log_p.device)
+            owner = self.fact[contexts].repeat_interleave(self._target_lengths(contexts)).to(log_p.device)
             nll = log_p.new_zeros(len(active)).index_add(0, owner, -log_p * weight.to(log_p))
             kl = self._kl(kl_top.h, active)
             decay = delta.norm(dim=1) / self.initial.norm(dim=1).square()
@@ -272,7 +295,8 @@ class _Group:
         return nll[active], total
 
     def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor]:
-        """Runs that own the rows from each lookup token on, over the stored ones; their rows' start; their numbers."""
+        """Runs that own the rows from each lookup token on, over the stored ones; their rows' start; their numbers,
+        [sequences], -1 for those not chosen."""
         base = self.number[chosen]
         tokens, length = self.base.tokens, self.prompt_length[chosen] + self._target_lengths(chosen) - 1
         length = torch.where(self.is_essence[chosen], self.prompt_length[chosen], length)
@@ -284,14 +308,15 @@ class _Group:
             parent=base,
             first_pos=self.lookup[chosen],
             branch_layer=self.settings.layer,
-            owner=self.lm.run_owner,
+            owner=self.base.owner[base],
         )
         count = length - self.lookup[chosen]
         run = base.repeat_interleave(count)
         pos = torch.cat(
             [torch.arange(a, b) for a, b in zip(self.lookup[chosen].tolist(), length.tolist(), strict=True)]
         )
-        return runs.runs(), self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach(), number
+        numbers = torch.full((len(self.sequences),), -1).index_copy_(0, chosen, number)
+        return runs.runs(), self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach(), numbers
 
     def _target_lengths(self, chosen: Tensor) -> Tensor:
         lengths = torch.tensor([len(t.target) for t in self.tasks])
@@ -301,8 +326,6 @@ class _Group:
         """Places whose next token is a target token, those tokens, and each one's weight in its fact's mean."""
         run, pos, target, weight = [], [], [], []
         for i, r in zip(chosen.tolist(), number.tolist(), strict=True):
-            if self.is_essence[i]:
-                continue
             task, start = self.tasks[int(self.fact[i])], int(self.prompt_length[i]) - 1
             for j, token in enumerate(task.target):
                 run.append(r)

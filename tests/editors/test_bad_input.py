@@ -220,7 +220,7 @@ def test_a_loss_that_overflows(editor):
 def test_an_update_that_is_no_number(editor, monkeypatch):
     """Whatever the reason: it goes into no edit, and the fact is named."""
 
-    def broken(lm, tasks, settings):
+    def broken(lm, tasks, settings, *kept):
         values = values_module.optimize_values(lm, tasks, settings)
         values.values[[task.name == FACTS[1].label for task in tasks]] = torch.inf
         return values

@@ -6,8 +6,10 @@ import torch
 import kedit_fast.editors.contexts as contexts_module
 from kedit_fast.editors.common import Prompts
 from kedit_fast.editors.contexts import checked_contexts, memit_contexts, rome_contexts
+from kedit_fast.sites import Site
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS
+from tests.oracle.access import read_value
 from tests.oracle.values import in_context
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -116,15 +118,18 @@ def test_prompts_are_set_in_contexts_and_weigh_by_group():
     lm, groups = tiny_lm("gpt2"), [["{}"], ["The sun. {}", "I go, {} it is", "You. {}"]]
     prompts = Prompts.of(lm, FACTS, groups)
     assert prompts.weights.tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
-    assert prompts.bare.tolist() == [0, 4, 8, 12]
     templates = [template for group in groups for template in group]
     tokenizer = tiny_tokenizer()
     for i, (ids, position) in enumerate(zip(prompts.sequences, prompts.lookups.tolist(), strict=True)):
         fact = FACTS[i // 4]
         assert tokenizer.decode(ids) == in_context(templates[i % 4], fact.prompt).replace("{}", fact.subject)
         assert tokenizer.decode(ids[: position + 1]).endswith(fact.subject)
-    rows = torch.arange(16.0)[:, None]
-    assert prompts.average(rows)[:, 0].tolist() == pytest.approx([4 * i + (1 + 2 + 3) / 6 for i in range(4)])
+    read = prompts.read(lm, averaged={Site.mlp_out: 0}, bare={Site.mlp_out: 0})
+    places = zip(prompts.sequences, prompts.lookups, strict=True)
+    rows = torch.stack([read_value(lm.model, ids, int(at), 0, "mlp_out") for ids, at in places])
+    rows = rows.view(4, 4, -1).double()
+    torch.testing.assert_close(read.bare[Site.mlp_out], rows[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(read.averaged[Site.mlp_out], rows[:, 0] / 2 + rows[:, 1:].mean(1) / 2, rtol=0, atol=1e-5)
 
 
 def test_the_kl_prompt_ends_at_the_subject():

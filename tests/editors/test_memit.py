@@ -214,11 +214,12 @@ def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
 
 
 def test_an_edit_on_top_of_an_edit():
-    """previous= edits the edited model: as if the first edit stood in its weights."""
+    """previous= edits the edited model: as if the first edit stood in its weights, and its keys were not known."""
     model = tiny_model("llama", torch.float64)
     lm = open_tiny(model)
+    forgets = replace(EDITOR, keep_previous=False)
     first = edit(lm, FACTS[:2])
-    second = edit(lm, FACTS[2:], previous=first)
+    second = edit(lm, FACTS[2:], forgets, previous=first)
     written = copy.deepcopy(model)
     first.apply(written)
     expected = edit(open_tiny(written), FACTS[2:])
@@ -228,8 +229,29 @@ def test_an_edit_on_top_of_an_edit():
     alone = edit(lm, FACTS[2:])
     assert relative(second.deltas[1].dense(), alone.deltas[1].dense()) > 1e-2
     assert second.fingerprint == lm.fingerprint
-    stacked = edit(lm.with_edit(first), FACTS[2:])
+    stacked = edit(lm.with_edit(first), FACTS[2:], forgets)
     assert all(torch.equal(stacked.deltas[i].dense(), second.deltas[i].dense()) for i in LAYERS)
+
+
+def test_the_keys_of_edits_below_are_kept():
+    """Their keys stand in the system with a residual of zero: Δ = [0 R]ᵀ [Kₚ K] (λC + KₚᵀKₚ + KᵀK)⁻¹."""
+    lm = open_tiny(tiny_model("llama", torch.float64))
+    editor = replace(EDITOR, layers=(1,), mom2_update_weight=0.01)
+    first = edit(lm, FACTS[:2], editor)
+    kept = edit(lm, FACTS[2:], editor, previous=[first])
+    forgot = edit(lm, FACTS[2:], replace(editor, keep_previous=False), previous=[first])
+    earlier, k = first.keys[1], kept.keys[1]
+    system = 0.01 * moments()[1].matrix.double() + earlier.T @ earlier + k.T @ k
+    residual = kept.values - values_at(lm.with_edit(first), FACTS[2:], 1)
+    expected = residual.T @ torch.linalg.solve(system, k.T).T
+    assert relative(kept.deltas[1].dense(), expected) < 1e-8
+    changed, without = ((edit_.deltas[1].dense() @ earlier.T).norm() for edit_ in (kept, forgot))
+    assert changed < 0.2 * without
+
+
+def values_at(lm, facts, layer):
+    """[n, d] layer_out at the lookup token of the bare prompts."""
+    return Prompts.of(lm, facts, [["{}"]]).read(lm, averaged={}, bare={Site.layer_out: layer}).bare[Site.layer_out]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from kedit_fast.jobs.collect import Collect, collect
-from kedit_fast.jobs.score import Score, add_edited
+from kedit_fast.jobs.score import Score
 from kedit_fast.model.family import FAMILIES, layers_of, module_at
 from kedit_fast.model.seam import frozen
 from kedit_fast.sites import Site
 from kedit_fast.sweep import engine
+from kedit_fast.sweep.edited import add_edited
 from kedit_fast.sweep.engine import ALL, sweep
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from kedit_fast.sweep.runs import NEVER, RunList, add_sequences

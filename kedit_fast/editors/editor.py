@@ -1,0 +1,101 @@
+"""What an editor does around its paper's algorithm: checks before any work, contexts, statistics, the Edit."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from .. import __version__
+from ..checkpoint import Checkpoint, Keep, digest, keep_json, make_now
+from ..deltas import Delta
+from ..edit import Edit
+from .common import chain
+from .hyperparameters import Settings
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an editor computed for n facts; the fields of ``Edit`` that are its own.
+
+    notes: for the provenance, of each layer; about: further entries of it
+    owner: [r] the fact that each factor of each delta belongs to, for independent edits
+    """
+
+    deltas: dict[int, Delta]
+    values: Tensor
+    keys: dict[int, Tensor]
+    notes: dict[int, object]
+    about: dict = field(default_factory=dict)
+    owner: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Editor(Settings):
+    """An editor that locates facts at the subject's last token: ROME, MEMIT and their kin.
+
+    A subclass names its ``METHOD`` and says how contexts are made (``_contexts``) and facts written (``_write``).
+    """
+
+    METHOD: ClassVar[str] = ""
+
+    def edit(
+        self,
+        lm,
+        facts: Sequence,
+        *,
+        moments=None,
+        corpus=None,
+        contexts=None,
+        previous: Edit | Sequence[Edit] | None = None,
+        independent: bool = False,
+        checkpoint=None,
+        seed: int = 0,
+    ) -> Edit:
+        """One Edit that writes all facts. Nothing is changed: use ``lm.with_edit(edit)`` or ``edit.apply(model)``.
+
+        moments: {layer: SecondMoment}, or corpus: text to measure them over ("self": sampled from the model); neither
+            is read with mom2_adjustment=False
+        contexts: groups of templates [["{}"], ["... {}", ...]]; None generates them from ``seed``
+        previous: an edit, or several in order, that this one is made on top of (as those that ``lm`` carries); apply
+            all, in order: ``provenance["on_top_of"]`` says which. A fact of them that gets another target is warned of
+        independent: each fact as an edit of its own that sees no other, all computed together; ``edit.only(i)`` takes
+            one, ``evaluate`` asks each fact under its own. Facts may then contradict each other
+        checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the
+            same arguments, and ends with the same bits. To be deleted once the edit is saved
+
+        Raises ValueError, before any work, for facts that contradict each other, lack a target or are too long for the
+        model, layers out of range, missing or foreign statistics, a checkpoint of other work; later, naming the fact,
+        where a loss or a residual turns NaN.
+        """
+        lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)
+        moments = self._moments(lm, moments, corpus)
+        keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
+        groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))
+        written = self._write(lm, facts, groups, moments, independent, keep)
+        return Edit(
+            method=self.METHOD, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
+            deltas=written.deltas,
+            values=written.values.cpu(), keys=written.keys, contexts=groups,
+            owners=None if written.owner is None else dict.fromkeys(written.deltas, written.owner),
+            provenance={"version": __version__, "layers": written.notes} | written.about | chain(lm),
+        )  # fmt: skip
+
+    def _keep(self, folder, lm, facts, contexts, moments, independent) -> Keep:
+        """The checkpoint's folder, or none."""
+        if folder is None:
+            return make_now
+        return Checkpoint(folder, {
+            "method": self.METHOD, "hparams": asdict(self), "version": __version__, "model": lm.fingerprint,
+            "dtype": str(lm.dtype), "device": lm.device.type, "memory": lm.memory, "independent": independent,
+            "number of facts": len(facts), "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
+            "statistics": {layer: digest(moment.matrix) for layer, moment in moments.items()}, **chain(lm),
+        })  # fmt: skip
+
+    def _contexts(self, lm, seed: int) -> list[list[str]]:
+        """Groups of templates, sampled from the model."""
+        raise NotImplementedError
+
+    def _write(self, lm, facts, groups, moments, independent: bool, keep: Keep) -> Written:
+        """The paper."""
+        raise NotImplementedError

@@ -21,6 +21,7 @@ _HOME = {
     "SecondMoment": "moments",
     "Rome": "editors.rome",
     "Memit": "editors.memit",
+    "AlphaEdit": "editors.alphaedit",
     "EDITORS": "editors",
     "evaluate": "evaluation",
     "EvalReport": "evaluation",

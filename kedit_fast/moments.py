@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,11 @@ class SecondMoment:
         """Estimated condition number; infinite where the matrix is singular (fewer tokens than d_ff)."""
         # rounding to fp32 can lift the zero eigenvalues just above zero
         return math.inf if self.n_tokens < len(self.matrix) else condition(self.matrix)
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """(eigenvalues [d_ff] ascending, eigenvectors [d_ff, d_ff] as columns), fp64; kept once they are known."""
+        return tuple(torch.linalg.eigh(self.matrix.double()))
 
     def save(self, path) -> None:
         """Writes one safetensors file, atomically."""

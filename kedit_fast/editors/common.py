@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import digest as digest_of
-from ..edit import Delta, Edit
+from ..edit import Delta, Edit, digest
 from ..facts import Fact, check_facts, fact_tokens, target_tokens
 from ..jobs.collect import Collect
 from ..jobs.values import ValueTask
@@ -175,12 +174,6 @@ def chain(lm) -> dict:
         {"method": e.method, "n_facts": len(e.facts), "layers": list(e.layers), "digest": digest(e)} for e in lm.edits
     ]
     return {"on_top_of": below} if below else {}
-
-
-def digest(edit: Edit) -> str:
-    """16 hex digits of the sha256 of an edit's deltas, bit for bit: the same before and after it is saved."""
-    parts = [(layer, name, tensor) for layer, delta in edit.deltas.items() for name, tensor in vars(delta).items()]
-    return digest_of(*(x for part in parts for x in part))
 
 
 def check_finite(rows: Tensor, facts: Sequence[Fact], what: str) -> None:

@@ -50,6 +50,7 @@ class Settings:
     source: str = "given"
 
     POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
+    FLAT_CONTEXTS: ClassVar = False
 
     def __post_init__(self):
         for field in fields(self):
@@ -93,6 +94,8 @@ class Settings:
         self._check(lm)
         facts = checked_facts(facts, independent)
         groups = None if contexts is None else checked_contexts(contexts)
+        if groups and self.FLAT_CONTEXTS:
+            groups = [[template for group in groups for template in group]]
         check_lengths(lm, facts, groups or [[BARE]])
         return under(lm, previous, facts), facts, groups
 

@@ -43,6 +43,7 @@ class Rome(Editor):
     key: str = "published"
 
     METHOD: ClassVar = "rome"
+    FLAT_CONTEXTS: ClassVar = True  # every one weighs the same, whatever group it was given in
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,11 +55,6 @@ class Rome(Editor):
         """Published settings where there are some for this model, else a derived layer at a sixth of the depth."""
         derived = cls(layers=(lm.n_layers // 6,), source=f"derived for {lm.n_layers} layers")
         return published(PUBLISHED, lm) or derived
-
-    def _prepared(self, *args):
-        """Contexts are flat: every one weighs the same, whatever group it was given in."""
-        lm, facts, groups = super()._prepared(*args)
-        return lm, facts, groups and [[template for group in groups for template in group]]
 
     def _contexts(self, lm, seed):
         return rome_contexts(lm, self.context_template_length_params, seed=seed)

@@ -15,7 +15,7 @@ import kedit_fast.editors.memit as memit_module
 import kedit_fast.editors.rome as rome_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
-from kedit_fast.editors.common import digest
+from kedit_fast.edit import digest
 from kedit_fast.facts import target_tokens
 from kedit_fast.moments import SecondMoment
 from tests.conftest import open_tiny, tiny_lm

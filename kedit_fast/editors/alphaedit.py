@@ -1,0 +1,107 @@
+"""AlphaEdit: null-space constrained editing (Fang et al. 2025, arXiv:2410.02355).
+
+MEMIT's sweeps and layer loop with another system. Let U hold the directions of key space that text hardly uses, the
+eigenvectors of C whose eigenvalue is below a threshold, and P = U Uᵀ. Only these directions are written:
+
+    Δ = Rᵀ K P (KₚᵀKₚ P + Kᵀ K P + L2 I)⁻¹                    eq. 14 with facts as rows
+
+In the coordinates x = k U this is MEMIT's own system with C = I and λ = L2, and Δ = Δₓ Uᵀ. Keys Kₚ of edits below are
+kept, so edits in sequence disturb neither what text needs nor each other.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.solve import factor
+from ..moments import SecondMoment
+from .hyperparameters import published
+from .memit import Memit, early_middle, solved, with_kept
+
+
+@dataclass(frozen=True)
+class AlphaEdit(Memit):
+    """MEMIT's hyper-parameters, and
+
+    nullspace_threshold: eigenvalues of C below it are the null space; in units of C, so it fits one kind of model.
+        0: take ``nullspace_share`` instead
+    nullspace_share: the share of all directions that is the null space, those of the smallest eigenvalues
+    L2: the weight of the ridge
+
+    Not used: mom2_update_weight (C only says where not to write). Needs second moments.
+    Differs: published, P K is solved for by LU over the whole key space in fp32; here in the null space's own
+    coordinates in fp64, which is the same Δ.
+    """
+
+    nullspace_threshold: float = 2e-2
+    nullspace_share: float = 0.9
+    L2: float = 10.0
+
+    METHOD: ClassVar = "alphaedit"
+    POSITIVE: ClassVar = (*Memit.POSITIVE, "L2")
+
+    def _check(self, lm) -> None:
+        super()._check(lm)
+        if not self.mom2_adjustment:
+            raise ValueError("mom2_adjustment False: AlphaEdit needs second moments, for its null space is theirs")
+        if not self.nullspace_threshold and not 0 < self.nullspace_share <= 1:
+            raise ValueError(f"nullspace_share {self.nullspace_share}: expected a share above 0, 1 at most")
+
+    @classmethod
+    def for_model(cls, lm):
+        """Published settings where there are some for this model, else derived ones; ``source`` says which.
+
+        Derived: MEMIT's layers and the smallest 90 % of C's directions; an absolute threshold does not carry over, for
+        C's scale differs from model to model.
+        """
+        source = f"derived for {lm.n_layers} layers"
+        derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source)
+        return published(PUBLISHED, lm) or derived
+
+    def _check_moments(self, moments) -> None:
+        for moment in moments.values():
+            self._null_space(moment)  # an empty one is an error before any work
+
+    def _update(self, lm, moment: SecondMoment, k: Tensor, residual: Tensor, earlier: list[Tensor], alone: bool):
+        space = self._null_space(moment).to(lm.device)
+        x, earlier = k @ space, [keys.to(space) @ space for keys in earlier]
+        kept = factor(with_kept(torch.eye(space.shape[1]).to(space), earlier, self.L2), self.L2)
+        u, v = solved(kept, x, residual, alone)
+        used = x.square().sum(1).mean().item()
+        return u, space @ v, {
+            "null_space": space.shape[1] / len(space), "g": used, "fit": used / (used + self.L2),
+            "condition": kept.condition,
+        }  # fmt: skip
+
+    def _null_space(self, moment: SecondMoment) -> Tensor:
+        """U [d_ff, r] fp64, orthonormal columns."""
+        eigenvalues, vectors = moment.spectrum
+        if self.nullspace_threshold:
+            n = int((eigenvalues < self.nullspace_threshold).sum())
+        else:
+            n = round(self.nullspace_share * len(eigenvalues))
+        if not n:
+            raise ValueError(
+                f"layer {moment.layer}: no eigenvalue of C is below nullspace_threshold {self.nullspace_threshold} "
+                f"(smallest {eigenvalues[0]:.2g}), so nothing may be written; raise it, or set it to 0 and give "
+                "nullspace_share"
+            )
+        return vectors[:, :n]
+
+
+DERIVED_L2 = 10.0
+
+
+def _published(name: str, layers: tuple[int, ...], last: int, steps: int, l2: float) -> AlphaEdit:
+    return AlphaEdit(
+        layers=layers, v_loss_layer=last, v_num_grad_steps=steps, L2=l2, clamp_norm_factor=0.75, v_lr=0.5,
+        source=f"published for {name}",
+    )  # fmt: skip
+
+
+PUBLISHED = {
+    "gpt2-xl": _published("gpt2-xl", (13, 14, 15, 16, 17), 47, 20, 10.0),
+    "gpt-j-6B": _published("gpt-j-6B", (3, 4, 5, 6, 7, 8), 27, 25, 10.0),
+}

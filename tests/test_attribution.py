@@ -23,8 +23,21 @@ HOW = {"samples": 2, "noise": 0.5, "window": 3}
 
 
 def oracle(model, result) -> np.ndarray:
-    """[T, L] estimated values, by autograd through a whole forward of one clean and two corrupted rows."""
+    """[T, L] estimated values: the mean of three first-order effects, added to the corrupted value."""
+    effects = [step(model, result, share) for share in (0.0, 0.375, 0.75)]
+    value = effects[0][0][:, None, None] + torch.stack([effect for _, effect in effects]).mean(0)  # [2, T, L]
+    return (value.sigmoid() if result.metric == "prob" else value).mean(0).numpy()
+
+
+def step(model, result, share):
+    """(log-odds or log-probabilities [2], effects [2, T, L] on them), by autograd through a forward of one clean row and
+    two on the way."""
     n_layers, kept = len(layers(model)), {}
+    corrupt = _add_noise(result.subject_span, 0.5, 2, 1)
+
+    def embed(hidden):
+        hidden = corrupt(hidden)
+        return hidden + share * (hidden[:1] - hidden)
 
     def keep(layer):
         def see(hidden):
@@ -36,16 +49,16 @@ def oracle(model, result) -> np.ndarray:
         return see
 
     ids = torch.tensor([model_ids(result)] * 3)
-    changes = [(embedding(model), _add_noise(result.subject_span, 0.5, 2, 1))]
+    changes = [(embedding(model), embed)]
     changes += [(site_module(model, layer, SITES[result.kind]), keep(layer)) for layer in range(n_layers)]
     with frozen(model), changing(changes):
-        p = model(ids).logits[:, -1].softmax(-1)[:, result.answer_id]
-    p[1:].sum().backward()
-    effect = [(kept[layer].grad[1:] * (kept[layer][:1] - kept[layer][1:])).sum(-1).mean(0) for layer in range(n_layers)]
+        log_p = model(ids).logits[1:, -1].log_softmax(-1)[:, result.answer_id]
+    value = log_p.exp().logit() if result.metric == "prob" else log_p
+    value.sum().backward()
+    effect = [(kept[i].grad[1:] * (kept[i][:1] - kept[i][1:])).sum(-1) / (1 - share) for i in range(n_layers)]
     effect = torch.stack(effect).detach()
     windows = [restored_layers(result.kind, layer, 3, n_layers) for layer in range(n_layers)]
-    table = torch.stack([effect[list(window)].sum(0) for window in windows], 1)
-    return (p[1:].mean().detach() + table).numpy()
+    return value.detach(), torch.stack([effect[list(window)].sum(0) for window in windows], 2)
 
 
 def model_ids(result):
@@ -54,18 +67,29 @@ def model_ids(result):
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_autograd_through_hugging_faces_forward(family, kind):
-    lm = tiny_lm(family)
-    (got,) = kf.trace(lm, EIFFEL, kinds=kind, method="attribution", **HOW)
+@pytest.mark.parametrize("metric", ["prob", "logprob"])
+def test_equals_autograd_through_hugging_faces_forward(family, kind, metric):
+    lm, how = tiny_lm(family), HOW | {"metric": metric}
+    (got,) = kf.trace(lm, EIFFEL, kinds=kind, method="attribution", **how)
     want = oracle(lm.model, got)
     last = -1 if kind == "state" else want.shape[1]  # nothing stands above the last layer: those cells are known
     close(kind, torch.from_numpy(got.p_restored[:, :last]), torch.from_numpy(want[:, :last]))
     assert got.exact.sum() == (len(got.tokens) if kind == "state" else 0)
-    (exact,) = kf.trace(lm, EIFFEL, kinds=kind, **HOW)
+    (exact,) = kf.trace(lm, EIFFEL, kinds=kind, **how)
     assert exact.exact is None and np.abs(got.p_restored - exact.p_restored).max() > 1e-4  # it is an estimate
     assert (got.p_clean, got.p_corrupted) == pytest.approx((exact.p_clean, exact.p_corrupted), abs=1e-6)
     if kind == "state":
         assert got.p_restored[:, -1] == pytest.approx(exact.p_restored[:, -1], abs=1e-6)
+
+
+def test_another_subject_corrupts():
+    """Its embeddings are what the way begins at: a subject that is the same one leaves nothing to restore."""
+    lm = tiny_lm("llama")
+    how = {"method": "attribution", "kinds": "state"}
+    (got,) = kf.trace(lm, CAPITAL, corrupt="England", **how)
+    (same,) = kf.trace(lm, CAPITAL, corrupt="France", **how)
+    assert np.abs(got.p_restored - got.p_corrupted).max() > 1e-4
+    assert np.abs(same.p_restored - same.p_clean).max() < 1e-6
 
 
 def test_facts_in_groups_are_facts_together(monkeypatch):

@@ -164,7 +164,8 @@ def _check_writable(module, name):
     if packed or _defined_in(module, QUANTIZERS) or (weight is not None and _defined_in(weight, QUANTIZERS)):
         raise ValueError(
             f"{name} is quantized ({kind.__module__}.{kind.__name__}, {getattr(weight, 'dtype', 'no weight')}): "
-            "load the model without quantization, or use lm.with_edit(edit), which leaves the weights as they are"
+            "load the model without quantization, use lm.with_edit(edit), which leaves the weights as they are, or "
+            "edit.to_peft(folder), an adapter beside the packed weights"
         )
     if not (kind is nn.Linear or is_conv1d(module)):
         raise ValueError(

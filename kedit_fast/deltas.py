@@ -151,6 +151,11 @@ def written_delta(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Dense:
     """
     if dtype not in FLOATS:
         raise ValueError(f"weights are written as one of {[str(d) for d in FLOATS]}, not {dtype}")
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"the weight is packed ({weight.dtype}), so W + Δ cannot be written into it as {dtype}; view the edit "
+            "without written=, or open the model without quantization"
+        )
     base = weight.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return Dense((edited_weight(base, delta).to(wide) - base.to(wide)).float())

@@ -2,6 +2,7 @@
 
     edit = Memit(...).edit(lm, facts)      # deltas {layer: LowRank | Dense}
     edit.save(path);  Edit.load(path)      # one safetensors file, no pickle
+    edit.to_peft(folder)                   # a LoRA adapter; shipping/merge.py: a merged checkpoint
     lm.with_edit(edit)                     # a view: base weights untouched, nothing to undo
     with edit.apply(hf_model): ...         # written into the weights, undone bit for bit at the end
 
@@ -16,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kedit_fast.checkpoint import digest as digest_of
 from kedit_fast.deltas import Delta, Dense, LowRank, as_smallest, edited_weight, written_delta
 from kedit_fast.facts import Fact
 from kedit_fast.files import replace_file
 
-__all__ = ["Delta", "Dense", "Edit", "LowRank", "as_smallest", "edited_weight", "written_delta"]
+__all__ = ["Delta", "Dense", "Edit", "LowRank", "as_smallest", "digest", "edited_weight", "written_delta"]
 
 FORMAT, VERSION = "kedit_fast.edit", "1"
 
@@ -104,6 +106,12 @@ class Edit:
 
         return apply_edit(self, hf_model, check_fingerprint=check_fingerprint)
 
+    def to_peft(self, folder, *, model=None, max_rank: int | None = 512, truncate: bool = False):
+        """Write a LoRA adapter folder for PEFT; see ``kedit_fast.shipping.adapter.export_peft``. -> Adapter."""
+        from kedit_fast.shipping.adapter import export_peft
+
+        return export_peft(self, folder, model=model, max_rank=max_rank, truncate=truncate)
+
     def save(self, path) -> None:
         """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``."""
         tensors = {name: _storable(tensor) for name, tensor in _tensors_of(self).items()}
@@ -141,6 +149,12 @@ class Edit:
             f"Edit({self.method}, {n} fact{'s' * (n != 1)}{kind}, layers {layers}, rank {rank}, "
             f"{size:.3g} MB, model {self.fingerprint[:12] or 'unknown'})"
         )
+
+
+def digest(edit: Edit) -> str:
+    """16 hex digits of the sha256 of an edit's deltas, bit for bit: the same before and after it is saved."""
+    parts = [(layer, name, tensor) for layer, delta in edit.deltas.items() for name, tensor in vars(delta).items()]
+    return digest_of(*(x for part in parts for x in part))
 
 
 def _check_parts(edit):

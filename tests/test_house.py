@@ -15,17 +15,18 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 # imports for itself is its own affair).
 FLOORS = (
     ("cli", "commands", "demo"),
+    ("rounds", "rounds_plot", "layer_sweep", "layer_sweep_plot", "gating"),
     ("tracing", "attribution", "trace_tasks", "editors"),
-    ("plots", "terminal", "trace_labels", "html_report", "demo_report"),
+    ("plots", "lens_plot", "terminal", "trace_labels", "html_report", "demo_report"),
     ("evaluation",),
     ("traces", "moments", "corpus"),
     ("jobs",),
     ("sweep",),
-    ("apply", "model"),
+    ("apply", "model", "shipping"),
     ("edit", "deltas"),
     ("facts", "fact_files"),
     ("kernels", "sites"),
-    ("files", "progress", "settings", "__init__"),
+    ("files", "checkpoint", "progress", "settings", "__init__"),
 )
 # Not even inside a function: (who, of whom it knows nothing).
 STRANGERS = {

@@ -60,7 +60,9 @@ class LM:
     @cached_property
     def d_ff(self) -> int:
         down = fam.down_projection(self.model, 0)
-        return down.weight.shape[0 if fam.is_conv1d(down) else 1]
+        if fam.is_conv1d(down):
+            return down.weight.shape[0]
+        return getattr(down, "in_features", None) or down.weight.shape[1]  # a packed weight has another shape
 
     @property
     def n_key_heads(self) -> int:

@@ -1,0 +1,275 @@
+"""An edit as a LoRA adapter: a folder that PEFT, and servers of PEFT adapters, load beside untouched base weights.
+
+    edit.to_peft("eiffel-in-rome")                    # adapter_config.json, adapter_model.safetensors, kedit_fast.json
+    load_peft(hf_model, "eiffel-in-rome")             # refuses another base model than the edit's
+    PeftModel.from_pretrained(hf_model, "eiffel-in-rome")     # PEFT by itself, which cannot know
+
+LoRA adds (alpha / r) B A to a weight. With B = u, A = vᵀ and alpha = r that is Δ = u vᵀ, nothing approximated. It is
+also the way to ship an edit for a quantized base model, whose packed weights cannot be written.
+
+Limits of those who load an adapter: PEFT has none. vLLM (0.14) takes ranks up to its ``max_lora_rank``, which is 16
+unless set otherwise and one of 1, 8, 16, 32, 64, 128, 256, 320, 512; it holds the factors in the model's own dtype,
+so there an edit of a bfloat16 model is rounded twice.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kedit_fast.deltas import Delta, Dense, LowRank
+from kedit_fast.edit import Edit, digest
+from kedit_fast.model.family import down_projection, family_of, is_conv1d, text_config
+from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.shipping.compose import compose
+from kedit_fast.shipping.folders import new_folder, sha256_of
+
+MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
+EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
+WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "kedit_fast.json"
+FORMAT, VERSION = "kedit_fast.peft", "1"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What ``export_peft`` wrote.
+
+    folder: where; rank: r, the same for all layers; ranks: {layer: factors that are not padding};
+    errors: {layer: ‖Δ - what is kept of it‖ / ‖Δ‖}, 0.0 where nothing was left out
+    """
+
+    folder: Path
+    rank: int
+    ranks: dict[int, int]
+    errors: dict[int, float]
+
+
+def export_peft(
+    edits: Edit | Sequence[Edit], folder, *, model=None, max_rank: int | None = MAX_RANK, truncate: bool = False
+) -> Adapter:
+    """Writes an edit, or a chain of edits as their sum, as a LoRA adapter folder; whole or not at all.
+
+    edits: none of them independent; folder: new or empty
+    model: the base: an LM or a loaded Hugging Face model (checked against the edit's fingerprint), or the name that
+        the adapter shall give as its base; None: the module paths follow from the fingerprint, no name is given
+    max_rank: the largest r that whoever loads the adapter can take; None for PEFT, which has no limit
+    truncate: cut a delta of a larger rank to the nearest one of ``max_rank`` (SVD; the error is in the result and in
+        kedit_fast.json). A low-rank delta is cut by QR of its factors and SVD of r x r; a dense one is decomposed
+        whole, which is slow: O(d² d_ff) in fp64.
+
+    A delta of more factors than ``max_rank`` whose numerical rank fits is exact and needs no ``truncate``.
+    Factors are fp32. Raises ValueError, with nothing written, for an independent edit, another base model, edits that
+    do not follow each other, an edit that changes nothing, and a rank over the limit.
+    """
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    _check_edits(edits, max_rank)
+    total = compose(edits)
+    base, name = _base_of(total, model)
+    family = family_of(base.config)
+    cut = {layer: _within(layer, delta, max_rank, truncate) for layer, delta in total.deltas.items()}
+    rank = max(delta.rank for delta, _ in cut.values())
+    if not rank:
+        raise ValueError("this edit changes nothing: its deltas have no factors, and an adapter needs a rank")
+    tensors, paths = {}, {}
+    for layer, (delta, _) in cut.items():
+        paths[layer] = f"{family.layers}.{layer}.{family.mlp_down}"
+        u, v = _balanced(delta)
+        tensors[f"base_model.model.{paths[layer]}.lora_A.weight"] = _padded(v, rank).T.contiguous()
+        tensors[f"base_model.model.{paths[layer]}.lora_B.weight"] = _padded(u, rank)
+    ranks = {layer: delta.rank for layer, (delta, _) in cut.items()}
+    errors = {layer: error for layer, (_, error) in cut.items()}
+    with new_folder(folder) as unfinished:
+        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        _write_json(unfinished / CONFIG, _config(name, rank, list(paths.values()), is_conv1d(down_projection(base, 0))))
+        _write_json(unfinished / RECORD, _record(edits, unfinished / WEIGHTS, ranks, errors))
+    return Adapter(Path(folder), rank, ranks, errors)
+
+
+def load_peft(hf_model: nn.Module, folder, *, check_fingerprint: bool = True):
+    """``PeftModel.from_pretrained(hf_model, folder)`` for the model that the edit was made for; needs the peft package.
+
+    check_fingerprint: False for a model whose weights are meant to differ: a quantized or fine-tuned copy
+    Raises ValueError for another base model, and for a folder that ``export_peft`` did not write or that has changed.
+    """
+    from peft import PeftModel
+
+    check_adapter(folder, hf_model if check_fingerprint else None)
+    return PeftModel.from_pretrained(hf_model, str(folder))
+
+
+def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
+    """The record of an adapter that ``export_peft`` wrote (kedit_fast.json): its edits, facts and fingerprint.
+
+    hf_model: raises ValueError unless this is the model that the edit was made for
+    """
+    path = Path(folder) / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if (record["format"], record["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+        expected, made_for = record["sha256"], record["fingerprint"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that to_peft wrote") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); expected what to_peft wrote") from error
+    if sha256_of(Path(folder) / WEIGHTS) != expected:
+        raise ValueError(f"{Path(folder) / WEIGHTS} is not the file that was exported; export the edit again")
+    if hf_model is not None and (found := fingerprint(hf_model)) != made_for:
+        raise ValueError(
+            f"this adapter was made for model {made_for}, this is {found}; load the model that the edit was made for, "
+            "or, for a quantized or fine-tuned copy of it, pass check_fingerprint=False"
+        )
+    return record
+
+
+# ---- the base model
+
+
+def _check_edits(edits, max_rank):
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank {max_rank}: expected at least 1, or None for no limit")
+    if not edits or not all(isinstance(edit, Edit) for edit in edits):
+        raise TypeError("expected an Edit or a chain of at least one; Edit.load reads a file")
+    for edit in edits:
+        if edit.owners is not None:
+            raise ValueError(
+                f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and an adapter acts on "
+                "every text: export one of them, edit.only(i).to_peft(folder)"
+            )
+    if not any(edit.layers for edit in edits):
+        raise ValueError("this edit changes nothing: it has no deltas")
+
+
+def _base_of(edit: Edit, model) -> tuple[nn.Module, str]:
+    """(a model with the base's module paths, the base's name), after the checks that a loaded model allows."""
+    if model is None or isinstance(model, str | Path):
+        return _skeleton(edit.fingerprint), str(model or "")
+    base = model if isinstance(model, nn.Module) else model.model
+    found = fingerprint(base) if isinstance(model, nn.Module) else model.fingerprint
+    if edit.fingerprint and found != edit.fingerprint:
+        raise ValueError(f"the edit was made for model {edit.fingerprint}, this is {found}")
+    for layer in edit.layers:
+        down_projection(base, layer)
+    return base, getattr(base.config, "_name_or_path", "")
+
+
+def _skeleton(made_for: str) -> nn.Module:
+    """A model of the family that a fingerprint names, with one layer and no weights: its modules tell their types."""
+    import transformers
+
+    name = made_for.rsplit("-", 3)[0]
+    if not name:
+        raise ValueError("this edit does not say for which model it was made; give it: to_peft(folder, model=...)")
+    config = transformers.AutoConfig.for_model(name)
+    inner = text_config(config)
+    inner.num_hidden_layers = 1
+    if getattr(inner, "layer_types", None):
+        inner.layer_types = inner.layer_types[:1]
+    wrapper = family_of(config).text_config
+    classes = transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        return classes.from_config(config)
+
+
+# ---- factors
+
+
+def _within(layer: int, delta: Delta, max_rank: int | None, truncate: bool) -> tuple[LowRank, float]:
+    """(the delta in at most ``max_rank`` factors, its relative error)."""
+    limit = max_rank or min(delta.shape)
+    if isinstance(delta, LowRank) and (max_rank is None or delta.rank <= max_rank):
+        return delta, 0.0
+    left, sizes, right = _singular(delta)
+    # what is left out with r factors, for r from 0 to all, relative
+    lost = torch.cat([sizes.square().flip(0).cumsum(0).flip(0), sizes.new_zeros(1)]).sqrt()
+    lost = lost / lost[0].clamp(min=torch.finfo(lost.dtype).tiny)
+    rank = int((lost > EXACT).sum())
+    if rank > limit and not truncate:
+        raise ValueError(
+            f"layer {layer}: the delta has rank {rank}, over max_rank {limit}. kedit_fast.merge_checkpoint writes it "
+            f"into a checkpoint as it is; truncate=True keeps the nearest delta of rank {limit} (relative error "
+            f"{lost[limit]:.2g}); max_rank=None suits PEFT, which has no limit"
+        )
+    rank = min(rank, limit)
+    root = sizes[:rank].sqrt()
+    return LowRank(left[:, :rank] * root, right[:, :rank] * root), float(lost[rank])
+
+
+def _singular(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """(left [d, k], singular values [k] descending, right [d_ff, k]) of a delta, fp64. Low rank is never multiplied
+    out: with u = Q S and v = P T (QR), Δ = Q (S Tᵀ) Pᵀ, and only S Tᵀ [r, r] is decomposed."""
+    if isinstance(delta, Dense):
+        left, sizes, right = torch.linalg.svd(delta.delta.cpu().double(), full_matrices=False)
+        return left, sizes, right.T
+    (q, s), (p, t) = (torch.linalg.qr(factor.cpu().double()) for factor in (delta.u, delta.v))
+    left, sizes, right = torch.linalg.svd(s @ t.T)
+    k = len(sizes)
+    return q @ left[:, :k], sizes, p @ right.T[:, :k]
+
+
+def _balanced(delta: LowRank) -> tuple[Tensor, Tensor]:
+    """u [d, r], v [d_ff, r] in fp32 with columns of like norms: a server may hold them in fp16, whose range is short.
+
+    Each column is scaled by a power of two and its partner by the inverse, so no product changes in any bit.
+    """
+    u, v = delta.u.detach().cpu().double(), delta.v.detach().cpu().double()
+    sizes = torch.stack([u.norm(dim=0), v.norm(dim=0)])
+    shift = torch.where((sizes > 0).all(0), (sizes[1] / sizes[0]).log2() / 2, 0.0).round()
+    return (u * torch.exp2(shift)).float(), (v * torch.exp2(-shift)).float()
+
+
+def _padded(factor: Tensor, rank: int) -> Tensor:
+    return nn.functional.pad(factor, (0, rank - factor.shape[1])).contiguous()
+
+
+# ---- files
+
+
+def _config(base: str, rank: int, paths: list[str], transposed: bool) -> dict:
+    """adapter_config.json. fan_in_fan_out: weights are stored [in, out] (GPT-2's Conv1D)."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": paths,
+        "fan_in_fan_out": transposed,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _record(edits, weights: Path, ranks: dict, errors: dict) -> dict:
+    made = [
+        {
+            "method": edit.method,
+            "hparams": edit.hparams,
+            "facts": [fact.to_record() for fact in edit.facts],
+            "provenance": edit.provenance,
+            "digest": digest(edit),
+        }
+        for edit in edits
+    ]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": edits[0].fingerprint,
+        "ranks": ranks,
+        "relative_errors": {layer: error for layer, error in errors.items() if math.isfinite(error)},
+        "sha256": sha256_of(weights),
+        "edits": made,
+    }
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

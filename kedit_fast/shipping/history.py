@@ -1,0 +1,244 @@
+"""A folder of edits that belong to one model, in versions: what was in force when, who changed it, and the way back.
+
+    history = EditHistory("edits")
+    history.add(edit, message="capital of Kazakhstan", who="Ana")      # version 1: (edit,)
+    for edit in history.current:                                       # the chain in force, in order
+        lm = lm.with_edit(edit)
+    history.rollback(0)                                                # version 2, the same as version 0: no edit
+
+Version 0 is the model as it is. A version is never changed nor removed: rolling back adds one. The folder holds
+history.json (the list of versions) and edits/<sha256 of the file>.safetensors, each kept once; both are checked
+against their digests whenever they are read.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from kedit_fast.edit import Edit, digest
+from kedit_fast.files import replace_file
+from kedit_fast.shipping.folders import sha256_of
+
+FORMAT, VERSION = "kedit_fast.history", "1"
+MANIFEST, EDITS = "history.json", "edits"
+
+
+@dataclass(frozen=True)
+class Version:
+    """What was in force from ``when`` on.
+
+    number: 0 is the model without edits; edits: sha256 of the edit files in force, in order; message, who: as given;
+    when: UTC, ISO 8601; rollback_of: the version that this one brought back, None where an edit was added
+    """
+
+    number: int
+    edits: tuple[str, ...] = ()
+    message: str = ""
+    who: str = ""
+    when: str = ""
+    rollback_of: int | None = None
+
+
+class EditHistory:
+    """The versions of a chain of edits in a folder, which the first ``add`` makes.
+
+    Every reading method reads the folder anew, so several programs may work on one; additions wait for each other.
+    Raises ValueError, naming the file, where something in the folder is damaged or missing.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; a history is a folder")
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """All versions, the oldest first; ``versions[n].number == n``."""
+        return self._read()[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that the edits are for; empty before the first."""
+        return self._read()[0]
+
+    @property
+    def current(self) -> tuple[Edit, ...]:
+        """The edits in force, in the order in which they act."""
+        return self.edits_of(self.versions[-1].number)
+
+    def edits_of(self, number: int) -> tuple[Edit, ...]:
+        """The edits that were in force in one version, each checked against its digest."""
+        fingerprint, versions = self._read()
+        return tuple(self._load(name, fingerprint) for name in _numbered(versions, number).edits)
+
+    def add(self, edit: Edit, message: str = "", who: str = "", *, check_chain: bool = True) -> Version:
+        """A new version: the current chain with ``edit`` at its end.
+
+        check_chain: False to add an edit that was not made on top of the
+            current chain. Their deltas add up, but neither was computed with the other in place.
+        Raises ValueError, and adds nothing, for an edit of another model, an independent one, and one that was made
+        on top of other edits than those in force.
+        """
+        if edit.owners is not None:
+            raise ValueError(
+                f"this edit holds {len(edit.facts)} independent edits, each for its own fact; add one: edit.only(i)"
+            )
+        if not edit.fingerprint:
+            raise ValueError("this edit does not say for which model it was made, so nobody could tell where it fits")
+        self._make()
+        with self._alone():
+            fingerprint, versions = self._read()
+            if fingerprint and edit.fingerprint != fingerprint:
+                raise ValueError(
+                    f"this edit was made for model {edit.fingerprint or '(not said)'}, {self.folder} holds edits of "
+                    f"{fingerprint}; keep the edits of each model in a folder of their own"
+                )
+            if check_chain:
+                check_follows(edit, self.edits_of(len(versions) - 1))
+            new = _next(versions, (*versions[-1].edits, self._keep(edit)), message, who)
+            self._write(fingerprint or edit.fingerprint, (*versions, new))
+        return new
+
+    def rollback(self, number: int, message: str = "", who: str = "") -> Version:
+        """A new version that brings back the chain of version ``number``; the versions between stay in the history.
+
+        Raises ValueError for a version that is not there or whose edits are damaged.
+        """
+        if not self.folder.is_dir():
+            _numbered(self.versions, number)
+        with self._alone():
+            fingerprint, versions = self._read()
+            old = _numbered(versions, number)
+            self.edits_of(number)
+            new = _next(versions, old.edits, message or f"rollback to version {number}", who, rollback_of=number)
+            self._write(fingerprint, (*versions, new))
+        return new
+
+    # ---- the folder
+
+    def _make(self):
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / EDITS).mkdir(exist_ok=True)
+
+    @contextmanager
+    def _alone(self):
+        """No other program adds a version inside this context; the system frees the lock of a killed one."""
+        try:
+            import fcntl
+        except ImportError:  # not a Unix: the last of two that write at the same moment wins
+            yield
+            return
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _read(self) -> tuple[str, tuple[Version, ...]]:
+        """(fingerprint, versions) of the manifest."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            if (self.folder / EDITS).is_dir() and any((self.folder / EDITS).glob("*.safetensors")):
+                raise ValueError(f"{path} is gone, but its edits are there; bring it back from a copy of the folder")
+            return "", (Version(0, message="the model as it is"),)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if (record["format"], record["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+            if record["sha256"] != _sha256_of_list(record["fingerprint"], record["versions"]):
+                raise ValueError("its digest does not fit its contents; was it edited by hand?")
+            versions = tuple(Version(**(each | {"edits": tuple(each["edits"])})) for each in record["versions"])
+            return record["fingerprint"], versions
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); expected what EditHistory writes") from error
+
+    def _write(self, fingerprint: str, versions: Sequence[Version]) -> None:
+        listed = [asdict(version) | {"edits": list(version.edits)} for version in versions]
+        record = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "versions": listed}
+        record["sha256"] = _sha256_of_list(fingerprint, listed)
+        with replace_file(self.folder / MANIFEST) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _keep(self, edit: Edit) -> str:
+        """Saves an edit under the digest of its file, which it returns."""
+        unfinished = self.folder / EDITS / f".{uuid.uuid4().hex}.unfinished"
+        try:
+            edit.save(unfinished)
+            name = sha256_of(unfinished)
+            unfinished.replace(self._file(name))
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return name
+
+    def _file(self, name: str) -> Path:
+        return self.folder / EDITS / f"{name}.safetensors"
+
+    def _load(self, name: str, fingerprint: str) -> Edit:
+        path = self._file(name)
+        if not path.exists():
+            raise ValueError(f"{path} is missing; bring it back from a copy of the folder")
+        if sha256_of(path) != name:
+            raise ValueError(f"{path} is damaged: its digest is not its name; bring it back from a copy of the folder")
+        edit = Edit.load(path)
+        if edit.fingerprint != fingerprint:
+            raise ValueError(f"{path} is an edit of model {edit.fingerprint}, {MANIFEST} says {fingerprint}")
+        return edit
+
+
+# ---- chains
+
+
+def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
+    """Raises ValueError unless ``edit`` was made on top of exactly the edits ``below``, in this order."""
+    made_on, found = _made_on(edit), [digest(each) for each in below]
+    if made_on != found:
+        raise ValueError(
+            f"this edit was made on top of {_listed(made_on)} and would stand on {_listed(found)}: its values would be "
+            "wrong there. Make it on the model with those edits, editor.edit(lm, facts) with `for edit in "
+            "history.current: lm = lm.with_edit(edit)`; check_chain=False adds it all the same"
+        )
+
+
+def check_chain(edits: Sequence[Edit]) -> None:
+    """Raises ValueError where an edit names the edits it was made on top of and they are not those before it.
+
+    Edits that name none may stand anywhere: they were made on the bare model, and their deltas add up.
+    """
+    for place, edit in enumerate(edits):
+        made_on, before = _made_on(edit), [digest(each) for each in edits[:place]]
+        if made_on and made_on != before:
+            raise ValueError(
+                f"edit {place + 1} of {len(edits)} was made on top of {_listed(made_on)}, here stands before it: "
+                f"{_listed(before)}; give the whole chain in its order"
+            )
+
+
+def _made_on(edit: Edit) -> list[str]:
+    """Digests of the edits that an edit was made on top of."""
+    return [below["digest"] for below in edit.provenance.get("on_top_of", [])]
+
+
+def _listed(digests: Sequence[str]) -> str:
+    return f"edit{'s' * (len(digests) > 1)} {', '.join(digests)}" if digests else "no edit"
+
+
+def _numbered(versions: Sequence[Version], number: int) -> Version:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(versions):
+        raise ValueError(f"version {number!r}: expected one of 0 to {len(versions) - 1}")
+    return versions[number]
+
+
+def _next(versions, edits, message, who, rollback_of=None) -> Version:
+    return Version(len(versions), edits, message, who, now(), rollback_of)
+
+
+def now() -> str:
+    """UTC, ISO 8601, in seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _sha256_of_list(fingerprint: str, versions: list) -> str:
+    return hashlib.sha256(json.dumps([fingerprint, versions], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,270 @@
+"""Edits written into a checkpoint folder, shard by shard.
+
+    merge_checkpoint("llama", edit, "llama-edited")           # or a chain: [first, second]
+
+The model is never in memory. W + Δ has the shape and dtype of W, so a shard of the merged checkpoint is the source's
+shard with some byte ranges replaced: files are copied in pieces, and one edited tensor at a time is read, summed and
+written over its place. The merged folder keeps the replaced bytes and their digests in ``kedit_fast_merge/``, for
+unmerge.py; a subfolder, because some loaders take every safetensors file that lies beside the model's own.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kedit_fast.deltas import edited_weight
+from kedit_fast.edit import Edit, digest
+from kedit_fast.model.family import down_projection, family_of, is_conv1d
+from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.source import Checkpoint, Disk, open_on_disk
+from kedit_fast.progress import progress
+from kedit_fast.shipping.folders import check_new_folder, copy_file, new_folder, sha256_of
+from kedit_fast.shipping.history import check_chain, now
+from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
+
+FORMAT, VERSION = "kedit_fast.merge", "1"
+KEPT, MANIFEST, ORIGINALS, BEFORE = "kedit_fast_merge", "manifest.json", "original.safetensors", "before"
+# Weights in other files than those the checkpoint is read from: left as they are they would be the unedited model's.
+OTHER_WEIGHTS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".gguf", ".onnx", ".onnx_data", ".index.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What ``merge_checkpoint`` wrote.
+
+    folder: where; fingerprint: of the merged model, which a later edit of it is made for; tensors: names of the edited
+    ones, in file order; left_out: files of the source that were not copied: weights in another format, hidden files
+    """
+
+    folder: Path
+    fingerprint: str
+    tensors: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an edited weight lies: its layer, its bytes, whether it is stored [in, out]."""
+
+    layer: int
+    stored: StoredTensor
+    transposed: bool
+
+
+def merge_checkpoint(
+    source, edits: Edit | Sequence[Edit], out, *, who: str = "", message: str = "", force: bool = False
+) -> Merged:
+    """Writes a copy of the checkpoint folder ``source`` with W + Δ in its edited layers; whole or not at all.
+
+    The tensors are bit for bit those of ``edit.apply``, one edit after the other, on a model loaded in the
+    checkpoint's dtype. Configuration and tokenizer files are copied.
+
+    source: a folder with safetensors weights, one file or shards with their index
+    edits: one, or a chain in its order; out: a folder that is new or empty
+    who, message: for the manifest; force: also for another base model than the edits', or edits out of their chain
+
+    Cost: the folder read and written once; memory: one edited tensor, its sum, and 128 MB of fp64.
+    Raises ValueError, with nothing written, for a wrong base, a quantized or pickled checkpoint, one with an adapter,
+    independent edits, an ``out`` that is not empty, and sums that are not finite; FileNotFoundError for no checkpoint.
+    """
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    source, out = Path(source), check_new_folder(out)
+    _check_edits(edits, force)
+    model, disk, checkpoint = _open(source)
+    base = fingerprint(model, disk)
+    for edit in edits:
+        if edit.fingerprint != base and not force:
+            raise ValueError(
+                f"the edit was made for model {edit.fingerprint or '(not said)'}, {source} is {base}; name the folder "
+                "of its own base model, or force the merge if that is meant (a fine-tuned copy)"
+            )
+    places = _places(model, checkpoint, edits)
+    shards = sorted(set(checkpoint.files()))
+    copied, left_out = files_of(source, shards)
+    with new_folder(out) as unfinished, progress("merging", megabytes(source, copied)) as bar:
+        files = {name: copy_file(source / name, unfinished / name, bar) for name in copied}
+        kept = unfinished / KEPT
+        kept.mkdir()
+        if (source / KEPT).is_dir():
+            shutil.copytree(source / KEPT, kept / BEFORE)
+        original = _keep_originals(kept / ORIGINALS, places)
+        written = {place.stored.name: _write_merged(place, edits, unfinished) for place in places}
+        merged_model, merged_disk, _ = _open(unfinished)
+        record = {
+            "format": FORMAT, "version": VERSION, "when": now(), "who": who, "message": message,
+            "base": {"folder": source.absolute().name, "fingerprint": base},
+            "fingerprint": fingerprint(merged_model, merged_disk),
+            "files": {name: files[name] for name in shards},
+            "tensors": {place.stored.name: _noted(place, original, written) for place in places},
+            "edits": [_described(edit) for edit in edits],
+        }  # fmt: skip
+        (kept / MANIFEST).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Merged(out, record["fingerprint"], tuple(written), tuple(left_out))
+
+
+# ---- the checkpoint
+
+
+def _check_edits(edits, force):
+    if not edits or not all(isinstance(edit, Edit) for edit in edits):
+        raise TypeError("expected an Edit or a chain of at least one; Edit.load reads a file")
+    for edit in edits:
+        if edit.owners is not None:
+            raise ValueError(
+                f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and a checkpoint answers "
+                "for all: merge one of them, edit.only(i)"
+            )
+    if not any(edit.layers for edit in edits):
+        raise ValueError("nothing to merge: the edits have no deltas")
+    if not force:
+        check_chain(edits)
+
+
+def _open(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
+    """(the model without its layers' weights, their source, the tensors' places) of a checkpoint folder."""
+    import transformers
+
+    _check_folder(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{folder} is quantized, its packed weights cannot be written: merge into the checkpoint it was made from "
+            "and quantize that again, or serve the edit beside it as an adapter (edit.to_peft)"
+        )
+    family = family_of(config)
+    classes = transformers.AutoModelForImageTextToText if family.text_config else transformers.AutoModelForCausalLM
+    model_class = classes._model_mapping[type(config)]
+    checkpoint = _Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+    stored_as = DTYPES.get(next(iter(checkpoint.parts().values())).dtype)  # no cast, so no copy, of the embedding
+    model, disk = open_on_disk(folder, config, model_class, torch.device("cpu"), stored_as)
+    return model, disk, checkpoint
+
+
+def _check_folder(folder: Path):
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a checkpoint's folder, as save_pretrained makes it"
+        )
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    pickled = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
+    if not single.exists() and not index.exists() and pickled:
+        raise ValueError(
+            f"{folder} holds pickled weights ({pickled[0]}), which run code when they are read; save it as safetensors "
+            "first: model.save_pretrained(folder)"
+        )
+    if single.exists() and index.exists():
+        raise ValueError(f"{folder} holds both {single.name} and {index.name}; remove the one that is not the model's")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter, which would be added to the merged weights: merge_and_unload() it first"
+        )
+
+
+class _Checkpoint(Checkpoint):
+    """A checkpoint that also says in which bytes of which file a tensor lies."""
+
+    def files(self) -> Iterable[str]:
+        """The file of each tensor."""
+        return self._file_of.values()
+
+    def parts(self) -> dict[str, StoredTensor]:
+        """{name in the files: where it lies}."""
+        return {part.name: part for file in sorted(set(self.files())) for part in stored_tensors(self.folder / file)}
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a parameter; ValueError where they lack it."""
+        return self._found(name)[0]
+
+
+def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
+    """Where the edited weights lie, in file order; ValueError where a delta does not fit or a weight is packed."""
+    family, parts, places = family_of(model.config), checkpoint.parts(), []
+    for layer in sorted({layer for edit in edits for layer in edit.layers}):
+        transposed = is_conv1d(down_projection(model, layer))
+        stored = parts[checkpoint.stored_name(f"{family.layers}.{layer}.{family.mlp_down}.weight")]
+        if stored.dtype not in DTYPES:
+            raise ValueError(
+                f"{stored.name} is stored as {stored.dtype}: a quantized checkpoint, whose packed weights cannot be "
+                "written. Merge into the one it was made from, or use edit.to_peft"
+            )
+        shape = stored.shape[::-1] if transposed else stored.shape
+        for edit in edits:
+            if layer in edit.deltas and edit.deltas[layer].shape != shape:
+                raise ValueError(
+                    f"layer {layer}: the edit changes a weight of {list(edit.deltas[layer].shape)}, the checkpoint's "
+                    f"is {list(shape)} ([out, in]); it was made for another model"
+                )
+        places.append(_Place(layer, stored, transposed))
+    return sorted(places, key=lambda place: (place.stored.file.name, place.stored.begin))
+
+
+def files_of(folder: Path, shards: list[str]) -> tuple[list[str], list[str]]:
+    """(names to copy, names to leave out) of a checkpoint's files, folders within it included."""
+    index = "model.safetensors.index.json"
+    copied, left_out = [], []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        parts = Path(name).parts
+        if not path.is_file() or parts[0] == KEPT:
+            continue
+        stale = path.name.endswith(OTHER_WEIGHTS) and name not in (*shards, index)
+        hidden = any(part.startswith(".") for part in parts)
+        (left_out if stale or hidden else copied).append(name)
+    return copied, left_out
+
+
+# ---- bytes
+
+
+def _keep_originals(path: Path, places: list[_Place]) -> dict[str, str]:
+    """Writes the tensors that will be replaced to one safetensors file; -> {name: sha256 of its bytes}."""
+    write_parts(path, [place.stored for place in places])
+    return {part.name: sha256_of(part.file, part.begin, part.size) for part in stored_tensors(path)}
+
+
+@torch.no_grad()
+def _write_merged(place: _Place, edits, folder: Path) -> str:
+    """Writes W + Δ over its place in the copied shard; -> the sha256 of the bytes written."""
+    target = place.stored.at(folder / place.stored.file.name)
+    stored = target.read()
+    weight = stored.T if place.transposed else stored
+    for edit in edits:
+        if place.layer in edit.deltas:
+            weight = edited_weight(weight, edit.deltas[place.layer])
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"layer {place.layer}: the checkpoint's weight holds NaN or infinity, or W + Δ is beyond the range of "
+            f"{weight.dtype}; nothing was written"
+        )
+    bits = _bytes_of(weight.T if place.transposed else weight)
+    target.overwrite([bits])
+    return hashlib.sha256(bits).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _noted(place: _Place, original: dict[str, str], written: dict[str, str]) -> dict:
+    name = place.stored.name
+    digests = {"original": original[name], "merged": written[name]}
+    return {"file": place.stored.file.name, "layer": place.layer, **digests}
+
+
+def _described(edit: Edit) -> dict:
+    return {
+        "method": edit.method, "hparams": edit.hparams, "fingerprint": edit.fingerprint, "digest": digest(edit),
+        "facts": [fact.to_record() for fact in edit.facts], "provenance": edit.provenance,
+    }  # fmt: skip
+
+
+def megabytes(folder: Path, names: list[str]) -> float:
+    return round(sum((folder / name).stat().st_size for name in names) / 1e6, 1)

@@ -1,0 +1,211 @@
+"""A folder of edits in versions: what is in force, the way back, and that nothing is lost or taken unseen."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+from kedit_fast.edit import digest
+from kedit_fast.shipping.history import EDITS, MANIFEST, EditHistory, Version, check_chain
+from tests.conftest import open_tiny
+from tests.edits import lowrank, make_edit, owned_edit
+from tests.shipping.checkpoints import contents
+from tests.tiny import tiny_model
+
+MODEL = "llama-4-32-0123456789abcdef"
+
+
+def edit_of(seed, below=(), model=MODEL):
+    on_top = {"on_top_of": [{"digest": digest(each)} for each in below]} if below else {}
+    return make_edit(deltas={1: lowrank(seed=seed)}, fingerprint=model, provenance=on_top)
+
+
+@pytest.fixture
+def history(tmp_path):
+    """Two versions: one edit, then another on top of it."""
+    history = EditHistory(tmp_path / "edits")
+    first = edit_of(1)
+    history.add(first, "one", "Ana")
+    history.add(edit_of(2, [first]), "two", "Bo")
+    return history
+
+
+def digests(edits):
+    return [digest(edit) for edit in edits]
+
+
+def test_versions_and_the_chain_in_force(history):
+    first, second = edit_of(1), edit_of(2)
+    assert [(v.number, len(v.edits), v.message, v.who, v.rollback_of) for v in history.versions] == [
+        (0, 0, "the model as it is", "", None),
+        (1, 1, "one", "Ana", None),
+        (2, 2, "two", "Bo", None),
+    ]
+    assert all(v.when.endswith("+00:00") for v in history.versions[1:])
+    assert history.fingerprint == MODEL
+    assert digests(history.current) == digests([first, second])
+    assert digests(history.edits_of(1)) == digests([first])
+    assert history.edits_of(0) == ()
+    loaded = history.current[0]
+    assert (loaded.facts, loaded.hparams, loaded.provenance) == (first.facts, first.hparams, first.provenance)
+
+
+def test_rolling_back_makes_a_version_and_loses_none(history):
+    assert history.rollback(1, who="Cy") == history.versions[3]
+    assert (history.versions[3].rollback_of, history.versions[3].message) == (1, "rollback to version 1")
+    assert digests(history.current) == digests([edit_of(1)])
+    history.rollback(0)
+    assert history.current == ()
+    history.rollback(2, "back again")
+    assert digests(history.current) == digests([edit_of(1), edit_of(2)])
+    assert [v.number for v in history.versions] == list(range(6))
+    assert [len(v.edits) for v in history.versions] == [0, 1, 2, 1, 0, 2]
+    assert len(list((history.folder / EDITS).iterdir())) == 2  # each edit is kept once
+    after = edit_of(3, [edit_of(1), edit_of(2, [edit_of(1)])])
+    assert history.add(after).number == 6
+
+
+def test_the_chain_acts_as_the_edits_do(tmp_path):
+    lm = open_tiny(tiny_model("llama"))
+    history, wanted = EditHistory(tmp_path / "edits"), lm
+    for seed in (1, 2):
+        edit = edit_of(seed, wanted.edits, lm.fingerprint)
+        history.add(edit)
+        wanted = wanted.with_edit(edit)
+    for edit in history.current:
+        lm = lm.with_edit(edit)
+    assert lm.top_tokens("The Eiffel Tower") == wanted.top_tokens("The Eiffel Tower")
+    assert digests(lm.edits) == digests(wanted.edits)
+
+
+def test_a_new_history_is_the_model_as_it_is(tmp_path):
+    history = EditHistory(tmp_path / "edits")
+    assert (history.current, history.fingerprint) == ((), "")
+    assert history.versions == (Version(0, message="the model as it is"),)
+    assert not history.folder.exists()
+    with pytest.raises(ValueError, match="version 1: expected one of 0 to 0"):
+        history.rollback(1)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="a history is a folder"):
+        EditHistory(tmp_path / "file")
+
+
+# ---- refusals
+
+
+def refused(history, edit, says):
+    before = contents(history.folder)
+    with pytest.raises(ValueError, match=says):
+        history.add(edit)
+    assert contents(history.folder) == before
+
+
+def test_an_edit_of_another_model_is_refused(history):
+    below = [edit_of(1), edit_of(2, [edit_of(1)])]
+    refused(history, edit_of(3, below, "gpt2-4-32-00"), "made for model gpt2-4-32-00, .* holds edits of llama-4-32")
+    refused(history, make_edit(), "does not say for which model")
+
+
+def test_an_edit_that_stands_on_others_is_refused(history, tmp_path):
+    first, second = edit_of(1), edit_of(2)
+    refused(history, edit_of(3), "on top of no edit and would stand on edits .*check_chain=False")
+    refused(history, edit_of(3, [second, first]), "its values would be wrong there")
+    refused(history, edit_of(3, [first]), "on top of edit ")
+    fresh = EditHistory(tmp_path / "fresh")
+    with pytest.raises(ValueError, match="and would stand on no edit"):
+        fresh.add(edit_of(2, [first]))
+    assert fresh.versions[-1].number == 0
+    assert history.add(edit_of(3), check_chain=False).number == 3
+
+
+def test_independent_edits_are_refused(history):
+    refused(history, owned_edit(), r"edit\.only\(i\)")
+
+
+@pytest.mark.parametrize("number", [-1, 3, True, "1", 1.0])
+def test_a_version_that_is_not_there(history, number):
+    with pytest.raises(ValueError, match="expected one of 0 to 2"):
+        history.rollback(number)
+    with pytest.raises(ValueError, match="expected one of 0 to 2"):
+        history.edits_of(number)
+    assert len(history.versions) == 3
+
+
+# ---- damage
+
+
+def test_a_damaged_or_missing_edit_is_seen(history):
+    path = history.folder / EDITS / f"{history.versions[1].edits[0]}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="is damaged: its digest is not its name"):
+        history.edits_of(1)
+    with pytest.raises(ValueError, match="is damaged"):
+        history.rollback(1)
+    assert len(history.versions) == 3
+    path.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        _ = history.current
+
+
+def test_a_manifest_changed_by_hand_is_seen(history):
+    path = history.folder / MANIFEST
+    record = json.loads(path.read_text())
+    record["versions"][1]["message"] = "another"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was it edited by hand"):
+        _ = history.versions
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is damaged"):
+        _ = history.versions
+    path.unlink()
+    with pytest.raises(ValueError, match="is gone, but its edits are there"):
+        _ = history.versions
+
+
+def test_an_error_while_writing_leaves_the_versions_as_they_were(history, monkeypatch):
+    below = [edit_of(1), edit_of(2, [edit_of(1)])]
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(EditHistory, "_write", fail)
+    with pytest.raises(OSError, match="disk full"):
+        history.add(edit_of(3, below))
+    monkeypatch.undo()
+    assert len(history.versions) == 3
+    assert history.add(edit_of(3, below)).number == 3
+
+
+def _roll(folder, times):
+    torch.set_num_threads(1)
+    for _ in range(times):
+        EditHistory(folder).rollback(1)
+
+
+def test_programs_that_write_at_the_same_time_lose_no_version(history):
+    pytest.importorskip("fcntl", reason="folders are locked on Unix only")
+    fork = multiprocessing.get_context("fork")
+    programs = [fork.Process(target=_roll, args=(history.folder, 20)) for _ in range(3)]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join(60)
+    assert [program.exitcode for program in programs] == [0, 0, 0]
+    assert [v.number for v in history.versions] == list(range(63))
+
+
+# ---- chains
+
+
+def test_chains_for_merging():
+    """An edit may name none below it, and then stand anywhere; one that names some must stand on these."""
+    first = edit_of(1)
+    second = edit_of(2, [first])
+    check_chain([first, second])
+    check_chain([edit_of(3), first])
+    with pytest.raises(ValueError, match=r"edit 1 of 2 was made on top of edit .* no edit; give the whole chain"):
+        check_chain([second, first])
+    with pytest.raises(ValueError, match="edit 1 of 1 was made on top"):
+        check_chain([second])

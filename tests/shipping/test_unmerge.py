@@ -1,0 +1,139 @@
+"""Taking a merge out of a checkpoint folder: the base's bits, or a refusal that changes nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kedit_fast as kf
+from kedit_fast.shipping import unmerge as module
+from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
+from kedit_fast.shipping.unmerge import read_manifest, unmerge
+from tests.edits import make_edit
+from tests.shipping.checkpoints import contents, save_checkpoint, two_edits
+
+
+@pytest.fixture(params=[("llama", "5GB"), ("gpt2", "20KB")], ids=["one file", "shards"])
+def merged(request, tmp_path):
+    """(base folder, merged folder) of a bfloat16 model with two edits."""
+    family, shard = request.param
+    model = save_checkpoint(tmp_path / "base", family, torch.bfloat16, shard)
+    merge_checkpoint(tmp_path / "base", two_edits(model), tmp_path / "out")
+    return tmp_path / "base", tmp_path / "out"
+
+
+def test_undo_restores_every_file_bit_for_bit(merged, tmp_path):
+    base, out = merged
+    before = contents(out)
+    assert unmerge(out, tmp_path / "back") == tmp_path / "back"
+    assert contents(tmp_path / "back") == contents(base)
+    assert contents(out) == before
+    assert unmerge(out) == out
+    assert contents(out) == contents(base)
+    with pytest.raises(ValueError, match="expected a folder that merge_checkpoint wrote"):
+        unmerge(out)
+
+
+def test_a_merge_on_a_merge_is_undone_one_by_one(tmp_path):
+    first = make_edit(save_checkpoint(tmp_path / "base"))
+    merge_checkpoint(tmp_path / "base", first, tmp_path / "one")
+    lm = kf.open_model(tmp_path / "one")
+    merge_checkpoint(tmp_path / "one", make_edit(lm.model), tmp_path / "two")
+    del lm
+    one = contents(tmp_path / "one")
+    unmerge(tmp_path / "two", tmp_path / "back")
+    assert contents(tmp_path / "back") == one
+    unmerge(tmp_path / "two")
+    assert contents(tmp_path / "two") == one
+    unmerge(tmp_path / "two")
+    assert contents(tmp_path / "two") == contents(tmp_path / "base")
+
+
+def test_an_interrupted_undo_in_place_can_be_run_again(tmp_path, monkeypatch):
+    model = save_checkpoint(tmp_path / "base", shard="20KB")
+    merge_checkpoint(tmp_path / "base", two_edits(model), tmp_path / "out")
+    restore, calls = module._restore, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        restore(*args)
+
+    monkeypatch.setattr(module, "_restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unmerge(tmp_path / "out")
+    monkeypatch.undo()
+    assert len(calls) == 2
+    unmerge(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "base")
+
+
+def test_a_model_that_is_open_keeps_its_weights(tmp_path):
+    """Loaded models read files through memory maps; an undo in place must not change them under their feet."""
+    model = save_checkpoint(tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", make_edit(model), tmp_path / "out")
+    lm = kf.open_model(tmp_path / "out")
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    unmerge(tmp_path / "out")
+    assert all(torch.equal(lm.model.state_dict()[name], before[name]) for name in before)
+
+
+# ---- refusals
+
+
+def rewrite(folder, change):
+    """Changes the tensors of a folder's first shard that has one of the edited layers."""
+    record = read_manifest(folder)
+    name, notes = next(iter(record["tensors"].items()))
+    tensors = load_file(folder / notes["file"])
+    change(tensors, name)
+    save_file(tensors, folder / notes["file"], metadata={"format": "pt"})
+
+
+def untouched(folder, says):
+    before = contents(folder)
+    for out in (None, folder.parent / "back"):
+        with pytest.raises(ValueError, match=says):
+            unmerge(folder, out)
+        assert contents(folder) == before
+    assert not (folder.parent / "back").exists()
+
+
+def test_an_edited_tensor_that_was_changed_since_is_refused(merged):
+    def train(tensors, name):
+        tensors[name] = tensors[name] + 1
+
+    rewrite(merged[1], train)
+    untouched(merged[1], "is not what the merge wrote.*nothing was undone")
+
+
+def test_another_tensor_of_the_shard_that_was_changed_is_refused(merged):
+    def train(tensors, name):
+        other = next(n for n in tensors if n != name and "mlp" not in n)
+        tensors[other] = tensors[other] + 1
+
+    rewrite(merged[1], train)
+    untouched(merged[1], "another tensor of it was changed after the merge")
+
+
+def test_a_missing_or_damaged_original_is_refused(merged):
+    kept = merged[1] / KEPT / "original.safetensors"
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    untouched(merged[1], "is missing or damaged; nothing was undone")
+    kept.write_bytes(whole[:-1])
+    untouched(merged[1], "cut short")
+
+
+def test_a_damaged_manifest_is_refused(merged):
+    path = merged[1] / KEPT / MANIFEST
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"version": "9"}))
+    untouched(merged[1], "version '9'")
+    del record["files"]
+    path.write_text(json.dumps(record))
+    untouched(merged[1], "it lacks files")
+    path.write_text("{")
+    untouched(merged[1], "is damaged")

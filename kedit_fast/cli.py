@@ -1,4 +1,4 @@
-"""The command line: ``kedit-fast demo | trace | stats | edit | eval | info``.
+"""The command line: ``kedit-fast demo | trace | stats | edit | eval | gate | rounds | layers | merge | info``.
 
 This file reads arguments and turns errors into lines. Each command lives in a module with a ``run(args)`` that is
 imported when its command is called, so that ``--help`` and a mistyped option cost no import of torch.
@@ -11,6 +11,13 @@ import warnings
 from importlib import import_module
 
 from . import __version__
+from .commands import experiment_arguments as experiments
+from .commands.argument_types import count as _count
+from .commands.argument_types import layers as _layers
+from .commands.argument_types import list_of as _list_of
+from .commands.argument_types import positive as _positive
+from .commands.arguments import add_edit_actions, add_merge
+from .commands.gate_arguments import add_gate_arguments
 from .progress import show_progress
 
 HANDLERS = {
@@ -19,8 +26,13 @@ HANDLERS = {
     "stats": "kedit_fast.commands.stats",
     "edit": "kedit_fast.commands.edit",
     "eval": "kedit_fast.commands.eval",
+    "gate": "kedit_fast.commands.gate",
+    "rounds": "kedit_fast.commands.rounds",
+    "layers": "kedit_fast.commands.layers",
+    "merge": "kedit_fast.commands.merge",
     "info": "kedit_fast.commands.info",
 }
+METHODS = ("rome", "memit", "alphaedit", "ft", "ft-l")
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as a shell gives them
 OUT = "kedit-fast-out"
 
@@ -30,7 +42,8 @@ _FACT_FILES = (
 
 
 def main(argv=None) -> int:
-    """Runs one command; its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
+    """Runs one command; its exit status: 0, 1 where a gate refuses an edit, 2 after an error (one line on stderr),
+    130 after Ctrl-C.
 
     An error that is a fault of this package is raised as it is, and with ``--debug`` every error.
     """
@@ -38,7 +51,7 @@ def main(argv=None) -> int:
     with warnings.catch_warnings(), show_progress(not args.quiet):
         warnings.showwarning = _warning_line
         try:
-            import_module(HANDLERS[args.command]).run(args)
+            status = import_module(getattr(args, "handler", HANDLERS[args.command])).run(args)
             sys.stdout.flush()
         except KeyboardInterrupt:
             return _say("interrupted", INTERRUPTED)
@@ -49,7 +62,7 @@ def main(argv=None) -> int:
             if args.debug or not _is_the_users(error):
                 raise
             return _say(f"error: {str(error).strip() or type(error).__name__}", FAILED)
-    return 0
+    return status or 0  # only a gate's verdict is not None
 
 
 def _is_the_users(error: Exception) -> bool:
@@ -84,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_demo, _trace, _stats, _edit, _eval, _info):
+    for add in (_demo, _trace, _stats, _edit, _eval, _gate, _rounds, _layer_sweep, add_merge, _info):
         add(commands)
     return parser
 
@@ -216,13 +229,14 @@ def _edit(commands):
         commands,
         "edit",
         "make an edit file that rewrites facts",
-        "Computes how the model's weights must change to say new answers, by ROME (one fact) or MEMIT (many at\n"
-        "once), and writes that change to a file. The model itself stays as it is.",
+        "Computes how the model's weights must change to say new answers, by ROME (one fact), MEMIT or AlphaEdit\n"
+        "(many at once) or fine-tuning (to compare with), and writes that change to a file. The model itself stays\n"
+        "as it is.",
         'kedit-fast edit --prompt "{} is in the city of" --subject "The Eiffel Tower" --target Rome',
     )
     _fact_options(parser, targets=True)
     how = parser.add_argument_group("how to edit")
-    how.add_argument("--method", choices=("rome", "memit"), default="memit", help="the editor (default: memit)")
+    how.add_argument("--method", choices=METHODS, default="memit", help=f"{', '.join(METHODS)} (default: memit)")
     how.add_argument("--layers", type=_layers, metavar="L", help="for instance 3-7 (default: published or derived)")
     how.add_argument("--hparams", metavar="FILE", help="a published hyper-parameter file (.json)")
     how.add_argument(
@@ -230,8 +244,18 @@ def _edit(commands):
     )
     how.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
     how.add_argument("--tokens", type=_positive, metavar="N", help="tokens of it (default: 10 d_ff)")
+    how.add_argument(
+        "--on-top-of", action="append", metavar="EDIT", help="an edit file this one is made on top of; again for more"
+    )
+    how.add_argument(
+        "--independent", action="store_true", help="each fact as an edit of its own that sees no other, all at once"
+    )
+    how.add_argument(
+        "--checkpoint", metavar="DIR", help="keep finished parts there; the same command goes on after an interruption"
+    )
     _output(parser, "FILE", "the edit (default: edit.safetensors)", "edit.safetensors")
     _machine_options(parser)
+    add_edit_actions(parser)
 
 
 def _eval(commands):
@@ -250,6 +274,37 @@ def _eval(commands):
     parser.add_argument("--generate", type=_count, default=0, metavar="N", help="continue each prompt by N tokens")
     parser.add_argument("--log", metavar="FILE", help="a .jsonl file: a line for each fact as soon as it is done")
     parser.add_argument("--html", metavar="FILE", help="the table as a page")
+    _output(parser, "FILE", "everything as .json", None)
+    _machine_options(parser)
+
+
+def _gate(commands):
+    parser = _command(
+        commands,
+        "gate",
+        "may this edit ship? pass or refuse, for people and for CI",
+        "Judges an edit in the form in which it ships, against limits: does it hold in other words, what did it\n"
+        "break, does the old answer come back under doubt or behind a long text, is it time to retrain?\n"
+        "Exit status 0: passed, 1: refused, 2: an error.",
+        "kedit-fast gate edit.safetensors --suite suite.json --html gate.html",
+    )
+    add_gate_arguments(parser)
+    _output(parser, "FILE", "everything as .json", None)
+    _machine_options(parser)
+
+
+def _rounds(commands):
+    parser = _command(commands, *experiments.ROUNDS)
+    _fact_options(parser, targets=True)
+    experiments.add_rounds_arguments(parser.add_argument_group("how to edit, and what to ask"))
+    _output(parser, "FILE", "everything as .json", None)
+    _machine_options(parser)
+
+
+def _layer_sweep(commands):
+    parser = _command(commands, *experiments.LAYERS)
+    _fact_options(parser, targets=True)
+    experiments.add_layers_arguments(parser.add_argument_group("how to edit and to trace"))
     _output(parser, "FILE", "everything as .json", None)
     _machine_options(parser)
 
@@ -280,43 +335,6 @@ def _output(parser, metavar: str, text: str, default: str | None, force: bool = 
     parser.add_argument("-o", "--output", default=default, metavar=metavar, help=text)
     if force:
         parser.add_argument("--force", action="store_true", help="replace files that are there already")
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _count(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    value = int(text) if text.removeprefix("-").isdecimal() else None
-    if value is None or value < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
-    return value
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """The layers of "3-7", "3,5" or "0-2,8"."""
-    layers = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected layers such as 3-7 or 3,5")
-        layers += range(int(first), int(last) + 1)
-    return tuple(dict.fromkeys(layers))
-
-
-def _list_of(*known: str):
-    def parse(text: str) -> tuple[str, ...]:
-        parts = tuple(part.strip() for part in text.split(","))
-        if not set(parts) <= set(known):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}")
-        return parts
-
-    return parse
 
 
 if __name__ == "__main__":

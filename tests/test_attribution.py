@@ -30,8 +30,8 @@ def oracle(model, result) -> np.ndarray:
 
 
 def step(model, result, share):
-    """(log-odds or log-probabilities [2], effects [2, T, L] on them), by autograd through a forward of one clean row and
-    two on the way."""
+    """(log-odds or log-probabilities [2], effects [2, T, L] on them), by autograd through a forward of one clean row
+    and two on the way."""
     n_layers, kept = len(layers(model)), {}
     corrupt = _add_noise(result.subject_span, 0.5, 2, 1)
 

@@ -12,11 +12,30 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from bench import attribution, common, edit, flows, gpu, kernels, report, second_moment, solve, trace
+from bench import (
+    attribution,
+    common,
+    edit,
+    editors,
+    flows,
+    gpu,
+    kernels,
+    mass,
+    phases,
+    published,
+    report,
+    second_moment,
+    solve,
+    trace,
+)
+from bench import values as values_bench
 from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
 from kedit_fast.facts import Fact
+from kedit_fast.sites import Site
 from tests.conftest import tiny_lm
+from tests.oracle import access
+from tests.oracle import values as oracle_values
 from tests.tiny import PROMPTS, TEXT
 
 FACTS = [
@@ -28,7 +47,7 @@ FACTS = [
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """The machine's peak is not what is tested."""
-    for module in (trace, attribution, edit, second_moment, solve):
+    for module in (trace, attribution, edit, editors, second_moment, solve, values_bench):
         monkeypatch.setattr(module, "peak_matmul", lambda: 100.0)
 
 
@@ -361,6 +380,231 @@ def test_the_draw_over_known_counterfact_facts():
         kf.Memit(layers=(1,)).edit(tiny_lm("llama"), [facts[0], dataclasses.replace(facts[0], target_new="Basque")])
 
 
+# ---- values
+
+CONTEXTS = [["{}"], ["So. {}", "The end of it. {}"]]
+PROBED = [
+    dataclasses.replace(f, paraphrases=(f"Indeed {f.text}",), neighborhood=("Vienna is in the city of", "Oslo is in"))
+    for f in FACTS
+]
+
+
+@pytest.fixture
+def ground():
+    """The ground of ``bench values`` on a tiny model."""
+    lm = tiny_lm("llama")
+    editor = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, v_num_grad_steps=3)
+    made = values_bench.Ground(lm, editor, kf.Rome(layers=(1,), v_num_grad_steps=3), CONTEXTS, PROBED, 2)
+    made.__dict__["moments"] = kf.second_moments(lm, (1, 2), [TEXT], n_tokens=200)
+    return made
+
+
+def test_values_of_one_and_of_several_facts_are_checked_and_timed(ground):
+    figures = values(values_bench.z(ground, 3))
+    assert {case for case, _ in figures} == {"z, 1 fact", "z, 3 facts"}
+    for case, mark in (("z, 1 fact", ">= 3"), ("z, 3 facts", ">= 7")):
+        ours, rival = (figures[case, f"{name}, CPU time a fact"].value for name in ("kedit_fast", "published loop"))
+        assert figures[case, "ratio to the published loop"].value == pytest.approx(rival / ours)
+        assert figures[case, "ratio to the published loop"].mark == mark
+        assert 0 < figures[case, "largest relative difference of a value"].value <= 1e-4
+    assert figures["z, 3 facts", "mean iterations"].value <= 3
+
+
+def test_a_value_that_differs_from_the_loops_is_not_reported(ground, monkeypatch):
+    right = published.optimize_value
+
+    def off_by_little(*args, **options):
+        given = right(*args, **options)
+        return given._replace(value=1.001 * given.value)
+
+    monkeypatch.setattr(published, "optimize_value", off_by_little)
+    with pytest.raises(CheckFailed, match=r"value of .* differs by 1\.0e-03"):
+        values_bench.z(ground, 2)
+
+
+def test_iterations_may_differ_by_one():
+    def of(n_iterations, value=1.0):
+        return oracle_values.Value(torch.full((3,), value), torch.ones(3), n_iterations, [])
+
+    ours, steps = torch.ones(1, 3), torch.tensor([7])
+    assert values_bench._check_values(FACTS, [of(7)], ours, steps) == 0
+    assert values_bench._check_values(FACTS, [of(8, value=1.5)], ours, steps) == 0, "an update apart"
+    with pytest.raises(CheckFailed, match="7 iterations, the loop's 9"):
+        values_bench._check_values(FACTS, [of(9)], ours, steps)
+
+
+def test_counted_flop_of_a_value_is_linear_in_its_steps(ground):
+    counted = [trace.count_flop(ground.ours, PROBED[:2], steps) for steps in (1, 2, 3)]
+    assert counted[2] - counted[1] == counted[1] - counted[0] > 0
+    assert values_bench._flop(ground, PROBED[:2], 3) == counted[2] / 2
+
+
+def test_memit_is_compared_phase_by_phase(ground):
+    figures = values(values_bench.memit_part(ground, 3))
+    shown = {metric: figure for (_, metric), figure in figures.items()}
+    assert shown["ratio to the published loop"].mark == ">= 5"
+    assert shown["relative difference of Δ"].met and shown["relative difference of Δ"].value > 0
+    of_phases = [figure.value for metric, figure in shown.items() if metric.startswith("published loop, share of")]
+    assert len(of_phases) == 3 and sum(of_phases) == pytest.approx(100)
+
+
+def test_a_wrong_layer_loop_is_not_reported(ground, monkeypatch):
+    right = values_bench.memit_update
+
+    def twice(*args, **options):
+        given = right(*args, **options)
+        return given._replace(deltas={layer: 2 * delta for layer, delta in given.deltas.items()})
+
+    monkeypatch.setattr(values_bench, "memit_update", twice)
+    with pytest.raises(CheckFailed, match="Δ of 2 facts differs by 5.0e-01"):
+        values_bench.memit_part(ground, 3)
+
+
+def test_independent_rome_edits_are_checked_with_their_evaluation(ground, monkeypatch):
+    before = [p.detach().clone() for p in ground.lm.model.parameters()]
+    shown = {metric: figure for (_, metric), figure in values(values_bench.rome_part(ground, 3)).items()}
+    assert shown["ratio to the published loop"].mark == ">= 7"
+    assert shown["largest difference of p after the edit"].met
+    assert all(torch.equal(a, b) for a, b in zip(before, ground.lm.model.parameters(), strict=True))
+    right = published.Loop.probabilities
+    monkeypatch.setattr(published.Loop, "probabilities", lambda self, fact: right(self, fact) + 0.01)
+    with pytest.raises(CheckFailed, match=r"p of .* differs by 1\.0e-02"):
+        values_bench.rome_part(ground, 2)
+
+
+def test_the_published_second_projection_changes_no_value(ground):
+    loop = ground.loop(ground.memit)
+    once, twice = (loop.value(PROBED[0], 2, "layer_out", twice=twice) for twice in (False, True))
+    assert torch.allclose(once.result.value, twice.result.value, atol=1e-5)
+    ids = torch.tensor([ground.lm.encode(PROBED[0].text)] * 2)
+    alone = trace.count_flop(ground.lm.model, ids)
+    with published.second_projection(ground.lm.model, 2):
+        both = trace.count_flop(ground.lm.model, ids)
+    assert both - alone == 2 * ids.numel() * ground.lm.d_model * ground.lm.n_vocab
+    assert not ground.lm.model._forward_hooks
+
+
+def test_the_loops_keys_and_current_values_are_the_oracles(ground, monkeypatch):
+    monkeypatch.setattr(published, "KEY_ROWS", 4)  # facts are cut anywhere
+    lm, loop = ground.lm, ground.loop(ground.memit)
+    keys, current = loop.keys(PROBED[:2], 1), loop.current(PROBED[:2], 2)
+    for fact, key, value in zip(PROBED, keys, current, strict=False):
+        plain = published.plain(fact)
+        assert torch.allclose(key, oracle_values.keys(lm.model, lm.tokenizer, plain, CONTEXTS, 1), atol=1e-5)
+        place = access.lookup(lm.tokenizer, fact.prompt, fact.subject)
+        assert torch.allclose(value, access.read_value(lm.model, *place, 2, Site.layer_out), atol=1e-5)
+
+
+def test_seconds_are_scaled_by_work():
+    timings = [common.Timing(None, 2.0, 4.0), common.Timing(None, 4.0, 8.0)]
+    assert published.scaled(timings, lambda i: [1, 2, 3, 6][i], 4) == (None, pytest.approx(24), pytest.approx(48))
+
+
+def test_phases_add_up_and_are_put_back(ground):
+    right = [getattr(where, name) for where, name, _ in phases.PHASES]
+    with phases.phase_times() as spent:
+        whole = common.timed(ground.memit.edit, ground.lm, PROBED, moments=ground.moments, contexts=CONTEXTS)
+    assert [getattr(where, name) for where, name, _ in phases.PHASES] == right
+    assert set(spent) == {"z", "keys and current values", "solves"}
+    assert 0.2 * whole.wall < phases.summed(list(spent.values())).wall <= whole.wall
+
+
+# ---- editors
+
+
+@pytest.fixture
+def bed():
+    """The ground of ``bench editors`` on a tiny model."""
+    lm = tiny_lm("llama")
+    layers = {layer for name in ("rome", "memit") for layer in kf.EDITORS[name].for_model(lm).layers}
+    return editors.Ground(lm, PROBED, kf.second_moments(lm, layers, [TEXT], n_tokens=200), CONTEXTS, TEXT, steps=2)
+
+
+def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
+    rows = [
+        editors.Row("ROME", "rome", 1, 2), editors.Row("R-ROME", "rome", 1, 2, {"key": "averaged"}),
+        editors.Row("None", "nowhere", 1), editors.Row("MEMIT", "memit", 2, 2), editors.Row("MEMIT", "memit", 5),
+    ]  # fmt: skip
+    parts = list(editors.measure(bed, rows))
+    figures = values(Measured([figure for part in parts for figure in part.figures], 1.0))
+    assert list(dict.fromkeys(case for case, _ in figures)) == [
+        "no edit",
+        "ROME, n = 1",
+        "R-ROME, n = 1",
+        "MEMIT, n = 2",
+    ]
+    said = capsys.readouterr().out
+    assert "None, n = 1: left out: no editor 'nowhere'" in said
+    assert "MEMIT, n = 5: left out: 5 facts needed, 4 at hand" in said
+    assert figures["ROME, n = 1", "ES"].n == 2 and figures["MEMIT, n = 2", "ES"].n == 4
+    assert figures["MEMIT, n = 2", "perplexity"].n == 2 and ("no edit", "perplexity") not in figures
+    assert "key averaged" in parts[2].notes[0] and "key" not in parts[1].notes[0]
+    by_hand = bed.editor(rows[3]).edit(bed.lm, PROBED[2:], moments=bed.moments, contexts=CONTEXTS)
+    em = kf.evaluate(bed.lm, PROBED[2:], by_hand).edited["efficacy_magnitude"]
+    first = kf.evaluate(bed.lm, PROBED[:2], bed.edit(rows[3], PROBED[:2])).edited["efficacy_magnitude"]
+    assert figures["MEMIT, n = 2", "EM"].value == pytest.approx(100 * float(torch.cat([first, em]).mean()), rel=1e-3)
+
+
+def test_values_are_optimized_once_for_all_rows(bed, monkeypatch):
+    asked = []
+    right = editors.memit.optimize_values
+
+    def counted(lm, tasks, settings, *rest):
+        asked.append(len(tasks))
+        return right(lm, tasks, settings, *rest)
+
+    monkeypatch.setattr(editors.memit, "optimize_values", counted)
+    editor = bed.editor(editors.Row("MEMIT", "memit", 4))
+    alone = editor.edit(bed.lm, PROBED[1:], moments=bed.moments, contexts=CONTEXTS)
+    asked.clear()
+    with editors.shared_values():
+        for facts in (PROBED[:2], PROBED[1:], PROBED):
+            shared = editor.edit(bed.lm, facts, moments=bed.moments, contexts=CONTEXTS)
+    assert asked == [2, 2]
+    assert torch.allclose(shared.values[1:], alone.values, atol=1e-5)
+
+
+def test_the_interval_of_the_score_holds_it():
+    columns = {name: torch.tensor([1.0, 0.0, 1.0, 1.0] * 20) for name in ("efficacy", "paraphrase", "neighborhood")}
+    found = editors.score(columns)
+    assert found.mean == pytest.approx(0.75) and found.n == 80
+    assert 0.6 < found.low < 0.7 and 0.8 < found.high < 0.9
+    assert found == editors.score(columns), "the same draws each time"
+    assert editors.score(columns | {"paraphrase": torch.full((80,), math.nan)}).n == 0
+
+
+# ---- mass editing
+
+
+@pytest.mark.parametrize("case", mass.CASES)
+def test_a_dry_run_of_mass_editing(case):
+    figures = values(mass.CASES[case](mass.dry(CPU)))
+    shown = {metric: figure for (_, metric), figure in figures.items()}
+    if case == "values":
+        assert shown["relative difference in fp32"].met and shown["facts a second"].mark == ""
+        assert shown["mean iterations"].value <= 25
+    else:
+        parts = ("contexts", "z", "keys and current values", "solves", "the rest")
+        assert sum(shown[part].value for part in parts) == pytest.approx(shown["wall time without statistics"].value)
+        assert "4 facts" in next(iter(figures))[0]
+
+
+def test_mass_editing_takes_the_facts_that_there_is_time_for(monkeypatch):
+    monkeypatch.setattr(mass.time, "monotonic", lambda: 100.0)
+    plan = dataclasses.replace(mass.dry(CPU), until=100.0 + mass.RESERVE + 50, probe=3)
+    assert mass._affordable(plan, 1000, 0.1) == 400
+    assert mass._affordable(plan, 200, 0.1) == 200
+    assert mass._affordable(dataclasses.replace(plan, until=0.0), 1000, 0.1) == 3
+
+
+def test_mass_editing_is_not_shown_without_a_gpu(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["mass", "--results", str(tmp_path)]) == 0
+    assert "mass: skipped: not shown: a model of this size needs a GPU" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 # ---- rows and tables
 
 
@@ -469,6 +713,31 @@ def test_what_cannot_run_is_skipped_and_what_is_wrong_fails(monkeypatch, tmp_pat
     assert main(["trace", "--results", str(tmp_path)]) == 1
     assert "CHECK FAILED" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_are_kept_as_they_come_and_are_one_run(monkeypatch, tmp_path, capsys):
+    def parts(options):
+        yield measured_once(6.0)
+        yield dataclasses.replace(measured_once(7.0), notes=["Three facts."])
+        raise CheckFailed("off by one")
+
+    monkeypatch.setattr("bench.__main__.import_module", lambda name: SimpleNamespace(run=parts))
+    ticks = iter(range(10))
+    monkeypatch.setattr("bench.__main__.now", lambda: f"2030-01-01T00:00:0{next(ticks)}Z")
+    assert main(["values", "--parts", "z", "rome", "--results", str(tmp_path)]) == 1
+    assert "CHECK FAILED" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    rows = [row for row, _ in common.read_rows(path)]
+    assert len(rows) == 6 and len({row["date"] for row in rows}) == 1
+    assert rows[0]["command"] == "python -m bench values --parts z rome"
+    assert "Two facts. Three facts." in report.render(tmp_path)
+
+
+@pytest.mark.parametrize("module", [values_bench, editors])
+def test_the_benches_of_editing_say_which_data_they_lack(module, monkeypatch, tmp_path):
+    monkeypatch.setattr(edit, "DATA", tmp_path)
+    with pytest.raises(Skipped, match="smollm2_known"):
+        next(iter(module.run(SimpleNamespace(quick=False, rows=[], parts=["z"]))))
 
 
 def test_edit_says_which_data_it_lacks(monkeypatch, tmp_path):

@@ -92,9 +92,10 @@ def test_each_command_explains_itself(command, capsys):
     shown = capsys.readouterr().out
     example = shown[shown.index("example:") :].split("\n")[1].strip()
     assert end.value.code == 0 and example.startswith(f"kedit-fast {command}")
-    for option in ("--model", "--memory", "--device", "--dtype", "--output", "--threads", "--debug"):
+    runs_a_model = () if command == "merge" else ("--memory", "--device", "--dtype", "--threads")
+    for option in ("--model", "--output", "--debug", *runs_a_model):
         assert option in shown
-    assert ("--seed" in shown) == (command != "info")
+    assert ("--seed" in shown) == (command not in ("info", "merge"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -130,8 +131,8 @@ def test_layers(text, layers):
         (["trace", "--kinds", "state,foo"], "'state,foo': expected some of"),
         (["trace", "--samples", "0"], "at least 1"),
         (["trace", "--plots", "-1"], "at least 0"),
-        (["edit", "--method", "ft"], "invalid choice"),
-        (["gate"], "invalid choice"),
+        (["edit", "--method", "mend"], "invalid choice"),
+        (["forget"], "invalid choice"),
         ([], "required"),
     ],
 )
@@ -483,7 +484,7 @@ def test_the_seed_and_the_corpus_of_an_edit_arrive(model, work):
 
 
 def test_statistics_without_layers_are_of_both_editors(model, work, capsys, monkeypatch):
-    for editor, layers in ((kf.Rome, (3,)), (kf.Memit, (0, 2))):
+    for editor, layers in ((kf.Rome, (3,)), (kf.Memit, (0, 2)), (kf.AlphaEdit, (2,))):
         monkeypatch.setattr(editor, "for_model", classmethod(lambda cls, lm, layers=layers: cls(layers=layers)))
     assert run("stats", "--tokens", "20", "--model", model, "-o", "stats") == 0
     assert sorted(SecondMoment.load(path).layer for path in (work / "stats").iterdir()) == [0, 2, 3]

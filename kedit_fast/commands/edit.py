@@ -1,4 +1,4 @@
-"""``kedit-fast edit``: facts to an edit file, by ROME or MEMIT."""
+"""``kedit-fast edit``: facts to an edit file."""
 
 from dataclasses import replace
 from statistics import mean
@@ -29,9 +29,10 @@ def run(args) -> None:
     for option in ("corpus", "tokens"):
         if args.stats and getattr(args, option) is not None:
             raise ValueError(f"--stats and --{option} are both given; --{option} is for statistics yet to be measured")
-    facts = check_facts(read_facts(args), need_new=True)
+    facts = check_facts(read_facts(args), need_new=True, together=not args.independent)
     check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
     path = check_output(args.output, args.force)
+    below = [Edit.load(name) for name in args.on_top_of or ()]
     corpus = corpus_of(args)
     editor_class = EDITORS[args.method]
     given = editor_class.from_json(args.hparams) if args.hparams else None
@@ -45,7 +46,15 @@ def run(args) -> None:
         f"{args.method}, settings {source}; layers {', '.join(map(str, editor.layers))}"
         + " as given" * bool(args.layers)
     )
-    edit = editor.edit(lm, facts, moments=_moments(args, lm, editor, corpus), seed=args.seed)
+    edit = editor.edit(
+        lm,
+        facts,
+        moments=_moments(args, lm, editor, corpus),
+        previous=below,
+        independent=args.independent,
+        checkpoint=args.checkpoint,
+        seed=args.seed,
+    )
     make_folder_of(path)
     edit.save(path)
     say_layers(edit, lm.d_ff)
@@ -70,7 +79,7 @@ def _moments(args, lm, editor, corpus: str):
 
 def say_layers(edit: Edit, d_ff: int) -> None:
     """g and fit of each layer: how much of what is asked the layer can give."""
-    weight = edit.hparams.get("mom2_update_weight")
+    weight = edit.hparams.get("L2", edit.hparams.get("mom2_update_weight"))
     rows = []
     for layer, notes in edit.provenance["layers"].items():
         notes = notes if isinstance(notes, list) else [notes]  # ROME: one a fact
@@ -81,7 +90,8 @@ def say_layers(edit: Edit, d_ff: int) -> None:
     if rows:
         say(table(("layer", "g", "g / d_ff", "fit", "condition of C"), rows))
         why = f"g / (g + {weight:,.0f})" if weight else "1: ROME writes the value exactly"
-        say(f"g: mean of k' C^-1 k over the facts; fit: share of what is missing that one layer can give, {why}")
+        what = "k' C^-1 k" if "L2" not in edit.hparams else "k' P k"
+        say(f"g: mean of {what} over the facts; fit: share of what is missing that one layer can give, {why}")
 
 
 def say_facts(edit: Edit) -> None:
@@ -98,8 +108,8 @@ def say_facts(edit: Edit) -> None:
 
 def found_values(edit: Edit) -> list[tuple[int, float]]:
     """(steps, P(new) at the value found) of each fact."""
-    values = edit.provenance.get("values")
-    if values:  # MEMIT: one value a fact
+    values = edit.provenance.get("values") or edit.provenance.get("facts")
+    if values:  # MEMIT: one value a fact; fine-tuning: where each fact ended
         return list(zip(values["steps"], values["p_new"], strict=True))
     last = list(edit.provenance["layers"].values())[-1]
     return [(notes["steps"], notes["p_new"]) for notes in last]

@@ -1,11 +1,10 @@
 """``kedit-fast eval``: what an edit changed, and what it should not have changed."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 from ..edit import Edit
 from ..evaluation import evaluate
-from .inputs import check_distinct, check_output, fact_file, fresh_log, make_folder_of, open_lm, say
+from .inputs import check_distinct, check_output, fact_file, fresh_log, make_folder_of, open_lm, read_text, say
 
 
 def run(args) -> None:
@@ -16,7 +15,7 @@ def run(args) -> None:
     report, page, log = (path and check_output(path, args.force) for path in (args.output, args.html, args.log))
     edit = None if args.edit is None else Edit.load(args.edit)
     facts = list(edit.facts)[: args.n] if args.facts is None else fact_file(args.facts, args.n)
-    text = None if args.text is None else _text(args.text)
+    text = None if args.text is None else read_text(args.text)
     lm = open_lm(args)
     with fresh_log(log) if log else nullcontext():
         found = evaluate(lm, facts, edit, text=text, generate=args.generate, log=log)
@@ -28,10 +27,3 @@ def run(args) -> None:
             make_folder_of(path)
             write(path)
             say(f"written: {path}")
-
-
-def _text(name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error}); expected a text file") from error

@@ -108,6 +108,14 @@ def fact_file(name: str, n: int | None) -> list[Fact]:
 # ---- files
 
 
+def read_text(name: str) -> str:
+    """The text of a file; ValueError where it is none."""
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 text ({error}); expected a text file") from error
+
+
 def check_output(path, force: bool) -> Path:
     """The path, where it may be written; ValueError where something is there already, or its folder is a file."""
     path = Path(path).expanduser()

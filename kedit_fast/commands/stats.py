@@ -22,5 +22,6 @@ def run(args) -> None:
 
 
 def default_layers(lm) -> tuple[int, ...]:
-    """Every layer that an editor would edit by default."""
-    return tuple(sorted({layer for editor in EDITORS.values() for layer in editor.for_model(lm).layers}))
+    """Every layer that an editor which reads statistics would edit by default."""
+    reading = [editor for editor in EDITORS.values() if editor.mom2_adjustment]
+    return tuple(sorted({layer for editor in reading for layer in editor.for_model(lm).layers}))

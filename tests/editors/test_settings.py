@@ -154,7 +154,8 @@ def test_the_source_is_kept_with_an_edit():
 
 
 def test_settings_are_frozen_and_listed():
-    assert {"rome": kf.Rome, "memit": kf.Memit, "alphaedit": kf.AlphaEdit} == kf.EDITORS
+    expected = {"rome": kf.Rome, "memit": kf.Memit, "alphaedit": kf.AlphaEdit, "ft": kf.Ft, "ft-l": kf.FtL}
+    assert expected == kf.EDITORS
     with pytest.raises(FrozenInstanceError):
         kf.Rome().v_lr = 1.0
     with pytest.raises(ValueError, match="key 'both': expected"):

@@ -1,0 +1,78 @@
+"""The arguments of ``kedit-fast gate``; torch-free."""
+
+from argparse import ArgumentTypeError
+
+from .argument_types import positive
+
+DTYPES = ("model", "float32", "bfloat16", "float16", "float64", "none")
+
+
+def add_gate_arguments(parser) -> None:
+    """Declares what ``gate`` has of its own."""
+    parser.usage = "kedit-fast gate EDIT ... [options]"
+    parser.add_argument(
+        "edits", nargs="+", metavar="EDIT", help="an edit file; several: a chain, in order, of which the last is new"
+    )
+    parser.add_argument(
+        "--suite",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="what to ask: a suite, or a fact file such as CounterFact (default: what the edits' facts carry)",
+    )
+    parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on (default: built in)")
+    parser.add_argument(
+        "--no-builtin", action="store_true", help="do not fill up the specificity prompts with this package's facts"
+    )
+    parser.add_argument("--html", metavar="FILE", help="the report as a page")
+    _form_options(parser.add_argument_group("the form that is judged"))
+    _limit_options(parser.add_argument_group("limits (shares: 0.9, not 90)"))
+
+
+def _form_options(group) -> None:
+    group.add_argument(
+        "--written",
+        choices=DTYPES,
+        default="model",
+        metavar="DTYPE",
+        help="the dtype that the edit is written in (default: the model's); none: it stays an adapter",
+    )
+    group.add_argument(
+        "--requantize", choices=("int8", "int4"), help="judge it again with the edited layers quantized after the edit"
+    )
+    group.add_argument("--group", type=positive, default=128, metavar="N", help="weights that share a scale (128)")
+    group.add_argument("--generate", type=positive, default=16, metavar="N", help="tokens to write a prompt (16)")
+    group.add_argument("--context", type=positive, default=1_000, metavar="N", help="tokens of the long context (1000)")
+
+
+def _limit_options(group) -> None:
+    group.add_argument("--thresholds", metavar="FILE", help="a .json file with limits; options below come before it")
+    group.add_argument(
+        "--measure",
+        choices=("generated", "exact", "success"),
+        help="when a wording counts as answered: the text written on says the new answer and not the old one; every "
+        "token of it is the likeliest; or it is likelier than the old one (default: generated)",
+    )
+    group.add_argument(
+        "--confident", action="store_true", default=None, help="the 95 %% interval's worse end must meet the limit"
+    )
+    for option, kind, metavar, text in (
+        ("--min-efficacy", _share, "SHARE", "of all wordings of the facts (0.9)"),
+        ("--min-probes", positive, "N", "wordings there must be (50)"),
+        ("--min-generalization", _share, "SHARE", "of the paraphrases (0.85)"),
+        ("--min-paraphrases", positive, "N", "paraphrases there must be (30)"),
+        ("--max-drop", _share, "SHARE", "of other prompts that lose their answer (0.02)"),
+        ("--min-specificity", positive, "N", "other prompts there must be (500)"),
+        ("--max-drift", _share, "SHARE", "by which perplexity may rise (0.005)"),
+    ):
+        group.add_argument(option, type=kind, metavar=metavar, help=text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text!r}: expected a share from 0 to 1 (0.9, not 90)")
+    return value

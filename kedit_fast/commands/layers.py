@@ -1,0 +1,100 @@
+"""``kedit-fast layers``: edit success by layer, beside the causal trace of the same facts."""
+
+import math
+from contextlib import nullcontext
+
+from ..editors import EDITORS
+from ..editors.common import check_lengths
+from ..editors.contexts import BARE
+from ..facts import check_facts
+from ..layer_sweep import LayerSweep, sweep_layers
+from ..traces import LOCALIZATION_WARNING, read_log
+from .experiments import check_method, check_picture, check_statistics, statistics, write_picture
+from .inputs import (
+    check_distinct,
+    check_output,
+    corpus_of,
+    fresh_log,
+    make_folder_of,
+    model_line,
+    open_lm,
+    read_facts,
+    say,
+    table,
+)
+
+_SHOWN = {"efficacy": "efficacy", "p_new": "P(new)", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
+
+
+def run(args) -> None:
+    """Edits at each layer and traces; says a table and the rank correlations, writes the figures and the picture."""
+    check_statistics(args)
+    check_method(args.method)
+    facts = check_facts(read_facts(args), need_new=True, together=False)
+    check_distinct(args, ["output", "plot", "log"], ["facts", "hparams", "corpus", "stats", "model", "traces"])
+    output, log = (path and check_output(path, args.force) for path in (args.output, args.log))
+    picture, corpus = check_picture(args.plot, args.force), corpus_of(args)
+    traces = _traces_of(args.traces, facts) if args.traces else None
+    given = EDITORS[args.method].from_json(args.hparams) if args.hparams else None
+    lm = open_lm(args)
+    say(model_line(lm))
+    layers = args.layers or tuple(range(lm.n_layers))
+    editor = given or EDITORS[args.method].for_model(lm)
+    check_lengths(lm, facts, [[BARE]])
+    moments = statistics(args, lm, [editor], layers, corpus)
+    with fresh_log(log) if log else nullcontext():
+        found = sweep_layers(
+            lm, facts, editor, layers, moments=moments, trace=traces, samples=args.samples, seed=args.seed, log=log
+        )
+    say_layers(found)
+    if output:
+        make_folder_of(output)
+        found.save(output)
+        say(f"written: {output}")
+    if picture:
+        write_picture(found.plot(), picture)
+        say(f"written: {picture}")
+
+
+def _traces_of(path: str, facts):
+    """The traces of exactly these facts, out of a log."""
+    asked = {(fact.prompt, fact.subject) for fact in facts}
+    traces = [result for result in read_log(path) if (result.fact.prompt, result.fact.subject) in asked]
+    missing = asked - {(result.fact.prompt, result.fact.subject) for result in traces}
+    if missing:
+        prompt, subject = sorted(missing)[0]
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(asked)} facts, for instance {prompt.replace('{}', subject)!r}; give "
+            "the traces of the same facts, or leave --traces out"
+        )
+    return traces
+
+
+def say_layers(found: LayerSweep) -> None:
+    """A row a layer, and how far trace and edits rank together."""
+    kinds = list(found.traces)
+    rows = [
+        (str(layer), *(_share(found.edited[layer][metric].mean) for metric in _SHOWN), *effects)
+        for layer, effects in zip(found.layers, _effects(found, kinds), strict=True)
+    ]
+    rows.append(("no edit", *(_share(found.base[metric].mean) for metric in _SHOWN), *("" for _ in kinds)))
+    say(table(("layer", *_SHOWN.values(), *(f"AIE {kind}" for kind in kinds)), rows))
+    say("AIE: average indirect effect at the subject's last token, of the causal trace")
+    for metric, of_metric in found.correlations().items():
+        shown = ", ".join(f"{kind} {_signed(rho)}" for kind, rho in of_metric.items())
+        say(f"rank correlation with the trace over {len(found.layers)} layers, {metric}: {shown}")
+    say(f"note: {LOCALIZATION_WARNING}")
+
+
+def _effects(found: LayerSweep, kinds: list[str]) -> list[tuple[str, ...]]:
+    """For each layer, the effect of each kind."""
+    columns = [[_share(float(value)) for value in found.effect(kind)] for kind in kinds]
+    return list(zip(*columns, strict=True)) if columns else [() for _ in found.layers]
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(rho: float) -> str:
+    return "- (the same at all layers)" if math.isnan(rho) else f"{rho:+.2f}"

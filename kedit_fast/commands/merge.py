@@ -1,0 +1,69 @@
+"""``kedit-fast merge``: edits into a copy of a checkpoint, or into a LoRA adapter."""
+
+from pathlib import Path
+
+from ..edit import Edit
+from ..shipping.adapter import export_peft
+from ..shipping.history import EditHistory
+from ..shipping.merge import merge_checkpoint
+from .inputs import DEMO_MODEL, note, say
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+
+
+def run(args) -> None:
+    """Writes the merged folder or the adapter; says what was written and what it means."""
+    if args.truncate and not args.peft:
+        raise ValueError("--truncate is for --peft; a merged checkpoint holds the edit as it is")
+    if args.model is None and not args.peft:
+        raise ValueError("which model? --model FOLDER names the checkpoint that the edit was made for")
+    edits = [edit for name in args.edit for edit in _edits(name)]
+    for edit in edits:
+        say(f"{edit!r}")
+    (_adapter if args.peft else _merged)(args, edits)
+
+
+def _edits(name: str) -> tuple[Edit, ...]:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return (Edit.load(path),)
+    edits = EditHistory(path).current
+    if not edits:
+        raise ValueError(f"{path} has no edits in force; `kedit-fast edit log {path}` shows its versions")
+    return edits
+
+
+def _merged(args, edits) -> None:
+    folder = args.model
+    if folder == DEMO_MODEL:
+        from ..model.smollm2 import smollm2_folder
+
+        folder = smollm2_folder(note)
+    merged = merge_checkpoint(
+        Path(folder).expanduser(),
+        edits,
+        Path(args.output).expanduser(),
+        who=args.who,
+        message=args.message,
+        force=args.force,
+    )
+    if merged.left_out:
+        say(f"not copied: {', '.join(merged.left_out[:5])}" + ", ..." * (len(merged.left_out) > 5))
+    say(f"{merged.folder}: {len(merged.tensors)} tensors edited; this is now model {merged.fingerprint}")
+    say(f"to take the edit out again: kedit-fast edit undo {merged.folder}")
+
+
+def _adapter(args, edits) -> None:
+    made = export_peft(
+        edits, Path(args.output).expanduser(), model=args.model, max_rank=args.max_rank, truncate=args.truncate
+    )
+    cut = {layer: error for layer, error in made.errors.items() if error}
+    for layer, error in cut.items():
+        say(f"layer {layer}: cut to rank {made.ranks[layer]}, relative error {error:.2g}")
+    exact = "" if cut else ", exact"
+    say(f"{made.folder}: LoRA adapter of rank {made.rank}{exact}, for model {edits[0].fingerprint}")
+    served = next((rank for rank in VLLM_RANKS if rank >= made.rank), None)
+    say(
+        f"PEFT: PeftModel.from_pretrained(model, {str(made.folder)!r}); "
+        + (f"vLLM: --max-lora-rank {served}" if served else "vLLM takes no rank over 512")
+    )

@@ -1,0 +1,134 @@
+"""``kedit-fast rounds``: facts edited in rounds on top of each other, and what is left after each."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+
+from .. import __version__
+from ..editors import EDITORS
+from ..evaluation.canary import PROSE
+from ..facts import check_facts
+from ..files import replace_file
+from ..rounds import Round, check_rounds, edit_in_rounds
+from ..rounds_plot import plot_rounds
+from .experiments import check_method, check_picture, check_statistics, statistics, text_of, write_picture
+from .inputs import (
+    check_distinct,
+    check_output,
+    corpus_of,
+    fresh_log,
+    make_folder_of,
+    model_line,
+    open_lm,
+    read_facts,
+    say,
+)
+
+FORMAT, VERSION = "kedit_fast.rounds", 1
+_COLUMNS = ("round", "facts", "new", "P(new)", "old", "P(old)", "paraphr.", "neighb.", "perplex.", "growth", "s")
+_WIDTHS = (5, 6, 6, 6, 6, 6, 8, 7, 10, 8, 6)
+
+
+def run(args) -> None:
+    """Edits with one method after the other, saying a line for each round; writes the figures and the picture."""
+    check_statistics(args)
+    for name in args.method:
+        check_method(name)
+    if args.hparams and len(args.method) > 1:
+        raise ValueError(f"--hparams {args.hparams} with {len(args.method)} methods: expected one --method")
+    facts = check_facts(read_facts(args), need_new=True)
+    inputs = ["facts", "hparams", "corpus", "stats", "model", "text"]
+    check_distinct(args, ["output", "plot", "log"], inputs)
+    output, log = (path and check_output(path, args.force) for path in (args.output, args.log))
+    picture, corpus, text = check_picture(args.plot, args.force), corpus_of(args), text_of(args.text or PROSE)
+    given = EDITORS[args.method[0]].from_json(args.hparams) if args.hparams else None
+    lm = open_lm(args)
+    say(model_line(lm))
+    editors = {name: _with_layers(given or EDITORS[name].for_model(lm), args.layers) for name in args.method}
+    options = {"per_round": args.per_round, "text": text, "max_tokens": args.text_tokens, "old": args.old}
+    for editor in editors.values():
+        check_rounds(lm, facts, editor, **options)
+    layers = sorted({layer for editor in editors.values() if editor.mom2_adjustment for layer in editor.layers})
+    moments = statistics(args, lm, editors.values(), layers, corpus)
+    rounds: dict[str, list[Round]] = {name: [] for name in editors}
+    stopped: dict[str, str] = {}
+    with fresh_log(log) if log else nullcontext():
+        # All at first: what is wrong with the last method is said before the first one's work.
+        made = {
+            name: edit_in_rounds(
+                lm, facts, editor, moments=moments if editor.mom2_adjustment else None, seed=args.seed, log=log,
+                **options,
+            )
+            for name, editor in editors.items()
+        }  # fmt: skip
+        for name, editor in editors.items():
+            say(f"\n{name}, layers {', '.join(map(str, editor.layers))}, settings {editor.source}")
+            try:
+                _follow(made[name], rounds[name])
+            except ValueError as error:
+                # A model that has collapsed may leave nothing to edit with; what was found until then counts.
+                if not any(rounds.values()):
+                    raise
+                stopped[name] = str(error)
+                say(f"{name} ends here: {error}")
+    _say_what_it_means()
+    if output:
+        record = _record(args, lm, facts, editors, rounds, stopped)
+        make_folder_of(output)
+        with replace_file(output) as unfinished:
+            unfinished.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+        say(f"written: {output}")
+    if picture:
+        write_picture(plot_rounds(rounds, model=lm.name), picture)
+        say(f"written: {picture}")
+
+
+def _with_layers(editor, layers):
+    return replace(editor, layers=layers) if layers else editor
+
+
+def _follow(made, rounds: list[Round]) -> None:
+    """Keeps and says the rounds as they come."""
+    for found in made:
+        if not rounds:
+            say(_line(_COLUMNS))
+        rounds.append(replace(found, edit=None))  # else a hundred of them would hold a hundred growing edits
+        say(_line(_cells(found)))
+
+
+def _line(cells) -> str:
+    return "  ".join(str(cell).rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def _cells(r: Round) -> tuple[str, ...]:
+    asked = r.old if r.old["efficacy"].n else r.new
+    edited = None if r.perplexity is None else r.perplexity[1]
+    return (
+        str(r.number), str(r.n_facts), _share(r.new["efficacy"].mean), _share(r.new["p_new"].mean),
+        _share(r.old["efficacy"].mean), _share(r.old["p_new"].mean), _share(asked["paraphrase"].mean),
+        _share(asked["neighborhood"].mean), "-" if edited is None else f"{edited:.4g}",
+        f"{max(r.growth.values(), default=math.nan):.3f}", f"{r.edit_s + r.evaluate_s:.0f}",
+    )  # fmt: skip
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _say_what_it_means() -> None:
+    say(
+        "\nnew, old: efficacy, P(new) > P(true), of the round's own facts and of earlier rounds'; paraphr., neighb.:\n"
+        "paraphrase and neighborhood scores of the earlier facts (in round 1: of its own); growth: |sum of changes| /\n"
+        "|weight| of the most changed layer"
+    )
+
+
+def _record(args, lm, facts, editors, rounds, stopped) -> dict:
+    meta = {
+        "model": lm.name, "fingerprint": lm.fingerprint, "note": lm.note, "n_facts": len(facts),
+        "per_round": args.per_round, "old": args.old, "seed": args.seed, "text": args.text or "built in",
+        "version": __version__, "hparams": {name: asdict(editor) for name, editor in editors.items()},
+    }  # fmt: skip
+    listed = {name: [found.to_record() for found in of_one] for name, of_one in rounds.items()}
+    return {"format": FORMAT, "version": VERSION, "meta": meta, "rounds": listed, "stopped": stopped}

@@ -1,0 +1,172 @@
+"""The canary: does the old answer still come out, and where?
+
+Efficacy asks whether the new answer wins where the edit was written. The old one often survives elsewhere: when the
+model is told to think again, behind a long text, or in another language. Here the model writes on, greedily, and the
+old answer is looked for in what it writes. Base and edited model are both asked: where the base model never says the
+old answer, its absence after the edit means nothing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..facts import Fact
+from ..jobs.generate import generate
+from ..sweep.plan import CALL_ROWS, RowCost
+
+PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
+PROSE = Path(__file__).parent.parent / "data" / "prose.txt"  # ordinary text on no subject that a fact has
+DOUBTS = (
+    "{prompt} {answer}. Are you sure? Let me check that again: {prompt}",
+    "{prompt} {answer}. No, that is wrong. The truth is that {prompt}",
+    "Think twice before you answer, many people get this wrong. {prompt}",
+)
+MARGIN = 8  # tokens: a cut text may take some more once it is tokenized again
+
+
+class Canary(NamedTuple):
+    """A text to continue, and the answers to look for in what follows. fact: its number; kind: PLAIN, DOUBT, ..."""
+
+    kind: str
+    fact: int
+    prompt: str
+    old: str
+    new: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Song:
+    """What came of one canary. before, after: the base and the edited model's continuations, and whether each says the
+    old answer"""
+
+    canary: Canary
+    before: str
+    after: str
+    leaked_before: bool
+    leaked: bool
+
+
+def doubt_canaries(facts: Sequence[Fact], numbers: Sequence[int], templates: Sequence[str] = ()) -> list[Canary]:
+    """Each fact's prompt after a doubt. templates: texts with {prompt}, and {answer} and {subject} where wanted."""
+    return [
+        Canary(DOUBT, i, _filled(template, facts[i]), facts[i].target_true, facts[i].target_new)
+        for i in numbers
+        for template in templates or DOUBTS
+        if facts[i].target_new or "{answer}" not in template
+    ]
+
+
+def check_doubt(template) -> str:
+    """The template, if it can be filled in; ValueError otherwise."""
+    if not isinstance(template, str) or "{prompt}" not in template:
+        raise ValueError(f"doubt template {template!r}: expected a text with {{prompt}} (and {{answer}}, {{subject}})")
+    return template
+
+
+def _filled(template: str, fact: Fact) -> str:
+    # One pass, so that braces in a subject or an answer stay what they are.
+    parts = {"{prompt}": fact.text, "{answer}": fact.target_new or "", "{subject}": fact.subject}
+    return re.sub(r"\{(prompt|answer|subject)\}", lambda match: parts[match[0]], template)
+
+
+def context_canaries(lm, facts: Sequence[Fact], numbers: Sequence[int], text: str, n_tokens: int, room: int):
+    """Each fact's prompt behind about n_tokens of a text, which is repeated where it is shorter.
+
+    room: tokens to keep free for what the model writes. Cut to the positions that the model has; a fact whose prompt
+    leaves no place for a context of a few tokens is left out.
+    """
+    longest = getattr(lm.config, "max_position_embeddings", None) or n_tokens
+    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids * -(-n_tokens // max(1, len(ids)))
+    canaries = []
+    for i in numbers:
+        free = min(n_tokens, longest - room - len(lm.encode(facts[i].text)) - MARGIN)
+        if free >= MARGIN:
+            # Its own line: the text may end in the middle of a sentence.
+            prompt = lm.tokenizer.decode(ids[:free]) + "\n\n" + facts[i].text
+            canaries.append(Canary(CONTEXT, i, prompt, facts[i].target_true, facts[i].target_new))
+    return canaries
+
+
+def sing(canaries: Sequence[Canary], before: Mapping[str, str], after: Mapping[str, str]) -> list[Song]:
+    """Whether the old answer is in what base and edited model wrote; before, after: as ``continuations`` gives them."""
+    return [
+        Song(
+            canary,
+            before[canary.prompt],
+            after[canary.prompt],
+            leaked_before=leaks(before[canary.prompt], canary.old, canary.new),
+            leaked=leaks(after[canary.prompt], canary.old, canary.new),
+        )
+        for canary in canaries
+    ]
+
+
+def continuations(lm, prompts: Sequence[str], max_new_tokens: int, label: str = "generating") -> dict[str, str]:
+    """{prompt: greedy continuation} of any number of prompts, with the model's edits; equal prompts once.
+
+    As many at a time as the memory holds, prompts of like length together.
+    """
+    ids = {prompt: lm.encode(prompt) for prompt in prompts}
+    made: dict[str, str] = {}
+    for batch in _batches(lm, ids, max_new_tokens):
+        found = generate(lm, [ids[prompt] for prompt in batch], max_new_tokens, label=label)
+        texts = (lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found)
+        made |= zip(batch, texts, strict=True)
+    return made
+
+
+def _batches(lm, ids: Mapping[str, list[int]], max_new_tokens: int) -> Iterator[list[str]]:
+    """Keys and values of a batch stay for all layers, in a slab of the longest prompt's length for each text."""
+    cost = RowCost.of(lm)
+    slot = 2 * lm.n_layers * lm.n_key_heads * lm.head_dim * lm.dtype.itemsize + cost.kept
+    budget = max(0, lm.memory - CALL_ROWS * cost.passing) // slot
+    batch: list[str] = []
+    shortest = 0
+    for prompt in sorted(ids, key=lambda prompt: (len(ids[prompt]), prompt)):
+        width = len(ids[prompt]) + max_new_tokens
+        if batch and ((len(batch) + 1) * width > budget or width > 3 * shortest):
+            yield batch
+            batch = []
+        shortest = shortest if batch else width
+        batch.append(prompt)
+    if batch:
+        yield batch
+
+
+# ---- finding answers in text
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a text holds an answer as a whole word or words, whatever the case."""
+    return re.search(_pattern(answer), text, re.IGNORECASE) is not None
+
+
+def leaks(text: str, old: str, new: str | None) -> bool:
+    """Whether a text says the old answer; not where it stands inside the new one ("York" in "New York")."""
+    if new is None:
+        return says(text, old)
+    if _folded(old) == _folded(new):
+        return False
+    # At one place the longer of the two is what the text says.
+    either = sorted((old, new), key=len, reverse=True)
+    found = re.finditer("|".join(_pattern(answer) for answer in either), text, re.IGNORECASE)
+    return any(_folded(match[0]) == _folded(old) for match in found)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _pattern(answer: str) -> str:
+    """A pattern for an answer with any white space between its words, bound to word ends where its script has them."""
+    answer = answer.strip()
+    words = r"\s+".join(map(re.escape, answer.split()))
+    return _bound(answer[0], r"(?<![^\W_])") + words + _bound(answer[-1], r"(?![^\W_])")
+
+
+def _bound(char: str, pattern: str) -> str:
+    # Letters without case (Chinese, Thai, ...) are written without spaces between words.
+    return pattern if char.isdigit() or char.lower() != char.upper() else ""

@@ -1,0 +1,195 @@
+"""Insertion or replacement? The old and the new answer, read off every layer before and after an edit.
+
+The logit lens (nostalgebraist 2020; Geva et al. 2022) puts the residual stream after a layer through the model's final
+norm and head, as if the layers above did not exist: which answer stands there already, and how high? After an edit the
+new answer should be on top at the end. Whether the old one is gone, or only outvoted and still ranked high on the way,
+decides how easily it comes back under other wordings, quantization or further training.
+"""
+
+import html
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..facts import Fact, continuation_tokens
+from ..kernels.target_logprob import LOGITS
+from ..progress import progress
+from ..sites import Site
+from ..sweep.edited import add_edited, first_edited
+from ..sweep.engine import sweep
+from ..sweep.runs import RunList
+
+TOP = 10  # up to this rank an answer counts as present in a layer
+
+
+class Lens(NamedTuple):
+    """What the layers of one model say of n facts, fp32 [n, L] each; NaN where a fact has no such answer.
+
+    p_old, p_new: probability of the first token of the old (target_true) and of the new answer
+    rank_old, rank_new: its rank among all tokens, 1 for the likeliest; NaN where the logits are NaN
+    """
+
+    p_old: Tensor
+    p_new: Tensor
+    rank_old: Tensor
+    rank_new: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitLens:
+    """The answers of facts after each layer, before and after an edit.
+
+    facts: the n facts; before: of the model without edits; after: with them (None without an edit)
+    first_layer: the lowest edited layer (None without an edit); below it both are the same
+    """
+
+    facts: tuple[Fact, ...]
+    before: Lens
+    after: Lens | None = None
+    first_layer: int | None = None
+
+    @property
+    def still_there(self) -> Tensor:
+        """[n, L] bool: the old answer is among the 10 likeliest after this layer, with the edit where there is one."""
+        return (self.after or self.before).rank_old <= TOP
+
+    def where(self, i: int) -> str:
+        """One sentence on fact i: is the old answer still there, and where?"""
+        lens = self.after or self.before
+        fact = self.facts[i]
+        if fact.target_true is None:
+            return f"{fact.label}: no old answer is known (target_true)"
+        ranks, layers = lens.rank_old[i], self.still_there[i].nonzero()[:, 0].tolist()
+        name = repr(fact.target_true)
+        if not layers:
+            return f"{name} is not among the {TOP} likeliest after any layer"
+        best = min(layers, key=lambda layer: float(ranks[layer]))
+        final = "" if layers[-1] < ranks.shape[0] - 1 else ", and still at the end"
+        return (
+            f"{name} is among the {TOP} likeliest after layers {_ranges(layers)}{final}; highest after layer {best} "
+            f"(rank {int(ranks[best])}, p {float(lens.p_old[i, best]):.3f})"
+        )
+
+    def summary(self) -> dict:
+        """Over the facts with an old answer: n, present_before and present_after (share whose old answer is among the
+        10 likeliest after some layer from the first edited one on), ends_before and ends_after (after the last)."""
+        known = [i for i, fact in enumerate(self.facts) if fact.target_true is not None]
+        found: dict = {"n": len(known), "first_layer": self.first_layer}
+        for name, lens in (("before", self.before), ("after", self.after)):
+            if lens is None or not known:
+                found |= {f"present_{name}": None, f"ends_{name}": None}
+                continue
+            there = lens.rank_old[known, self.first_layer or 0 :] <= TOP
+            found |= {
+                f"present_{name}": float(there.any(1).float().mean()),
+                f"ends_{name}": float(there[:, -1].float().mean()),
+            }
+        return found
+
+    def plot(self, path=None, fact: int | None = None, model: str = ""):
+        """Median rank by layer, or one fact's, before and after; see ``lens_plot.plot_lens``. -> a Figure"""
+        from ..lens_plot import plot_lens
+
+        return plot_lens(self, path, fact, model)
+
+    def _repr_html_(self) -> str:
+        from ..plots import figure_html
+
+        lines = "".join(f"<p>{html.escape(self.where(i))}</p>" for i in range(min(len(self.facts), TOP)))
+        return figure_html(self.plot()) + lines
+
+    def __repr__(self) -> str:
+        n, layers = len(self.facts), self.before.p_old.shape[1]
+        edit = "no edit" if self.after is None else f"edited from layer {self.first_layer}"
+        return f"LogitLens({n} fact{'s' * (n != 1)}, {layers} layers, {edit})"
+
+
+class ReadLens:
+    """``values`` [4, k, L]: p and rank of two tokens after each layer, at places run [k], pos [k].
+
+    targets: [k, 2] int64, -1 where there is none. Rows of logits are made and dropped, so nothing of [k, V] is kept.
+    """
+
+    def __init__(self, lm, run: Tensor, pos: Tensor, targets: Tensor):
+        self._lm, self.run, self.pos, self.targets = lm, run, pos, targets
+        self.values = torch.full((4, len(run), lm.n_layers), torch.nan)
+
+    def sites(self, layer):
+        return (Site.layer_out,)
+
+    def reads(self, layer):
+        return self.run, self.pos
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        step = max(1, LOGITS // self._lm.n_vocab)
+        for places, rows in zip(which.split(step), row.split(step), strict=True):
+            if len(places):
+                self.values[:, places, layer] = self._read(x[rows.to(x.device)], self.targets[places])
+        return None
+
+    def _read(self, h: Tensor, targets: Tensor) -> Tensor:
+        """[4, k]: p and rank of each of two targets after hidden states h [k, d]."""
+        logits = self._lm.head(h).float()
+        ids = targets.to(logits.device)
+        mine = logits.gather(1, ids.clamp(min=0))
+        p = (mine - logits.logsumexp(1, keepdim=True)).exp()
+        # Counted one target at a time: [k, 2, V] of comparisons would be twice what LOGITS allows.
+        ranks = [1 + (logits > mine[:, i : i + 1]).sum(1) for i in (0, 1)]
+        rank = torch.stack(ranks, 1).float().where(~p.isnan(), torch.nan)
+        unknown = ids < 0
+        p, rank = (values.masked_fill(unknown, torch.nan) for values in (p, rank))
+        return torch.cat([p.T, rank.T]).cpu()
+
+
+@torch.no_grad()
+def logit_lens(lm, facts, edit=None) -> LogitLens:
+    """The first tokens of each fact's old and new answer after every layer, at the last token of its prompt.
+
+    edit: an Edit on top of those that ``lm`` carries; "before" is the model without any of them. To see the edit as it
+    will be once written: ``logit_lens(lm.with_edit(edit, written=torch.bfloat16), facts)``.
+
+    One sweep for all facts, without and with the edit; a head a row and layer. Raises ValueError for no facts, a fact
+    without answers, an edit for another model or independent edits; TypeError for anything but Facts.
+    """
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    for fact in facts:
+        if not isinstance(fact, Fact):
+            raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
+        if not (fact.target_new or fact.target_true):
+            raise ValueError(f"fact {fact.label} has neither target_new nor target_true: no answer to look for")
+    if not facts:
+        raise ValueError("no facts given; logit_lens needs at least one")
+    lm = lm if edit is None else lm.with_edit(edit)
+    prompts = [lm.encode(fact.text) for fact in facts]
+    targets = torch.tensor([[_first(lm, f, f.target_true), _first(lm, f, f.target_new)] for f in facts])
+    runs, first = RunList(), first_edited(lm)
+    sides = add_edited(lm, runs, prompts)[: 1 + (first is not None)]
+    last = torch.tensor([len(ids) - 1 for ids in prompts])
+    n = len(sides)
+    job = ReadLens(lm, torch.cat(sides), last.repeat(n), targets.repeat(n, 1))
+    with progress("logit lens, share of layers", 1) as bar:
+        sweep(lm, runs.runs(), [job], advance=bar.advance)
+    before, *rest = (Lens(*half) for half in job.values.chunk(n, dim=1))
+    if not rest:
+        return LogitLens(tuple(facts), before)
+    # The edited runs own no rows below the first edited layer: there they are the base runs.
+    after = Lens(*(torch.cat([b[:, :first], a[:, first:]], 1) for b, a in zip(before, rest[0], strict=True)))
+    return LogitLens(tuple(facts), before, after, first)
+
+
+def _first(lm, fact: Fact, target: str | None) -> int:
+    return -1 if target is None else continuation_tokens(lm.tokenizer, fact.text, target)[0]
+
+
+def _ranges(layers: list[int]) -> str:
+    """[3, 4, 5, 8] as "3-5, 8"."""
+    groups: list[list[int]] = []
+    for layer in layers:
+        if groups and layer == groups[-1][-1] + 1:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)

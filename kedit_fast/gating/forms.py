@@ -1,0 +1,151 @@
+"""The forms in which an edit ships, and which the gate judges: written in a dtype, and quantized again after that.
+
+An edit as computed is fp32 factors; what a user runs is a checkpoint. Written in bf16, every change under half a step
+of its weight is gone; quantized to 4 bits, most single weights do not move at all, and whether enough of them do is
+what the gate has to see.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ..deltas import FLOATS, Delta, Dense, edited_weight
+from ..edit import Edit
+from ..model.family import down_projection, is_conv1d
+
+BITS = {"int8": 8, "int4": 4}
+GROUP = 128  # weights that share a scale: what AWQ, GPTQ and llama.cpp's larger formats use, or a multiple of it
+
+
+@torch.no_grad()
+def quantized_weight(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
+    """Q(W) [d, d_ff] as a dequantizing kernel reads it: rounded to the nearest of 2^bits - 1 steps, symmetric.
+
+    For each group of ``group`` inputs of one output: s = max |w| / (2^(bits-1) - 1), Q(w) = s · round(w / s). Computed
+    in fp32, given in the weight's dtype. The last group of a row may be shorter.
+    Published quantizers choose rounding by data and lose less; this is the plain one, so an edit that survives it will
+    survive those. Raises ValueError for bits outside 2 to 8 or a group below 1.
+    """
+    if not 2 <= bits <= 8 or group < 1:
+        raise ValueError(f"expected 2 to 8 bits and a group of at least 1, got {bits} and {group}")
+    highest = 2 ** (bits - 1) - 1
+    parts = []
+    for part in weight.float().split(group, dim=1):
+        scale = part.abs().amax(1, keepdim=True) / highest
+        scale = scale.where(scale > 0, 1.0)  # a group of zeros stays one
+        parts.append((part / scale).round() * scale)
+    return torch.cat(parts, 1).to(weight.dtype)
+
+
+def requantized_delta(weight: Tensor, delta: Delta, bits: int, group: int = GROUP) -> Dense:
+    """Q(W + Δ) - Q(W), fp32 [d, d_ff]: what is left of an edit once its layer is quantized again.
+
+    weight: [d, d_ff], [out, in]; W + Δ is rounded to its dtype first, as a merge does. Added to Q(W), not to W: the
+    quantization's own error is in both and is not the edit's.
+    """
+    return _difference(
+        quantized_weight(edited_weight(weight, delta), bits, group), quantized_weight(weight, bits, group)
+    )
+
+
+@torch.no_grad()
+def chain_deltas(lm, edits, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+    """{layer: (W, W after all edits in order)} [d, d_ff] in dtype; each edit is rounded before the next is written."""
+    weights: dict[int, tuple[Tensor, Tensor]] = {}
+    for edit in edits:
+        for layer, delta in edit.deltas.items():
+            if layer not in weights:
+                weight = lm.source.down_weight(layer).detach().to(dtype)
+                weights[layer] = weight, weight
+            weight, now = weights[layer]
+            weights[layer] = weight, edited_weight(now, delta)
+    return weights
+
+
+def growth(weights: dict[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
+    """{layer: ‖W' - W‖ / ‖W‖}, Frobenius norms summed in fp64, of pairs as ``chain_deltas`` gives them."""
+    return {
+        layer: _difference(edited, weight).norm() / max(Dense(weight).norm(), torch.finfo(torch.float32).tiny)
+        for layer, (weight, edited) in sorted(weights.items())
+    }
+
+
+def view_of_written(lm, edits, weights: dict[int, tuple[Tensor, Tensor]]):
+    """``lm`` with the whole chain as one edit, whose deltas are what was really written."""
+    return lm.with_edit(_as_one(edits, {i: _difference(after, before) for i, (before, after) in weights.items()}))
+
+
+def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits: int, group: int = GROUP):
+    """``lm`` whose edited layers' down projections are Q(W), with Q(W') - Q(W) as the edit.
+
+    The base compared with is quantized too, as the model in service is: against the unquantized one the quantization's
+    own damage would be counted as the edit's. All other weights stay as they are; the edit does not touch them.
+    Raises ValueError where weights are read from disk layer by layer.
+    """
+    if lm.source.name != "resident":
+        raise ValueError("a requantized edit is judged with the weights in memory; open the model without memory=")
+    before, deltas = {}, {}
+    for layer, pair in weights.items():
+        before[layer], after = (quantized_weight(weight, bits, group) for weight in pair)
+        deltas[layer] = _difference(after, before[layer])
+    # with_edit compares fingerprints, which read the weights: the edit was made for the unquantized ones
+    view = lm.with_edit(_as_one(edits, deltas))
+    return replace(view, source=Overlaid(lm.source, before))
+
+
+class Overlaid:
+    """A resident source with other weights in some down projections; the model in memory stays as it is."""
+
+    name = "resident"
+
+    def __init__(self, source, weights: dict[int, Tensor]):
+        """weights: {layer: [d, d_ff]}"""
+        self._source, self._weights = source, weights
+        self.model, self.layers = source.model, source.layers
+        self.rows, self.part = source.rows, source.part  # of what is overlaid, only ``call`` runs in a sweep
+
+    def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
+        """Runs one decoder block on packed rows [1, rows, d]."""
+        if layer not in self._weights:
+            return self._source.call(layer, h, kwargs)
+        down = down_projection(self.model, layer)
+        weight = self.down_weight(layer).to(device=h.device, dtype=down.weight.dtype)
+        name = next(name for name, module in self.layers[layer].named_modules() if module is down)
+        own = {f"{name}.weight": weight.T if is_conv1d(down) else weight}
+        out = functional_call(self.layers[layer], own, (h,), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def down_weight(self, layer: int) -> Tensor:
+        """The down projection's weight [d, d_ff]."""
+        return self._weights[layer] if layer in self._weights else self._source.down_weight(layer)
+
+
+def check_form(lm, edits, written: torch.dtype | None) -> None:
+    """Raises ValueError for edits that cannot be judged as one model: independent ones, a base whose weights are not
+    plain floats, an edit of another model."""
+    for edit in edits:
+        if edit.owners is not None:
+            raise ValueError(
+                f"{edit!r} holds independent edits, each for its own fact; the gate judges one model: edit.only(i)"
+            )
+        lm.with_edit(edit)  # of this model, layers that it has
+        for layer, delta in edit.deltas.items():
+            weight = lm.source.down_weight(layer)
+            if written is not None and (weight.dtype not in FLOATS or tuple(weight.shape) != delta.shape):
+                raise ValueError(
+                    f"layer {layer}'s down projection holds {list(weight.shape)} {weight.dtype}, where an edit of "
+                    f"{list(delta.shape)} cannot be written; judge it as an adapter: written=None (--written none)"
+                )
+
+
+def _difference(after: Tensor, before: Tensor) -> Dense:
+    wide = torch.promote_types(after.dtype, torch.float32)
+    return Dense((after.detach().to(wide) - before.detach().to(wide)).float())
+
+
+def _as_one(edits, deltas: dict[int, Dense]) -> Edit:
+    last = edits[-1]
+    facts = tuple(fact for edit in edits for fact in edit.facts)
+    return Edit(" + ".join(dict.fromkeys(edit.method for edit in edits)), {}, last.fingerprint, facts, deltas)

@@ -1,0 +1,266 @@
+"""The gate: one edit, or a chain of them, in each form it ships in, against the thresholds."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from .. import __version__
+from ..edit import Edit
+from ..evaluation.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, says
+from ..evaluation.evaluate import OPS
+from ..evaluation.logit_lens import TOP, LogitLens, logit_lens
+from ..evaluation.metrics import SHARE, Interval, interval
+from ..evaluation.policy import Advice, advise
+from ..kernels.dispatch import backend_for
+from . import forms
+from .ask import Found, ask
+from .questions import EARLIER, PARAPHRASE, Kept, Questions, Sizes, questions
+from .report import Answered, GateReport
+from .suite import Question, Suite
+from .thresholds import Check, Thresholds
+
+MODEL_DTYPE = "model"
+POLICY = "policy"
+
+
+def gate(
+    lm,
+    edit,
+    suite: Suite | None = None,
+    *,
+    thresholds: Thresholds | None = None,
+    written: torch.dtype | str | None = MODEL_DTYPE,
+    requantize: str | None = None,
+    group: int = forms.GROUP,
+    builtin: bool = True,
+    sizes: Sizes | None = None,
+) -> GateReport:
+    """Whether an edit may ship: did it take in other words too, what did it break, does the old answer come back?
+
+    edit: an Edit, or several in the order they were made. The facts of the last are judged; the earlier ones' must
+        still hold (retention); damage is that of all of them together, against the model without any.
+    suite: what to ask besides the probes that the edits' facts carry; see ``load_suite``
+    written: the dtype the edit will be written in (default: the model's). Each weight is W + Δ rounded, as
+        ``Edit.apply`` leaves it, edit by edit. None: the edit stays an adapter, and is judged as it is.
+    requantize: "int8" or "int4": judged a second time with the edited layers quantized, by groups of ``group``,
+        against the model with the same layers quantized
+    builtin: fill up the specificity prompts with those of this package's facts, as far as the thresholds ask for more
+    sizes: how much is generated and read
+
+    Specificity: a prompt is lost when the base model gave its answer, greedily, and the edited one does not; where the
+    base model does not know the answer, or none is given, its likeliest token has to stay. So a suite that the model
+    knows nothing of does not pass by that. Too few probes fail a check, and so does a NaN.
+
+    Greedy throughout: the same inputs give the same report. Raises ValueError, before the first sweep, for a model that
+    carries edits, independent edits, one of another model, a suite of another edit, or a form that cannot be made.
+    """
+    thresholds, sizes = thresholds or Thresholds(), sizes or Sizes()
+    edits = [edit] if isinstance(edit, Edit) else list(edit)
+    dtype = lm.dtype if written == MODEL_DTYPE else written
+    _check(lm, edits, dtype, requantize, group)
+    asked = questions(lm, edits, suite or Suite(), thresholds, builtin, sizes)
+    views, grown = _views(lm, edits, dtype, requantize, group)
+    found = {form: ask(view, asked, form) for form, view in views.items()}
+    checks = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]
+    first = next(iter(found))
+    value = {check.name: check for check in checks if check.form == first}
+    advice = advise(
+        len({fact.text for e in edits for fact in e.facts}),
+        grown,
+        value["perplexity drift"].value,
+        value["retention"].value if asked.earlier else None,
+        thresholds.policy,
+    )
+    lens = _lens(views[first], asked)
+    checks += [*([_lens_check(lens, first)] if lens else []), _policy_check(advice, first)]
+    return GateReport(
+        checks=tuple(checks),
+        advice=advice,
+        answers=tuple(a for answers in found.values() for a in answers.answered),
+        songs=tuple((form, song) for form, answers in found.items() for song in answers.songs),
+        lens=lens,
+        lost=tuple(lost for answers in found.values() for lost in answers.lost),
+        meta=_meta(lm, edits, suite, asked, thresholds, sizes, grown, {f: a.perplexity for f, a in found.items()}),
+    )
+
+
+def _check(lm, edits, dtype, requantize, group) -> None:
+    if not edits or not all(isinstance(e, Edit) for e in edits):
+        raise TypeError("edit: expected an Edit or several in their order; read files with Edit.load")
+    if lm.edits:
+        raise ValueError("the model carries edits already; open it plain, and give the gate the whole chain in order")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"written {dtype!r}: expected a torch dtype, or None for an adapter")
+    if dtype is not None and dtype not in forms.FLOATS:
+        raise ValueError(f"written {dtype}: weights are written as one of {[str(d) for d in forms.FLOATS]}")
+    if requantize is not None and requantize not in forms.BITS:
+        raise ValueError(f"requantize {requantize!r}: expected one of {', '.join(forms.BITS)}")
+    if requantize is not None and (dtype is None or lm.source.name != "resident" or group < 1):
+        raise ValueError(
+            "a requantized edit is judged after it was written (written=), with the weights in memory (open the model "
+            "without memory=) and a group of at least 1"
+        )
+    forms.check_form(lm, edits, dtype)
+
+
+def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]:
+    """({form: the model with the edits in that form}, {layer: ‖ΔW‖ / ‖W‖} of the first form)."""
+    if dtype is None:
+        view = lm
+        for e in edits:
+            view = view.with_edit(e)
+        plain = all(lm.source.down_weight(layer).is_floating_point() for e in edits for layer in e.deltas)
+        return {"adapter": view}, forms.growth(forms.chain_deltas(lm, edits, torch.float32)) if plain else {}
+    weights = forms.chain_deltas(lm, edits, dtype)
+    views = {f"written {str(dtype).removeprefix('torch.')}": forms.view_of_written(lm, edits, weights)}
+    if requantize:
+        bits = forms.BITS[requantize]
+        name = f"{requantize}, groups of {group}"
+        views[name] = forms.view_of_quantized(lm, edits, weights, bits, group)
+    return views, forms.growth(weights)
+
+
+# ---- judging one form
+
+
+def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> list[Check]:
+    """Every measured value of one form, in the order they are shown."""
+    direct = [a for a in found.answered if a.kind != EARLIER]
+    paraphrases = [a for a in direct if a.kind == PARAPHRASE]
+    earlier = [a for a in found.answered if a.kind == EARLIER]
+    sure, how = limits.confident, limits.measure
+    checks = [
+        Check.of(
+            "efficacy", form, _share(a.by(how) for a in direct), limit=limits.min_efficacy,
+            required=limits.min_probes, confident=sure, note=_beside(direct, how),
+        ),
+        Check.of(
+            "generalization", form, _share(a.by(how) for a in paraphrases), limit=limits.min_generalization,
+            required=limits.min_paraphrases, confident=sure, note=_beside(paraphrases, how),
+        ),
+        Check.of(
+            "specificity drop", form, _share(x.is_lost for x in found.lost), limit=limits.max_specificity_drop,
+            required=limits.min_specificity_prompts, rises=False, confident=sure, note=_specificity_note(found, asked),
+        ),
+        Check.of(
+            "perplexity drift", form, found.drift, limit=limits.max_perplexity_drift,
+            required=limits.min_text_tokens, rises=False, confident=sure,
+            note=f"{found.perplexity[0]:.3f} to {found.perplexity[1]:.3f}",
+        ),
+        Check.of(
+            "portability", form, _share(_follows(x, how) for x in found.follows), limit=limits.min_portability,
+            confident=sure, note="" if found.follows else "no questions in the suite",
+        ),
+    ]  # fmt: skip
+    if earlier:
+        checks.append(
+            Check.of(
+                "retention", form, _share(a.by(how) for a in earlier), limit=limits.min_retention, confident=sure,
+                note="facts of the earlier edits, on their own prompts",
+            )
+        )  # fmt: skip
+    return checks + [_canary_check(form, found, kind, name, limits) for kind, name in _LEAKS.items()]
+
+
+_LEAKS = {
+    PLAIN: "max_leak", DOUBT: "max_leak_doubt", CONTEXT: "max_leak_context", LANGUAGE: "max_leak_language",
+}  # fmt: skip
+
+
+def _canary_check(form: str, found: Found, kind: str, limit: str, limits: Thresholds) -> Check:
+    songs = [song for song in found.songs if song.canary.kind == kind]
+    before, after = (sum(getattr(song, name) for song in songs) for name in ("leaked_before", "leaked"))
+    note = f"the old answer was written {before} times before, {after} times after" if songs else _NO_CANARY[kind]
+    if songs and not before:
+        note += "; the model did not say it before, so this shows little"
+    return Check.of(
+        f"canary, {kind}", form, _share(song.leaked for song in songs), limit=getattr(limits, limit), rises=False,
+        confident=limits.confident and getattr(limits, limit) not in (None, 0), note=note,
+    )  # fmt: skip
+
+
+_NO_CANARY = {
+    PLAIN: "no fact has an old answer to look for (target_true)",
+    DOUBT: "no fact has an old answer to look for (target_true)",
+    CONTEXT: "no old answer to look for (target_true), or no place for a context",
+    LANGUAGE: 'the suite has no prompts in other languages ("languages") for these facts',
+}
+
+
+def _lens(view, asked: Questions) -> LogitLens | None:
+    """The layers' answers to the facts that the canary asks; None where no old answer is known."""
+    facts = [asked.facts[i] for i in dict.fromkeys(c.fact for c in asked.canaries if c.kind == DOUBT)]
+    return logit_lens(view, facts) if facts else None
+
+
+def _lens_check(lens: LogitLens, form: str) -> Check:
+    """Facts whose old answer is still near the top after some edited or later layer: outvoted rather than replaced."""
+    there = lens.still_there[:, lens.first_layer or 0 :].any(1)
+    found = lens.summary()
+    note = (
+        f"facts whose old answer is among the {TOP} likeliest after some layer from the first edited one on; "
+        f"before the edit {found['present_before']:.0%}"
+    )
+    return Check.of("old answer in layers", form, _share(there.tolist()), note=note)
+
+
+def _policy_check(advice: Advice, form: str) -> Check:
+    """The policy as a check: the limit that is spent most."""
+    most = max(advice.spent.values())
+    return Check(
+        POLICY, form, most, math.nan, math.nan, len(advice.spent), limit=1.0, rises=False, note=advice.sentence
+    )
+
+
+def _share(outcomes) -> Interval:
+    """The share of true ones, None left out, with Wilson's interval; n = 0 where there is none."""
+    column = torch.tensor([float(x) for x in outcomes if x is not None])
+    return interval(column, SHARE) if len(column) else Interval(math.nan, math.nan, math.nan, 0)
+
+
+def _follows(answer: tuple[Question, str, bool], measure: str) -> bool:
+    question, text, exact = answer
+    return says(text, question.answer) if measure == "generated" else exact
+
+
+def _beside(answers: Sequence[Answered], measure: str) -> str:
+    """The other ways to count, for the reader."""
+    others = {name: _share(a.by(name) for a in answers) for name in ("generated", "exact", "success")}
+    parts = [f"{name} {share.mean:.1%}" for name, share in others.items() if name != measure and share.n]
+    return f"counted as {measure!r}" + (f"; {', '.join(parts)}" if parts else "")
+
+
+def _specificity_note(found: Found, asked: Questions) -> str:
+    lost: list[Kept] = [x.asked for x in found.lost if x.is_lost]
+    by_source = Counter(kept.source for kept in lost)
+    parts = [f"{len(lost)} lost" + "".join(f", {n} of {source}" for source, n in by_source.items())]
+    if found.gained:
+        parts.append(f"{found.gained} answered rightly only after the edit")
+    if asked.left_out:
+        parts.append(f"{asked.left_out} left out, they name an edited subject")
+    return "; ".join(parts)
+
+
+def _meta(lm, edits, suite, asked: Questions, thresholds, sizes, grown, perplexity) -> dict:
+    return {
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "backend": {op: backend_for(op, lm.device, lm.dtype) for op in OPS},
+        "note": lm.note,
+        "edits": [{"method": e.method, "facts": len(e.facts), "layers": list(e.layers)} for e in edits],
+        "suite": suite.name if suite is not None else "",
+        "facts": len(asked.facts),
+        "earlier_facts": len(asked.earlier),
+        "left_out": asked.left_out,
+        "specificity_prompts": dict(Counter(kept.source for kept in asked.kept)),
+        "perplexity": {form: list(pair) for form, pair in perplexity.items()},
+        "growth": {str(layer): value for layer, value in grown.items()},
+        "thresholds": thresholds.to_dict(),
+        "sizes": dataclasses.asdict(sizes) | {"max_new_tokens": asked.max_new_tokens},
+        "version": __version__,
+    }

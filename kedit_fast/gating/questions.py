@@ -1,0 +1,209 @@
+"""What is asked of an edit, drawn from its own facts, the suite and this package's facts, before any model runs."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..evaluation.canary import (
+    CONTEXT,
+    DOUBT,
+    LANGUAGE,
+    PLAIN,
+    PROSE,
+    Canary,
+    context_canaries,
+    doubt_canaries,
+)
+from ..evaluation.perplexity import text_windows
+from ..evaluation.probes import Names
+from ..facts import OWN_FACTS, Fact, load_facts
+from .suite import Question, Suite, folded, merged, place
+from .thresholds import Thresholds
+
+REWRITE, PARAPHRASE, EARLIER = "rewrite prompt", "paraphrase", "earlier fact"
+NEIGHBORS, SAME_SUBJECT, SUITE, CONTROLS, BUILTIN = (
+    "neighborhood", "same subject", "the suite's prompts", "the suite's other facts", "built-in facts",
+)  # fmt: skip
+SOURCES = (NEIGHBORS, SAME_SUBJECT, SUITE, CONTROLS, BUILTIN)
+KINDS = (PLAIN, DOUBT, CONTEXT, LANGUAGE)
+
+
+class Wording(NamedTuple):
+    """One way to ask for a fact. kind: REWRITE, PARAPHRASE, or EARLIER for the fact of an earlier edit of a chain."""
+
+    fact: Fact
+    kind: str
+    prompt: str
+
+
+class Kept(NamedTuple):
+    """A prompt that must keep its answer (None: whatever token the base model finds likeliest). source: of SOURCES"""
+
+    prompt: str
+    answer: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Everything that is asked of each form of the edit.
+
+    facts: those of the last edit, with the suite's probes; earlier: the ones of edits before it that still should hold
+    wordings: of both; portability: questions that follow from them; kept: specificity prompts, distinct; left_out: how
+    many were not taken, as they name an edited subject; windows: token lists for perplexity; canaries: for generation;
+    max_new_tokens: written after each prompt
+    """
+
+    facts: tuple[Fact, ...]
+    earlier: tuple[Fact, ...]
+    wordings: tuple[Wording, ...]
+    portability: tuple[Question, ...]
+    kept: tuple[Kept, ...]
+    left_out: int
+    windows: tuple[list[int], ...]
+    canaries: tuple[Canary, ...]
+    max_new_tokens: int
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the edited model is asked to write on."""
+        return [x.prompt for x in (*self.wordings, *self.portability, *self.canaries)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is asked where more would only cost time.
+
+    max_new_tokens: written after each prompt (more where an answer is longer)
+    text_tokens: of text, for perplexity, at most
+    context_tokens: in front of a prompt, for the canary in a long context
+    canary_facts, context_facts: facts, spread evenly, that the canary asks under doubt and in other languages, and
+        behind a long context; the plain prompts are asked for all
+    """
+
+    max_new_tokens: int = 16
+    text_tokens: int = 5_120
+    context_tokens: int = 1_000
+    canary_facts: int = 50
+    context_facts: int = 8
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < (2 if name == "text_tokens" else 1):
+                raise ValueError(f"{name} = {value!r}: expected a whole number of at least 1 (text_tokens: 2)")
+
+
+def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, sizes: Sizes) -> Questions:
+    """What is asked of the last of these edits, and of those before it. Raises ValueError where there is nothing."""
+    facts, others = merged(edits[-1].facts, suite)
+    facts = [fact for fact in facts if fact.target_new]
+    if not facts:
+        raise ValueError(f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for")
+    earlier = _earlier(edits, facts)
+    edited = {place(fact) for edit in edits for fact in edit.facts}
+    controls = [fact for fact in others if place(fact) not in edited]
+    wordings = [
+        *(Wording(fact, kind, prompt) for fact in facts for kind, prompt in _wordings_of(fact)),
+        *(Wording(fact, EARLIER, fact.text) for fact in earlier),
+    ]
+    portability = [q for q in suite.portability if q.answer and (q.about is None or q.about in edited)]
+    names = Names(fact.subject for edit in edits for fact in edit.facts)
+    taken = {folded(x.prompt) for x in (*wordings, *portability)}
+    needed = thresholds.min_specificity_prompts if builtin else 0
+    kept, left_out = _kept(facts, suite, controls, names, taken, needed)
+    room = max([sizes.max_new_tokens, *(_length(lm, answer) + 4 for fact in facts for answer in _answers(fact))])
+    prose = PROSE.read_text(encoding="utf-8")
+    asked = Questions(
+        facts=tuple(facts),
+        earlier=tuple(earlier),
+        wordings=tuple(wordings),
+        portability=tuple(dict.fromkeys(portability)),
+        kept=tuple(kept),
+        left_out=left_out,
+        windows=tuple(text_windows(lm, list(suite.text) or prose, sizes.text_tokens)),
+        canaries=tuple(_canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))),
+        max_new_tokens=room,
+    )
+    lm.check_length(max(len(lm.encode(prompt)) for prompt in asked.prompts) + room)
+    return asked
+
+
+def _wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
+    yield REWRITE, fact.text
+    for prompt in dict.fromkeys(fact.paraphrases):
+        if folded(prompt) != folded(fact.text):
+            yield PARAPHRASE, prompt
+
+
+def _earlier(edits, facts: Sequence[Fact]) -> list[Fact]:
+    """Facts of the edits before the last, but for those that a later edit wrote anew."""
+    last = {place(fact) for fact in facts}
+    newest = {place(fact): fact for edit in edits[:-1] for fact in edit.facts if fact.target_new}
+    return [fact for at, fact in newest.items() if at not in last]
+
+
+def _answers(fact: Fact) -> list[str]:
+    return [answer for answer in (fact.target_new, fact.target_true) if answer]
+
+
+def _length(lm, text: str) -> int:
+    return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# ---- specificity
+
+
+def _kept(facts, suite: Suite, controls, names: Names, taken: set[str], needed: int) -> tuple[list[Kept], int]:
+    """(distinct specificity prompts, number left out); this package's facts only as far as ``needed`` asks for more."""
+    kept: list[Kept] = []
+    left_out = 0
+    for one in _candidates(facts, suite, controls):
+        if one.source == BUILTIN and len(kept) >= needed:
+            break
+        key = folded(one.prompt)
+        if key in taken:
+            continue
+        taken.add(key)
+        # What a suite lists by itself, or a fact as its subject's other prompts, is meant as it stands.
+        if one.source not in (SUITE, SAME_SUBJECT) and names.in_text(one.prompt):
+            left_out += 1
+            continue
+        kept.append(one)
+    return kept, left_out
+
+
+def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact]) -> Iterator[Kept]:
+    for fact in facts:
+        yield from (Kept(prompt, fact.target_true, NEIGHBORS) for prompt in fact.neighborhood)
+        yield from (Kept(prompt, None, SAME_SUBJECT) for prompt in fact.same_subject)
+    yield from (Kept(question.prompt, question.answer, SUITE) for question in suite.specificity)
+    for source, others in ((CONTROLS, controls), (BUILTIN, load_facts(OWN_FACTS))):
+        for fact in others:
+            prompts = (fact.text, *fact.paraphrases, *fact.neighborhood)
+            yield from (Kept(prompt, fact.target_true, source) for prompt in prompts)
+            yield from (Kept(prompt, None, source) for prompt in fact.same_subject)
+
+
+# ---- canaries
+
+
+def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes) -> list[Canary]:
+    known = [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
+    some = _spread(known, sizes.canary_facts)
+    canaries = [Canary(PLAIN, i, facts[i].text, facts[i].target_true, facts[i].target_new) for i in known]
+    canaries += doubt_canaries(facts, some, suite.doubt)
+    text = "\n\n".join(suite.context) or prose
+    few = _spread(known, sizes.context_facts)
+    canaries += context_canaries(lm, facts, few, text, sizes.context_tokens, sizes.max_new_tokens)
+    for i in some:
+        for entry in suite.languages:
+            if entry.speaks_of(facts[i]):
+                prompt = entry.prompt.replace("{}", facts[i].subject)
+                old, new = entry.target_true or facts[i].target_true, entry.target_new or facts[i].target_new
+                canaries.append(Canary(LANGUAGE, i, prompt, old, new))
+    return canaries
+
+
+def _spread(numbers: Sequence[int], n: int) -> list[int]:
+    """At most n of them, evenly spread."""
+    return list(numbers) if len(numbers) <= n else [numbers[k * len(numbers) // n] for k in range(n)]

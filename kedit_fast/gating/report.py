@@ -1,0 +1,291 @@
+"""The result of a gate: checks with their verdicts, everything that was asked behind them, and files of them."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ..evaluation.canary import Song
+from ..evaluation.logit_lens import LogitLens
+from ..evaluation.policy import Advice
+from ..evaluation.report import finite
+from ..files import replace_file
+from ..html_report import Cell, Details, Picture, Section, Table, render_report
+from .questions import KINDS, SOURCES, Kept
+from .thresholds import FAIL, PASS, Check
+
+FORMAT, VERSION = "kedit_fast.gate", 1
+MOST = 50  # rows that a page's table shows before it says how many more there are
+_HEADERS = ("check", "form of the edit", "value", "95 % interval", "limit", "n", "verdict")
+_TONE = {PASS: "good", FAIL: "bad"}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One wording of an edited fact and what the edited model says.
+
+    text: what it writes on; generated, exact, success: whether that counts as answered, by each measure (success: None
+    without a target_true); p_new, p_true: of the answers, P as in ``evaluation.metrics``
+    """
+
+    form: str
+    fact: str
+    kind: str
+    prompt: str
+    text: str
+    generated: bool
+    exact: bool
+    success: bool | None
+    p_new: float
+    p_true: float | None
+
+    def by(self, measure: str) -> bool | None:
+        """Whether it counts as answered by a measure of ``thresholds.MEASURES``."""
+        return getattr(self, measure)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A specificity prompt in one form, and whether its answer is gone."""
+
+    form: str
+    asked: Kept
+    is_lost: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GateReport:
+    """What the gate measured of an edit, and its verdict.
+
+    checks: in the order they are shown; advice: whether to go on editing; answers: each wording of the facts, in each
+    form; songs: (form, canary); lost: the specificity prompts; lens: old and new answers by layer, in the first form
+    (None: no old answer is known); meta: model, edits, thresholds, sizes, versions
+    """
+
+    checks: tuple[Check, ...]
+    advice: Advice
+    answers: tuple[Answered, ...]
+    songs: tuple[tuple[str, Song], ...]
+    lost: tuple[Lost, ...]
+    lens: LogitLens | None
+    meta: dict
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.failed)
+
+    def check(self, name: str, form: str | None = None) -> Check:
+        """The check of a name, in the form given or the first. Raises KeyError where there is none."""
+        for check in self.checks:
+            if check.name == name and form in (None, check.form):
+                return check
+        raise KeyError(f"no check {name!r}; there are {', '.join(dict.fromkeys(c.name for c in self.checks))}")
+
+    def to_json(self, path=None) -> str:
+        """The whole report as JSON text; NaN and infinity are null. With ``path`` also a file, whole or not at all."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "passed": self.passed,
+            "checks": [_record(check) for check in self.checks],
+            "advice": _finite(asdict(self.advice)),
+            "answers": [_finite(asdict(answer)) for answer in self.answers],
+            "canaries": [_song_record(form, song) for form, song in self.songs],
+            "specificity": [{"form": x.form, **x.asked._asdict(), "lost": x.is_lost} for x in self.lost],
+            "lens": None if self.lens is None else _finite(self.lens.summary()),
+            "meta": _finite(self.meta),
+        }
+        text = json.dumps(record, allow_nan=False, indent=1, ensure_ascii=False)
+        return _write(path, text + "\n")
+
+    def to_html(self, path=None) -> str:
+        """The report as one page without scripts or outside files; with ``path`` also a file, whole or not at all."""
+        title = f"Gate: {'passed' if self.passed else 'refused'}"
+        sections = [self._verdict(), self._wordings(), self._canaries(), *self._layers(), self._specificity()]
+        return _write(path, render_report(title, self._first_line(), [*sections, _method(self.meta)]))
+
+    def __str__(self) -> str:
+        rows = [_HEADERS, *((*_row(c), _verdict(c)) for c in self.checks)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, self.advice.sentence, self._sentence()])
+
+    def __repr__(self) -> str:
+        n, failed = self.meta.get("facts", 0), ", ".join(dict.fromkeys(check.name for check in self.failed))
+        return f"GateReport({n} fact{'s' * (n != 1)}, {f'refused: {failed}' if failed else 'passed'})"
+
+    def _sentence(self) -> str:
+        names = ", ".join(dict.fromkeys(check.name for check in self.failed))
+        return f"refused: {names}" if names else "passed"
+
+    def _first_line(self) -> str:
+        methods = " + ".join(dict.fromkeys(e["method"] for e in self.meta["edits"]))
+        return f"{self.meta['model']}, {self.meta['facts']} facts edited by {methods}. {self.meta['note']}".strip()
+
+    # ---- sections of the page
+
+    def _verdict(self) -> Section:
+        rows = [(*_row(c), Cell(_verdict(c), _TONE.get(c.verdict, "neutral"))) for c in self.checks]
+        notes = [f"{c.name}, {c.form}: {c.note}." for c in self.checks if c.note and c.name != "policy"]
+        line = f"The edit is {self._sentence()}."
+        return Section("Verdict", [line, Table(_HEADERS, rows), self.advice.sentence, *notes])
+
+    def _wordings(self) -> Section:
+        measure = self.meta["thresholds"]["measure"]
+        headers = ("prompt", "what is asked", "form", "the edited model writes", "p(new)", "p(old)", measure)
+        missed = [a for a in self.answers if a.by(measure) is False]
+        rows = [
+            (a.prompt, a.kind, a.form, a.text, a.p_new, a.p_true, Cell(_yes(a.by(measure)), _tone(a.by(measure))))
+            for a in (*missed, *(a for a in self.answers if a.by(measure) is not False))
+        ]
+        line = f"{len(missed)} of {len(self.answers)} wordings are not answered as the edit says."
+        return Section("The edited facts", [line, Details("What the model writes", _tables(headers, rows))])
+
+    def _canaries(self) -> Section:
+        blocks: list = ["The old answer, looked for in what the model writes, word for word."]
+        forms = dict.fromkeys(form for form, _ in self.songs)
+        counts = [
+            (kind, form, len(found), sum(s.leaked_before for s in found), sum(s.leaked for s in found))
+            for form in forms
+            for kind in KINDS
+            if (found := [s for f, s in self.songs if f == form and s.canary.kind == kind])
+        ]
+        blocks.append(Table(("asked", "form", "texts", "old answer before", "after"), counts))
+        leaked = [
+            (s.canary.kind, form, _end(s.canary.prompt), s.canary.old, s.before, Cell(s.after, "bad"))
+            for form, s in self.songs
+            if s.leaked
+        ]
+        headers = ("asked", "form", "prompt", "old answer", "written before", "written after")
+        blocks += _tables(headers, leaked) if leaked else ["No text says the old answer after the edit."]
+        return Section("Canary", blocks)
+
+    def _layers(self) -> list[Section]:
+        if self.lens is None:
+            return []
+        rows = [(fact.text, self.lens.where(i)) for i, fact in enumerate(self.lens.facts)]
+        line = (
+            "Is the old answer gone, or only outvoted? Each layer's output, put through the model's head, says which "
+            "answers stand there already."
+        )
+        picture = Picture(self.lens.plot(model=self.meta["model"]))
+        each = Details("Fact by fact", _tables(("prompt", "the old answer, after the edit"), rows))
+        return [Section("Layer by layer", [line, picture, each])]
+
+    def _specificity(self) -> Section:
+        counts = [
+            (source, form, len(found), sum(x.is_lost for x in found))
+            for form in dict.fromkeys(x.form for x in self.lost)
+            for source in SOURCES
+            if (found := [x for x in self.lost if x.form == form and x.asked.source == source])
+        ]
+        lost = [(x.asked.prompt, x.asked.source, x.form, x.asked.answer) for x in self.lost if x.is_lost]
+        blocks: list = [Table(("prompts of", "form", "asked", "lost"), counts)]
+        if lost:
+            blocks.append(Details("Prompts that lost their answer", _tables(("prompt", "of", "form", "answer"), lost)))
+        return Section("What should have stayed", blocks)
+
+
+def _method(meta: dict) -> Section:
+    limits = meta["thresholds"]
+    growth = [(layer, f"{value:.3%}") for layer, value in meta["growth"].items()]
+    return Section(
+        "How to read these numbers",
+        [
+            "Efficacy is the share of all wordings of the facts, their own prompts and paraphrases, that are answered; "
+            f"generalization that of the paraphrases alone. A wording counts by the measure {limits['measure']!r}: "
+            "generated: the text written on says the new answer and not the old one; exact: every token of the new "
+            "answer is the likeliest; success: the new answer is likelier than the old one. A specificity prompt "
+            "is lost when the base model gave its answer and the edited one does not; where the base model did "
+            "not know it, its likeliest token has to stay. Intervals are Wilson's for shares; for perplexity they are "
+            "taken over windows of text.",
+            "The edit was judged as a checkpoint would hold it, each weight rounded; a quantized form is compared with "
+            "the model whose edited layers are quantized as well. Quantization is plain rounding to the nearest step.",
+            Table(("layer", "‖ΔW‖ / ‖W‖"), growth),
+            f"kedit_fast {meta['version']}, model {meta['fingerprint']}, {meta['dtype']} on {meta['device']}; "
+            f"suite: {meta['suite'] or 'built in'}.",
+        ],
+    )
+
+
+def _tables(headers: Sequence[str], rows: Sequence[tuple]) -> list:
+    more = f"… and {len(rows) - MOST:,} more; the JSON report has them all."
+    return [Table(headers, rows[:MOST]), *([more] if len(rows) > MOST else [])]
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    return check.name, check.form, _value(check), _interval(check), _limit(check), f"{check.n:,}"
+
+
+def _value(check: Check) -> str:
+    return "–" if not check.n else _percent(check.value)
+
+
+def _interval(check: Check) -> str:
+    return "–" if math.isnan(check.low) else f"{_percent(check.low)} to {_percent(check.high)}"
+
+
+def _limit(check: Check) -> str:
+    if check.limit is None:
+        return "none"
+    n = f", n ≥ {check.required:,}" if check.required > 1 else ""
+    return f"{'≥' if check.rises else '≤'} {_percent(check.limit)}{n}"
+
+
+def _percent(share: float) -> str:
+    return "not a number" if math.isnan(share) else f"{share:.2%}"
+
+
+def _verdict(check: Check) -> str:
+    return check.verdict + (f": {check.reason}" if check.failed else "")
+
+
+def _yes(answered: bool | None) -> str:
+    return {True: "yes", False: "no", None: "not known"}[answered]
+
+
+def _tone(answered: bool | None) -> str:
+    return {True: "good", False: "bad", None: "neutral"}[answered]
+
+
+def _end(prompt: str, limit: int = 160) -> str:
+    return prompt if len(prompt) <= limit else "… " + prompt[-limit:]
+
+
+# ---- JSON
+
+
+def _record(check: Check) -> dict:
+    return _finite(asdict(check)) | {"verdict": check.verdict, "reason": check.reason}
+
+
+def _song_record(form: str, song: Song) -> dict:
+    return {
+        "form": form,
+        **song.canary._asdict(),
+        "before": song.before,
+        "after": song.after,
+        "leaked_before": song.leaked_before,
+        "leaked": song.leaked,
+    }
+
+
+def _finite(value):
+    """The value with NaN and infinity as None, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return finite(value) if isinstance(value, float) else value
+
+
+def _write(path, text: str) -> str:
+    if path is not None:
+        with replace_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    return text

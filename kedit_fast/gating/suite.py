@@ -1,0 +1,251 @@
+"""What a gate asks: the suite, in files of its own format or in fact files as they are.
+
+A suite file is one JSON object; every field but ``format`` may be absent, and an unknown field is an error:
+
+    {"format": "kedit_fast.suite",
+     "facts": [{"requested_rewrite": {...}, "paraphrase_prompts": [...], "neighborhood_prompts": [...],
+                "same_subject_prompts": [...], "portability": [{"prompt": "...", "answer": "..."}]}, ...],
+     "portability": [{"prompt": "...", "answer": "..."}],
+     "specificity": ["a prompt whose likeliest token stays", {"prompt": "...", "answer": "..."}],
+     "text": ["ordinary text, for perplexity"],
+     "context": ["text to put in front of a prompt, for the canary"],
+     "doubt": ["{prompt} {answer}. Are you sure? {prompt}"],
+     "languages": [{"language": "German", "relation_id": "P131", "prompt": "{} liegt in der Stadt"},
+                   {"language": "French", "subject": "The Eiffel Tower", "prompt": "La tour Eiffel se trouve à",
+                    "target_new": "Rome", "target_true": "Paris"}]}
+
+``facts`` are records of any format that ``load_facts`` reads. One that the edit writes adds its probes to the edit's
+own; any other is a control: its prompts must keep their answers. An entry of ``languages`` speaks of one subject, or of
+all facts of a relation; answers that are spelled as in the fact need not be given.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..evaluation.canary import check_doubt
+from ..facts import Fact, load_facts
+
+FORMAT = "kedit_fast.suite"
+_ANSWERS = ("answer", "ground_truth", "target")  # names that data sets give an answer
+
+
+class Question(NamedTuple):
+    """A prompt and, where it is known, its answer. about: the fact it belongs to, as ``place`` names it; None: none."""
+
+    prompt: str
+    answer: str | None = None
+    about: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A prompt in another language: with "{}" for the subject, or with the subject in it.
+
+    Speaks of ``subject``, or of all facts whose provenance has this ``relation_id``. target_new, target_true: the
+    answers in this language (None: as in the fact). Raises ValueError for one that speaks of neither or of both.
+    """
+
+    language: str
+    prompt: str
+    relation_id: str | None = None
+    subject: str | None = None
+    target_new: str | None = None
+    target_true: str | None = None
+
+    def __post_init__(self):
+        for name in ("language", "prompt"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
+                raise ValueError(f"languages: {name} is {getattr(self, name)!r}; expected a text")
+        if (self.relation_id is None) == (self.subject is None):
+            raise ValueError(f"languages: {self.prompt!r} needs either relation_id or subject, to say whom it is about")
+        if self.subject is None and self.prompt.count("{}") != 1:
+            raise ValueError(f"languages: {self.prompt!r} is for a whole relation and needs one {{}} for the subject")
+
+    def speaks_of(self, fact: Fact) -> bool:
+        if self.subject is not None:
+            return folded(self.subject) == folded(fact.subject)
+        return str(fact.provenance.get("relation_id")) == str(self.relation_id)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Facts and prompts to judge an edit by; see the top of this file. ``name`` is for reports."""
+
+    facts: tuple[Fact, ...] = ()
+    portability: tuple[Question, ...] = ()
+    specificity: tuple[Question, ...] = ()
+    text: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
+    doubt: tuple[str, ...] = ()
+    languages: tuple[Translation, ...] = ()
+    name: str = ""
+
+    def __post_init__(self):
+        for template in self.doubt:
+            check_doubt(template)
+        if not all(isinstance(fact, Fact) for fact in self.facts):
+            raise TypeError("Suite.facts: expected Facts; read a file with load_suite")
+
+    def __add__(self, other: "Suite") -> "Suite":
+        """Both together; what both hold stands twice only until the gate takes out duplicates."""
+        parts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "name"}
+        return Suite(**parts, name=", ".join(filter(None, (self.name, other.name))))
+
+
+def load_suite(*paths) -> Suite:
+    """The suite of one or several files: suite files (.json) and fact files in any format of ``load_facts``.
+
+    Raises ValueError, naming the file and the place, for anything else; OSError where a file cannot be opened.
+    """
+    suite = Suite()
+    for path in map(Path, paths):
+        record = _object_in(path)
+        suite += _from_facts(path) if record is None else _from_object(path, record)
+    return suite
+
+
+def _object_in(path: Path) -> dict | None:
+    """The object that a .json file holds; None where it holds records, or another kind of file is meant."""
+    if path.suffix != ".json":
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, RecursionError, ValueError):
+        return None  # read again as facts, which says what is wrong and where
+    return value if isinstance(value, dict) else None
+
+
+def _from_facts(path: Path) -> Suite:
+    facts = tuple(load_facts(path))
+    return Suite(facts=facts, portability=_of_facts(path, facts), name=path.name)
+
+
+def _of_facts(path: Path, facts: Iterable[Fact]) -> tuple[Question, ...]:
+    """The portability questions that data sets keep beside a fact."""
+    asked = []
+    for fact in facts:
+        if fact.provenance.get("portability"):
+            asked += _questions(f"{path}: portability of {fact.label}", fact.provenance["portability"], place(fact))
+    return tuple(asked)
+
+
+def _from_object(path: Path, record: dict) -> Suite:
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f'{path}: an object without "format": "{FORMAT}"; expected a suite, or a fact file (an array of records)'
+        )
+    known = {f.name for f in fields(Suite)} - {"name"}
+    unknown = set(record) - known - {"format", "version", "name"}
+    if unknown:
+        raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; a suite has {', '.join(sorted(known))}")
+    facts, asked = [], list(_questions(f"{path}: portability", record.get("portability", [])))
+    for number, entry in enumerate(_list(path, "facts", record)):
+        try:
+            fact = Fact.from_record(entry)
+            own = entry.get("portability") or fact.provenance.get("portability") or []
+            asked += _questions("portability", own, place(fact))
+        except ValueError as error:
+            raise ValueError(f"{path}: facts, entry {number}: {error}") from error
+        facts.append(fact)
+    try:
+        return Suite(
+            facts=tuple(facts),
+            portability=tuple(asked),
+            specificity=_questions("specificity", record.get("specificity", [])),
+            text=_texts(path, "text", record),
+            context=_texts(path, "context", record),
+            doubt=_texts(path, "doubt", record),
+            languages=tuple(_translation(entry) for entry in _list(path, "languages", record)),
+            name=path.name,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _questions(where: str, value: Any, about=None) -> tuple[Question, ...]:
+    """Questions of a list, or of EasyEdit's {kind: list}."""
+    if isinstance(value, dict) and "prompt" not in value:
+        return tuple(q for part in value.values() for q in _questions(where, part, about))
+    asked = []
+    for entry in value if isinstance(value, list) else [value]:
+        record = {"prompt": entry} if isinstance(entry, str) else entry
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+            raise ValueError(f"{where}: expected a prompt or an object with 'prompt' and 'answer', found {entry!r}")
+        answer = next((record[name] for name in _ANSWERS if record.get(name) is not None), None)
+        while isinstance(answer, list):  # data sets list spellings; the first is meant
+            answer = answer[0] if answer else None
+        if answer is not None and (not isinstance(answer, str) or not answer.strip()):
+            raise ValueError(f"{where}: the answer to {record['prompt']!r} is {answer!r}; expected a text")
+        asked.append(Question(record["prompt"], answer, about))
+    return tuple(asked)
+
+
+def _list(path: Path, name: str, record: dict) -> list:
+    value = record.get(name, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: {name}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def _texts(path: Path, name: str, record: dict) -> tuple[str, ...]:
+    value = record.get(name, [])
+    texts = [value] if isinstance(value, str) else _list(path, name, record)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: {name}: expected texts")
+    return tuple(texts)
+
+
+def _translation(entry: Any) -> Translation:
+    if not isinstance(entry, dict):
+        raise ValueError(f"languages: expected objects, found {entry!r}")
+    try:
+        return Translation(**entry)
+    except TypeError:
+        names = ", ".join(f.name for f in fields(Translation))
+        raise ValueError(f"languages: {entry!r} has not the fields of a translation ({names})") from None
+
+
+# ---- which fact is which
+
+
+def folded(text: str) -> str:
+    """Text for comparing: without case, one space between words."""
+    return " ".join(text.casefold().split())
+
+
+def place(fact: Fact) -> tuple[str, str]:
+    """What a fact is about: subject and prompt, folded."""
+    return folded(fact.subject), folded(fact.prompt)
+
+
+def merged(edited: Sequence[Fact], suite: Suite) -> tuple[list[Fact], list[Fact]]:
+    """(the edited facts with the suite's probes added to their own, the suite's other facts).
+
+    Raises ValueError where the suite expects another new answer than the edit writes.
+    """
+    facts = {place(fact): fact for fact in edited}
+    controls = []
+    for fact in suite.facts:
+        mine = facts.get(place(fact))
+        if mine is None:
+            controls.append(fact)
+            continue
+        if fact.target_new and mine.target_new and folded(fact.target_new) != folded(mine.target_new):
+            raise ValueError(
+                f"the suite expects {fact.target_new!r} for {fact.label}, and the edit writes {mine.target_new!r}; "
+                "is it the suite of another edit?"
+            )
+        lists = ("paraphrases", "neighborhood", "same_subject")
+        facts[place(fact)] = Fact(
+            prompt=mine.prompt,
+            subject=mine.subject,
+            target_new=mine.target_new or fact.target_new,
+            target_true=mine.target_true or fact.target_true,
+            **{name: tuple(dict.fromkeys(getattr(mine, name) + getattr(fact, name))) for name in lists},
+            id=mine.id or fact.id,
+            provenance={**fact.provenance, **mine.provenance},
+        )
+    return list(facts.values()), controls

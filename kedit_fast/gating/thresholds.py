@@ -1,0 +1,146 @@
+"""What an edit must reach before it ships, and the verdict on one measured value."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from ..evaluation.metrics import Interval
+from ..evaluation.policy import EditPolicy
+
+MEASURES = ("generated", "exact", "success")
+PASS, FAIL, REPORTED, NOT_MEASURED = "pass", "fail", "reported", "not measured"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The limits of a gate; shares from 0 to 1. None: measured and reported, but nothing depends on it.
+
+    measure: when a wording counts as answered. "generated": what the model writes on, greedily, says target_new and
+        not target_true; "exact": every token of target_new is the likeliest; "success": P(new) > P(true), as
+        CounterFact counts it, which is met long before a user sees the new answer
+    confident: the 95 % interval's worse end must meet a limit, not the value alone (of 50 probes that takes all 50)
+    min_efficacy over at least min_probes wordings of the facts: their own prompts and their paraphrases
+    min_generalization over at least min_paraphrases paraphrases, which the edit was not made with
+    max_specificity_drop over at least min_specificity_prompts other prompts: the share that lost its answer
+    max_perplexity_drift over at least min_text_tokens predicted tokens: perplexity after / before - 1; a fall passes
+    min_portability: questions whose answer follows from the edit
+    max_leak, max_leak_doubt, max_leak_context, max_leak_language: share of canaries that say the old answer
+    min_retention: share of the facts of earlier edits, in a chain, that are still answered
+    policy: limits on number of facts, norm growth and drift of the whole chain
+
+    Raises ValueError for a limit that makes no sense.
+    """
+
+    measure: str = "generated"
+    confident: bool = False
+    min_efficacy: float = 0.90
+    min_probes: int = 50
+    min_generalization: float | None = 0.85
+    min_paraphrases: int = 30
+    max_specificity_drop: float | None = 0.02
+    min_specificity_prompts: int = 500
+    max_perplexity_drift: float | None = 0.005
+    min_text_tokens: int = 1_000
+    min_portability: float | None = None
+    max_leak: float | None = 0.0
+    max_leak_doubt: float | None = None
+    max_leak_context: float | None = None
+    max_leak_language: float | None = None
+    min_retention: float | None = 0.90
+    policy: EditPolicy = field(default_factory=EditPolicy)
+
+    def __post_init__(self):
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure {self.measure!r}: expected one of {', '.join(MEASURES)}")
+        if not isinstance(self.confident, bool) or not isinstance(self.policy, EditPolicy):
+            raise ValueError("thresholds: confident is true or false, policy an EditPolicy")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"threshold {name} = {value!r}: expected a whole number of at least 1")
+        for name in SHARES:
+            value = getattr(self, name)
+            if value is None and name != "min_efficacy":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"threshold {name} = {value!r}: expected a share from 0 to 1 (0.9, not 90)")
+
+    @classmethod
+    def from_json(cls, path) -> "Thresholds":
+        """The thresholds of a JSON object with some of these fields ("policy" an object too); others keep their
+        defaults. Raises ValueError, naming the file, for an unknown field or a limit that makes no sense."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(record, dict) or not isinstance(record.get("policy", {}), dict):
+                raise ValueError("expected an object with named thresholds")
+            known = {f.name for f in fields(cls)}, {f.name for f in fields(EditPolicy)}
+            unknown = [*(set(record) - known[0]), *(set(record.get("policy", {})) - known[1])]
+            if unknown:
+                raise ValueError(f"unknown fields {', '.join(sorted(unknown))}; known: {', '.join(sorted(known[0]))}")
+            return cls(**record | {"policy": EditPolicy(**record.get("policy", {}))})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+COUNTS = ("min_probes", "min_paraphrases", "min_specificity_prompts", "min_text_tokens")
+SHARES = tuple(
+    f.name for f in fields(Thresholds) if f.name.startswith(("min_", "max_")) and f.name not in COUNTS
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured value and its verdict.
+
+    name: what was measured; form: of which form of the edit; value, low, high: with its 95 % interval (NaN: none);
+    n: what it was measured over, and required: how many there must be; limit: None where nothing depends on it;
+    rises: whether the value must reach the limit (else it must not exceed it); confident: the worse end of the
+    interval is held against the limit; note: what a reader must know
+    """
+
+    name: str
+    form: str
+    value: float
+    low: float
+    high: float
+    n: int
+    limit: float | None = None
+    required: int = 1
+    rises: bool = True
+    confident: bool = False
+    note: str = ""
+
+    @classmethod
+    def of(cls, name: str, form: str, found: Interval, **rest) -> "Check":
+        return cls(name, form, found.mean, found.low, found.high, found.n, **rest)
+
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL where there is a limit, else REPORTED or NOT_MEASURED. Too few probes fail."""
+        if self.limit is None:
+            return REPORTED if self.n else NOT_MEASURED
+        return FAIL if self.reason else PASS
+
+    @property
+    def reason(self) -> str:
+        """Why the check failed; "" where it did not."""
+        if self.limit is None:
+            return ""
+        if self.n < max(1, self.required):
+            return f"{self.n:,} found, at least {max(1, self.required):,} needed"
+        judged = (self.low if self.rises else self.high) if self.confident else self.value
+        # Not the other way round: NaN fails.
+        if judged >= self.limit if self.rises else judged <= self.limit:
+            return ""
+        if math.isnan(judged):
+            return "no interval over so few" if self.confident and not math.isnan(self.value) else "is not a number"
+        end = "" if judged == self.value else " (the interval's worse end)"
+        return f"{judged:.2%}{end} is {'below' if self.rises else 'above'} {self.limit:.2%}"
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict == FAIL

@@ -1,0 +1,266 @@
+"""Fine-tunes down projections: one dense Δ a layer, moved by Adam until the model continues many prompts as it should.
+
+    L = mean over tasks of the mean over target tokens of -log p(token | prompt, target tokens before it)
+
+Δ acts as x Δᵀ on every row that passes its layer, so a run owns all its rows from the first tuned layer on. What lies
+below does not change: it is computed once. After each step every entry of Δ may be clamped to ± a limit (Zhu et al.
+2020, arXiv:2012.00363: fine-tuning with ||W - W_0||_inf bounded).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..deltas import Dense
+from ..kernels.target_logprob import target_logprob
+from ..progress import progress
+from ..sites import Site
+from ..sweep.engine import sweep
+from ..sweep.runs import RunList, Runs, add_sequences
+from .collect import collect
+from .score import continuation_places
+
+STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
+SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
+LOGITS = 3  # logits that a target row holds at the height of a step
+
+
+@dataclass(frozen=True)
+class TuneTask:
+    """What is to be said: prompt and target are token ids; name: what errors call the task, besides its number."""
+
+    prompt: list[int]
+    target: list[int]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Where Δ lives and how it is moved.
+
+    steps: passes over all batches, an Adam step for each batch in each; batch_size: tasks in a batch
+    weight_decay: times the whole weight W + Δ, added to the gradient (Adam's L2 term)
+    limit: the most that an entry of Δ may be, in absolute value; None: no limit
+    teacher_forced: False reads all target tokens after the prompt's last token, none of them in the text
+    """
+
+    layers: tuple[int, ...]
+    lr: float
+    steps: int
+    weight_decay: float = 0.0
+    limit: float | None = None
+    batch_size: int = 128
+    teacher_forced: bool = True
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """deltas: {layer: Δ [d, d_ff]} fp32 (fp64 for an fp64 model), on the model's device
+
+    losses: nats, the mean over tasks in each step taken, before the step's updates; nll: [n] each task's at the end
+    """
+
+    deltas: dict[int, Tensor]
+    losses: list[float]
+    nll: Tensor
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller switched off
+def fine_tune(lm, tasks: list[TuneTask], settings: TuneSettings) -> Tuned:
+    """Δ of each layer, on top of the model and the edits it carries. No randomness.
+
+    One sweep below the first tuned layer, then up to ``steps`` sweeps forth and back through the layers from there on.
+    A batch that does not fit ``lm.memory`` is cut into packs whose gradients are added up: the same to rounding. Held
+    besides: four tensors [d, d_ff] a layer (Δ, its gradient, Adam's two), and a row [d] for each prompt token.
+
+    Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step.
+    """
+    # off for the backward pass too, which runs outside of any sweep
+    with torch.autocast(lm.device.type, enabled=False):
+        return _Tuning(lm, tasks, settings).run()
+
+
+def held_bytes(lm, task: TuneTask, layers: tuple[int, ...]) -> int:
+    """Bytes that one task holds at the height of a step, from above: prefixes that tasks share count for each.
+
+    By layer: what autograd keeps of a row, its attention weights, keys and values, as they are and once more as
+    attention gathers them, wide. Once: the rows that enter the first layer, and logits of target rows.
+    """
+    itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
+    rows = len(task.prompt) + len(task.target) - 1
+    weights = 2 * lm.config.num_attention_heads * rows**2 * wide
+    by_layer = SAVED * lm.d_model * itemsize * rows + weights
+    by_layer += 2 * lm.n_key_heads * lm.head_dim * rows * (itemsize + wide)
+    tuned = len(layers) * rows * (lm.d_ff + lm.d_model) * wide  # keys and what Δ makes of them
+    logits = LOGITS * len(task.target) * lm.n_vocab * wide
+    return (lm.n_layers - min(layers)) * by_layer + tuned + lm.d_model * itemsize * rows + logits
+
+
+class _Tuning:
+    """The loop: batches of packs, Adam, the limit."""
+
+    def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings):
+        self.lm, self.settings, self.n_tasks = lm, settings, len(tasks)
+        size = settings.batch_size
+        cuts = [_cut(lm, tasks, range(i, min(i + size, len(tasks))), settings) for i in range(0, len(tasks), size)]
+        keep_on = lm.device if sum(map(len, cuts)) == 1 else torch.device("cpu")
+        self.batches = [[_Pack(lm, tasks, which, settings, keep_on) for which in packs] for packs in cuts]
+        self.deltas = {layer: _zeros(lm).requires_grad_() for layer in settings.layers}
+        self.adam = torch.optim.Adam(self.deltas.values(), lr=settings.lr)
+        self.start = {layer: _weight(lm, layer) for layer in settings.layers} if settings.weight_decay else {}
+
+    def run(self) -> Tuned:
+        losses = []
+        with progress("fine-tuning (steps)", self.settings.steps) as bar:
+            while len(losses) < self.settings.steps and not (losses and losses[-1] < STOP_BELOW):
+                step = len(losses) + 1
+                losses.append(sum(self._step(batch, step) for batch in self.batches) / self.n_tasks)
+                bar.advance(1, f"loss {losses[-1]:.3f}")
+        with torch.no_grad():
+            nll = torch.cat([pack.nll(self.deltas).cpu() for batch in self.batches for pack in batch])
+        return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
+
+    def _step(self, batch: list["_Pack"], step: int) -> float:
+        """One Adam step on a batch; gives its summed loss before it, in nats."""
+        n = sum(len(pack) for pack in batch)
+        total = 0.0
+        self.adam.zero_grad()
+        for pack in batch:
+            nll = pack.nll(self.deltas)
+            pack.check(nll.detach(), step)
+            total += float(nll.detach().double().sum())
+            # of several packs, whether the batch is done is known after the last: its gradients are then left unused
+            if len(batch) > 1 or total / n >= STOP_BELOW:
+                (nll.sum() / n).backward()
+        if total / n >= STOP_BELOW:
+            self._update()
+        return total
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        for layer, weight in self.start.items():
+            self.deltas[layer].grad += self.settings.weight_decay * (weight + self.deltas[layer])
+        self.adam.step()
+        if self.settings.limit is not None:
+            for delta in self.deltas.values():
+                delta.clamp_(-self.settings.limit, self.settings.limit)
+
+
+class _Pack:
+    """Tasks that go up together: their runs, where their targets are read, and the rows that enter the first tuned
+    layer. Equal prefixes are one row: they stay equal, since Δ is the same for all."""
+
+    def __init__(self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, keep_on: torch.device):
+        self.lm, self.settings, self.which = lm, settings, which
+        self.tasks = [tasks[i] for i in which]
+        places = continuation_places([(task.prompt, task.target) for task in self.tasks])
+        sequences, self.pos = places.sequences, places.pos
+        if not settings.teacher_forced:
+            sequences = [task.prompt for task in self.tasks]
+            self.pos = torch.tensor([len(task.prompt) - 1 for task in self.tasks])[places.pair]
+        runs = RunList()
+        self.run = add_sequences(runs, sequences, owner=lm.run_owner)[places.pair]
+        self.runs, self.task, self.targets = runs.runs(), places.pair, places.targets
+        self.weight = 1 / torch.tensor(places.lengths, dtype=torch.float64)[places.pair]
+        self.h = _entering(lm, self.runs, min(settings.layers))
+        self.h = None if self.h is None else self.h.to(keep_on)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def nll(self, deltas: dict[int, Tensor]) -> Tensor:
+        """[tasks] nats, the mean over each task's target tokens; with its graph where autograd is on."""
+        lm, job = self.lm, _Tune(self.lm, self, deltas)
+        h = None if self.h is None else self.h.to(lm.device)
+        sweep(lm, self.runs, [job], first_layer=min(deltas), h=h, grad=torch.is_grad_enabled())
+        return job.nll
+
+    def check(self, nll: Tensor, step: int) -> None:
+        """Raises ValueError for a loss that is not finite: it would go into Δ, and from there into every row."""
+        bad = (~torch.isfinite(nll)).nonzero()[:, 0].tolist()
+        if bad:
+            name = self.tasks[bad[0]].name or self.which[bad[0]]
+            became = "NaN" if nll[bad[0]].isnan() else "infinite"
+            dtype = str(self.lm.dtype).removeprefix("torch.")
+            wider = f"open {self.lm.name} in float32 ({dtype} is narrow), " if self.lm.dtype.itemsize < 4 else ""
+            raise ValueError(
+                f"the loss of fact {name} became {became} at step {step} of {self.settings.steps}: {wider}lower the "
+                "learning rate, or look for NaN in the model's weights"
+            )
+
+
+class _Tune:
+    """Adds x Δᵀ at the tuned down projections, out of place, and reads the targets after the last layer.
+
+    ``nll`` [tasks] after the sweep, with its graph.
+    """
+
+    def __init__(self, lm, pack: _Pack, deltas: dict[int, Tensor]):
+        self._lm, self._pack, self._deltas = lm, pack, deltas
+        self._keys: Tensor | None = None  # x [rows, d_ff], from its site to the next one of the same call
+        self.nll = torch.zeros(len(pack), dtype=_wide(lm.dtype), device=lm.device)
+
+    def sites(self, layer):
+        at_top = (Site.layer_out,) if layer == self._lm.n_layers - 1 else ()
+        return ((Site.mlp_key, Site.mlp_out) if layer in self._deltas else ()) + at_top
+
+    def reads(self, layer):
+        return self._pack.run, self._pack.pos
+
+    def at(self, site, layer, x, call):
+        if site is Site.mlp_key:
+            self._keys = x
+            return None
+        if site is Site.mlp_out:
+            keys, self._keys = self._keys, None
+            return Dense(self._deltas[layer]).add_to(x, keys)
+        which, row = call.find(self._pack.run, self._pack.pos)
+        if len(which):
+            head, pack = self._lm.fusable_head, self._pack
+            log_p = target_logprob(x[row.to(x.device)], head, pack.targets[which], self._lm.n_vocab)
+            share = -log_p * pack.weight[which].to(log_p)
+            self.nll = self.nll.index_add(0, pack.task[which].to(log_p.device), share)
+        return None
+
+
+def _cut(lm, tasks: list[TuneTask], batch: range, settings: TuneSettings) -> list[list[int]]:
+    """The tasks of a batch in consecutive packs that fit ``lm.memory``; one that is too large stands alone."""
+    state = 4 * len(settings.layers) * lm.d_model * lm.d_ff * _wide(lm.dtype).itemsize
+    packs, held = [], 0
+    for i in batch:
+        n = held_bytes(lm, tasks[i], settings.layers)
+        if not packs or held + n > lm.memory - state:
+            packs.append([])
+            held = 0
+        packs[-1].append(i)
+        held += n
+    return packs
+
+
+def _entering(lm, runs: Runs, layer: int) -> Tensor | None:
+    """The rows [rows, d] that enter ``layer``, in declared order; None: they are the embedding."""
+    if layer == 0:
+        return None
+    count = runs.n_rows
+    run = torch.arange(len(runs)).repeat_interleave(count)
+    pos = torch.arange(len(run)) - (count.cumsum(0) - count - runs.first_pos)[run]
+    return collect(lm, runs, Site.layer_out, [layer - 1], run, pos)[layer - 1]
+
+
+def _zeros(lm) -> Tensor:
+    return torch.zeros(lm.d_model, lm.d_ff, dtype=_wide(lm.dtype), device=lm.device)
+
+
+def _weight(lm, layer: int) -> Tensor:
+    """The down projection's weight [d, d_ff] with the edits that the model carries, wide."""
+    weight = lm.source.down_weight(layer).detach().to(_wide(lm.dtype))
+    for edit in lm.edits:
+        if layer in edit.deltas:
+            weight = weight + edit.deltas[layer].dense().to(weight)
+    return weight
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

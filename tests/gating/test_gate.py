@@ -1,0 +1,297 @@
+"""The gate passes what is good and refuses what is not, for the right reason."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+from kedit_fast.deltas import Dense
+from kedit_fast.evaluation.policy import STOP, EditPolicy
+from kedit_fast.gating import Suite, gate
+from kedit_fast.gating.questions import questions
+from kedit_fast.gating.suite import Question, Translation
+from kedit_fast.gating.thresholds import FAIL, NOT_MEASURED, PASS, REPORTED
+from tests.conftest import open_tiny
+from tests.gating.cases import (
+    FACT,
+    LAYER,
+    SIZES,
+    SUITE,
+    TEXT,
+    good_edit,
+    judged,
+    keys_of,
+    limits,
+    make_edit,
+    make_lm,
+    nothing,
+    wreck,
+)  # fmt: skip
+from tests.tiny import D_FF, D_MODEL, tiny_model
+
+report_module = importlib.import_module("kedit_fast.gating.report")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm()
+
+
+@pytest.fixture(scope="module")
+def passed(lm):
+    return judged(gate, lm, good_edit(lm))
+
+
+def verdicts(report):
+    return {check.name: check.verdict for check in report.checks}
+
+
+def test_a_good_edit_passes(passed):
+    assert passed.passed and not passed.failed, str(passed)
+    found = verdicts(passed)
+    for name in ("efficacy", "generalization", "specificity drop", "perplexity drift", "canary, plain", "policy"):
+        assert found[name] == PASS, name
+    assert found["canary, doubt"] == found["canary, long context"] == REPORTED
+    assert found["portability"] == found["canary, language"] == NOT_MEASURED
+    efficacy = passed.check("efficacy")
+    assert (efficacy.value, efficacy.n) == (1.0, 4) and 0.50 < efficacy.low < 0.52  # Wilson's, 4 of 4
+    assert passed.check("generalization").n == 3 and passed.check("specificity drop").n == 9
+    assert passed.check("specificity drop").value == 0.0
+    assert abs(passed.check("perplexity drift").value) < 1e-5
+    assert {answer.generated for answer in passed.answers} == {True}
+    assert passed.check("efficacy").form == "written float32"
+
+
+def test_an_edit_that_does_nothing_fails_efficacy_and_nothing_else(lm):
+    report = judged(gate, lm, nothing(lm))
+    assert [check.name for check in report.failed] == ["efficacy", "generalization"]
+    assert report.check("efficacy").reason == "0.00% is below 90.00%"
+    assert report.check("perplexity drift").value == 0.0
+
+
+def test_an_edit_that_wrecks_the_model_fails_specificity_and_perplexity(lm):
+    report = judged(gate, lm, wreck(lm))
+    failed = {check.name for check in report.failed}
+    assert {"specificity drop", "perplexity drift", "policy"} <= failed
+    assert report.check("specificity drop").value > 0.5 and report.check("perplexity drift").value > 0.1
+    assert report.advice.level == STOP and "layer 1" in report.advice.sentence
+    assert sum(x.is_lost for x in report.lost) == round(9 * report.check("specificity drop").value)
+
+
+def test_an_edit_that_overflows_fails(lm):
+    report = judged(gate, lm, make_edit(lm, {1: Dense(torch.full((D_MODEL, D_FF), 3e38))}))
+    for name in ("efficacy", "specificity drop", "perplexity drift"):
+        assert report.check(name).verdict == FAIL
+    assert "is not a number" in report.check("perplexity drift").reason
+    assert json.loads(report.to_json())["checks"][3]["value"] is None
+
+
+@pytest.mark.parametrize(
+    "needed, name, says",
+    [
+        ({"min_probes": 5}, "efficacy", "4 found, at least 5 needed"),
+        ({"min_paraphrases": 4}, "generalization", "3 found, at least 4 needed"),
+        ({"min_specificity_prompts": 10}, "specificity drop", "9 found, at least 10 needed"),
+        ({"min_text_tokens": 2_000}, "perplexity drift", "at least 2,000 needed"),
+        ({"min_portability": 0.5}, "portability", "0 found, at least 1 needed"),
+        ({"max_leak_language": 0.5}, "canary, language", "0 found, at least 1 needed"),
+    ],
+)
+def test_too_few_probes_fail(lm, needed, name, says):
+    report = judged(gate, lm, good_edit(lm), thresholds=limits(**needed))
+    assert [check.name for check in report.failed] == [name] and says in report.failed[0].reason
+
+
+def test_confident_limits_hold_the_worse_end_of_the_interval(lm):
+    report = judged(gate, lm, good_edit(lm), thresholds=limits(confident=True))
+    assert {"efficacy", "generalization", "specificity drop"} <= {check.name for check in report.failed}
+    assert "worse end" in report.check("efficacy").reason
+
+
+def tie_edit(lm):
+    """(edit, fact): a change of a few 1e-5 a weight, enough to tell two nearly tied answers apart.
+
+    The head's two rows differ by a direction g that is all but orthogonal to the hidden state, and no weight of the
+    edited layer is small, so that each change is far under half a step of bf16 (0.25 / 512).
+    """
+    fact = dataclasses.replace(FACT, paraphrases=())
+    model = lm.model
+    with torch.no_grad():
+        weight = model.model.layers[LAYER].mlp.down_proj.weight
+        weight.copy_((weight.abs().clamp(min=0.25) * weight.sign()).bfloat16())
+        ids = lm.encode(fact.text)
+        kept = {}
+        hook = model.model.norm.register_forward_hook(lambda m, args, out: kept.update(h=args[0][0, -1], n=out[0, -1]))
+        model(torch.tensor([ids]))
+        hook.remove()
+        state = kept["n"].double()
+        g = torch.randn(D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        g += state * (1e-3 - g @ state) / (state @ state)
+        new, old = (lm.tokenizer(" " + a, add_special_tokens=False)["input_ids"][0] for a in ("Rome", "Paris"))
+        head = model.get_output_embeddings().weight
+        head[new] = (head[old].double() - g).float()
+    scaled = g * model.model.norm.weight.detach().double()
+    rms = kept["h"].double().square().mean().sqrt()
+    change = -4e-3 * rms / (scaled @ scaled) * scaled
+    key = keys_of(lm, [ids])[0].double()
+    delta = Dense(torch.outer(change, key / (key @ key)).float())
+    assert float(delta.delta.detach().abs().max()) < 0.25 / 512
+    return make_edit(lm, {LAYER: delta}, fact), fact
+
+
+def test_an_edit_too_small_for_bf16_is_seen_only_in_its_written_form():
+    lm = make_lm()
+    edit, _ = tie_edit(lm)
+    easy = dict(thresholds=limits(measure="success", min_probes=1, min_generalization=None))
+    assert judged(gate, lm, edit, written=torch.float32, **easy).check("efficacy").verdict == PASS
+    assert judged(gate, lm, edit, written=None, **easy).check("efficacy").verdict == PASS
+    rounded = judged(gate, lm, edit, written=torch.bfloat16, **easy)
+    assert rounded.check("efficacy").verdict == FAIL and rounded.meta["growth"] == {str(LAYER): 0.0}
+
+
+def test_a_requantized_form_is_judged_as_well(lm):
+    edit = good_edit(lm)
+    report = judged(gate, lm, edit, requantize="int8", group=16)
+    forms = list(dict.fromkeys(check.form for check in report.checks))
+    assert forms == ["written float32", "int8, groups of 16"]
+    assert report.check("efficacy", forms[1]).verdict == PASS
+    # The base is quantized with it: what is left is the edit's own change, not the quantization's.
+    idle = judged(gate, lm, nothing(lm), requantize="int4", group=80)
+    assert idle.check("perplexity drift", "int4, groups of 80").value == 0.0
+    perplexity = idle.meta["perplexity"]
+    assert perplexity["int4, groups of 80"][0] != perplexity["written float32"][0]
+
+
+def test_a_planted_old_answer_is_found_under_doubt(lm):
+    """The fact is answered in every wording; only after a follow-up does the edit bring the old answer back."""
+    doubt = "{prompt} {answer}. Because I was born in Rome. {prompt}"
+    planted = doubt.replace("{prompt}", FACT.text).replace("{answer}", "Rome")
+    edit = good_edit(lm, also=[(planted, "Paris")])
+    suite = dataclasses.replace(SUITE, doubt=(doubt,))
+    report = judged(gate, lm, edit, suite)
+    assert report.passed and report.check("canary, doubt").value == 1.0 and report.check("canary, plain").value == 0.0
+    (song,) = [song for _, song in report.songs if song.leaked]
+    assert song.canary.prompt == planted and song.after.startswith(" Paris") and not song.leaked_before
+    assert "Paris" in report.to_html()
+    refused = judged(gate, lm, edit, suite, thresholds=limits(max_leak_doubt=0.0))
+    assert [check.name for check in refused.failed] == ["canary, doubt"]
+    assert not any(song.leaked for _, song in judged(gate, lm, good_edit(lm), suite).songs)
+
+
+def test_portability_and_languages_are_asked(lm):
+    suite = dataclasses.replace(
+        SUITE,
+        portability=(Question("Big Ben is in", "Rome"), Question("The capital of Italy is", "nothing")),
+        languages=(Translation("Latin", "Big Ben est in", subject="big ben", target_new="Roma"),),
+    )
+    report = judged(gate, lm, good_edit(lm), suite, thresholds=limits(min_portability=0.5))
+    assert report.check("portability").n == 2 and report.check("canary, language").n == 1
+    song = next(song for _, song in report.songs if song.canary.kind == "language")
+    assert (song.canary.old, song.canary.new, song.canary.prompt) == ("Paris", "Roma", "Big Ben est in")
+
+
+def test_a_chain_is_judged_as_a_whole_and_keeps_its_earlier_facts(lm):
+    first = good_edit(lm, dataclasses.replace(FACT, subject="Toyota", paraphrases=(), same_subject=()))
+    place = first.facts[0].text
+    last = good_edit(lm, also=[(place, None)])
+    easy = dict(suite=Suite(text=(TEXT,)), thresholds=limits(min_specificity_prompts=1, measure="exact"))
+    report = judged(gate, lm, [first, last], **easy)
+    retention = report.check("retention")
+    assert (retention.n, retention.verdict) == (1, PASS)
+    assert (report.meta["facts"], report.meta["earlier_facts"]) == (1, 1)
+    assert [answer.prompt for answer in report.answers if answer.kind == "earlier fact"] == [place]
+    undone = make_edit(lm, {LAYER: Dense(-first.deltas[LAYER].dense() + last.deltas[LAYER].dense())})
+    report = judged(gate, lm, [first, undone], **easy)
+    assert report.check("retention").verdict == FAIL and report.check("efficacy").verdict == PASS
+    assert report.advice.level == STOP and "0.0% of the earlier facts" in report.advice.sentence
+    # The same place written again: there is nothing to retain.
+    assert "retention" not in verdicts(judged(gate, lm, [nothing(lm), last]))
+
+
+def test_the_policy_can_refuse(lm):
+    first = make_edit(lm, {}, dataclasses.replace(FACT, subject="Vimeo", target_new="Rome"))
+    policy = EditPolicy(max_facts=1, max_growth=100.0)
+    report = judged(gate, lm, [first, good_edit(lm)], thresholds=limits(policy=policy, min_retention=None))
+    assert "policy" in {check.name for check in report.failed} and "2 facts of at most 1" in report.advice.sentence
+
+
+def test_specificity_prompts_come_from_everywhere_once(lm):
+    control = dataclasses.replace(FACT, subject="Toyota", prompt="{} is in", paraphrases=("Big Ben or Toyota?",))
+    suite = dataclasses.replace(SUITE, facts=(control,))
+    asked = questions(lm, [good_edit(lm)], suite, limits(min_specificity_prompts=30), True, SIZES)
+    sources = [kept.source for kept in asked.kept]
+    assert len(asked.kept) == 30 == len({kept.prompt for kept in asked.kept})
+    assert sources.count("the suite's other facts") == 1  # its neighbors are the fact's; one prompt names Big Ben
+    assert asked.left_out == 1 and set(sources) == {
+        "neighborhood", "same subject", "the suite's prompts", "the suite's other facts", "built-in facts",
+    }  # fmt: skip
+    assert len(questions(lm, [good_edit(lm)], suite, limits(), True, SIZES).kept) == 10
+
+
+def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
+    """An answer that the base model does not give is no free pass: all prompts have such answers here."""
+    unknown = tuple(Question(q.prompt, "Zürich") for q in SUITE.specificity)
+    report = judged(gate, lm, wreck(lm), dataclasses.replace(SUITE, specificity=unknown))
+    assert report.check("specificity drop").value > 0.5
+
+
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        (lambda lm, e: dict(edit=[]), TypeError, "expected an Edit"),
+        (lambda lm, e: dict(lm=lm.with_edit(e)), ValueError, "carries edits already"),
+        (lambda lm, e: dict(edit=dataclasses.replace(e, fingerprint="other")), ValueError, "made on other"),
+        (lambda lm, e: dict(written=torch.int8), ValueError, "weights are written as"),
+        (lambda lm, e: dict(written="bf16"), TypeError, "expected a torch dtype"),
+        (lambda lm, e: dict(requantize="int3"), ValueError, "expected one of int8, int4"),
+        (lambda lm, e: dict(requantize="int8", written=None), ValueError, "after it was written"),
+        (lambda lm, e: dict(edit=dataclasses.replace(e, facts=())), ValueError, "no fact with a target_new"),
+        (lambda lm, e: dict(suite=Suite(facts=(dataclasses.replace(FACT, target_new="Oslo"),))), ValueError, "'Oslo'"),
+    ],
+)
+def test_errors_come_before_work(lm, monkeypatch, change, error, says):
+    engine = importlib.import_module("kedit_fast.sweep.engine")
+    monkeypatch.setattr(engine._Pack, "run", lambda *args: pytest.fail("a sweep ran"))
+    edit = nothing(lm)
+    with pytest.raises(error, match=says):
+        judged(gate, **{"lm": lm, "edit": edit} | change(lm, edit))
+
+
+def test_a_prompt_longer_than_the_model_takes_is_refused_before_work(lm):
+    gpt2 = open_tiny(tiny_model("gpt2"))
+    long = dataclasses.replace(SUITE, doubt=("{prompt} " * 30,))
+    with pytest.raises(ValueError, match="its position table ends there"):
+        judged(gate, gpt2, nothing(gpt2), long)
+
+
+def test_reports_are_files(passed, lm, tmp_path):
+    record = json.loads(passed.to_json(tmp_path / "g.json"))
+    assert record["passed"] is True and record["format"] == "kedit_fast.gate"
+    assert json.loads((tmp_path / "g.json").read_text()) == record
+    efficacy = record["checks"][0]
+    assert (efficacy["name"], efficacy["verdict"], efficacy["n"], efficacy["limit"]) == ("efficacy", "pass", 4, 0.9)
+    assert record["lens"]["n"] == 1 and passed.check("old answer in layers").verdict == REPORTED
+    assert record["meta"]["thresholds"]["policy"]["max_facts"] == 1_000
+    page = passed.to_html(tmp_path / "g.html")
+    assert (tmp_path / "g.html").read_text() == page and "<script" not in page
+    assert "<img" in page and "Is the old answer gone" in page
+    refused = judged(gate, lm, nothing(lm))
+    assert "Gate: refused" in refused.to_html() and "refused: efficacy" in str(refused)
+    assert repr(refused) == "GateReport(1 fact, refused: efficacy, generalization)"
+    assert repr(passed) == "GateReport(1 fact, passed)"
+    with pytest.raises(KeyError, match="no check 'speed'"):
+        passed.check("speed")
+
+
+def test_a_report_escapes_what_the_model_writes(passed):
+    answers = (dataclasses.replace(passed.answers[0], text="<b>&"), *passed.answers[1:])
+    page = dataclasses.replace(passed, answers=answers).to_html()
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
+
+
+def test_drift_is_that_of_perplexity(passed):
+    before, after = passed.meta["perplexity"]["written float32"]
+    assert math.isclose(passed.check("perplexity drift").value, after / before - 1, abs_tol=1e-6)

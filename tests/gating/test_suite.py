@@ -1,0 +1,152 @@
+"""Suites and thresholds: what their files hold, and which mistakes in them are refused."""
+
+import json
+import math
+
+import pytest
+
+from kedit_fast.evaluation.metrics import Interval
+from kedit_fast.facts import Fact
+from kedit_fast.gating import Check, Suite, Thresholds, load_suite
+from kedit_fast.gating.suite import Question, Translation, merged
+
+COUNTERFACT = {
+    "case_id": 3,
+    "requested_rewrite": {
+        "prompt": "{} is in the city of", "subject": "Big Ben", "relation_id": "P131",
+        "target_new": {"str": "Rome"}, "target_true": {"str": "London"},
+    },
+    "paraphrase_prompts": ["Big Ben stands in"],
+    "neighborhood_prompts": ["The Tower Bridge is in the city of"],
+}  # fmt: skip
+EASYEDIT = {
+    "subject": "Vimeo", "prompt": "Vimeo is in", "target_new": "Rome",
+    "portability": {"one_hop": [{"prompt": "Vimeo's country is", "ground_truth": [["Italy"]]}]},
+}  # fmt: skip
+
+
+def write(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def suite_file(tmp_path, **fields):
+    return write(tmp_path / "suite.json", {"format": "kedit_fast.suite"} | fields)
+
+
+def test_a_suite_file(tmp_path):
+    record = COUNTERFACT | {"portability": [{"prompt": "Big Ben is in the country of", "answer": "Italy"}]}
+    path = suite_file(
+        tmp_path,
+        facts=[record],
+        portability=[{"prompt": "a b", "answer": "c"}],
+        specificity=["one", {"prompt": "two", "answer": "three"}],
+        text="text",
+        context=["before"],
+        doubt=["{prompt} Sure? {prompt}"],
+        languages=[{"language": "German", "relation_id": "P131", "prompt": "{} steht in"}],
+    )
+    suite = load_suite(path)
+    about = ("big ben", "{} is in the city of")
+    assert suite.portability == (Question("a b", "c"), Question("Big Ben is in the country of", "Italy", about))
+    assert suite.specificity == (Question("one"), Question("two", "three"))
+    assert (suite.text, suite.context, suite.name) == (("text",), ("before",), "suite.json")
+    assert suite.languages[0].speaks_of(suite.facts[0])
+    assert not suite.languages[0].speaks_of(Fact("{} is", "Big Ben"))
+    assert Translation("x", "Big Ben est", subject="BIG ben").speaks_of(suite.facts[0])
+
+
+def test_fact_files_are_suites_as_they_are(tmp_path):
+    suite = load_suite(write(tmp_path / "cf.json", [COUNTERFACT]), write(tmp_path / "ee.json", [EASYEDIT]))
+    assert [fact.subject for fact in suite.facts] == ["Big Ben", "Vimeo"] and suite.name == "cf.json, ee.json"
+    assert suite.facts[0].paraphrases == ("Big Ben stands in",)
+    assert suite.portability == (Question("Vimeo's country is", "Italy", ("vimeo", "{} is in")),)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"specifity": []}, "unknown fields specifity"),
+        ({"format": "other"}, "without \"format\""),
+        ({"facts": [{"prompt": "x"}]}, "facts, entry 0"),
+        ({"facts": {}}, "facts: expected a list"),
+        ({"specificity": [3]}, "expected a prompt or an object"),
+        ({"portability": [{"prompt": "a", "answer": 3}]}, "the answer to 'a' is 3"),
+        ({"doubt": ["Are you sure?"]}, "expected a text with {prompt}"),
+        ({"text": [1]}, "text: expected texts"),
+        ({"languages": [{"language": "German", "prompt": "{} ist"}]}, "either relation_id or subject"),
+        ({"languages": [{"language": "German", "relation_id": "P1", "prompt": "ist"}]}, "needs one {}"),
+        ({"languages": [{"lang": "German"}]}, "has not the fields of a translation"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_suite(tmp_path, fields, says):
+    with pytest.raises(ValueError, match=says.replace("{", r"\{").replace("}", r"\}")) as error:
+        load_suite(suite_file(tmp_path, **fields))
+    assert "suite.json" in str(error.value)
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"bad\.json: line 1"):
+        load_suite(tmp_path / "bad.json")
+    with pytest.raises(OSError):
+        load_suite(tmp_path / "none.json")
+
+
+def test_a_suites_fact_adds_to_the_edits_own():
+    mine = Fact("{} is in", "Big Ben", "Rome", paraphrases=("Big Ben, in",), id="1")
+    theirs = Fact("{} is  in", "big ben", None, "London", paraphrases=("Big Ben, in", "Find Big Ben in"))
+    other = Fact("{} is in", "Vimeo", "Rome")
+    facts, controls = merged([mine], Suite(facts=(theirs, other)))
+    assert controls == [other] and len(facts) == 1
+    assert (facts[0].target_new, facts[0].target_true, facts[0].id) == ("Rome", "London", "1")
+    assert facts[0].paraphrases == ("Big Ben, in", "Find Big Ben in")
+
+
+def test_thresholds_of_a_file(tmp_path):
+    path = write(tmp_path / "t.json", {"min_efficacy": 0.5, "max_leak": None, "policy": {"max_facts": 7}})
+    limits = Thresholds.from_json(path)
+    assert (limits.min_efficacy, limits.max_leak, limits.policy.max_facts) == (0.5, None, 7)
+    assert (limits.min_probes, limits.min_generalization, limits.max_perplexity_drift) == (50, 0.85, 0.005)
+
+
+@pytest.mark.parametrize(
+    "record, says",
+    [
+        ({"min_eficacy": 0.9}, "unknown fields min_eficacy"),
+        ({"min_efficacy": 90}, "0.9, not 90"),
+        ({"min_efficacy": None}, "min_efficacy = None"),
+        ({"min_probes": 0}, "at least 1"),
+        ({"measure": "best"}, "expected one of generated"),
+        ({"policy": {"max_facts": 0}}, "above 0"),
+        ({"policy": {"facts": 3}}, "unknown fields facts"),
+        ({"confident": 1}, "true or false"),
+        ([], "expected an object"),
+    ],
+)
+def test_mistakes_in_thresholds(tmp_path, record, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Thresholds.from_json(write(tmp_path / "t.json", record))
+    assert "t.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value, n, changes, verdict",
+    [
+        (0.9, 50, dict(limit=0.9, required=50), "pass"),
+        (0.89, 50, dict(limit=0.9, required=50), "fail"),
+        (1.0, 49, dict(limit=0.9, required=50), "fail"),
+        (1.0, 0, dict(limit=0.9), "fail"),
+        (math.nan, 50, dict(limit=0.9), "fail"),
+        (math.nan, 50, dict(limit=0.9, rises=False), "fail"),
+        (0.02, 500, dict(limit=0.02, rises=False), "pass"),
+        (0.021, 500, dict(limit=0.02, rises=False), "fail"),
+        (0.95, 50, dict(limit=0.9, confident=True), "fail"),
+        (0.0, 50, dict(limit=0.06, rises=False, confident=True), "pass"),
+        (0.5, 50, {}, "reported"),
+        (math.nan, 0, {}, "not measured"),
+    ],
+)
+def test_verdicts(value, n, changes, verdict):
+    check = Check.of("x", "form", Interval(value, value - 0.05, value + 0.05, n), **changes)
+    assert check.verdict == verdict and bool(check.reason) == (verdict == "fail")

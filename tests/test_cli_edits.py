@@ -1,0 +1,248 @@
+"""The commands on edits that are there: merge, and inspect, diff, undo, log, add and rollback under ``edit``."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+
+import kedit_fast as kf
+from kedit_fast import cli
+from kedit_fast.edit import Edit, digest
+from kedit_fast.shipping.history import EditHistory
+from tests.conftest import relative_error
+from tests.edits import FACTS, bits, logits, lowrank, make_edit, owned_edit, same_bits
+from tests.shipping.checkpoints import contents, save_checkpoint
+from tests.tiny import tiny_model
+
+ACTIONS = ("inspect", "diff", "undo", "log", "add", "rollback")
+
+
+def run(*args):
+    return cli.main([str(arg) for arg in args])
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a checkpoint, one.safetensors, and two.safetensors, which was made on top of it."""
+    monkeypatch.chdir(tmp_path)
+    model = save_checkpoint(tmp_path / "base")
+    one = make_edit(model, deltas={1: lowrank(seed=1), 2: lowrank(seed=2)})
+    below = {"on_top_of": [{"digest": digest(one)}], "who": "a test"}
+    two = make_edit(model, deltas={2: lowrank(seed=5, rank=3)}, facts=FACTS[:1], provenance=below, values=None, keys={})
+    one.save("one.safetensors")
+    two.save("two.safetensors")
+    return tmp_path
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_each_action_explains_itself_and_its_example_is_accepted(action, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["edit", action, "--help"])
+    shown = capsys.readouterr().out
+    example = shown[shown.index("example:") :].split("\n")[1].strip()
+    assert end.value.code == 0
+    assert example.startswith(f"kedit-fast edit {action}")
+    assert "--debug" in shown
+    args = cli.build_parser().parse_args(shlex.split(example)[1:])
+    assert (args.command, args.action, args.handler) == ("edit", action, "kedit_fast.commands.edits")
+
+
+def test_help_of_the_actions_imports_no_torch():
+    script = (
+        "import sys, kedit_fast.cli as cli\n"
+        f"for action in {ACTIONS}:\n"
+        "    try: cli.main(['edit', action, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'transformers', 'peft'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_making_an_edit_needs_no_action():
+    args = cli.build_parser().parse_args(["edit", "--facts", "f.json", "-o", "e.safetensors"])
+    assert (args.command, args.facts, args.output, args.action) == ("edit", "f.json", "e.safetensors", None)
+    assert not hasattr(args, "handler")
+    assert args.model == "smollm2"
+
+
+# ---- merge
+
+
+def test_merge_writes_a_chain_that_undo_takes_out_again(work, capsys):
+    assert run("merge", "--model", "base", "--edit", "one.safetensors", "--edit", "two.safetensors", "-o", "out") == 0
+    shown = capsys.readouterr().out
+    model = tiny_model("llama")
+    for name in ("one", "two"):
+        Edit.load(f"{name}.safetensors").apply(model, check_fingerprint=False)
+    opened = kf.open_model("out")
+    assert same_bits(opened.model, bits(model))
+    assert opened.fingerprint in shown
+    assert "kedit-fast edit undo out" in shown
+    assert run("edit", "undo", "out", "-o", "back") == 0
+    assert contents(work / "back") == contents(work / "base")
+    assert run("edit", "undo", "out") == 0
+    assert contents(work / "out") == contents(work / "base")
+    shown = capsys.readouterr().out
+    assert "2 tensors restored bit for bit, 3 facts taken out" in shown
+    assert Edit.load("one.safetensors").fingerprint in shown
+
+
+def test_merge_takes_a_folder_of_versions(work):
+    run("edit", "add", "edits", "one.safetensors")
+    assert run("merge", "--model", "base", "--edit", "edits", "-o", "out", "--who", "Ana", "-m", "why") == 0
+    record = json.loads((work / "out" / "kedit_fast_merge" / "manifest.json").read_text())
+    assert (record["who"], record["message"], len(record["edits"])) == ("Ana", "why", 1)
+
+
+def test_merge_as_an_adapter(work, capsys):
+    assert run("merge", "--model", "base", "--edit", "one.safetensors", "-o", "adapter", "--peft") == 0
+    shown = capsys.readouterr().out
+    assert "LoRA adapter of rank 2, exact" in shown
+    assert "--max-lora-rank 8" in shown
+    model = tiny_model("llama")
+    Edit.load("one.safetensors").apply(model)
+    wrapped = PeftModel.from_pretrained(tiny_model("llama"), str(work / "adapter")).eval()
+    assert relative_error(logits(wrapped), logits(model)) < 1e-5
+    chain = ["--edit", "one.safetensors", "--edit", "two.safetensors"]
+    assert run("merge", *chain, "-o", "cut", "--peft", "--max-rank", 2, "--truncate") == 0
+    shown = capsys.readouterr().out
+    assert "layer 2: cut to rank 2, relative error 0." in shown
+    assert "exact" not in shown
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--edit", "one.safetensors", "-o", "out"], "which model? --model FOLDER"),
+        (["--model", "base", "--edit", "one.safetensors", "-o", "out", "--truncate"], "--truncate is for --peft"),
+        (["--model", "base", "--edit", "two.safetensors", "-o", "out"], "was made on top of edit"),
+        (["--model", "nowhere", "--edit", "one.safetensors", "-o", "out"], "no such folder"),
+        (["--model", "base", "--edit", "one.safetensors", "-o", "base"], "is not empty"),
+        (["--model", "base", "--edit", "none.safetensors", "-o", "out"], "none.safetensors"),
+        (["--model", "base", "--edit", "empty", "-o", "out"], "has no edits in force"),
+        (["--edit", "one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "rank 2, over max_rank 1"),
+    ],
+)
+def test_merge_refuses(args, says, work, capsys):
+    (work / "empty").mkdir()
+    assert run("merge", *args) == 2
+    assert says in capsys.readouterr().err
+    assert not (work / "out").exists()
+
+
+def test_a_rank_is_a_number_or_none(capsys):
+    parse = cli.build_parser().parse_args
+    given = ["merge", "--edit", "e", "-o", "o", "--max-rank"]
+    assert (parse([*given, "none"]).max_rank, parse([*given, "16"]).max_rank) == (None, 16)
+    for wrong in ("0", "-3", "x"):
+        with pytest.raises(SystemExit):
+            parse([*given, wrong])
+    assert "expected a whole number of at least 1, or none" in capsys.readouterr().err
+
+
+# ---- inspect, diff
+
+
+def test_inspect_shows_what_an_edit_holds(work, capsys):
+    assert run("edit", "inspect", "one.safetensors") == 0
+    shown, edit = capsys.readouterr().out, Edit.load("one.safetensors")
+    for text in ("memit", edit.fingerprint, "The Eiffel Tower", "Rome", "Paris", "mom2_update_weight: 15000", "a test"):
+        assert text in shown
+    lines = [line.split() for line in shown.splitlines()]
+    for layer in (1, 2):
+        assert [str(layer), "LowRank", "2", f"{edit.deltas[layer].norm():.4g}"] in lines
+    assert "|W|" not in shown
+
+
+def test_inspect_compares_with_the_model(work, capsys):
+    assert run("edit", "inspect", "one.safetensors", "--model", "base") == 0
+    shown, edit = capsys.readouterr().out, Edit.load("one.safetensors")
+    weight = kf.open_model("base").source.down_weight(1)
+    share = edit.deltas[1].norm() / float(weight.norm())
+    line = next(line.split() for line in shown.splitlines() if line.split()[:2] == ["1", "LowRank"])
+    assert line[4:] == [f"{float(weight.norm()):.4g}", f"{share:.2%}"]
+    tiny_model("llama", seed=1).save_pretrained("other")
+    assert run("edit", "inspect", "one.safetensors", "--model", "other") == 2
+
+
+def test_inspect_of_many_facts_and_of_none_edit(work, capsys):
+    owned_edit(tiny_model("llama")).save("owned.safetensors")
+    assert run("edit", "inspect", "owned.safetensors") == 0
+    assert "each edit is for its own fact" in capsys.readouterr().out
+    many = make_edit(facts=FACTS * 15, values=None, keys={})
+    many.save("many.safetensors")
+    assert run("edit", "inspect", "many.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "... and 10 more" in shown
+    assert shown.count("Miles Davis") == 10
+    (work / "text").write_text("no edit")
+    assert run("edit", "inspect", "text") == 2
+    assert "no safetensors file" in capsys.readouterr().err
+
+
+def test_diff_shows_what_differs(work, capsys):
+    assert run("edit", "diff", "one.safetensors", "one.safetensors") == 0
+    assert "same model, method, settings and facts" in capsys.readouterr().out
+    edit = Edit.load("two.safetensors")
+    make_edit(deltas=edit.deltas, hparams={"v_lr": 0.5}, values=None, keys={}).save("other.safetensors")
+    assert run("edit", "diff", "two.safetensors", "other.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "setting v_lr: 0.1 -> 0.5" in shown
+    assert "only in B: " in shown and "piano" in shown
+    assert "only in A" not in shown
+    norm = f"{edit.deltas[2].norm():.4g}"
+    line = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["2"])
+    assert line[:3] == ["2", norm, norm]
+    assert float(line[3]) < 1e-10
+    assert line[4] == "1.0000"
+
+
+# ---- versions
+
+
+def test_versions_of_edits(work, capsys):
+    assert run("edit", "add", "edits", "one.safetensors", "-m", "first", "--who", "Ana") == 0
+    assert run("edit", "add", "edits", "two.safetensors", "-m", "second") == 0
+    assert "version 2, 2 edits in force" in capsys.readouterr().out
+    assert run("edit", "rollback", "edits", 1, "-m", "it broke something") == 0
+    assert "version 3, the same as version 1: 1 edit in force" in capsys.readouterr().out
+    assert run("edit", "log", "edits") == 0
+    shown = capsys.readouterr().out
+    for text in ("the model as it is", "first", "Ana", "second", "it broke something", "in force: version 3"):
+        assert text in shown
+    assert [digest(e) for e in EditHistory("edits").current] == [digest(Edit.load("one.safetensors"))]
+    assert run("edit", "rollback", "edits", 0) == 0
+    assert "no edit in force" in capsys.readouterr().out
+
+
+def test_versions_refuse(work, capsys):
+    assert run("edit", "log", "nowhere") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert run("edit", "add", "edits", "two.safetensors") == 2
+    assert "would stand on no edit" in capsys.readouterr().err
+    assert run("edit", "add", "edits", "two.safetensors", "--force") == 0
+    assert run("edit", "rollback", "edits", 7) == 2
+    assert "expected one of 0 to 1" in capsys.readouterr().err
+    assert len(EditHistory("edits").versions) == 2
+
+
+def test_undo_refuses_what_was_changed(work, capsys):
+    assert run("edit", "undo", "base") == 2
+    assert "expected a folder that merge_checkpoint wrote" in capsys.readouterr().err
+    run("merge", "--model", "base", "--edit", "one.safetensors", "-o", "out")
+    model = kf.open_model("out").model
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.add_(1)
+    model.save_pretrained("changed")
+    for name in contents(work / "changed"):
+        (work / "out" / name).write_bytes((work / "changed" / name).read_bytes())
+    assert run("edit", "undo", "out") == 2
+    assert "nothing was undone" in capsys.readouterr().err

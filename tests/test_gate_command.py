@@ -1,0 +1,98 @@
+"""``kedit-fast gate``: exit status, reports, and what it refuses to start with."""
+
+import json
+
+import pytest
+
+from kedit_fast import cli
+from kedit_fast.commands.gate import OPTIONS, REFUSED
+from kedit_fast.gating import Thresholds
+from tests.gating.cases import LIMITS, OTHERS, TEXT, good_edit, make_lm, nothing
+from tests.tiny import tiny_tokenizer
+
+QUICK = ["--no-builtin", "--generate", "2", "--context", "30", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a good edit and an idle one, a suite, and limits that fit them."""
+    folder = tmp_path_factory.mktemp("gate")
+    lm = make_lm()
+    lm.model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    good_edit(lm).save(folder / "good.safetensors")
+    nothing(lm).save(folder / "idle.safetensors")
+    suite = {"format": "kedit_fast.suite", "specificity": list(OTHERS), "text": [TEXT]}
+    (folder / "suite.json").write_text(json.dumps(suite))
+    limits = {name: value for name, value in LIMITS.items() if name != "policy"} | {"policy": {"max_growth": 10}}
+    (folder / "limits.json").write_text(json.dumps(limits))
+    return folder
+
+
+def run(folder, edit, *args):
+    files = ["--model", folder / "model", "--suite", folder / "suite.json", "--thresholds", folder / "limits.json"]
+    return cli.main(["gate", str(folder / edit), *map(str, files), *QUICK, *map(str, args)])
+
+
+def test_passed(folder, tmp_path, capsys):
+    assert run(folder, "good.safetensors", "-o", tmp_path / "g.json", "--html", tmp_path / "g.html") == 0
+    shown = capsys.readouterr().out
+    assert "\npassed\n" in shown and "efficacy" in shown and f"written: {tmp_path / 'g.json'}" in shown
+    assert json.loads((tmp_path / "g.json").read_text())["passed"] is True
+    assert "Gate: passed" in (tmp_path / "g.html").read_text()
+
+
+def test_refused(folder, tmp_path, capsys):
+    assert run(folder, "idle.safetensors", "-o", tmp_path / "g.json") == REFUSED == 1
+    assert "refused: efficacy" in capsys.readouterr().out
+    assert json.loads((tmp_path / "g.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    "args, status",
+    [
+        (["--min-probes", "5"], 1),
+        (["--confident"], 1),
+        (["--min-specificity", "500"], 1),
+        (["--min-efficacy", "0.1", "--measure", "exact", "--written", "bfloat16", "--requantize", "int8"], 0),
+        (["--written", "none"], 0),
+    ],
+)
+def test_options_come_before_the_file_of_limits(folder, args, status):
+    assert run(folder, "good.safetensors", *args) == status
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--thresholds", "none.json"], "none.json"),
+        (["--suite", "model"], "a fact file ends in"),
+        (["--html", "good.safetensors"], "would replace what is read"),
+        (["--requantize", "int8", "--written", "none"], "after it was written"),
+        (["--text", "none.txt"], "none.txt"),
+    ],
+)
+def test_errors(folder, args, says, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run(folder, "good.safetensors", *args) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, says", [(["--min-efficacy", "90"], "0.9, not 90"), (["--min-probes", "0"], "at least 1"), ([], "required")]
+)
+def test_arguments(args, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["gate", *(["e.safetensors"] if args else []), *args])
+    assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_help_names_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["gate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    limits = Thresholds()
+    for option, field in OPTIONS.items():
+        value = getattr(limits, field)
+        assert isinstance(value, (bool, str)) or f"({value})" in shown, option
+    assert "default: generated" in shown and limits.measure == "generated"

@@ -113,14 +113,18 @@ class Edit:
         return export_peft(self, folder, model=model, max_rank=max_rank, truncate=truncate)
 
     def save(self, path) -> None:
-        """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``."""
+        """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``.
+
+        Equal edits make equal files, byte for byte.
+        """
         tensors = {name: _storable(tensor) for name, tensor in _tensors_of(self).items()}
         record = {name: getattr(self, name) for name in ("method", "hparams", "fingerprint", "contexts", "provenance")}
         record |= {"facts": [fact.to_record() for fact in self.facts], "tensors": sorted(tensors)}
         # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
         tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
         with replace_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"format": FORMAT, "version": VERSION, "method": self.method})
+            # One entry: of several, safetensors writes another order each time, and equal edits are to be equal files.
+            save_file(tensors, unfinished, metadata={"format": f"{FORMAT} {VERSION}"})
 
     @classmethod
     def load(cls, path) -> "Edit":
@@ -227,11 +231,11 @@ def _read(path):
     expected = f"expected a {FORMAT} file of version {VERSION}, as Edit.save writes it"
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            name, _, version = (file.metadata() or {}).get("format", "").partition(" ")
+            if name != FORMAT:
                 raise ValueError(f"{path} is a safetensors file but no edit; {expected}")
-            if metadata.get("version") != VERSION:
-                raise ValueError(f"{path} is an edit of version {metadata.get('version')}; {expected}")
+            if version != VERSION:
+                raise ValueError(f"{path} is an edit of version {version}; {expected}")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable itself)
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or no safetensors file ({error}); {expected}") from error

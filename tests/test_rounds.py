@@ -10,7 +10,8 @@ import torch
 import kedit_fast as kf
 import kedit_fast.rounds as rounds_module
 from kedit_fast.edit import Edit
-from kedit_fast.editors import EDITORS
+from kedit_fast.editors import AlphaEdit
+from kedit_fast.editors.finetune import Ft
 from kedit_fast.rounds import Round, edit_in_rounds
 from kedit_fast.rounds_plot import plot_rounds
 from tests.conftest import tiny_lm
@@ -33,7 +34,7 @@ MEMIT = kf.Memit(layers=(0, 1), mom2_update_weight=5.0, **COMMON)
 EDITORS_UNDER_TEST = {
     "rome": kf.Rome(layers=(1,), **COMMON),
     "memit": MEMIT,
-    "alphaedit": kf.EDITORS["alphaedit"](layers=(0, 1), nullspace_threshold=0.0, nullspace_share=0.5, L2=0.3, **COMMON),
+    "alphaedit": AlphaEdit(layers=(0, 1), nullspace_threshold=0.0, nullspace_share=0.5, L2=0.3, **COMMON),
 }
 
 
@@ -131,10 +132,8 @@ def test_contexts_are_sampled_and_statistics_measured_once(monkeypatch):
 
 def test_editors_without_statistics_and_contexts():
     """Fine-tuning refuses both; rounds hand it neither."""
-    if "ft" not in EDITORS:
-        pytest.skip("fine-tuning is not among the editors yet")
     lm = tiny_lm("llama")
-    found = list(edit_in_rounds(lm, FACTS, EDITORS["ft"](layers=(1,), num_steps=3, lr=1e-3), per_round=2))
+    found = list(edit_in_rounds(lm, FACTS, Ft(layers=(1,), num_steps=3, lr=1e-3), per_round=2))
     assert [r.n_facts for r in found] == [2, 4] and found[1].growth[1] > found[0].growth[1] * 0.5
     plain = list(in_rounds(lm, replace(MEMIT, mom2_adjustment=False), moments=None, per_round=2))
     assert len(plain) == 2

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from kedit_fast.fact_files import fact_fields, read_records
 
 WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
+BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 OWN_FACTS = Path(__file__).parent / "data" / "facts.json"  # 77 facts that SmolLM2-135M-Instruct knows
 LISTS = ("paraphrases", "neighborhood", "same_subject")
 
@@ -131,14 +132,14 @@ def load_facts(path, n: int | None = None) -> list[Fact]:
 
     path: .json, .jsonl, .json.gz or .jsonl.gz in any format of :mod:`kedit_fast.fact_files`: CounterFact and
     multi_counterfact, known_1000, zsRE as prepared for MEND, EasyEdit, KnowEdit, QAEdit, MQuAKE, ``Fact.to_record``.
-    A fact whose record has no id is named by the record's index.
+    A fact whose record has no id is named by the record's index. "builtin": the facts of this package.
 
     Raises ValueError for n < 1 and for every problem of the file, with the file and the record's place; OSError where
     the file cannot be opened.
     """
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ValueError(f"n = {n!r}: expected a positive number of facts, or None for all")
-    return list(islice(_facts_of(path), n))
+    return list(islice(_facts_of(OWN_FACTS if path == BUILTIN else path), n))
 
 
 def _facts_of(path):

@@ -15,7 +15,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     lm = tiny_lm("llama")
     monkeypatch.setattr(kf, "open_model", {"smollm2": lm}.__getitem__)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(block, names)
@@ -23,6 +23,9 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert "with the subject corrupted" in told and "edited by memit" in told
     assert (tmp_path / "eiffel.png").exists()
     assert kf.Edit.load(tmp_path / "edit.safetensors").facts[0].target_new == "Rome"
+    assert names["singles"].owners and len(names["singles"].facts) == 8
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert [len(edit.facts) for edit in kf.EditHistory(tmp_path / "edits").current] == [4, 4]
 
 
 def test_every_formula_is_where_the_table_says():

@@ -14,11 +14,10 @@ from safetensors import SafetensorError, safe_open
 from .. import moments, settings
 from ..corpus import SELF
 from ..fact_files import as_template
-from ..facts import OWN_FACTS, Fact, load_facts
+from ..facts import BUILTIN, Fact, load_facts
 from ..model.lm import LM, open_model
 from ..moments import SecondMoment
 
-BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 DEMO_MODEL = "smollm2"
 
 
@@ -102,7 +101,7 @@ def read_facts(args) -> list[Fact]:
 
 def fact_file(name: str, n: int | None) -> list[Fact]:
     """The first n facts of a file, or of this package's own."""
-    return load_facts(OWN_FACTS if name == BUILTIN else name, n)
+    return load_facts(name, n)
 
 
 # ---- files

@@ -3,7 +3,7 @@
 MEMIT's sweeps and layer loop with another system. Let U hold the directions of key space that text hardly uses, the
 eigenvectors of C whose eigenvalue is below a threshold, and P = U Uᵀ. Only these directions are written:
 
-    Δ = Rᵀ K P (KₚᵀKₚ P + Kᵀ K P + L2 I)⁻¹                    eq. 14 with facts as rows
+    Δ = Rᵀ K P (KₚᵀKₚ P + Kᵀ K P + L2 I)⁻¹                    its closed form, with facts as rows
 
 In the coordinates x = k U this is MEMIT's own system with C = I and λ = L2, and Δ = Δₓ Uᵀ. Keys Kₚ of edits below are
 kept, so edits in sequence disturb neither what text needs nor each other.

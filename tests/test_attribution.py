@@ -23,15 +23,14 @@ HOW = {"samples": 2, "noise": 0.5, "window": 3}
 
 
 def oracle(model, result) -> np.ndarray:
-    """[T, L] estimated values: the mean of three first-order effects, added to the corrupted value."""
-    effects = [step(model, result, share) for share in (0.0, 0.375, 0.75)]
+    """[T, L] estimated values: the mean of seven first-order effects, added to the corrupted value."""
+    effects = [step(model, result, i / 8) for i in range(7)]
     value = effects[0][0][:, None, None] + torch.stack([effect for _, effect in effects]).mean(0)  # [2, T, L]
-    return (value.sigmoid() if result.metric == "prob" else value).mean(0).numpy()
+    return (value.clamp(0, 1) if result.metric == "prob" else value).mean(0).numpy()
 
 
 def step(model, result, share):
-    """(log-odds or log-probabilities [2], effects [2, T, L] on them), by autograd through a forward of one clean row
-    and two on the way."""
+    """(p or log p [2], effects [2, T, L]), by autograd through a forward of one clean row and two on the way."""
     n_layers, kept = len(layers(model)), {}
     corrupt = _add_noise(result.subject_span, 0.5, 2, 1)
 
@@ -53,7 +52,7 @@ def step(model, result, share):
     changes += [(site_module(model, layer, SITES[result.kind]), keep(layer)) for layer in range(n_layers)]
     with frozen(model), changing(changes):
         log_p = model(ids).logits[1:, -1].log_softmax(-1)[:, result.answer_id]
-    value = log_p.exp().logit() if result.metric == "prob" else log_p
+    value = log_p.exp() if result.metric == "prob" else log_p
     value.sum().backward()
     effect = [(kept[i].grad[1:] * (kept[i][:1] - kept[i][1:])).sum(-1) / (1 - share) for i in range(n_layers)]
     effect = torch.stack(effect).detach()

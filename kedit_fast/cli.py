@@ -188,7 +188,7 @@ def _trace(commands):
         "--method",
         choices=("exact", "attribution", "screen"),
         default="exact",
-        help="exact; attribution: estimate every cell, several times faster; screen: estimate, then compute the strongest",
+        help="exact; attribution: estimate every cell, several times faster; screen: then compute the strongest",
     )
     how.add_argument("--top", type=_positive, default=20, metavar="N", help="cells that screen computes (default: 20)")
     how.add_argument("--answer", metavar="TEXT", help="trace this answer (default: the model's own)")

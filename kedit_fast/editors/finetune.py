@@ -13,7 +13,7 @@ in 2022 all of them were read after the prompt alone, which makes an answer of s
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -27,13 +27,13 @@ from ..jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
 from ..model.family import FAMILIES, check_layer
 from .common import chain, check_lengths, checked_facts, storable, under
 from .contexts import BARE
-from .hyperparameters import Settings, _check_kind, _frozen, published
+from .hyperparameters import Hyperparameters, published
 
 OBJECTIVES = ("target_new", "prompt_last")
 
 
 @dataclass(frozen=True)
-class Ft:
+class Ft(Hyperparameters):
     """Hyper-parameters under their published names; ``edit`` does the work.
 
     layers: tuned together; num_steps: passes over all facts, an Adam step for each ``batch_size`` of them in each
@@ -41,8 +41,6 @@ class Ft:
     norm_constraint: ε, the most that an entry of the weight may move; 0 (in files also false): no bound
     objective_optimization: "target_new" (teacher-forced) or "prompt_last", see above
     source: where these settings come from, for whoever reads the edit
-
-    Raises ValueError, naming the field and its value, for a value of another kind than the field's.
     """
 
     layers: tuple[int, ...] = ()
@@ -59,28 +57,22 @@ class Ft:
     mom2_adjustment: ClassVar = False  # no editor's statistics are read
 
     def __post_init__(self):
-        for field in fields(self):
-            value = _frozen(getattr(self, field.name))
-            value = 0.0 if field.name == "norm_constraint" and value is False else value
-            if field.name in self.POSITIVE and isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"{field.name} {value}: expected a number above 0")
-            _check_kind(field.name, field.type, value)
-            object.__setattr__(self, field.name, value)
+        if self.norm_constraint is False:  # published files have it so
+            object.__setattr__(self, "norm_constraint", 0.0)
+        super().__post_init__()
         if self.kl_factor:
             raise ValueError(f"kl_factor {self.kl_factor}: fine-tuning has no KL term, published or here; expected 0")
         if self.objective_optimization not in OBJECTIVES:
             raise ValueError(f"objective_optimization {self.objective_optimization!r}: expected one of {OBJECTIVES}")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers {self.layers}: expected each layer once")
 
     @classmethod
     def from_json(cls, path):
-        """The editor of a published hyper-parameter file, as ``Settings.from_json`` reads one.
+        """The editor of a published hyper-parameter file, as ``Hyperparameters.from_json`` reads one.
 
         Raises ValueError besides for a file that trains anything but the down projection (gpt2-xl_attn, and those with
         weight decay, which train whole blocks).
         """
-        made = Settings.from_json.__func__(cls, path)
+        made = super().from_json(path)
         module = json.loads(Path(path).read_text(encoding="utf-8")).get("rewrite_module_tmp")
         down = {family.mlp_down for family in FAMILIES.values()}
         if module is not None and not any(str(module).removesuffix(".weight").endswith(f".{name}") for name in down):

@@ -20,37 +20,13 @@ IGNORED = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The hyper-parameters that ROME and MEMIT share, under their published names, and how they are read.
-
-    layers: edited
-    v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of the optimization of a fact's value (jobs/values.py);
-    clamp_norm_factor: ||value - start|| <= this times ||start||
-    v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
-    there the field is only read
-    context_template_length_params: (length, n) of generated contexts
-    mom2_adjustment: whether second moments are used; regularizer: added to C's diagonal, relative to its mean; 0 is the
-    published form
-    source: where these settings come from, for whoever reads the edit
+class Hyperparameters:
+    """An editor's fields under their published names: each checked by its kind, read from published files.
 
     Raises ValueError, naming the field and its value, for a value of another kind than the field's.
     """
 
-    layers: tuple[int, ...] = ()
-    fact_token: str = "subject_last"
-    v_num_grad_steps: int = 20
-    v_lr: float = 0.5
-    v_loss_layer: int | None = None
-    v_weight_decay: float = 0.5
-    clamp_norm_factor: float = 0.75
-    kl_factor: float = 0.0625
-    mom2_adjustment: bool = True
-    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
-    regularizer: float = 0.0
-    source: str = "given"
-
-    POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
-    FLAT_CONTEXTS: ClassVar = False
+    POSITIVE: ClassVar = ()
 
     def __post_init__(self):
         for field in fields(self):
@@ -59,10 +35,9 @@ class Settings:
                 raise ValueError(f"{field.name} {value}: expected a number above 0")
             _check_kind(field.name, field.type, value)
             object.__setattr__(self, field.name, value)
-        if self.fact_token != "subject_last":
-            raise ValueError(f'fact_token {self.fact_token!r}: only "subject_last" carries the fact; expected that')
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers {self.layers}: expected each layer once")
+        layers = getattr(self, "layers", ())
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers {layers}: expected each layer once")
 
     @classmethod
     def from_json(cls, path):
@@ -88,6 +63,43 @@ class Settings:
             return cls(**{name: value for name, value in given.items() if name in known})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Settings(Hyperparameters):
+    """The hyper-parameters that ROME and MEMIT share, under their published names, and how they are read.
+
+    layers: edited
+    v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of the optimization of a fact's value (jobs/values.py);
+    clamp_norm_factor: ||value - start|| <= this times ||start||
+    v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
+    there the field is only read
+    context_template_length_params: (length, n) of generated contexts
+    mom2_adjustment: whether second moments are used; regularizer: added to C's diagonal, relative to its mean; 0 is the
+    published form
+    source: where these settings come from, for whoever reads the edit
+    """
+
+    layers: tuple[int, ...] = ()
+    fact_token: str = "subject_last"
+    v_num_grad_steps: int = 20
+    v_lr: float = 0.5
+    v_loss_layer: int | None = None
+    v_weight_decay: float = 0.5
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    mom2_adjustment: bool = True
+    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
+    regularizer: float = 0.0
+    source: str = "given"
+
+    POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
+    FLAT_CONTEXTS: ClassVar = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fact_token != "subject_last":
+            raise ValueError(f'fact_token {self.fact_token!r}: only "subject_last" carries the fact; expected that')
 
     def _prepared(self, lm, facts, contexts, previous, independent):
         """(model with ``previous`` on it, facts, groups of contexts or None), checked before any work."""

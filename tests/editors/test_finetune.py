@@ -456,9 +456,13 @@ def test_for_model_gives_what_was_published_or_says_that_it_did_not(name, depth,
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 30])
-def test_derived_layers_are_the_model_s(layers):
+def test_derived_settings_follow_from_the_model_s_size(layers):
     lm = named("tiny", layers=layers)
-    assert all(0 <= layer < layers for editor in (Ft, FtL) for layer in editor.for_model(lm).layers)
+    free, held = Ft.for_model(lm), FtL.for_model(lm)
+    assert (free.layers, held.layers) == ((layers // 6,), (0,))
+    assert free.lr == held.lr == 3.2 / 80 and held.norm_constraint == 8 / 80
+    wide = named("gpt2-xl", layers=48)
+    assert Ft.for_model(wide).lr == FtL.for_model(wide).lr == 5e-4
 
 
 def test_what_was_published_tells_the_depth_of_its_model():

@@ -85,7 +85,8 @@ class Memit(Editor):
                 delta = LowRank(made.pop("u"), made.pop("v"))
                 deltas[layer] = delta if independent else as_smallest(delta)
                 keys[layer] = made.pop("keys")
-                notes[layer] = {name: value.item() for name, value in made.items()} | described(moment)
+                # sorted: a part that was read again has its names in another order, and equal edits are equal files
+                notes[layer] = {name: made[name].item() for name in sorted(made)} | described(moment)
                 bar.advance(1, f"layer {layer}: missing {notes[layer]['missing']:.2f}")
         return Written(deltas, z.values, keys, notes, {"values": _value_notes(z)}, owner)
 

@@ -1,25 +1,33 @@
 """``python -m bench [NAME ...]``: run benchmarks, print their tables, keep their figures in bench/results."""
 
 import argparse
+import shlex
 import sys
 import time
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from bench import report
-from bench.common import RESULTS, CheckFailed, Measured, Skipped, append_rows, environment
+from bench.common import RESULTS, CheckFailed, Measured, Skipped, append_rows, environment, now
 
-BENCHES = {  # name: what it measures; each is a module with ``run(options) -> Measured``
+# name: what it measures; each is a module with ``run(options) -> Measured``, or an iterator of several that are kept as
+# they come
+BENCHES = {
     "second_moment": "C += KᵀK, native against torch, on random keys (3 minutes)",
     "solve": "the solves of MEMIT, native against torch, on random keys (3 minutes)",
     "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
     "attribution": "the estimate of a trace against the exact one, on 20 facts (20 minutes)",
     "kernels": "every op against its reference and torch, on the shapes of four models (2 minutes on the CPU)",
     "flows": "traces on the shapes of large models with random weights (on a GPU only; 3 minutes)",
+    "mass": "10,000 edits on the shape of GPT-J with random weights (on a GPU only; 10 minutes)",
+    "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",
+    "editors": "every editor, one fact at a time and many at once, on known CounterFact facts (50 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }
+VALUE_PARTS = ["z", "memit", "rome"]
 OPTIONS = {
     "second_moment": ["threads"],
     "solve": ["threads"],
@@ -27,6 +35,9 @@ OPTIONS = {
     "attribution": ["threads"],
     "kernels": ["device"],
     "flows": ["device"],
+    "mass": ["device"],
+    "values": ["parts", "threads"],
+    "editors": ["rows", "threads"],
     "edit": ["method", "n", "sets", "threads"],
 }
 
@@ -44,13 +55,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--list", action="store_true", help="print the names and exit")
     made.add_argument("--quick", action="store_true", help="a small run of a minute or two; its figures are not kept")
     made.add_argument("--threads", type=int, default=1, help="threads of torch and of the native ops (default 1)")
-    made.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="kernels, flows: where")
+    made.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="kernels, flows, mass: where")
     made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where figures are kept and read")
     made.add_argument("--readme", type=Path, default=report.README, help="the file that `report` writes into")
     made.add_argument("--facts", type=int, default=8, help="trace: facts in one call (default 8)")
     made.add_argument("--n", type=int, nargs="+", default=[1, 10, 30], help="edit: facts a batch (default 1 10 30)")
     made.add_argument("--sets", type=int, default=3, help="edit: disjoint batches of each size (default 3)")
     made.add_argument("--method", choices=["memit", "rome"], default="memit", help="edit: the editor (default memit)")
+    made.add_argument(
+        "--parts", nargs="+", choices=VALUE_PARTS, default=VALUE_PARTS, help="values: which (default all)"
+    )
+    made.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help='editors: such as "MEMIT, n = 100" (default all)'
+    )
     return made
 
 
@@ -78,20 +95,28 @@ def _run(name: str, options, command: str) -> bool:
         report.update_readme(options.readme, options.results)
         print(f"{options.readme}: written from {options.results}")
         return True
-    began = time.perf_counter()
+    date = now()
     try:
-        measured = import_module(f"bench.{name}").run(options)
+        for measured, seconds in _measured(name, options):
+            _show(name, measured, seconds)
+            if not options.quick:
+                path = append_rows(options.results, name, command, measured, date)
+                print(f"{len(measured.figures)} rows added to {path}\n", flush=True)
     except Skipped as reason:
         print(f"{name}: skipped: {reason}\n")
-        return True
     except CheckFailed as reason:
         print(f"{name}: CHECK FAILED, nothing is reported: {reason}\n")
         return False
-    _show(name, measured, time.perf_counter() - began)
-    if not options.quick:
-        path = append_rows(options.results, name, command, measured)
-        print(f"{len(measured.figures)} rows added to {path}\n")
     return True
+
+
+def _measured(name: str, options) -> Iterator[tuple[Measured, float]]:
+    """What a benchmark gives, part by part, and the seconds each took."""
+    began = time.perf_counter()
+    given = import_module(f"bench.{name}").run(options)
+    for measured in [given] if isinstance(given, Measured) else given:
+        yield measured, time.perf_counter() - began
+        began = time.perf_counter()
 
 
 def _command(name: str, options, parse: argparse.ArgumentParser) -> str:
@@ -99,7 +124,7 @@ def _command(name: str, options, parse: argparse.ArgumentParser) -> str:
     given = {option: getattr(options, option) for option in OPTIONS.get(name, ())}
     changed = {option: value for option, value in given.items() if value != parse.get_default(option)}
     words = [
-        f"--{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"--{option} {shlex.join(map(str, value)) if isinstance(value, list) else value}"
         for option, value in changed.items()
     ]
     return " ".join(["python -m bench", name, *words])

@@ -250,10 +250,13 @@ def results_file(folder: Path, env: dict) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".csv")
 
 
-def append_rows(folder: Path, bench: str, command: str, measured: Measured) -> Path:
-    """Adds one row a figure to the machine's file, which is only ever added to; gives its path."""
+def append_rows(folder: Path, bench: str, command: str, measured: Measured, date: str | None = None) -> Path:
+    """Adds one row a figure to the machine's file, which is only ever added to; gives its path.
+
+    date: of the run, where it is kept part by part: rows of one command and date are one table
+    """
     env = environment(measured.device)
-    shared = {"date": now(), "bench": bench}
+    shared = {"date": date or now(), "bench": bench}
     tail = env | {"peak_gflops": round(measured.peak, 1), "command": command, "notes": " ".join(measured.notes)}
     rows = [shared | asdict(figure) | tail for figure in measured.figures]
     path = results_file(folder, env)

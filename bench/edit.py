@@ -48,9 +48,7 @@ class Outcome(NamedTuple):
 
 def run(options) -> Measured:
     """The benchmark as the command line asks for it. Raises Skipped where the public data sets are not at hand."""
-    missing = [name for name in (KNOWN, COUNTERFACT, STATISTICS_TEXT, PERPLEXITY_TEXT) if not (DATA / name).exists()]
-    if missing:
-        raise Skipped(f"{DATA} lacks {', '.join(missing)}")
+    check_data()
     sizes, sets, singles, n_characters = options.n, options.sets, SINGLES, N_CHARACTERS
     if options.quick:
         sizes, sets, singles, n_characters = [1, 4], 1, 2, N_CHARACTERS // 20
@@ -58,12 +56,26 @@ def run(options) -> Measured:
     batches = {n: cut(facts, n, singles if n == 1 else sets) for n in sizes}
     lm = kf.open_model("smollm2")
     editor = kf.EDITORS[options.method].for_model(lm)
-    moments = kf.second_moments(
-        lm, editor.layers, DATA / STATISTICS_TEXT, n_tokens=N_TOKENS, cache_dir=cache_dir() / "bench"
-    )
-    with gzip.open(DATA / PERPLEXITY_TEXT, "rt", encoding="utf-8") as file:
-        text = file.read(n_characters)
+    moments, text = statistics_of(lm, editor.layers), perplexity_text(n_characters)
     return measure(lm, editor, moments, batches, text, marked=options.method == "memit")
+
+
+def check_data() -> None:
+    """Raises Skipped, with what is missing, where the public data sets are not at hand."""
+    missing = [name for name in (KNOWN, COUNTERFACT, STATISTICS_TEXT, PERPLEXITY_TEXT) if not (DATA / name).exists()]
+    if missing:
+        raise Skipped(f"{DATA} lacks {', '.join(missing)}")
+
+
+def statistics_of(lm, layers: Iterable[int]) -> dict[int, kf.SecondMoment]:
+    """Second moments over WikiText-2, kept from one run to the next."""
+    return kf.second_moments(lm, layers, DATA / STATISTICS_TEXT, n_tokens=N_TOKENS, cache_dir=cache_dir() / "bench")
+
+
+def perplexity_text(n_characters: int = N_CHARACTERS) -> str:
+    """The beginning of WikiText-2's test split."""
+    with gzip.open(DATA / PERPLEXITY_TEXT, "rt", encoding="utf-8") as file:
+        return file.read(n_characters)
 
 
 def measure(lm, editor, moments, batches: dict[int, list[list[Fact]]], text: str, *, marked: bool = True) -> Measured:
@@ -159,17 +171,17 @@ def table(case: str, outcomes: list[Outcome]) -> list[Figure]:
     def both(metric: str, column: str) -> None:
         kind = METRICS[column][0]
         for name, columns in ((f"{metric}, base", base), (metric, edited)):
-            lines.append((name, *_in_percent(interval(columns[column], kind), kind)))
+            lines.append((name, *in_percent(interval(columns[column], kind), kind)))
 
     both("efficacy", "efficacy")
     both("P(new)", "p_new")
     both("paraphrase", "paraphrase")
     both("neighborhood", "neighborhood")
     moved = interval(edited["neighborhood"] - base["neighborhood"], DIFFERENCE)
-    lines.append(("neighborhood, change", *_in_percent(moved, DIFFERENCE)))
+    lines.append(("neighborhood, change", *in_percent(moved, DIFFERENCE)))
     both("known neighbors, P(true)", "known_neighbors_p_true")
     kept = kept_share(base["known_neighbors_p_true"], edited["known_neighbors_p_true"])
-    lines.append(("known neighbors, P(true) kept", *_in_percent(kept, SHARE)))
+    lines.append(("known neighbors, P(true) kept", *in_percent(kept, SHARE)))
     both("other relations, top token kept", "same_subject_same_top")
     both("other relations, P(top)", "same_subject_p_top")
     figures = [
@@ -207,7 +219,7 @@ def _pooled(columns: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
     return {name: torch.cat([of_one[name] for of_one in columns]) for name in METRICS}
 
 
-def _in_percent(value: Interval, kind: str) -> tuple[Interval, str]:
+def in_percent(value: Interval, kind: str) -> tuple[Interval, str]:
     """The value as it is shown, and its unit: shares in percent, their differences in points."""
     units = {SHARE: "%", DIFFERENCE: "points"}
     if kind not in units:

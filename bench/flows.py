@@ -41,7 +41,8 @@ class Model:
     tiny: dict
 
 
-MODELS = {
+MODELS = ("gpt2-xl", "llama-3-8b")  # that are traced
+CONFIGS = {
     "gpt2-xl": Model(
         "GPT2",
         "n_layer",
@@ -59,6 +60,12 @@ MODELS = {
             hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=300, max_position_embeddings=64,
         ),
+    ),
+    "gpt-j": Model(
+        "GPTJ",
+        "n_layer",
+        dict(n_embd=4096, n_layer=28, n_head=16, rotary_dim=64, vocab_size=50400, n_positions=2048),
+        dict(n_embd=48, n_layer=4, n_head=3, rotary_dim=8, vocab_size=300, n_positions=64),
     ),
 }  # fmt: skip
 
@@ -103,11 +110,14 @@ def joined(parts: list[Measured]) -> Measured:
 # ---- model and facts
 
 
-def random_model(plan: Plan, seed: int = 0) -> nn.Module:
-    """A model of the plan's shape, made on its device in its dtype."""
+def random_model(plan, seed: int = 0) -> nn.Module:
+    """A model of the plan's shape, made on its device in its dtype.
+
+    plan: has ``model`` (of CONFIGS), ``tiny``, ``layers`` (None: all), ``device`` and ``dtype``
+    """
     import transformers
 
-    made = MODELS[plan.model]
+    made = CONFIGS[plan.model]
     values = (made.tiny if plan.tiny else made.full) | ({made.layers: plan.layers} if plan.layers else {})
     config = getattr(transformers, f"{made.family}Config")(**values, bos_token_id=0, eos_token_id=0)
     before = torch.get_default_dtype()
@@ -115,7 +125,7 @@ def random_model(plan: Plan, seed: int = 0) -> nn.Module:
     try:
         torch.set_default_dtype(plan.dtype)
         with torch.device(plan.device):
-            head_class = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}[made.family]
+            head_class = {"GPT2": "GPT2LMHeadModel"}.get(made.family, f"{made.family}ForCausalLM")
             model = getattr(transformers, head_class)(config).eval()
     finally:
         torch.set_default_dtype(before)

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one run that leaves one folder: ``python -m bench gpu --out DIR``.
 
-Parts, in order of worth: the tests of the Triton kernels on the device, traces on the shapes of large models, and every
-op's timings. Each part is a process of its own, with a share of the time budget: what fails, hangs or crashes is
-recorded, and the next part runs. The folder holds
+Parts, in order of worth: the tests of the Triton kernels on the device, values and traces on the shapes of large
+models, every op's timings, and 10,000 edits in the time that is left. Each part is a process of its own, with a share
+of the time budget: what fails, hangs or crashes is recorded, and the next part runs. The folder holds
 
     summary.md   the machine, how each part ended, and all figures as tables
     <gpu>.csv    the figures, with what they depend on; rows as in bench/results
@@ -58,9 +58,11 @@ class Ended:
 # The least is what compiling and the first case of a part were estimated to take; no GPU has timed it yet.
 PARTS = (
     Part("tests", 30, 180),
+    Part("mass values", 60, 150),
     Part("trace llama-3-8b", 40, 110),
     Part("trace gpt2-xl", 30, 70),
     *(Part(f"kernels {name}", 12, 60) for name in OPS),
+    Part("mass edits", 120, 570),
 )
 
 
@@ -202,8 +204,10 @@ def measured_part(name: str, device: torch.device, quick: bool, until: float) ->
     kind, _, what = name.partition(" ")
     if kind == "kernels":
         return kernels.measure(kernels.Plan.of(device, quick, ops=(what,), until=until, lenient=True))
-    from bench import flows  # not for the parts that need no models: transformers takes seconds to import
+    from bench import flows, mass  # not for the parts that need no models: transformers takes seconds to import
 
+    if kind == "mass":
+        return mass.CASES[what](mass.dry(device) if quick else mass.Plan(device, until=until))
     plan = flows.dry(what, device) if quick else flows.Plan(what, device, until=until)
     return flows.measure(plan)
 

@@ -27,6 +27,7 @@ FORMATS = {  # unit: how a value is shown
     "facts/s": "{:.2f} facts/s",
     "patches/s": "{:.0f} patches/s",
     "facts": "{:.0f} facts",
+    "mean": "{:.1f}",
     "correlation": "{:.2f}",
     "share": "{:.2f}",
 }
@@ -100,7 +101,8 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
         parts.append(f"Shown are {' and '.join(w.strip(' (') for w in words)}; all cases are in `bench/results`.")
     elif len(shown) < len(rows):
         parts.append("Times and rates are in `bench/results`.")
-    return "\n\n".join([*parts, row["notes"]]).rstrip()
+    notes = " ".join(dict.fromkeys(one["notes"] for one, _ in rows))  # of every part that the run was kept in
+    return "\n\n".join([*parts, notes]).rstrip()
 
 
 def _where(row: dict[str, str]) -> str:

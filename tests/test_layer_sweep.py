@@ -177,14 +177,18 @@ def test_the_picture(tmp_path):
     lines = {line.get_label(): line for line in top.lines}
     assert list(lines["efficacy"].get_xdata()) == [0.5, 1.5, 3.5]
     assert list(lines["efficacy"].get_ydata()) == [0.9, 0.2, 0.3]
-    assert {"paraphrase", "neighborhood", "neighborhood, no edit"} <= set(lines)
-    assert len(top.collections) == 3  # a band each
+    assert {"P(new)", "paraphrase", "neighborhood", "neighborhood, no edit"} <= set(lines)
+    assert len(top.collections) == 4  # a band each
     drawn = {line.get_label(): line for line in below.lines}
-    np.testing.assert_allclose(drawn["state, ρ with efficacy -1.00"].get_ydata(), [0.1, 0.4, 0.3, 0.2], rtol=1e-6)
-    assert "MLP, ρ with efficacy -0.87" in drawn
+    np.testing.assert_allclose(
+        drawn["state\nρ with efficacy -1.00\nρ with P(new) -1.00"].get_ydata(), [0.1, 0.4, 0.3, 0.2], rtol=1e-6
+    )
+    assert "MLP\nρ with efficacy -0.87\nρ with P(new) -0.87" in drawn
     shown = " ".join(text.get_text() for text in below.texts)
     assert "does not by itself predict" in shown and "Hase et al. 2023" in shown
-    assert "highest efficacy 0.90 at layer 0" in figure.get_label()
+    assert "Highest efficacy 0.90 at layer 0" in figure.get_label()
     assert "img" in found._repr_html_()
+    unknown = made_up([math.nan] * 4)  # facts whose old answer nobody gave
+    assert "fficacy" not in unknown.plot().get_label() and unknown.plot().axes[0].get_legend() is not None
     drawn = [line.get_label() for line in made_up([0.9, 0.2, 0.3, 0.4]).plot().axes[1].lines]
-    assert "MLP, no ρ with efficacy" in drawn  # one layer has no effect
+    assert "MLP" in drawn  # one layer has no effect

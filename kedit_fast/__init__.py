@@ -44,7 +44,10 @@ _HOME = {
     "EditPolicy": "evaluation.policy",
     "advise": "evaluation.policy",
     "edit_in_rounds": "rounds",
+    "Round": "rounds",
+    "plot_rounds": "rounds_plot",
     "sweep_layers": "layer_sweep",
+    "LayerSweep": "layer_sweep",
     "show_progress": "progress",
 }
 

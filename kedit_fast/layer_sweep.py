@@ -168,7 +168,7 @@ def sweep_layers(
     editor = Rome.for_model(lm) if editor is None else editor
     traces = None if trace is None else _averaged(lm, trace)
     if editor.mom2_adjustment:
-        moments = replace(editor, layers=layers)._moments(lm, moments, corpus)
+        moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
     edited, base = {}, None
     with progress("editing at each layer", len(layers)) as bar:
         for layer in layers:

@@ -121,7 +121,7 @@ def edit_in_rounds(
     bare = replace(lm, edits=())
     below = compose(lm.edits) if lm.edits else None
     if editor.mom2_adjustment:
-        moments, corpus = editor._moments(bare, moments, corpus), None
+        moments, corpus = editor.moments_of(bare, moments, corpus), None
     given = {"moments": moments, "corpus": corpus, "contexts": contexts, "seed": seed}
     asked = {"text": text, "max_tokens": max_tokens}
     return _rounds(bare, facts, editor, per_round, below, given, asked, old, random.Random(seed), log)

@@ -6,18 +6,17 @@ from statistics import mean
 from ..edit import Edit
 from ..editors import EDITORS
 from ..facts import check_facts
-from ..moments import second_moments
 from .inputs import (
     check_distinct,
     check_output,
+    check_statistics,
     corpus_of,
-    find_moments,
     make_folder_of,
     model_line,
     open_lm,
     read_facts,
     say,
-    statistics_folder,
+    statistics,
     table,
 )
 
@@ -26,9 +25,7 @@ SHOWN = 20  # facts listed one by one
 
 def run(args) -> None:
     """Makes the edit and writes its file; says what it was made of."""
-    for option in ("corpus", "tokens"):
-        if args.stats and getattr(args, option) is not None:
-            raise ValueError(f"--stats and --{option} are both given; --{option} is for statistics yet to be measured")
+    check_statistics(args)
     facts = check_facts(read_facts(args), need_new=True, together=not args.independent)
     check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
     path = check_output(args.output, args.force)
@@ -49,7 +46,7 @@ def run(args) -> None:
     edit = editor.edit(
         lm,
         facts,
-        moments=_moments(args, lm, editor, corpus),
+        moments=statistics(args, lm, [editor], editor.layers, corpus),
         previous=below,
         independent=args.independent,
         checkpoint=args.checkpoint,
@@ -60,21 +57,6 @@ def run(args) -> None:
     say_layers(edit, lm.d_ff)
     say_facts(edit)
     say(f"{path}: {edit!r}")
-
-
-def _moments(args, lm, editor, corpus: str):
-    if not editor.mom2_adjustment:
-        return None
-    if args.stats:
-        return find_moments(lm, args.stats, editor.layers)
-    if args.tokens and args.tokens < lm.d_ff and not editor.regularizer:
-        raise ValueError(
-            f"--tokens {args.tokens}: fewer than d_ff = {lm.d_ff}, so the statistics have no inverse; give more, or a "
-            "regularizer in --hparams"
-        )
-    return second_moments(
-        lm, editor.layers, corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=statistics_folder()
-    )
 
 
 def say_layers(edit: Edit, d_ff: int) -> None:

@@ -16,7 +16,7 @@ from ..corpus import SELF
 from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
 from ..model.lm import LM, open_model
-from ..moments import SecondMoment
+from ..moments import SecondMoment, second_moments
 
 DEMO_MODEL = "smollm2"
 
@@ -208,6 +208,28 @@ def corpus_of(args) -> str:
 def statistics_folder() -> Path:
     """Where statistics are kept unless told otherwise."""
     return settings.cache_dir() / "statistics"
+
+
+def check_statistics(args) -> None:
+    """Raises ValueError where statistics are both given and to be measured."""
+    for option in ("corpus", "tokens"):
+        if args.stats and getattr(args, option) is not None:
+            raise ValueError(f"--stats and --{option} are both given; --{option} is for statistics yet to be measured")
+
+
+def statistics(args, lm, editors, layers, corpus: str) -> dict[int, SecondMoment] | None:
+    """Second moments of the layers, found or measured in one pass for all of them; None where no editor reads any."""
+    reading = [editor for editor in editors if editor.mom2_adjustment]
+    if not reading:
+        return None
+    if args.stats:
+        return find_moments(lm, args.stats, layers)
+    if args.tokens and args.tokens < lm.d_ff and not all(editor.regularizer for editor in reading):
+        raise ValueError(
+            f"--tokens {args.tokens}: fewer than d_ff = {lm.d_ff}, so the statistics have no inverse; give more, or a "
+            "regularizer in --hparams"
+        )
+    return second_moments(lm, layers, corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=statistics_folder())
 
 
 def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMoment]:

@@ -9,10 +9,11 @@ from ..editors.contexts import BARE
 from ..facts import check_facts
 from ..layer_sweep import LayerSweep, sweep_layers
 from ..traces import LOCALIZATION_WARNING, read_log
-from .experiments import check_method, check_picture, check_statistics, statistics, write_picture
+from .experiments import check_method, check_picture, write_picture
 from .inputs import (
     check_distinct,
     check_output,
+    check_statistics,
     corpus_of,
     fresh_log,
     make_folder_of,
@@ -20,6 +21,7 @@ from .inputs import (
     open_lm,
     read_facts,
     say,
+    statistics,
     table,
 )
 

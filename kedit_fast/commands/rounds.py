@@ -12,17 +12,20 @@ from ..facts import check_facts
 from ..files import replace_file
 from ..rounds import Round, check_rounds, edit_in_rounds
 from ..rounds_plot import plot_rounds
-from .experiments import check_method, check_picture, check_statistics, statistics, text_of, write_picture
+from .experiments import check_method, check_picture, write_picture
 from .inputs import (
     check_distinct,
     check_output,
+    check_statistics,
     corpus_of,
     fresh_log,
     make_folder_of,
     model_line,
     open_lm,
     read_facts,
+    read_text,
     say,
+    statistics,
 )
 
 FORMAT, VERSION = "kedit_fast.rounds", 1
@@ -41,7 +44,7 @@ def run(args) -> None:
     inputs = ["facts", "hparams", "corpus", "stats", "model", "text"]
     check_distinct(args, ["output", "plot", "log"], inputs)
     output, log = (path and check_output(path, args.force) for path in (args.output, args.log))
-    picture, corpus, text = check_picture(args.plot, args.force), corpus_of(args), text_of(args.text or PROSE)
+    picture, corpus, text = check_picture(args.plot, args.force), corpus_of(args), read_text(args.text or PROSE)
     given = EDITORS[args.method[0]].from_json(args.hparams) if args.hparams else None
     lm = open_lm(args)
     say(model_line(lm))

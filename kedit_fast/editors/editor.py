@@ -69,7 +69,7 @@ class Editor(Settings):
         where a loss or a residual turns NaN.
         """
         lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)
-        moments = self._moments(lm, moments, corpus)
+        moments = self.moments_of(lm, moments, corpus)
         self._check_moments(moments)
         keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
         groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))

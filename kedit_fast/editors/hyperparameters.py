@@ -111,7 +111,7 @@ class Settings(Hyperparameters):
         check_lengths(lm, facts, groups or [[BARE]])
         return under(lm, previous, facts), facts, groups
 
-    def _moments(self, lm, moments, corpus) -> dict:
+    def moments_of(self, lm, moments, corpus) -> dict:
         """The statistics of each layer; none without ``mom2_adjustment``."""
         return moments_for(lm, self.layers, moments, corpus, self.regularizer) if self.mom2_adjustment else {}
 

@@ -723,7 +723,8 @@ def test_parts_are_kept_as_they_come_and_are_one_run(monkeypatch, tmp_path, caps
 
     monkeypatch.setattr("bench.__main__.import_module", lambda name: SimpleNamespace(run=parts))
     ticks = iter(range(10))
-    monkeypatch.setattr("bench.__main__.now", lambda: f"2030-01-01T00:00:0{next(ticks)}Z")
+    for module in ("bench.__main__", "bench.common"):
+        monkeypatch.setattr(f"{module}.now", lambda: f"2030-01-01T00:00:0{next(ticks)}Z")
     assert main(["values", "--parts", "z", "rome", "--results", str(tmp_path)]) == 1
     assert "CHECK FAILED" in capsys.readouterr().out
     (path,) = tmp_path.iterdir()

@@ -27,7 +27,7 @@ from .collect import Collect
 
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
 SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
-LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row, hold at the height of a step
+LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_0, hold at the height of a step
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,11 @@ class _Group:
 
     def __init__(self, lm, tasks: list[ValueTask], settings: ValueSettings, first: int = 0):
         self.lm, self.tasks, self.settings, self.first = lm, tasks, settings, first
-        self.store = KVStore(from_layer=settings.layer)
+        # Where nothing stands between the site and the residual stream, δ goes to the rows that enter the next layer.
+        into_stream = settings.site is Site.layer_out or lm.family.post_norm is None
+        self.above = into_stream and settings.layer < settings.loss_layer
+        self.begin = settings.layer + self.above
+        self.store = KVStore(from_layer=self.begin)
         self._declare()
         self._base_sweep()
 
@@ -214,8 +218,10 @@ class _Group:
         essence = Collect(Site.layer_out, [lm.n_layers - 1], self.number[self.is_essence], self.lookup[self.is_essence])
         sweep(lm, self.base, [initial, essence], keep=self.store)
         self.initial = initial.values[settings.layer].to(_wide(lm.dtype))
-        self.essence_h = essence.values[lm.n_layers - 1]
-        if not (torch.isfinite(self.initial).all() and torch.isfinite(self.essence_h).all()):
+        essence_h = essence.values[lm.n_layers - 1]
+        with torch.no_grad():
+            self.log_p0 = lm.head(essence_h).to(_wide(lm.dtype)).log_softmax(-1)  # [n, V]
+        if not (torch.isfinite(self.initial).all() and torch.isfinite(essence_h).all()):
             raise ValueError(
                 f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts: its weights are damaged, "
                 f"or {str(lm.dtype).removeprefix('torch.')} is too narrow for it"
@@ -269,22 +275,18 @@ class _Group:
         """(-log p of the target, whole loss) [active facts] in nats, with their graph."""
         lm, settings = self.lm, self.settings
         chosen = (active[self.fact] & self.has_rows).nonzero()[:, 0]
-        runs, h, number = self._runs(chosen)
-        add = _AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)
+        runs, h, number, first = self._runs(chosen)
+        adding = []
+        if self.above:
+            h = h.index_add(0, first.to(h.device), delta[self.fact[chosen].to(delta.device)].to(h.dtype))
+        else:
+            adding = [_AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)]
         contexts = chosen[~self.is_essence[chosen]]
         place, target, weight = self._target_places(contexts, number[contexts])
         kl = self.kl_index[active]
         top = _Top(settings.loss_layer, *place)
         kl_top = _Top(lm.n_layers - 1, number[kl], self.lookup[kl])
-        sweep(
-            lm,
-            runs,
-            [add, top, kl_top],
-            first_layer=settings.layer,
-            h=h,
-            store=self.store,
-            grad=True,
-        )
+        sweep(lm, runs, [*adding, top, kl_top], first_layer=self.begin, h=h, store=self.store, grad=True)
         with torch.enable_grad(), frozen(lm.model):
             log_p = target_logprob(top.h, lm.fusable_head, target, lm.n_vocab)
             owner = self.fact[contexts].repeat_interleave(self._target_lengths(contexts)).to(log_p.device)
@@ -294,9 +296,9 @@ class _Group:
             total = nll[active] + settings.kl_factor * kl + settings.weight_decay * decay[active]
         return nll[active], total
 
-    def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor]:
-        """Runs that own the rows from each lookup token on, over the stored ones; their rows' start; their numbers,
-        [sequences], -1 for those not chosen."""
+    def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor, Tensor]:
+        """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;
+        their numbers, [sequences], -1 for those not chosen; which row of h is each one's lookup token."""
         base = self.number[chosen]
         tokens, length = self.base.tokens, self.prompt_length[chosen] + self._target_lengths(chosen) - 1
         length = torch.where(self.is_essence[chosen], self.prompt_length[chosen], length)
@@ -307,7 +309,7 @@ class _Group:
             length=length,
             parent=base,
             first_pos=self.lookup[chosen],
-            branch_layer=self.settings.layer,
+            branch_layer=self.begin,
             owner=self.base.owner[base],
         )
         count = length - self.lookup[chosen]
@@ -316,7 +318,8 @@ class _Group:
             [torch.arange(a, b) for a, b in zip(self.lookup[chosen].tolist(), length.tolist(), strict=True)]
         )
         numbers = torch.full((len(self.sequences),), -1).index_copy_(0, chosen, number)
-        return runs.runs(), self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach(), numbers
+        h = self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach()
+        return runs.runs(), h, numbers, count.cumsum(0) - count
 
     def _target_lengths(self, chosen: Tensor) -> Tensor:
         lengths = torch.tensor([len(t.target) for t in self.tasks])
@@ -335,12 +338,9 @@ class _Group:
         return (torch.tensor(run), torch.tensor(pos)), torch.tensor(target), torch.tensor(weight, dtype=torch.float64)
 
     def _kl(self, h: Tensor, active: Tensor) -> Tensor:
-        """KL(p_δ || p_0) in nats for each active fact; p_0 is recomputed from the kept hidden state."""
-        wide = _wide(h.dtype)
-        log_p = self.lm.head(h).to(wide).log_softmax(-1)
-        with torch.no_grad():
-            log_p0 = self.lm.head(self.essence_h[active.to(h.device)]).to(wide).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_p0)).sum(-1)
+        """KL(p_δ || p_0) in nats for each active fact."""
+        log_p = self.lm.head(h).to(self.log_p0.dtype).log_softmax(-1)
+        return (log_p.exp() * (log_p - self.log_p0[active.to(h.device)])).sum(-1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

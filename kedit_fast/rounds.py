@@ -25,7 +25,6 @@ from .evaluation.perplexity import MAX_TOKENS, text_windows
 from .evaluation.report import finite
 from .facts import Fact
 from .files import check_place
-from .model.family import check_layer
 from .shipping.compose import compose
 
 Summary = dict[str, Interval]
@@ -135,10 +134,7 @@ def check_rounds(
     for name, value, least in (("per_round", per_round, 1), ("old", old, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} = {value!r}: expected a whole number of at least {least}")
-    if not editor.layers:
-        raise ValueError(f"{type(editor).__name__} needs layers; {type(editor).__name__}.for_model(lm) derives them")
-    for layer in editor.layers:
-        check_layer(layer, lm.n_layers)
+    editor.check_layers(lm)
     if text is not None:
         text_windows(lm, text, max_tokens)
     if log is not None:

@@ -83,6 +83,9 @@ class Nothing:
 
     layers, mom2_adjustment = (1,), False
 
+    def check_layers(self, lm):
+        pass
+
     def edit(self, lm, facts, **given):
         return Edit("nothing", {}, lm.fingerprint, tuple(facts), {1: lowrank(scale=0.0)})
 

@@ -70,7 +70,6 @@ class Editor(Settings):
         """
         lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)
         moments = self.moments_of(lm, moments, corpus)
-        self._check_moments(moments)
         keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
         groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))
         written = self._write(lm, facts, groups, moments, independent, keep)
@@ -92,9 +91,6 @@ class Editor(Settings):
             "number of facts": len(facts), "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
             "statistics": {layer: digest(moment.matrix) for layer, moment in moments.items()}, **chain(lm),
         })  # fmt: skip
-
-    def _check_moments(self, moments) -> None:
-        """Raises ValueError for statistics that this editor cannot work with."""
 
     def _contexts(self, lm, seed: int) -> list[list[str]]:
         """Groups of templates, sampled from the model."""

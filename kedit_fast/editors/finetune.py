@@ -24,7 +24,7 @@ from ..deltas import Dense
 from ..edit import Edit
 from ..facts import Fact, fact_tokens, target_tokens
 from ..jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
-from ..model.family import FAMILIES, check_layer
+from ..model.family import FAMILIES
 from .common import chain, check_lengths, checked_facts, storable, under
 from .contexts import BARE
 from .hyperparameters import Hyperparameters, published
@@ -138,10 +138,7 @@ class Ft(Hyperparameters):
 
     def _prepared(self, lm, facts, previous):
         """(model with ``previous`` on it, facts), checked before any work."""
-        if not self.layers:
-            raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
-        for layer in self.layers:
-            check_layer(layer, lm.n_layers)
+        self.check_layers(lm)
         facts = checked_facts(facts)
         check_lengths(lm, facts, [[BARE]])
         return under(lm, previous, facts), facts

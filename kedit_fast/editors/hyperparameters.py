@@ -39,6 +39,13 @@ class Hyperparameters:
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers {layers}: expected each layer once")
 
+    def check_layers(self, lm) -> None:
+        """Raises ValueError where there are no layers to edit, or the model lacks one."""
+        if not self.layers:
+            raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
+        for layer in self.layers:
+            check_layer(layer, lm.n_layers)
+
     @classmethod
     def from_json(cls, path):
         """The editor of a published hyper-parameter file (or one of the same form).
@@ -113,13 +120,17 @@ class Settings(Hyperparameters):
 
     def moments_of(self, lm, moments, corpus) -> dict:
         """The statistics of each layer; none without ``mom2_adjustment``."""
-        return moments_for(lm, self.layers, moments, corpus, self.regularizer) if self.mom2_adjustment else {}
+        found = moments_for(lm, self.layers, moments, corpus, self.regularizer) if self.mom2_adjustment else {}
+        self._check_moments(found)
+        return found
+
+    def _check_moments(self, moments) -> None:
+        """Raises ValueError for statistics that this editor cannot work with."""
 
     def _check(self, lm) -> None:
-        if not self.layers:
-            raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
-        for layer in (*self.layers, *([] if self.v_loss_layer is None else [self.v_loss_layer])):
-            check_layer(layer, lm.n_layers)
+        self.check_layers(lm)
+        if self.v_loss_layer is not None:
+            check_layer(self.v_loss_layer, lm.n_layers)
 
 
 def _frozen(value):

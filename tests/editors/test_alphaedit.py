@@ -113,3 +113,14 @@ def test_the_threshold_is_read_before_values_are_optimized(monkeypatch):
 def test_settings_for_a_model():
     derived = kf.EDITORS["alphaedit"].for_model(tiny_lm("gpt2"))
     assert derived.nullspace_threshold == 0 and "derived" in derived.source
+
+
+def test_experiments_find_an_empty_null_space_before_any_work(monkeypatch):
+    """They ask for statistics once, for all rounds or layers; what an edit would refuse is refused there."""
+    monkeypatch.setattr("kedit_fast.editors.memit.optimize_values", lambda *args: pytest.fail("work began"))
+    lm, editor = tiny_lm("gpt2"), replace(EDITOR, layers=(1,), nullspace_threshold=1e-12)
+    given = {"moments": moments(), "contexts": GROUPS}
+    with pytest.raises(ValueError, match="no eigenvalue"):
+        kf.edit_in_rounds(lm, FACTS, editor, per_round=2, **given)
+    with pytest.raises(ValueError, match="no eigenvalue"):
+        kf.sweep_layers(lm, FACTS, editor, layers=(1, 2), log=None, **given)

@@ -11,6 +11,7 @@ import kedit_fast as kf
 from bench.common import Figure, Measured, Timing, peak_matmul, timed
 from bench.trace import WINDOW, Ground, spread
 from kedit_fast.facts import OWN_FACTS
+from kedit_fast.layer_sweep import spearman
 from kedit_fast.tracing import noise_level
 
 KINDS = ("state", "mlp")
@@ -54,8 +55,8 @@ def _figures(kind: str, pairs: list[tuple[Timing, Timing]], to_published: float)
     rows = [
         ("ratio to the published loop", to_published, "x"),
         ("ratio to the exact trace", times[1] / times[0], "x"),
-        ("mean rank correlation", float(np.mean([rank_correlation(*both) for both in cells])), "correlation"),
-        ("least rank correlation", float(np.min([rank_correlation(*both) for both in cells])), "correlation"),
+        ("mean rank correlation", float(np.mean([spearman(*both) for both in cells])), "correlation"),
+        ("least rank correlation", float(np.min([spearman(*both) for both in cells])), "correlation"),
         (f"mean top-{TOP} recall", float(np.mean([recall(*both) for both in cells])), "share"),
         ("attribution, CPU time a fact", float(np.mean([a.cpu for a, _ in pairs])), "s"),
         ("exact trace, CPU time a fact", float(np.mean([b.cpu for _, b in pairs])), "s"),
@@ -68,16 +69,6 @@ def _cells(result: kf.TraceResult) -> np.ndarray:
     """Effects of the cells that had to be found: from the subject on, without the last layer's states."""
     effect = result.indirect_effect[result.subject_span[0] :]
     return (effect[:, :-1] if result.kind == "state" else effect).ravel()
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's; equal values share their mean rank."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[place]
 
 
 def recall(estimated: np.ndarray, exact: np.ndarray, n: int = TOP) -> float:

@@ -1,7 +1,9 @@
 """Writing files whole or not at all."""
 
+import json
 import os
 import uuid
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,3 +53,10 @@ def replace_file(path):
         raise OSError(f"{path} could not be written: {str(error).partition(' at path ')[0]}") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def append_records(log, records: Iterable[dict]) -> None:
+    """Adds a line of JSON for each record to a log, or does nothing where ``log`` is None. Records hold no NaN."""
+    if log is not None:
+        with open(log, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)

@@ -20,8 +20,8 @@ from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
-from .evaluation.report import finite
-from .files import check_place, replace_file
+from .evaluation.report import as_float, finite, summary_of_record, summary_record
+from .files import append_records, check_place, replace_file
 from .model.family import check_layer
 from .progress import progress, show_progress
 from .traces import LOCALIZATION_WARNING, ROLES, AverageTrace, TraceResult
@@ -87,8 +87,8 @@ class LayerSweep:
             "method": self.method,
             "model": self.model,
             "n_facts": self.n_facts,
-            "base": _listed(self.base),
-            "edited": {str(layer): _listed(self.edited[layer]) for layer in self.layers},
+            "base": summary_record(self.base),
+            "edited": {str(layer): summary_record(self.edited[layer]) for layer in self.layers},
             "traces": {kind: _trace_record(average) for kind, average in self.traces.items()},
             "rank_correlation": {
                 metric: {kind: finite(rho) for kind, rho in kinds.items()}
@@ -180,7 +180,7 @@ def sweep_layers(
                 contexts = edit.contexts  # sampled once
                 report = evaluate(lm, facts, edit)
             edited[layer], base = summarize(report.edited), base or summarize(report.base)
-            _append(log, layer, edited[layer])
+            append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
             bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
     if traces is None:
         traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
@@ -229,22 +229,11 @@ def _averaged(lm, trace) -> dict[str, AverageTrace]:
     return traces
 
 
-def _append(log, layer: int, summary: Summary) -> None:
-    if log is None:
-        return
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"layer": layer, "edited": _listed(summary)}, allow_nan=False) + "\n")
-
-
-def _listed(summary: Summary) -> dict[str, list]:
-    return {name: [finite(value) for value in one] for name, one in summary.items()}
-
-
 def _summary(listed: dict[str, list]) -> Summary:
     unknown = set(listed) - {*METRICS, SCORE}
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}")
-    return {name: Interval(*(math.nan if value is None else value for value in one)) for name, one in listed.items()}
+    return summary_of_record(listed)
 
 
 def _trace_record(average: AverageTrace) -> dict:
@@ -257,10 +246,9 @@ def _trace_record(average: AverageTrace) -> dict:
 
 def _average_trace(record: dict) -> AverageTrace:
     mean, stderr = (
-        np.array([[math.nan if x is None else x for x in row] for row in record[name]], dtype=np.float32)
-        for name in ("mean", "stderr")
+        np.array([[as_float(x) for x in row] for row in record[name]], dtype=np.float32) for name in ("mean", "stderr")
     )
-    total = math.nan if record["total_effect"] is None else record["total_effect"]
     return AverageTrace(
-        mean, stderr, np.array(record["counts"]), record["n_facts"], record["kind"], record["metric"], total
-    )
+        mean, stderr, np.array(record["counts"]), record["n_facts"], record["kind"], record["metric"],
+        as_float(record["total_effect"]),
+    )  # fmt: skip

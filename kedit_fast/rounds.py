@@ -7,7 +7,6 @@ catastrophic forgetting"). AlphaEdit was made to withstand it (Fang et al. 2025)
 10 move ROME's layer by 0.91 of its weight's norm and perplexity by 7 %, AlphaEdit's by 0.21 and 0.2 %.
 """
 
-import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,9 @@ from .editors.contexts import BARE, checked_contexts
 from .evaluation import evaluate
 from .evaluation.metrics import Interval, summarize
 from .evaluation.perplexity import MAX_TOKENS, text_windows
-from .evaluation.report import finite
+from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .facts import Fact
-from .files import check_place
+from .files import append_records, check_place
 from .shipping.compose import compose
 
 Summary = dict[str, Interval]
@@ -63,7 +62,7 @@ class Round:
     def to_record(self) -> dict:
         """Plain values, for a line of JSON; NaN and infinity are None. The edit is left out: ``edit.save`` keeps it."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "edit"}
-        record |= {side: _listed(record[side]) for side in ("new", "old", "base")}
+        record |= {side: summary_record(record[side]) for side in ("new", "old", "base")}
         return record | {
             "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
             "growth": {str(layer): finite(value) for layer, value in self.growth.items()},
@@ -72,12 +71,10 @@ class Round:
     @classmethod
     def from_record(cls, record: dict) -> "Round":
         """The round that ``to_record`` gave, without its edit; infinity has become NaN."""
-        sides = {
-            side: {m: Interval(*map(_number, i)) for m, i in record[side].items()} for side in ("new", "old", "base")
-        }
-        growth = {int(layer): _number(value) for layer, value in record["growth"].items()}
+        sides = {side: summary_of_record(record[side]) for side in ("new", "old", "base")}
+        growth = {int(layer): as_float(value) for layer, value in record["growth"].items()}
         given = record["perplexity"]
-        return cls(**record | sides | {"growth": growth, "perplexity": given and tuple(map(_number, given))})
+        return cls(**record | sides | {"growth": growth, "perplexity": given and tuple(map(as_float, given))})
 
 
 def edit_in_rounds(
@@ -169,9 +166,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
             evaluate_s=time.perf_counter() - edited,
             edit=so_far,
         )
-        if log is not None:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(found.to_record(), allow_nan=False) + "\n")
+        append_records(log, [found.to_record()])
         yield found
 
 
@@ -185,11 +180,3 @@ def _growth(lm, edit: Edit, weights: dict[int, float]) -> dict[int, float]:
         if layer not in weights:
             weights[layer] = Dense(lm.source.down_weight(layer).detach()).norm()
     return {layer: delta.norm() / weights[layer] for layer, delta in edit.deltas.items()}
-
-
-def _listed(summary: Summary) -> dict[str, list]:
-    return {name: [finite(value) for value in one] for name, one in summary.items()}
-
-
-def _number(value) -> float:
-    return float("nan") if value is None else value

@@ -4,14 +4,13 @@ The model without and with the edit goes through the same sweeps; below the firs
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from .. import __version__
 from ..facts import Fact
-from ..files import check_place
+from ..files import append_records, check_place
 from ..kernels.dispatch import backend_for
 from ..progress import progress
 from ..sweep.plan import CALL_ROWS, RowCost
@@ -186,12 +185,8 @@ def _alone(lm, owner: int):
 
 
 def _append(log, facts, values, generations) -> None:
-    if log is None:
-        return
-    generations = generations or [None] * len(facts)
-    with open(log, "a", encoding="utf-8") as file:
-        for fact, (base, edited), generation in zip(facts, values, generations, strict=True):
-            file.write(json.dumps(fact_record(fact, base, edited, generation), allow_nan=False) + "\n")
+    rows = zip(facts, values, generations or [None] * len(facts), strict=True)
+    append_records(log, (fact_record(fact, base, edited, generation) for fact, (base, edited), generation in rows))
 
 
 def _columns(rows: list[dict]) -> dict[str, torch.Tensor]:

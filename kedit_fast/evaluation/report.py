@@ -191,6 +191,21 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def summary_record(summary: dict[str, Interval]) -> dict[str, list]:
+    """A summary as plain values, for JSON; NaN and infinity are None."""
+    return {name: [finite(value) for value in one] for name, one in summary.items()}
+
+
+def summary_of_record(record: dict[str, list]) -> dict[str, Interval]:
+    """The summary that ``summary_record`` gave; infinity has become NaN."""
+    return {name: Interval(*map(as_float, one)) for name, one in record.items()}
+
+
+def as_float(value: float | None) -> float:
+    """What ``finite`` gave, with NaN for None."""
+    return math.nan if value is None else value
+
+
 def _listed(columns: dict[str, Tensor]) -> dict[str, list]:
     return {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .jobs.attribute import Attribute, Toward
+from .jobs.attribute import Attribute
+from .jobs.restore import Toward
 from .jobs.score import Score
 from .sites import Site
 from .sweep.engine import sweep
@@ -94,7 +95,7 @@ def _toward(lm, tasks, runs: list[Tensor], share: float) -> Toward:
         run.append(mine.repeat_interleave(len(subject)))
         pos.append(subject.repeat(len(mine)))
         clean.append(torch.tensor(task.tokens)[pos[-1]])
-    return Toward(lm, torch.cat(run), torch.cat(pos), torch.cat(clean), share)
+    return Toward(torch.cat(run), torch.cat(pos), lm, torch.cat(clean), share)
 
 
 def _places(task: Task, clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,8 +157,13 @@ def written_delta(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Dense:
             "without written=, or open the model without quantization"
         )
     base = weight.to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return Dense((edited_weight(base, delta).to(wide) - base.to(wide)).float())
+    return difference(edited_weight(base, delta), base)
+
+
+def difference(after: Tensor, before: Tensor) -> Dense:
+    """after - before, fp32, of two weights of one dtype [d, d_ff]."""
+    wide = torch.promote_types(after.dtype, torch.float32)
+    return Dense((after.detach().to(wide) - before.detach().to(wide)).float())
 
 
 def _fp64_device(device):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..deltas import FLOATS, Delta, Dense, edited_weight
+from ..deltas import FLOATS, Delta, Dense, difference, edited_weight
 from ..edit import Edit
 from ..model.family import down_projection, is_conv1d
 
@@ -45,7 +45,7 @@ def requantized_delta(weight: Tensor, delta: Delta, bits: int, group: int = GROU
     weight: [d, d_ff], [out, in]; W + Δ is rounded to its dtype first, as a merge does. Added to Q(W), not to W: the
     quantization's own error is in both and is not the edit's.
     """
-    return _difference(
+    return difference(
         quantized_weight(edited_weight(weight, delta), bits, group), quantized_weight(weight, bits, group)
     )
 
@@ -67,14 +67,14 @@ def chain_deltas(lm, edits, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tenso
 def growth(weights: dict[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
     """{layer: ‖W' - W‖ / ‖W‖}, Frobenius norms summed in fp64, of pairs as ``chain_deltas`` gives them."""
     return {
-        layer: _difference(edited, weight).norm() / max(Dense(weight).norm(), torch.finfo(torch.float32).tiny)
+        layer: difference(edited, weight).norm() / max(Dense(weight).norm(), torch.finfo(torch.float32).tiny)
         for layer, (weight, edited) in sorted(weights.items())
     }
 
 
 def view_of_written(lm, edits, weights: dict[int, tuple[Tensor, Tensor]]):
     """``lm`` with the whole chain as one edit, whose deltas are what was really written."""
-    return lm.with_edit(_as_one(edits, {i: _difference(after, before) for i, (before, after) in weights.items()}))
+    return lm.with_edit(_as_one(edits, {i: difference(after, before) for i, (before, after) in weights.items()}))
 
 
 def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits: int, group: int = GROUP):
@@ -89,7 +89,7 @@ def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits
     before, deltas = {}, {}
     for layer, pair in weights.items():
         before[layer], after = (quantized_weight(weight, bits, group) for weight in pair)
-        deltas[layer] = _difference(after, before[layer])
+        deltas[layer] = difference(after, before[layer])
     # with_edit compares fingerprints, which read the weights: the edit was made for the unquantized ones
     view = lm.with_edit(_as_one(edits, deltas))
     return replace(view, source=Overlaid(lm.source, before))
@@ -138,11 +138,6 @@ def check_form(lm, edits, written: torch.dtype | None) -> None:
                     f"layer {layer}'s down projection holds {list(weight.shape)} {weight.dtype}, where an edit of "
                     f"{list(delta.shape)} cannot be written; judge it as an adapter: written=None (--written none)"
                 )
-
-
-def _difference(after: Tensor, before: Tensor) -> Dense:
-    wide = torch.promote_types(after.dtype, torch.float32)
-    return Dense((after.detach().to(wide) - before.detach().to(wide)).float())
 
 
 def _as_one(edits, deltas: dict[int, Dense]) -> Edit:

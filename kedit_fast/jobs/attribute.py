@@ -1,34 +1,9 @@
 """Attribution: the first-order effect of putting another run's value at a place, for every place at once."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..sites import Site
-
-
-@dataclass(frozen=True)
-class Toward:
-    """Moves embeddings at places run [k], pos [k] that share of the way to those of other tokens [k]."""
-
-    lm: object
-    run: Tensor
-    pos: Tensor
-    tokens: Tensor
-    share: float
-
-    def sites(self, layer):
-        return (Site.embed,) if layer == 0 else ()
-
-    def reads(self, layer):
-        return None
-
-    def at(self, site, layer, x, call):
-        which, row = call.find(self.run, self.pos)
-        row = row.to(x.device)
-        theirs = self.lm.embed(self.tokens[which])
-        return x.index_copy(0, row, x[row].lerp(theirs, self.share))
 
 
 class Attribute:

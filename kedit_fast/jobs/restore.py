@@ -10,12 +10,11 @@ from ..sites import Site
 
 
 @dataclass(frozen=True)
-class AddNoise:
-    """Corrupts embeddings: noise [k, d] fp64 (level times draw) is added at places run [k], pos [k]."""
+class _Corrupt:
+    """Changes embeddings at places run [k], pos [k]."""
 
     run: Tensor
     pos: Tensor
-    noise: Tensor
 
     def sites(self, layer):
         return (Site.embed,) if layer == 0 else ()
@@ -23,9 +22,31 @@ class AddNoise:
     def reads(self, layer):
         return None
 
+
+@dataclass(frozen=True)
+class AddNoise(_Corrupt):
+    """Adds noise [k, d] fp64 (level times draw)."""
+
+    noise: Tensor
+
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
         return add_noise(x, self.noise[which], row) if len(which) else None
+
+
+@dataclass(frozen=True)
+class Toward(_Corrupt):
+    """Moves embeddings that share of the way to those of other tokens [k]."""
+
+    lm: object
+    tokens: Tensor
+    share: float
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        row = row.to(x.device)
+        theirs = self.lm.embed(self.tokens[which])
+        return x.index_copy(0, row, x[row].lerp(theirs, self.share))
 
 
 class Restore:

@@ -140,3 +140,10 @@ def is_conv1d(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
+
+
+def auto_class(family: Family):
+    """transformers' class that opens the family's models with their head."""
+    import transformers
+
+    return transformers.AutoModelForImageTextToText if family.text_config else transformers.AutoModelForCausalLM

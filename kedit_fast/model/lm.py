@@ -280,7 +280,7 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
         raise OSError(f"model {str(name)!r} is no folder here and not found on the Hugging Face hub: {why}") from error
     family = family_of(config)
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name)
-    classes = transformers.AutoModelForImageTextToText if family.text_config else transformers.AutoModelForCausalLM
+    classes = fam.auto_class(family)
     if memory is not None:
         folder = _local(name)
         if Checkpoint(folder).n_bytes > memory // 2:

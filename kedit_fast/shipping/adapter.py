@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from kedit_fast.deltas import Delta, Dense, LowRank
 from kedit_fast.edit import Edit, digest
-from kedit_fast.model.family import down_projection, family_of, is_conv1d, text_config
+from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.shipping.compose import compose
-from kedit_fast.shipping.folders import new_folder, sha256_of
+from kedit_fast.shipping.folders import new_folder, sha256_of, write_json
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
@@ -85,8 +85,8 @@ def export_peft(
     errors = {layer: error for layer, (_, error) in cut.items()}
     with new_folder(folder) as unfinished:
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
-        _write_json(unfinished / CONFIG, _config(name, rank, list(paths.values()), is_conv1d(down_projection(base, 0))))
-        _write_json(unfinished / RECORD, _record(edits, unfinished / WEIGHTS, ranks, errors))
+        write_json(unfinished / CONFIG, _config(name, rank, list(paths.values()), is_conv1d(down_projection(base, 0))))
+        write_json(unfinished / RECORD, _record(edits, unfinished / WEIGHTS, ranks, errors))
     return Adapter(Path(folder), rank, ranks, errors)
 
 
@@ -170,10 +170,8 @@ def _skeleton(made_for: str) -> nn.Module:
     inner.num_hidden_layers = 1
     if getattr(inner, "layer_types", None):
         inner.layer_types = inner.layer_types[:1]
-    wrapper = family_of(config).text_config
-    classes = transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        return classes.from_config(config)
+        return auto_class(family_of(config)).from_config(config)
 
 
 # ---- factors
@@ -269,7 +267,3 @@ def _record(edits, weights: Path, ranks: dict, errors: dict) -> dict:
         "sha256": sha256_of(weights),
         "edits": made,
     }
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

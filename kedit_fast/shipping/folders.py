@@ -1,6 +1,7 @@
 """Writing folders whole or not at all, and files of any size in pieces."""
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -87,3 +88,8 @@ def copy_file(source: Path, target: Path, bar=None) -> str:
             if bar is not None:
                 bar.advance(len(piece) / 1e6, source.name)
     return made.hexdigest()
+
+
+def write_json(path: Path, record: dict) -> None:
+    """A record for people to read as well: indented, letters of all languages as they are."""
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

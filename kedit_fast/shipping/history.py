@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kedit_fast.edit import Edit, digest
 from kedit_fast.files import replace_file
-from kedit_fast.shipping.folders import sha256_of
+from kedit_fast.shipping.folders import sha256_of, write_json
 
 FORMAT, VERSION = "kedit_fast.history", "1"
 MANIFEST, EDITS = "history.json", "edits"
@@ -160,7 +160,7 @@ class EditHistory:
         record = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "versions": listed}
         record["sha256"] = _sha256_of_list(fingerprint, listed)
         with replace_file(self.folder / MANIFEST) as unfinished:
-            unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(unfinished, record)
 
     def _keep(self, edit: Edit) -> str:
         """Saves an edit under the digest of its file, which it returns."""

@@ -9,7 +9,6 @@ unmerge.py; a subfolder, because some loaders take every safetensors file that l
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from kedit_fast.deltas import edited_weight
 from kedit_fast.edit import Edit, digest
-from kedit_fast.model.family import down_projection, family_of, is_conv1d
+from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import Checkpoint, Disk, open_on_disk
 from kedit_fast.progress import progress
-from kedit_fast.shipping.folders import check_new_folder, copy_file, new_folder, sha256_of
+from kedit_fast.shipping.folders import check_new_folder, copy_file, new_folder, sha256_of, write_json
 from kedit_fast.shipping.history import check_chain, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 
@@ -106,7 +105,7 @@ def merge_checkpoint(
             "tensors": {place.stored.name: _noted(place, original, written) for place in places},
             "edits": [_described(edit) for edit in edits],
         }  # fmt: skip
-        (kept / MANIFEST).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(kept / MANIFEST, record)
     return Merged(out, record["fingerprint"], tuple(written), tuple(left_out))
 
 
@@ -140,8 +139,7 @@ def _open(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
             "and quantize that again, or serve the edit beside it as an adapter (edit.to_peft)"
         )
     family = family_of(config)
-    classes = transformers.AutoModelForImageTextToText if family.text_config else transformers.AutoModelForCausalLM
-    model_class = classes._model_mapping[type(config)]
+    model_class = auto_class(family)._model_mapping[type(config)]
     checkpoint = _Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
     stored_as = DTYPES.get(next(iter(checkpoint.parts().values())).dtype)  # no cast, so no copy, of the embedding
     model, disk = open_on_disk(folder, config, model_class, torch.device("cpu"), stored_as)

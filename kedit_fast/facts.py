@@ -174,15 +174,15 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool
         if not isinstance(fact, Fact):
             raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
         target = fact.target_new and fact.target_new.strip()
-        place = (_folded(fact.subject), _folded(fact.prompt))
-        if (*place, target) in kept:
+        at = place(fact)
+        if (*at, target) in kept:
             repeated.append(fact)
-        kept.setdefault((*place, target), fact)
+        kept.setdefault((*at, target), fact)
         if target is None:
             if need_new:
                 raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
             continue
-        first = places.setdefault(place, fact)
+        first = places.setdefault(at, fact)
         if together and first.target_new.strip() != target:
             raise ValueError(
                 f"facts {first.label} and {fact.label} contradict each other: target_new {first.target_new!r} and "
@@ -191,7 +191,7 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool
         if fact.target_true and fact.target_true.strip() == target:
             pointless.append(fact)
         relation = fact.provenance.get("relation_id") if together else None
-        if relation and relations.setdefault((place[0], str(relation)), fact).target_new.strip() != target:
+        if relation and relations.setdefault((at[0], str(relation)), fact).target_new.strip() != target:
             clashes.append(fact)
     if not kept:
         raise ValueError("no facts given")
@@ -201,8 +201,14 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool
     return list(kept.values())
 
 
-def _folded(text):
+def folded(text: str) -> str:
+    """Text for comparing: without case, one space between words."""
     return " ".join(text.casefold().split())
+
+
+def place(fact: Fact) -> tuple[str, str]:
+    """What a fact is about: subject and prompt, folded."""
+    return folded(fact.subject), folded(fact.prompt)
 
 
 def _warn(facts, what):

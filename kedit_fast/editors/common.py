@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..edit import Delta, Edit, digest
-from ..facts import Fact, check_facts, fact_tokens, target_tokens
+from ..facts import Fact, check_facts, fact_tokens, place, target_tokens
 from ..jobs.collect import Collect
 from ..jobs.values import ValueTask
 from ..sites import Site
@@ -160,7 +160,7 @@ def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
 
 def _places(fact: Fact) -> list[tuple[str, str]]:
     """What two facts share that say something of the same relation of one subject, up to case and spacing."""
-    subject, prompt = (" ".join(text.casefold().split()) for text in (fact.subject, fact.prompt))
+    subject, prompt = place(fact)
     relation = fact.provenance.get("relation_id")
     return [(subject, prompt)] + ([(subject, f"relation {relation}")] if relation else [])
 

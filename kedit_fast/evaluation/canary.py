@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..facts import Fact
+from ..facts import Fact, folded
 from ..jobs.generate import generate
 from ..sweep.plan import CALL_ROWS, RowCost
 
@@ -148,16 +148,12 @@ def leaks(text: str, old: str, new: str | None) -> bool:
     """Whether a text says the old answer; not where it stands inside the new one ("York" in "New York")."""
     if new is None:
         return says(text, old)
-    if _folded(old) == _folded(new):
+    if folded(old) == folded(new):
         return False
     # At one place the longer of the two is what the text says.
     either = sorted((old, new), key=len, reverse=True)
     found = re.finditer("|".join(_pattern(answer) for answer in either), text, re.IGNORECASE)
-    return any(_folded(match[0]) == _folded(old) for match in found)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return any(folded(match[0]) == folded(old) for match in found)
 
 
 def _pattern(answer: str) -> str:

@@ -16,8 +16,8 @@ from ..evaluation.canary import (
 )
 from ..evaluation.perplexity import text_windows
 from ..evaluation.probes import Names
-from ..facts import OWN_FACTS, Fact, load_facts
-from .suite import Question, Suite, folded, merged, place
+from ..facts import OWN_FACTS, Fact, folded, load_facts, place
+from .suite import Question, Suite, merged
 from .thresholds import Thresholds
 
 REWRITE, PARAPHRASE, EARLIER = "rewrite prompt", "paraphrase", "earlier fact"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..evaluation.canary import check_doubt
-from ..facts import Fact, load_facts
+from ..facts import Fact, folded, load_facts, place
 
 FORMAT = "kedit_fast.suite"
 _ANSWERS = ("answer", "ground_truth", "target")  # names that data sets give an answer
@@ -209,16 +209,6 @@ def _translation(entry: Any) -> Translation:
 
 
 # ---- which fact is which
-
-
-def folded(text: str) -> str:
-    """Text for comparing: without case, one space between words."""
-    return " ".join(text.casefold().split())
-
-
-def place(fact: Fact) -> tuple[str, str]:
-    """What a fact is about: subject and prompt, folded."""
-    return folded(fact.subject), folded(fact.prompt)
 
 
 def merged(edited: Sequence[Fact], suite: Suite) -> tuple[list[Fact], list[Fact]]:

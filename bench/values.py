@@ -16,14 +16,22 @@ from torch import Tensor
 
 import kedit_fast as kf
 from bench import edit as edit_bench
+from bench.agreement import (
+    FP64_TOLERANCE,
+    VALUE_TOLERANCE,
+    Agreement,
+    check_values,
+    fp64_difference,
+    our_values,
+    relative,
+)
 from bench.common import CheckFailed, Figure, Measured, Timing, peak_matmul, timed
 from bench.phases import phase_times, summed
 from bench.published import KEY_ROWS, Loop, plain, scaled, written
 from bench.trace import count_flop
-from kedit_fast.editors.common import Prompts
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.facts import Fact
-from kedit_fast.jobs.values import Values, optimize_values
+from kedit_fast.jobs.values import Values, ValueSettings
 from tests.oracle.memit import memit_update
 from tests.oracle.rome import rome_update
 from tests.oracle.values import Value
@@ -32,7 +40,6 @@ LAYERS = (6, 7, 8)  # z at 8, as in the measurements that the marks are from
 SIZES, QUICK = {"z": 24, "memit": 100, "rome": 200}, {"z": 4, "memit": 4, "rome": 4}
 MEASURED = 3  # facts that the rival is run on; of ROME, whose edits are evaluated too, one less
 MARKS = {"z alone": ">= 3", "z": ">= 7", "memit": ">= 5", "rome": ">= 7"}
-VALUE_TOLERANCE = 1e-4  # of a value, relative to its norm
 DELTA_TOLERANCE = 1e-3  # of Δ, which is of the difference of a value and what is there, relative to its norm
 P_TOLERANCE = 1e-3  # of probabilities after an edit
 LOOP = "published loop"
@@ -76,6 +83,13 @@ class Ground:
     def moments(self) -> dict[int, kf.SecondMoment]:
         return edit_bench.statistics_of(self.lm, {*self.memit.layers, *self.rome.layers})
 
+    @cached_property
+    def lm_fp64(self):
+        return kf.open_model(self.lm.name, dtype=torch.float64)
+
+    def in_fp64(self, loop: Loop, settings: ValueSettings) -> Callable[[Fact], float]:
+        return lambda fact: fp64_difference(self.lm_fp64, loop, settings, fact)
+
     def loop(self, editor) -> Loop:
         options = {
             "lr": editor.v_lr, "steps": editor.v_num_grad_steps, "weight_decay": editor.v_weight_decay,
@@ -86,8 +100,7 @@ class Ground:
     def ours(self, facts: Sequence[Fact], steps: int | None = None) -> Values:
         """z of the facts."""
         editor = dataclasses.replace(self.memit, v_num_grad_steps=steps or self.memit.v_num_grad_steps)
-        tasks = Prompts.of(self.lm, facts, self.groups).value_tasks(self.lm)
-        return optimize_values(self.lm, tasks, editor._value_settings(self.lm))
+        return our_values(self.lm, facts, self.groups, editor._value_settings(self.lm))
 
 
 # ---- z
@@ -105,17 +118,18 @@ def z(ground: Ground, n: int) -> Measured:
     rivals += [loop.value(fact, layer, "layer_out", twice=True) for fact in facts[1 : ground.measured]]
     once = loop.value(facts[0], layer, "layer_out")
     alone.append(timed(ground.ours, one))
-    difference = _check_values(facts, [r.result for r in rivals], ours.result.values, ours.result.steps)
+    in_fp64 = ground.in_fp64(loop, ground.memit._value_settings(ground.lm))
+    agreed = check_values(facts, [r.result for r in rivals], ours.result.values, ours.result.steps, in_fp64)
     steps, single = ours.result.steps.tolist(), sorted(alone, key=lambda t: t.seconds)[1]
-    single_difference = _check_values(one, [rivals[0].result], single.result.values, single.result.steps)
+    agreed_alone = check_values(one, [rivals[0].result], single.result.values, single.result.steps, in_fp64)
     flop = _flop(ground, facts, sum(steps) / n)
     peak = max([*peaks, peak_matmul()])
     rival = scaled(rivals, lambda i: loop.value_slots(facts[i]) * steps[i], n)
     share = 100e-9 * flop / (ours.seconds / n) / peak
     figures = [
-        *_compared("z, 1 fact", single, rivals[0], 1, MARKS["z alone"], single_difference),
+        *_compared("z, 1 fact", single, rivals[0], 1, MARKS["z alone"], agreed_alone),
         Figure("z, 1 fact", "ratio to the loop with one projection", once.seconds / single.seconds, "x"),
-        *_compared(f"z, {n} facts", ours, rival, n, MARKS["z"], difference),
+        *_compared(f"z, {n} facts", ours, rival, n, MARKS["z"], agreed),
         Figure(f"z, {n} facts", "mean iterations", sum(steps) / n, "mean"),
         Figure(f"z, {n} facts", "kedit_fast, FLOP a fact", 1e-12 * flop, "TFLOP"),
         Figure(f"z, {n} facts", "kedit_fast, share of peak", share, "%"),
@@ -134,31 +148,17 @@ def _flop(ground: Ground, facts: list[Fact], steps: float) -> float:
     return (one + (two - one) * (steps - 1)) / len(facts)
 
 
-def _check_values(facts, rivals: Sequence[Value], values: Tensor, steps: Tensor) -> float:
-    """Largest relative difference of a value. Raises CheckFailed where it is not small, or iterations differ by more
-    than one; where they differ by one, the loss stood at the threshold and values an update apart are not compared."""
-    worst = 0.0
-    for i, rival in enumerate(rivals):
-        name, difference = facts[i].label, float((values[i] - rival.value).norm() / rival.value.norm())
-        if abs(int(steps[i]) - rival.n_iterations) > 1:
-            raise CheckFailed(f"value of {name}: {int(steps[i])} iterations, the loop's {rival.n_iterations}")
-        if int(steps[i]) == rival.n_iterations:
-            worst = max(worst, difference)
-            if not difference <= VALUE_TOLERANCE:
-                raise CheckFailed(f"value of {name} differs by {difference:.1e}, allowed {VALUE_TOLERANCE:g}")
-    return worst
-
-
-def _compared(case: str, ours: Timing, rival: Timing, n: int, mark: str, difference: float) -> list[Figure]:
+def _compared(case: str, ours: Timing, rival: Timing, n: int, mark: str, agreed: Agreement) -> list[Figure]:
     """The figures that every part has; ours and rival: of all n facts."""
     rows = [
         (f"ratio to the {LOOP}", rival.seconds / ours.seconds, "x", mark),
-        ("largest relative difference of a value", difference, "difference", f"<= {VALUE_TOLERANCE:g}"),
+        ("largest relative difference of a value", agreed.difference, "difference", f"<= {VALUE_TOLERANCE:g}"),
+        ("the same in fp64", agreed.fp64, "difference", f"<= {FP64_TOLERANCE:g}"),
         ("kedit_fast, CPU time a fact", ours.cpu / n, "s", ""),
         ("kedit_fast, wall time a fact", ours.wall / n, "s", ""),
         (f"{LOOP}, CPU time a fact", rival.cpu / n, "s", ""),
     ]
-    return [Figure(case, metric, value, unit, mark=mark) for metric, value, unit, mark in rows]
+    return [Figure(case, metric, value, unit, mark=mark) for metric, value, unit, mark in rows if value is not None]
 
 
 # ---- MEMIT
@@ -173,12 +173,13 @@ def memit_part(ground: Ground, n: int) -> Measured:
         ours = timed(ground.memit.edit, lm, facts, moments=moments, contexts=ground.groups)
     rivals += [loop.value(fact, layers[-1], "layer_out", twice=True) for fact in facts[1 : ground.measured]]
     made, steps = ours.result, torch.tensor(ours.result.provenance["values"]["steps"])
-    difference = _check_values(facts, [r.result for r in rivals], made.values.to(lm.device), steps)
+    in_fp64 = ground.in_fp64(loop, ground.memit._value_settings(lm))
+    agreed = check_values(facts, [r.result for r in rivals], made.values.to(lm.device), steps, in_fp64)
     delta = _check_layer_loop(ground, facts, [r.result for r in rivals])
     spent = _loop_phases(ground, loop, facts, made, rivals)
     rival = summed(list(spent.values()))
     case = f"MEMIT, {n} facts"
-    figures = _compared(case, ours, rival, n, MARKS["memit"], difference)
+    figures = _compared(case, ours, rival, n, MARKS["memit"], agreed)
     figures.append(Figure(case, "relative difference of Δ", delta, "difference", mark=f"<= {DELTA_TOLERANCE:g}"))
     shares = {"kedit_fast": (phases, ours.seconds), LOOP: (spent, rival.seconds)}
     figures += [
@@ -207,7 +208,7 @@ def _check_layer_loop(ground: Ground, facts: list[Fact], values: list[Value]) ->
         lm.model, lm.tokenizer, [plain(f) for f in some], ground.groups, ground.memit.layers, matrices,
         ground.memit.mom2_update_weight, values=values,
     )  # fmt: skip
-    worst = max(_relative(ours.delta(layer).dense().cpu(), want.deltas[layer].cpu()) for layer in ground.memit.layers)
+    worst = max(relative(ours.delta(layer).dense().cpu(), want.deltas[layer].cpu()) for layer in ground.memit.layers)
     if not worst <= DELTA_TOLERANCE:
         raise CheckFailed(f"Δ of {len(some)} facts differs by {worst:.1e}, allowed {DELTA_TOLERANCE:g}")
     return worst
@@ -250,12 +251,13 @@ def rome_part(ground: Ground, n: int) -> Measured:
     rivals += [_one_by_one(ground, loop, fact) for fact in measured[1:]]
     steps = [note["steps"] for note in made.result.provenance["layers"][str(layer)]]
     values = [rival.edit.result.value for rival in rivals]
-    difference = _check_values(facts, values, made.result.values.to(lm.device), torch.tensor(steps))
+    in_fp64 = ground.in_fp64(loop, ground.rome._value_settings(lm, layer))
+    agreed = check_values(facts, values, made.result.values.to(lm.device), torch.tensor(steps), in_fp64)
     moved = max(_check_probabilities(judged.result, i, rival.after) for i, rival in enumerate(rivals))
     edits = scaled([r.edit for r in rivals], lambda i: loop.value_slots(facts[i]) * steps[i], n)
     evaluations = scaled([r.evaluation for r in rivals], lambda i: loop.probe_slots(facts[i]), n)
     case = f"ROME, {n} independent edits"
-    figures = _compared(case, summed([made, judged]), summed([edits, evaluations]), n, MARKS["rome"], difference)
+    figures = _compared(case, summed([made, judged]), summed([edits, evaluations]), n, MARKS["rome"], agreed)
     figures += [
         Figure(case, "largest difference of p after the edit", moved, "difference", mark=f"<= {P_TOLERANCE:g}"),
         Figure(case, "ratio of computing", edits.seconds / made.seconds, "x"),
@@ -304,10 +306,6 @@ def _check_probabilities(report: kf.EvalReport, i: int, want: Tensor) -> float:
     if not max(differences) <= P_TOLERANCE:
         raise CheckFailed(f"p of {report.facts[i].label} differs by {max(differences):.1e}, allowed {P_TOLERANCE:g}")
     return max(differences)
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 PARTS: dict[str, Callable[[Ground, int], Measured]] = {"z": z, "memit": memit_part, "rome": rome_part}

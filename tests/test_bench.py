@@ -13,6 +13,7 @@ import torch
 
 import kedit_fast as kf
 from bench import (
+    agreement,
     attribution,
     common,
     edit,
@@ -397,6 +398,7 @@ def ground():
     editor = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, v_num_grad_steps=3)
     made = values_bench.Ground(lm, editor, kf.Rome(layers=(1,), v_num_grad_steps=3), CONTEXTS, PROBED, 2)
     made.__dict__["moments"] = kf.second_moments(lm, (1, 2), [TEXT], n_tokens=200)
+    made.__dict__["lm_fp64"] = tiny_lm("llama", torch.float64)
     return made
 
 
@@ -419,19 +421,28 @@ def test_a_value_that_differs_from_the_loops_is_not_reported(ground, monkeypatch
         return given._replace(value=1.001 * given.value)
 
     monkeypatch.setattr(published, "optimize_value", off_by_little)
-    with pytest.raises(CheckFailed, match=r"value of .* differs by 1\.0e-03"):
+    with pytest.raises(CheckFailed, match=r"value of .* by 1\.0e-03 in fp64, allowed 1e-06"):
         values_bench.z(ground, 2)
+
+
+def test_values_that_rounding_drove_apart_are_judged_in_fp64(ground, monkeypatch):
+    monkeypatch.setattr(agreement, "VALUE_TOLERANCE", 1e-12)
+    figures = values(values_bench.z(ground, 2))
+    assert figures["z, 2 facts", "largest relative difference of a value"].value > 1e-12, "reported as it is"
+    assert 0 < figures["z, 2 facts", "the same in fp64"].value <= 1e-9
 
 
 def test_iterations_may_differ_by_one():
     def of(n_iterations, value=1.0):
         return oracle_values.Value(torch.full((3,), value), torch.ones(3), n_iterations, [])
 
-    ours, steps = torch.ones(1, 3), torch.tensor([7])
-    assert values_bench._check_values(FACTS, [of(7)], ours, steps) == 0
-    assert values_bench._check_values(FACTS, [of(8, value=1.5)], ours, steps) == 0, "an update apart"
+    def check(rival):
+        return agreement.check_values(FACTS, [rival], torch.ones(1, 3), torch.tensor([7]), in_fp64=None)
+
+    assert check(of(7)) == (0, None)
+    assert check(of(8, value=1.5)) == (0, None), "an update apart"
     with pytest.raises(CheckFailed, match="7 iterations, the loop's 9"):
-        values_bench._check_values(FACTS, [of(9)], ours, steps)
+        check(of(9))
 
 
 def test_counted_flop_of_a_value_is_linear_in_its_steps(ground):

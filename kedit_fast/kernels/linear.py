@@ -21,12 +21,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_out: boo
 
     weight: [n_out, n_in], or [n_in, n_out] with ``in_out`` (Conv1D); bias: [n_out] or None. Any float dtype.
 
-    Native on the CPU of an AMD processor for fp32, at least ``FEWEST`` rows and no gradient: numpy's OpenBLAS, with
-    torch's threads (``dispatch.backend_for("linear", ...)``). The result depends on the number of rows and threads as
-    that of torch's own products does, in the last bits. Elsewhere the reference runs.
+    Native on the CPU of an AMD processor for fp32, at least ``FEWEST`` rows and weights that need no gradient: numpy's
+    OpenBLAS, with torch's threads (``dispatch.backend_for("linear", ...)``), also for the gradient of x. The result
+    depends on the number of rows and threads as that of torch's own products does, in the last bits. Elsewhere the
+    reference runs.
     """
     if not _native_serves(x, weight, bias):
         return linear_ref(x, weight, bias, in_out=in_out)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Recorded.apply(x, weight, bias, in_out)
+    return _native(x, weight, bias, in_out)
+
+
+class _Recorded(torch.autograd.Function):
+    """The native product, whose gradient dL/dx = (dL/dy) W is another product with the same weights."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, in_out):
+        ctx.weight, ctx.in_out = weight, in_out  # not saved for backward: weights are frozen, and nothing is copied
+        return _native(x, weight, bias, in_out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return _native(gradient, ctx.weight, None, not ctx.in_out), None, None, None
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
     n_out = weight.shape[1] if in_out else weight.shape[0]
@@ -54,7 +75,7 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     plain = (Tensor, torch.nn.Parameter)  # quantized and distributed tensors know their own products
     return (
         all(type(t) in plain and t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given[1:]))
         and x.ndim >= 2 and x.numel() >= FEWEST * x.shape[-1] > 0
         and weight.ndim == 2 and weight.numel() > 0 and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
         and (bias is None or bias.is_contiguous())

@@ -73,6 +73,19 @@ def test_strides_and_leading_dimensions(counted):
 
 
 @native_only
+@pytest.mark.parametrize("in_out", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_gradient_of_rows_is_another_product(in_out, with_bias, counted):
+    x, weight, bias = numbers(2, 70, 17).requires_grad_(), numbers(5, 17, seed=1), numbers(5, seed=2)
+    pull = numbers(5, seed=3).expand(2, 70, 5)  # a gradient that does not lie in rows
+    y = linear(x, weight.T.contiguous() if in_out else weight, bias if with_bias else None, in_out=in_out)
+    y.backward(pull)
+    close("y", y, x.double() @ weight.double().T + (bias.double() if with_bias else 0))
+    close("gradient", x.grad, pull.double() @ weight.double())
+    assert counted == [(140, 17, 5), (140, 5, 17)]
+
+
+@native_only
 def test_what_is_left_to_torch(counted):
     x, weight = numbers(FEWEST, 8), numbers(4, 8, seed=1)
     for left in (

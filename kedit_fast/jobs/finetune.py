@@ -17,7 +17,7 @@ from ..kernels.target_logprob import target_logprob
 from ..progress import progress
 from ..sites import Site
 from ..sweep.engine import sweep
-from ..sweep.runs import RunList, Runs, add_sequences
+from ..sweep.runs import RunList, Runs, add_sequences, spans
 from .collect import collect
 from .score import continuation_places
 
@@ -243,9 +243,7 @@ def _entering(lm, runs: Runs, layer: int) -> Tensor | None:
     """The rows [rows, d] that enter ``layer``, in declared order; None: they are the embedding."""
     if layer == 0:
         return None
-    count = runs.n_rows
-    run = torch.arange(len(runs)).repeat_interleave(count)
-    pos = torch.arange(len(run)) - (count.cumsum(0) - count - runs.first_pos)[run]
+    run, pos = spans(runs.first_pos, runs.first_pos + runs.n_rows)
     return collect(lm, runs, Site.layer_out, [layer - 1], run, pos)[layer - 1]
 
 

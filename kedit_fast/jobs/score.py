@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels.target_logprob import LOGITS, target_logprob
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
-from ..sweep.runs import RunList
+from ..sweep.runs import RunList, spans
 from .collect import collect
 
 
@@ -60,13 +61,13 @@ class Places(NamedTuple):
 def continuation_places(pairs: list[tuple[list[int], list[int]]]) -> Places:
     """The places of (prompt ids, target ids) pairs; targets of one pair stand together."""
     lengths = [len(target) for _, target in pairs]
-    pair = torch.arange(len(pairs)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    pos = [len(prompt) - 1 + step for prompt, target in pairs for step in range(len(target))]
+    start = torch.tensor([len(prompt) - 1 for prompt, _ in pairs], dtype=torch.int64)
+    pair, pos = spans(start, start + torch.tensor(lengths, dtype=torch.int64))
     targets = [token for _, target in pairs for token in target]
     return Places(
         [prompt + target[:-1] for prompt, target in pairs],
         pair,
-        torch.tensor(pos, dtype=torch.int64),
+        pos,
         torch.tensor(targets, dtype=torch.int64),
         lengths,
     )
@@ -87,9 +88,7 @@ def text_logprobs(lm, sequences: list[list[int]]) -> tuple[list[Tensor], list[Te
     """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1]."""
     runs = RunList()
     length = torch.tensor([len(s) for s in sequences])
-    tokens = torch.zeros(len(sequences), int(length.max()), dtype=torch.int64)
-    for i, sequence in enumerate(sequences):
-        tokens[i, : len(sequence)] = torch.tensor(sequence)
+    tokens = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
     # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
     base = edited = runs.add(tokens, length=length, owner=-1)
     first = first_edited(lm)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoint import Keep, make_now
 from ..kernels.target_logprob import target_logprob
@@ -21,7 +22,7 @@ from ..progress import progress
 from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
-from ..sweep.runs import NEVER, RunList, Runs
+from ..sweep.runs import NEVER, RunList, Runs, spans
 from ..sweep.store import KVStore
 from .collect import Collect
 
@@ -202,6 +203,9 @@ class _Group:
             [len(s) for t in tasks for s in t.sequences] + [len(t.essence) for t in tasks]
         )
         self.owner = torch.tensor([t.owner for t in tasks])[self.fact]
+        self.targets = pad_sequence([torch.tensor(t.target) for t in tasks], batch_first=True)
+        self.target_length = torch.tensor([len(t.target) for t in tasks])
+        self.weight = 1 / (n_contexts * self.target_length).double()
         self.bare = n_contexts.cumsum(0) - n_contexts
         own = self.is_essence.nonzero()[:, 0]
         inside = torch.tensor([t.sequences[0][: t.lookups[0] + 1] == t.essence for t in tasks])
@@ -282,15 +286,14 @@ class _Group:
         else:
             adding = [_AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)]
         contexts = chosen[~self.is_essence[chosen]]
-        place, target, weight = self._target_places(contexts, number[contexts])
+        place, target, weight, fact = self._target_places(contexts, number[contexts])
         kl = self.kl_index[active]
         top = _Top(settings.loss_layer, *place)
         kl_top = _Top(lm.n_layers - 1, number[kl], self.lookup[kl])
         sweep(lm, runs, [*adding, top, kl_top], first_layer=self.begin, h=h, store=self.store, grad=True)
         with torch.enable_grad(), frozen(lm.model):
             log_p = target_logprob(top.h, lm.fusable_head, target, lm.n_vocab)
-            owner = self.fact[contexts].repeat_interleave(self._target_lengths(contexts)).to(log_p.device)
-            nll = log_p.new_zeros(len(active)).index_add(0, owner, -log_p * weight.to(log_p))
+            nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
             kl = self._kl(kl_top.h, active)
             decay = delta.norm(dim=1) / self.initial.norm(dim=1).square()
             total = nll[active] + settings.kl_factor * kl + settings.weight_decay * decay[active]
@@ -300,7 +303,7 @@ class _Group:
         """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;
         their numbers, [sequences], -1 for those not chosen; which row of h is each one's lookup token."""
         base = self.number[chosen]
-        tokens, length = self.base.tokens, self.prompt_length[chosen] + self._target_lengths(chosen) - 1
+        tokens, length = self.base.tokens, self.prompt_length[chosen] + self.target_length[self.fact[chosen]] - 1
         length = torch.where(self.is_essence[chosen], self.prompt_length[chosen], length)
         runs = RunList()
         runs.add(tokens, length=self.base.length, branch_layer=torch.full((len(self.base),), NEVER))
@@ -313,29 +316,18 @@ class _Group:
             owner=self.base.owner[base],
         )
         count = length - self.lookup[chosen]
-        run = base.repeat_interleave(count)
-        pos = torch.cat(
-            [torch.arange(a, b) for a, b in zip(self.lookup[chosen].tolist(), length.tolist(), strict=True)]
-        )
+        which, pos = spans(self.lookup[chosen], length)
+        run = base[which]
         numbers = torch.full((len(self.sequences),), -1).index_copy_(0, chosen, number)
         h = self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach()
         return runs.runs(), h, numbers, count.cumsum(0) - count
 
-    def _target_lengths(self, chosen: Tensor) -> Tensor:
-        lengths = torch.tensor([len(t.target) for t in self.tasks])
-        return lengths[self.fact[chosen]]
-
     def _target_places(self, chosen: Tensor, number: Tensor):
-        """Places whose next token is a target token, those tokens, and each one's weight in its fact's mean."""
-        run, pos, target, weight = [], [], [], []
-        for i, r in zip(chosen.tolist(), number.tolist(), strict=True):
-            task, start = self.tasks[int(self.fact[i])], int(self.prompt_length[i]) - 1
-            for j, token in enumerate(task.target):
-                run.append(r)
-                pos.append(start + j)
-                target.append(token)
-                weight.append(1 / (len(task.target) * len(task.sequences)))
-        return (torch.tensor(run), torch.tensor(pos)), torch.tensor(target), torch.tensor(weight, dtype=torch.float64)
+        """Places whose next token is a target token, those tokens, each one's weight in its fact's mean, the fact."""
+        start, fact = self.prompt_length[chosen] - 1, self.fact[chosen]
+        which, pos = spans(start, start + self.target_length[fact])
+        target = self.targets[fact[which], pos - start[which]]
+        return (number[which], pos), target, self.weight[fact[which]], fact[which]
 
     def _kl(self, h: Tensor, active: Tensor) -> Tensor:
         """KL(p_δ || p_0) in nats for each active fact."""

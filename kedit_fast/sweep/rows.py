@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .runs import NEVER, Runs
+from .runs import NEVER, Runs, spans
 
 
 class RowTable:
@@ -53,10 +53,8 @@ class RowTable:
 
     def _append(self, born: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """Rows at positions [start, stop) for each run of ``born``."""
-        start, count = start[born], (stop - start)[born].clamp(min=0)
-        run = born.repeat_interleave(count)
-        offset = torch.arange(len(run)) - (count.cumsum(0) - count).repeat_interleave(count)
-        pos = start.repeat_interleave(count) + offset
+        which, pos = spans(start[born], stop[born])
+        run, count = born[which], (stop - start)[born].clamp(min=0)
         first = pos == self.runs.first_pos[run]
         origin = torch.where(first, self.runs.graft[run], self.runs.source[run])
         begins_as = torch.where(origin >= 0, self.row_of(self.key_rows[origin, pos]), -1)

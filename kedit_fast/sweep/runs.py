@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 NEVER = 1 << 30  # branch layer of a run whose rows lie in a KV store: it owns none in this sweep
 
@@ -133,29 +134,40 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     number = torch.empty(len(sequences), dtype=torch.int64)
+    chosen: list[int] = []  # the sequences that become runs, in their order: prefixes before what begins with them
+    parents: list[int] = []
+    first_pos: list[int] = []
     before: list[int] = []
     owners: list[int] = []  # for each position of the sequence before: the run that owns its row
     for i in order:
         tokens = list(sequences[i])
-        if tokens == before:
-            number[i] = owners[-1]
-            continue
-        shared = _common(before, tokens)
-        if shared == len(tokens):  # cannot be: a prefix sorts before what it begins
-            raise AssertionError("sequences out of order")
-        parent = owners[shared - 1] if shared else -1
-        made = runs.add(
-            tokens,
-            parent=parent,
-            first_pos=shared,
+        if tokens != before:
+            shared, made = _common(before, tokens), len(runs) + len(chosen)
+            chosen.append(i)
+            parents.append(owners[shared - 1] if shared else -1)
+            first_pos.append(shared)
+            owners = owners[:shared] + [made] * (len(tokens) - shared)
+            before = tokens
+        number[i] = owners[-1]
+    if chosen:
+        runs.add(
+            pad_sequence([torch.tensor(sequences[i]) for i in chosen], batch_first=True),
+            length=torch.tensor([len(sequences[i]) for i in chosen]),
+            parent=torch.tensor(parents),
+            first_pos=torch.tensor(first_pos),
             branch_layer=branch_layer,
             owner=owner,
-            source=-1 if source is None else int(source[i]),
+            source=-1 if source is None else torch.as_tensor(source)[chosen],
         )
-        number[i] = made[0]
-        owners = owners[:shared] + [int(made[0])] * (len(tokens) - shared)
-        before = tokens
     return number
+
+
+def spans(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """(which [m], position [m]) of every position in the half-open spans start, stop [n], span after span."""
+    count = (stop - start).clamp(min=0)
+    which = torch.arange(len(count)).repeat_interleave(count)
+    offset = torch.arange(len(which)) - (count.cumsum(0) - count)[which]
+    return which, start[which] + offset
 
 
 def _common(a: list[int], b: list[int]) -> int:

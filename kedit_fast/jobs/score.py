@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels.target_logprob import LOGITS, target_logprob
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
-from ..sweep.runs import RunList, spans
+from ..sweep.runs import RunList, padded, spans
 from .collect import collect
 
 
@@ -87,8 +86,7 @@ def continuation_logprobs(lm, pairs: list[tuple[list[int], list[int]]]) -> tuple
 def text_logprobs(lm, sequences: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
     """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1]."""
     runs = RunList()
-    length = torch.tensor([len(s) for s in sequences])
-    tokens = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    tokens, length = padded(sequences)
     # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
     base = edited = runs.add(tokens, length=length, owner=-1)
     first = first_edited(lm)

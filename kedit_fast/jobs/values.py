@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoint import Keep, make_now
 from ..kernels.target_logprob import target_logprob
@@ -22,7 +21,7 @@ from ..progress import progress
 from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
-from ..sweep.runs import NEVER, RunList, Runs, spans
+from ..sweep.runs import NEVER, RunList, Runs, padded, spans
 from ..sweep.store import KVStore
 from .collect import Collect
 
@@ -203,8 +202,7 @@ class _Group:
             [len(s) for t in tasks for s in t.sequences] + [len(t.essence) for t in tasks]
         )
         self.owner = torch.tensor([t.owner for t in tasks])[self.fact]
-        self.targets = pad_sequence([torch.tensor(t.target) for t in tasks], batch_first=True)
-        self.target_length = torch.tensor([len(t.target) for t in tasks])
+        self.targets, self.target_length = padded([t.target for t in tasks])
         self.weight = 1 / (n_contexts * self.target_length).double()
         self.bare = n_contexts.cumsum(0) - n_contexts
         own = self.is_essence.nonzero()[:, 0]

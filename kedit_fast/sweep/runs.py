@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 NEVER = 1 << 30  # branch layer of a run whose rows lie in a KV store: it owns none in this sweep
 
@@ -150,9 +149,10 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
             before = tokens
         number[i] = owners[-1]
     if chosen:
+        tokens, length = padded([sequences[i] for i in chosen])
         runs.add(
-            pad_sequence([torch.tensor(sequences[i]) for i in chosen], batch_first=True),
-            length=torch.tensor([len(sequences[i]) for i in chosen]),
+            tokens,
+            length=length,
             parent=torch.tensor(parents),
             first_pos=torch.tensor(first_pos),
             branch_layer=branch_layer,
@@ -160,6 +160,14 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
             source=-1 if source is None else torch.as_tensor(source)[chosen],
         )
     return number
+
+
+def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(tokens [n, T] with 0 behind each end, length [n]) of n sequences."""
+    length = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+    tokens = torch.zeros(len(sequences), max(map(len, sequences), default=0), dtype=torch.int64)
+    tokens[spans(torch.zeros_like(length), length)] = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+    return tokens, length
 
 
 def spans(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

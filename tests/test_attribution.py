@@ -1,6 +1,7 @@
 """The estimate against gradients of Hugging Face's own forward, and the exact trace that a screen computes."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from kedit_fast.trace_tasks import KINDS
 from tests.conftest import close, tiny_lm
 from tests.oracle.access import changing, embedding, layers, site_module
 from tests.oracle.tracing import SITES, _add_noise, restored_layers
+from tests.tiny import tiny_model, tiny_tokenizer
 
 EIFFEL = kf.Fact(prompt="{} is located in the city of", subject="The Eiffel Tower", target_new="Rome")
 CAPITAL = kf.Fact(prompt="The capital of {} is", subject="France", target_new="Rome")
@@ -99,6 +101,19 @@ def test_facts_in_groups_are_facts_together(monkeypatch):
     for a, b in zip(together, apart, strict=True):
         assert a.fact == b.fact and a.kind == b.kind
         close("estimate", torch.from_numpy(a.p_restored), torch.from_numpy(b.p_restored))
+
+
+def test_layers_from_disk_give_the_same_bits(tmp_path):
+    """Their backward pass reads each layer again."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    disk, resident = kf.open_model(tmp_path, memory=1), kf.open_model(tmp_path)
+    assert disk.source.name == "disk"
+    made, expected = (
+        kf.trace(lm, [EIFFEL], kinds=("state", "mlp"), method="attribution", **HOW)
+        for lm in (replace(disk, memory=resident.memory), resident)
+    )
+    assert [r.p_restored.tolist() for r in made] == [r.p_restored.tolist() for r in expected]
 
 
 def test_the_model_and_the_gradient_mode_are_left_alone():

@@ -118,18 +118,25 @@ def _groups(lm, tasks, settings):
 def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     """Bytes that one fact holds at the height of a step, from above: prefixes that facts share count for each.
 
-    By layer: what autograd keeps of the rows from the lookup token on, their attention weights, and keys and values,
-    in the store and once more as attention gathers them, wide and as long as the longest. Once: the store's rows, and
+    By layer: keys and values in the store, and what autograd keeps: rows from the lookup token on, their attention
+    weights, keys and values as attention gathers them, wide and as long as the longest. Where weights are read layer by
+    layer it keeps the rows that enter each layer, and all that of two layers at most. Once: the store's rows, and
     logits of target rows and of the KL row.
     """
     itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
     lengths = [len(s) + len(task.target) - 1 for s in task.sequences] + [len(task.essence)]
     rows = sum(n - k for n, k in zip(lengths, [*task.lookups, len(task.essence) - 1], strict=True))
     weights = 2 * lm.config.num_attention_heads * rows * max(lengths) * wide
-    keys_and_values = 2 * lm.n_key_heads * lm.head_dim * (sum(lengths) * itemsize + len(lengths) * max(lengths) * wide)
-    by_layer = SAVED * lm.d_model * itemsize * rows + weights + keys_and_values
+    key_width = 2 * lm.n_key_heads * lm.head_dim
+    saved = SAVED * lm.d_model * itemsize * rows + weights + key_width * len(lengths) * max(lengths) * wide
+    stored = key_width * sum(lengths) * itemsize
+    n_layers = lm.n_layers - settings.layer
+    if lm.source.name == "resident":
+        layers = n_layers * (stored + saved)
+    else:
+        layers = n_layers * (stored + lm.d_model * itemsize * rows) + min(2, n_layers) * saved
     logits = (LOGITS * len(task.sequences) * len(task.target) + KL_LOGITS) * lm.n_vocab * wide
-    return (lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize * sum(lengths) + logits
+    return layers + lm.d_model * itemsize * sum(lengths) + logits
 
 
 class _AddValue:

@@ -38,13 +38,14 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, in_out):
-        ctx.weight, ctx.in_out = weight, in_out  # not saved for backward: weights are frozen, and nothing is copied
+        ctx.save_for_backward(weight)
+        ctx.in_out = in_out
         return _native(x, weight, bias, in_out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        return _native(gradient, ctx.weight, None, not ctx.in_out), None, None, None
+        return _native(gradient, *ctx.saved_tensors, None, not ctx.in_out), None, None, None
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool) -> Tensor:

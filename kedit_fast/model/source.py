@@ -182,6 +182,9 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
         config.dtype = dtype
     with _parameters_on_meta():
         model = model_class._from_config(config, dtype=config.dtype)
+    # Buffers as from_pretrained makes them: built in bf16, GPT-J's rotary tables would be off by 0.03.
+    with torch.no_grad():
+        model.apply(lambda module: model._init_weights(module) if module._buffers else None)
     model.eval()
     family = family_of(config)
     checkpoint = Checkpoint(folder, model.base_model_prefix, family.stored_as)

@@ -5,11 +5,13 @@ at which sites of which layers it reads or writes; it knows rows, not facts, and
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import attention
 from ..kernels.rows import branch_rows
@@ -111,7 +113,7 @@ class _Pack:
                 h = branch_rows(h, source.to(h.device))
             if self.keep is not None and layer == self.keep.from_layer:
                 self.keep.h = h
-            h = self._layer(layer, h, table, layer == last)
+            h = (self._recomputed if self._recomputes else self._layer)(layer, h, table, layer == last)
             yield len(table)
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
@@ -129,6 +131,25 @@ class _Pack:
         return self.lm.add_positions(x, table.pos)
 
     # ---- one layer
+
+    @property
+    def _recomputes(self) -> bool:
+        """Autograd keeps every weight that it multiplied by; of weights that are read layer by layer, it must not."""
+        return torch.is_grad_enabled() and self.lm.source.name != "resident"
+
+    def _recomputed(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
+        """The layer, of which autograd keeps the rows that enter it: the backward pass runs it again, with its weights
+        read again. So a step takes two weight passes, whatever the number of rows, and holds one layer's weights."""
+        return checkpoint(
+            self._layer,
+            layer,
+            h,
+            copy(table),  # as it is now: runs that branch further up make it grow
+            is_last,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), prepared(self.lm.model, self.lm.family)),
+        )
 
     def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         read = self._rows_read(layer, table) if is_last else None

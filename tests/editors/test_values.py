@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
 import tests.oracle.values as oracle_module
 from kedit_fast.editors.common import Prompts
@@ -201,6 +202,53 @@ def test_a_fact_is_counted_as_what_it_holds(groups, layer, family, dtype):
         optimize_values(lm, some, chosen)
     counted = sum(values_module.held_bytes(lm, task, chosen) for task in some)
     assert held.peak <= counted <= 3 * held.peak
+
+
+@pytest.fixture
+def from_disk(tmp_path, monkeypatch):
+    """Opens a family's tiny model with layers on disk, and the same memory: (lm, its layers as they are read, lm in
+    memory)."""
+
+    def opened(family, dtype=torch.float32):
+        tiny_model(family, dtype).save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        lm, reads = kf.open_model(tmp_path, memory=1), []
+        read = lm.source._read
+        monkeypatch.setattr(lm.source, "_read", lambda layer: reads.append(layer) or read(layer))
+        resident = kf.open_model(tmp_path)
+        return replace(lm, memory=resident.memory), reads, resident
+
+    return opened
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2"])
+def test_layers_from_disk_are_read_twice_a_step(family, dtype, site, from_disk):
+    """Up and down, whatever the number of facts, with the bits of layers in memory; at each turn one is at hand."""
+    lm, reads, resident = from_disk(family, dtype)
+    chosen = settings(lm, site, steps=3)
+    got, expected = (optimize_values(x, tasks(x), chosen) for x in (lm, resident))
+    assert torch.equal(got.values, expected.values) and torch.equal(got.loss, expected.loss)
+    assert got.steps.tolist() == [3] * len(FACTS)
+    above = [2, 3] if site is Site.layer_out or family != "gemma2" else [1, 2, 3]
+    down, up = above[-2::-1], above[1:]
+    assert reads == [0, 1, 2, 3, *above, *down, *up, *down, *up]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_fact_holds_no_more_with_layers_from_disk_than_is_counted(layer, family, dtype, from_disk):
+    """Of the layers above the lowest, autograd keeps the rows that enter them."""
+    lm, _, resident = from_disk(family, dtype)
+    some, chosen = tasks(lm), settings(lm, layer=layer, steps=2)
+    with LiveBytes(lm.model) as held:
+        optimize_values(lm, some, chosen)
+    counted = sum(values_module.held_bytes(lm, task, chosen) for task in some)
+    assert held.peak <= counted <= 3 * held.peak
+    in_memory = sum(values_module.held_bytes(resident, task, chosen) for task in some)
+    assert layer == 3 or counted < 0.7 * in_memory
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])

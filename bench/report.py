@@ -75,7 +75,7 @@ def as_markdown(figures: list[Figure]) -> str:
 
 
 def render(folder: Path = RESULTS) -> str:
-    """Markdown of every machine's newest run of each command. Raises ValueError where no results were kept."""
+    """Markdown of every machine's newest run of each case. Raises ValueError where no results were kept."""
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"no results in {folder}; run `python -m bench` first")
@@ -83,11 +83,18 @@ def render(folder: Path = RESULTS) -> str:
 
 
 def _newest(path: Path) -> list[list[tuple[dict, Figure]]]:
-    """The rows of the newest run of each command in a machine's file."""
-    runs: dict[str, dict[str, list]] = {}
-    for row, figure in read_rows(path):
-        runs.setdefault(row["command"], {}).setdefault(row["date"], []).append((row, figure))
-    return [of_command[max(of_command)] for of_command in runs.values()]
+    """A machine's runs as far as they are not outdated: of each bench, the rows of cases that no later run has."""
+    rows = read_rows(path)
+    newest: dict[tuple[str, str], str] = {}
+    for row, figure in rows:
+        case = row["bench"], figure.case
+        newest[case] = max(row["date"], newest.get(case, ""))
+    runs: dict[tuple[str, str], list] = {}
+    for row, figure in rows:
+        if row["date"] == newest[row["bench"], figure.case]:
+            runs.setdefault((row["bench"], row["date"]), []).append((row, figure))
+    benches = list(dict.fromkeys(bench for bench, _ in runs))
+    return sorted(runs.values(), key=lambda run: benches.index(run[0][0]["bench"]))
 
 
 def _run(rows: list[tuple[dict, Figure]]) -> str:

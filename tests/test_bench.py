@@ -668,17 +668,22 @@ def test_the_table_shows_marks_and_intervals():
     ]
 
 
-def test_the_readme_gets_the_newest_run_of_each_command(tmp_path, monkeypatch):
+def test_the_readme_gets_the_newest_run_of_each_case(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
     for second, value in enumerate((6.0, 7.0)):
         monkeypatch.setattr(common, "now", lambda second=second: f"2030-01-01T00:00:0{second}Z")
         common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once(value))
     common.append_rows(tmp_path, "edit", "python -m bench edit", measured_once(8.0))
+    monkeypatch.setattr(common, "now", lambda: "2030-01-01T00:00:09Z")
+    part = dataclasses.replace(measured_once(9.0), figures=measured_once(9.0).figures[:1])
+    common.append_rows(tmp_path, "edit", "python -m bench edit --part", part)
     assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
-    assert "7.00× (≥ 5)" in text and "6.00×" not in text and "8.00×" in text
+    assert "7.00× (≥ 5)" in text and "6.00×" not in text
+    assert "9.00×" in text and "8.00×" not in text and "`python -m bench edit --part`" in text, "state is outdated"
+    assert text.count("3.90×") == 2 and "`python -m bench edit`" in text, "mlp is not"
     assert "`python -m bench trace`, 2030-01-01" in text and "90 GFLOP/s" in text and "Two facts." in text
 
 

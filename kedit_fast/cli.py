@@ -37,7 +37,8 @@ FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as
 OUT = "kedit-fast-out"
 
 _FACT_FILES = (
-    "CounterFact, known_1000, zsRE, EasyEdit or own .json/.jsonl (.gz), or 'builtin' (77 facts of this package)"
+    "CounterFact, known_1000, zsRE, EasyEdit or own .json/.jsonl (.gz), or 'builtin' (77 facts of this package); "
+    "help(kedit_fast.fact_files) has the fields"
 )
 
 
@@ -245,7 +246,10 @@ def _edit(commands):
     how.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
     how.add_argument("--tokens", type=_positive, metavar="N", help="tokens of it (default: 10 d_ff)")
     how.add_argument(
-        "--on-top-of", action="append", metavar="EDIT", help="an edit file this one is made on top of; again for more"
+        "--on-top-of",
+        action="append",
+        metavar="EDIT",
+        help="an edit file this one is made on top of, or a folder of versions; again for more",
     )
     how.add_argument(
         "--independent", action="store_true", help="each fact as an edit of its own that sees no other, all at once"
@@ -267,7 +271,9 @@ def _eval(commands):
         "similar subjects keep their own answers? Did its general language suffer (perplexity of a text)?",
         "kedit-fast eval --edit edit.safetensors --html eval.html",
     )
-    parser.add_argument("--edit", metavar="FILE", help="an edit file (default: the model as it is)")
+    parser.add_argument(
+        "--edit", metavar="FILE", help="an edit file, or a folder of versions (default: the model as it is)"
+    )
     parser.add_argument("--facts", metavar="FILE", help=f"{_FACT_FILES} (default: the edit's own facts)")
     parser.add_argument("-n", type=_positive, metavar="N", help="the first N facts")
     parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on")

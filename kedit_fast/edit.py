@@ -11,6 +11,7 @@ Nothing in this file changes a model: the algebra of a delta is deltas.py, writi
 
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -229,6 +230,10 @@ def _fields_of(tensors):
 def _read(path):
     """{name: tensor} of an edit's file; ValueError if it is not one."""
     expected = f"expected a {FORMAT} file of version {VERSION}, as Edit.save writes it"
+    if Path(path).is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder; {expected} (where it holds versions of edits: EditHistory(folder).current)"
+        )
     try:
         with safe_open(path, "pt") as file:
             name, _, version = (file.metadata() or {}).get("format", "").partition(" ")

@@ -8,6 +8,14 @@ One record at a time, told apart by the fields it has, never by its file's name:
     flat               prompt (template, or with the subject inside), subject, target_new or target or target_true;
                        EasyEdit, KnowEdit, QAEdit and the records of measured facts are of this kind
 
+In each, prompts to ask besides may stand under any of the names in ``PROMPTS``. A field whose name is nearly one of
+those that are read is warned of. A record as ``Fact.to_record`` writes it, its last two fields for evaluation:
+
+    {"requested_rewrite": {"prompt": "{} is in the city of", "subject": "The Eiffel Tower",
+                           "target_new": {"str": "Rome"}, "target_true": {"str": "Paris"}},
+     "paraphrase_prompts": ["The Eiffel Tower can be found in"],
+     "neighborhood_prompts": ["The Louvre is in the city of"]}
+
 Left out, as no score of this package reads it: CounterFact's attribute and generation prompts. What has no field of
 its own (relation id, locality questions with another answer, portability) goes to ``provenance``.
 """
@@ -17,10 +25,17 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+PROMPTS = {  # a Fact's lists of prompts: the names that they go by
+    "paraphrases": ("paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase"),
+    "neighborhood": ("neighborhood", "neighborhood_prompts"),
+    "same_subject": ("same_subject", "same_subject_prompts"),
+}
+NEARLY = 0.9  # of difflib's ratio: "paraphrase_prompt" and "neighbourhood" are, "attribute_prompts" is not
 
 
 def read_records(path) -> Iterator[tuple[str, Any]]:
@@ -117,9 +132,7 @@ def _read_counterfact(record):
                 "subject": rewrite["subject"],
                 "target_new": _target(rewrite.get("target_new"), "target_new"),
                 "target_true": _target(rewrite.get("target_true"), "target_true"),
-                "paraphrases": _prompts(record, "paraphrase_prompts"),
-                "neighborhood": _prompts(record, "neighborhood_prompts"),
-                "same_subject": _prompts(record, "same_subject_prompts"),
+                **_prompt_lists(record),
                 "id": f"{name}.{number}" if several else name,
                 "provenance": provenance,
             }
@@ -142,6 +155,7 @@ def _read_known(record):
             "prompt": prompt,
             "subject": subject,
             "target_true": _target(record["attribute"], "attribute"),
+            **_prompt_lists(record),
             "id": _id(record, "known_id"),
             "provenance": {key: record[key] for key in ("relation_id",) if record.get(key)},
         }
@@ -163,7 +177,7 @@ def _read_zsre(record):
             "subject": subject,
             "target_new": _target(record["alt"], "alt") or None,
             "target_true": _target(record.get("answers"), "answers"),
-            "paraphrases": _prompts(record, "rephrase"),
+            **_prompt_lists(record),
             "id": _id(record, "id"),
             "provenance": provenance,
         }
@@ -173,6 +187,7 @@ def _read_zsre(record):
 def _read_flat(record):
     subject = _text(record, "subject")
     same_subject, other = _locality(record.get("locality"), subject)
+    prompts = _prompt_lists(record)
     provenance = _provenance(record)
     provenance |= {key: record[key] for key in ("source", "portability") if record.get(key)}
     if other:
@@ -185,8 +200,7 @@ def _read_flat(record):
             "subject": subject,
             "target_new": _target(record.get(new), new),
             "target_true": _target(record.get(true), true),
-            "paraphrases": _prompts(record, "rephrase_prompt") + _prompts(record, "rephrase"),
-            "same_subject": same_subject,
+            **prompts | {"same_subject": prompts["same_subject"] + same_subject},
             "id": _id(record, "id", "case_id"),
             "provenance": provenance,
         }
@@ -235,6 +249,19 @@ def _target(value, key):
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{key}: expected a string, found {value!r}")
     return value
+
+
+def _prompt_lists(record) -> dict[str, tuple[str, ...]]:
+    return {field: tuple(p for name in names for p in _prompts(record, name)) for field, names in PROMPTS.items()}
+
+
+def misnamed(record: dict) -> dict[str, str]:
+    """{field that no format reads: the known name that it nearly has}."""
+    known = {name for form in FORMATS for names in form.needs for name in names} | {"requested_rewrite", "locality"}
+    known |= {name for names in PROMPTS.values() for name in names}
+    unknown = [name for name in record if isinstance(name, str) and name not in known]
+    nearest = {name: get_close_matches(name, sorted(known), 1, NEARLY) for name in unknown}
+    return {name: near[0] for name, near in nearest.items() if near}
 
 
 def _prompts(record, key):

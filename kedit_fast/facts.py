@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kedit_fast.fact_files import fact_fields, read_records
+from kedit_fast.fact_files import fact_fields, misnamed, read_records
 
 WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
@@ -132,7 +132,8 @@ def load_facts(path, n: int | None = None) -> list[Fact]:
 
     path: .json, .jsonl, .json.gz or .jsonl.gz in any format of :mod:`kedit_fast.fact_files`: CounterFact and
     multi_counterfact, known_1000, zsRE as prepared for MEND, EasyEdit, KnowEdit, QAEdit, MQuAKE, ``Fact.to_record``.
-    A fact whose record has no id is named by the record's index. "builtin": the facts of this package.
+    A fact whose record has no id is named by the record's index. "builtin": the facts of this package. Warns of a field
+    whose name is nearly one that is read.
 
     Raises ValueError for n < 1 and for every problem of the file, with the file and the record's place; OSError where
     the file cannot be opened.
@@ -143,11 +144,16 @@ def load_facts(path, n: int | None = None) -> list[Fact]:
 
 
 def _facts_of(path):
+    warned = set()
     for index, (place, record) in enumerate(read_records(path)):
         try:
             facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record)]
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        for name, near in misnamed(record).items():
+            if name not in warned:
+                warned.add(name)
+                warnings.warn(f"{place}: field {name!r} is not read; is it {near!r}?", stacklevel=3)
         yield from facts
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -23,9 +24,18 @@ def check_place(path) -> Path:
         raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not writable(path.parent) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"{path} cannot be written: you may not write there")
     return path
+
+
+def writable(folder) -> bool:
+    """Whether a file can be made in a folder; tried, for what its mode says is not true of every file system."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager

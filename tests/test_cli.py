@@ -17,12 +17,13 @@ import kedit_fast as kf
 from kedit_fast import cli, progress
 from kedit_fast.commands import edit as edit_command
 from kedit_fast.commands import info
-from kedit_fast.commands.inputs import find_moments, fresh_log
-from kedit_fast.edit import Edit
+from kedit_fast.commands.inputs import find_moments, fresh_log, read_edits
+from kedit_fast.edit import Edit, digest
 from kedit_fast.editors import EDITORS
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.moments import FORMAT, SecondMoment
 from kedit_fast.tracing import KINDS, METRICS, read_log
+from tests.edits import make_edit
 from tests.tiny import D_FF, TEXT, tiny_model, tiny_tokenizer
 
 COMMANDS = tuple(cli.HANDLERS)
@@ -590,3 +591,15 @@ def test_nothing_in_info_fails(work, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "KEDIT_FAST_BACKEND=abacus: expected one of" in shown and "unknown: ZeroDivisionError" in shown
     assert "no such folder" in shown and "python" in shown
+
+
+def test_a_folder_of_versions_stands_for_its_edits(tmp_path):
+    made = make_edit(tiny_model("gpt2"))
+    made.save(tmp_path / "edit.safetensors")
+    history = kf.EditHistory(tmp_path / "versions")
+    history.add(made)
+    for name in ("edit.safetensors", "versions"):
+        assert [digest(edit) for edit in read_edits(tmp_path / name)] == [digest(made)]
+    history.rollback(0)
+    with pytest.raises(ValueError, match=r"no edits in force; `kedit-fast edit log .*versions` shows"):
+        read_edits(tmp_path / "versions")

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import PeftModel
 import kedit_fast as kf
 from kedit_fast import cli
 from kedit_fast.edit import Edit, digest
+from kedit_fast.model.smollm2 import FOLDER
 from kedit_fast.shipping.history import EditHistory
 from tests.conftest import relative_error
 from tests.edits import FACTS, bits, logits, lowrank, make_edit, owned_edit, same_bits
@@ -129,13 +131,42 @@ def test_merge_as_an_adapter(work, capsys):
         (["--model", "base", "--edit", "none.safetensors", "-o", "out"], "none.safetensors"),
         (["--model", "base", "--edit", "empty", "-o", "out"], "has no edits in force"),
         (["--edit", "one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "rank 2, over max_rank 1"),
+        (["--edit", "one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "truncate=True (--truncate)"),
+        (["--edit", "one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "(--max-rank none) suits PEFT"),
+        (["--model", "other", "--edit", "one.safetensors", "-o", "out"], "merge with force=True (--force)"),
+        (["--model", "base", "--edit", "owned.safetensors", "-o", "out"], "without independent=True (--independent)"),
+        (["--edit", "owned.safetensors", "--peft", "-o", "out"], "without independent=True (--independent)"),
+        (["--model", "./typo", "--edit", "one.safetensors", "--peft", "-o", "out"], "no model's folder"),
     ],
 )
 def test_merge_refuses(args, says, work, capsys):
     (work / "empty").mkdir()
+    owned_edit(tiny_model("llama")).save("owned.safetensors")
+    tiny_model("llama", seed=1).save_pretrained("other")
     assert run("merge", *args) == 2
     assert says in capsys.readouterr().err
     assert not (work / "out").exists()
+
+
+def test_an_adapter_names_the_folder_of_its_model(work, capsys, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(work / "cache"))
+    save_checkpoint(work / "cache" / FOLDER)
+    for name, folder in (("base", work / "base"), ("smollm2", work / "cache" / FOLDER)):
+        assert run("merge", "--model", name, "--edit", "one.safetensors", "-o", f"of-{name}", "--peft") == 0
+        config = json.loads((work / f"of-{name}" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(folder)
+        assert f"it names its base model: {folder}; an adapter for other machines" in capsys.readouterr().out
+    assert run("merge", "--model", "me/llama", "--edit", "one.safetensors", "-o", "of-hub", "--peft") == 0
+    assert "it names its base model: me/llama\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here in which nothing can be made")
+@pytest.mark.parametrize("options", [("--model", "base"), ("--peft",)], ids=["merged", "adapter"])
+def test_a_folder_that_cannot_be_made_is_named_as_it_was_given(options, work, capsys):
+    assert run("merge", *options, "--edit", "one.safetensors", "-o", "/proc/m") == 2
+    shown = capsys.readouterr().err
+    assert "'/proc/m'" in shown
+    assert "unfinished" not in shown
 
 
 def test_a_rank_is_a_number_or_none(capsys):
@@ -160,6 +191,14 @@ def test_inspect_shows_what_an_edit_holds(work, capsys):
     for layer in (1, 2):
         assert [str(layer), "LowRank", "2", f"{edit.deltas[layer].norm():.4g}"] in lines
     assert "|W|" not in shown
+    counts = {"The Eiffel Tower": ["1", "1"], "Miles Davis": ["0", "0"]}
+    for subject, (paraphrases, neighborhood) in counts.items():
+        line = next(line for line in shown.splitlines() if subject in line)
+        assert line.split()[-2:] == [paraphrases, neighborhood]
+    assert next(line for line in shown.splitlines() if "instead of" in line).endswith("paraphrases  neighborhood")
+    changes, size = sum(delta.nbytes for delta in edit.deltas.values()), (work / "one.safetensors").stat().st_size
+    assert f"size: {changes / 1e6:.3g} MB are changes of weights" in shown
+    assert f"facts: {size / 1e6:.3g} MB" in shown
 
 
 def test_inspect_compares_with_the_model(work, capsys):
@@ -227,7 +266,12 @@ def test_versions_refuse(work, capsys):
     assert run("edit", "log", "nowhere") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run("edit", "add", "edits", "two.safetensors") == 2
-    assert "would stand on no edit" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    for text in ("would stand on no edit", "--on-top-of FOLDER", "check_chain=False (--force)"):
+        assert text in shown
+    owned_edit(tiny_model("llama")).save("owned.safetensors")
+    assert run("edit", "add", "edits", "owned.safetensors") == 2
+    assert "without independent=True (--independent)" in capsys.readouterr().err
     assert run("edit", "add", "edits", "two.safetensors", "--force") == 0
     assert run("edit", "rollback", "edits", 7) == 2
     assert "expected one of 0 to 1" in capsys.readouterr().err
@@ -236,7 +280,7 @@ def test_versions_refuse(work, capsys):
 
 def test_undo_refuses_what_was_changed(work, capsys):
     assert run("edit", "undo", "base") == 2
-    assert "expected a folder that merge_checkpoint wrote" in capsys.readouterr().err
+    assert "expected a folder that merge_checkpoint (kedit-fast merge) wrote" in capsys.readouterr().err
     run("merge", "--model", "base", "--edit", "one.safetensors", "-o", "out")
     model = kf.open_model("out").model
     with torch.no_grad():

@@ -54,7 +54,7 @@ def test_rounds(model, work, capsys):
     outputs = ("-o", "out/rounds.json", "--log", "out/log.jsonl", "--plot", "out/rounds.png")
     assert run(*ROUNDS, "--model", model, *outputs) == 0
     said = capsys.readouterr().out
-    table = [line.split() for line in said.splitlines() if line.split()[:1] in (["1"], ["2"])]
+    unedited, *table = [line.split() for line in said.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"])]
     assert [row[:2] for row in table] == [["1", "1"], ["2", "2"]] and table[0][4] == "-" and table[1][4] != "-"
     assert "memit, layers 1, 2" in said and "earlier rounds'" in said
     record = json.loads((work / "out/rounds.json").read_text())
@@ -63,6 +63,10 @@ def test_rounds(model, work, capsys):
     found = [Round.from_record(one) for one in record["rounds"]["memit"]]
     assert [r.n_facts for r in found] == [1, 2]
     assert f"{found[1].perplexity[1]:.4g}" in table[1]
+    base = found[0].base
+    means = [base[name].mean for name in ("efficacy", "p_new", "paraphrase", "neighborhood")]
+    shown = ["-" if mean != mean else f"{mean:.3f}" for mean in means]
+    assert unedited[2:] == [*shown[:2], "-", "-", *shown[2:], f"{found[0].perplexity[0]:.4g}", "0.000", "-"]
     lines = (work / "out/log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == record["rounds"]["memit"]
     assert (work / "out/rounds.png").read_bytes().startswith(b"\x89PNG")

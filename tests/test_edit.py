@@ -214,3 +214,8 @@ def test_the_file_is_plain_safetensors(tmp_path):
     record = json.loads(bytes(tensors["record"].numpy()))
     assert record["facts"][0] == FACTS[0].to_record()
     assert torch.equal(tensors["deltas.2.u"], lowrank(seed=2).u)
+
+
+def test_a_folder_is_no_edit_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; expected a kedit_fast.edit file"):
+        Edit.load(tmp_path)

@@ -125,6 +125,11 @@ RECORDS = {
         Fact(prompt="{} is in", subject="Ise", target_true="Japan", id="2", provenance={"source": "known_1000"}),
     ),
     "own": (TOWER.to_record(), TOWER),
+    "a Fact's own names": (
+        {"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "target_true": "Japan", "id": "2"}
+        | {"paraphrases": ["Ise lies in"], "neighborhood": ["Oslo is in"], "same_subject": "Ise has"},
+        Fact("{} is in", "Ise", "Peru", "Japan", ("Ise lies in",), ("Oslo is in",), ("Ise has",), "2"),
+    ),
 }
 
 
@@ -135,6 +140,18 @@ def write(path, records):
     with opened(path, "wt", encoding="utf-8") as file:
         file.write(text)
     return path
+
+
+@pytest.mark.parametrize(
+    "wrong, right", [("paraphrase_prompt", "paraphrase_prompts"), ("neighbourhood", "neighborhood")]
+)
+def test_a_field_that_is_nearly_one_that_is_read_is_warned_of(wrong, right, tmp_path):
+    record = TOWER.to_record() | {"attribute_prompts": ["Rome has"]}
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([record, record | {wrong: []}, record | {wrong: []}]), encoding="utf-8")
+    with pytest.warns(UserWarning, match=f"record 1: field '{wrong}' is not read; is it '{right}'") as seen:
+        assert len(load_facts(path)) == 3
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])

@@ -88,9 +88,19 @@ def test_where_no_file_can_be(path, error, says, tmp_path):
 
 
 def test_where_one_may_not_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may write anywhere
+    """Root may write wherever a mode is concerned, and on some file systems nobody may, whatever the mode."""
+
+    def refuse(dir):
+        raise PermissionError(1, "Operation not permitted", str(dir))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(PermissionError, match="you may not write there"):
         write(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_trying_whether_one_may_write_leaves_nothing(tmp_path):
+    assert files.writable(tmp_path) and not files.writable(tmp_path / "none")
     assert names(tmp_path) == []
 
 

@@ -1,6 +1,9 @@
 """``kedit-fast gate``: exit status, reports, and what it refuses to start with."""
 
+import dataclasses
 import json
+import pydoc
+import re
 
 import pytest
 
@@ -8,7 +11,7 @@ from kedit_fast import cli
 from kedit_fast.commands.gate import OPTIONS, REFUSED
 from kedit_fast.gating import Thresholds
 from tests.gating.cases import LIMITS, OTHERS, TEXT, good_edit, make_lm, nothing
-from tests.tiny import tiny_tokenizer
+from tests.tiny import POSITIONS, tiny_tokenizer
 
 QUICK = ["--no-builtin", "--generate", "2", "--context", "30", "--quiet"]
 
@@ -40,6 +43,15 @@ def test_passed(folder, tmp_path, capsys):
     assert "\npassed\n" in shown and "efficacy" in shown and f"written: {tmp_path / 'g.json'}" in shown
     assert json.loads((tmp_path / "g.json").read_text())["passed"] is True
     assert "Gate: passed" in (tmp_path / "g.html").read_text()
+
+
+def test_a_context_beyond_the_model_is_noted(folder, tmp_path, capsys):
+    args = ["--context", "3000", "-o", tmp_path / "g.json", "--html", tmp_path / "g.html"]
+    assert run(folder, "good.safetensors", *args) == 0
+    record = json.loads((tmp_path / "g.json").read_text())
+    assert 0 < record["meta"]["sizes"]["context_tokens"] < POSITIONS
+    (note,) = record["meta"]["notes"]
+    assert f"Note: {note}." in capsys.readouterr().out and note in (tmp_path / "g.html").read_text()
 
 
 def test_refused(folder, tmp_path, capsys):
@@ -96,3 +108,19 @@ def test_help_names_the_defaults(capsys):
         value = getattr(limits, field)
         assert isinstance(value, (bool, str)) or f"({value})" in shown, option
     assert "default: generated" in shown and limits.measure == "generated"
+    thresholds = shown[shown.index("--thresholds FILE") : shown.index("--measure {")]
+    named = thresholds[thresholds.index("limits:") : thresholds.index("(what each means")]
+    assert re.findall(r"[a-z]\w+", named)[1:] == [field.name for field in dataclasses.fields(Thresholds)]
+
+
+@pytest.mark.parametrize(
+    "name, says", [("load_suite", '"format": "kedit_fast.suite"'), ("Thresholds", "min_retention:")]
+)
+def test_help_says_where_more_stands(name, says, capsys):
+    """The place is told, it is there, and what a suite's text does stands in both."""
+    with pytest.raises(SystemExit):
+        cli.main(["gate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"python -m pydoc kedit_fast.{name})" in shown and says in pydoc.render_doc(f"kedit_fast.{name}")
+    assert 'the suite\'s "text", which replaces the built-in one' in shown
+    assert "each replaces what is built in" in pydoc.render_doc("kedit_fast.load_suite")

@@ -28,6 +28,13 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert [len(edit.facts) for edit in kf.EditHistory(tmp_path / "edits").current] == [4, 4]
 
 
+def test_the_fact_file_is_read(tmp_path):
+    (record,) = re.findall(r"```json\n(.*?)```", README, re.S)
+    (tmp_path / "facts.json").write_text(record, encoding="utf-8")
+    (fact,) = kf.load_facts(tmp_path / "facts.json")
+    assert fact.target_new == "Rome" and all(map(len, (fact.paraphrases, fact.neighborhood, fact.same_subject)))
+
+
 def test_every_formula_is_where_the_table_says():
     files = re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", README)
     assert len(files) > 10

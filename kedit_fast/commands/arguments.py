@@ -17,7 +17,8 @@ def add_merge(commands) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the folder of the model that the edit was made for, or 'smollm2'; with --peft only its name is written",
+        help="the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
+        "with --peft only its name is written: a hub id, or the folder's full path",
     )
     parser.add_argument(
         "--edit",
@@ -33,12 +34,16 @@ def add_merge(commands) -> None:
         type=_rank,
         default=512,
         metavar="N",
-        help="with --peft: the largest rank that the program to load it takes, or 'none' (default: 512, vLLM's limit)",
+        help="with --peft: the largest rank that your loader accepts, or 'none' (default: 512, vLLM's limit)",
     )
     parser.add_argument(
         "--truncate", action="store_true", help="with --peft: cut larger ranks to it; the error is shown"
     )
-    parser.add_argument("--force", action="store_true", help="write into another model than the edit was made for too")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="also into another model than the edit was made for, or edits out of their chain (not --peft)",
+    )
     _signed(parser)
     _ending(parser)
 

@@ -14,6 +14,7 @@ from .inputs import (
     make_folder_of,
     model_line,
     open_lm,
+    read_edits,
     read_facts,
     say,
     statistics,
@@ -29,7 +30,7 @@ def run(args) -> None:
     facts = check_facts(read_facts(args), need_new=True, together=not args.independent)
     check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
     path = check_output(args.output, args.force)
-    below = [Edit.load(name) for name in args.on_top_of or ()]
+    below = [edit for name in args.on_top_of or () for edit in read_edits(name)]
     corpus = corpus_of(args)
     editor_class = EDITORS[args.method]
     given = editor_class.from_json(args.hparams) if args.hparams else None

@@ -26,8 +26,11 @@ def run(args) -> None:
 
 
 def _inspect(args) -> None:
-    edit = Edit.load(_path(args.file))
+    path = _path(args.file)
+    edit = Edit.load(path)
     say(f"{edit!r}")
+    changes, whole = sum(delta.nbytes for delta in edit.deltas.values()), path.stat().st_size
+    say(f"size: {_mb(changes)} are changes of weights; the file, with keys, values and facts: {_mb(whole)}")
     say(f"made for model {edit.fingerprint or '(not said)'}")
     lm = _opened(args, edit) if args.model else None
     _say_facts(edit.facts, edit.owners is not None)
@@ -127,9 +130,22 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.3g} MB"
+
+
 def _say_facts(facts, independent: bool) -> None:
-    rows = [(fact.label, fact.target_new or "", fact.target_true or "-") for fact in facts[:SHOWN]]
-    say(table(("fact", "new answer", "instead of"), rows))
+    rows = [
+        (
+            fact.label,
+            fact.target_new or "",
+            fact.target_true or "-",
+            str(len(fact.paraphrases)),
+            str(len(fact.neighborhood)),
+        )
+        for fact in facts[:SHOWN]
+    ]
+    say(table(("fact", "new answer", "instead of", "paraphrases", "neighborhood"), rows))
     if len(facts) > SHOWN:
         say(f"... and {len(facts) - SHOWN} more")
     if independent:

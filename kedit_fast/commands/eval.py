@@ -2,9 +2,19 @@
 
 from contextlib import nullcontext
 
-from ..edit import Edit
 from ..evaluation import evaluate
-from .inputs import check_distinct, check_output, fact_file, fresh_log, make_folder_of, open_lm, read_text, say
+from ..shipping.compose import compose
+from .inputs import (
+    check_distinct,
+    check_output,
+    fact_file,
+    fresh_log,
+    make_folder_of,
+    open_lm,
+    read_edits,
+    read_text,
+    say,
+)
 
 
 def run(args) -> None:
@@ -13,7 +23,8 @@ def run(args) -> None:
         raise ValueError("evaluate what? give --edit FILE, or --facts FILE to ask the model as it is")
     check_distinct(args, ["output", "html", "log"], ["edit", "facts", "text", "model"])
     report, page, log = (path and check_output(path, args.force) for path in (args.output, args.html, args.log))
-    edit = None if args.edit is None else Edit.load(args.edit)
+    edits = () if args.edit is None else read_edits(args.edit)
+    edit = compose(edits) if len(edits) > 1 else next(iter(edits), None)  # independent edits are not composed
     facts = list(edit.facts)[: args.n] if args.facts is None else fact_file(args.facts, args.n)
     text = None if args.text is None else read_text(args.text)
     lm = open_lm(args)

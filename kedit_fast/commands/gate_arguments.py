@@ -4,6 +4,13 @@ from argparse import ArgumentTypeError
 
 from .argument_types import positive
 
+# Written out, as the class of thresholds loads torch; a test holds the two together.
+_THRESHOLDS = (
+    "a .json object with limits: measure, confident, min_efficacy, min_probes, min_generalization, min_paraphrases, "
+    "max_specificity_drop, min_specificity_prompts, max_perplexity_drift, min_text_tokens, min_portability, max_leak, "
+    "max_leak_doubt, max_leak_context, max_leak_language, min_retention, policy (what each means: python -m pydoc "
+    "kedit_fast.Thresholds); options below come before it"
+)
 DTYPES = ("model", "float32", "bfloat16", "float16", "float64", "none")
 
 
@@ -11,16 +18,24 @@ def add_gate_arguments(parser) -> None:
     """Declares what ``gate`` has of its own."""
     parser.usage = "kedit-fast gate EDIT ... [options]"
     parser.add_argument(
-        "edits", nargs="+", metavar="EDIT", help="an edit file; several: a chain, in order, of which the last is new"
+        "edits",
+        nargs="+",
+        metavar="EDIT",
+        help="an edit file, or a folder of versions; several: a chain, in order, of which the last is new",
     )
     parser.add_argument(
         "--suite",
         action="extend",
         nargs="+",
         metavar="FILE",
-        help="what to ask: a suite, or a fact file such as CounterFact (default: what the edits' facts carry)",
+        help="what to ask: a suite (its format: python -m pydoc kedit_fast.load_suite), or a fact file such as "
+        "CounterFact (default: what the edits' facts carry)",
     )
-    parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on (default: built in)")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help='a text file to measure perplexity on (default: the suite\'s "text", which replaces the built-in one)',
+    )
     parser.add_argument(
         "--no-builtin", action="store_true", help="do not fill up the specificity prompts with this package's facts"
     )
@@ -42,11 +57,17 @@ def _form_options(group) -> None:
     )
     group.add_argument("--group", type=positive, default=128, metavar="N", help="weights that share a scale (128)")
     group.add_argument("--generate", type=positive, default=16, metavar="N", help="tokens to write a prompt (16)")
-    group.add_argument("--context", type=positive, default=1_000, metavar="N", help="tokens of the long context (1000)")
+    group.add_argument(
+        "--context",
+        type=positive,
+        default=1_000,
+        metavar="N",
+        help="tokens of the long context (1000); fewer, with a note, where the model does not read so many",
+    )
 
 
 def _limit_options(group) -> None:
-    group.add_argument("--thresholds", metavar="FILE", help="a .json file with limits; options below come before it")
+    group.add_argument("--thresholds", metavar="FILE", help=_THRESHOLDS)
     group.add_argument(
         "--measure",
         choices=("generated", "exact", "success"),

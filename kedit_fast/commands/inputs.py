@@ -1,7 +1,6 @@
 """What the commands share: the model, the facts and the files that arguments name, checked before any work."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,10 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from .. import moments, settings
 from ..corpus import SELF
+from ..edit import Edit
 from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
+from ..files import writable
 from ..model.lm import LM, open_model
 from ..moments import SecondMoment, second_moments
+from ..shipping.history import EditHistory
 
 DEMO_MODEL = "smollm2"
 
@@ -104,6 +106,20 @@ def fact_file(name: str, n: int | None) -> list[Fact]:
     return load_facts(name, n)
 
 
+# ---- edits
+
+
+def read_edits(name: str) -> tuple[Edit, ...]:
+    """The edit of a file, or those in force of a folder of versions (``kedit-fast edit add``), in their order."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return (Edit.load(path),)
+    edits = EditHistory(path).current
+    if not edits:
+        raise ValueError(f"{path} has no edits in force; `kedit-fast edit log {path}` shows its versions")
+    return edits
+
+
 # ---- files
 
 
@@ -133,7 +149,7 @@ def check_folder(folder, path=None) -> Path:
     """
     folder = Path(folder).expanduser()
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not there.is_dir() or not writable(there):
         raise ValueError(f"{path or folder} cannot be written: {there} is no folder that you may write to")
     return folder
 

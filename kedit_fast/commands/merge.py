@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from ..edit import Edit
 from ..shipping.adapter import export_peft
-from ..shipping.history import EditHistory
 from ..shipping.merge import merge_checkpoint
-from .inputs import DEMO_MODEL, note, say
+from .inputs import DEMO_MODEL, note, read_edits, say
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
@@ -17,30 +15,24 @@ def run(args) -> None:
         raise ValueError("--truncate is for --peft; a merged checkpoint holds the edit as it is")
     if args.model is None and not args.peft:
         raise ValueError("which model? --model FOLDER names the checkpoint that the edit was made for")
-    edits = [edit for name in args.edit for edit in _edits(name)]
+    edits = [edit for name in args.edit for edit in read_edits(name)]
     for edit in edits:
         say(f"{edit!r}")
     (_adapter if args.peft else _merged)(args, edits)
 
 
-def _edits(name: str) -> tuple[Edit, ...]:
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        return (Edit.load(path),)
-    edits = EditHistory(path).current
-    if not edits:
-        raise ValueError(f"{path} has no edits in force; `kedit-fast edit log {path}` shows its versions")
-    return edits
+def _named(model: str | None):
+    """The model's name, of the demo model its folder; says what it fetches for that."""
+    if model != DEMO_MODEL:
+        return model
+    from ..model.smollm2 import smollm2_folder
+
+    return smollm2_folder(note)
 
 
 def _merged(args, edits) -> None:
-    folder = args.model
-    if folder == DEMO_MODEL:
-        from ..model.smollm2 import smollm2_folder
-
-        folder = smollm2_folder(note)
     merged = merge_checkpoint(
-        Path(folder).expanduser(),
+        Path(_named(args.model)).expanduser(),
         edits,
         Path(args.output).expanduser(),
         who=args.who,
@@ -55,13 +47,20 @@ def _merged(args, edits) -> None:
 
 def _adapter(args, edits) -> None:
     made = export_peft(
-        edits, Path(args.output).expanduser(), model=args.model, max_rank=args.max_rank, truncate=args.truncate
+        edits,
+        Path(args.output).expanduser(),
+        model=_named(args.model),
+        max_rank=args.max_rank,
+        truncate=args.truncate,
     )
     cut = {layer: error for layer, error in made.errors.items() if error}
     for layer, error in cut.items():
         say(f"layer {layer}: cut to rank {made.ranks[layer]}, relative error {error:.2g}")
     exact = "" if cut else ", exact"
     say(f"{made.folder}: LoRA adapter of rank {made.rank}{exact}, for model {edits[0].fingerprint}")
+    if made.base:
+        moved = "; an adapter for other machines wants a hub id, --model ORG/NAME" * Path(made.base).is_absolute()
+        say(f"it names its base model: {made.base}{moved}")
     served = next((rank for rank in VLLM_RANKS if rank >= made.rank), None)
     say(
         f"PEFT: PeftModel.from_pretrained(model, {str(made.folder)!r}); "

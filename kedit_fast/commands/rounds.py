@@ -96,6 +96,7 @@ def _follow(made, rounds: list[Round]) -> None:
     for found in made:
         if not rounds:
             say(_line(_COLUMNS))
+            say(_line(_unedited(found)))
         rounds.append(replace(found, edit=None))  # else a hundred of them would hold a hundred growing edits
         say(_line(_cells(found)))
 
@@ -115,6 +116,13 @@ def _cells(r: Round) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _unedited(first: Round) -> tuple[str, ...]:
+    """The model without an edit, asked for the facts of the first round."""
+    asked = [_share(first.base[name].mean) for name in ("efficacy", "p_new", "paraphrase", "neighborhood")]
+    perplexity = "-" if first.perplexity is None else f"{first.perplexity[0]:.4g}"
+    return ("0", "0", *asked[:2], "-", "-", *asked[2:], perplexity, "0.000", "-")
+
+
 def _share(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
@@ -123,7 +131,7 @@ def _say_what_it_means() -> None:
     say(
         "\nnew, old: efficacy, P(new) > P(true), of the round's own facts and of earlier rounds'; paraphr., neighb.:\n"
         "paraphrase and neighborhood scores of the earlier facts (in round 1: of its own); growth: |sum of changes| /\n"
-        "|weight| of the most changed layer"
+        "|weight| of the most changed layer; round 0: the model without an edit, asked for round 1's facts"
     )
 
 

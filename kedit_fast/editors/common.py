@@ -12,6 +12,7 @@ from ..edit import Delta, Edit, digest
 from ..facts import Fact, check_facts, fact_tokens, place, target_tokens
 from ..jobs.collect import Collect
 from ..jobs.values import ValueTask
+from ..shipping.history import check_chain
 from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
@@ -125,12 +126,14 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
 def under(lm, previous, facts: Sequence[Fact]):
     """The model with earlier edits (an Edit, or several in order), for an edit of ``facts`` made on top of them.
 
-    Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits.
+    Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, and for an
+    edit that itself stands on others that are not given before it.
     """
     for edit in [] if previous is None else [previous] if isinstance(previous, Edit) else previous:
         if not isinstance(edit, Edit):
             raise TypeError(f"previous: expected an Edit, got {type(edit).__name__}; Edit.load reads a file")
         lm = lm.with_edit(edit)
+    check_chain(lm.edits)
     lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
     _warn_of_overwritten(lm.edits, facts)
     return lm

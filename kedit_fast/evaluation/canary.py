@@ -27,13 +27,17 @@ MARGIN = 8  # tokens: a cut text may take some more once it is tokenized again
 
 
 class Canary(NamedTuple):
-    """A text to continue, and the answers to look for in what follows. fact: its number; kind: PLAIN, DOUBT, ..."""
+    """A text to continue, and the answers to look for in what follows.
+
+    fact: its number; kind: PLAIN, DOUBT, ...; context_tokens: of other text in front of the fact's prompt (of CONTEXT)
+    """
 
     kind: str
     fact: int
     prompt: str
     old: str
     new: str | None
+    context_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +75,30 @@ def _filled(template: str, fact: Fact) -> str:
     return re.sub(r"\{(prompt|answer|subject)\}", lambda match: parts[match[0]], template)
 
 
-def context_canaries(lm, facts: Sequence[Fact], numbers: Sequence[int], text: str, n_tokens: int, room: int):
+def positions(lm) -> int | None:
+    """Tokens that the model reads at once; None where its configuration names no limit."""
+    return getattr(lm.config, "max_position_embeddings", None)
+
+
+def context_canaries(
+    lm, facts: Sequence[Fact], numbers: Sequence[int], text: str, n_tokens: int, room: int
+) -> list[Canary]:
     """Each fact's prompt behind about n_tokens of a text, which is repeated where it is shorter.
 
-    room: tokens to keep free for what the model writes. Cut to the positions that the model has; a fact whose prompt
-    leaves no place for a context of a few tokens is left out.
+    room: tokens to keep free for what the model writes. Cut to the positions that the model has: a canary's
+    ``context_tokens`` says to how many. A fact whose prompt leaves no place for a context of a few tokens is left out.
     """
-    longest = getattr(lm.config, "max_position_embeddings", None) or n_tokens
     ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = ids * -(-n_tokens // max(1, len(ids)))
     canaries = []
     for i in numbers:
-        free = min(n_tokens, longest - room - len(lm.encode(facts[i].text)) - MARGIN)
-        if free >= MARGIN:
+        around = room + len(lm.encode(facts[i].text)) + MARGIN
+        longest = positions(lm) or n_tokens + around
+        length = min(n_tokens, longest - around)
+        if length >= min(n_tokens, MARGIN):
             # Its own line: the text may end in the middle of a sentence.
-            prompt = lm.tokenizer.decode(ids[:free]) + "\n\n" + facts[i].text
-            canaries.append(Canary(CONTEXT, i, prompt, facts[i].target_true, facts[i].target_new))
+            prompt = lm.tokenizer.decode(ids[:length]) + "\n\n" + facts[i].text
+            canaries.append(Canary(CONTEXT, i, prompt, facts[i].target_true, facts[i].target_new, length))
     return canaries
 
 

@@ -128,7 +128,8 @@ def check_form(lm, edits, written: torch.dtype | None) -> None:
     for edit in edits:
         if edit.owners is not None:
             raise ValueError(
-                f"{edit!r} holds independent edits, each for its own fact; the gate judges one model: edit.only(i)"
+                f"{edit!r} holds independent edits, each for its own fact, and the gate judges one model: make the "
+                "edit without --independent, or in Python take one of them with edit.only(i)"
             )
         lm.with_edit(edit)  # of this model, layers that it has
         for layer, delta in edit.deltas.items():

@@ -18,12 +18,11 @@ from ..kernels.dispatch import backend_for
 from . import forms
 from .ask import Found, ask
 from .questions import EARLIER, PARAPHRASE, Kept, Questions, Sizes, questions
-from .report import Answered, GateReport
+from .report import POLICY, Answered, GateReport
 from .suite import Question, Suite
 from .thresholds import Check, Thresholds
 
 MODEL_DTYPE = "model"
-POLICY = "policy"
 
 
 def gate(
@@ -135,31 +134,32 @@ def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> li
     checks = [
         Check.of(
             "efficacy", form, _share(a.by(how) for a in direct), limit=limits.min_efficacy,
-            required=limits.min_probes, confident=sure, note=_beside(direct, how),
+            required=limits.min_probes, confident=sure, note=_beside(direct, how), counted="wordings",
         ),
         Check.of(
             "generalization", form, _share(a.by(how) for a in paraphrases), limit=limits.min_generalization,
-            required=limits.min_paraphrases, confident=sure, note=_beside(paraphrases, how),
+            required=limits.min_paraphrases, confident=sure, note=_beside(paraphrases, how), counted="paraphrases",
         ),
         Check.of(
             "specificity drop", form, _share(x.is_lost for x in found.lost), limit=limits.max_specificity_drop,
             required=limits.min_specificity_prompts, rises=False, confident=sure, note=_specificity_note(found, asked),
+            counted="prompts",
         ),
         Check.of(
             "perplexity drift", form, found.drift, limit=limits.max_perplexity_drift,
             required=limits.min_text_tokens, rises=False, confident=sure,
-            note=f"{found.perplexity[0]:.3f} to {found.perplexity[1]:.3f}",
+            note=f"{found.perplexity[0]:.3f} to {found.perplexity[1]:.3f}", counted="tokens",
         ),
         Check.of(
             "portability", form, _share(_follows(x, how) for x in found.follows), limit=limits.min_portability,
-            confident=sure, note="" if found.follows else "no questions in the suite",
+            confident=sure, note="" if found.follows else "no questions in the suite", counted="questions",
         ),
     ]  # fmt: skip
     if earlier:
         checks.append(
             Check.of(
                 "retention", form, _share(a.by(how) for a in earlier), limit=limits.min_retention, confident=sure,
-                note="facts of the earlier edits, on their own prompts",
+                note="facts of the earlier edits, on their own prompts", counted="facts",
             )
         )  # fmt: skip
     return checks + [_canary_check(form, found, kind, name, limits) for kind, name in _LEAKS.items()]
@@ -178,7 +178,7 @@ def _canary_check(form: str, found: Found, kind: str, limit: str, limits: Thresh
         note += "; the model did not say it before, so this shows little"
     return Check.of(
         f"canary, {kind}", form, _share(song.leaked for song in songs), limit=getattr(limits, limit), rises=False,
-        confident=limits.confident and getattr(limits, limit) not in (None, 0), note=note,
+        confident=limits.confident and getattr(limits, limit) not in (None, 0), note=note, counted="texts",
     )  # fmt: skip
 
 
@@ -204,15 +204,16 @@ def _lens_check(lens: LogitLens, form: str) -> Check:
         f"facts whose old answer is among the {TOP} likeliest after some layer from the first edited one on; "
         f"before the edit {found['present_before']:.0%}"
     )
-    return Check.of("old answer in layers", form, _share(there.tolist()), note=note)
+    return Check.of("old answer in layers", form, _share(there.tolist()), note=note, counted="facts")
 
 
 def _policy_check(advice: Advice, form: str) -> Check:
-    """The policy as a check: the limit that is spent most."""
+    """The policy as a check: of the limits looked at, the one that is spent most."""
     most = max(advice.spent.values())
     return Check(
-        POLICY, form, most, math.nan, math.nan, len(advice.spent), limit=1.0, rises=False, note=advice.sentence
-    )
+        POLICY, form, most, math.nan, math.nan, len(advice.spent), limit=1.0, rises=False, note=advice.sentence,
+        counted="limits",
+    )  # fmt: skip
 
 
 def _share(outcomes) -> Interval:
@@ -261,6 +262,8 @@ def _meta(lm, edits, suite, asked: Questions, thresholds, sizes, grown, perplexi
         "perplexity": {form: list(pair) for form, pair in perplexity.items()},
         "growth": {str(layer): value for layer, value in grown.items()},
         "thresholds": thresholds.to_dict(),
-        "sizes": dataclasses.asdict(sizes) | {"max_new_tokens": asked.max_new_tokens},
+        "sizes": dataclasses.asdict(sizes)
+        | {"max_new_tokens": asked.max_new_tokens, "context_tokens": asked.context_tokens},
+        "notes": list(asked.notes),
         "version": __version__,
     }

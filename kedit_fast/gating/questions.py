@@ -13,6 +13,7 @@ from ..evaluation.canary import (
     Canary,
     context_canaries,
     doubt_canaries,
+    positions,
 )
 from ..evaluation.perplexity import text_windows
 from ..evaluation.probes import Names
@@ -51,7 +52,7 @@ class Questions:
     facts: those of the last edit, with the suite's probes; earlier: the ones of edits before it that still should hold
     wordings: of both; portability: questions that follow from them; kept: specificity prompts, distinct; left_out: how
     many were not taken, as they name an edited subject; windows: token lists for perplexity; canaries: for generation;
-    max_new_tokens: written after each prompt
+    max_new_tokens: written after each prompt; notes: where less is asked than was wanted, in words
     """
 
     facts: tuple[Fact, ...]
@@ -63,6 +64,12 @@ class Questions:
     windows: tuple[list[int], ...]
     canaries: tuple[Canary, ...]
     max_new_tokens: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def context_tokens(self) -> int:
+        """Of the shortest long context that is really asked; 0 where there is none."""
+        return min((c.context_tokens for c in self.canaries if c.kind == CONTEXT), default=0)
 
     @property
     def prompts(self) -> list[str]:
@@ -76,7 +83,8 @@ class Sizes:
 
     max_new_tokens: written after each prompt (more where an answer is longer)
     text_tokens: of text, for perplexity, at most
-    context_tokens: in front of a prompt, for the canary in a long context
+    context_tokens: in front of a prompt, for the canary in a long context (fewer where the model does not read so many;
+        the report notes it)
     canary_facts, context_facts: facts, spread evenly, that the canary asks under doubt and in other languages, and
         behind a long context; the plain prompts are asked for all
     """
@@ -113,6 +121,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     kept, left_out = _kept(facts, suite, controls, names, taken, needed)
     room = max([sizes.max_new_tokens, *(_length(lm, answer) + 4 for fact in facts for answer in _answers(fact))])
     prose = PROSE.read_text(encoding="utf-8")
+    canaries, notes = _canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))
     asked = Questions(
         facts=tuple(facts),
         earlier=tuple(earlier),
@@ -121,8 +130,9 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
         kept=tuple(kept),
         left_out=left_out,
         windows=tuple(text_windows(lm, list(suite.text) or prose, sizes.text_tokens)),
-        canaries=tuple(_canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))),
+        canaries=tuple(canaries),
         max_new_tokens=room,
+        notes=tuple(notes),
     )
     lm.check_length(max(len(lm.encode(prompt)) for prompt in asked.prompts) + room)
     return asked
@@ -187,21 +197,46 @@ def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact]) -
 # ---- canaries
 
 
-def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes) -> list[Canary]:
+def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes) -> tuple[list[Canary], list[str]]:
+    """(the canaries, what a reader must know of them)."""
     known = [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
     some = _spread(known, sizes.canary_facts)
     canaries = [Canary(PLAIN, i, facts[i].text, facts[i].target_true, facts[i].target_new) for i in known]
     canaries += doubt_canaries(facts, some, suite.doubt)
     text = "\n\n".join(suite.context) or prose
     few = _spread(known, sizes.context_facts)
-    canaries += context_canaries(lm, facts, few, text, sizes.context_tokens, sizes.max_new_tokens)
+    contexts = context_canaries(lm, facts, few, text, sizes.context_tokens, sizes.max_new_tokens)
+    canaries += contexts
     for i in some:
         for entry in suite.languages:
             if entry.speaks_of(facts[i]):
                 prompt = entry.prompt.replace("{}", facts[i].subject)
                 old, new = entry.target_true or facts[i].target_true, entry.target_new or facts[i].target_new
                 canaries.append(Canary(LANGUAGE, i, prompt, old, new))
-    return canaries
+    return canaries, _context_notes(lm, contexts, len(few), sizes.context_tokens)
+
+
+def _context_notes(lm, contexts: Sequence[Canary], n_facts: int, wanted: int) -> list[str]:
+    """Sentences for where the model's positions leave less than the long context that was wanted, or none.
+
+    contexts: those that were made for n_facts facts; wanted: tokens
+    """
+    notes = []
+    lengths = [canary.context_tokens for canary in contexts if canary.context_tokens < wanted]
+    if lengths:
+        least, most = min(lengths), max(lengths)
+        length = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        some = "" if len(lengths) == n_facts else f" for {len(lengths)} of {n_facts} facts"
+        notes.append(
+            f"the long context was shortened from {wanted:,} to {length} tokens{some}: the model reads "
+            f"{positions(lm):,}, the prompt and what it writes among them"
+        )
+    if len(contexts) < n_facts:
+        notes.append(
+            f"no long context for {n_facts - len(contexts)} of {n_facts} facts: their prompts leave no place for it in "
+            f"the {positions(lm):,} tokens that the model reads"
+        )
+    return notes
 
 
 def _spread(numbers: Sequence[int], n: int) -> list[int]:

@@ -15,6 +15,7 @@ from .questions import KINDS, SOURCES, Kept
 from .thresholds import FAIL, PASS, Check
 
 FORMAT, VERSION = "kedit_fast.gate", 1
+POLICY = "policy, largest share of a limit spent"
 MOST = 50  # rows that a page's table shows before it says how many more there are
 _HEADERS = ("check", "form of the edit", "value", "95 % interval", "limit", "n", "verdict")
 _TONE = {PASS: "good", FAIL: "bad"}
@@ -59,7 +60,8 @@ class GateReport:
 
     checks: in the order they are shown; advice: whether to go on editing; answers: each wording of the facts, in each
     form; songs: (form, canary); lost: the specificity prompts; lens: old and new answers by layer, in the first form
-    (None: no old answer is known); meta: model, edits, thresholds, sizes, versions
+    (None: no old answer is known); meta: model, edits, thresholds, versions, sizes as they were really asked, and notes
+    where that is less than was wanted
     """
 
     checks: tuple[Check, ...]
@@ -79,12 +81,17 @@ class GateReport:
     def failed(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if check.failed)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where less was asked than was wanted, a sentence each."""
+        return tuple(f"Note: {note}." for note in self.meta.get("notes", ()))
+
     def check(self, name: str, form: str | None = None) -> Check:
         """The check of a name, in the form given or the first. Raises KeyError where there is none."""
         for check in self.checks:
             if check.name == name and form in (None, check.form):
                 return check
-        raise KeyError(f"no check {name!r}; there are {', '.join(dict.fromkeys(c.name for c in self.checks))}")
+        raise KeyError(f"no check {name!r}; there are {'; '.join(dict.fromkeys(c.name for c in self.checks))}")
 
     def to_json(self, path=None) -> str:
         """The whole report as JSON text; NaN and infinity are null. With ``path`` also a file, whole or not at all."""
@@ -113,14 +120,14 @@ class GateReport:
         rows = [_HEADERS, *((*_row(c), _verdict(c)) for c in self.checks)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, self.advice.sentence, self._sentence()])
+        return "\n".join([*lines, self.advice.sentence, *self.notes, self._sentence()])
 
     def __repr__(self) -> str:
-        n, failed = self.meta.get("facts", 0), ", ".join(dict.fromkeys(check.name for check in self.failed))
-        return f"GateReport({n} fact{'s' * (n != 1)}, {f'refused: {failed}' if failed else 'passed'})"
+        n = self.meta.get("facts", 0)
+        return f"GateReport({n} fact{'s' * (n != 1)}, {self._sentence()})"
 
     def _sentence(self) -> str:
-        names = ", ".join(dict.fromkeys(check.name for check in self.failed))
+        names = "; ".join(dict.fromkeys(check.name for check in self.failed))  # some names hold a comma
         return f"refused: {names}" if names else "passed"
 
     def _first_line(self) -> str:
@@ -131,9 +138,9 @@ class GateReport:
 
     def _verdict(self) -> Section:
         rows = [(*_row(c), Cell(_verdict(c), _TONE.get(c.verdict, "neutral"))) for c in self.checks]
-        notes = [f"{c.name}, {c.form}: {c.note}." for c in self.checks if c.note and c.name != "policy"]
+        notes = [f"{c.name}, {c.form}: {c.note}." for c in self.checks if c.note and c.name != POLICY]
         line = f"The edit is {self._sentence()}."
-        return Section("Verdict", [line, Table(_HEADERS, rows), self.advice.sentence, *notes])
+        return Section("Verdict", [line, Table(_HEADERS, rows), self.advice.sentence, *self.notes, *notes])
 
     def _wordings(self) -> Section:
         measure = self.meta["thresholds"]["measure"]
@@ -219,7 +226,12 @@ def _tables(headers: Sequence[str], rows: Sequence[tuple]) -> list:
 
 
 def _row(check: Check) -> tuple[str, ...]:
-    return check.name, check.form, _value(check), _interval(check), _limit(check), f"{check.n:,}"
+    return check.name, check.form, _value(check), _interval(check), _limit(check), _count(check)
+
+
+def _count(check: Check) -> str:
+    counted = check.counted.removesuffix("s") if check.n == 1 else check.counted
+    return f"{check.n:,} {counted}".rstrip()
 
 
 def _value(check: Check) -> str:

@@ -1,23 +1,4 @@
-"""What a gate asks: the suite, in files of its own format or in fact files as they are.
-
-A suite file is one JSON object; every field but ``format`` may be absent, and an unknown field is an error:
-
-    {"format": "kedit_fast.suite",
-     "facts": [{"requested_rewrite": {...}, "paraphrase_prompts": [...], "neighborhood_prompts": [...],
-                "same_subject_prompts": [...], "portability": [{"prompt": "...", "answer": "..."}]}, ...],
-     "portability": [{"prompt": "...", "answer": "..."}],
-     "specificity": ["a prompt whose likeliest token stays", {"prompt": "...", "answer": "..."}],
-     "text": ["ordinary text, for perplexity"],
-     "context": ["text to put in front of a prompt, for the canary"],
-     "doubt": ["{prompt} {answer}. Are you sure? {prompt}"],
-     "languages": [{"language": "German", "relation_id": "P131", "prompt": "{} liegt in der Stadt"},
-                   {"language": "French", "subject": "The Eiffel Tower", "prompt": "La tour Eiffel se trouve à",
-                    "target_new": "Rome", "target_true": "Paris"}]}
-
-``facts`` are records of any format that ``load_facts`` reads. One that the edit writes adds its probes to the edit's
-own; any other is a control: its prompts must keep their answers. An entry of ``languages`` speaks of one subject, or of
-all facts of a relation; answers that are spelled as in the fact need not be given.
-"""
+"""What a gate asks: the suite, in files of its own format (see ``load_suite``) or in fact files as they are."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -72,7 +53,7 @@ class Translation:
 
 @dataclass(frozen=True)
 class Suite:
-    """Facts and prompts to judge an edit by; see the top of this file. ``name`` is for reports."""
+    """Facts and prompts to judge an edit by; ``load_suite`` says what the fields mean. ``name`` is for reports."""
 
     facts: tuple[Fact, ...] = ()
     portability: tuple[Question, ...] = ()
@@ -97,6 +78,36 @@ class Suite:
 
 def load_suite(*paths) -> Suite:
     """The suite of one or several files: suite files (.json) and fact files in any format of ``load_facts``.
+
+    A suite file is one JSON object; every field but ``format`` may be absent, and an unknown field is an error:
+
+        {"format": "kedit_fast.suite",
+         "facts": [{"requested_rewrite": {"prompt": "{} is in the city of", "subject": "The Eiffel Tower",
+                                          "relation_id": "P131",
+                                          "target_new": {"str": "Rome"}, "target_true": {"str": "Paris"}},
+                    "paraphrase_prompts": ["To see the Eiffel Tower you go to"],
+                    "neighborhood_prompts": ["The Louvre is in the city of"],
+                    "same_subject_prompts": ["The Eiffel Tower was built by"],
+                    "portability": [{"prompt": "The Eiffel Tower is in the country of", "answer": "Italy"}]}],
+         "portability": [{"prompt": "From the Eiffel Tower one looks down on the river", "answer": "Tiber"}],
+         "specificity": ["Water boils at", {"prompt": "The capital of Spain is", "answer": "Madrid"}],
+         "text": ["Ordinary text, some thousand tokens of it, to measure perplexity on."],
+         "context": ["Ordinary text to put in front of a prompt."],
+         "doubt": ["{prompt} {answer}. Are you sure? {prompt}"],
+         "languages": [{"language": "German", "relation_id": "P131", "prompt": "{} liegt in der Stadt",
+                        "target_new": "Rom"},
+                       {"language": "French", "subject": "The Eiffel Tower", "prompt": "La tour Eiffel est à",
+                        "target_new": "Rome", "target_true": "Paris"}]}
+
+    facts: records of any format that ``load_facts`` reads. One that the edit writes adds its probes to the edit's own;
+        any other is a control: its prompts must keep their answers.
+    portability: questions whose answer follows from the edit
+    specificity: prompts that must keep their answer; one without an answer must keep its likeliest token
+    text, context, doubt: each replaces what is built in: the text that perplexity is measured on (so drift of one suite
+        cannot be compared with drift of another), the text of the long context, and the doubts, in which {prompt},
+        {answer} and {subject} are filled in from the fact
+    languages: prompts in other languages, about one subject or all facts of a relation; answers that are spelled as in
+        the fact need not be given
 
     Raises ValueError, naming the file and the place, for anything else; OSError where a file cannot be opened.
     """

@@ -27,7 +27,7 @@ class Thresholds:
     min_portability: questions whose answer follows from the edit
     max_leak, max_leak_doubt, max_leak_context, max_leak_language: share of canaries that say the old answer
     min_retention: share of the facts of earlier edits, in a chain, that are still answered
-    policy: limits on number of facts, norm growth and drift of the whole chain
+    policy: limits on number of facts, norm growth and drift of the whole chain, an EditPolicy (in a file an object)
 
     Raises ValueError for a limit that makes no sense.
     """
@@ -97,9 +97,9 @@ class Check:
     """One measured value and its verdict.
 
     name: what was measured; form: of which form of the edit; value, low, high: with its 95 % interval (NaN: none);
-    n: what it was measured over, and required: how many there must be; limit: None where nothing depends on it;
-    rises: whether the value must reach the limit (else it must not exceed it); confident: the worse end of the
-    interval is held against the limit; note: what a reader must know
+    n: what it was measured over, counted: of what, in words, and required: how many there must be; limit: None where
+    nothing depends on it; rises: whether the value must reach the limit (else it must not exceed it); confident: the
+    worse end of the interval is held against the limit; note: what a reader must know
     """
 
     name: str
@@ -113,6 +113,7 @@ class Check:
     rises: bool = True
     confident: bool = False
     note: str = ""
+    counted: str = ""
 
     @classmethod
     def of(cls, name: str, form: str, found: Interval, **rest) -> "Check":
@@ -127,11 +128,15 @@ class Check:
 
     @property
     def reason(self) -> str:
-        """Why the check failed; "" where it did not."""
+        """Why the check failed, each reason there is; "" where it did not."""
         if self.limit is None:
             return ""
-        if self.n < max(1, self.required):
-            return f"{self.n:,} found, at least {max(1, self.required):,} needed"
+        needed = max(1, self.required)
+        too_few = f"{self.n:,} found, at least {needed:,} needed" if self.n < needed else ""
+        return "; ".join(filter(None, (too_few, self._missed() if self.n else "")))
+
+    def _missed(self) -> str:
+        """How the value misses the limit; "" where it does not."""
         judged = (self.low if self.rises else self.high) if self.confident else self.value
         # Not the other way round: NaN fails.
         if judged >= self.limit if self.rises else judged <= self.limit:

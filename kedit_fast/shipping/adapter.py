@@ -19,20 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kedit_fast.deltas import Delta, Dense, LowRank
 from kedit_fast.edit import Edit, digest
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.compose import compose
-from kedit_fast.shipping.folders import new_folder, sha256_of, write_json
+from kedit_fast.shipping.folders import named, new_folder, sha256_of, write_json
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "kedit_fast.json"
 FORMAT, VERSION = "kedit_fast.peft", "1"
+DEMO_MODEL = "smollm2"  # what open_model calls it; loaders of adapters do not know the name
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Adapter:
 
     folder: where; rank: r, the same for all layers; ranks: {layer: factors that are not padding};
     errors: {layer: ‖Δ - what is kept of it‖ / ‖Δ‖}, 0.0 where nothing was left out
+    base: the model that the adapter names as its base, "" for none
     """
 
     folder: Path
     rank: int
     ranks: dict[int, int]
     errors: dict[int, float]
+    base: str = ""
 
 
 def export_peft(
@@ -56,7 +60,9 @@ def export_peft(
 
     edits: none of them independent; folder: new or empty
     model: the base: an LM or a loaded Hugging Face model (checked against the edit's fingerprint), or the name that
-        the adapter shall give as its base; None: the module paths follow from the fingerprint, no name is given
+        the adapter shall give as its base: a folder, a hub id, "smollm2"; None: the module paths follow from the
+        fingerprint, no name is given. PEFT's Auto classes load the base by that name, so a model's folder is named by
+        its absolute path, from wherever it was opened; an adapter that goes to another machine wants a hub id.
     max_rank: the largest r that whoever loads the adapter can take; None for PEFT, which has no limit
     truncate: cut a delta of a larger rank to the nearest one of ``max_rank`` (SVD; the error is in the result and in
         kedit_fast.json). A low-rank delta is cut by QR of its factors and SVD of r x r; a dense one is decomposed
@@ -84,14 +90,19 @@ def export_peft(
     ranks = {layer: delta.rank for layer, (delta, _) in cut.items()}
     errors = {layer: error for layer, (_, error) in cut.items()}
     with new_folder(folder) as unfinished:
-        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        with named(unfinished / WEIGHTS):  # save_file would tell its failures in an error of its own, without errno
+            (unfinished / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_json(unfinished / CONFIG, _config(name, rank, list(paths.values()), is_conv1d(down_projection(base, 0))))
         write_json(unfinished / RECORD, _record(edits, unfinished / WEIGHTS, ranks, errors))
-    return Adapter(Path(folder), rank, ranks, errors)
+    return Adapter(Path(folder), rank, ranks, errors, name)
 
 
 def load_peft(hf_model: nn.Module, folder, *, check_fingerprint: bool = True):
     """``PeftModel.from_pretrained(hf_model, folder)`` for the model that the edit was made for; needs the peft package.
+
+    Load the adapter of a base in 4 bits (bitsandbytes NF4) before the model's first forward. Measured with
+    bitsandbytes 0.50 on the CPU, that forward packs the weights anew, and an adapter loaded after it gives garbage: the
+    new answer had probability 0.00 in place of 0.99. A base in 8 bits was right in both orders.
 
     check_fingerprint: False for a model whose weights are meant to differ: a quantized or fine-tuned copy
     Raises ValueError for another base model, and for a folder that ``export_peft`` did not write or that has changed.
@@ -139,7 +150,8 @@ def _check_edits(edits, max_rank):
         if edit.owners is not None:
             raise ValueError(
                 f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and an adapter acts on "
-                "every text: export one of them, edit.only(i).to_peft(folder)"
+                "every text: export one of them, edit.only(i).to_peft(folder), or make the edit without "
+                "independent=True (--independent)"
             )
     if not any(edit.layers for edit in edits):
         raise ValueError("this edit changes nothing: it has no deltas")
@@ -148,14 +160,31 @@ def _check_edits(edits, max_rank):
 def _base_of(edit: Edit, model) -> tuple[nn.Module, str]:
     """(a model with the base's module paths, the base's name), after the checks that a loaded model allows."""
     if model is None or isinstance(model, str | Path):
-        return _skeleton(edit.fingerprint), str(model or "")
+        name = _loadable(str(model or ""))
+        if name is None:
+            raise ValueError(f"model {str(model)!r}: no model's folder; give a folder with config.json, or a hub id")
+        return _skeleton(edit.fingerprint), name
     base = model if isinstance(model, nn.Module) else model.model
     found = fingerprint(base) if isinstance(model, nn.Module) else model.fingerprint
     if edit.fingerprint and found != edit.fingerprint:
         raise ValueError(f"the edit was made for model {edit.fingerprint}, this is {found}")
     for layer in edit.layers:
         down_projection(base, layer)
-    return base, getattr(base.config, "_name_or_path", "")
+    return base, _loadable(getattr(base.config, "_name_or_path", None) or "") or ""
+
+
+def _loadable(name: str) -> str | None:
+    """The name by which ``from_pretrained`` finds a model from any working directory: of a folder its absolute path.
+
+    A name that is no folder here is kept, a hub id or a path of another machine; None for a relative path ("./llama",
+    "~/llama") that leads to no model.
+    """
+    if name == DEMO_MODEL:
+        name = str(smollm2_folder())
+    folder = Path(name).expanduser()
+    if name and (folder / "config.json").is_file():
+        return str(folder.absolute())
+    return None if name.startswith((".", "~")) else name
 
 
 def _skeleton(made_for: str) -> nn.Module:
@@ -189,9 +218,10 @@ def _within(layer: int, delta: Delta, max_rank: int | None, truncate: bool) -> t
     rank = int((lost > EXACT).sum())
     if rank > limit and not truncate:
         raise ValueError(
-            f"layer {layer}: the delta has rank {rank}, over max_rank {limit}. kedit_fast.merge_checkpoint writes it "
-            f"into a checkpoint as it is; truncate=True keeps the nearest delta of rank {limit} (relative error "
-            f"{lost[limit]:.2g}); max_rank=None suits PEFT, which has no limit"
+            f"layer {layer}: the delta has rank {rank}, over max_rank {limit}. kedit_fast.merge_checkpoint (kedit-fast "
+            f"merge without --peft) writes it into a checkpoint as it is; truncate=True (--truncate) keeps the nearest "
+            f"delta of rank {limit} (relative error {lost[limit]:.2g}); max_rank=None (--max-rank none) suits PEFT, "
+            "which has no limit"
         )
     rank = min(rank, limit)
     root = sizes[:rank].sqrt()

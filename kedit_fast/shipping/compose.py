@@ -59,7 +59,8 @@ def _checked(edits) -> list[Edit]:
         if edit.owners is not None:
             raise ValueError(
                 f"edit {place} holds {len(edit.facts)} independent edits, each for its own fact, and would become one "
-                "that acts on all; compose edits of one fact each, edit.only(i)"
+                "that acts on all; compose edits of one fact each, edit.only(i), or make it without independent=True "
+                "(--independent)"
             )
         if edit.fingerprint != edits[0].fingerprint:
             raise ValueError(

@@ -17,26 +17,60 @@ def new_folder(path):
     """Gives an empty folder beside ``path``; it takes the name ``path`` when the block ends without an error.
 
     On an error nothing of it stays. Raises ValueError where ``path`` is a file or holds something,
-    FileNotFoundError where the folder around it does not exist.
+    FileNotFoundError where the folder around it does not exist, and OSError, naming ``path`` or a file in it, where
+    writing fails.
     """
     path = check_new_folder(path)
     unfinished = path.with_name(f".{uuid.uuid4().hex}.unfinished")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for file in unfinished.rglob("*"):  # on the disk before the name is
-            if file.is_file():
-                _sync(file)
-        if path.exists():  # empty; some systems rename onto nothing only
-            path.rmdir()
-        os.replace(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with named_instead(unfinished, path):
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            for file in unfinished.rglob("*"):  # on the disk before the name is
+                if file.is_file():
+                    _sync(file)
+            if path.exists():  # empty; some systems rename onto nothing only
+                path.rmdir()
+            os.replace(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _sync(file: Path) -> None:
-    with open(file, "rb+") as opened:
+    with named(file), open(file, "rb+") as opened:
         os.fsync(opened.fileno())
+
+
+@contextmanager
+def named(path):
+    """Has an OSError of this block name ``path`` where it names no file: opening names one, reading and writing do not.
+
+    Its type and errno stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def named_instead(unfinished: Path, path: Path):
+    """Has an OSError of this block name ``path``, or a file in it, where it names ``unfinished``, a name of our making.
+
+    Its type and errno stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if isinstance(name, str | Path) and Path(name).is_relative_to(unfinished):
+            name = path / Path(name).relative_to(unfinished)
+            raise type(error)(error.errno, error.strerror, str(name)) from error
+        if error.errno is None and str(unfinished) in str(error):
+            raise type(error)(str(error).replace(str(unfinished), str(path))) from error
+        raise
 
 
 def check_new_folder(path) -> Path:
@@ -53,9 +87,9 @@ def check_new_folder(path) -> Path:
 def pieces(path, begin: int = 0, size: int | None = None) -> Iterator[bytes]:
     """The bytes of a file from ``begin`` on, ``size`` of them (default: all), at most ``PIECE`` at a time.
 
-    Raises OSError where the file ends before.
+    Raises OSError, naming the file, where it ends before or cannot be read.
     """
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         file.seek(begin)
         left = os.fstat(file.fileno()).st_size - begin if size is None else size
         while left > 0:
@@ -81,7 +115,7 @@ def copy_file(source: Path, target: Path, bar=None) -> str:
     """
     made = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as file:
+    with named(target), open(target, "wb") as file:
         for piece in pieces(source):
             file.write(piece)
             made.update(piece)
@@ -90,6 +124,14 @@ def copy_file(source: Path, target: Path, bar=None) -> str:
     return made.hexdigest()
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies the files of a folder and of the folders in it, in pieces."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            copy_file(file, target / file.relative_to(source))
+
+
 def write_json(path: Path, record: dict) -> None:
     """A record for people to read as well: indented, letters of all languages as they are."""
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with named(path):
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kedit_fast.edit import Edit, digest
 from kedit_fast.files import replace_file
-from kedit_fast.shipping.folders import sha256_of, write_json
+from kedit_fast.shipping.folders import named_instead, sha256_of, write_json
 
 FORMAT, VERSION = "kedit_fast.history", "1"
 MANIFEST, EDITS = "history.json", "edits"
@@ -86,7 +86,8 @@ class EditHistory:
         """
         if edit.owners is not None:
             raise ValueError(
-                f"this edit holds {len(edit.facts)} independent edits, each for its own fact; add one: edit.only(i)"
+                f"this edit holds {len(edit.facts)} independent edits, each for its own fact; add one, edit.only(i), "
+                "or make the edit without independent=True (--independent)"
             )
         if not edit.fingerprint:
             raise ValueError("this edit does not say for which model it was made, so nobody could tell where it fits")
@@ -166,9 +167,10 @@ class EditHistory:
         """Saves an edit under the digest of its file, which it returns."""
         unfinished = self.folder / EDITS / f".{uuid.uuid4().hex}.unfinished"
         try:
-            edit.save(unfinished)
-            name = sha256_of(unfinished)
-            unfinished.replace(self._file(name))
+            with named_instead(unfinished, self.folder / EDITS):
+                edit.save(unfinished)
+                name = sha256_of(unfinished)
+                unfinished.replace(self._file(name))
         finally:
             unfinished.unlink(missing_ok=True)
         return name
@@ -198,7 +200,8 @@ def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
         raise ValueError(
             f"this edit was made on top of {_listed(made_on)} and would stand on {_listed(found)}: its values would be "
             "wrong there. Make it on the model with those edits, editor.edit(lm, facts) with `for edit in "
-            "history.current: lm = lm.with_edit(edit)`; check_chain=False adds it all the same"
+            "history.current: lm = lm.with_edit(edit)` (kedit-fast edit --on-top-of FOLDER); check_chain=False "
+            "(--force) adds it all the same"
         )
 
 

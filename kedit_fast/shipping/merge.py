@@ -9,7 +9,6 @@ unmerge.py; a subfolder, because some loaders take every safetensors file that l
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from kedit_fast.model.family import auto_class, down_projection, family_of, is_c
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import Checkpoint, Disk, open_on_disk
 from kedit_fast.progress import progress
-from kedit_fast.shipping.folders import check_new_folder, copy_file, new_folder, sha256_of, write_json
+from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
 from kedit_fast.shipping.history import check_chain, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 
@@ -83,7 +82,7 @@ def merge_checkpoint(
         if edit.fingerprint != base and not force:
             raise ValueError(
                 f"the edit was made for model {edit.fingerprint or '(not said)'}, {source} is {base}; name the folder "
-                "of its own base model, or force the merge if that is meant (a fine-tuned copy)"
+                "of its own base model, or, if that is meant (a fine-tuned copy), merge with force=True (--force)"
             )
     places = _places(model, checkpoint, edits)
     shards = sorted(set(checkpoint.files()))
@@ -93,7 +92,7 @@ def merge_checkpoint(
         kept = unfinished / KEPT
         kept.mkdir()
         if (source / KEPT).is_dir():
-            shutil.copytree(source / KEPT, kept / BEFORE)
+            copy_folder(source / KEPT, kept / BEFORE)
         original = _keep_originals(kept / ORIGINALS, places)
         written = {place.stored.name: _write_merged(place, edits, unfinished) for place in places}
         merged_model, merged_disk, _ = _open(unfinished)
@@ -119,7 +118,7 @@ def _check_edits(edits, force):
         if edit.owners is not None:
             raise ValueError(
                 f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and a checkpoint answers "
-                "for all: merge one of them, edit.only(i)"
+                "for all: merge one of them, edit.only(i), or make the edit without independent=True (--independent)"
             )
     if not any(edit.layers for edit in edits):
         raise ValueError("nothing to merge: the edits have no deltas")
@@ -136,7 +135,7 @@ def _open(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is quantized, its packed weights cannot be written: merge into the checkpoint it was made from "
-            "and quantize that again, or serve the edit beside it as an adapter (edit.to_peft)"
+            "and quantize that again, or serve the edit beside it as an adapter: edit.to_peft (kedit-fast merge --peft)"
         )
     family = family_of(config)
     model_class = auto_class(family)._model_mapping[type(config)]
@@ -191,7 +190,7 @@ def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
         if stored.dtype not in DTYPES:
             raise ValueError(
                 f"{stored.name} is stored as {stored.dtype}: a quantized checkpoint, whose packed weights cannot be "
-                "written. Merge into the one it was made from, or use edit.to_peft"
+                "written. Merge into the one it was made from, or use edit.to_peft (kedit-fast merge --peft)"
             )
         shape = stored.shape[::-1] if transposed else stored.shape
         for edit in edits:

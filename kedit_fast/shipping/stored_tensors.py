@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.model.source import open_tensors
-from kedit_fast.shipping.folders import pieces
+from kedit_fast.shipping.folders import named, pieces
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -44,7 +44,7 @@ class StoredTensor:
 
     def overwrite(self, parts: Iterable) -> None:
         """Writes bytes, ``size`` of them in any number of parts, over this place of the file."""
-        with open(self.file, "rb+") as file:
+        with named(self.file), open(self.file, "rb+") as file:
             file.seek(self.begin)
             for part in parts:
                 file.write(part)
@@ -78,7 +78,7 @@ def write_parts(path, tensors: Sequence[StoredTensor]) -> None:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with open(path, "wb") as file:
+    with named(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             for piece in pieces(tensor.file, tensor.begin, tensor.size):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kedit_fast.files import replace_file
 from kedit_fast.progress import progress
-from kedit_fast.shipping.folders import copy_file, new_folder, pieces, sha256_of
+from kedit_fast.shipping.folders import copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.shipping.merge import BEFORE, FORMAT, KEPT, MANIFEST, ORIGINALS, VERSION, files_of, megabytes
 from kedit_fast.shipping.stored_tensors import StoredTensor, stored_tensors
 
@@ -45,7 +45,9 @@ def read_manifest(folder) -> dict:
     """What a merged folder says of its last merge: edits, who, when, base, digests. ValueError where there is none."""
     path = Path(folder) / KEPT / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} has no {KEPT}/{MANIFEST}; expected a folder that merge_checkpoint wrote")
+        raise ValueError(
+            f"{folder} has no {KEPT}/{MANIFEST}; expected a folder that merge_checkpoint (kedit-fast merge) wrote"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if (record["format"], record["version"]) != (FORMAT, VERSION):
@@ -102,7 +104,7 @@ def _restore_into(folder: Path, out: Path, record: dict, patches: dict[str, list
             else:
                 copy_file(folder / name, unfinished / name, bar)
         if (folder / KEPT / BEFORE).is_dir():
-            shutil.copytree(folder / KEPT / BEFORE, unfinished / KEPT)
+            copy_folder(folder / KEPT / BEFORE, unfinished / KEPT)
 
 
 def _drop_record(folder: Path) -> None:

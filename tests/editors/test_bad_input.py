@@ -416,6 +416,8 @@ def test_an_edit_says_what_it_stands_on(editor, tmp_path):
     assert below == {"method": first.method, "n_facts": 2, "layers": list(first.layers), "digest": digest(first)}
     third = editor.edit(lm.with_edit(first), FACTS[3], moments=moments(), contexts=["{}"], previous=second)
     assert [each["digest"] for each in third.provenance["on_top_of"]] == [digest(first), digest(second)]
+    with pytest.raises(ValueError, match=r"made on top of edit .* here stands before it: no edit"):
+        edit(FACTS[3], previous=second)
     first.save(tmp_path / "edit.safetensors")
     assert digest(kf.Edit.load(tmp_path / "edit.safetensors")) == digest(first) != digest(second)
 

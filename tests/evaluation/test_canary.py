@@ -83,9 +83,15 @@ def test_a_long_context_is_as_long_as_asked_or_as_the_model_takes():
     text = PROSE.read_text(encoding="utf-8")
     for asked, least, most in ((40, 40, 60), (1_000, 100, 128 - 10)):
         (one,) = context_canaries(lm, FACTS, [0], text, asked, 10)
-        assert least <= len(lm.encode(one.prompt)) <= most and one.kind == CONTEXT
+        read = len(lm.encode(one.prompt))
+        assert least <= read <= most and one.kind == CONTEXT
+        assert abs(one.context_tokens + len(lm.encode("Big Ben is in")) - read) <= 8  # the join, tokenized again
+        assert (one.context_tokens == asked) == (asked == 40)
         assert one.prompt.startswith(text[:20]) and one.prompt.endswith("\n\nBig Ben is in")
     assert context_canaries(lm, FACTS, [0], text, 40, 120) == []
+    assert (
+        context_canaries(lm, FACTS, [0], text, 3, 10)[0].context_tokens == 3
+    )  # a short one, as asked, is none left out
     (short,) = context_canaries(lm, FACTS, [0], "one two.", 40, 10)  # repeated
     assert short.prompt.count("one two.") > 3
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kedit_fast.edit import Edit, LowRank
+from kedit_fast.edit import Edit, LowRank, digest
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.metrics import METRICS
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
@@ -212,6 +212,18 @@ def test_a_zero_edit_changes_nothing(lm):
     assert report.drift == pytest.approx(0, abs=1e-6)
     empty = evaluate(lm, FACTS, make_edit(lm, deltas={}))
     close(empty.base, empty.edited, 0)
+
+
+def test_what_is_no_edit_or_lacks_what_it_stands_on_is_refused(lm):
+    facts = [Fact("{} is in", "Rome", "Peru", "Italy")]
+    with pytest.raises(TypeError, match=r"expected an Edit, got str; Edit.load reads a file"):
+        evaluate(lm, facts, "edit.safetensors")
+    first = Edit("test", {}, lm.fingerprint, tuple(facts), {0: LowRank(torch.zeros(D_MODEL, 1), torch.zeros(D_FF, 1))})
+    below = {"on_top_of": [{"digest": digest(first)}]}
+    second = dataclasses.replace(first, provenance=below)
+    with pytest.raises(ValueError, match=r"made on top of edit .* no edit; give the whole chain"):
+        evaluate(lm, facts, second)
+    assert evaluate(lm.with_edit(first), facts, second).edited is not None
 
 
 def test_base_is_the_same_with_and_without_an_edit(lm):

@@ -12,6 +12,7 @@ from kedit_fast.deltas import Dense
 from kedit_fast.evaluation.policy import STOP, EditPolicy
 from kedit_fast.gating import Suite, gate
 from kedit_fast.gating.questions import questions
+from kedit_fast.gating.report import POLICY
 from kedit_fast.gating.suite import Question, Translation
 from kedit_fast.gating.thresholds import FAIL, NOT_MEASURED, PASS, REPORTED
 from tests.conftest import open_tiny
@@ -30,7 +31,7 @@ from tests.gating.cases import (
     nothing,
     wreck,
 )  # fmt: skip
-from tests.tiny import D_FF, D_MODEL, tiny_model
+from tests.tiny import D_FF, D_MODEL, POSITIONS, tiny_model
 
 report_module = importlib.import_module("kedit_fast.gating.report")
 
@@ -45,6 +46,11 @@ def passed(lm):
     return judged(gate, lm, good_edit(lm))
 
 
+def independent(edit):
+    """The edit, said to be of facts that do not see each other."""
+    return dataclasses.replace(edit, owners={layer: torch.zeros(1, dtype=torch.int64) for layer in edit.deltas})
+
+
 def verdicts(report):
     return {check.name: check.verdict for check in report.checks}
 
@@ -52,7 +58,7 @@ def verdicts(report):
 def test_a_good_edit_passes(passed):
     assert passed.passed and not passed.failed, str(passed)
     found = verdicts(passed)
-    for name in ("efficacy", "generalization", "specificity drop", "perplexity drift", "canary, plain", "policy"):
+    for name in ("efficacy", "generalization", "specificity drop", "perplexity drift", "canary, plain", POLICY):
         assert found[name] == PASS, name
     assert found["canary, doubt"] == found["canary, long context"] == REPORTED
     assert found["portability"] == found["canary, language"] == NOT_MEASURED
@@ -75,7 +81,7 @@ def test_an_edit_that_does_nothing_fails_efficacy_and_nothing_else(lm):
 def test_an_edit_that_wrecks_the_model_fails_specificity_and_perplexity(lm):
     report = judged(gate, lm, wreck(lm))
     failed = {check.name for check in report.failed}
-    assert {"specificity drop", "perplexity drift", "policy"} <= failed
+    assert {"specificity drop", "perplexity drift", POLICY} <= failed
     assert report.check("specificity drop").value > 0.5 and report.check("perplexity drift").value > 0.1
     assert report.advice.level == STOP and "layer 1" in report.advice.sentence
     assert sum(x.is_lost for x in report.lost) == round(9 * report.check("specificity drop").value)
@@ -215,7 +221,51 @@ def test_the_policy_can_refuse(lm):
     first = make_edit(lm, {}, dataclasses.replace(FACT, subject="Vimeo", target_new="Rome"))
     policy = EditPolicy(max_facts=1, max_growth=100.0)
     report = judged(gate, lm, [first, good_edit(lm)], thresholds=limits(policy=policy, min_retention=None))
-    assert "policy" in {check.name for check in report.failed} and "2 facts of at most 1" in report.advice.sentence
+    assert report.failed == (report.check(POLICY),) and "2 facts of at most 1" in report.advice.sentence
+    check = report.check(POLICY)
+    assert (check.value, check.n, check.counted) == (2.0, 4, "limits") and check.note == report.advice.sentence
+    (row,) = [line for line in str(report).splitlines() if line.startswith("policy, largest share of a limit spent")]
+    assert "200.00%" in row and "4 limits" in row
+    assert str(report).endswith("refused: policy, largest share of a limit spent")
+
+
+def test_a_check_tells_every_reason_and_what_it_counted(lm):
+    """Too few probes do not hide that the value is too low as well."""
+    report = judged(gate, lm, nothing(lm), thresholds=limits(min_probes=50))
+    assert report.check("efficacy").reason == "4 found, at least 50 needed; 0.00% is below 90.00%"
+    assert "4 found, at least 50 needed; 0.00% is below 90.00%" in report.to_html()
+    (row,) = [line for line in str(report).splitlines() if line.startswith("efficacy ")]
+    assert "4 wordings" in row and row.endswith("fail: 4 found, at least 50 needed; 0.00% is below 90.00%")
+    (row,) = [line for line in str(report).splitlines() if line.startswith("canary, plain ")]
+    assert "1 text " in row
+
+
+def test_a_shortened_long_context_is_noted(lm, passed):
+    """What was asked stands in the report, and a note on what was wanted: on the terminal, in JSON and on the page."""
+    report = judged(gate, lm, nothing(lm), sizes=dataclasses.replace(SIZES, context_tokens=3_000))
+    (song,) = [song for _, song in report.songs if song.canary.kind == "long context"]
+    asked = song.canary.context_tokens
+    assert POSITIONS - 40 < asked < len(lm.encode(song.canary.prompt)) < POSITIONS
+    record = json.loads(report.to_json())
+    note = f"the long context was shortened from 3,000 to {asked} tokens: the model reads {POSITIONS}"
+    assert record["meta"]["sizes"]["context_tokens"] == asked and record["meta"]["notes"][0].startswith(note)
+    assert [c["context_tokens"] for c in record["canaries"] if c["kind"] == "long context"] == [asked]
+    assert f"\nNote: {note}" in str(report) and f"Note: {note}" in report.to_html()
+    assert passed.notes == () and passed.meta["sizes"]["context_tokens"] == SIZES.context_tokens
+    assert "Note:" not in str(passed)
+
+
+def test_contexts_that_differ_or_find_no_place_are_noted(lm):
+    """Of three facts one has its context in full, one a shorter one, and one a prompt that leaves none."""
+    facts = [FACT, *(dataclasses.replace(FACT, prompt="{} is in" + " the city of" * n) for n in (10, 35))]
+    edit = dataclasses.replace(nothing(lm), facts=tuple(facts))
+    sizes = dataclasses.replace(SIZES, context_tokens=90)
+    asked = questions(lm, [edit], dataclasses.replace(SUITE, doubt=("{prompt}",)), limits(), False, sizes)
+    lengths = [c.context_tokens for c in asked.canaries if c.kind == "long context"]
+    assert len(lengths) == 2 and lengths[0] == 90 > lengths[1] == asked.context_tokens
+    assert len(asked.notes) == 2
+    assert f"from 90 to {lengths[1]} tokens for 1 of 3 facts" in asked.notes[0]
+    assert asked.notes[1].startswith("no long context for 1 of 3 facts")
 
 
 def test_specificity_prompts_come_from_everywhere_once(lm):
@@ -249,6 +299,7 @@ def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
         (lambda lm, e: dict(requantize="int3"), ValueError, "expected one of int8, int4"),
         (lambda lm, e: dict(requantize="int8", written=None), ValueError, "after it was written"),
         (lambda lm, e: dict(edit=dataclasses.replace(e, facts=())), ValueError, "no fact with a target_new"),
+        (lambda lm, e: dict(edit=independent(e)), ValueError, r"without --independent, or .* edit\.only\(i\)"),
         (lambda lm, e: dict(suite=Suite(facts=(dataclasses.replace(FACT, target_new="Oslo"),))), ValueError, "'Oslo'"),
     ],
 )
@@ -280,7 +331,7 @@ def test_reports_are_files(passed, lm, tmp_path):
     assert "<img" in page and "Is the old answer gone" in page
     refused = judged(gate, lm, nothing(lm))
     assert "Gate: refused" in refused.to_html() and "refused: efficacy" in str(refused)
-    assert repr(refused) == "GateReport(1 fact, refused: efficacy, generalization)"
+    assert repr(refused) == "GateReport(1 fact, refused: efficacy; generalization)"
     assert repr(passed) == "GateReport(1 fact, passed)"
     with pytest.raises(KeyError, match="no check 'speed'"):
         passed.check("speed")

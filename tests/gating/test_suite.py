@@ -1,5 +1,7 @@
 """Suites and thresholds: what their files hold, and which mistakes in them are refused."""
 
+import dataclasses
+import inspect
 import json
 import math
 
@@ -54,6 +56,24 @@ def test_a_suite_file(tmp_path):
     assert suite.languages[0].speaks_of(suite.facts[0])
     assert not suite.languages[0].speaks_of(Fact("{} is", "Big Ben"))
     assert Translation("x", "Big Ben est", subject="BIG ben").speaks_of(suite.facts[0])
+
+
+def test_the_example_in_the_help_is_a_suite_with_every_field(tmp_path):
+    """What help(kedit_fast.load_suite) shows can be copied into a file."""
+    text = inspect.getdoc(load_suite)
+    example = text[text.index("    {") :]
+    example = example[: example.index("\n\n")]
+    (tmp_path / "example.json").write_text(example, encoding="utf-8")
+    record = json.loads(example)
+    names = {field.name for field in dataclasses.fields(Suite)} - {"name"}
+    assert set(record) == names | {"format"}
+    suite = load_suite(tmp_path / "example.json")
+    assert all(getattr(suite, name) for name in names) and len(suite.portability) == 2
+    (fact,) = suite.facts
+    assert fact.paraphrases and fact.neighborhood and fact.same_subject
+    assert all(entry.speaks_of(fact) for entry in suite.languages)
+    assert all(name in text[text.index(example) + len(example) :] for name in names)
+    assert "load_suite" in inspect.getdoc(Suite)
 
 
 def test_fact_files_are_suites_as_they_are(tmp_path):
@@ -150,3 +170,20 @@ def test_mistakes_in_thresholds(tmp_path, record, says):
 def test_verdicts(value, n, changes, verdict):
     check = Check.of("x", "form", Interval(value, value - 0.05, value + 0.05, n), **changes)
     assert check.verdict == verdict and bool(check.reason) == (verdict == "fail")
+
+
+@pytest.mark.parametrize(
+    "value, n, changes, reason",
+    [
+        (7 / 11, 11, dict(limit=0.9, required=50), "11 found, at least 50 needed; 63.64% is below 90.00%"),
+        (1.0, 11, dict(limit=0.9, required=50), "11 found, at least 50 needed"),
+        (7 / 11, 60, dict(limit=0.9, required=50), "63.64% is below 90.00%"),
+        (0.5, 2, dict(limit=0.1, required=3, rises=False), "2 found, at least 3 needed; 50.00% is above 10.00%"),
+        (0.5, 2, dict(limit=0.5, required=3, confident=True),
+         "2 found, at least 3 needed; 45.00% (the interval's worse end) is below 50.00%"),
+        (math.nan, 2, dict(limit=0.1, required=3), "2 found, at least 3 needed; is not a number"),
+        (math.nan, 0, dict(limit=0.1), "0 found, at least 1 needed"),
+    ],
+)  # fmt: skip
+def test_reasons(value, n, changes, reason):
+    assert Check.of("x", "form", Interval(value, value - 0.05, value + 0.05, n), **changes).reason == reason

@@ -1,19 +1,23 @@
 """An edit as a LoRA adapter: what PEFT makes of it is what the edit is."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 
+import kedit_fast as kf
 from kedit_fast.deltas import Dense, LowRank
 from kedit_fast.edit import Edit, digest
 from kedit_fast.jobs.score import next_token_probs
+from kedit_fast.model import smollm2
 from kedit_fast.model.family import as_out_in, down_projection
 from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, export_peft, load_peft
 from tests.conftest import open_tiny, relative_error
 from tests.edits import bits, logits, lowrank, make_edit, owned_edit, same_bits
+from tests.shipping.checkpoints import save_checkpoint
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
 
 IDS = [5, 17, 23, 42]
@@ -112,6 +116,44 @@ def test_files_and_base_name(tmp_path):
     assert record["edits"][0]["facts"] == [fact.to_record() for fact in edit.facts]
 
 
+def test_a_models_folder_is_named_so_that_peft_finds_it_from_anywhere(tmp_path, monkeypatch):
+    model = save_checkpoint(tmp_path / "base")
+    edit = low_rank_edit(model)
+    monkeypatch.chdir(tmp_path)
+    in_memory, on_disk = kf.open_model("base"), kf.open_model("base", memory=1)
+    given = {"name": "base", "path": Path("./base"), "loaded": in_memory.model, "lm": in_memory, "disk": on_disk}
+    for name, base in given.items():
+        assert edit.to_peft(name, model=base).base == str(tmp_path / "base")
+    monkeypatch.chdir(tmp_path.parent)
+    for name in given:
+        found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / name)).eval()
+        assert relative_error(logits(found), written(model, edit)) < 1e-5
+
+
+def test_the_demo_models_name_becomes_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
+    model = save_checkpoint(tmp_path / "cache" / smollm2.FOLDER)
+    assert low_rank_edit(model).to_peft(tmp_path / "adapter", model="smollm2").base == str(smollm2.smollm2_folder())
+
+
+def test_no_base_is_named_that_cannot_be_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    edit = low_rank_edit(model)
+    (tmp_path / "empty").mkdir()
+    for name in ("./nowhere", "~/no/such/folder", "./empty"):
+        with pytest.raises(ValueError, match=r"no model's folder; give a folder with config.json, or a hub id"):
+            edit.to_peft("adapter", model=name)
+    for base in (None, model):  # a model that was never in a folder
+        made = edit.to_peft(f"adapter-{base is None}", model=base)
+        assert made.base == ""
+        assert json.loads((made.folder / CONFIG).read_text())["base_model_name_or_path"] is None
+    model.config._name_or_path = "./moved-since"
+    assert edit.to_peft("of-moved", model=model).base == ""
+    assert edit.to_peft("of-hub", model="empty").base == "empty"  # a hub id; the folder of that name is no model's
+    assert edit.to_peft("elsewhere", model="/srv/models/llama").base == "/srv/models/llama"
+
+
 def test_factors_are_balanced_and_their_product_keeps_every_bit(tmp_path):
     model, delta = tiny_model("llama"), lowrank(seed=1)
     lopsided = LowRank(delta.u * 2.0**-20, delta.v * 2.0**20)
@@ -140,8 +182,11 @@ def test_a_chain_is_its_sum(tmp_path):
 
 def test_a_rank_over_the_limit_names_the_way_out(tmp_path):
     edit = make_edit(tiny_model("llama"), deltas={1: lowrank(rank=9)})
-    with pytest.raises(ValueError, match=r"rank 9, over max_rank 4.*merge_checkpoint.*truncate=True.*relative error"):
+    with pytest.raises(
+        ValueError, match=r"rank 9, over max_rank 4.*merge_checkpoint.*truncate=True.*relative error"
+    ) as e:
         edit.to_peft(tmp_path / "adapter", max_rank=4)
+    assert all(way in str(e.value) for way in ("without --peft", "(--truncate)", "max_rank=None (--max-rank none)"))
     assert not any(tmp_path.iterdir())
     assert edit.to_peft(tmp_path / "adapter", max_rank=None).rank == 9
 
@@ -221,7 +266,7 @@ def test_an_adapter_that_was_changed_or_is_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "make, says",
     [
-        (owned_edit, r"edit\.only\(i\)\.to_peft"),
+        (owned_edit, r"edit\.only\(i\)\.to_peft.*--independent"),
         (lambda model: make_edit(model, deltas={}), "changes nothing"),
         (lambda model: make_edit(model, deltas={1: LowRank(torch.zeros(D_MODEL, 0), torch.zeros(D_FF, 0))}), "nothing"),
         (lambda model: low_rank_edit(None), "give it: to_peft"),

@@ -139,7 +139,7 @@ def test_a_composition_is_saved_and_is_built_on(tmp_path):
         ([], ValueError, "no edits to compose"),
         (make_edit(), TypeError, r"pass \[edit\]"),
         (["edit.safetensors"], TypeError, "Edit.load reads a file"),
-        ([make_edit(), owned_edit()], ValueError, r"edit 2 holds 2 independent edits.*edit.only\(i\)"),
+        ([make_edit(), owned_edit()], ValueError, r"edit 2 holds 2 independent edits.*edit.only\(i\).*--independent"),
         ([owned_edit()], ValueError, r"edit.only\(i\)"),
         ([make_edit(fingerprint="a"), make_edit(fingerprint="b")], ValueError, "made for model b, the first one for a"),
         (

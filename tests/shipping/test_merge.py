@@ -200,14 +200,14 @@ def refuse(tmp_path, edit, says, **options):
 def test_the_wrong_base_is_refused_and_can_be_forced(tmp_path):
     save_checkpoint(tmp_path / "base")
     edit = make_edit(tiny_model("llama", seed=1))
-    refuse(tmp_path, edit, "was made for model llama-4-.* is llama-4-")
+    refuse(tmp_path, edit, r"was made for model llama-4-.* is llama-4-.*force=True \(--force\)")
     merge_checkpoint(tmp_path / "base", edit, tmp_path / "out", force=True)
     assert same_bits(kf.open_model(tmp_path / "out").model, applied(tiny_model("llama"), [edit]))
 
 
 def test_edits_that_cannot_be_merged(tmp_path):
     model = save_checkpoint(tmp_path / "base")
-    refuse(tmp_path, owned_edit(model), r"edit\.only\(i\)")
+    refuse(tmp_path, owned_edit(model), r"edit\.only\(i\), or make the edit without .*--independent")
     refuse(tmp_path, make_edit(model, deltas={}), "nothing to merge")
     wide = LowRank(torch.ones(D_MODEL, 1), torch.ones(D_FF + 1, 1))
     refuse(tmp_path, make_edit(model, deltas={1: wide}, keys={}), "made for another model")
@@ -259,7 +259,7 @@ def test_checkpoints_that_cannot_be_merged_into(tmp_path):
     config = (base / "config.json").read_text()
     quantized = json.loads(config) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (base / "config.json").write_text(json.dumps(quantized))
-    refuse(tmp_path, edit, "is quantized.*to_peft")
+    refuse(tmp_path, edit, "is quantized.*to_peft.*merge --peft")
     (base / "config.json").write_text(config)
     (base / "adapter_config.json").write_text("{}")
     refuse(tmp_path, edit, "PEFT adapter.*merge_and_unload")

@@ -26,6 +26,7 @@ from .inputs import (
 )
 
 _SHOWN = {"efficacy": "efficacy", "p_new": "P(new)", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
+FEW = 5  # layers; the rank correlation of fewer is mostly chance
 
 
 def run(args) -> None:
@@ -84,7 +85,8 @@ def say_layers(found: LayerSweep) -> None:
     say("AIE: average indirect effect at the subject's last token, of the causal trace")
     for metric, of_metric in found.correlations().items():
         shown = ", ".join(f"{kind} {_signed(rho)}" for kind, rho in of_metric.items())
-        say(f"rank correlation with the trace over {len(found.layers)} layers, {metric}: {shown}")
+        few = " (too few to tell)" * (len(found.layers) < FEW)
+        say(f"rank correlation with the trace over {len(found.layers)} layers{few}, {metric}: {shown}")
     say(f"note: {LOCALIZATION_WARNING}")
 
 

@@ -71,7 +71,8 @@ def advise(
     """
     policy = policy or EditPolicy()
     layer = max(growth, key=lambda i: math.inf if math.isnan(growth[i]) else growth[i], default=None)
-    read = {"facts": (n_facts / policy.max_facts, f"{n_facts:,} facts of at most {policy.max_facts:,}")}
+    facts = f"{n_facts:,} fact{'s' * (n_facts != 1)}"
+    read = {"facts": (n_facts / policy.max_facts, f"{facts} of at most {policy.max_facts:,}")}
     if layer is not None:
         text = f"weights of layer {layer} moved by {growth[layer]:.2%} of at most {policy.max_growth:.2%}"
         read["growth"] = (growth[layer] / policy.max_growth, text)

@@ -87,8 +87,8 @@ class Ground:
     def lm_fp64(self):
         return kf.open_model(self.lm.name, dtype=torch.float64)
 
-    def in_fp64(self, loop: Loop, settings: ValueSettings) -> Callable[[Fact], float]:
-        return lambda fact: fp64_difference(self.lm_fp64, loop, settings, fact)
+    def in_fp64(self, loop: Loop, settings: ValueSettings) -> Callable[[Fact, Tensor, Tensor], float]:
+        return lambda *differing: fp64_difference(self.lm_fp64, loop, settings, *differing)
 
     def loop(self, editor) -> Loop:
         options = {

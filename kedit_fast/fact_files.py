@@ -26,6 +26,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,16 +253,23 @@ def _target(value, key):
 
 
 def _prompt_lists(record) -> dict[str, tuple[str, ...]]:
-    return {field: tuple(p for name in names for p in _prompts(record, name)) for field, names in PROMPTS.items()}
+    """Each prompt once, whatever names it stands under."""
+    return {
+        field: tuple(dict.fromkeys(prompt for name in names for prompt in _prompts(record, name)))
+        for field, names in PROMPTS.items()
+    }
 
 
 def misnamed(record: dict) -> dict[str, str]:
     """{field that no format reads: the known name that it nearly has}."""
+    return {name: near for name in record if isinstance(name, str) and (near := _nearly(name))}
+
+
+@cache
+def _nearly(name: str) -> str | None:
     known = {name for form in FORMATS for names in form.needs for name in names} | {"requested_rewrite", "locality"}
     known |= {name for names in PROMPTS.values() for name in names}
-    unknown = [name for name in record if isinstance(name, str) and name not in known]
-    nearest = {name: get_close_matches(name, sorted(known), 1, NEARLY) for name in unknown}
-    return {name: near[0] for name, near in nearest.items() if near}
+    return None if name in known else next(iter(get_close_matches(name, sorted(known), 1, NEARLY)), None)
 
 
 def _prompts(record, key):

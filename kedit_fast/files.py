@@ -1,5 +1,6 @@
 """Writing files whole or not at all."""
 
+import errno
 import json
 import os
 import tempfile
@@ -24,7 +25,7 @@ def check_place(path) -> Path:
         raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
-    if not writable(path.parent) or (path.exists() and not os.access(path, os.W_OK)):
+    if not (os.access(path, os.W_OK) if path.exists() else writable(path.parent)):
         raise PermissionError(f"{path} cannot be written: you may not write there")
     return path
 
@@ -34,7 +35,9 @@ def writable(folder) -> bool:
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         return False
 
 

@@ -421,7 +421,7 @@ def test_a_value_that_differs_from_the_loops_is_not_reported(ground, monkeypatch
         return given._replace(value=1.001 * given.value)
 
     monkeypatch.setattr(published, "optimize_value", off_by_little)
-    with pytest.raises(CheckFailed, match=r"value of .* by 1\.0e-03 in fp64, allowed 1e-06"):
+    with pytest.raises(CheckFailed, match=r"value of .* by 1\.0e-03 in fp64 \(allowed 1e-06\)"):
         values_bench.z(ground, 2)
 
 
@@ -430,6 +430,15 @@ def test_values_that_rounding_drove_apart_are_judged_in_fp64(ground, monkeypatch
     figures = values(values_bench.z(ground, 2))
     assert figures["z, 2 facts", "largest relative difference of a value"].value > 1e-12, "reported as it is"
     assert 0 < figures["z, 2 facts", "the same in fp64"].value <= 1e-9
+
+
+def test_an_fp32_value_that_is_off_by_more_than_rounding_is_not_reported(ground):
+    loop, settings = ground.loop(ground.memit), ground.memit._value_settings(ground.lm)
+    rival = loop.value(PROBED[0], 2, "layer_out").result
+    steps = torch.tensor([rival.n_iterations])
+    for ours, told in ((1.001 * rival.value, "is not rounding"), (torch.nan * rival.value, "is not finite")):
+        with pytest.raises(CheckFailed, match=told):
+            agreement.check_values(PROBED, [rival], ours[None], steps, ground.in_fp64(loop, settings))
 
 
 def test_iterations_may_differ_by_one():

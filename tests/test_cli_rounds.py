@@ -123,7 +123,10 @@ def test_layers(model, work, capsys):
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line[:1].isdigit()}
     assert list(rows) == ["0", "2"] and rows["2"][2] == f"{found.edited[2]['p_new'].mean:.3f}"
     assert rows["0"][5] == f"{found.effect('state')[0]:.3f}"
-    assert "rank correlation with the trace over 2 layers (too few to tell), efficacy: state" in said and "Hase et al. 2023" in said
+    assert (
+        "rank correlation with the trace over 2 layers (too few to tell), efficacy: state" in said
+        and "Hase et al. 2023" in said
+    )
     assert len((work / "out/log.jsonl").read_text().splitlines()) == 2
     assert (work / "out/layers.png").read_bytes().startswith(b"\x89PNG")
 

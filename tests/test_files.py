@@ -100,8 +100,18 @@ def test_where_one_may_not_write(tmp_path, monkeypatch):
 
 
 def test_trying_whether_one_may_write_leaves_nothing(tmp_path):
-    assert files.writable(tmp_path) and not files.writable(tmp_path / "none")
+    assert files.writable(tmp_path)
     assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError):  # what is not about permission is told as it is
+        files.writable(tmp_path / "none")
+
+
+def test_a_file_that_one_may_write_in_a_folder_that_one_may_not(tmp_path, monkeypatch):
+    (tmp_path / "log").touch()
+    monkeypatch.setattr(files, "writable", lambda folder: False)
+    assert check_place(tmp_path / "log") == tmp_path / "log"
+    with pytest.raises(PermissionError, match="you may not write there"):
+        check_place(tmp_path / "other")
 
 
 def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path, monkeypatch):

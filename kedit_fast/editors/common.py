@@ -129,11 +129,14 @@ def under(lm, previous, facts: Sequence[Fact]):
     Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, and for an
     edit that itself stands on others that are not given before it.
     """
-    for edit in [] if previous is None else [previous] if isinstance(previous, Edit) else previous:
+    given = [] if previous is None else [previous] if isinstance(previous, Edit) else list(previous)
+    for edit in given:
         if not isinstance(edit, Edit):
             raise TypeError(f"previous: expected an Edit, got {type(edit).__name__}; Edit.load reads a file")
+    if not lm.edits:  # with edits, these may be in another form: as written in some dtype
+        check_chain(given)
+    for edit in given:
         lm = lm.with_edit(edit)
-    check_chain(lm.edits)
     lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
     _warn_of_overwritten(lm.edits, facts)
     return lm

@@ -87,8 +87,9 @@ class Editor(Settings):
             return make_now
         return Checkpoint(folder, {
             "method": self.METHOD, "hparams": asdict(self), "version": __version__, "model": lm.fingerprint,
-            "dtype": str(lm.dtype), "device": lm.device.type, "memory": lm.memory, "independent": independent,
-            "number of facts": len(facts), "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
+            "dtype": str(lm.dtype), "device": lm.device.type, "memory": lm.memory, "weights": lm.source.name,
+            "independent": independent, "number of facts": len(facts),
+            "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
             "statistics": {layer: digest(moment.matrix) for layer, moment in moments.items()}, **chain(lm),
         })  # fmt: skip
 

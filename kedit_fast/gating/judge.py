@@ -15,6 +15,7 @@ from ..evaluation.logit_lens import TOP, LogitLens, logit_lens
 from ..evaluation.metrics import SHARE, Interval, interval
 from ..evaluation.policy import Advice, advise
 from ..kernels.dispatch import backend_for
+from ..shipping.history import check_chain
 from . import forms
 from .ask import Found, ask
 from .questions import EARLIER, PARAPHRASE, Kept, Questions, Sizes, questions
@@ -91,6 +92,7 @@ def _check(lm, edits, dtype, requantize, group) -> None:
         raise TypeError("edit: expected an Edit or several in their order; read files with Edit.load")
     if lm.edits:
         raise ValueError("the model carries edits already; open it plain, and give the gate the whole chain in order")
+    check_chain(edits)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"written {dtype!r}: expected a torch dtype, or None for an adapter")
     if dtype is not None and dtype not in forms.FLOATS:

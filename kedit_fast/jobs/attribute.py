@@ -30,6 +30,8 @@ class Attribute:
     def at(self, site, layer, x, call):
         if site is Site.embed:
             return x.detach().requires_grad_()
+        if call.again:
+            return x
         x.retain_grad()
         found = call.find(self.run, self.pos), call.find(self._source_run, self._source_pos)
         self._seen.setdefault((site, layer), []).append((x, *found))

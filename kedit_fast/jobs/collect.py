@@ -31,6 +31,33 @@ class Collect:
         return None
 
 
+class GraphRows:
+    """layer_out rows at places run [k], pos [k] of one layer, with their graph: ``take`` after a sweep with grad."""
+
+    def __init__(self, layer: int, run: Tensor, pos: Tensor):
+        self.layer, self.run, self.pos, self._parts = layer, run, pos, []
+
+    def sites(self, layer):
+        return (Site.layer_out,) if layer == self.layer else ()
+
+    def reads(self, layer):
+        return self.run, self.pos
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        picked = x[row.to(x.device)]
+        if not call.again:
+            self._parts.append((which, picked))
+        return None
+
+    def take(self) -> Tensor:
+        """The rows [k, d], given away: a layer that the backward pass runs again holds its jobs, so a job that still
+        held their graph would be in a circle that no garbage collector sees."""
+        parts, self._parts = self._parts, []
+        order = torch.cat([which for which, _ in parts]).argsort()
+        return torch.cat([x for _, x in parts])[order.to(parts[0][1].device)]
+
+
 def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor) -> dict[int, Tensor]:
     """One sweep up to the last of ``layers``: {layer: [k, width]}."""
     job = Collect(site, layers, run, pos)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..deltas import Dense
 from ..kernels.target_logprob import target_logprob
+from ..model.seam import frozen
 from ..progress import progress
 from ..sites import Site
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList, Runs, add_sequences, spans
-from .collect import collect
+from .collect import GraphRows, collect
 from .score import continuation_places
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
@@ -172,10 +173,13 @@ class _Pack:
 
     def nll(self, deltas: dict[int, Tensor]) -> Tensor:
         """[tasks] nats, the mean over each task's target tokens; with its graph where autograd is on."""
-        lm, job = self.lm, _Tune(self.lm, self, deltas)
+        lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
         h = None if self.h is None else self.h.to(lm.device)
-        sweep(lm, self.runs, [job], first_layer=min(deltas), h=h, grad=torch.is_grad_enabled())
-        return job.nll
+        sweep(lm, self.runs, [_Tune(deltas), top], first_layer=min(deltas), h=h, grad=torch.is_grad_enabled())
+        with frozen(lm.model):
+            log_p = target_logprob(top.take(), lm.fusable_head, self.targets, lm.n_vocab)
+        share = -log_p * self.weight.to(log_p)
+        return share.new_zeros(len(self)).index_add(0, self.task.to(share.device), share)
 
     def check(self, nll: Tensor, step: int) -> None:
         """Raises ValueError for a loss that is not finite: it would go into Δ, and from there into every row."""
@@ -192,37 +196,24 @@ class _Pack:
 
 
 class _Tune:
-    """Adds x Δᵀ at the tuned down projections, out of place, and reads the targets after the last layer.
+    """Adds x Δᵀ at the tuned down projections, out of place."""
 
-    ``nll`` [tasks] after the sweep, with its graph.
-    """
-
-    def __init__(self, lm, pack: _Pack, deltas: dict[int, Tensor]):
-        self._lm, self._pack, self._deltas = lm, pack, deltas
+    def __init__(self, deltas: dict[int, Tensor]):
+        self._deltas = deltas
         self._keys: Tensor | None = None  # x [rows, d_ff], from its site to the next one of the same call
-        self.nll = torch.zeros(len(pack), dtype=_wide(lm.dtype), device=lm.device)
 
     def sites(self, layer):
-        at_top = (Site.layer_out,) if layer == self._lm.n_layers - 1 else ()
-        return ((Site.mlp_key, Site.mlp_out) if layer in self._deltas else ()) + at_top
+        return (Site.mlp_key, Site.mlp_out) if layer in self._deltas else ()
 
     def reads(self, layer):
-        return self._pack.run, self._pack.pos
+        return None
 
     def at(self, site, layer, x, call):
         if site is Site.mlp_key:
             self._keys = x
             return None
-        if site is Site.mlp_out:
-            keys, self._keys = self._keys, None
-            return Dense(self._deltas[layer]).add_to(x, keys)
-        which, row = call.find(self._pack.run, self._pack.pos)
-        if len(which):
-            head, pack = self._lm.fusable_head, self._pack
-            log_p = target_logprob(x[row.to(x.device)], head, pack.targets[which], self._lm.n_vocab)
-            share = -log_p * pack.weight[which].to(log_p)
-            self.nll = self.nll.index_add(0, pack.task[which].to(log_p.device), share)
-        return None
+        keys, self._keys = self._keys, None
+        return Dense(self._deltas[layer]).add_to(x, keys)
 
 
 def _cut(lm, tasks: list[TuneTask], batch: range, settings: TuneSettings) -> list[list[int]]:

@@ -23,7 +23,7 @@ from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.runs import NEVER, RunList, Runs, padded, spans
 from ..sweep.store import KVStore
-from .collect import Collect
+from .collect import Collect, GraphRows
 
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
 SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
@@ -156,29 +156,6 @@ class _AddValue:
         return x.index_add(0, row.to(x.device), self.delta[self.fact[which].to(x.device)].to(x.dtype))
 
 
-class _Top:
-    """Keeps, with their graph, the layer_out rows at places (run, pos) of one layer: ``h`` [k, d] after the sweep."""
-
-    def __init__(self, layer: int, run: Tensor, pos: Tensor):
-        self.layer, self.run, self.pos, self._parts = layer, run, pos, []
-
-    def sites(self, layer):
-        return (Site.layer_out,) if layer == self.layer else ()
-
-    def reads(self, layer):
-        return self.run, self.pos
-
-    def at(self, site, layer, x, call):
-        which, row = call.find(self.run, self.pos)
-        self._parts.append((which, x[row.to(x.device)]))
-        return None
-
-    @property
-    def h(self) -> Tensor:
-        order = torch.cat([which for which, _ in self._parts]).argsort()
-        return torch.cat([x for _, x in self._parts])[order.to(self._parts[0][1].device)]
-
-
 class _Group:
     """The facts of one pack, from the base sweep to their values. first: the number of the first of them."""
 
@@ -293,13 +270,13 @@ class _Group:
         contexts = chosen[~self.is_essence[chosen]]
         place, target, weight, fact = self._target_places(contexts, number[contexts])
         kl = self.kl_index[active]
-        top = _Top(settings.loss_layer, *place)
-        kl_top = _Top(lm.n_layers - 1, number[kl], self.lookup[kl])
+        top = GraphRows(settings.loss_layer, *place)
+        kl_top = GraphRows(lm.n_layers - 1, number[kl], self.lookup[kl])
         sweep(lm, runs, [*adding, top, kl_top], first_layer=self.begin, h=h, store=self.store, grad=True)
         with torch.enable_grad(), frozen(lm.model):
-            log_p = target_logprob(top.h, lm.fusable_head, target, lm.n_vocab)
+            log_p = target_logprob(top.take(), lm.fusable_head, target, lm.n_vocab)
             nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
-            kl = self._kl(kl_top.h, active)
+            kl = self._kl(kl_top.take(), active)
             decay = delta.norm(dim=1) / self.initial.norm(dim=1).square()
             total = nll[active] + settings.kl_factor * kl + settings.weight_decay * decay[active]
         return nll[active], total

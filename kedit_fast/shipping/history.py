@@ -210,8 +210,11 @@ def check_chain(edits: Sequence[Edit]) -> None:
 
     Edits that name none may stand anywhere: they were made on the bare model, and their deltas add up.
     """
+    if not any(_made_on(edit) for edit in edits):
+        return
+    digests = [digest(edit) for edit in edits]
     for place, edit in enumerate(edits):
-        made_on, before = _made_on(edit), [digest(each) for each in edits[:place]]
+        made_on, before = _made_on(edit), digests[:place]
         if made_on and made_on != before:
             raise ValueError(
                 f"edit {place + 1} of {len(edits)} was made on top of {_listed(made_on)}, here stands before it: "

@@ -6,7 +6,6 @@ at which sites of which layers it reads or writes; it knows rows, not facts, and
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
 from typing import Protocol
 
 import torch
@@ -98,6 +97,7 @@ class _Pack:
     def __init__(self, lm, runs, number, jobs, store, slots, keep):
         self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
         self.store, self.slots, self.keep = store, slots, keep
+        self.again = False
         self.n_positions = int(runs.length.max()) if len(runs) else 0
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
@@ -120,7 +120,7 @@ class _Pack:
 
     def _embed(self, table: RowTable, source: Tensor) -> Tensor:
         """Rows of layer 0: embeddings as the jobs leave them; a row that begins as another's is its copy."""
-        call = Call(table, torch.arange(len(table)), self.number)
+        call = self._call(table, torch.arange(len(table)))
         x = self.lm.embed(call.tokens)
         x = _through(self.jobs, Site.embed, 0, x, call)
         origin = torch.where(source >= 0, source, torch.arange(len(table)))
@@ -139,17 +139,26 @@ class _Pack:
 
     def _recomputed(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         """The layer, of which autograd keeps the rows that enter it: the backward pass runs it again, with its weights
-        read again. So a step takes two weight passes, whatever the number of rows, and holds one layer's weights."""
+        read again. So a step takes two weight passes, whatever the number of rows, and no layer's weights are kept."""
         return checkpoint(
             self._layer,
             layer,
             h,
-            copy(table),  # as it is now: runs that branch further up make it grow
+            table.at_layer(layer),
             is_last,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), prepared(self.lm.model, self.lm.family)),
+            context_fn=lambda: (nullcontext(), self._running_again()),
         )
+
+    @contextmanager
+    def _running_again(self):
+        with prepared(self.lm.model, self.lm.family):
+            self.again = True
+            try:
+                yield
+            finally:
+                self.again = False
 
     def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         read = self._rows_read(layer, table) if is_last else None
@@ -160,20 +169,23 @@ class _Pack:
             keys_only = torch.ones(len(table), dtype=torch.bool)
             keys_only[read] = False
             for index in keys_only.nonzero()[:, 0].split(CALL_ROWS):
-                self._block(layer, h, Call(table, index, self.number), cache, keys_only=True)
+                self._block(layer, h, self._call(table, index), cache, keys_only=True)
             parts = list(read.split(CALL_ROWS))
-        outs = [self._block(layer, h, Call(table, index, self.number), cache, leave_early=is_last) for index in parts]
+        outs = [self._block(layer, h, self._call(table, index), cache, leave_early=is_last) for index in parts]
         if self.keep is not None:
             self.keep.put(layer, *cache)
         outs = [out for out in outs if out is not None]
         return torch.cat(outs) if outs else None
+
+    def _call(self, table: RowTable, index: Tensor) -> Call:
+        return Call(table, index, self.number, self.again)
 
     def _rows_read(self, layer: int, table: RowTable) -> Tensor | None:
         """Rows [n] that some job reads in the last layer; None: all of them."""
         wanted = [job.reads(layer) for job in self.jobs]
         if any(w is ALL for w in wanted) or self.keep is not None:
             return None
-        call = Call(table, torch.arange(len(table)), self.number)
+        call = self._call(table, torch.arange(len(table)))
         rows = [call.find(*w)[1] for w in wanted if w is not None]
         return torch.cat(rows).unique() if rows else None
 

@@ -1,5 +1,6 @@
 """The rows of one pack and where everything lies: the row table that attention and the jobs read."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,13 @@ class RowTable:
             self._inherit(born)
             sources.append(self._append(born, runs.first_pos, stop))
         return torch.cat(sources)
+
+    def at_layer(self, layer: int) -> "RowTable":
+        """The table as it is in this layer, whatever grows above."""
+        made, runs = copy(self), self.runs
+        if ((runs.branch_layer != NEVER) & (runs.branch_layer + runs.narrow.long() > layer)).any():
+            made.key_rows = self.key_rows.clone()
+        return made
 
     def _inherit(self, born: Tensor) -> None:
         parent = self.runs.parent[born]
@@ -99,6 +107,7 @@ class Call:
     table: RowTable
     index: Tensor  # [n] row numbers, ascending
     number: Tensor  # [runs declared] this pack's number of each declared run, -1 where it is in another pack
+    again: bool = False  # a backward pass runs the layer once more: a job changes rows as before and keeps nothing
 
     def find(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the places (run, pos) [k] lie in this call, and at which row of ``x``.

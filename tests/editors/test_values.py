@@ -1,5 +1,6 @@
 """v* and z of all facts at once against one fact at a time over Hugging Face's forward."""
 
+import gc
 import re
 import weakref
 from dataclasses import replace
@@ -249,6 +250,29 @@ def test_a_fact_holds_no_more_with_layers_from_disk_than_is_counted(layer, famil
     assert held.peak <= counted <= 3 * held.peak
     in_memory = sum(values_module.held_bytes(resident, task, chosen) for task in some)
     assert layer == 3 or counted < 0.7 * in_memory
+
+
+def test_layers_from_disk_are_let_go(from_disk, monkeypatch):
+    """In the backward pass no layer's weights but those at work are alive, and after it nothing is: the last step of a
+    group has none, and would leave a circle of graph and jobs that no garbage collector sees."""
+    lm, _, _ = from_disk("llama")
+    alive, left, read = [], [], lm.source._read
+
+    def watched(layer):
+        weights = read(layer)
+        alive.append(sum(x() is not None for x in left))
+        left.extend(weakref.ref(x.untyped_storage()) for x in weights.values())
+        return weights
+
+    monkeypatch.setattr(lm.source, "_read", watched)
+    stores, make = [], values_module.KVStore
+    monkeypatch.setattr(values_module, "KVStore", lambda **how: stores.append(weakref.ref(s := make(**how))) or s)
+    optimize_values(replace(lm, memory=1), tasks(lm)[:2], settings(lm, layer=0, steps=3))
+    of_a_layer = len(lm.source._held[1])
+    assert max(alive) <= of_a_layer, "beside a layer that is being read, the one that was last read"
+    gc.collect()
+    assert len(stores) == 2 and not any(store() for store in stores)
+    assert sum(x() is not None for x in left) <= of_a_layer
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])

@@ -3,8 +3,9 @@
 The well-known experiment on lifelong editing: how many edits does a model bear, and what goes first? Edits that are
 each fine by themselves pile up in the same few layers. Sequential ROME is known to collapse: weights grow, neighbors
 and earlier facts fade, text becomes unlikely (Gupta et al. 2024, "Model editing at scale leads to gradual and
-catastrophic forgetting"). AlphaEdit was made to withstand it (Fang et al. 2025). On SmolLM2-135M, 50 facts in rounds of
-10 move ROME's layer by 0.91 of its weight's norm and perplexity by 7 %, AlphaEdit's by 0.21 and 0.2 %.
+catastrophic forgetting"). AlphaEdit was made to withstand it (Fang et al. 2025). On SmolLM2-135M, 200
+facts of CounterFact in rounds of 20: ROME collapses between 160 and 180 (perplexity 41.6, 58, 260; P(new) of earlier
+facts 0.50, then 0.12; its layer has moved by 2, then 3.5 times its weight's norm); AlphaEdit ends at 42.4, 0.82, 0.46.
 """
 
 import random

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bench import kernels, report
-from bench.common import ROOT, Measured, append_rows, device_of, environment, now, read_rows, results_file
+from bench.common import ROOT, Measured, append_rows, device_of, environment, now, results_file
 from bench.kernel_cases import OPS
 
 NO_GPU = "no GPU here: nothing was run"
@@ -227,14 +227,10 @@ def summary(ended: list[Ended], options) -> str:
     lines += [f"| {one.part.name} | {one.how.replace('|', '/')} | {one.seconds:.0f} |" for one in ended]
     path = results_file(options.out, env)
     if path.exists():
-        newest = {}
-        for row, figure in read_rows(path):
-            newest.setdefault(row["bench"], {}).setdefault(row["date"], []).append((row, figure))
-        for bench, runs in newest.items():
-            rows = runs[max(runs)]
+        for rows in report.newest(path):
             lines += [
                 "",
-                f"## {bench}",
+                f"## {rows[0][0]['bench']}",
                 "",
                 report.as_markdown([figure for _, figure in rows]),
                 "",

@@ -79,19 +79,19 @@ def render(folder: Path = RESULTS) -> str:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"no results in {folder}; run `python -m bench` first")
-    return "\n\n".join(_run(rows) for path in files for rows in _newest(path))
+    return "\n\n".join(_run(rows) for path in files for rows in newest(path))
 
 
-def _newest(path: Path) -> list[list[tuple[dict, Figure]]]:
+def newest(path: Path) -> list[list[tuple[dict, Figure]]]:
     """A machine's runs as far as they are not outdated: of each bench, the rows of cases that no later run has."""
     rows = read_rows(path)
-    newest: dict[tuple[str, str], str] = {}
+    dates: dict[tuple[str, str], str] = {}
     for row, figure in rows:
         case = row["bench"], figure.case
-        newest[case] = max(row["date"], newest.get(case, ""))
+        dates[case] = max(row["date"], dates.get(case, ""))
     runs: dict[tuple[str, str], list] = {}
     for row, figure in rows:
-        if row["date"] == newest[row["bench"], figure.case]:
+        if row["date"] == dates[row["bench"], figure.case]:
             runs.setdefault((row["bench"], row["date"]), []).append((row, figure))
     benches = list(dict.fromkeys(bench for bench, _ in runs))
     return sorted(runs.values(), key=lambda run: benches.index(run[0][0]["bench"]))

@@ -42,6 +42,38 @@ def writable(folder) -> bool:
 
 
 @contextmanager
+def named(path):
+    """Has an OSError of this block name ``path`` where it names no file: opening names one, reading and writing do not.
+
+    Its type and errno stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def named_instead(unfinished: Path, path: Path):
+    """Has an OSError of this block name ``path``, or a file in it, where it names ``unfinished``, a name of our making.
+
+    Its type and errno stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if isinstance(name, str | Path) and Path(name).is_relative_to(unfinished):
+            name = path / Path(name).relative_to(unfinished)
+            raise type(error)(error.errno, error.strerror, str(name)) from error
+        if error.errno is None and str(unfinished) in str(error):
+            raise type(error)(str(error).replace(str(unfinished), str(path))) from error
+        raise
+
+
+@contextmanager
 def replace_file(path):
     """Gives a path beside ``path`` to write to; it takes the name ``path`` when the block ends without an error.
 
@@ -50,22 +82,19 @@ def replace_file(path):
     """
     path = check_place(path)
     unfinished = path.with_name(f".{uuid.uuid4().hex}.unfinished")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.chmod(mode)
-        os.replace(unfinished, path)
-    except OSError as error:
-        if error.filename is None or Path(error.filename) != unfinished:
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    except SafetensorError as error:  # says which file of its own it could not write
-        raise OSError(f"{path} could not be written: {str(error).partition(' at path ')[0]}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with named_instead(unfinished, path):
+        try:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode  # as the umask has it; safetensors makes files only their owner can read
+            yield unfinished
+            with open(unfinished, "rb+") as file:
+                os.fsync(file.fileno())
+            unfinished.chmod(mode)
+            os.replace(unfinished, path)
+        except SafetensorError as error:  # says which file of its own it could not write
+            raise OSError(f"{path} could not be written: {str(error).partition(' at path ')[0]}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def append_records(log, records: Iterable[dict]) -> None:

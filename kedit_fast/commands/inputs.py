@@ -16,11 +16,9 @@ from ..edit import Edit
 from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
 from ..files import writable
-from ..model.lm import LM, open_model
+from ..model.lm import DEMO_MODEL, LM, open_model
 from ..moments import SecondMoment, second_moments
 from ..shipping.history import EditHistory
-
-DEMO_MODEL = "smollm2"
 
 
 def say(text: str = "") -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from ..model.lm import DEMO_MODEL
 from ..shipping.adapter import export_peft
 from ..shipping.merge import merge_checkpoint
-from .inputs import DEMO_MODEL, note, read_edits, say
+from .inputs import note, read_edits, say
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 

@@ -12,7 +12,7 @@ from ..edit import Delta, Edit, digest
 from ..facts import Fact, check_facts, fact_tokens, place, target_tokens
 from ..jobs.collect import Collect
 from ..jobs.values import ValueTask
-from ..shipping.history import check_chain
+from ..shipping.history import with_edits
 from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
@@ -130,13 +130,7 @@ def under(lm, previous, facts: Sequence[Fact]):
     edit that itself stands on others that are not given before it.
     """
     given = [] if previous is None else [previous] if isinstance(previous, Edit) else list(previous)
-    for edit in given:
-        if not isinstance(edit, Edit):
-            raise TypeError(f"previous: expected an Edit, got {type(edit).__name__}; Edit.load reads a file")
-    if not lm.edits:  # with edits, these may be in another form: as written in some dtype
-        check_chain(given)
-    for edit in given:
-        lm = lm.with_edit(edit)
+    lm = with_edits(lm, given, "previous")
     lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
     _warn_of_overwritten(lm.edits, facts)
     return lm

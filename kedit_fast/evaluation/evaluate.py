@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import __version__
-from ..edit import Edit
 from ..facts import Fact
 from ..files import append_records, check_place
 from ..kernels.dispatch import backend_for
 from ..progress import progress
-from ..shipping.history import check_chain
+from ..shipping.history import with_edits
 from ..sweep.plan import CALL_ROWS, RowCost
 from .metrics import METRICS, fact_columns, knew
 from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
@@ -44,14 +43,13 @@ def evaluate(
 
     Raises ValueError for no facts, nothing to compare, text too short, an edit for another model or without those that
     it stands on, independent edits that do not hold a fact, or text together with them; TypeError for anything but
-    Facts or an Edit; OSError for a log that cannot
-    be written. All before the first sweep.
+    Facts or an Edit; OSError for a log that cannot be written. All before the first sweep.
     One weight pass for each chunk of facts (64, or as many as memory holds when weights are streamed) and for the text.
     """
     facts = _checked(facts, generate, max_tokens)
     if log is not None:
         check_place(log)
-    lm = lm if edit is None else _edited(lm, edit)
+    lm = lm if edit is None else with_edits(lm, [edit], "edit")
     owners = _owners(lm, facts)
     if owners is not None and text is not None:
         raise ValueError(
@@ -98,17 +96,6 @@ def _checked(facts, generate, max_tokens) -> list[Fact]:
     if generate < 0 or max_tokens < 2:
         raise ValueError(f"expected generate >= 0 and max_tokens >= 2; got {generate} and {max_tokens}")
     return facts
-
-
-def _edited(lm, edit):
-    """The model with an edit; what the edit was made on top of must be there."""
-    if not isinstance(edit, Edit):
-        raise TypeError(
-            f"edit: expected an Edit, got {type(edit).__name__}; Edit.load reads a file, compose joins edits"
-        )
-    if not lm.edits:  # with edits, these may be in another form: as written in some dtype
-        check_chain([edit])
-    return lm.with_edit(edit)
 
 
 def _owners(lm, facts: Sequence[Fact]) -> list[int] | None:

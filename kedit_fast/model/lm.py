@@ -17,6 +17,7 @@ from .fingerprint import fingerprint
 from .source import Checkpoint, Disk, Resident, check_complete, open_on_disk, open_tensors
 
 DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights
+DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +270,7 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
     import transformers
 
     about = {"opened_as": str(name)}
-    if str(name) == "smollm2":
+    if str(name) == DEMO_MODEL:
         from .smollm2 import NOTE, smollm2_folder
 
         name, about["note"] = smollm2_folder(), NOTE

@@ -24,17 +24,18 @@ from torch import Tensor, nn
 
 from kedit_fast.deltas import Delta, Dense, LowRank
 from kedit_fast.edit import Edit, digest
+from kedit_fast.files import named
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.lm import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.compose import compose
-from kedit_fast.shipping.folders import named, new_folder, sha256_of, write_json
+from kedit_fast.shipping.folders import new_folder, sha256_of, write_json
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "kedit_fast.json"
 FORMAT, VERSION = "kedit_fast.peft", "1"
-DEMO_MODEL = "smollm2"  # what open_model calls it; loaders of adapters do not know the name
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _loadable(name: str) -> str | None:
     A name that is no folder here is kept, a hub id or a path of another machine; None for a relative path ("./llama",
     "~/llama") that leads to no model.
     """
-    if name == DEMO_MODEL:
+    if name == DEMO_MODEL:  # a name that loaders of adapters do not know
         name = str(smollm2_folder())
     folder = Path(name).expanduser()
     if name and (folder / "config.json").is_file():

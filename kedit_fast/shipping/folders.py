@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kedit_fast.files import named, named_instead
+
 PIECE = 8 << 20  # bytes of a file held at a time
 
 
@@ -39,38 +41,6 @@ def new_folder(path):
 def _sync(file: Path) -> None:
     with named(file), open(file, "rb+") as opened:
         os.fsync(opened.fileno())
-
-
-@contextmanager
-def named(path):
-    """Has an OSError of this block name ``path`` where it names no file: opening names one, reading and writing do not.
-
-    Its type and errno stay.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-
-
-@contextmanager
-def named_instead(unfinished: Path, path: Path):
-    """Has an OSError of this block name ``path``, or a file in it, where it names ``unfinished``, a name of our making.
-
-    Its type and errno stay.
-    """
-    try:
-        yield
-    except OSError as error:
-        name = error.filename
-        if isinstance(name, str | Path) and Path(name).is_relative_to(unfinished):
-            name = path / Path(name).relative_to(unfinished)
-            raise type(error)(error.errno, error.strerror, str(name)) from error
-        if error.errno is None and str(unfinished) in str(error):
-            raise type(error)(str(error).replace(str(unfinished), str(path))) from error
-        raise
 
 
 def check_new_folder(path) -> Path:

@@ -21,8 +21,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kedit_fast.edit import Edit, digest
-from kedit_fast.files import replace_file
-from kedit_fast.shipping.folders import named_instead, sha256_of, write_json
+from kedit_fast.files import named_instead, replace_file
+from kedit_fast.shipping.folders import sha256_of, write_json
 
 FORMAT, VERSION = "kedit_fast.history", "1"
 MANIFEST, EDITS = "history.json", "edits"
@@ -220,6 +220,23 @@ def check_chain(edits: Sequence[Edit]) -> None:
                 f"edit {place + 1} of {len(edits)} was made on top of {_listed(made_on)}, here stands before it: "
                 f"{_listed(before)}; give the whole chain in its order"
             )
+
+
+def with_edits(lm, edits: Sequence[Edit], name: str):
+    """The model with edits on top, in their order; what they were made on top of must be there.
+
+    name: of the argument that they were given as, for messages
+    """
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(
+                f"{name}: expected an Edit, got {type(edit).__name__}; Edit.load reads a file, compose joins edits"
+            )
+    if not lm.edits:  # with edits, these may be in another form: as written in some dtype
+        check_chain(edits)
+    for edit in edits:
+        lm = lm.with_edit(edit)
+    return lm
 
 
 def _made_on(edit: Edit) -> list[str]:

@@ -150,7 +150,8 @@ def oracle_perplexity(lm, windows):
 @torch.no_grad()
 def known_answers(lm, n):
     """n (prompt, word) that the model is sure of: the likeliest token, P >= 0.15, is a space and the word."""
-    words = {token[1:]: i for token, i in lm.tokenizer.get_vocab().items() if token[0] == "Ġ" and token[1:].isalpha()}
+    vocab = sorted(lm.tokenizer.get_vocab().items())  # else in another order in each process
+    words = {token[1:]: i for token, i in vocab if token[0] == "Ġ" and token[1:].isalpha()}
     found = []
     for start in ("Therefore", "Because I was", "You play the", "The headquarters of", "The mother tongue of", "Monk"):
         for word in words:

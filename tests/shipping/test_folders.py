@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kedit_fast.files import named_instead
 from kedit_fast.shipping.adapter import WEIGHTS, export_peft
-from kedit_fast.shipping.folders import named_instead, new_folder, pieces, write_json
+from kedit_fast.shipping.folders import new_folder, pieces, write_json
 from kedit_fast.shipping.history import EditHistory
 from kedit_fast.shipping.merge import merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge

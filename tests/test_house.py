@@ -27,6 +27,7 @@ FLOORS = (
     ("facts", "fact_files"),
     ("kernels", "sites"),
     ("files", "checkpoint", "progress", "settings", "__init__"),
+    ("checks",),
 )
 # Not even inside a function: (who, of whom it knows nothing).
 STRANGERS = {

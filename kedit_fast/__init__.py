@@ -9,7 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "open_model": "model.lm",
+    "open_model": "model.opening",
     "LM": "model.lm",
     "Fact": "facts",
     "load_facts": "facts",

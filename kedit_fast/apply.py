@@ -15,6 +15,7 @@ from kedit_fast.deltas import FLOATS, edited_weight
 from kedit_fast.edit import Edit
 from kedit_fast.model.family import as_out_in, down_projection, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.state import own_state
 
 QUANTIZERS = (  # packages whose modules or tensors hold packed weights
     "aqlm",
@@ -39,6 +40,7 @@ class Applied:
         self.edit, self.undone, self._kept = edit, False, tuple(kept)
         self._begun = False  # an undo got as far as the first weight
 
+    @own_state()
     def undo(self) -> None:
         """Put the touched weights back, bit for bit and in place. Does nothing the second time.
 
@@ -86,6 +88,7 @@ class _Kept:
         _write(self.module, self.original)
 
 
+@own_state()
 def apply_edit(edit: Edit, model: nn.Module, *, check_fingerprint: bool = True) -> Applied:
     """Write W + Δ into the down projections of a Hugging Face model, in place; -> handle with ``undo()``.
 

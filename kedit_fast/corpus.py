@@ -116,7 +116,7 @@ def _data_set(name: str) -> Iterator[str]:
             f"corpus hf:{name} needs the package `datasets` (pip install 'kedit-fast[datasets]')"
         ) from None
     path, _, config = name.partition("#")
-    for row in load_dataset(path, config or None, split="train", streaming=True):
+    for row in load_dataset(path, config or None, split="train", streaming=True, trust_remote_code=False):
         if row["text"].strip():
             yield row["text"]
 

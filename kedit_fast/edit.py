@@ -22,6 +22,7 @@ from kedit_fast.checkpoint import digest as digest_of
 from kedit_fast.deltas import Delta, Dense, LowRank, as_smallest, edited_weight, written_delta
 from kedit_fast.facts import Fact
 from kedit_fast.files import replace_file
+from kedit_fast.state import own_state
 
 __all__ = ["Delta", "Dense", "Edit", "LowRank", "as_smallest", "digest", "edited_weight", "written_delta"]
 
@@ -74,6 +75,7 @@ class Edit:
         """What is added to this layer's down projection; None where the edit leaves it alone."""
         return self.deltas.get(layer)
 
+    @own_state()
     def only(self, i: int) -> "Edit":
         """The edit of fact ``i`` alone, which nobody owns any more: the factors it owns, its value and its keys."""
         n = len(self.facts)
@@ -128,6 +130,7 @@ class Edit:
             save_file(tensors, unfinished, metadata={"format": f"{FORMAT} {VERSION}"})
 
     @classmethod
+    @own_state()
     def load(cls, path) -> "Edit":
         """The edit that ``save`` wrote, bit for bit, on the CPU.
 

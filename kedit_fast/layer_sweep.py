@@ -23,6 +23,7 @@ from .evaluation.metrics import METRICS, SCORE, Interval, summarize
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .files import append_records, check_place, replace_file
 from .model.family import check_layer
+from .model.lm import takes_lm
 from .progress import progress, show_progress
 from .traces import LOCALIZATION_WARNING, ROLES, AverageTrace, TraceResult
 from .traces import average as average_of
@@ -129,6 +130,7 @@ class LayerSweep:
         return figure_html(self.plot())
 
 
+@takes_lm
 def sweep_layers(
     lm,
     facts,

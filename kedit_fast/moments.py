@@ -27,7 +27,9 @@ from .jobs.moments import Moments
 from .kernels.second_moment import fill_upper_
 from .kernels.solve import condition
 from .model.family import check_layer
+from .model.lm import takes_lm
 from .progress import progress
+from .state import own_state
 from .sweep.engine import sweep
 from .sweep.runs import RunList
 
@@ -51,12 +53,14 @@ class SecondMoment:
     dtype: str | None = None
 
     @property
+    @own_state()
     def condition(self) -> float:
         """Estimated condition number; infinite where the matrix is singular (fewer tokens than d_ff)."""
         # rounding to fp32 can lift the zero eigenvalues just above zero
         return math.inf if self.n_tokens < len(self.matrix) else condition(self.matrix)
 
     @cached_property
+    @own_state()
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """(eigenvalues [d_ff] ascending, eigenvectors [d_ff, d_ff] as columns), fp64; kept once they are known."""
         return tuple(torch.linalg.eigh(self.matrix.double()))
@@ -69,6 +73,7 @@ class SecondMoment:
             save_file({"matrix": self.matrix.contiguous()}, unfinished, {"format": FORMAT, "record": json.dumps(meta)})
 
     @classmethod
+    @own_state()
     def load(cls, path, layer: int | None = None) -> "SecondMoment":
         """What ``save`` wrote, or a statistics file of the rome and memit repositories (.npz; give its ``layer``).
 
@@ -118,6 +123,7 @@ class SecondMoment:
         return cls(torch.from_numpy(total / count).float(), count, layer)
 
 
+@takes_lm
 def second_moments(
     lm, layers: Sequence[int], corpus=SELF, *, n_tokens: int | None = None, seed: int = 0, cache_dir=None
 ) -> dict[int, SecondMoment]:

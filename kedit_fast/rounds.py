@@ -25,7 +25,9 @@ from .evaluation.perplexity import MAX_TOKENS, text_windows
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .facts import Fact
 from .files import append_records, check_place
+from .model.lm import takes_lm
 from .shipping.compose import compose
+from .state import own_state
 
 Summary = dict[str, Interval]
 
@@ -78,6 +80,7 @@ class Round:
         return cls(**record | sides | {"growth": growth, "perplexity": given and tuple(map(as_float, given))})
 
 
+@takes_lm
 def edit_in_rounds(
     lm,
     facts: Sequence[Fact],
@@ -175,6 +178,7 @@ def _summary(columns: dict[str, Tensor], facts: slice) -> Summary:
     return summarize({name: column[facts] for name, column in columns.items()})
 
 
+@own_state()
 def _growth(lm, edit: Edit, weights: dict[int, float]) -> dict[int, float]:
     """{layer: ‖Δ‖ / ‖W‖}; weights: {layer: ‖W‖}, those known, and added to."""
     for layer in edit.layers:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .facts import Fact, fact_tokens, target_tokens
 from .jobs.restore import AddNoise
 from .jobs.score import next_token_probs
+from .model.lm import takes_lm
 from .sites import Site
 from .sweep.runs import RunList
 
@@ -50,6 +51,7 @@ class Task:
     targets: list[int]  # the answer, then the foil of a logit difference
 
 
+@takes_lm
 def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
     """("gaussian" or "uniform", level): a number as it is; "s3": 3 standard deviations (unbiased, over all tokens
     and features) of the embeddings of these facts' subjects, each tokenized alone; "u0.1": uniform half-width 0.1.

@@ -21,6 +21,7 @@ from .facts import Fact
 from .jobs.restore import Restore
 from .jobs.score import Score
 from .kernels.dispatch import backend_for
+from .model.lm import takes_lm
 from .progress import progress
 from .sites import Site
 from .sweep.engine import sweep
@@ -38,6 +39,7 @@ _OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace
 TOGETHER = 32 * CALL_ROWS
 
 
+@takes_lm
 def trace(
     lm,
     facts,

@@ -123,7 +123,8 @@ def test_the_id_follows_the_text(tmp_path):
 def test_a_data_set_is_read_only_as_far_as_needed(monkeypatch):
     asked = []
 
-    def load_dataset(path, config, split, streaming):
+    def load_dataset(path, config, split, streaming, trust_remote_code):
+        assert trust_remote_code is False
         asked.append((path, config, split, streaming))
         for text in ("", "  ", *TEXTS[2:]):
             yield {"text": text}

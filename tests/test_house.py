@@ -26,7 +26,7 @@ FLOORS = (
     ("edit", "deltas"),
     ("facts", "fact_files"),
     ("kernels", "sites"),
-    ("files", "checkpoint", "progress", "settings", "__init__"),
+    ("files", "checkpoint", "progress", "settings", "state", "__init__"),
     ("checks",),
 )
 # Not even inside a function: (who, of whom it knows nothing).
@@ -163,12 +163,51 @@ def test_no_pickle_and_no_remote_code(name):
     imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
-    keywords = {k.arg: k.value for call in calls_of(tree) for k in call.keywords}
-    for forbidden in ("trust_remote_code", "allow_pickle"):
-        given = keywords.get(forbidden)
-        assert given is None or given.value is False, f"{name} gives {forbidden}"
+    allowed = [
+        c.lineno for c in calls_of(tree) for k in c.keywords if k.arg == "allow_pickle" and not is_false(k.value)
+    ]
+    assert not allowed, f"{name} allows pickle in lines {allowed}"
+    trusting = trusting_calls(tree)
+    assert not trusting, (
+        f"{name} needs trust_remote_code=False in lines {trusting}: without it transformers asks or runs"
+    )
     loads = [c.lineno for c in calls_of(tree) if ast.unparse(c.func) in ("torch.load", "torch.save")]
     assert not loads, f"{name} uses torch.load or torch.save in lines {loads}"
+
+
+# Calls of transformers, datasets and peft that may run code which a model or a data set brings along.
+LOADERS = {"from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "pipeline"}
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def trusting_calls(tree: ast.Module) -> list[int]:
+    """Lines of the loaders' calls that do not say trust_remote_code=False, or say anything else anywhere."""
+    lines = []
+    for call in calls_of(tree):
+        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        given = [k.value for k in call.keywords if k.arg == "trust_remote_code"]
+        if (called in LOADERS and not given) or not all(map(is_false, given)):
+            lines.append(call.lineno)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("code", "trusting"),
+    [
+        ("AutoConfig.from_pretrained(name, trust_remote_code=False)", False),
+        ("AutoConfig.from_pretrained(name)", True),
+        ("transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)", True),
+        ("classes.from_config(config, **options)", True),
+        ("load_dataset(name, trust_remote_code=None)", True),
+        ("anything(trust_remote_code=True)", True),
+        ("json.load(file)", False),
+    ],
+)
+def test_a_call_that_may_run_code_is_seen(code, trusting):
+    assert bool(trusting_calls(ast.parse(code))) is trusting
 
 
 def test_exceptions_are_needed():

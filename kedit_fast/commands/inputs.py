@@ -16,7 +16,8 @@ from ..edit import Edit
 from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
 from ..files import writable
-from ..model.lm import DEMO_MODEL, LM, open_model
+from ..model.lm import LM
+from ..model.opening import DEMO_MODEL, open_model
 from ..moments import SecondMoment, second_moments
 from ..shipping.history import EditHistory
 

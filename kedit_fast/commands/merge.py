@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..model.lm import DEMO_MODEL
+from ..model.opening import DEMO_MODEL
 from ..shipping.adapter import export_peft
 from ..shipping.merge import merge_checkpoint
 from .inputs import note, read_edits, say

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.solve import factor
+from ..model.lm import takes_lm
 from ..moments import SecondMoment
 from .hyperparameters import published
 from .memit import Memit, early_middle, solved, with_kept
@@ -50,6 +51,7 @@ class AlphaEdit(Memit):
             raise ValueError(f"nullspace_share {self.nullspace_share}: expected a share above 0, 1 at most")
 
     @classmethod
+    @takes_lm
     def for_model(cls, lm):
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 

@@ -10,6 +10,7 @@ from .. import __version__
 from ..checkpoint import Checkpoint, Keep, digest, keep_json, make_now
 from ..deltas import Delta
 from ..edit import Edit
+from ..model.lm import takes_lm
 from .common import chain
 from .hyperparameters import Settings
 
@@ -39,6 +40,7 @@ class Editor(Settings):
 
     METHOD: ClassVar[str] = ""
 
+    @takes_lm
     def edit(
         self,
         lm,

@@ -25,6 +25,7 @@ from ..edit import Edit
 from ..facts import Fact, fact_tokens, target_tokens
 from ..jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
 from ..model.family import FAMILIES
+from ..model.lm import takes_lm
 from .common import chain, check_lengths, checked_facts, storable, under
 from .contexts import BARE
 from .hyperparameters import Hyperparameters, published
@@ -83,6 +84,7 @@ class Ft(Hyperparameters):
         return made
 
     @classmethod
+    @takes_lm
     def for_model(cls, lm) -> "Ft":
         """Published layer where there is one for this model, else derived settings; ``source`` says which.
 
@@ -95,6 +97,7 @@ class Ft(Hyperparameters):
             return cls(layers=(known.layer,), source=f"published for {known.name}")
         return cls(layers=(lm.n_layers // 6,), lr=_rate(lm), source=_derived(lm))
 
+    @takes_lm
     def edit(
         self,
         lm,
@@ -183,6 +186,7 @@ class FtL(Ft):
     POSITIVE: ClassVar = (*Ft.POSITIVE, "norm_constraint")
 
     @classmethod
+    @takes_lm
     def for_model(cls, lm) -> "FtL":
         """Published layer and ε where there are some for this model, else derived ones; ``source`` says which.
 

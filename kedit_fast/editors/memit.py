@@ -20,6 +20,7 @@ from ..checkpoint import Keep
 from ..deltas import LowRank, as_smallest
 from ..jobs.values import Values, ValueSettings, optimize_values
 from ..kernels.solve import MomentFactor, factor, memit_solve
+from ..model.lm import takes_lm
 from ..moments import SecondMoment
 from ..progress import progress
 from ..sites import Site
@@ -54,6 +55,7 @@ class Memit(Editor):
             raise ValueError(f"layers {self.layers}: expected lowest first; z lives at the last one, above all others")
 
     @classmethod
+    @takes_lm
     def for_model(cls, lm):
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint import Keep
 from ..deltas import LowRank, as_smallest
 from ..jobs.values import ValueSettings, optimize_values
+from ..model.lm import takes_lm
 from ..sites import Site
 from .common import Prompts, check_finite, edited_so_far, storable
 from .contexts import rome_contexts
@@ -51,6 +52,7 @@ class Rome(Editor):
             raise ValueError(f'key {self.key!r}: expected "published" or "averaged"')
 
     @classmethod
+    @takes_lm
     def for_model(cls, lm) -> "Rome":
         """Published settings where there are some for this model, else a derived layer at a sixth of the depth."""
         derived = cls(layers=(lm.n_layers // 6,), source=f"derived for {lm.n_layers} layers")

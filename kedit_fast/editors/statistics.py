@@ -33,7 +33,7 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
         warnings.warn(
             f"the second moments of layers {unchecked} do not say which model they are of (fingerprint None), so that "
             f"they belong to {lm.name} is unchecked; kedit_fast.second_moments writes it down",
-            stacklevel=4,  # the line that called ``edit``
+            stacklevel=5,  # the line that called ``edit``
         )
     return {layer: moments[layer] for layer in layers}
 

@@ -12,6 +12,7 @@ from .. import __version__
 from ..facts import Fact
 from ..files import append_records, check_place
 from ..kernels.dispatch import backend_for
+from ..model.lm import takes_lm
 from ..progress import progress
 from ..shipping.history import with_edits
 from ..sweep.plan import CALL_ROWS, RowCost
@@ -24,6 +25,7 @@ OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation
 CHUNK = 64  # facts a sweep when the weights are in memory: progress moves and the log grows
 
 
+@takes_lm
 def evaluate(
     lm, facts, edit=None, *, text=None, generate: int = 0, max_tokens: int = MAX_TOKENS, log=None
 ) -> EvalReport:

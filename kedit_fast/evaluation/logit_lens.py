@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..facts import Fact, continuation_tokens
 from ..kernels.target_logprob import LOGITS
+from ..model.lm import takes_lm
 from ..progress import progress
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
@@ -144,6 +145,7 @@ class ReadLens:
         return torch.cat([p.T, rank.T]).cpu()
 
 
+@takes_lm
 @torch.no_grad()
 def logit_lens(lm, facts, edit=None) -> LogitLens:
     """The first tokens of each fact's old and new answer after every layer, at the last token of its prompt.

@@ -15,6 +15,7 @@ from ..evaluation.logit_lens import TOP, LogitLens, logit_lens
 from ..evaluation.metrics import SHARE, Interval, interval
 from ..evaluation.policy import Advice, advise
 from ..kernels.dispatch import backend_for
+from ..model.lm import takes_lm
 from ..shipping.history import check_chain
 from . import forms
 from .ask import Found, ask
@@ -26,6 +27,7 @@ from .thresholds import Check, Thresholds
 MODEL_DTYPE = "model"
 
 
+@takes_lm
 def gate(
     lm,
     edit,

@@ -27,10 +27,11 @@ from kedit_fast.edit import Edit, digest
 from kedit_fast.files import named
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.model.lm import DEMO_MODEL
+from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.compose import compose
 from kedit_fast.shipping.folders import new_folder, sha256_of, write_json
+from kedit_fast.state import own_state
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
@@ -54,6 +55,7 @@ class Adapter:
     base: str = ""
 
 
+@own_state()
 def export_peft(
     edits: Edit | Sequence[Edit], folder, *, model=None, max_rank: int | None = MAX_RANK, truncate: bool = False
 ) -> Adapter:
@@ -98,6 +100,7 @@ def export_peft(
     return Adapter(Path(folder), rank, ranks, errors, name)
 
 
+@own_state()
 def load_peft(hf_model: nn.Module, folder, *, check_fingerprint: bool = True):
     """``PeftModel.from_pretrained(hf_model, folder)`` for the model that the edit was made for; needs the peft package.
 
@@ -111,7 +114,7 @@ def load_peft(hf_model: nn.Module, folder, *, check_fingerprint: bool = True):
     from peft import PeftModel
 
     check_adapter(folder, hf_model if check_fingerprint else None)
-    return PeftModel.from_pretrained(hf_model, str(folder))
+    return PeftModel.from_pretrained(hf_model, str(folder), trust_remote_code=False)
 
 
 def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
@@ -201,7 +204,7 @@ def _skeleton(made_for: str) -> nn.Module:
     if getattr(inner, "layer_types", None):
         inner.layer_types = inner.layer_types[:1]
     with torch.device("meta"):
-        return auto_class(family_of(config)).from_config(config)
+        return auto_class(family_of(config)).from_config(config, trust_remote_code=False)
 
 
 # ---- factors

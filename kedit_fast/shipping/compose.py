@@ -9,11 +9,13 @@ from kedit_fast import __version__
 from kedit_fast.deltas import Delta, Dense, LowRank
 from kedit_fast.edit import Edit, digest
 from kedit_fast.shipping.history import check_chain
+from kedit_fast.state import own_state
 
 PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
 _BLOCK = 2**24  # elements of a dense sum held in fp64 at a time: 128 MiB
 
 
+@own_state()
 def compose(edits: Sequence[Edit]) -> Edit:
     """One edit that does what ``edits`` do in order: Δ = Σ Δ_i of each layer. One edit alone is returned as it is.
 

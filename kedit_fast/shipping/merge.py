@@ -25,6 +25,7 @@ from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
 from kedit_fast.shipping.history import check_chain, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
+from kedit_fast.state import own_state
 
 FORMAT, VERSION = "kedit_fast.merge", "1"
 KEPT, MANIFEST, ORIGINALS, BEFORE = "kedit_fast_merge", "manifest.json", "original.safetensors", "before"
@@ -57,6 +58,7 @@ class _Place:
     transposed: bool
 
 
+@own_state()
 def merge_checkpoint(
     source, edits: Edit | Sequence[Edit], out, *, who: str = "", message: str = "", force: bool = False
 ) -> Merged:
@@ -131,7 +133,7 @@ def _open(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
     import transformers
 
     _check_folder(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is quantized, its packed weights cannot be written: merge into the checkpoint it was made from "

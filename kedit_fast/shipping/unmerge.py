@@ -15,10 +15,12 @@ from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.shipping.merge import BEFORE, FORMAT, KEPT, MANIFEST, ORIGINALS, VERSION, files_of, megabytes
 from kedit_fast.shipping.stored_tensors import StoredTensor, stored_tensors
+from kedit_fast.state import own_state
 
 Patch = tuple[StoredTensor, StoredTensor]  # a place in the merged shard, and where the bytes lie that belong there
 
 
+@own_state()
 def unmerge(folder, out=None) -> Path:
     """Takes the last merge out of a folder that ``merge_checkpoint`` wrote; -> the folder restored.
 

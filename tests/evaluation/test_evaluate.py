@@ -16,7 +16,7 @@ from kedit_fast.evaluation.probes import Names
 from kedit_fast.facts import Fact
 from kedit_fast.jobs.generate import generate
 from kedit_fast.kernels.target_logprob import target_logprob
-from kedit_fast.model.lm import open_model
+from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
 module = importlib.import_module("kedit_fast.evaluation.evaluate")  # the package's attribute is the function

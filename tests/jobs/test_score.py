@@ -6,7 +6,7 @@ import torch
 from kedit_fast.edit import Edit, LowRank
 from kedit_fast.facts import Fact
 from kedit_fast.jobs.score import continuation_logprobs, likeliest_tokens, next_token_probs, text_logprobs
-from kedit_fast.model.lm import open_model
+from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
 TOKENS = tiny_tokenizer()(TEXT)["input_ids"]

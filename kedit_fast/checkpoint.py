@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import replace_file
+from .files import check_folder, replace_file, saying, write_text
+from .unfinished import is_unfinished
 
 Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
@@ -20,6 +21,17 @@ IDENTITY = "identity.json"
 def make_now(name: str, make: Make) -> dict[str, Tensor]:
     """The ``Keep`` of work that nobody keeps: makes each part."""
     return make()
+
+
+def check_checkpoint(folder) -> Path:
+    """The folder, if it is a checkpoint or can become one; raises as ``Checkpoint``, which also knows of what work."""
+    folder = check_folder(folder)
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{folder} cannot be made: there is no folder {folder.parent}; make it first")
+    held = [path for path in folder.iterdir() if not is_unfinished(path)] if folder.exists() else []
+    if held and folder / IDENTITY not in held:
+        raise ValueError(f"{folder} is not empty and no checkpoint; name another folder")
+    return folder
 
 
 class Checkpoint:
@@ -35,19 +47,14 @@ class Checkpoint:
     """
 
     def __init__(self, folder, identity: dict):
-        self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; a checkpoint is a folder")
+        self.folder = check_checkpoint(folder)
         path = self.folder / IDENTITY
         identity = json.loads(json.dumps(identity))
         if path.exists():
             self._compare(path, identity)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and no checkpoint; name another folder")
         else:
             self.folder.mkdir(exist_ok=True)
-            with replace_file(path) as unfinished:
-                unfinished.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            write_text(path, json.dumps(identity, indent=1))
 
     def _compare(self, path: Path, identity: dict) -> None:
         try:
@@ -72,7 +79,10 @@ class Checkpoint:
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from error
         part = make()
-        with replace_file(path) as unfinished:
+        with (
+            saying("the parts before it are kept, and the same call goes on from there"),
+            replace_file(path) as unfinished,
+        ):
             save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in part.items()}, unfinished)
         # Read again: what goes on must not depend on whether the part was made in this run.
         return load_file(path)

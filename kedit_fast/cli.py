@@ -323,7 +323,7 @@ def _info(commands):
         "Shows versions, devices, which native code is there (or why not), and where files are kept.",
         "kedit-fast info",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="the same as .json")
+    _output(parser, "FILE", "the same as .json", None)
     _machine_options(parser, seed=None, model=None)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .commands.inputs import check_folder, check_output, model_line, open_lm, say, show, statistics_folder
+from .commands.inputs import model_line, open_lm, statistics_folder
+from .commands.outputs import check_output, output_folder, say, show
 from .edit import Edit
 from .editors import Memit, Rome
 from .evaluation import EvalReport, evaluate
@@ -111,9 +112,9 @@ class Story:
 
 def run(args) -> None:
     """The demo with the model of ``args`` and the facts of this package."""
-    folder = Path(args.output).expanduser()
+    folder = output_folder(args.output)
     check_output(folder / REPORT, force=True)
-    kept = check_folder(statistics_folder())
+    kept = output_folder(statistics_folder())
     story = Story()
     with story.step(
         "Open the model", "SmolLM2-135M-Instruct: small enough for any computer, and it knows some facts."

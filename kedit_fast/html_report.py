@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from .files import replace_file
+from .files import write_text
 from .plots import figure_alt, figure_png, png_html
 
 TONES = ("", "good", "bad", "neutral")
@@ -86,9 +86,7 @@ def write_report(path, title: str, first_line: str, sections: Iterable[Section])
     first_line: the first text of the body, above the title: what model this was measured on, for instance
     Raises TypeError for a block of unknown type, ValueError for bytes that are no PNG; then nothing is written.
     """
-    page = render_report(title, first_line, sections)
-    with replace_file(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8", errors="replace", newline="\n")
+    write_text(path, render_report(title, first_line, sections))
 
 
 def render_report(title: str, first_line: str, sections: Iterable[Section]) -> str:

@@ -21,7 +21,7 @@ from .editors.contexts import BARE, checked_contexts
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
-from .files import append_records, check_place, replace_file
+from .files import append_records, check_place, write_text
 from .model.family import check_layer
 from .model.lm import takes_lm
 from .progress import progress, show_progress
@@ -101,8 +101,7 @@ class LayerSweep:
     def save(self, path) -> None:
         """Writes one JSON file, whole or not at all; ``load`` gives it back."""
         record = {"format": FORMAT, "version": VERSION} | self.to_record()
-        with replace_file(path) as unfinished:
-            unfinished.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+        write_text(path, json.dumps(record, allow_nan=False))
 
     @classmethod
     def load(cls, path) -> "LayerSweep":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import replace_file
 from .trace_labels import (
     KIND_NAME,
     METRIC_NAME,
@@ -205,12 +206,20 @@ def _finish(figure, path, alt: str):
     with _style():
         figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out twice, it moves: the second drawing gave other bytes
-    if path is not None and Path(path).suffix.lower() in ("", ".png"):
-        Path(path).write_bytes(figure_png(figure))
-    elif path is not None:
-        with _style():
-            figure.savefig(path)
+    if path is not None:
+        _write(figure, path)
     return figure
+
+
+def _write(figure, path) -> None:
+    """The figure in the format that the path's suffix names (none: PNG), whole or not at all."""
+    suffix = Path(path).suffix.lower().removeprefix(".") or "png"
+    with replace_file(path) as unfinished:
+        if suffix == "png":
+            unfinished.write_bytes(figure_png(figure))
+        else:
+            with _style():
+                figure.savefig(unfinished, format=suffix)
 
 
 def _layers_width(n_layers: int) -> float:

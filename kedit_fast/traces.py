@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .facts import Fact
+from .files import replace_file
 
 ROLES = (
     "first subject token", "middle subject tokens", "last subject token",
@@ -158,7 +159,8 @@ class AverageTrace:
 
 
 def _write_npz(path, **arrays) -> None:
-    with open(path, "wb") as file:  # np.savez would put another suffix behind a path that has none
+    # opened: np.savez would put another suffix behind a path that has none
+    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
 
 

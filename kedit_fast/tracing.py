@@ -9,7 +9,6 @@ All tokens, layers, noise draws and kinds of many facts go up the model in one s
 below and before its restoration with its corrupted run, which is exact in a causal model.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .attribution import estimate, most
 from .facts import Fact
+from .files import append_records, check_place
 from .jobs.restore import Restore
 from .jobs.score import Score
 from .kernels.dispatch import backend_for
@@ -74,14 +74,17 @@ def trace(
         which cells are
     log: a .jsonl path; each result is added to it as soon as its facts are done
 
-    Raises ValueError, before any work, for unknown choices, a subject of other length, a missing foil; before results
-    are written, for a fact whose clean or corrupted run gives NaN. One weight pass for each group of facts that
-    ``lm.memory`` holds (two and a half with an estimate), and one for the answers.
+    Raises ValueError, before any work, for unknown choices, a subject of other length, a missing foil, and OSError for
+    a log that cannot be written; ValueError, before results are written, for a fact whose clean or corrupted run gives
+    NaN. One weight pass for each group of facts that ``lm.memory`` holds (two and a half with an estimate), and one for
+    the answers.
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(dict.fromkeys(kinds))
     _check(facts, kinds, window, samples, metric, sever, method, top)
+    if log is not None:
+        check_place(log)
     level = noise_level(lm, facts, noise) if corrupt == "noise" else None
     how = Settings(kinds, window, metric, sever, samples if corrupt == "noise" else 1, level, seed)
     backend = ", ".join(f"{op} {backend_for(op, lm.device, lm.dtype)}" for op in _OPS)
@@ -92,9 +95,7 @@ def trace(
             advance = partial(_advance, bar, len(group))
             done = _trace_group(lm, group, how, method, top, backend, advance)
             results += done
-            if log is not None:
-                with open(log, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(r.to_record()) + "\n" for r in done)
+            append_records(log, (result.to_record() for result in done), allow_nan=True)
     return results
 
 

@@ -17,7 +17,8 @@ import kedit_fast as kf
 from kedit_fast import cli, progress
 from kedit_fast.commands import edit as edit_command
 from kedit_fast.commands import info
-from kedit_fast.commands.inputs import find_moments, fresh_log, read_edits
+from kedit_fast.commands.inputs import find_moments, read_edits
+from kedit_fast.commands.outputs import fresh_log
 from kedit_fast.edit import Edit, digest
 from kedit_fast.editors import EDITORS
 from kedit_fast.evaluation import EvalReport

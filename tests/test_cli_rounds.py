@@ -36,7 +36,7 @@ def work(tmp_path, monkeypatch):
     rome = {name: value for name, value in FAST.items() if name != "mom2_update_weight"}
     (tmp_path / "rome.json").write_text(json.dumps(rome | {"layers": [1]}))
     (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "there.txt").write_text("")
+    (tmp_path / "there.txt").write_text("of a run before")
     return folder
 
 

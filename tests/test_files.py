@@ -1,7 +1,12 @@
 """Files are written whole or not at all, with the mode of any other file, and errors name what the user named."""
 
+import json
 import os
+import resource
 import stat
+import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from kedit_fast import files
 from kedit_fast.edit import Edit
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.facts import Fact
-from kedit_fast.files import check_place, replace_file
+from kedit_fast.files import append_records, check_folder, check_place, file_in, holds_something, replace_file
 from kedit_fast.html_report import write_report
 from kedit_fast.moments import SecondMoment
 
@@ -143,3 +148,167 @@ def test_a_report_as_a_page_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         EvalReport({}, None, (), {"model": "another"}).to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == before and names(tmp_path) == ["page.html"]
+
+
+# ---- what is no regular file
+
+
+def read_later(pipe):
+    """Reads a named pipe to its end in a thread; join() it, then look at [0]."""
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    return reader, got
+
+
+def test_a_pipe_is_written_through(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader, got = read_later(pipe)
+    write(pipe, "through")
+    reader.join(10)
+    assert got == [b"through"] and stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["pipe"]
+
+
+def test_a_device_is_written_through(tmp_path):
+    """/dev/null by a link of ours; writing there must not make a file of it."""
+    null = tmp_path / "null"
+    null.symlink_to(os.devnull)
+    write(null, "gone"), append_records(null, [{"a": 1}])
+    assert null.is_symlink() and stat.S_ISCHR(os.stat(os.devnull).st_mode) and names(tmp_path) == ["null"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    link, real = tmp_path / "a" / "link", tmp_path / "b" / "real"
+    link.symlink_to("../b/real")
+    for text in ("made", "replaced"):
+        write(link, text)
+        assert link.is_symlink() and real.read_text() == text
+    assert names(tmp_path / "a") == ["link"] and names(tmp_path / "b") == ["real"]
+    real.unlink(), append_records(link, [{"a": 1}])
+    assert link.is_symlink() and real.read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "path, error, says",
+    [
+        ("", ValueError, "give the name of a file"),
+        ("new/", ValueError, "new/ ends in a slash and so names a folder"),
+        ("a\0b", ValueError, "is no path"),
+        (3, TypeError, "3 is no path"),
+        ("loop", ValueError, "a link that leads nowhere"),
+        ("gone", FileNotFoundError, "there is no folder"),
+        ("socket", ValueError, "a block device or a socket"),
+    ],
+)
+def test_paths_that_name_no_file(path, error, says, tmp_path, monkeypatch):
+    import socket
+
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop"), os.symlink("none/here", "gone")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind("socket")
+        before = names(tmp_path)
+        for act in (check_place, write):
+            with pytest.raises(error, match=says):
+                act(path)
+        assert names(tmp_path) == before
+
+
+def test_an_empty_file_holds_nothing(tmp_path):
+    (tmp_path / "empty").touch(), (tmp_path / "full").write_text("x")
+    assert [holds_something(tmp_path / name) for name in ("empty", "full", "none", ".")] == [False, True, False, False]
+
+
+def test_folders_that_can_be_made(tmp_path):
+    (tmp_path / "file").touch(), os.symlink("nowhere", tmp_path / "link")
+    assert check_folder(f"{tmp_path}/a/b/") == tmp_path / "a" / "b" and names(tmp_path) == ["file", "link"]
+    for place in ("file", "file/deeper", "link"):
+        with pytest.raises(NotADirectoryError, match="is no folder"):
+            check_folder(tmp_path / place)
+    with pytest.raises(ValueError, match="give the name of a folder"):
+        check_folder("")
+
+
+# ---- a full disk
+
+
+@contextmanager
+def no_file_over(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_lines_before_in_a_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    append_records(log, [{"number": 1}])
+    with pytest.raises(OSError, match="the lines before are kept") as caught, no_file_over(100):
+        append_records(log, [{"number": i} for i in range(2, 50)])
+    assert caught.value.filename == str(log)
+    append_records(log, [{"number": 2}])  # no half line stands before it
+    assert [json.loads(line)["number"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_a_full_disk_is_told_of_a_file(tmp_path):
+    with pytest.raises(OSError, match="File too large") as caught, no_file_over(10):
+        write(tmp_path / "a", "x" * 100)
+    assert caught.value.filename == str(tmp_path / "a") and names(tmp_path) == []
+
+
+# ---- names in files
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", ".hidden", "a b", "Käse"])
+def test_plain_names(name, tmp_path):
+    assert file_in(tmp_path, name, "index") == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "a/b",
+        "/etc/passwd",
+        "a/../b",
+        "..\\a",
+        "C:a",
+        "c:\\a",
+        "\\\\server\\a",
+        "a\0b",
+        "a\nb",
+        3,
+        None,
+    ],
+)
+def test_names_that_lead_elsewhere(name, tmp_path):
+    with pytest.raises(ValueError, match="index names the file") as caught:
+        file_in(tmp_path, name, "index")
+    assert "\0" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_a_link(tmp_path):
+    home = tmp_path / "model"
+    home.mkdir(), (tmp_path / "victim").touch(), (home / "inside").touch()
+    os.symlink("../victim", home / "out"), os.symlink("inside", home / "in"), os.symlink(tmp_path, home / "folder")
+    assert file_in(home, "in", "index") == home / "in"
+    for name in ("out", "folder"):
+        with pytest.raises(ValueError, match="a link out of"):
+            file_in(home, name, "index")
+
+
+def test_the_hub_s_cache_is_links(tmp_path):
+    """models--x/snapshots/<revision>/name links to models--x/blobs/<digest>."""
+    home, blobs = tmp_path / "models--x" / "snapshots" / "r", tmp_path / "models--x" / "blobs"
+    home.mkdir(parents=True), blobs.mkdir(), (blobs / "d").touch(), (tmp_path / "victim").touch()
+    os.symlink("../../blobs/d", home / "model"), os.symlink("../../../victim", home / "out")
+    assert file_in(home, "model", "index") == Path(home, "model")
+    with pytest.raises(ValueError, match="a link out of"):
+        file_in(home, "out", "index")

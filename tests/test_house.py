@@ -26,7 +26,7 @@ FLOORS = (
     ("edit", "deltas"),
     ("facts", "fact_files"),
     ("kernels", "sites"),
-    ("files", "checkpoint", "progress", "settings", "state", "__init__"),
+    ("files", "unfinished", "checkpoint", "progress", "settings", "state", "__init__"),
     ("checks",),
 )
 # Not even inside a function: (who, of whom it knows nothing).

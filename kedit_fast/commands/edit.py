@@ -1,25 +1,15 @@
 """``kedit-fast edit``: facts to an edit file."""
 
+import os
 from dataclasses import replace
 from statistics import mean
 
+from ..checkpoint import check_checkpoint
 from ..edit import Edit
 from ..editors import EDITORS
 from ..facts import check_facts
-from .inputs import (
-    check_distinct,
-    check_output,
-    check_statistics,
-    corpus_of,
-    make_folder_of,
-    model_line,
-    open_lm,
-    read_edits,
-    read_facts,
-    say,
-    statistics,
-    table,
-)
+from .inputs import check_statistics, corpus_of, model_line, open_lm, read_edits, read_facts, statistics
+from .outputs import check_distinct, check_output, make_folder_of, say, table
 
 SHOWN = 20  # facts listed one by one
 
@@ -30,6 +20,7 @@ def run(args) -> None:
     facts = check_facts(read_facts(args), need_new=True, together=not args.independent)
     check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
     path = check_output(args.output, args.force)
+    parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
     below = [edit for name in args.on_top_of or () for edit in read_edits(name)]
     corpus = corpus_of(args)
     editor_class = EDITORS[args.method]
@@ -50,7 +41,7 @@ def run(args) -> None:
         moments=statistics(args, lm, [editor], editor.layers, corpus),
         previous=below,
         independent=args.independent,
-        checkpoint=args.checkpoint,
+        checkpoint=parts,
         seed=args.seed,
     )
     make_folder_of(path)

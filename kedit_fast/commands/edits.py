@@ -9,7 +9,8 @@ from ..edit import Edit
 from ..shipping.differences import compare
 from ..shipping.history import EditHistory
 from ..shipping.unmerge import read_manifest, unmerge
-from .inputs import model_line, open_lm, say, table
+from .inputs import model_line, open_lm
+from .outputs import say, table
 
 SHOWN = 20  # facts listed one by one
 WIDTH = 100  # characters of a value that are shown

@@ -4,17 +4,8 @@ from contextlib import nullcontext
 
 from ..evaluation import evaluate
 from ..shipping.compose import compose
-from .inputs import (
-    check_distinct,
-    check_output,
-    fact_file,
-    fresh_log,
-    make_folder_of,
-    open_lm,
-    read_edits,
-    read_text,
-    say,
-)
+from .inputs import fact_file, open_lm, read_edits, read_text
+from .outputs import check_distinct, check_output, fresh_log, make_folder_of, say
 
 
 def run(args) -> None:
@@ -22,7 +13,7 @@ def run(args) -> None:
     if args.edit is None and args.facts is None:
         raise ValueError("evaluate what? give --edit FILE, or --facts FILE to ask the model as it is")
     check_distinct(args, ["output", "html", "log"], ["edit", "facts", "text", "model"])
-    report, page, log = (path and check_output(path, args.force) for path in (args.output, args.html, args.log))
+    report, page, log = (check_output(path, args.force) for path in (args.output, args.html, args.log))
     edits = () if args.edit is None else read_edits(args.edit)
     edit = compose(edits) if len(edits) > 1 else next(iter(edits), None)  # independent edits are not composed
     facts = list(edit.facts)[: args.n] if args.facts is None else fact_file(args.facts, args.n)

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from ..editors import EDITORS
-from ..files import replace_file
-from ..plots import figure_png
-from .inputs import check_output, make_folder_of
+from .outputs import check_output
 
 
 def check_method(name: str) -> None:
@@ -16,16 +14,7 @@ def check_method(name: str) -> None:
 
 def check_picture(name: str | None, force: bool) -> Path | None:
     """Where a picture may be written; ValueError for a name that does not end in .png."""
-    if name is None:
-        return None
     path = check_output(name, force)
-    if path.suffix.lower() != ".png":
+    if path is not None and path.suffix.lower() != ".png":
         raise ValueError(f"--plot {name}: pictures are written as .png; name a file that ends so")
     return path
-
-
-def write_picture(figure, path: Path) -> None:
-    """The figure as PNG, whole or not at all."""
-    make_folder_of(path)
-    with replace_file(path) as unfinished:
-        unfinished.write_bytes(figure_png(figure))

@@ -8,7 +8,8 @@ import torch
 from ..gating import Suite, Thresholds, gate, load_suite
 from ..gating.judge import MODEL_DTYPE
 from ..gating.questions import Sizes
-from .inputs import check_distinct, check_output, make_folder_of, open_lm, read_edits, read_text, say
+from .inputs import open_lm, read_edits, read_text
+from .outputs import check_distinct, check_output, make_folder_of, say
 
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
@@ -30,7 +31,7 @@ def run(args) -> int:
         for output in (args.output, args.html):
             if output is not None and Path(output).expanduser().resolve() == Path(source).expanduser().resolve():
                 raise ValueError(f"{output} would replace what is read; name another file")
-    report, page = (path and check_output(path, args.force) for path in (args.output, args.html))
+    report, page = (check_output(path, args.force) for path in (args.output, args.html))
     edits = [edit for name in args.edits for edit in read_edits(name)]
     suite = load_suite(*args.suite) if args.suite else Suite()
     if args.text is not None:

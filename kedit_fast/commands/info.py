@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__, settings
-from ..files import replace_file
+from ..files import write_text
+from .outputs import check_output, make_folder_of, say
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib", "rich", "triton", "datasets", "peft",
@@ -18,14 +19,15 @@ PACKAGES = (
 
 def run(args) -> None:
     """Prints what is there, a line each; the same as JSON where ``args.output`` names a file."""
+    path = check_output(args.output, args.force)
     found = {name: _told(tell) for name, tell in (*LINES, ("model", lambda: _model(args)))}
     found = {name: value for name, value in found.items() if value is not None}
+    if path:
+        make_folder_of(path)
+        write_text(path, json.dumps(found, indent=1))
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name:>{width}}  " + f"\n{'':{width}}  ".join(_lines(value)))
-    if args.output:
-        with replace_file(args.output) as unfinished:
-            unfinished.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        say(f"{name:>{width}}  " + f"\n{'':{width}}  ".join(_lines(value)))
 
 
 def _told(tell: Callable):

@@ -2,9 +2,7 @@
 
 import json
 import re
-import sys
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,29 +13,11 @@ from ..corpus import SELF
 from ..edit import Edit
 from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
-from ..files import writable
 from ..model.lm import LM
 from ..model.opening import DEMO_MODEL, open_model
 from ..moments import SecondMoment, second_moments
 from ..shipping.history import EditHistory
-
-
-def say(text: str = "") -> None:
-    """A line of the command's answer, on stdout."""
-    print(text, flush=True)
-
-
-def show(renderable) -> None:
-    """Something that rich draws, on stdout, with color where the terminal has it."""
-    from rich.console import Console
-
-    Console().print(renderable)
-
-
-def note(text: str) -> None:
-    """A line on what goes on meanwhile, on stderr."""
-    print(f"kedit-fast: {text}", file=sys.stderr, flush=True)
-
+from .outputs import note
 
 # ---- the model
 
@@ -128,82 +108,6 @@ def read_text(name: str) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 text ({error}); expected a text file") from error
-
-
-def check_output(path, force: bool) -> Path:
-    """The path, where it may be written; ValueError where something is there already, or its folder is a file."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected the name of a file to write")
-    if path.exists() and not force:
-        raise ValueError(f"{path} is there already; --force replaces it, or name another file")
-    check_folder(path.absolute().parent, path)
-    return path
-
-
-def check_folder(folder, path=None) -> Path:
-    """The folder, where it is one that files can be written to, or one that can be made; else ValueError.
-
-    path: what will be written there, for the message (default: the folder)
-    """
-    folder = Path(folder).expanduser()
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not writable(there):
-        raise ValueError(f"{path or folder} cannot be written: {there} is no folder that you may write to")
-    return folder
-
-
-def check_distinct(args, outputs: Sequence[str], inputs: Sequence[str]) -> None:
-    """Raises ValueError where two options name one file to write, or an output would replace what is read.
-
-    outputs, inputs: names of options, those not given are passed over; an input may be a folder of files
-    """
-    written: dict[str, Path] = {}
-    for name in outputs:
-        path = _path_of(args, name)
-        if path is None:
-            continue
-        for other, taken in written.items():
-            if _same(path, taken):
-                raise ValueError(f"--{other} and --{name} both name {path}; expected a file for each")
-        for source in inputs:
-            read = _path_of(args, source)
-            if read is not None and (_same(path, read) or (path.exists() and _same(path.parent, read))):
-                raise ValueError(f"--{name} {path} would replace what --{source} reads; name another file")
-        written[name] = path
-
-
-def _path_of(args, option: str) -> Path | None:
-    given = getattr(args, option)
-    return None if given in (None, BUILTIN, SELF) else Path(given).expanduser()
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
-
-
-def make_folder_of(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def fresh_log(path: Path):
-    """A log's path, to begin empty. If nothing is logged, an older file of that name comes back and no folder stays."""
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    make_folder_of(path)
-    older = path.with_name(f".{path.name}.older")
-    if path.exists():
-        path.replace(older)
-    try:
-        yield path
-    finally:
-        if path.exists():
-            older.unlink(missing_ok=True)
-        elif older.exists():
-            older.replace(path)
-        with suppress(OSError):  # not empty: it is in use
-            for folder in made:
-                folder.rmdir()
 
 
 # ---- statistics
@@ -299,11 +203,3 @@ def _described(path: Path) -> tuple[int | None, str | None, int]:
 
 def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first on the left, the others on the right."""
-    rows = [list(headers), *(list(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)

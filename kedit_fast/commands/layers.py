@@ -9,21 +9,9 @@ from ..editors.contexts import BARE
 from ..facts import check_facts
 from ..layer_sweep import LayerSweep, sweep_layers
 from ..traces import LOCALIZATION_WARNING, read_log
-from .experiments import check_method, check_picture, write_picture
-from .inputs import (
-    check_distinct,
-    check_output,
-    check_statistics,
-    corpus_of,
-    fresh_log,
-    make_folder_of,
-    model_line,
-    open_lm,
-    read_facts,
-    say,
-    statistics,
-    table,
-)
+from .experiments import check_method, check_picture
+from .inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, statistics
+from .outputs import check_distinct, check_output, fresh_log, make_folder_of, say, table
 
 _SHOWN = {"efficacy": "efficacy", "p_new": "P(new)", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
 FEW = 5  # layers; the rank correlation of fewer is mostly chance
@@ -35,7 +23,7 @@ def run(args) -> None:
     check_method(args.method)
     facts = check_facts(read_facts(args), need_new=True, together=False)
     check_distinct(args, ["output", "plot", "log"], ["facts", "hparams", "corpus", "stats", "model", "traces"])
-    output, log = (path and check_output(path, args.force) for path in (args.output, args.log))
+    output, log = (check_output(path, args.force) for path in (args.output, args.log))
     picture, corpus = check_picture(args.plot, args.force), corpus_of(args)
     traces = _traces_of(args.traces, facts) if args.traces else None
     given = EDITORS[args.method].from_json(args.hparams) if args.hparams else None
@@ -55,7 +43,8 @@ def run(args) -> None:
         found.save(output)
         say(f"written: {output}")
     if picture:
-        write_picture(found.plot(), picture)
+        make_folder_of(picture)
+        found.plot(picture)
         say(f"written: {picture}")
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from ..model.opening import DEMO_MODEL
 from ..shipping.adapter import export_peft
 from ..shipping.merge import merge_checkpoint
-from .inputs import note, read_edits, say
+from .inputs import read_edits
+from .outputs import note, say
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 

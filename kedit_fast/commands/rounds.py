@@ -9,24 +9,12 @@ from .. import __version__
 from ..editors import EDITORS
 from ..evaluation.canary import PROSE
 from ..facts import check_facts
-from ..files import replace_file
+from ..files import write_text
 from ..rounds import Round, check_rounds, edit_in_rounds
 from ..rounds_plot import plot_rounds
-from .experiments import check_method, check_picture, write_picture
-from .inputs import (
-    check_distinct,
-    check_output,
-    check_statistics,
-    corpus_of,
-    fresh_log,
-    make_folder_of,
-    model_line,
-    open_lm,
-    read_facts,
-    read_text,
-    say,
-    statistics,
-)
+from .experiments import check_method, check_picture
+from .inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, read_text, statistics
+from .outputs import check_distinct, check_output, fresh_log, make_folder_of, say
 
 FORMAT, VERSION = "kedit_fast.rounds", 1
 _COLUMNS = ("round", "facts", "new", "P(new)", "old", "P(old)", "paraphr.", "neighb.", "perplex.", "growth", "s")
@@ -43,7 +31,7 @@ def run(args) -> None:
     facts = check_facts(read_facts(args), need_new=True)
     inputs = ["facts", "hparams", "corpus", "stats", "model", "text"]
     check_distinct(args, ["output", "plot", "log"], inputs)
-    output, log = (path and check_output(path, args.force) for path in (args.output, args.log))
+    output, log = (check_output(path, args.force) for path in (args.output, args.log))
     picture, corpus, text = check_picture(args.plot, args.force), corpus_of(args), read_text(args.text or PROSE)
     given = EDITORS[args.method[0]].from_json(args.hparams) if args.hparams else None
     lm = open_lm(args)
@@ -79,11 +67,11 @@ def run(args) -> None:
     if output:
         record = _record(args, lm, facts, editors, rounds, stopped)
         make_folder_of(output)
-        with replace_file(output) as unfinished:
-            unfinished.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+        write_text(output, json.dumps(record, allow_nan=False))
         say(f"written: {output}")
     if picture:
-        write_picture(plot_rounds(rounds, model=lm.name), picture)
+        make_folder_of(picture)
+        plot_rounds(rounds, picture, model=lm.name)
         say(f"written: {picture}")
 
 

@@ -2,12 +2,13 @@
 
 from ..editors import EDITORS
 from ..moments import second_moments
-from .inputs import check_folder, corpus_of, model_line, open_lm, say, statistics_folder, table
+from .inputs import corpus_of, model_line, open_lm, statistics_folder
+from .outputs import output_folder, say, table
 
 
 def run(args) -> None:
     """Measures the statistics and says how well conditioned they are."""
-    folder = check_folder(args.output or statistics_folder())
+    folder = output_folder(args.output or statistics_folder())
     corpus = corpus_of(args)
     lm = open_lm(args)
     say(model_line(lm))

@@ -7,7 +7,8 @@ from ..plots import plot_kinds
 from ..terminal import terminal_heatmap
 from ..traces import LOCALIZATION_WARNING, ROLES, TraceResult, average
 from ..tracing import trace
-from .inputs import check_output, fresh_log, model_line, open_lm, read_facts, say, show
+from .inputs import model_line, open_lm, read_facts
+from .outputs import check_output, fresh_log, output_folder, say, show
 
 LOG = "traces.jsonl"
 RECOMMENDED = 5  # layers, as many as MEMIT edits
@@ -16,10 +17,15 @@ RECOMMENDED = 5  # layers, as many as MEMIT edits
 def run(args) -> None:
     """Traces the facts, drawing what was found."""
     facts = read_facts(args)
-    folder = Path(args.output).expanduser()
+    folder = output_folder(args.output)
     if args.facts and Path(args.facts).expanduser().resolve() == (folder / LOG).resolve():
         raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")
-    log = check_output(folder / LOG, args.force)
+    n_drawn = min(args.plots, len(facts))
+    for name in (LOG, *(f"average-{kind}.{suffix}" for kind in args.kinds for suffix in ("png", "npz"))):
+        check_output(folder / name, args.force)
+    for index in range(n_drawn):
+        check_output(folder / _picture(index), args.force)
+    log = folder / LOG
     lm = open_lm(args)
     say(model_line(lm))
     with fresh_log(log):
@@ -35,7 +41,7 @@ def run(args) -> None:
         say(f"{len(facts)} facts, {len(results)} traces")
     say()
     say_averages(results, folder)
-    _draw(results, folder, args.plots)
+    _draw(results, folder, n_drawn)
     say(f"in {folder}: {LOG}, a line for each trace; pictures (.png); averages (.npz)")
 
 
@@ -59,4 +65,8 @@ def _draw(results: list[TraceResult], folder: Path, n: int) -> None:
     """A picture with all kinds for each of the first n facts."""
     by_fact = groupby(results, key=lambda result: id(result.fact))
     for index, (_, kinds) in enumerate(islice(by_fact, n)):
-        plot_kinds(list(kinds), folder / f"fact-{index}.png")
+        plot_kinds(list(kinds), folder / _picture(index))
+
+
+def _picture(index: int) -> str:
+    return f"fact-{index}.png"

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import Checkpoint, Keep, digest, keep_json, make_now
+from ..checkpoint import Checkpoint, Keep, check_checkpoint, digest, keep_json, make_now
 from ..deltas import Delta
 from ..edit import Edit
 from ..model.lm import takes_lm
@@ -70,6 +70,8 @@ class Editor(Settings):
         model, layers out of range, missing or foreign statistics, a checkpoint of other work; later, naming the fact,
         where a loss or a residual turns NaN.
         """
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
         lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)
         moments = self.moments_of(lm, moments, corpus)
         keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)

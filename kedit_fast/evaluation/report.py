@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..facts import Fact
-from ..files import replace_file
+from ..files import write_text
 from .metrics import COUNT, METRICS, SCORE, Interval, summarize
 
 FORMAT, VERSION = "kedit_fast.report", 1
@@ -77,8 +77,7 @@ class EvalReport:
             "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
             "generations": self.generations,
         }
-        with replace_file(path) as unfinished:
-            unfinished.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+        write_text(path, json.dumps(record, allow_nan=False))
 
     @classmethod
     def load(cls, path) -> "EvalReport":
@@ -119,8 +118,7 @@ class EvalReport:
         )
         if path is not None:
             page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(self._title())}</title>\n{fragment}\n'
-            with replace_file(path) as unfinished:
-                unfinished.write_text(page, encoding="utf-8")
+            write_text(path, page)
         return fragment
 
     def _repr_html_(self) -> str:

@@ -9,7 +9,7 @@ from ..evaluation.canary import Song
 from ..evaluation.logit_lens import LogitLens
 from ..evaluation.policy import Advice
 from ..evaluation.report import finite
-from ..files import replace_file
+from ..files import write_text
 from ..html_report import Cell, Details, Picture, Section, Table, render_report
 from .questions import KINDS, SOURCES, Kept
 from .thresholds import FAIL, PASS, Check
@@ -298,6 +298,5 @@ def _finite(value):
 
 def _write(path, text: str) -> str:
     if path is not None:
-        with replace_file(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        write_text(path, text)
     return text

@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kedit_fast.files import named, named_instead
+from kedit_fast.files import check_folder, given_path, named, named_instead
+from kedit_fast.unfinished import unfinished_folder
 
 PIECE = 8 << 20  # bytes of a file held at a time
 
@@ -18,24 +17,21 @@ PIECE = 8 << 20  # bytes of a file held at a time
 def new_folder(path):
     """Gives an empty folder beside ``path``; it takes the name ``path`` when the block ends without an error.
 
-    On an error nothing of it stays. Raises ValueError where ``path`` is a file or holds something,
-    FileNotFoundError where the folder around it does not exist, and OSError, naming ``path`` or a file in it, where
-    writing fails.
+    On an error nothing of it stays, and what a killed run left is deleted by the next one. Raises ValueError where
+    ``path`` is a file or holds something, and where another run writes there, FileNotFoundError where the folder
+    around it does not exist, and OSError, naming ``path`` or a file in it, where writing fails.
     """
     path = check_new_folder(path)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.unfinished")
-    with named_instead(unfinished, path):
-        unfinished.mkdir()
-        try:
-            yield unfinished
-            for file in unfinished.rglob("*"):  # on the disk before the name is
-                if file.is_file():
-                    _sync(file)
-            if path.exists():  # empty; some systems rename onto nothing only
-                path.rmdir()
-            os.replace(unfinished, path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with unfinished_folder(path) as unfinished, named_instead(unfinished, path):
+        check_new_folder(path)  # another run may have ended since
+        yield unfinished
+        for file in unfinished.rglob("*"):  # on the disk before the name is
+            if file.is_file():
+                _sync(file)
+        check_new_folder(path)
+        if path.exists():  # empty; some systems rename onto nothing only
+            path.rmdir()
+        os.replace(unfinished, path)
 
 
 def _sync(file: Path) -> None:
@@ -45,13 +41,15 @@ def _sync(file: Path) -> None:
 
 def check_new_folder(path) -> Path:
     """The path, if ``new_folder`` can make a folder there; raises as it does."""
-    path = Path(path)
+    path = given_path(path, "a folder to make", slash=True)
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; expected a folder that is new or empty")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "is not empty" if path.is_dir() else "is a file"
         raise ValueError(f"{path} {what}; expected a folder that is new or empty")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be made: there is no folder {path.parent}; make it first")
-    return path
+    return check_folder(path)
 
 
 def pieces(path, begin: int = 0, size: int | None = None) -> Iterator[bytes]:

@@ -1,0 +1,120 @@
+"""What the commands share of their answers: lines and tables on the screen, and the files that they write.
+
+Free of torch: ``kedit-fast info`` has to speak where torch is broken.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..corpus import SELF
+from ..facts import BUILTIN
+from ..files import check_folder, check_place, holds_something, written_file, written_through
+
+# ---- the screen
+
+
+def say(text: str = "") -> None:
+    """A line of the command's answer, on stdout."""
+    print(text, flush=True)
+
+
+def show(renderable) -> None:
+    """Something that rich draws, on stdout, with color where the terminal has it."""
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def note(text: str) -> None:
+    """A line on what goes on meanwhile, on stderr."""
+    print(f"kedit-fast: {text}", file=sys.stderr, flush=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first on the left, the others on the right."""
+    rows = [list(headers), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+# ---- files
+
+
+def check_output(path, force: bool) -> Path | None:
+    """The path, where it may be written (as ``check_place`` says); ValueError where a file is there already.
+
+    None, for an option that was not given, stays None.
+    """
+    if path is None:
+        return None
+    path = check_place(os.path.expanduser(path), make_folders=True)
+    if holds_something(path) and not force:
+        raise ValueError(f"{path} is there already; --force replaces it, or name another file")
+    return path
+
+
+def output_folder(path) -> Path:
+    """The folder, where files may be written to it (as ``check_folder`` says); it is made when they are."""
+    return check_folder(os.path.expanduser(path))
+
+
+def check_distinct(args, outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Raises ValueError where two options name one file to write, or an output would replace what is read.
+
+    outputs, inputs: names of options, those not given are passed over; an input may be a folder of files
+    """
+    written: dict[str, Path] = {}
+    for name in outputs:
+        path = _path_of(args, name)
+        if path is None:
+            continue
+        for other, taken in written.items():
+            if _same(path, taken):
+                raise ValueError(f"--{other} and --{name} both name {path}; expected a file for each")
+        for source in inputs:
+            read = _path_of(args, source)
+            if read is not None and (_same(path, read) or (path.exists() and _same(path.parent, read))):
+                raise ValueError(f"--{name} {path} would replace what --{source} reads; name another file")
+        written[name] = path
+
+
+def _path_of(args, option: str) -> Path | None:
+    given = getattr(args, option)
+    return None if given in (None, BUILTIN, SELF) else Path(given).expanduser()
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+
+
+def make_folder_of(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def fresh_log(path: Path):
+    """A log's path, to begin empty. If nothing is logged, an older file of that name comes back and no folder stays."""
+    if written_through(path):
+        with open(path, "ab"):  # a pipe's reader would take the end of a line's write for the end of all
+            yield path
+        return
+    path = written_file(path)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    make_folder_of(path)
+    older = path.with_name(f".{path.name}.older")
+    if path.exists():
+        path.replace(older)
+    try:
+        yield path
+    finally:
+        if path.exists():
+            older.unlink(missing_ok=True)
+        elif older.exists():
+            older.replace(path)
+        with suppress(OSError):  # not empty: it is in use
+            for folder in made:
+                folder.rmdir()

@@ -1,0 +1,118 @@
+"""Names of files and folders that are being written: locked while they are, and found again after a killed run.
+
+A writer holds a lock on what it writes, which the system frees when it ends, however it ends. So whoever comes next
+knows which leftovers nobody writes any more. Where a system or a file system has no such locks, nothing is taken for a
+leftover.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    LOCKS = False
+else:
+    LOCKS = True
+
+ENDING = ".unfinished"
+_NAME = 40  # characters of the final name that a name of ours begins with: a name may have 255 bytes
+
+
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """A new empty file beside ``path`` to write to, gone when the block ends unless it was given another name.
+
+    Several may write one ``path`` at a time. What killed writers of it left is deleted.
+    """
+    _delete_leftovers(path)
+    while True:
+        unfinished = path.with_name(f".{path.name[:_NAME]}.{uuid.uuid4().hex[:8]}{ENDING}")
+        lock = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666)
+        if locked(lock) is not False and os.path.exists(unfinished):
+            break  # else another writer took it for a leftover, in the moment before it was locked
+        os.close(lock)
+    try:
+        yield unfinished
+    finally:
+        os.close(lock)
+        unfinished.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a name is of those that are given here: it is being written, or was left by a killed run."""
+    return path.name.startswith(".") and path.name.endswith(ENDING)
+
+
+def _delete_leftovers(path: Path) -> None:
+    begins = f".{path.name[:_NAME]}."
+    for name in os.listdir(path.parent):
+        if name.startswith(begins) and name.endswith(ENDING) and len(name) == len(begins) + 8 + len(ENDING):
+            with suppress(OSError), open(path.with_name(name), "rb") as left:
+                if locked(left.fileno()):
+                    path.with_name(name).unlink()
+
+
+@contextmanager
+def unfinished_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` to fill, gone when the block ends unless it was given another name.
+
+    One writer for each ``path``: raises ValueError where another run fills it. What a killed run left of it is deleted.
+    """
+    unfinished = path.with_name(f".{path.name}{ENDING}")
+    new = True
+    try:
+        unfinished.mkdir()
+    except FileExistsError:
+        new = False
+    lock = _claimed(unfinished, path, new)
+    try:
+        _empty(unfinished)
+        yield unfinished
+    finally:
+        with suppress(FileNotFoundError):  # it has its final name
+            if lock is None or os.path.samestat(os.fstat(lock), os.stat(unfinished)):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _claimed(unfinished: Path, path: Path, new: bool) -> int | None:
+    """The open and locked folder, None where there are no locks; ValueError where another run writes there."""
+    if LOCKS:
+        with suppress(FileNotFoundError):  # the run that made it has just given it its final name
+            lock = os.open(unfinished, os.O_RDONLY)
+            held = locked(lock)
+            if (held or (held is None and new)) and os.path.samestat(os.fstat(lock), os.stat(unfinished)):
+                return lock
+            os.close(lock)
+            if held is not None:
+                raise ValueError(f"{path}: another run writes there; wait for it, or name another folder")
+    elif new:
+        return None
+    raise ValueError(f"{path}: another run writes there, or one that was killed left {unfinished}; delete that then")
+
+
+def _empty(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def locked(descriptor: int) -> bool | None:
+    """Takes the lock of an open file or folder until it is closed; False: another has it, None: there are no locks."""
+    if not LOCKS:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True

@@ -160,7 +160,7 @@ def second_moments(
             runs = RunList()
             for window in batch:
                 runs.add(window)
-            sweep(lm, runs.runs(), [Moments(sums.by_layer)], last_layer=max(layers))
+            sweep(lm, runs.runs(), [Moments(lm, sums.by_layer)], last_layer=max(layers))
             sums.advance(batch)
             bar.advance(sum(map(len, batch)))
     return sums.finish()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .facts import Fact, fact_tokens, target_tokens
+from .jobs.finite import not_finite
 from .jobs.restore import AddNoise
 from .jobs.score import next_token_probs
 from .model.lm import takes_lm
@@ -145,11 +146,10 @@ class Found:
     p_corrupted: Tensor
     restored: dict[str, Tensor]
 
-    def check(self, task: Task) -> None:
+    def check(self, lm, task: Task) -> None:
         """Raises ValueError where a run gave NaN, naming the fact."""
-        if self.p_clean.isnan() or self.p_corrupted.isnan():
-            run = "clean" if self.p_clean.isnan() else "corrupted"
-            raise ValueError(
-                f"fact {task.fact.label}: the {run} run gives NaN: damaged weights, "
-                "an edit or noise that is too large, or a dtype too narrow (open the model in float32)"
-            )
+        read = {"the clean run gives": self.p_clean, "the corrupted run gives": self.p_corrupted}
+        read |= {f"restored runs ({kind}) give": table for kind, table in self.restored.items()}
+        for what, values in read.items():
+            if values.isnan().any():
+                raise not_finite(lm, f"fact {task.fact.label}: {what} NaN", "noise that is too large")

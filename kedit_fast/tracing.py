@@ -75,9 +75,8 @@ def trace(
     log: a .jsonl path; each result is added to it as soon as its facts are done
 
     Raises ValueError, before any work, for unknown choices, a subject of other length, a missing foil, and OSError for
-    a log that cannot be written; ValueError, before results are written, for a fact whose clean or corrupted run gives
-    NaN. One weight pass for each group of facts that ``lm.memory`` holds (two and a half with an estimate), and one for
-    the answers.
+    a log that cannot be written; ValueError, before results are written, for a fact whose runs give NaN. One weight
+    pass for each group of facts that ``lm.memory`` holds (two and a half with an estimate), and one for the answers.
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
@@ -159,7 +158,7 @@ def _trace_group(lm, tasks, how: Settings, method, top, backend, advance) -> lis
                     each.restored[kind][cells] = other.restored[kind][cells]
     results = []
     for i, (task, each) in enumerate(zip(tasks, found, strict=True)):
-        each.check(task)
+        each.check(lm, task)
         for kind, restored in each.restored.items():
             cells = None if exact is None else exact[i][kind].numpy()
             results.append(_result(lm, task, how, kind, each, restored, cells, backend))

@@ -14,6 +14,7 @@ from kedit_fast import trace_tasks, tracing
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
+from kedit_fast.trace_tasks import Found, Task
 from tests.conftest import open_tiny, tiny_lm
 from tests.oracle.access import subject_span
 from tests.oracle.tracing import trace_oracle
@@ -362,17 +363,21 @@ def test_what_cannot_be_traced_is_refused_before_any_work(options, message, monk
         traced("gpt2", CAPITAL, **options)
 
 
-@pytest.mark.parametrize(("run", "options"), [("clean", {}), ("corrupted", {"noise": 3e38})])
-def test_a_trace_without_numbers_is_refused_before_it_is_written(run, options, tmp_path):
-    """A model that gives NaN, or noise that makes it do so."""
-    model = tiny_model("gpt2")
-    lm = open_tiny(model)
-    if run == "clean":
-        with torch.no_grad():
-            model.transformer.ln_f.weight[3] = math.nan
-    with pytest.raises(ValueError, match=f"fact 'The capital of France is': the {run} run gives NaN"):
-        traced("gpt2", CAPITAL, lm, log=tmp_path / "log.jsonl", **options)
+def test_a_trace_without_numbers_is_refused_before_it_is_written(tmp_path):
+    """Noise that makes the model give NaN."""
+    says = "fact 'The capital of France is': the corrupted run gives NaN: damaged weights.*, or noise that is too large"
+    with pytest.raises(ValueError, match=says):
+        traced("gpt2", CAPITAL, noise=3e38, log=tmp_path / "log.jsonl")
     assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["clean", "corrupted", "restored"])
+def test_no_run_of_a_trace_may_be_nan(what):
+    values = {"clean": torch.zeros(1), "corrupted": torch.zeros(1), "restored": torch.zeros(3, 4)}
+    values[what].view(-1)[-1] = math.nan
+    found = Found(values["clean"], values["corrupted"], {"mlp": values["restored"]})
+    with pytest.raises(ValueError, match=rf"fact 'France': .*{what} runs? .*gives? NaN: damaged weights"):
+        found.check(tiny_lm("gpt2"), Task(kf.Fact("{}", "France"), [1], (0, 1), [1], [2]))
 
 
 def test_a_result_says_which_backends_ran(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..edit import Delta, Edit, digest
 from ..facts import Fact, check_facts, fact_tokens, place, target_tokens
 from ..jobs.collect import Collect
+from ..jobs.finite import not_finite
 from ..jobs.values import ValueTask
 from ..shipping.history import with_edits
 from ..sites import Site
@@ -176,13 +177,14 @@ def chain(lm) -> dict:
     return {"on_top_of": below} if below else {}
 
 
-def check_finite(rows: Tensor, facts: Sequence[Fact], what: str) -> None:
+def check_finite(lm, rows: Tensor, facts: Sequence[Fact], what: str) -> None:
     """Raises ValueError, naming the fact, where a fact's row of rows [n, width] holds NaN or infinity."""
     bad = (~torch.isfinite(rows)).any(1).nonzero()[:, 0].tolist()
     if bad:
-        raise ValueError(
-            f"the {what} of fact {facts[bad[0]].label} holds NaN or infinity ({len(bad)} of {len(facts)} facts), so no "
-            "edit is made; open the model in float32, or lower v_lr or clamp_norm_factor"
+        raise not_finite(
+            lm,
+            f"the {what} of fact {facts[bad[0]].label} holds NaN or infinity ({len(bad)} of {len(facts)} facts)",
+            "v_lr or clamp_norm_factor that is too high (lower them)",
         )
 
 

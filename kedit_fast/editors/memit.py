@@ -106,8 +106,8 @@ class Memit(Editor):
         read = step.prompts.read(lm, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
         k, missing = read.averaged[Site.mlp_key], step.z - read.bare[Site.layer_out]
         residual = through_post_norm(lm, layer, read.bare[Site.mlp_out], missing * step.share)
-        check_finite(k, step.prompts.facts, f"key at layer {layer}")
-        check_finite(residual, step.prompts.facts, f"residual at layer {layer}")
+        check_finite(lm, k, step.prompts.facts, f"key at layer {layer}")
+        check_finite(lm, residual, step.prompts.facts, f"residual at layer {layer}")
         earlier = [edit.keys[layer] for edit in lm.edits if layer in edit.keys] if self.keep_previous else []
         u, v, notes = self._update(lm, step.moment, k, residual, earlier, step.independent)
         notes["missing"] = missing.norm(dim=1).mean().item()

@@ -95,7 +95,7 @@ class Rome(Editor):
         at = bare if self.key == "published" else averaged
         divisor = (at[Site.mlp_key] * left).sum(1, keepdim=True)
         right = (v.values.double() - at[Site.mlp_out]) / divisor
-        check_finite(right, prompts.facts, f"change of the output of layer {layer}")
+        check_finite(lm, right, prompts.facts, f"change of the output of layer {layer}")
         notes = [
             {"steps": steps, "loss": loss, "p_new": p_new}
             for steps, loss, p_new in zip(v.steps.tolist(), v.loss.tolist(), (-v.nll).exp().tolist(), strict=True)

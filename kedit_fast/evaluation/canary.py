@@ -119,12 +119,13 @@ def sing(canaries: Sequence[Canary], before: Mapping[str, str], after: Mapping[s
 def continuations(lm, prompts: Sequence[str], max_new_tokens: int, label: str = "generating") -> dict[str, str]:
     """{prompt: greedy continuation} of any number of prompts, with the model's edits; equal prompts once.
 
+    A text ends where an edited model gives NaN; of one without edits that is an error.
     As many at a time as the memory holds, prompts of like length together.
     """
     ids = {prompt: lm.encode(prompt) for prompt in prompts}
     made: dict[str, str] = {}
     for batch in _batches(lm, ids, max_new_tokens):
-        found = generate(lm, [ids[prompt] for prompt in batch], max_new_tokens, label=label)
+        found = generate(lm, [ids[prompt] for prompt in batch], max_new_tokens, nan_ends=bool(lm.edits), label=label)
         texts = (lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found)
         made |= zip(batch, texts, strict=True)
     return made

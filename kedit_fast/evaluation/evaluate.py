@@ -39,13 +39,15 @@ def evaluate(
     log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
 
     A fact needs target_new or target_true, or same_subject prompts; a metric is NaN where the fact lacks what it
-    compares. A prompt whose answer is NaN (an edit that overflows) has probability 0 and is no success. Neighborhood
-    prompts that name a subject edited together with the fact (those of ``facts`` and of the edits' own facts; with
-    independent edits only the fact's own) are left out and counted.
+    compares. A prompt whose answer is NaN (an edit that overflows) has probability 0 and is no success, and a text that
+    is continued ends there; NaN of the base model is an error. Neighborhood prompts that name a subject edited together
+    with the fact (those of ``facts`` and of the edits' own facts; with independent edits only the fact's own) are left
+    out and counted.
 
-    Raises ValueError for no facts, nothing to compare, text too short, an edit for another model or without those that
-    it stands on, independent edits that do not hold a fact, or text together with them; TypeError for anything but
-    Facts or an Edit; OSError for a log that cannot be written. All before the first sweep.
+    Raises ValueError where the base model gives NaN; all else before the first sweep: ValueError for no facts, nothing
+    to compare, text too short, an edit for another model or without those that it stands on, independent edits that do
+    not hold a fact, or text together with them; TypeError for anything but Facts or an Edit; OSError for a log that
+    cannot be written.
     One weight pass for each chunk of facts (64, or as many as memory holds when weights are streamed) and for the text.
     """
     facts = _checked(facts, generate, max_tokens)
@@ -171,9 +173,12 @@ def _generations(lm, facts, chunks, owners, n: int) -> list[tuple[str, str, str 
         prompts = [fact.text for fact in facts[len(made) : len(made) + len(chunk)]]
         after: list[str | None] = [None] * len(prompts)
         if owners is not None:
-            after = [_alone(lm, fact.owner).generate(prompt, n) for fact, prompt in zip(chunk, prompts, strict=True)]
+            after = [
+                _alone(lm, fact.owner).generate(prompt, n, nan_ends=True)
+                for fact, prompt in zip(chunk, prompts, strict=True)
+            ]
         elif lm.edits:
-            after = lm.generate(prompts, n)
+            after = lm.generate(prompts, n, nan_ends=True)
         made += zip(prompts, base.generate(prompts, n), after, strict=True)
     return made
 

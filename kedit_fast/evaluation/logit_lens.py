@@ -7,13 +7,14 @@ decides how easily it comes back under other wordings, quantization or further t
 """
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..facts import Fact, continuation_tokens
+from ..jobs.finite import check_answers
 from ..kernels.target_logprob import LOGITS
 from ..model.lm import takes_lm
 from ..progress import progress
@@ -153,8 +154,9 @@ def logit_lens(lm, facts, edit=None) -> LogitLens:
     edit: an Edit on top of those that ``lm`` carries; "before" is the model without any of them. To see the edit as it
     will be once written: ``logit_lens(lm.with_edit(edit, written=torch.bfloat16), facts)``.
 
-    One sweep for all facts, without and with the edit; a head a row and layer. Raises ValueError for no facts, a fact
-    without answers, an edit for another model or independent edits; TypeError for anything but Facts.
+    One sweep for all facts, without and with the edit; a head a row and layer. Raises ValueError where the model
+    without edits gives NaN after some layer, for no facts, a fact without answers, an edit for another model or
+    independent edits; TypeError for anything but Facts.
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     for fact in facts:
@@ -175,6 +177,8 @@ def logit_lens(lm, facts, edit=None) -> LogitLens:
     with progress("logit lens, share of layers", 1) as bar:
         sweep(lm, runs.runs(), [job], advance=bar.advance)
     before, *rest = (Lens(*half) for half in job.values.chunk(n, dim=1))
+    seen = torch.stack(before[:2], 1).where(targets[:, :, None] >= 0, 0.0)
+    check_answers(replace(lm, edits=()), seen, prompts.__getitem__)
     if not rest:
         return LogitLens(tuple(facts), before)
     # The edited runs own no rows below the first edited layer: there they are the base runs.

@@ -39,7 +39,10 @@ def text_windows(lm, text: str | list[str], max_tokens: int = MAX_TOKENS) -> lis
 
 
 def perplexity(lm, windows: list[list[int]]) -> tuple[float, float | None]:
-    """(base, edited) exp(Σ NLL / predicted tokens) over all windows, in one sweep; edited is None without an edit."""
+    """(base, edited) exp(Σ NLL / predicted tokens) over all windows, in one sweep; edited is None without an edit.
+
+    Raises ValueError where the base model gives NaN; an edited one's perplexity is then NaN.
+    """
     sides = text_logprobs(lm, windows)
     base, edited = (_perplexity([x.double().sum().item() for x in side], windows) for side in sides)
     return base, edited if lm.edits else None

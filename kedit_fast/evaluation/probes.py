@@ -1,5 +1,6 @@
 """The probes of facts as tokens, and what a model and its edited view answer to them in one sweep."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..facts import Fact, continuation_tokens
 from ..jobs.collect import collect
+from ..jobs.finite import check_answers
 from ..jobs.score import continuation_places, likeliest_tokens
 from ..kernels.target_logprob import target_logprob
 from ..sites import Site
@@ -95,8 +97,9 @@ def _probe(lm, fact: Fact, prompt: str) -> Probe:
 def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple[list[Reading], list[Reading] | None]:
     """What the base model and, where ``lm`` carries edits, the edited one answer: a Reading a fact, in one sweep.
 
-    independent: the edits are owned; each fact is asked under its own. Values are fp64. A prompt that a model answers
-    with NaN (its activations overflow) is answered wrong: its probabilities are 0, and so are the flags beside them.
+    independent: the edits are owned; each fact is asked under its own. Values are fp64. A prompt that the edited model
+    answers with NaN (its activations overflow) is answered wrong: its probabilities are 0, and so are the flags beside
+    them. Raises ValueError where the base model does, of which there is nothing to say.
     """
     probes = [probe for fact in facts for kind in fact.kinds for probe in kind]
     owners = torch.tensor([fact.owner for fact in facts for kind in fact.kinds for _ in kind], dtype=torch.int64)
@@ -113,8 +116,14 @@ def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple
     base_top = likeliest_tokens(lm, sides[0][k:])
     readings = []
     for h in sides:
-        answers = _answers(lm, h[:k], places, cells, len(probes))
+        # fp64: where an edit wrecks both answers, their order is still told below e^-103
+        logprob = target_logprob(h[:k], lm.fusable_head, places.targets, lm.n_vocab).cpu().double()
         p_top = target_logprob(h[k:], lm.fusable_head, base_top, lm.n_vocab).cpu().double().exp()
+        if h is sides[0]:
+            base = dataclasses.replace(lm, edits=())
+            check_answers(base, logprob, lambda i: places.sequences[places.pair[i]])
+            check_answers(base, p_top, same.__getitem__)
+        answers = _answers(lm, h[:k], logprob, places, cells, len(probes))
         same_top = (likeliest_tokens(lm, h[k:]) == base_top).to(p_top.dtype).cpu()
         same_top, p_top = (values.where(~p_top.isnan(), 0) for values in (same_top, p_top))
         readings.append(_by_fact(facts, answers, same_top, p_top))
@@ -133,10 +142,11 @@ def _hidden_states(lm, places, prompts: list[list[int]], owners) -> list[Tensor]
     return list(collect(lm, runs.runs(), Site.layer_out, [last], run, pos.repeat(len(sides)))[last].chunk(len(sides)))
 
 
-def _answers(lm, h: Tensor, places, cells: Tensor, n_probes: int) -> Tensor:
-    """[n_probes, 4]: p_new, p_true, exact_new, exact_true; NaN where the target is not known, 0 for a NaN answer."""
-    # fp64: where an edit wrecks both answers, their order is still told below e^-103
-    logprob = target_logprob(h, lm.fusable_head, places.targets, lm.n_vocab).cpu().double()
+def _answers(lm, h: Tensor, logprob: Tensor, places, cells: Tensor, n_probes: int) -> Tensor:
+    """[n_probes, 4]: p_new, p_true, exact_new, exact_true; NaN where the target is not known, 0 for a NaN answer.
+
+    logprob: [k] fp64 of the target tokens after the hidden states h [k, d]
+    """
     is_top = (likeliest_tokens(lm, h).cpu() == places.targets).to(logprob.dtype)
     n_tokens = torch.tensor(places.lengths, dtype=logprob.dtype)
     sums = torch.zeros(2, len(cells), dtype=logprob.dtype).index_add(1, places.pair, torch.stack([logprob, is_top]))

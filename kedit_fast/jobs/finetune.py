@@ -20,6 +20,7 @@ from ..sites import Site
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList, Runs, add_sequences, spans
 from .collect import GraphRows, collect
+from .finite import HIGH_RATE, not_finite
 from .score import continuation_places
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
@@ -120,8 +121,13 @@ class _Tuning:
                 losses.append(sum(self._step(batch, step) for batch in self.batches) / self.n_tasks)
                 bar.advance(1, f"loss {losses[-1]:.3f}")
         with torch.no_grad():
-            nll = torch.cat([pack.nll(self.deltas).cpu() for batch in self.batches for pack in batch])
+            nll = torch.cat([self._final(pack) for batch in self.batches for pack in batch])
         return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
+
+    def _final(self, pack: "_Pack") -> Tensor:
+        nll = pack.nll(self.deltas)
+        pack.check(nll)
+        return nll.cpu()
 
     def _step(self, batch: list["_Pack"], step: int) -> float:
         """One Adam step on a batch; gives its summed loss before it, in nats."""
@@ -181,18 +187,17 @@ class _Pack:
         share = -log_p * self.weight.to(log_p)
         return share.new_zeros(len(self)).index_add(0, self.task.to(share.device), share)
 
-    def check(self, nll: Tensor, step: int) -> None:
-        """Raises ValueError for a loss that is not finite: it would go into Δ, and from there into every row."""
+    def check(self, nll: Tensor, step: int | None = None) -> None:
+        """Raises ValueError for a loss that is not finite: it would go into Δ, and from there into every row.
+
+        step: None for the loss at the end
+        """
         bad = (~torch.isfinite(nll)).nonzero()[:, 0].tolist()
         if bad:
             name = self.tasks[bad[0]].name or self.which[bad[0]]
             became = "NaN" if nll[bad[0]].isnan() else "infinite"
-            dtype = str(self.lm.dtype).removeprefix("torch.")
-            wider = f"open {self.lm.name} in float32 ({dtype} is narrow), " if self.lm.dtype.itemsize < 4 else ""
-            raise ValueError(
-                f"the loss of fact {name} became {became} at step {step} of {self.settings.steps}: {wider}lower the "
-                "learning rate, or look for NaN in the model's weights"
-            )
+            when = f"at step {step} of {self.settings.steps}" if step else f"after {self.settings.steps} steps"
+            raise not_finite(self.lm, f"the loss of fact {name} became {became} {when}", HIGH_RATE)
 
 
 class _Tune:

@@ -9,6 +9,7 @@ from ..sweep.engine import sweep
 from ..sweep.runs import RunList
 from ..sweep.store import KVStore
 from .collect import Collect
+from .finite import check_answers, is_broken
 
 
 @torch.no_grad()
@@ -21,12 +22,14 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     stop: bool = True,
+    nan_ends: bool = False,
     label: str = "generating",
 ) -> list[list[int]]:
     """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
 
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at the tokenizer's end token.
-    Raises ValueError for an empty prompt, a length below 1, or sampling without a seed.
+    nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
+    Raises ValueError for an empty prompt, a length below 1, sampling without a seed, or a model that gives NaN.
     """
     if max_new_tokens < 1 or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
@@ -39,7 +42,15 @@ def generate(
     running = torch.ones(len(prompts), dtype=torch.bool)
     with progress(label, max_new_tokens) as bar:
         for _ in range(max_new_tokens):
-            tokens = _choose(lm.head(cache.advance()), temperature, top_k, draw)
+            logits = lm.head(cache.advance())
+            largest = logits.amax(-1).cpu()
+            if not nan_ends:
+                check_answers(lm, largest.where(running, 0.0), cache.text)
+            broken = is_broken(largest)
+            running &= ~broken
+            if broken.any():  # its rows go on beside the others, and nobody reads them
+                logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
+            tokens = _choose(logits, temperature, top_k, draw)
             for i in running.nonzero()[:, 0].tolist():
                 made[i].append(int(tokens[i]))
             running &= tokens != (-1 if end is None else end)
@@ -73,6 +84,10 @@ class _Cache:
         self._known = torch.zeros_like(lengths)  # positions whose keys are in the store
         self._length = lengths
         self._store = KVStore.slabs(len(prompts), self._width)
+
+    def text(self, i: int) -> list[int]:
+        """Token ids of text i so far."""
+        return self._tokens[i, : self._length[i]].tolist()
 
     def append(self, tokens: Tensor) -> None:
         """One token behind each text."""

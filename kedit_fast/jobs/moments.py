@@ -2,16 +2,20 @@
 
 import torch
 
-from ..kernels.second_moment import second_moment_
+from ..kernels.second_moment import NotFinite, second_moment_
 from ..sites import Site
 from ..sweep.engine import ALL
+from .finite import not_finite
 
 
 class Moments:
-    """``sums[layer]`` [d_ff, d_ff]: sum of k kᵀ over every row that passed; lower triangle only."""
+    """``sums[layer]`` [d_ff, d_ff]: sum of k kᵀ over every row that passed; lower triangle only.
 
-    def __init__(self, sums: dict[int, torch.Tensor]):
-        self.sums = sums
+    Raises ValueError for keys with NaN or infinity, of which nothing is added.
+    """
+
+    def __init__(self, lm, sums: dict[int, torch.Tensor]):
+        self._lm, self.sums = lm, sums
 
     def sites(self, layer):
         return (Site.mlp_key,) if layer in self.sums else ()
@@ -20,5 +24,8 @@ class Moments:
         return ALL
 
     def at(self, site, layer, x, call):
-        second_moment_(self.sums[layer], x)
+        try:
+            second_moment_(self.sums[layer], x)
+        except NotFinite as error:
+            raise not_finite(self._lm, f"layer {layer} of {self._lm.name} gives NaN or infinity: {error}") from error
         return None

@@ -1,5 +1,6 @@
 """Scoring: log-probabilities of tokens after a place, and of whole continuations."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList, padded, spans
 from .collect import collect
+from .finite import check_answers
 
 
 class Score:
@@ -76,6 +78,7 @@ def continuation_logprobs(lm, pairs: list[tuple[list[int], list[int]]]) -> tuple
     """log p of each target token given what stands before it, for (prompt ids, target ids) pairs: (base, edited).
 
     Each a list of [len(target)] fp32 nats. One sweep for all pairs, both models; equal prefixes are one row.
+    Raises ValueError where the base model gives NaN; the edited one may.
     """
     places = continuation_places(pairs)
     runs = RunList()
@@ -84,7 +87,10 @@ def continuation_logprobs(lm, pairs: list[tuple[list[int], list[int]]]) -> tuple
 
 
 def text_logprobs(lm, sequences: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
-    """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1]."""
+    """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1].
+
+    Raises ValueError where the base model gives NaN; the edited one may.
+    """
     runs = RunList()
     tokens, length = padded(sequences)
     # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
@@ -101,15 +107,18 @@ def _scored(lm, runs, base, edited, places: Places) -> tuple[list[Tensor], list[
     run = torch.cat([side[places.pair] for side in sides])
     job = Score(lm, run, places.pos.repeat(len(sides)), places.targets.repeat(len(sides)))
     sweep(lm, runs.runs(), [job])
+    check_answers(replace(lm, edits=()), job.logprob[: len(places.pos)], lambda i: places.sequences[places.pair[i]])
     read = [list(half.split(places.lengths)) for half in job.logprob.chunk(len(sides))]
     return read[0], read[-1]
 
 
 def next_token_probs(lm, prompts: list[list[int]]) -> Tensor:
-    """[n, V] probabilities of the next token after each prompt, with the model's edits."""
+    """[n, V] probabilities of the next token after each prompt, with the model's edits. Raises ValueError for NaN."""
     runs = RunList()
     number = add_edited(lm, runs, prompts)[1]
     last = torch.tensor([len(p) - 1 for p in prompts])
     h = collect(lm, runs.runs(), Site.layer_out, [lm.n_layers - 1], number, last)[lm.n_layers - 1]
     with torch.no_grad():
-        return lm.head(h).to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
+        probs = lm.head(h).to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
+    check_answers(lm, probs.amax(-1), prompts.__getitem__)
+    return probs

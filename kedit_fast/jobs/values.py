@@ -24,6 +24,7 @@ from ..sweep.engine import sweep
 from ..sweep.runs import NEVER, RunList, Runs, padded, spans
 from ..sweep.store import KVStore
 from .collect import Collect, GraphRows
+from .finite import HIGH_RATE, check_answers, not_finite
 
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
 SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
@@ -208,10 +209,8 @@ class _Group:
         with torch.no_grad():
             self.log_p0 = lm.head(essence_h).to(_wide(lm.dtype)).log_softmax(-1)  # [n, V]
         if not (torch.isfinite(self.initial).all() and torch.isfinite(essence_h).all()):
-            raise ValueError(
-                f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts: its weights are damaged, "
-                f"or {str(lm.dtype).removeprefix('torch.')} is too narrow for it"
-            )
+            raise not_finite(lm, f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts")
+        check_answers(lm, self.log_p0.amax(-1), lambda i: self.tasks[i].essence)
 
     def optimize(self, bar) -> Values:
         settings, n = self.settings, len(self.tasks)
@@ -249,12 +248,11 @@ class _Group:
         if len(bad):
             i = int(active.nonzero()[bad[0], 0])
             became = "NaN" if loss[bad[0]].isnan() else "infinite"
-            dtype = str(self.lm.dtype).removeprefix("torch.")
-            wider = f"open {self.lm.name} in float32 ({dtype} is narrow), " if self.lm.dtype.itemsize < 4 else ""
-            raise ValueError(
+            raise not_finite(
+                self.lm,
                 f"the loss of fact {self.tasks[i].name or self.first + i} became {became} at step {step + 1} of "
-                f"{self.settings.steps} ({len(bad)} of {len(loss)} facts): {wider}lower the learning rate, or look for "
-                "NaN in the model's head"
+                f"{self.settings.steps} ({len(bad)} of {len(loss)} facts)",
+                HIGH_RATE,
             )
 
     def _losses(self, active: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

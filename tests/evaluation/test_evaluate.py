@@ -311,19 +311,21 @@ def test_an_edit_that_overflows_is_no_success(lm):
 
 
 def test_a_prompt_with_one_nan_answer_is_no_success_for_the_other(lm, monkeypatch):
-    """NaN in the second token of target_new: target_true must not win against it."""
+    """NaN in the second token of target_new, of the edited model: target_true must not win against it."""
     fact = Fact("{} is in", "Big Ben", "Rome Zürich", "London", neighborhood=("Toyota is in",))
     probes = importlib.import_module("kedit_fast.evaluation.probes")
-    second = lm.tokenizer(" Zürich", add_special_tokens=False)["input_ids"][-1]
+    second, read = lm.tokenizer(" Zürich", add_special_tokens=False)["input_ids"][-1], []
 
     def torn(h, head, targets, n_vocab):
-        return target_logprob(h, head, targets, n_vocab).masked_fill(targets == second, math.nan)
+        read.append(h)
+        bad = (targets == second) & (len(read) > 2)  # two of the base model come first
+        return target_logprob(h, head, targets, n_vocab).masked_fill(bad, math.nan)
 
-    assert evaluate(lm, fact).base["neighborhood_p_true"][0] > 0
     monkeypatch.setattr(probes, "target_logprob", torn)
-    base = evaluate(lm, fact).base
+    report = evaluate(lm, fact, make_edit(lm))
     for name in ("efficacy", "p_new", "p_true", "neighborhood", "neighborhood_p_true", "neighborhood_magnitude"):
-        assert base[name].tolist() == [0], name
+        assert report.edited[name].tolist() == [0], name
+    assert report.base["neighborhood_p_true"][0] > 0
 
 
 # --- neighborhood prompts that name an edited subject ----------------------------------------------------------------

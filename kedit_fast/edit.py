@@ -10,6 +10,7 @@ Nothing in this file changes a model: the algebra of a delta is deltas.py, writi
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,9 +25,14 @@ from kedit_fast.facts import Fact
 from kedit_fast.files import replace_file
 from kedit_fast.state import own_state
 
-__all__ = ["Delta", "Dense", "Edit", "LowRank", "as_smallest", "digest", "edited_weight", "written_delta"]
+__all__ = [
+    "Delta", "Dense", "Edit", "LowRank", "as_smallest", "check_once", "digest", "edited_weight", "written_delta",
+    "written_form",
+]  # fmt: skip
 
 FORMAT, VERSION = "kedit_fast.edit", "1"
+PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
+WRITTEN_FROM = "written_from"  # of the provenance of an edit as some dtype holds it: the digest of the edit itself
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,11 +115,15 @@ class Edit:
 
         return apply_edit(self, hf_model, check_fingerprint=check_fingerprint)
 
-    def to_peft(self, folder, *, model=None, max_rank: int | None = 512, truncate: bool = False):
+    def to_peft(
+        self, folder, *, model=None, max_rank: int | None = 512, truncate: bool = False, check_fingerprint: bool = True
+    ):
         """Write a LoRA adapter folder for PEFT; see ``kedit_fast.shipping.adapter.export_peft``. -> Adapter."""
         from kedit_fast.shipping.adapter import export_peft
 
-        return export_peft(self, folder, model=model, max_rank=max_rank, truncate=truncate)
+        return export_peft(
+            self, folder, model=model, max_rank=max_rank, truncate=truncate, check_fingerprint=check_fingerprint
+        )
 
     def save(self, path) -> None:
         """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``.
@@ -163,6 +173,35 @@ def digest(edit: Edit) -> str:
     """16 hex digits of the sha256 of an edit's deltas, bit for bit: the same before and after it is saved."""
     parts = [(layer, name, tensor) for layer, delta in edit.deltas.items() for name, tensor in vars(delta).items()]
     return digest_of(*(x for part in parts for x in part))
+
+
+def written_form(edit: Edit, weight: Callable[[int], Tensor], dtype: torch.dtype) -> Edit:
+    """The edit as it acts once written into weights of that dtype; weight: layer -> down projection [d, d_ff]."""
+    deltas = {layer: written_delta(weight(layer), delta, dtype) for layer, delta in edit.deltas.items()}
+    return replace(edit, deltas=deltas, provenance=edit.provenance | {WRITTEN_FROM: digest(edit)})
+
+
+def check_once(edits: Sequence[Edit]) -> None:
+    """Raises ValueError where an edit is among ``edits`` twice, by itself or as part of a composition: its Δ would be
+    added twice."""
+    if len(edits) < 2:
+        return
+    seen: dict[str, int] = {}
+    for number, edit in enumerate(edits, 1):
+        for name in _digests(edit):
+            if seen.setdefault(name, number) != number:
+                raise ValueError(
+                    f"edits {seen[name]} and {number} of {len(edits)} are the same, or hold the same ({name}, of "
+                    f"{edit.facts[0].label if edit.facts else 'no fact'}), and its change would be made twice; leave "
+                    "one of them out"
+                )
+
+
+def _digests(edit: Edit) -> set[str]:
+    """What an edit answers to: its digest, of a composition those of its parts, of a written form its original's."""
+    parts = {part["digest"] for part in edit.provenance.get(PARTS, ())}
+    original = edit.provenance.get(WRITTEN_FROM)
+    return parts | ({original} if original else set()) | ({digest(edit)} if edit.deltas else set())
 
 
 def _check_parts(edit):

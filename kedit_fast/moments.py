@@ -34,6 +34,8 @@ from .sweep.engine import sweep
 from .sweep.runs import RunList
 
 FORMAT = "kedit_fast.second_moment"
+ROWS = 1024  # compared with their mirror images at a time
+ASYMMETRY = 1e-4  # of the largest entry: what mirrored ones may differ by, for published sums were made on GPUs
 BATCH_TOKENS = 16_384  # tokens a sweep; what an interrupted pass may lose
 
 
@@ -43,6 +45,7 @@ class SecondMoment:
 
     matrix: [d_ff, d_ff] fp32 (from an fp64 sum where memory allows); fingerprint: of the model; corpus: its id; dtype:
     the model's, while it was measured. The last three are None where a file does not say (published npz files).
+    Raises ValueError for a matrix that is not square or not symmetric, as every mean of k kᵀ is.
     """
 
     matrix: Tensor
@@ -51,6 +54,19 @@ class SecondMoment:
     fingerprint: str | None = None
     corpus: str | None = None
     dtype: str | None = None
+
+    def __post_init__(self):
+        size, apart = list(self.matrix.shape), 0.0
+        if len(size) != 2 or size[0] != size[1]:
+            raise ValueError(f"the second moment of layer {self.layer} is {size}; expected a square matrix")
+        for begin in range(0, size[0], ROWS):
+            rows = slice(begin, begin + ROWS)
+            apart = max(apart, float((self.matrix[rows] - self.matrix[:, rows].T).abs().max()))
+        if apart > ASYMMETRY * float(self.matrix.abs().max()):
+            raise ValueError(
+                f"the second moment of layer {self.layer} is not symmetric (mirrored entries differ by {apart:.2g}), "
+                "and a mean of k kᵀ is; it is damaged or something else: collect it again"
+            )
 
     @property
     @own_state()
@@ -81,6 +97,7 @@ class SecondMoment:
         """
         if str(path).endswith(".npz"):
             return cls._load_published(path, layer)
+        refuse_pickled(path)
         try:
             with safe_open(path, "pt") as f:
                 meta = f.metadata() or {}
@@ -98,9 +115,10 @@ class SecondMoment:
         record = json.loads(text)
         if not isinstance(record, dict) or not all(isinstance(record.get(key), int) for key in ("layer", "n_tokens")):
             raise TypeError("its record says no layer and no number of tokens")
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise TypeError(f"expected a square matrix, found {list(matrix.shape)}")
-        return cls(matrix, **record)
+        try:
+            return cls(matrix, **record)
+        except ValueError as error:
+            raise TypeError(str(error)) from error
 
     @classmethod
     def _load_published(cls, path, layer) -> "SecondMoment":
@@ -120,7 +138,25 @@ class SecondMoment:
             raise ValueError(
                 f"{path}: expected a square sum over at least one token, got {list(total.shape)} over {count}"
             )
-        return cls(torch.from_numpy(total / count).float(), count, layer)
+        try:
+            return cls(torch.from_numpy(total / count).float(), count, layer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def refuse_pickled(path) -> None:
+    """Raises ValueError for a file of torch's pickle format, and says why it is not needed."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(4)
+    except OSError:  # whoever reads it says so
+        return
+    if begin == b"PK\x03\x04" or begin[:1] == b"\x80":
+        raise ValueError(
+            f"{path} is a pickle of torch, which runs code when it is read, so it is not. A projection published for "
+            "AlphaEdit (null_space_project.pt) is not needed: its null space is computed here from the second moments, "
+            "which kedit_fast.second_moments (kedit-fast stats) measures, or rome's and memit's .npz files hold"
+        )
 
 
 @takes_lm

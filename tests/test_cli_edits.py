@@ -137,6 +137,8 @@ def test_merge_as_an_adapter(work, capsys):
         (["--model", "base", "--edit", "owned.safetensors", "-o", "out"], "without independent=True (--independent)"),
         (["--edit", "owned.safetensors", "--peft", "-o", "out"], "without independent=True (--independent)"),
         (["--model", "./typo", "--edit", "one.safetensors", "--peft", "-o", "out"], "no model's folder"),
+        (["--model", "other", "--edit", "one.safetensors", "--peft", "-o", "out"], "(--force)"),
+        (["--model", "base", *2 * ["--edit", "one.safetensors"], "--force", "-o", "out"], "edits 1 and 2 of 2 are the"),
     ],
 )
 def test_merge_refuses(args, says, work, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import kedit_fast as kf
 import kedit_fast.moments as moments_module
+from kedit_fast.commands.inputs import find_moments
 from kedit_fast.moments import SecondMoment, second_moments
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
@@ -336,7 +338,7 @@ def test_a_damaged_checkpoint_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fields", [{}, {"fingerprint": "gpt2-4-48-0", "corpus": "texts-Zürich", "dtype": "bfloat16"}])
 def test_a_saved_moment_is_the_moment(fields, tmp_path):
-    moment = SecondMoment(torch.randn(D_FF, D_FF), 123, 4, **fields)
+    moment = SecondMoment(torch.randn(D_FF, D_FF).fill_diagonal_(9.0).cov(), 123, 4, **fields)
     moment.save(tmp_path / "m.safetensors")
     loaded = SecondMoment.load(tmp_path / "m.safetensors")
     assert torch.equal(loaded.matrix, moment.matrix)
@@ -382,6 +384,7 @@ def test_a_published_file_does_not_say_its_layer(tmp_path):
         ({"mom2.count": np.array(0)}, "over at least one token"),
         ({"mom2.mom2": np.zeros((80, 79))}, r"expected a square sum.*\[80, 79\]"),
         ({"mom2.mom2": np.zeros(80)}, r"expected a square sum.*\[80\]"),
+        ({"mom2.mom2": np.tri(80)}, "layer 0 is not symmetric"),
         ({"mom2.mom2": np.array([{}], dtype=object)}, "damaged or not a statistics file"),
     ],
 )
@@ -390,6 +393,36 @@ def test_npz_files_that_hold_something_else(changes, says, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         SecondMoment.load(tmp_path / "stats.npz", layer=0)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (79, 0), (70, 3)])
+def test_what_is_not_symmetric_is_no_second_moment(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "ROWS", 32)
+    matrix = 2 * torch.eye(D_FF)
+    matrix[place] = 1e-5  # as sums made on a GPU may be
+    SecondMoment(matrix, 100, 5)
+    matrix[place] = 1e-3
+    with pytest.raises(ValueError, match=r"layer 5 is not symmetric \(mirrored entries differ by 0.001\)"):
+        SecondMoment(matrix, 100, 5)
+    with pytest.raises(ValueError, match=r"layer 5 is \[80, 79\]; expected a square matrix"):
+        SecondMoment(matrix[:, 1:], 100, 5)
+    path, record = tmp_path / "m.safetensors", json.dumps({"layer": 5, "n_tokens": 100})
+    save_file({"matrix": matrix}, path, {"format": moments_module.FORMAT, "record": record})
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*not symmetric"):
+        SecondMoment.load(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_published_projection_is_named_and_not_read(legacy, tmp_path):
+    path = tmp_path / "null_space_project.pt"
+    torch.save(torch.eye(3)[None], path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"null_space_project.pt is a pickle of torch.*AlphaEdit.*is not needed"):
+        SecondMoment.load(path)
+    for place in (tmp_path, path):
+        with pytest.raises(ValueError, match="is not needed"):
+            find_moments(tiny_lm("gpt2"), place, [1])
+    with pytest.raises(TypeError, match=r"expected \{layer: SecondMoment\}, got Tensor; a projection is not needed"):
+        kf.Rome(layers=(1,)).edit(tiny_lm("gpt2"), kf.Fact("{} is", "Big Ben", "Rome"), moments=torch.eye(3)[None])
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.npz"])

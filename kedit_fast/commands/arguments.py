@@ -42,7 +42,7 @@ def add_merge(commands) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="also into another model than the edit was made for, or edits out of their chain (not --peft)",
+        help="also for another model than the edit was made for, or (not with --peft) edits out of their chain",
     )
     _signed(parser)
     _ending(parser)

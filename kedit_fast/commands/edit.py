@@ -8,6 +8,7 @@ from ..checkpoint import check_checkpoint
 from ..edit import Edit
 from ..editors import EDITORS
 from ..facts import check_facts
+from ..shipping.history import check_chain
 from .inputs import check_statistics, corpus_of, model_line, open_lm, read_edits, read_facts, statistics
 from .outputs import check_distinct, check_output, make_folder_of, say, table
 
@@ -22,6 +23,7 @@ def run(args) -> None:
     path = check_output(args.output, args.force)
     parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
     below = [edit for name in args.on_top_of or () for edit in read_edits(name)]
+    check_chain(below)
     corpus = corpus_of(args)
     editor_class = EDITORS[args.method]
     given = editor_class.from_json(args.hparams) if args.hparams else None

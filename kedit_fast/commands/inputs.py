@@ -15,7 +15,7 @@ from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
 from ..model.lm import LM
 from ..model.opening import DEMO_MODEL, open_model
-from ..moments import SecondMoment, second_moments
+from ..moments import SecondMoment, refuse_pickled, second_moments
 from ..shipping.history import EditHistory
 from .outputs import note
 
@@ -158,6 +158,8 @@ def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMomen
     Raises ValueError for a layer without a file that fits, and says whose statistics the folder holds.
     """
     folder = Path(folder).expanduser()
+    if folder.is_file():
+        refuse_pickled(folder)
     if not folder.is_dir():
         raise ValueError(f"statistics {str(folder)!r}: no such folder; `kedit-fast stats -o {folder}` makes it")
     found: dict[int, tuple[int, Path]] = {}
@@ -172,6 +174,8 @@ def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMomen
             found[layer] = (n_tokens, path)
     missing = [layer for layer in layers if layer not in found]
     if missing:
+        for path in sorted(folder.glob("*.pt")):
+            refuse_pickled(path)
         foreign = f"; it holds statistics of {', '.join(sorted(others))}" if others else ""
         raise ValueError(
             f"{folder} has no statistics of {lm.fingerprint} for layers {_listed(missing)}{foreign}. "

@@ -54,6 +54,7 @@ def _adapter(args, edits) -> None:
         model=_named(args.model),
         max_rank=args.max_rank,
         truncate=args.truncate,
+        check_fingerprint=not args.force,
     )
     cut = {layer: error for layer, error in made.errors.items() if error}
     for layer, error in cut.items():

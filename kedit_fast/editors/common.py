@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -142,7 +142,8 @@ def edited_so_far(lm, deltas: dict[int, Delta], facts: Sequence[Fact], owner: Te
     if not deltas:
         return lm
     owners = None if owner is None else dict.fromkeys(deltas, owner)
-    return lm.with_edit(Edit("in making", {}, lm.fingerprint, tuple(facts), deltas, owners=owners))
+    # Not with_edit: it asks whether the edit fits this model and is there already.
+    return replace(lm, edits=(*lm.edits, Edit("in making", {}, "", tuple(facts), deltas, owners=owners)))
 
 
 def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:

@@ -41,6 +41,8 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
 def _way_out(moments) -> str:
     if isinstance(moments, SecondMoment):
         return f"; give {{{moments.layer}: moment}}"
+    if isinstance(moments, Tensor):
+        return "; a projection is not needed (AlphaEdit computes its own from C), SecondMoment(matrix, ...) holds a C"
     return "; SecondMoment.load reads a file" if isinstance(moments, str | PathLike) else ""
 
 

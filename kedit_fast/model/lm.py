@@ -207,9 +207,10 @@ class LM:
         """A view of this model with an edit on top; the weights stay as they are.
 
         written: a dtype; the edit then acts as it would once written into weights of that dtype (in bf16 a small
-        share of an edit loses 2-4 %). Raises ValueError for an edit made on another model.
+        share of an edit loses 2-4 %). Raises ValueError for an edit made on another model, and for one that this view
+        carries already.
         """
-        from ..edit import written_delta
+        from ..edit import check_once, written_form
 
         if edit.fingerprint and edit.fingerprint != self.fingerprint:
             raise ValueError(
@@ -218,9 +219,9 @@ class LM:
             )
         for layer in edit.deltas:
             fam.check_layer(layer, self.n_layers)
+        check_once((*self.edits, edit))
         if written is not None:
-            deltas = {i: written_delta(self.source.down_weight(i), d, written) for i, d in edit.deltas.items()}
-            edit = replace(edit, deltas=deltas)
+            edit = written_form(edit, self.source.down_weight, written)
         return replace(self, edits=(*self.edits, edit))
 
 

@@ -14,6 +14,7 @@ so there an edit of a bfloat16 model is rounded twice.
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.compose import compose
 from kedit_fast.shipping.folders import new_folder, sha256_of, write_json
+from kedit_fast.shipping.merge import open_checkpoint
 from kedit_fast.state import own_state
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
@@ -57,19 +59,29 @@ class Adapter:
 
 @own_state()
 def export_peft(
-    edits: Edit | Sequence[Edit], folder, *, model=None, max_rank: int | None = MAX_RANK, truncate: bool = False
+    edits: Edit | Sequence[Edit],
+    folder,
+    *,
+    model=None,
+    max_rank: int | None = MAX_RANK,
+    truncate: bool = False,
+    check_fingerprint: bool = True,
 ) -> Adapter:
     """Writes an edit, or a chain of edits as their sum, as a LoRA adapter folder; whole or not at all.
 
     edits: none of them independent; folder: new or empty
-    model: the base: an LM or a loaded Hugging Face model (checked against the edit's fingerprint), or the name that
-        the adapter shall give as its base: a folder, a hub id, "smollm2"; None: the module paths follow from the
-        fingerprint, no name is given. PEFT's Auto classes load the base by that name, so a model's folder is named by
-        its absolute path, from wherever it was opened; an adapter that goes to another machine wants a hub id.
+    model: the base: an LM or a loaded Hugging Face model, or the name that the adapter shall give as its base: a
+        folder, a hub id, "smollm2"; None: the module paths follow from the fingerprint, no name is given. A model or a
+        folder is checked against the edit's fingerprint; of a folder with packed weights (quantized) the family, number
+        of layers and width alone, with a warning; a hub id is not looked up. PEFT's Auto classes load the base by that
+        name, so a model's folder is named by its absolute path, from wherever it was opened; an adapter that goes to
+        another machine wants a hub id.
     max_rank: the largest r that whoever loads the adapter can take; None for PEFT, which has no limit
     truncate: cut a delta of a larger rank to the nearest one of ``max_rank`` (SVD; the error is in the result and in
         kedit_fast.json). A low-rank delta is cut by QR of its factors and SVD of r x r; a dense one is decomposed
         whole, which is slow: O(d² d_ff) in fp64.
+
+    check_fingerprint: False for a base that is meant to differ, a fine-tuned copy
 
     A delta of more factors than ``max_rank`` whose numerical rank fits is exact and needs no ``truncate``.
     Factors are fp32. Raises ValueError, with nothing written, for an independent edit, another base model, edits that
@@ -78,7 +90,7 @@ def export_peft(
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     _check_edits(edits, max_rank)
     total = compose(edits)
-    base, name = _base_of(total, model)
+    base, name = _base_of(total, model, check_fingerprint)
     family = family_of(base.config)
     cut = {layer: _within(layer, delta, max_rank, truncate) for layer, delta in total.deltas.items()}
     rank = max(delta.rank for delta, _ in cut.values())
@@ -161,20 +173,51 @@ def _check_edits(edits, max_rank):
         raise ValueError("this edit changes nothing: it has no deltas")
 
 
-def _base_of(edit: Edit, model) -> tuple[nn.Module, str]:
-    """(a model with the base's module paths, the base's name), after the checks that a loaded model allows."""
+def _base_of(edit: Edit, model, check: bool) -> tuple[nn.Module, str]:
+    """(a model with the base's module paths, the base's name), after the checks that a model or its folder allows."""
     if model is None or isinstance(model, str | Path):
         name = _loadable(str(model or ""))
         if name is None:
             raise ValueError(f"model {str(model)!r}: no model's folder; give a folder with config.json, or a hub id")
+        if check and edit.fingerprint and name and (Path(name) / "config.json").is_file():
+            _check_folder(edit.fingerprint, Path(name))
         return _skeleton(edit.fingerprint), name
     base = model if isinstance(model, nn.Module) else model.model
     found = fingerprint(base) if isinstance(model, nn.Module) else model.fingerprint
-    if edit.fingerprint and found != edit.fingerprint:
-        raise ValueError(f"the edit was made for model {edit.fingerprint}, this is {found}")
+    if check and edit.fingerprint and found != edit.fingerprint:
+        raise ValueError(_another(edit.fingerprint, "this", found))
     for layer in edit.layers:
         down_projection(base, layer)
     return base, _loadable(getattr(base.config, "_name_or_path", None) or "") or ""
+
+
+def _check_folder(made_for: str, folder: Path) -> None:
+    """Raises ValueError unless the folder's model is the one that an edit was made for; of weights that cannot be read
+    as they are it compares what the configuration says, and warns."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        found = fingerprint(*open_checkpoint(folder)[:2])
+    except ValueError as error:  # quantized, or pickled
+        inner = text_config(config)
+        found, made = f"{config.model_type}-{inner.num_hidden_layers}-{inner.hidden_size}", made_for.rsplit("-", 1)[0]
+        if found != made:
+            raise ValueError(_another(made_for, str(folder), f"{found}-...")) from error
+        warnings.warn(
+            f"{folder} is a {found} as the edit's model is, and that it has its weights is unchecked: {error}",
+            stacklevel=5,  # the line that called ``export_peft``
+        )
+    else:
+        if found != made_for:
+            raise ValueError(_another(made_for, str(folder), found))
+
+
+def _another(made_for: str, what: str, found: str) -> str:
+    return (
+        f"the edit was made for model {made_for}, {what} is {found}; name its own base model, or, if that is meant (a "
+        "fine-tuned copy), pass check_fingerprint=False (--force)"
+    )
 
 
 def _loadable(name: str) -> str | None:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.deltas import Delta, Dense, LowRank
-from kedit_fast.edit import Edit, digest
+from kedit_fast.edit import PARTS, Edit, digest
 from kedit_fast.shipping.history import check_chain
 from kedit_fast.state import own_state
 
-PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
 _BLOCK = 2**24  # elements of a dense sum held in fp64 at a time: 128 MiB
 
 
@@ -28,8 +27,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
     empty; provenance["composed_of"]: of each part (of a composition, of its own parts) its method, layers, number of
     facts, digest, hparams and provenance.
 
-    Raises ValueError for no edits, edits of different models or widths, independent ones, and where an edit was made on
-    top of others than those before it; TypeError for anything but Edits.
+    Raises ValueError for no edits, edits of different models or widths, independent ones, the same edit twice, and
+    where an edit was made on top of others than those before it; TypeError for anything but Edits.
     """
     edits = _checked(edits)
     if len(edits) == 1:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from kedit_fast.edit import Edit, digest
+from kedit_fast.edit import Edit, check_once, digest
 from kedit_fast.files import named_instead, replace_file
 from kedit_fast.shipping.folders import sha256_of, write_json
 
@@ -81,8 +81,8 @@ class EditHistory:
 
         check_chain: False to add an edit that was not made on top of the
             current chain. Their deltas add up, but neither was computed with the other in place.
-        Raises ValueError, and adds nothing, for an edit of another model, an independent one, and one that was made
-        on top of other edits than those in force.
+        Raises ValueError, and adds nothing, for an edit of another model, an independent one, one that is in force
+        already, and one that was made on top of other edits than those in force.
         """
         if edit.owners is not None:
             raise ValueError(
@@ -99,8 +99,10 @@ class EditHistory:
                     f"this edit was made for model {edit.fingerprint or '(not said)'}, {self.folder} holds edits of "
                     f"{fingerprint}; keep the edits of each model in a folder of their own"
                 )
+            below = self.edits_of(len(versions) - 1)
+            check_once([*below, edit])
             if check_chain:
-                check_follows(edit, self.edits_of(len(versions) - 1))
+                check_follows(edit, below)
             new = _next(versions, (*versions[-1].edits, self._keep(edit)), message, who)
             self._write(fingerprint or edit.fingerprint, (*versions, new))
         return new
@@ -206,10 +208,12 @@ def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
 
 
 def check_chain(edits: Sequence[Edit]) -> None:
-    """Raises ValueError where an edit names the edits it was made on top of and they are not those before it.
+    """Raises ValueError where an edit names the edits it was made on top of and they are not those before it, and where
+    one stands there twice.
 
     Edits that name none may stand anywhere: they were made on the bare model, and their deltas add up.
     """
+    check_once(edits)
     if not any(_made_on(edit) for edit in edits):
         return
     digests = [digest(edit) for edit in edits]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_fast.deltas import edited_weight
-from kedit_fast.edit import Edit, digest
+from kedit_fast.edit import Edit, check_once, digest
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import Checkpoint, Disk, open_on_disk
@@ -73,12 +73,13 @@ def merge_checkpoint(
 
     Cost: the folder read and written once; memory: one edited tensor, its sum, and 128 MB of fp64.
     Raises ValueError, with nothing written, for a wrong base, a quantized or pickled checkpoint, one with an adapter,
-    independent edits, an ``out`` that is not empty, and sums that are not finite; FileNotFoundError for no checkpoint.
+    independent edits, the same edit twice, an ``out`` that is not empty, and sums that are not finite;
+    FileNotFoundError for no checkpoint.
     """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     source, out = Path(source), check_new_folder(out)
     _check_edits(edits, force)
-    model, disk, checkpoint = _open(source)
+    model, disk, checkpoint = open_checkpoint(source)
     base = fingerprint(model, disk)
     for edit in edits:
         if edit.fingerprint != base and not force:
@@ -97,7 +98,7 @@ def merge_checkpoint(
             copy_folder(source / KEPT, kept / BEFORE)
         original = _keep_originals(kept / ORIGINALS, places)
         written = {place.stored.name: _write_merged(place, edits, unfinished) for place in places}
-        merged_model, merged_disk, _ = _open(unfinished)
+        merged_model, merged_disk, _ = open_checkpoint(unfinished)
         record = {
             "format": FORMAT, "version": VERSION, "when": now(), "who": who, "message": message,
             "base": {"folder": source.absolute().name, "fingerprint": base},
@@ -124,11 +125,10 @@ def _check_edits(edits, force):
             )
     if not any(edit.layers for edit in edits):
         raise ValueError("nothing to merge: the edits have no deltas")
-    if not force:
-        check_chain(edits)
+    (check_once if force else check_chain)(edits)
 
 
-def _open(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
+def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
     """(the model without its layers' weights, their source, the tensors' places) of a checkpoint folder."""
     import transformers
 

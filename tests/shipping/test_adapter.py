@@ -247,6 +247,23 @@ def test_the_wrong_base_is_refused(tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+def test_a_folder_given_as_the_base_is_the_edits_own(tmp_path):
+    edit, folder = low_rank_edit(save_checkpoint(tmp_path / "base")), tmp_path / "other"
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"was made for model llama-4-.*{folder} is llama-4-.*\(--force\)"):
+        edit.to_peft(tmp_path / "adapter", model=folder)
+    assert edit.to_peft(tmp_path / "forced", model=folder, check_fingerprint=False).base == str(folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(quantized))
+    with pytest.warns(UserWarning, match="llama-4-48 as the edit's model is, and .* is unchecked: .* is quantized"):
+        assert edit.to_peft(tmp_path / "beside-4-bits", model=folder).base == str(folder)
+    (folder / "config.json").write_text(json.dumps(quantized | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"is llama-3-48-\.\.\."):
+        edit.to_peft(tmp_path / "adapter", model=folder)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_an_adapter_that_was_changed_or_is_none_is_refused(tmp_path):
     model = tiny_model("llama")
     low_rank_edit(model).to_peft(tmp_path / "adapter")

@@ -10,10 +10,12 @@ from kedit_fast.deltas import Dense, LowRank
 from kedit_fast.edit import Edit, digest
 from kedit_fast.evaluation.perplexity import perplexity
 from kedit_fast.jobs.score import text_logprobs
+from kedit_fast.shipping.adapter import export_peft
 from kedit_fast.shipping.compose import compose
-from tests.conftest import tiny_lm
+from tests.conftest import open_tiny, tiny_lm
 from tests.editors import cases
 from tests.edits import FACTS, lowrank, make_edit, owned_edit
+from tests.shipping.checkpoints import save_checkpoint
 from tests.tiny import D_FF, D_MODEL
 
 TEXTS = [[5, 17, 23, 42, 9], [3, 3, 8, 77, 120, 4]]
@@ -161,3 +163,37 @@ def test_the_order_is_checked():
     for wrong in ([two, one], [two, two], [replace(one, deltas={1: lowrank(seed=8)}), two]):
         with pytest.raises(ValueError, match="was made on top of"):
             compose(wrong)
+
+
+def test_an_edit_acts_once_wherever_edits_meet(tmp_path):
+    """By its digest: bits, not objects; also as a part of a composition, and as a dtype holds it."""
+    lm = open_tiny(save_checkpoint(tmp_path / "base"))
+    one, two = (make_edit(lm.model, deltas={1: lowrank(seed=seed)}) for seed in (1, 2))
+    one.save(tmp_path / "one")
+    again, both = Edit.load(tmp_path / "one"), compose([one, two])
+    editor = kf.Rome(layers=(1,), v_num_grad_steps=1, mom2_adjustment=False)
+    history = kf.EditHistory(tmp_path / "edits")
+    history.add(one)
+    ways = {
+        "compose": lambda *edits: compose(edits),
+        "merge": lambda *edits: kf.merge_checkpoint(tmp_path / "base", edits, tmp_path / "out"),
+        "merge, forced": lambda *edits: kf.merge_checkpoint(tmp_path / "base", edits, tmp_path / "out", force=True),
+        "adapter": lambda *edits: export_peft(edits, tmp_path / "out"),
+        "gate": lambda *edits: kf.gate(lm, edits),
+        "on top": lambda *edits: editor.edit(lm, cases.FACTS[0], previous=edits, contexts=["{}"]),
+        "views": lambda a, b: lm.with_edit(a).with_edit(b),
+        "evaluate": lambda a, b: kf.evaluate(lm.with_edit(a), FACTS[0], b),
+        "written": lambda a, b: lm.with_edit(a, written=torch.bfloat16).with_edit(b, written=torch.bfloat16),
+        "with both": lambda a, b: lm.with_edit(both).with_edit(b),
+        "in both": lambda a, b: compose([a, both]),
+        "history": lambda a, b: history.add(b),
+        "history, forced": lambda a, b: history.add(b, check_chain=False),
+    }
+    for name, way in ways.items():
+        with pytest.raises(ValueError, match=r"edits 1 and 2 of 2 are the same.*leave one of them out"):
+            pytest.fail(f"{name}: {way(one, again)}")
+    assert not (tmp_path / "out").exists() and len(history.versions) == 2
+    empty = make_edit(lm.model, deltas={})
+    lm.with_edit(one).with_edit(two).with_edit(empty).with_edit(make_edit(lm.model, deltas={}))  # nothing twice
+    with one.apply(lm.model), pytest.raises(ValueError, match="another edit is applied already"):
+        again.apply(lm.model)

@@ -221,7 +221,7 @@ def test_what_is_no_edit_or_lacks_what_it_stands_on_is_refused(lm):
         evaluate(lm, facts, "edit.safetensors")
     first = Edit("test", {}, lm.fingerprint, tuple(facts), {0: LowRank(torch.zeros(D_MODEL, 1), torch.zeros(D_FF, 1))})
     below = {"on_top_of": [{"digest": digest(first)}]}
-    second = dataclasses.replace(first, provenance=below)
+    second = dataclasses.replace(first, deltas={1: first.deltas[0]}, provenance=below)
     with pytest.raises(ValueError, match=r"made on top of edit .* no edit; give the whole chain"):
         evaluate(lm, facts, second)
     assert evaluate(lm.with_edit(first), facts, second).edited is not None
@@ -390,7 +390,7 @@ def test_what_independent_edits_refuse(lm):
     with pytest.raises(ValueError, match=r"perplexity is of one model.*only\(i\)"):
         evaluate(lm, FACTS[:2], edit, text=TEXT)
     with pytest.raises(ValueError, match="2 sets of independent edits"):
-        evaluate(lm.with_edit(edit), FACTS[:2], edit)
+        evaluate(lm.with_edit(edit), FACTS[:2], make_owned(lm, FACTS[:3]))
     with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
         lm.with_edit(edit).top_tokens("The capital of Spain is")
 

@@ -36,7 +36,16 @@ PROMPTS = {  # a Fact's lists of prompts: the names that they go by
     "neighborhood": ("neighborhood", "neighborhood_prompts"),
     "same_subject": ("same_subject", "same_subject_prompts"),
 }
+ANSWERS = ("answer", "ground_truth", "target", "loc_ans")  # what data sets call the answer to a prompt
 NEARLY = 0.9  # of difflib's ratio: "paraphrase_prompt" and "neighbourhood" are, "attribute_prompts" is not
+
+
+class Question(NamedTuple):
+    """A prompt and its answer (None: not known). about: the facts it follows from, each as ``facts.place`` names it."""
+
+    prompt: str
+    answer: str | None = None
+    about: tuple[tuple[str, str], ...] = ()
 
 
 def read_records(path) -> Iterator[tuple[str, Any]]:
@@ -121,16 +130,15 @@ def _read_counterfact(record):
     for number, rewrite in enumerate(rewrites if several else [rewrites]):
         if not isinstance(rewrite, dict):
             raise ValueError(f"requested_rewrite: expected an object, found {type(rewrite).__name__}")
-        missing = [key for key in ("prompt", "subject") if key not in rewrite]
-        if missing:
-            raise ValueError(f"requested_rewrite misses {', '.join(missing)}")
+        if "prompt" not in rewrite:
+            raise ValueError("requested_rewrite misses prompt")
         provenance = _provenance(record)
         if rewrite.get("relation_id"):
             provenance["relation_id"] = rewrite["relation_id"]
         facts.append(
             {
                 "prompt": rewrite["prompt"],
-                "subject": rewrite["subject"],
+                "subject": rewrite.get("subject"),
                 "target_new": _target(rewrite.get("target_new"), "target_new"),
                 "target_true": _target(rewrite.get("target_true"), "target_true"),
                 **_prompt_lists(record),
@@ -252,10 +260,10 @@ def _target(value, key):
     return value
 
 
-def _prompt_lists(record) -> dict[str, tuple[str, ...]]:
-    """Each prompt once, whatever names it stands under."""
+def _prompt_lists(record) -> dict[str, tuple[str | Question, ...]]:
+    """The prompts of all names that a list goes by."""
     return {
-        field: tuple(dict.fromkeys(prompt for name in names for prompt in _prompts(record, name)))
+        field: tuple(prompt for name in names for prompt in _prompts(record, name, field != "paraphrases"))
         for field, names in PROMPTS.items()
     }
 
@@ -272,17 +280,28 @@ def _nearly(name: str) -> str | None:
     return None if name in known else next(iter(get_close_matches(name, sorted(known), 1, NEARLY)), None)
 
 
-def _prompts(record, key):
-    """The prompts under a key: a string, a list of strings or of {"prompt": ...}, or nothing."""
+def _prompts(record, key, answered: bool):
+    """The prompts under a key: a string, a list of strings or of {"prompt": ..., "answer": ...}, or nothing.
+
+    answered: whether an answer is read
+    """
     value = record.get(key)
     items = [value] if isinstance(value, str) else value or []
     if not isinstance(items, list):
         raise ValueError(f"{key}: expected a list of prompts, found {value!r}")
-    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
-    for item, prompt in zip(items, prompts, strict=True):
+    prompts = []
+    for item in items:
+        prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str):
             raise ValueError(f"{key}: expected a string or an object with 'prompt', found {item!r}")
+        answer = _answer(item, key) if answered and isinstance(item, dict) else None
+        prompts.append(prompt if answer is None else Question(prompt, answer))
     return tuple(prompts)
+
+
+def _answer(record: dict, key: str) -> str | None:
+    """The answer of an object with a prompt, under any of the names that data sets give it."""
+    return next((_target(record[name], f"{key}, {name}") for name in ANSWERS if record.get(name) is not None), None)
 
 
 def _locality(value, subject):

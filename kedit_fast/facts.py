@@ -15,53 +15,54 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kedit_fast.fact_files import fact_fields, misnamed, read_records
+from kedit_fast.fact_files import Question, fact_fields, misnamed, read_records
 
 WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 OWN_FACTS = Path(__file__).parent / "data" / "facts.json"  # 77 facts that SmolLM2-135M-Instruct knows
 LISTS = ("paraphrases", "neighborhood", "same_subject")
+ANSWERED = LISTS[1:]  # whose prompts may have an answer of their own
 
 
 @dataclass(frozen=True)
 class Fact:
     """What a model says, or shall say, of a subject: prompt with "{}" for the subject, and the answers.
 
-    prompt: template with exactly one "{}"; subject: the text that goes there.
+    prompt: template with exactly one "{}"; subject: the text that goes there. None: the prompt is the whole text and
+    has no "{}"; fine-tuning and evaluation take such a fact, while tracing, ROME and MEMIT need a subject.
     target_new, target_true (o*, o^c): the answers after and before an edit, without the space that leads to them.
-    paraphrases: other wordings of the same relation and subject. neighborhood: the same relation and target_true, other
-    subjects. same_subject: the same subject, other relations. All three are tuples of whole prompts, subject filled in.
+    paraphrases: other wordings of the same relation and subject. neighborhood: other subjects that keep their answer,
+    which is target_true. same_subject: the same subject, other relations. All three are tuples of whole prompts,
+    subject filled in; prompts that differ in white space alone count once. A prompt of the last two may have an answer
+    of its own: given as a pair (prompt, answer), kept as a ``Question``.
     id: a name for messages and reports. provenance: who, when, why; JSON values, free.
 
     Raises ValueError for a prompt without or with several "{}", a blank subject, target or prompt, or a non-string.
     """
 
     prompt: str
-    subject: str
+    subject: str | None = None
     target_new: str | None = None
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
-    neighborhood: tuple[str, ...] = ()
-    same_subject: tuple[str, ...] = ()
+    neighborhood: tuple[str | Question, ...] = ()
+    same_subject: tuple[str | Question, ...] = ()
     id: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        _check_text("Fact.subject", self.subject)
+        if self.subject is not None:
+            _check_text("Fact.subject", self.subject)
         _check_text("Fact.prompt", self.prompt)
-        places = self.prompt.count("{}")
-        if places != 1:
-            raise ValueError(
-                f"subject {self.subject!r} {'not in' if places == 0 else 'in several places of'} prompt "
-                f"{self.prompt!r}; Fact.prompt needs one {{}}, it has {places}"
-            )
+        _check_place(self.prompt, self.subject)
         for name in ("target_new", "target_true"):
             if getattr(self, name) is not None:
                 _check_text(f"Fact.{name}", getattr(self, name))
         if not isinstance(self.id, str):
             raise ValueError(f"Fact.id: expected a string, got {self.id!r}")
         for name in LISTS:
-            object.__setattr__(self, name, _prompt_tuple(f"Fact.{name}", getattr(self, name)))
+            prompts = _prompt_tuple(f"Fact.{name}", getattr(self, name), name in ANSWERED, self._usual_answer(name))
+            object.__setattr__(self, name, prompts)
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"Fact.provenance: expected a mapping, got {self.provenance!r}")
         object.__setattr__(self, "provenance", dict(self.provenance))
@@ -70,17 +71,26 @@ class Fact:
     def text(self) -> str:
         """The prompt with the subject filled in."""
         # Not str.format: subjects and prompts may hold braces.
-        return self.prompt.replace("{}", self.subject)
+        return self.prompt if self.subject is None else self.prompt.replace("{}", self.subject)
 
     @property
     def label(self) -> str:
         """The fact as messages name it: its id where it has one, and its text."""
         return f"{self.id} ({self.text!r})" if self.id else repr(self.text)
 
+    def questions(self, name: str) -> tuple[Question, ...]:
+        """The prompts of a list ("neighborhood", "same_subject") with their answers: their own, else the usual one,
+        which is target_true for neighbors and None (not known) for other relations."""
+        usual = self._usual_answer(name)
+        return tuple(x if isinstance(x, Question) else Question(x, usual) for x in getattr(self, name))
+
+    def _usual_answer(self, name: str) -> str | None:
+        return self.target_true if name == "neighborhood" else None
+
     def to_record(self) -> dict:
         """The fact in CounterFact's field names, ready for JSON; ``from_record`` gives the same fact again."""
         provenance = dict(self.provenance)
-        rewrite = {"prompt": self.prompt, "subject": self.subject}
+        rewrite = {"prompt": self.prompt} | ({} if self.subject is None else {"subject": self.subject})
         for name in ("target_new", "target_true"):
             if getattr(self, name) is not None:
                 rewrite[name] = {"str": getattr(self, name)}
@@ -90,8 +100,8 @@ class Fact:
             "case_id": self.id,
             "requested_rewrite": rewrite,
             "paraphrase_prompts": list(self.paraphrases),
-            "neighborhood_prompts": list(self.neighborhood),
-            "same_subject_prompts": list(self.same_subject),
+            "neighborhood_prompts": [_record_of(entry) for entry in self.neighborhood],
+            "same_subject_prompts": [_record_of(entry) for entry in self.same_subject],
             "provenance": provenance,
         }
 
@@ -118,13 +128,40 @@ def _check_text(name, value):
         raise ValueError(f"{name}: {value!r} holds half a character (a surrogate); no tokenizer takes it") from None
 
 
-def _prompt_tuple(name, prompts):
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise ValueError(f"{name}: expected a tuple of prompts, got {prompts!r}")
-    prompts = tuple(prompts)
-    for prompt in prompts:
+def _check_place(prompt, subject):
+    places = prompt.count("{}")
+    if subject is None:
+        if places:
+            raise ValueError(f"prompt {prompt!r} has a place for a subject ({{}}), and Fact.subject is None; name it")
+    elif places != 1:
+        raise ValueError(
+            f"subject {subject!r} {'not in' if places == 0 else 'in several places of'} prompt "
+            f"{prompt!r}; Fact.prompt needs one {{}}, it has {places}"
+        )
+
+
+def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str | Question, ...]:
+    """Each prompt once, up to white space; as a Question where it has another answer than the usual one.
+
+    answered: whether an entry may be a pair (prompt, answer)
+    """
+    if isinstance(entries, str | Question | Mapping) or not isinstance(entries, Iterable):
+        raise ValueError(f"{name}: expected a tuple of prompts, got {entries!r}")
+    kept: dict[str, str | Question] = {}
+    for entry in entries:
+        prompt, answer = entry[:2] if answered and isinstance(entry, tuple) and len(entry) in (2, 3) else (entry, None)
         _check_text(name, prompt)
-    return prompts
+        if answer is not None:
+            _check_text(f"{name}: the answer to {prompt!r}", answer)
+        key, own = spaced(prompt), answer is not None and answer.strip() != (usual or "").strip()
+        # An answer of its own says more than none.
+        if key not in kept or (own and isinstance(kept[key], str)):
+            kept[key] = Question(prompt, answer) if own else prompt
+    return tuple(kept.values())
+
+
+def _record_of(entry: str | Question) -> str | dict:
+    return {"prompt": entry.prompt, "answer": entry.answer} if isinstance(entry, Question) else entry
 
 
 def load_facts(path, n: int | None = None) -> list[Fact]:
@@ -157,7 +194,9 @@ def _facts_of(path):
         yield from facts
 
 
-def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool = True) -> list[Fact]:
+def check_facts(
+    facts: Iterable[Fact], *, need_new: bool = False, need_subject: bool = False, together: bool = True
+) -> list[Fact]:
     """The facts without duplicates, checked before any work starts; what editors call first.
 
     Two facts are at the same place where subject and prompt are equal but for case and spacing. At one place the same
@@ -165,10 +204,11 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool
     Warned of as well: a target_new that equals target_true (nothing to edit), and different new targets for one subject
     and ``provenance["relation_id"]`` under different prompts (right for relations that take several objects).
 
-    need_new: every fact must have a target_new; together: whether they are written into one model. Independent edits
-        see nothing of each other, so they neither contradict each other nor clash.
-    Raises ValueError for no facts, for a contradiction (both facts and targets are named) and for a missing target_new;
-    TypeError for anything but a collection of Facts.
+    need_new: every fact must have a target_new; need_subject: and a subject
+    together: whether they are written into one model. Independent edits see nothing of each other, so they neither
+        contradict each other nor clash.
+    Raises ValueError for no facts, for a contradiction (both facts and targets are named) and for a missing target_new
+    or subject; TypeError for anything but a collection of Facts.
     """
     if isinstance(facts, Fact):
         raise TypeError("facts: expected a list of Facts, got one Fact; pass [fact]")
@@ -179,6 +219,8 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool
     for fact in facts:
         if not isinstance(fact, Fact):
             raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
+        if need_subject:
+            check_subject(fact)
         target = fact.target_new and fact.target_new.strip()
         at = place(fact)
         if (*at, target) in kept:
@@ -207,14 +249,28 @@ def check_facts(facts: Iterable[Fact], *, need_new: bool = False, together: bool
     return list(kept.values())
 
 
+def check_subject(fact: Fact) -> None:
+    """Raises ValueError for a fact without a subject, where one is needed."""
+    if fact.subject is None:
+        raise ValueError(
+            f"fact {fact.label} has no subject: tracing corrupts the subject's tokens, and ROME and MEMIT write at its "
+            "last one. Name the subject and put {} in its place, or edit by fine-tuning (ft, ft-l), which needs none"
+        )
+
+
+def spaced(text: str) -> str:
+    """Text for comparing: one space between words, none around them."""
+    return " ".join(text.split())
+
+
 def folded(text: str) -> str:
     """Text for comparing: without case, one space between words."""
-    return " ".join(text.casefold().split())
+    return spaced(text.casefold())
 
 
 def place(fact: Fact) -> tuple[str, str]:
     """What a fact is about: subject and prompt, folded."""
-    return folded(fact.subject), folded(fact.prompt)
+    return folded(fact.subject or ""), folded(fact.prompt)
 
 
 def _warn(facts, what):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attribution import estimate, most
-from .facts import Fact
+from .facts import Fact, check_subject
 from .files import append_records, check_place
 from .jobs.restore import Restore
 from .jobs.score import Score
@@ -113,6 +113,8 @@ def _check(facts, kinds, window, samples, metric, sever, method, top):
         raise ValueError(
             f"{strange[0]!r} is no Fact; expected kf.Fact(prompt=..., subject=...) or what load_facts gives"
         )
+    for fact in facts:
+        check_subject(fact)
     if window < 1 or samples < 1 or top < 1 or not facts:
         raise ValueError(
             f"trace needs facts, window, samples and top from 1 on; got {len(facts)}, {window}, {samples}, {top}"

@@ -207,7 +207,12 @@ GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "
             f'[{GOOD}, {{"prompt": "Rome is in", "subject": "Paris", "target_new": "x"}}]',
             r"f.json: record 1: subject 'Paris' not in prompt 'Rome is in'",
         ),
-        ("f.json", '[{"requested_rewrite": {"prompt": "{} is"}}]', r"record 0: requested_rewrite misses subject"),
+        ("f.json", '[{"requested_rewrite": {"subject": "a"}}]', r"record 0: requested_rewrite misses prompt"),
+        (
+            "f.json",
+            '[{"requested_rewrite": {"prompt": "{} is"}}]',
+            r"record 0: prompt '{} is' has a place for a subject",
+        ),
         ("f.json", '[{"requested_rewrite": "x"}]', r"record 0: requested_rewrite: expected an object, found str"),
         (
             "f.json",

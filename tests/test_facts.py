@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kedit_fast.facts import (
     Fact,
+    Question,
     check_facts,
     continuation_tokens,
     encode_span,
@@ -28,12 +29,17 @@ TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_n
         ({"prompt": "It is in Paris"}, r"subject 'Paris' not in prompt 'It is in Paris'; Fact.prompt needs one \{\}"),
         ({"prompt": "{} and {}"}, r"in several places of prompt .* it has 2"),
         ({"prompt": " "}, r"Fact.prompt is empty"),
+        ({"subject": None}, r"prompt '\{\} lies in' has a place for a subject .* and Fact.subject is None"),
         ({"subject": " "}, r"Fact.subject is empty"),
         ({"subject": 3}, r"Fact.subject: expected a string, got 3"),
         ({"target_new": ""}, r"Fact.target_new is empty"),
         ({"target_true": ["Rome"]}, r"Fact.target_true: expected a string, got \['Rome'\]"),
         ({"paraphrases": "one prompt"}, r"Fact.paraphrases: expected a tuple of prompts"),
         ({"neighborhood": ["a", None]}, r"Fact.neighborhood: expected a string, got None"),
+        ({"neighborhood": [("a", " ")]}, r"Fact.neighborhood: the answer to 'a' is empty"),
+        ({"neighborhood": ("a", ("b",))}, r"Fact.neighborhood: expected a string, got \('b',\)"),
+        ({"neighborhood": Question("a", "b")}, r"Fact.neighborhood: expected a tuple of prompts"),
+        ({"paraphrases": [("a", "b")]}, r"Fact.paraphrases: expected a string, got \('a', 'b'\)"),
         ({"same_subject": 7}, r"Fact.same_subject: expected a tuple of prompts, got 7"),
         ({"id": 4}, r"Fact.id: expected a string, got 4"),
         ({"provenance": "me"}, r"Fact.provenance: expected a mapping"),
@@ -53,6 +59,34 @@ def test_fact_is_a_value():
     assert fact.paraphrases == ("a", "b")
     assert hash(fact) == hash(Fact(prompt="{} lies in", subject="Paris", paraphrases=("a", "b")))
     assert fact != Fact(prompt="{} lies in", subject="Paris", paraphrases=("a", "b"))
+
+
+def test_prompts_that_differ_in_white_space_count_once():
+    lists = dict.fromkeys(("paraphrases", "neighborhood", "same_subject"), ("a b", " a  b", "A b", "a\tb\n"))
+    fact = Fact("{} lies in", "Paris", **lists)
+    assert fact.paraphrases == fact.neighborhood == fact.same_subject == ("a b", "A b")
+
+
+def test_answers_of_their_own():
+    fact = Fact(
+        "{} lies in", "Paris", "Italy", "France",
+        neighborhood=["Lyon lies in", ("Bonn is in", "Germany"), ("Nice is in", " France"), ("Lyon lies  in", "Gaul")],
+        same_subject=("Paris has", ("Paris is a", "city")),
+    )  # fmt: skip
+    bonn, lyon = Question("Bonn is in", "Germany"), Question("Lyon lies  in", "Gaul")
+    assert fact.neighborhood == (lyon, bonn, "Nice is in")
+    assert fact.questions("neighborhood") == (lyon, bonn, Question("Nice is in", "France"))
+    assert fact.questions("same_subject") == (Question("Paris has"), Question("Paris is a", "city"))
+    assert Fact.from_record(json.loads(json.dumps(fact.to_record()))) == fact
+
+
+def test_a_fact_may_have_no_subject():
+    fact = Fact("Water boils at", target_new="90 degrees", paraphrases=("The boiling point of water is",))
+    assert fact.text == "Water boils at" and fact.label == "'Water boils at'"
+    assert Fact.from_record(json.loads(json.dumps(fact.to_record()))) == fact
+    assert check_facts([fact], need_new=True) == [fact]
+    with pytest.raises(ValueError, match=r"fact 'Water boils at' has no subject: .* or edit by fine-tuning"):
+        check_facts([TOWER, fact], need_subject=True)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ STRANGERS = {
 }  # fmt: skip
 
 # Exceptions, with the reason.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {"facts.py": "the facts and their tokens; the tokens want a file of their own"}
 LONG_FUNCTIONS: dict[str, str] = {}
 DEVICE_NAMES = {
     "kernels/dispatch.py": "`kedit-fast info` lists the devices that are present",

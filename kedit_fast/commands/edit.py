@@ -18,14 +18,16 @@ SHOWN = 20  # facts listed one by one
 def run(args) -> None:
     """Makes the edit and writes its file; says what it was made of."""
     check_statistics(args)
-    facts = check_facts(read_facts(args), need_new=True, together=not args.independent)
+    editor_class = EDITORS[args.method]
+    facts = check_facts(
+        read_facts(args), need_new=True, need_subject=editor_class.NEEDS_SUBJECT, together=not args.independent
+    )
     check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
     path = check_output(args.output, args.force)
     parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
     below = [edit for name in args.on_top_of or () for edit in read_edits(name)]
     check_chain(below)
     corpus = corpus_of(args)
-    editor_class = EDITORS[args.method]
     given = editor_class.from_json(args.hparams) if args.hparams else None
     lm = open_lm(args)
     say(model_line(lm))

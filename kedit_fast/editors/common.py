@@ -104,11 +104,11 @@ class Read(NamedTuple):
     bare: dict[Site, Tensor]
 
 
-def checked_facts(facts, independent: bool = False) -> list[Fact]:
-    """Facts an editor can write: targets present, no contradictions unless each is an edit of its own. One Fact is a
-    list of one."""
+def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:
+    """Facts an editor can write: targets and subjects present, no contradictions unless each is an edit of its own. One
+    Fact is a list of one."""
     facts = [facts] if isinstance(facts, Fact) else list(facts)
-    return check_facts(facts, need_new=True, together=not independent)
+    return check_facts(facts, need_new=True, need_subject=need_subject, together=not independent)
 
 
 def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:

@@ -27,6 +27,7 @@ class Hyperparameters:
     """
 
     POSITIVE: ClassVar = ()
+    NEEDS_SUBJECT: ClassVar = True  # whether facts without a subject are refused
 
     def __post_init__(self):
         for field in fields(self):

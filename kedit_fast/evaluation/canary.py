@@ -58,7 +58,7 @@ def doubt_canaries(facts: Sequence[Fact], numbers: Sequence[int], templates: Seq
         Canary(DOUBT, i, _filled(template, facts[i]), facts[i].target_true, facts[i].target_new)
         for i in numbers
         for template in templates or DOUBTS
-        if facts[i].target_new or "{answer}" not in template
+        if (facts[i].target_new or "{answer}" not in template) and (facts[i].subject or "{subject}" not in template)
     ]
 
 
@@ -71,7 +71,7 @@ def check_doubt(template) -> str:
 
 def _filled(template: str, fact: Fact) -> str:
     # One pass, so that braces in a subject or an answer stay what they are.
-    parts = {"{prompt}": fact.text, "{answer}": fact.target_new or "", "{subject}": fact.subject}
+    parts = {"{prompt}": fact.text, "{answer}": fact.target_new or "", "{subject}": fact.subject or ""}
     return re.sub(r"\{(prompt|answer|subject)\}", lambda match: parts[match[0]], template)
 
 

@@ -38,11 +38,11 @@ def evaluate(
     generate: tokens to continue each fact's prompt by, greedily, without and with the edits
     log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
 
-    A fact needs target_new or target_true, or same_subject prompts; a metric is NaN where the fact lacks what it
-    compares. A prompt whose answer is NaN (an edit that overflows) has probability 0 and is no success, and a text that
-    is continued ends there; NaN of the base model is an error. Neighborhood prompts that name a subject edited together
-    with the fact (those of ``facts`` and of the edits' own facts; with independent edits only the fact's own) are left
-    out and counted.
+    A fact needs target_new or target_true, same_subject prompts, or neighbors with answers of their own; a metric is
+    NaN where the fact lacks what it compares. A prompt whose answer is NaN (an edit that overflows) has probability 0
+    and is no success, and a text that is continued ends there; NaN of the base model is an error. Neighborhood prompts
+    that name a subject edited together with the fact (those of ``facts`` and of the edits' own facts; with independent
+    edits only the fact's own) are left out and counted.
 
     Raises ValueError where the base model gives NaN; all else before the first sweep: ValueError for no facts, nothing
     to compare, text too short, an edit for another model or without those that it stands on, independent edits that do
@@ -93,7 +93,8 @@ def _checked(facts, generate, max_tokens) -> list[Fact]:
     if not facts:
         raise ValueError("no facts given; evaluate needs at least one")
     for fact in facts:
-        if not (fact.target_new or fact.target_true or fact.same_subject):
+        with_answers = any(question.answer for question in fact.questions("neighborhood"))
+        if not (fact.target_new or fact.target_true or fact.same_subject or with_answers):
             raise ValueError(
                 f"fact {fact.label} has neither target_new nor target_true nor same_subject prompts: nothing to compare"
             )

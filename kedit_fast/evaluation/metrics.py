@@ -19,7 +19,8 @@ LOWEST = {SHARE: 0.0, PROBABILITY: 0.0, DIFFERENCE: -1.0, COUNT: 0.0}
 HIGHEST = {SHARE: 1.0, PROBABILITY: 1.0, DIFFERENCE: 1.0, COUNT: math.inf}
 
 # Columns in the order reports show them: {name: (kind, what it says of a fact)}. A fact's value is the mean over its
-# prompts of the kind; neighborhood prompts that name an edited subject are left out.
+# prompts of the kind; neighborhood prompts that name an edited subject are left out. P(true) of a neighbor with an
+# answer of its own is that answer's.
 METRICS = {
     "efficacy": (SHARE, "P(new) > P(true) on the rewrite prompt (ES)"),
     "efficacy_magnitude": (DIFFERENCE, "P(new) - P(true) on the rewrite prompt (EM)"),
@@ -37,6 +38,8 @@ METRICS = {
     "known_neighbors_p_true": (PROBABILITY, "the same where the base model's P(true) >= 0.1"),
     "same_subject_same_top": (SHARE, "the subject's other prompts whose likeliest token is the base model's"),
     "same_subject_p_top": (PROBABILITY, "probability of the base model's likeliest token there"),
+    "same_subject_exact": (SHARE, "all tokens of the answer are the likeliest, the subject's other prompts with one"),
+    "same_subject_p_true": (PROBABILITY, "P(answer) there"),
     "neighborhood_left_out": (COUNT, "neighborhood prompts left out: they name an edited subject"),
 }
 SCORE = "score"
@@ -57,11 +60,15 @@ class Answers(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One model's answers to all probes of one fact. same_top (0 or 1), p_top: [m], of the same-subject prompts."""
+    """One model's answers to all probes of one fact.
+
+    same_subject: of the subject's other prompts whose answer is known; same_top (0 or 1), p_top: [m], of all of them
+    """
 
     rewrite: Answers
     paraphrases: Answers
     neighborhood: Answers
+    same_subject: Answers
     same_top: Tensor
     p_top: Tensor
 
@@ -71,7 +78,7 @@ def fact_columns(reading: Reading, known: Tensor, left_out: int) -> dict[str, fl
 
     known: [m] bool, the neighborhood prompts whose answer the base model knew (``knew``)
     """
-    rewrite, paraphrases, neighbors = reading[:3]
+    rewrite, paraphrases, neighbors, others = reading[:4]
     values = {
         "efficacy": _greater(rewrite.p_new, rewrite.p_true),
         "efficacy_magnitude": rewrite.p_new - rewrite.p_true,
@@ -89,8 +96,11 @@ def fact_columns(reading: Reading, known: Tensor, left_out: int) -> dict[str, fl
         "known_neighbors_p_true": neighbors.p_true[known],
         "same_subject_same_top": reading.same_top,
         "same_subject_p_top": reading.p_top,
+        "same_subject_exact": others.exact_true,
+        "same_subject_p_true": others.p_true,
     }
-    columns = {name: float(value.mean()) for name, value in values.items()}  # the mean of nothing is NaN
+    # Over the prompts that have a value: some neighbors may have an answer, others none. The mean of nothing is NaN.
+    columns = {name: float(value.nanmean()) for name, value in values.items()}
     return columns | {"neighborhood_left_out": float(left_out)}
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import Fact, continuation_tokens
+from ..facts import Fact, Question, continuation_tokens, folded
 from ..jobs.collect import collect
 from ..jobs.finite import check_answers
 from ..jobs.score import continuation_places, likeliest_tokens
@@ -28,13 +28,14 @@ class Probe(NamedTuple):
 class FactProbes(NamedTuple):
     """All that is asked about one fact.
 
-    kinds: probes of the rewrite prompt (one), of the paraphrases, of the neighborhood prompts that are scored
-    same_subject: token ids of the subject's other prompts, whose next token is read
+    kinds: probes of the rewrite prompt (one), of the paraphrases, of the neighborhood prompts that are scored, and of
+        the subject's other prompts whose answer is known
+    same_subject: token ids of all the subject's other prompts, whose next token is read
     left_out: number of neighborhood prompts that name an edited subject, which are not scored
     owner: the fact whose independent edit acts here; 0 where edits are shared
     """
 
-    kinds: tuple[list[Probe], list[Probe], list[Probe]]
+    kinds: tuple[list[Probe], list[Probe], list[Probe], list[Probe]]
     same_subject: list[list[int]]
     left_out: int
     owner: int
@@ -55,8 +56,8 @@ class Names:
     letters, so 10,000 of them cost a text no more than 10.
     """
 
-    def __init__(self, subjects: Iterable[str]):
-        folded = {subject.strip().casefold() for subject in subjects}
+    def __init__(self, subjects: Iterable[str | None]):
+        folded = {subject.strip().casefold() for subject in subjects if subject is not None}
         self._n_letters = min((3, *map(len, folded)))
         self._by_start: dict[str, list[str]] = {}
         for subject in folded:
@@ -74,23 +75,34 @@ class Names:
 
 def fact_probes(lm, fact: Fact, edited: list[Names], owner: int = 0) -> FactProbes:
     """The fact's probes as tokens. edited: the subjects that are edited together with this fact."""
-    clean = [prompt for prompt in fact.neighborhood if not any(names.in_text(prompt) for names in edited)]
+    neighbors, others = fact.questions("neighborhood"), fact.questions("same_subject")
+    clean = [question for question in neighbors if not any(names.in_text(question.prompt) for names in edited)]
+    asked = [Question(prompt, fact.target_true) for prompt in (fact.text, *fact.paraphrases)]
+    known = [Question(question.prompt, question.answer) for question in others if question.answer]
     return FactProbes(
-        kinds=tuple(
-            [_probe(lm, fact, prompt) for prompt in prompts] for prompts in ([fact.text], fact.paraphrases, clean)
+        kinds=(
+            [_probe(lm, question, fact.target_new) for question in asked[:1]],
+            [_probe(lm, question, fact.target_new) for question in asked[1:]],
+            [_probe(lm, question, _other(fact.target_new, question.answer)) for question in clean],
+            [_probe(lm, question, None) for question in known],
         ),
-        same_subject=[lm.encode(prompt) for prompt in fact.same_subject],
-        left_out=len(fact.neighborhood) - len(clean),
+        same_subject=[lm.encode(question.prompt) for question in others],
+        left_out=len(neighbors) - len(clean),
         owner=owner,
     )
 
 
-def _probe(lm, fact: Fact, prompt: str) -> Probe:
+def _other(new: str | None, own: str | None) -> str | None:
+    """The new answer, but where it is a neighbor's own: there it is right, and nothing stands against it."""
+    return None if new and own and folded(new) == folded(own) else new
+
+
+def _probe(lm, question: Question, new: str | None) -> Probe:
     targets = (
-        None if target is None else continuation_tokens(lm.tokenizer, prompt, target)
-        for target in (fact.target_new, fact.target_true)
+        None if target is None else continuation_tokens(lm.tokenizer, question.prompt, target)
+        for target in (new, question.answer)
     )
-    return Probe(lm.encode(prompt), tuple(targets))
+    return Probe(lm.encode(question.prompt), tuple(targets))
 
 
 @torch.no_grad()
@@ -162,6 +174,6 @@ def _by_fact(facts: list[FactProbes], answers: Tensor, same_top: Tensor, p_top: 
     kinds = iter(answers.split([len(kind) for fact in facts for kind in fact.kinds]))
     n_same = [len(fact.same_subject) for fact in facts]
     return [
-        Reading(*(Answers(*next(kinds).unbind(1)) for _ in range(3)), top, p)
+        Reading(*(Answers(*next(kinds).unbind(1)) for _ in range(4)), top, p)
         for top, p in zip(same_top.split(n_same), p_top.split(n_same), strict=True)
     ]

@@ -88,8 +88,8 @@ class EvalReport:
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
             edited, perplexity = record["edited"], record["perplexity"]
             return cls(
-                base=_columns(record["base"]),
-                edited=None if edited is None else _columns(edited),
+                base=_columns(record["base"], len(record["facts"])),
+                edited=None if edited is None else _columns(edited, len(record["facts"])),
                 facts=tuple(Fact.from_record(fact) for fact in record["facts"]),
                 meta=record["meta"],
                 perplexity=None if perplexity is None else _pair(perplexity, edited is not None),
@@ -208,9 +208,11 @@ def _listed(columns: dict[str, Tensor]) -> dict[str, list]:
     return {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
 
 
-def _columns(listed: dict[str, list]) -> dict[str, Tensor]:
+def _columns(listed: dict[str, list], n_facts: int) -> dict[str, Tensor]:
+    """Columns as they were saved; of a metric that a report does not have, NaN."""
+    listed = {name: [None] * n_facts for name in METRICS} | listed
     return {
-        name: torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+        name: torch.tensor([as_float(value) for value in values], dtype=torch.float32)
         for name, values in listed.items()
     }
 

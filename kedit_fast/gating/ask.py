@@ -62,7 +62,7 @@ def _probe(view, prompt: str, new: str | None, true: str | None = None, keep: bo
     """One prompt with its answers; keep: its likeliest token is read as well."""
     ids = view.encode(prompt)
     targets = tuple(None if t is None else continuation_tokens(view.tokenizer, prompt, t) for t in (new, true))
-    return FactProbes(([Probe(ids, targets)], [], []), [ids] if keep else [], 0, 0)
+    return FactProbes(([Probe(ids, targets)], [], [], []), [ids] if keep else [], 0, 0)
 
 
 def _read(view, probes: list[FactProbes], form: str):

@@ -114,7 +114,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
         *(Wording(fact, kind, prompt) for fact in facts for kind, prompt in _wordings_of(fact)),
         *(Wording(fact, EARLIER, fact.text) for fact in earlier),
     ]
-    portability = [q for q in suite.portability if q.answer and (q.about is None or q.about in edited)]
+    portability = [q for q in suite.portability if q.answer and edited.issuperset(q.about)]
     names = Names(fact.subject for edit in edits for fact in edit.facts)
     taken = {folded(x.prompt) for x in (*wordings, *portability)}
     needed = thresholds.min_specificity_prompts if builtin else 0
@@ -126,7 +126,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
         facts=tuple(facts),
         earlier=tuple(earlier),
         wordings=tuple(wordings),
-        portability=tuple(dict.fromkeys(portability)),
+        portability=tuple({folded(q.prompt): q for q in reversed(portability)}.values())[::-1],
         kept=tuple(kept),
         left_out=left_out,
         windows=tuple(text_windows(lm, list(suite.text) or prose, sizes.text_tokens)),
@@ -140,8 +140,10 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
 
 def _wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
     yield REWRITE, fact.text
-    for prompt in dict.fromkeys(fact.paraphrases):
-        if folded(prompt) != folded(fact.text):
+    seen = {folded(fact.text)}
+    for prompt in fact.paraphrases:
+        if folded(prompt) not in seen:
+            seen.add(folded(prompt))
             yield PARAPHRASE, prompt
 
 
@@ -184,14 +186,14 @@ def _kept(facts, suite: Suite, controls, names: Names, taken: set[str], needed: 
 
 def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact]) -> Iterator[Kept]:
     for fact in facts:
-        yield from (Kept(prompt, fact.target_true, NEIGHBORS) for prompt in fact.neighborhood)
-        yield from (Kept(prompt, None, SAME_SUBJECT) for prompt in fact.same_subject)
+        yield from (Kept(q.prompt, q.answer, NEIGHBORS) for q in fact.questions("neighborhood"))
+        yield from (Kept(q.prompt, q.answer, SAME_SUBJECT) for q in fact.questions("same_subject"))
     yield from (Kept(question.prompt, question.answer, SUITE) for question in suite.specificity)
     for source, others in ((CONTROLS, controls), (BUILTIN, load_facts(OWN_FACTS))):
         for fact in others:
-            prompts = (fact.text, *fact.paraphrases, *fact.neighborhood)
-            yield from (Kept(prompt, fact.target_true, source) for prompt in prompts)
-            yield from (Kept(prompt, None, source) for prompt in fact.same_subject)
+            yield from (Kept(prompt, fact.target_true, source) for prompt in (fact.text, *fact.paraphrases))
+            for name in ("neighborhood", "same_subject"):
+                yield from (Kept(q.prompt, q.answer, source) for q in fact.questions(name))
 
 
 # ---- canaries

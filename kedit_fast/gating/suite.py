@@ -4,21 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..evaluation.canary import check_doubt
-from ..facts import Fact, folded, load_facts, place
+from ..facts import ANSWERED, Fact, Question, folded, load_facts, place
 
 FORMAT = "kedit_fast.suite"
 _ANSWERS = ("answer", "ground_truth", "target")  # names that data sets give an answer
-
-
-class Question(NamedTuple):
-    """A prompt and, where it is known, its answer. about: the fact it belongs to, as ``place`` names it; None: none."""
-
-    prompt: str
-    answer: str | None = None
-    about: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,8 @@ class Translation:
             raise ValueError(f"languages: {self.prompt!r} is for a whole relation and needs one {{}} for the subject")
 
     def speaks_of(self, fact: Fact) -> bool:
+        if fact.subject is None:
+            return False
         if self.subject is not None:
             return folded(self.subject) == folded(fact.subject)
         return str(fact.provenance.get("relation_id")) == str(self.relation_id)
@@ -139,7 +133,7 @@ def _of_facts(path: Path, facts: Iterable[Fact]) -> tuple[Question, ...]:
     asked = []
     for fact in facts:
         if fact.provenance.get("portability"):
-            asked += _questions(f"{path}: portability of {fact.label}", fact.provenance["portability"], place(fact))
+            asked += _questions(f"{path}: portability of {fact.label}", fact.provenance["portability"], (place(fact),))
     return tuple(asked)
 
 
@@ -157,7 +151,7 @@ def _from_object(path: Path, record: dict) -> Suite:
         try:
             fact = Fact.from_record(entry)
             own = entry.get("portability") or fact.provenance.get("portability") or []
-            asked += _questions("portability", own, place(fact))
+            asked += _questions("portability", own, (place(fact),))
         except ValueError as error:
             raise ValueError(f"{path}: facts, entry {number}: {error}") from error
         facts.append(fact)
@@ -176,7 +170,7 @@ def _from_object(path: Path, record: dict) -> Suite:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _questions(where: str, value: Any, about=None) -> tuple[Question, ...]:
+def _questions(where: str, value: Any, about=()) -> tuple[Question, ...]:
     """Questions of a list, or of EasyEdit's {kind: list}."""
     if isinstance(value, dict) and "prompt" not in value:
         return tuple(q for part in value.values() for q in _questions(where, part, about))
@@ -239,13 +233,13 @@ def merged(edited: Sequence[Fact], suite: Suite) -> tuple[list[Fact], list[Fact]
                 f"the suite expects {fact.target_new!r} for {fact.label}, and the edit writes {mine.target_new!r}; "
                 "is it the suite of another edit?"
             )
-        lists = ("paraphrases", "neighborhood", "same_subject")
         facts[place(fact)] = Fact(
             prompt=mine.prompt,
             subject=mine.subject,
             target_new=mine.target_new or fact.target_new,
             target_true=mine.target_true or fact.target_true,
-            **{name: tuple(dict.fromkeys(getattr(mine, name) + getattr(fact, name))) for name in lists},
+            paraphrases=mine.paraphrases + fact.paraphrases,
+            **{name: mine.questions(name) + fact.questions(name) for name in ANSWERED},
             id=mine.id or fact.id,
             provenance={**fact.provenance, **mine.provenance},
         )

@@ -84,7 +84,7 @@ def ask(lm, prompt, target):
 
 
 def mean(values):
-    values = list(values)
+    values = [value for value in values if not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan
 
 
@@ -92,14 +92,20 @@ def more(a, b):
     return math.nan if math.isnan(a - b) else float(a > b)
 
 
+def pair(entry, answer):
+    """(prompt, answer) of an entry of a Fact's lists."""
+    return (entry, answer) if isinstance(entry, str) else (entry.prompt, entry.answer)
+
+
 def oracle(lm, fact, clean, base_answers=None):
     """({metric: value}, what the base model's answers must be handed on as)."""
     new, true = ask(lm, fact.text, fact.target_new), ask(lm, fact.text, fact.target_true)
     para = [(ask(lm, p, fact.target_new), ask(lm, p, fact.target_true)) for p in fact.paraphrases]
-    near = [
-        (ask(lm, fact.neighborhood[i], fact.target_new), ask(lm, fact.neighborhood[i], fact.target_true)) for i in clean
-    ]
-    rows = [logits(lm, lm.tokenizer(p)["input_ids"])[-1].softmax(-1) for p in fact.same_subject]
+    pairs = [pair(fact.neighborhood[i], fact.target_true) for i in clean]
+    near = [(ask(lm, p, None if own == fact.target_new else fact.target_new), ask(lm, p, own)) for p, own in pairs]
+    others = [pair(entry, None) for entry in fact.same_subject]
+    told = [ask(lm, p, own) for p, own in others if own]
+    rows = [logits(lm, lm.tokenizer(p)["input_ids"])[-1].softmax(-1) for p, _ in others]
     known, tops = base_answers or ([t[0] >= 0.1 for _, t in near], [row.argmax().item() for row in rows])
     return {
         "efficacy": more(new[0], true[0]),
@@ -118,6 +124,8 @@ def oracle(lm, fact, clean, base_answers=None):
         "known_neighbors_p_true": mean(t[0] for (n, t), k in zip(near, known, strict=True) if k),
         "same_subject_same_top": mean(float(row.argmax() == top) for row, top in zip(rows, tops, strict=True)),
         "same_subject_p_top": mean(row[top].item() for row, top in zip(rows, tops, strict=True)),
+        "same_subject_exact": mean(exact for _, exact in told),
+        "same_subject_p_true": mean(p for p, _ in told),
     }, (known, tops)
 
 
@@ -169,9 +177,16 @@ def known_answers(lm, n):
 def test_equals_one_forward_at_a_time(family):
     lm = make_lm(family)
     ((prompt, answer),) = known_answers(lm, 1)
-    neighborhood = (prompt, *FACTS[0].neighborhood)
-    facts = (dataclasses.replace(FACTS[0], target_true=answer, neighborhood=neighborhood), *FACTS[1:])
-    clean = CLEAN | {0: (0, 1, 3)}
+    # Neighbors with answers of their own, to one of whom the new answer is right; some of a fact that has no old one.
+    neighborhood = (prompt, *FACTS[0].neighborhood, ("Monk plays the", "piano"), ("Zürich lies in", "Seattle"))
+    same_subject = (("Big Ben was born in", "Rome"), "The sport of Big Ben is")
+    facts = (
+        dataclasses.replace(FACTS[0], target_true=answer, neighborhood=neighborhood, same_subject=same_subject),
+        *FACTS[1:3],
+        dataclasses.replace(FACTS[3], neighborhood=(("Monk was born in", "Italy"), "Thomas was born in")),
+        *FACTS[4:],
+    )
+    clean = CLEAN | {0: (0, 1, 3, 4, 5), 3: (0, 1)}
     edit = make_edit(lm, facts)
     report = evaluate(lm, facts, edit, text=TEXT, max_tokens=300)
     windows = text_windows(lm, TEXT, 300)
@@ -293,7 +308,7 @@ def test_a_wrecking_edit_shows(lm):
 def test_an_edit_that_overflows_is_no_success(lm):
     """One of several facts answers NaN after its edit: it is counted, with probability 0, and never as a success."""
     facts = [
-        dataclasses.replace(FACTS[0], same_subject=("Big Ben was born in",), neighborhood=("Toyota is in",)),
+        dataclasses.replace(FACTS[0], same_subject=(("Big Ben was born in", "Rome"),), neighborhood=("Toyota is in",)),
         Fact("The capital of {} is", "Spain", "Paris", "Madrid"),
     ]
     edit = make_owned(lm, facts)

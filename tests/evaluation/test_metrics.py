@@ -33,9 +33,9 @@ def answers(*rows):
     return Answers(*torch.tensor(rows, dtype=torch.float64).view(-1, 4).unbind(1))
 
 
-def reading(rewrite=((0.5, 0.2, 1, 0),), paraphrases=(), neighborhood=(), same=()):
+def reading(rewrite=((0.5, 0.2, 1, 0),), paraphrases=(), neighborhood=(), same=(), others=()):
     same = torch.tensor(same, dtype=torch.float64).view(-1, 2)
-    return Reading(answers(*rewrite), answers(*paraphrases), answers(*neighborhood), same[:, 0], same[:, 1])
+    return Reading(answers(*rewrite), answers(*paraphrases), answers(*neighborhood), answers(*others), *same.unbind(1))
 
 
 def columns(one, left_out=0, base=None):
@@ -48,6 +48,7 @@ def test_columns_by_hand():
         paraphrases=[(0.3, 0.1, 1, 0), (0.2, 0.6, 0, 1)],
         neighborhood=[(0.1, 0.4, 0, 1), (0.3, 0.05, 0, 0), (0.02, 0.1, 0, 0), (0.2, 0.2, 0, 0)],
         same=[(1, 0.9), (0, 0.1)],
+        others=[(NAN, 0.4, NAN, 1), (NAN, 0.2, NAN, 0)],
     )
     expected = {
         "efficacy": 1,
@@ -66,6 +67,8 @@ def test_columns_by_hand():
         "known_neighbors_p_true": (0.4 + 0.1 + 0.2) / 3,
         "same_subject_same_top": 0.5,
         "same_subject_p_top": 0.5,
+        "same_subject_exact": 0.5,
+        "same_subject_p_true": 0.3,
         "neighborhood_left_out": 3,
     }
     got = columns(one, left_out=3)
@@ -84,6 +87,13 @@ def test_known_neighbors_are_the_base_models():
     assert columns(after, base=base)["known_neighbors_p_true"] == pytest.approx(0.01)
     none = reading(neighborhood=[(0, 0.05, 0, 0)])
     assert math.isnan(columns(none)["known_neighbors_p_true"])
+
+
+def test_a_mean_is_over_the_prompts_that_have_a_value():
+    """Of three neighbors one has no answer, and to one the new answer is its own."""
+    got = columns(reading(neighborhood=[(0.1, 0.4, 0, 1), (0.1, NAN, 0, NAN), (NAN, 0.2, NAN, 0)]))
+    assert got["neighborhood"] == 1 and got["neighborhood_p_true"] == pytest.approx(0.3)
+    assert got["neighborhood_exact"] == 0.5 and got["known_neighbors_p_true"] == pytest.approx(0.3)
 
 
 def test_what_a_fact_lacks_is_nan():

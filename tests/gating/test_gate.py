@@ -281,6 +281,26 @@ def test_specificity_prompts_come_from_everywhere_once(lm):
     assert len(questions(lm, [good_edit(lm)], suite, limits(), True, SIZES).kept) == 10
 
 
+def test_wordings_that_differ_in_spacing_or_case_count_once(lm):
+    """Thirty paraphrases in other white space are no thirty paraphrases."""
+    fact = dataclasses.replace(FACT, paraphrases=("Big Ben is in", "Big  Ben is in ", "big ben is in", FACT.text + " "))
+    suite = Suite(facts=(dataclasses.replace(fact, paraphrases=("Big Ben\tis in", "Find Big Ben in")),))
+    edit = dataclasses.replace(good_edit(lm), facts=(fact,))
+    asked = questions(lm, [edit], suite, limits(), False, SIZES)
+    assert [w.prompt for w in asked.wordings] == [FACT.text, "Big Ben is in", "Find Big Ben in"]
+
+
+def test_a_neighbor_with_an_answer_of_its_own_is_asked_for_that(lm):
+    own = dict(
+        neighborhood=(("Thomas Joannes is in", "Rome"), "Vimeo is in"), same_subject=(("Big Ben has", "a bell"),)
+    )
+    edit = dataclasses.replace(good_edit(lm), facts=(dataclasses.replace(FACT, **own),))
+    asked = questions(lm, [edit], Suite(), limits(), False, SIZES)
+    assert [(kept.prompt, kept.answer) for kept in asked.kept] == [
+        ("Thomas Joannes is in", "Rome"), ("Vimeo is in", FACT.target_true), ("Big Ben has", "a bell"),
+    ]  # fmt: skip
+
+
 def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
     """An answer that the base model does not give is no free pass: all prompts have such answers here."""
     unknown = tuple(Question(q.prompt, "Zürich") for q in SUITE.specificity)

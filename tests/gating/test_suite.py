@@ -49,7 +49,7 @@ def test_a_suite_file(tmp_path):
         languages=[{"language": "German", "relation_id": "P131", "prompt": "{} steht in"}],
     )
     suite = load_suite(path)
-    about = ("big ben", "{} is in the city of")
+    about = (("big ben", "{} is in the city of"),)
     assert suite.portability == (Question("a b", "c"), Question("Big Ben is in the country of", "Italy", about))
     assert suite.specificity == (Question("one"), Question("two", "three"))
     assert (suite.text, suite.context, suite.name) == (("text",), ("before",), "suite.json")
@@ -80,7 +80,7 @@ def test_fact_files_are_suites_as_they_are(tmp_path):
     suite = load_suite(write(tmp_path / "cf.json", [COUNTERFACT]), write(tmp_path / "ee.json", [EASYEDIT]))
     assert [fact.subject for fact in suite.facts] == ["Big Ben", "Vimeo"] and suite.name == "cf.json, ee.json"
     assert suite.facts[0].paraphrases == ("Big Ben stands in",)
-    assert suite.portability == (Question("Vimeo's country is", "Italy", ("vimeo", "{} is in")),)
+    assert suite.portability == (Question("Vimeo's country is", "Italy", (("vimeo", "{} is in"),)),)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,24 @@ def test_other_files(tmp_path):
 
 def test_a_suites_fact_adds_to_the_edits_own():
     mine = Fact("{} is in", "Big Ben", "Rome", paraphrases=("Big Ben, in",), id="1")
-    theirs = Fact("{} is  in", "big ben", None, "London", paraphrases=("Big Ben, in", "Find Big Ben in"))
+    theirs = Fact(
+        "{} is  in", "big ben", None, "London", paraphrases=("Big Ben,  in ", "Find Big Ben in"),
+        neighborhood=("Tower Bridge is in", ("The Louvre is in", "Paris")), same_subject=[("Big Ben weighs", "13.7 t")],
+    )  # fmt: skip
     other = Fact("{} is in", "Vimeo", "Rome")
     facts, controls = merged([mine], Suite(facts=(theirs, other)))
     assert controls == [other] and len(facts) == 1
     assert (facts[0].target_new, facts[0].target_true, facts[0].id) == ("Rome", "London", "1")
     assert facts[0].paraphrases == ("Big Ben, in", "Find Big Ben in")
+    assert facts[0].neighborhood == ("Tower Bridge is in", Question("The Louvre is in", "Paris"))
+    assert facts[0].same_subject == (Question("Big Ben weighs", "13.7 t"),)
+
+
+def test_a_suites_neighbors_keep_the_suites_answer():
+    mine = Fact("{} is in", "Big Ben", "Rome", "London", neighborhood=("Tower Bridge is in",))
+    theirs = Fact("{} is in", "Big Ben", "Rome", "England", neighborhood=("Stonehenge is in",))
+    (fact,), _ = merged([mine], Suite(facts=(theirs,)))
+    assert [q.answer for q in fact.questions("neighborhood")] == ["London", "England"]
 
 
 def test_thresholds_of_a_file(tmp_path):

@@ -63,6 +63,19 @@ def check_folder(folder, path=None) -> Path:
     return folder
 
 
+def existing_folder(path, what: str, way_out: str = "") -> Path:
+    """The path, if a folder is there. what: "a folder of versions"; way_out: what makes one, for the message.
+
+    Raises FileNotFoundError where nothing is there, NotADirectoryError for a file.
+    """
+    path = given_path(path, what, slash=True)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder; expected {what}" + (f", {way_out}" if way_out else ""))
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected {what}")
+    return path
+
+
 def given_path(path, what: str, slash: bool = False) -> Path:
     """A path from outside; ValueError where it cannot name what it should. slash: whether it may end in one"""
     if not isinstance(path, str | os.PathLike):

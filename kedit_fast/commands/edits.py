@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..edit import Edit
+from ..files import existing_folder
 from ..shipping.differences import compare
 from ..shipping.history import EditHistory
 from ..shipping.unmerge import read_manifest, unmerge
@@ -96,9 +97,8 @@ def _undo(args) -> None:
 
 
 def _log(args) -> None:
-    folder = _path(args.folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; `kedit-fast edit add {folder} FILE` makes it")
+    way_out = f"as `kedit-fast edit add {args.folder} FILE` makes it"
+    folder = existing_folder(_path(args.folder), "a folder of versions", way_out)
     history = EditHistory(folder)
     versions = history.versions
     rows = [

@@ -1,6 +1,7 @@
 """What the commands share: the model, the facts and the files that arguments name, checked before any work."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..corpus import SELF
 from ..edit import Edit
 from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
+from ..files import existing_folder
 from ..model.lm import LM
 from ..model.opening import DEMO_MODEL, open_model
 from ..moments import SecondMoment, refuse_pickled, second_moments
@@ -157,11 +159,9 @@ def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMomen
     Files of this package fit by the fingerprint they hold, published .npz files by the layer in their name.
     Raises ValueError for a layer without a file that fits, and says whose statistics the folder holds.
     """
-    folder = Path(folder).expanduser()
-    if folder.is_file():
-        refuse_pickled(folder)
-    if not folder.is_dir():
-        raise ValueError(f"statistics {str(folder)!r}: no such folder; `kedit-fast stats -o {folder}` makes it")
+    way_out = f"as `kedit-fast stats -o {folder}` makes it"
+    refuse_pickled(os.path.expanduser(folder))
+    folder = existing_folder(os.path.expanduser(folder), "a folder of statistics", way_out)
     found: dict[int, tuple[int, Path]] = {}
     others = set()
     for path in sorted(folder.iterdir()):

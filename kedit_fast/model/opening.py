@@ -11,7 +11,7 @@ from ..state import own_state
 from . import family as fam
 from .family import family_of
 from .lm import DEFAULT_MEMORY, LM
-from .source import Checkpoint, Resident, check_complete, open_on_disk, open_tensors
+from .source import Checkpoint, Resident, check_complete, check_index, open_on_disk, open_tensors
 
 DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
 
@@ -87,6 +87,7 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
 
 def _loaded(name, classes, dtype) -> nn.Module:
     """The model with every weight from its checkpoint: transformers only logs those it had to make up."""
+    check_index(Path(name))
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are told to us, and refused below
     try:
         model, info = classes.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **told)

@@ -8,7 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files import file_in
 from .family import as_out_in, down_projection, family_of, is_conv1d, layers_of, module_at
+
+INDEX = "model.safetensors.index.json"
 
 
 class Resident:
@@ -93,12 +96,9 @@ class Checkpoint:
         self._open: dict[str, safe_open] = {}
 
     def _index(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if index.exists():
-            try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{index} is damaged ({error!r}); fetch the checkpoint again") from error
+            return _read_index(index)
         single = self.folder / "model.safetensors"
         if not single.exists():
             raise FileNotFoundError(
@@ -145,6 +145,24 @@ class Checkpoint:
     def n_bytes(self) -> int:
         """Bytes of all tensor files."""
         return sum((self.folder / f).stat().st_size for f in set(self._file_of.values()))
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """{tensor: file}, each the plain name of a file beside the index."""
+    try:
+        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        for file in dict.fromkeys(found.values()):
+            file_in(index.parent, file, index)
+        return found
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is damaged ({error}); fetch the checkpoint again") from error
+
+
+def check_index(folder: Path) -> None:
+    """Raises ValueError where the index of a checkpoint folder names files outside it, before anything reads them."""
+    index = folder / INDEX
+    if index.is_file():
+        _read_index(index)
 
 
 def open_tensors(path: Path) -> safe_open:

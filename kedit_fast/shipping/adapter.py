@@ -31,8 +31,8 @@ from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.compose import compose
-from kedit_fast.shipping.folders import new_folder, sha256_of, write_json
-from kedit_fast.shipping.merge import open_checkpoint
+from kedit_fast.shipping.folders import check_new_folder, new_folder, sha256_of, write_json
+from kedit_fast.shipping.merge import checkpoint_fingerprint
 from kedit_fast.state import own_state
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
@@ -88,6 +88,7 @@ def export_peft(
     do not follow each other, an edit that changes nothing, and a rank over the limit.
     """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    check_new_folder(folder)
     _check_edits(edits, max_rank)
     total = compose(edits)
     base, name = _base_of(total, model, check_fingerprint)
@@ -198,7 +199,7 @@ def _check_folder(made_for: str, folder: Path) -> None:
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
-        found = fingerprint(*open_checkpoint(folder)[:2])
+        found = checkpoint_fingerprint(folder)
     except ValueError as error:  # quantized, or pickled
         inner = text_config(config)
         found, made = f"{config.model_type}-{inner.num_hidden_layers}-{inner.hidden_size}", made_for.rsplit("-", 1)[0]

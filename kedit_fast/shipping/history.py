@@ -13,7 +13,7 @@ against their digests whenever they are read.
 
 import hashlib
 import json
-import uuid
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kedit_fast.edit import Edit, check_once, digest
-from kedit_fast.files import named_instead, replace_file
+from kedit_fast.files import existing_folder, file_in, named_instead, replace_file
 from kedit_fast.shipping.folders import sha256_of, write_json
 
 FORMAT, VERSION = "kedit_fast.history", "1"
@@ -53,8 +53,8 @@ class EditHistory:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; a history is a folder")
+        if os.path.lexists(folder):
+            existing_folder(folder, "a folder of versions")
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -103,6 +103,8 @@ class EditHistory:
             check_once([*below, edit])
             if check_chain:
                 check_follows(edit, below)
+            if not (self.folder / MANIFEST).exists():  # first: edits that nothing lists are of a manifest that is lost
+                self._write(fingerprint, versions)
             new = _next(versions, (*versions[-1].edits, self._keep(edit)), message, who)
             self._write(fingerprint or edit.fingerprint, (*versions, new))
         return new
@@ -110,10 +112,10 @@ class EditHistory:
     def rollback(self, number: int, message: str = "", who: str = "") -> Version:
         """A new version that brings back the chain of version ``number``; the versions between stay in the history.
 
-        Raises ValueError for a version that is not there or whose edits are damaged.
+        Raises ValueError for a version that is not there or whose edits are damaged, FileNotFoundError where there is
+        no folder.
         """
-        if not self.folder.is_dir():
-            _numbered(self.versions, number)
+        existing_folder(self.folder, "a folder of versions")
         with self._alone():
             fingerprint, versions = self._read()
             old = _numbered(versions, number)
@@ -136,7 +138,7 @@ class EditHistory:
         except ImportError:  # not a Unix: the last of two that write at the same moment wins
             yield
             return
-        with open(self.folder / ".lock", "w") as lock:
+        with open(self.folder / ".lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -167,21 +169,21 @@ class EditHistory:
 
     def _keep(self, edit: Edit) -> str:
         """Saves an edit under the digest of its file, which it returns."""
-        unfinished = self.folder / EDITS / f".{uuid.uuid4().hex}.unfinished"
+        new = self.folder / EDITS / ".new"  # additions wait for each other; what a killed one left is written over
         try:
-            with named_instead(unfinished, self.folder / EDITS):
-                edit.save(unfinished)
-                name = sha256_of(unfinished)
-                unfinished.replace(self._file(name))
+            with named_instead(new, self.folder / EDITS):
+                edit.save(new)
+                name = sha256_of(new)
+                new.replace(self._file(name))
         finally:
-            unfinished.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         return name
 
     def _file(self, name: str) -> Path:
         return self.folder / EDITS / f"{name}.safetensors"
 
     def _load(self, name: str, fingerprint: str) -> Edit:
-        path = self._file(name)
+        path = file_in(self.folder / EDITS, f"{name}.safetensors", self.folder / MANIFEST)
         if not path.exists():
             raise ValueError(f"{path} is missing; bring it back from a copy of the folder")
         if sha256_of(path) != name:

@@ -20,7 +20,7 @@ from kedit_fast.deltas import edited_weight
 from kedit_fast.edit import Edit, check_once, digest
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.model.source import Checkpoint, Disk, open_on_disk
+from kedit_fast.model.source import INDEX, Checkpoint, Disk, open_on_disk
 from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
 from kedit_fast.shipping.history import check_chain, now
@@ -98,11 +98,10 @@ def merge_checkpoint(
             copy_folder(source / KEPT, kept / BEFORE)
         original = _keep_originals(kept / ORIGINALS, places)
         written = {place.stored.name: _write_merged(place, edits, unfinished) for place in places}
-        merged_model, merged_disk, _ = open_checkpoint(unfinished)
         record = {
             "format": FORMAT, "version": VERSION, "when": now(), "who": who, "message": message,
             "base": {"folder": source.absolute().name, "fingerprint": base},
-            "fingerprint": fingerprint(merged_model, merged_disk),
+            "fingerprint": checkpoint_fingerprint(unfinished),
             "files": {name: files[name] for name in shards},
             "tensors": {place.stored.name: _noted(place, original, written) for place in places},
             "edits": [_described(edit) for edit in edits],
@@ -112,6 +111,12 @@ def merge_checkpoint(
 
 
 # ---- the checkpoint
+
+
+def checkpoint_fingerprint(folder) -> str:
+    """The fingerprint of the model in a checkpoint folder, of which little is read."""
+    model, disk, _ = open_checkpoint(Path(folder))
+    return fingerprint(model, disk)
 
 
 def _check_edits(edits, force):
@@ -152,7 +157,7 @@ def _check_folder(folder: Path):
         raise FileNotFoundError(
             f"{folder}: no such folder; expected a checkpoint's folder, as save_pretrained makes it"
         )
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     pickled = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
     if not single.exists() and not index.exists() and pickled:
         raise ValueError(
@@ -207,14 +212,13 @@ def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
 
 def files_of(folder: Path, shards: list[str]) -> tuple[list[str], list[str]]:
     """(names to copy, names to leave out) of a checkpoint's files, folders within it included."""
-    index = "model.safetensors.index.json"
     copied, left_out = [], []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         parts = Path(name).parts
         if not path.is_file() or parts[0] == KEPT:
             continue
-        stale = path.name.endswith(OTHER_WEIGHTS) and name not in (*shards, index)
+        stale = path.name.endswith(OTHER_WEIGHTS) and name not in (*shards, INDEX)
         hidden = any(part.startswith(".") for part in parts)
         (left_out if stale or hidden else copied).append(name)
     return copied, left_out

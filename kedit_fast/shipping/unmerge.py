@@ -10,13 +10,24 @@ import json
 import shutil
 from pathlib import Path
 
-from kedit_fast.files import replace_file
+from kedit_fast.files import file_in, replace_file
 from kedit_fast.progress import progress
-from kedit_fast.shipping.folders import copy_file, copy_folder, new_folder, pieces, sha256_of
-from kedit_fast.shipping.merge import BEFORE, FORMAT, KEPT, MANIFEST, ORIGINALS, VERSION, files_of, megabytes
+from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
+from kedit_fast.shipping.merge import (
+    BEFORE,
+    FORMAT,
+    KEPT,
+    MANIFEST,
+    ORIGINALS,
+    VERSION,
+    checkpoint_fingerprint,
+    files_of,
+    megabytes,
+)
 from kedit_fast.shipping.stored_tensors import StoredTensor, stored_tensors
 from kedit_fast.state import own_state
 
+UNDONE = f".{KEPT}.undone"
 Patch = tuple[StoredTensor, StoredTensor]  # a place in the merged shard, and where the bytes lie that belong there
 
 
@@ -27,10 +38,17 @@ def unmerge(folder, out=None) -> Path:
     out: a folder, new or empty, for the restored checkpoint; None: in place. An undo in place that was interrupted may
         be run again.
     Raises ValueError, naming what differs, where the merged tensors or the kept ones are not what was written, and
-    where a restored shard is not the base's; nothing is changed then.
+    where a restored shard is not the base's; nothing is changed then. Last, where the restored model is not the base
+    that the manifest names, for its configuration was changed: in place, the shards are restored then, and the manifest
+    stays.
     """
     folder = Path(folder)
+    if out is not None:
+        check_new_folder(out)
     record = read_manifest(folder)
+    if out is None and (folder / UNDONE).exists():  # killed when all was restored
+        _finish_drop(folder)
+        return folder
     patches = _checked_patches(folder, record)
     if out is not None:
         _restore_into(folder, Path(out), record, patches)
@@ -39,13 +57,15 @@ def unmerge(folder, out=None) -> Path:
         for name, places in patches.items():
             with replace_file(folder / name) as unfinished:
                 _restore(folder / name, unfinished, places, record["files"][name], bar)
+    _check_base(folder, folder, record)
     _drop_record(folder)
     return folder
 
 
 def read_manifest(folder) -> dict:
     """What a merged folder says of its last merge: edits, who, when, base, digests. ValueError where there is none."""
-    path = Path(folder) / KEPT / MANIFEST
+    path = Path(folder) / UNDONE / MANIFEST
+    path = path if path.is_file() else Path(folder) / KEPT / MANIFEST
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {KEPT}/{MANIFEST}; expected a folder that merge_checkpoint (kedit-fast merge) wrote"
@@ -54,12 +74,37 @@ def read_manifest(folder) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
-        missing = {"files", "tensors", "base", "edits"} - record.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        _check_record(record, Path(folder))
         return record
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); bring it back from a copy of the folder") from error
+
+
+def _check_record(record: dict, folder: Path) -> None:
+    """Raises ValueError for parts that are missing or of another kind, and for names that lead out of the folder."""
+    missing = {"files", "tensors", "base", "edits"} - record.keys()
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    for name in record["files"]:
+        file_in(folder, name, "it")
+    for name, notes in record["tensors"].items():
+        absent = {"file", "original", "merged"} - notes.keys()
+        if absent or notes["file"] not in record["files"]:
+            raise ValueError(f"tensor {name!r} has no {', '.join(sorted(absent)) or 'file of the checkpoint'}")
+    texts = (record["base"]["fingerprint"], *record["files"].values())
+    lists = (edit["facts"] for edit in record["edits"])
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(facts, list) for facts in lists):
+        raise ValueError("a digest, a fingerprint or a list of facts is none")
+
+
+def _check_base(folder: Path, restored: Path, record: dict) -> None:
+    """Raises ValueError unless the restored files are the model that was merged into."""
+    found, expected = checkpoint_fingerprint(restored), record["base"]["fingerprint"]
+    if found != expected:
+        raise ValueError(
+            f"{folder}: the edited tensors are as they were, and with them it is model {found}, not {expected}, which "
+            f"the manifest names; its config.json was changed since, or {KEPT}/{MANIFEST}"
+        )
 
 
 def _checked_patches(folder: Path, record: dict) -> dict[str, list[Patch]]:
@@ -105,15 +150,20 @@ def _restore_into(folder: Path, out: Path, record: dict, patches: dict[str, list
                 _restore(folder / name, unfinished / name, patches.get(name, []), record["files"][name], bar)
             else:
                 copy_file(folder / name, unfinished / name, bar)
+        _check_base(folder, unfinished, record)
         if (folder / KEPT / BEFORE).is_dir():
             copy_folder(folder / KEPT / BEFORE, unfinished / KEPT)
 
 
 def _drop_record(folder: Path) -> None:
     """Removes the record of a merge that is undone; the one of the merge before it, if any, takes its place."""
-    done = folder / f".{KEPT}.undone"
-    shutil.rmtree(done, ignore_errors=True)
-    (folder / KEPT).rename(done)
-    if (done / BEFORE).is_dir():
+    (folder / KEPT).rename(folder / UNDONE)
+    _finish_drop(folder)
+
+
+def _finish_drop(folder: Path) -> None:
+    """What is left to do when the record has its other name."""
+    done = folder / UNDONE
+    if (done / BEFORE).is_dir() and not (folder / KEPT).exists():
         (done / BEFORE).rename(folder / KEPT)
-    shutil.rmtree(done)
+    shutil.rmtree(done, ignore_errors=True)

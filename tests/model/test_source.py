@@ -217,3 +217,20 @@ def test_nothing_is_written_to_the_files(tmp_path):
     numbers(disk.with_edit(make_edit()))
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"
+
+
+@pytest.mark.parametrize("memory", [1, None])
+@pytest.mark.parametrize("name", ["../{}", "{folder}/{}", "..\\{}"])
+def test_an_index_names_files_of_its_folder(name, memory, tmp_path):
+    """The file is there, so only its name is wrong."""
+    folder = tmp_path / "model"
+    saved(folder, "llama", max_shard_size="50KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = next(iter(index["weight_map"].values()))
+    (tmp_path / shard).write_bytes((folder / shard).read_bytes())
+    given = name.format(shard, folder=folder)
+    index["weight_map"] = {n: given if file == shard else file for n, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged .*names the file .*; expected a plain name"):
+        kf.open_model(folder, memory=memory)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kedit_fast.edit import digest
+from kedit_fast.shipping import history as module
 from kedit_fast.shipping.history import EDITS, MANIFEST, EditHistory, Version, check_chain
 from tests.conftest import open_tiny
 from tests.edits import lowrank, make_edit, owned_edit
@@ -84,10 +85,10 @@ def test_a_new_history_is_the_model_as_it_is(tmp_path):
     assert (history.current, history.fingerprint) == ((), "")
     assert history.versions == (Version(0, message="the model as it is"),)
     assert not history.folder.exists()
-    with pytest.raises(ValueError, match="version 1: expected one of 0 to 0"):
+    with pytest.raises(FileNotFoundError, match="edits: no such folder"):
         history.rollback(1)
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="a history is a folder"):
+    with pytest.raises(NotADirectoryError, match="expected a folder of versions"):
         EditHistory(tmp_path / "file")
 
 
@@ -209,3 +210,48 @@ def test_chains_for_merging():
         check_chain([second, first])
     with pytest.raises(ValueError, match="edit 1 of 1 was made on top"):
         check_chain([second])
+
+
+def test_a_first_addition_that_was_killed_can_be_made_again(tmp_path, monkeypatch):
+    """Between the edit's file and the manifest that lists it."""
+    history = EditHistory(tmp_path / "edits")
+    keep = EditHistory._keep
+
+    def killed(self, edit):
+        keep(self, edit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EditHistory, "_keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        history.add(edit_of(1))
+    monkeypatch.undo()
+    assert len(list((history.folder / EDITS).iterdir())) == 1 and history.current == ()
+    assert history.add(edit_of(1)).number == 1
+    assert digests(history.current) == digests([edit_of(1)]) and history.fingerprint == MODEL
+
+
+def test_what_a_killed_addition_left_is_written_over(history):
+    (history.folder / EDITS / ".new").write_bytes(b"half an edit")
+    history.add(edit_of(3, history.current))
+    assert not (history.folder / EDITS / ".new").exists() and len(history.current) == 3
+
+
+def test_a_folder_that_is_not_there_has_nothing_to_roll_back(tmp_path):
+    for number in (0, 1):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}/typo: no such folder"):
+            EditHistory(tmp_path / "typo").rollback(number)
+    assert not (tmp_path / "typo").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file; expected a folder of versions"):
+        EditHistory(tmp_path / "file")
+
+
+def test_a_listed_name_that_is_a_path_is_refused(history):
+    """The list's own digest fits: whoever wrote the name wrote that too."""
+    path = history.folder / MANIFEST
+    record = json.loads(path.read_text())
+    record["versions"][1]["edits"] = ["../../victim"]
+    record["sha256"] = module._sha256_of_list(record["fingerprint"], record["versions"])
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"{MANIFEST} names the file '../../victim.safetensors'"):
+        history.edits_of(1)

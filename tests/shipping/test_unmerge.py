@@ -137,3 +137,93 @@ def test_a_damaged_manifest_is_refused(merged):
     untouched(merged[1], "it lacks files")
     path.write_text("{")
     untouched(merged[1], "is damaged")
+
+
+# ---- a manifest that another wrote
+
+
+def manifest_with(folder, change):
+    path = folder / KEPT / MANIFEST
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def renamed(victim):
+    """Has the manifest speak of another file, as if it were the first shard."""
+
+    def change(record):
+        name, digest = next(iter(record["files"].items()))
+        record["files"] = {victim: digest, **record["files"]}
+        for notes in record["tensors"].values():
+            notes["file"] = victim if notes["file"] == name else notes["file"]
+
+    return change
+
+
+@pytest.mark.parametrize("victim", ["../victim.safetensors", "..\\victim.safetensors", "C:victim", "link.safetensors"])
+def test_names_that_lead_out_of_the_folder_are_refused(victim, merged):
+    """The victim holds the very tensors that the manifest says, so only its name is wrong."""
+    out = merged[1]
+    shard = next(iter(read_manifest(out)["files"]))
+    bits = (out / shard).read_bytes()
+    (out.parent / "victim.safetensors").write_bytes(bits)
+    (out / "link.safetensors").symlink_to("../victim.safetensors")
+    manifest_with(out, renamed(victim))
+    untouched(out, f"{MANIFEST} is damaged .it names the file")
+    manifest_with(out, renamed(str(out.parent / "victim.safetensors")))
+    untouched(out, f"{MANIFEST} is damaged .it names the file")
+    assert (out.parent / "victim.safetensors").read_bytes() == bits
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda record: record.update(files=[]), "has no file of the checkpoint"),
+        (lambda record: record.update(tensors=3), "is damaged"),
+        (lambda record: record.update(base={}), "fingerprint"),
+        (lambda record: record.update(edits=[{"facts": 3}]), "is none"),
+        (lambda record: next(iter(record["tensors"].values())).pop("merged"), "has no merged"),
+        (lambda record: next(iter(record["tensors"].values())).update(file="other"), "has no file of the checkpoint"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(change, says, merged):
+    manifest_with(merged[1], change)
+    untouched(merged[1], says)
+
+
+def test_the_restored_model_is_the_base_or_it_is_said(merged):
+    out = merged[1]
+    manifest_with(out, lambda record: record["base"].update(fingerprint="llama-4-48-0000000000000000"))
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"not llama-4-48-0000000000000000, which the manifest names"):
+        unmerge(out, out.parent / "back")
+    assert contents(out) == before and not (out.parent / "back").exists()
+    with pytest.raises(ValueError, match=r"the edited tensors are as they were"):
+        unmerge(out)
+    assert (out / KEPT / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("killed_at", [0, 1])
+def test_an_undo_that_was_killed_at_its_end_can_be_run_again(killed_at, tmp_path, monkeypatch):
+    """After the record's first renaming, and before the earlier record takes its place."""
+    first = make_edit(save_checkpoint(tmp_path / "base"))
+    merge_checkpoint(tmp_path / "base", first, tmp_path / "one")
+    lm = kf.open_model(tmp_path / "one")
+    merge_checkpoint(tmp_path / "one", make_edit(lm.model), tmp_path / "two")
+    del lm
+    one = contents(tmp_path / "one")
+    rename, calls = module.Path.rename, []
+
+    def killed(path, target):
+        calls.append(path)
+        if len(calls) == killed_at + 1:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(module.Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        unmerge(tmp_path / "two")
+    monkeypatch.undo()
+    unmerge(tmp_path / "two")
+    assert contents(tmp_path / "two") == one

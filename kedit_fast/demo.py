@@ -127,7 +127,7 @@ def run(args) -> None:
     say(f"\nDone in {seconds:.0f} s. Open {path} in a browser for the pictures and every number. To go on:")
     say('  kedit-fast trace --prompt "{} is in the city of" --subject "Big Ben"')
     say(f"  kedit-fast edit --facts builtin -n 30 --stats {kept} -o edit.safetensors")
-    say("  kedit-fast eval --edit edit.safetensors --generate 12 --html eval.html")
+    say("  kedit-fast eval edit.safetensors --generate 12 --html eval.html")
 
 
 def run_demo(

@@ -27,7 +27,7 @@ from kedit_fast.tracing import KINDS, METRICS, read_log
 from tests.edits import make_edit
 from tests.tiny import D_FF, TEXT, tiny_model, tiny_tokenizer
 
-COMMANDS = tuple(cli.HANDLERS)
+COMMANDS = tuple(name for name in cli.HANDLERS if " " not in name)  # the others: test_cli_edits.py
 FACTS = (
     {"prompt": "{} is located in the city of", "subject": "Big Ben", "target_new": "Seattle", "target_true": "London"},
     {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome", "target_true": "Paris"},
@@ -74,7 +74,7 @@ def test_help_imports_no_torch_and_is_quick():
     script = (
         "import sys, kedit_fast.cli as cli\n"
         "for name in (None, *cli.HANDLERS):\n"
-        "    try: cli.main([*([name] if name else []), '--help'])\n"
+        "    try: cli.main([*(name or '').split(), '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -135,7 +135,6 @@ def test_layers(text, layers):
         (["trace", "--plots", "-1"], "at least 0"),
         (["edit", "--method", "mend"], "invalid choice"),
         (["forget"], "invalid choice"),
-        ([], "required"),
     ],
 )
 def test_wrong_arguments(args, says, capsys):
@@ -259,9 +258,9 @@ def test_progress_is_on_unless_quiet(monkeypatch):
         (["edit", "--facts", "clash.json"], "France"),
         (["edit", "--facts", "known.json"], "target_new"),
         (["eval"], "evaluate what?"),
-        (["eval", "--edit", "cut.safetensors"], "cut.safetensors is cut short"),
-        (["eval", "--edit", "bad.jsonl"], "bad.jsonl"),
-        (["eval", "--edit", "none.safetensors"], "none.safetensors"),
+        (["eval", "cut.safetensors"], "cut.safetensors is cut short"),
+        (["eval", "bad.jsonl"], "bad.jsonl"),
+        (["eval", "none.safetensors"], "none.safetensors"),
         (["eval", "--facts", "../facts.json", "--text", "none.txt"], "none.txt"),
         (["eval", "--facts", "../facts.json", "-o", "bad.jsonl"], "--force replaces it"),
     ],
@@ -308,7 +307,7 @@ def test_statistics_and_edits_of_another_model_are_refused(model, work, capsys):
     assert "it holds statistics of qwen2-" in capsys.readouterr().err
     made = ["edit", *ONE, "--target", "Rome", "--hparams", "../memit.json", "--stats", "stats", "--model", other]
     assert run(*made) == 0
-    assert run("eval", "--edit", "edit.safetensors", "--model", model) == 2
+    assert run("eval", "edit.safetensors", "--model", model) == 2
     assert "this edit was made on qwen2-" in capsys.readouterr().err
 
 
@@ -318,9 +317,9 @@ def test_statistics_and_edits_of_another_model_are_refused(model, work, capsys):
         (["eval", "-o", "new", "--html", "new"], "--output and --html both name new"),
         (["eval", "-o", "new", "--log", "../work/new"], "--output and --log both name ../work/new"),
         (["eval", "--html", "new", "--log", "linked/new"], "--html and --log both name"),
-        (["eval", "--html", "edit.safetensors"], "--html edit.safetensors would replace what --edit reads"),
-        (["eval", "-o", "linked/edit.safetensors"], "would replace what --edit reads"),
-        (["eval", "-o", "hard"], "would replace what --edit reads"),
+        (["eval", "--html", "edit.safetensors"], "--html edit.safetensors would replace an edit that is read"),
+        (["eval", "-o", "linked/edit.safetensors"], "would replace an edit that is read"),
+        (["eval", "-o", "hard"], "would replace an edit that is read"),
         (["eval", "--log", "facts.json"], "would replace what --facts reads"),
         (["eval", "--html", "text.txt"], "would replace what --text reads"),
         (["eval", "-o", "model/config.json"], "would replace what --model reads"),
@@ -344,7 +343,7 @@ def test_outputs_spare_each_other_and_what_is_read(args, says, work, capsys):
     (work / "traced" / "traces.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
     command, *rest = args
     given = {
-        "eval": ["--edit", "edit.safetensors", "--facts", "facts.json", "--text", "text.txt"],
+        "eval": ["edit.safetensors", "--facts", "facts.json", "--text", "text.txt"],
         "edit": ["--facts", "facts.json"] + ["--hparams", "hparams.json"] * (rest[1] == "hparams.json"),
         "trace": ["--facts", "traced/traces.jsonl"],
     }[command]
@@ -442,7 +441,7 @@ def test_from_statistics_to_a_report(model, work, capsys):
 
     (work / "text.txt").write_text(TEXT)
     files_ = ["-o", "report.json", "--html", "report.html", "--log", "log.jsonl"]
-    args = ["--edit", "deep/edit.safetensors", "--text", "text.txt", "--generate", "3", "--model", model, *files_]
+    args = ["deep/edit.safetensors", "--text", "text.txt", "--generate", "3", "--model", model, *files_]
     assert run("eval", *args) == 0
     shown = capsys.readouterr().out
     assert "efficacy" in shown and "perplexity" in shown and "before:" in shown and "after:" in shown
@@ -454,7 +453,7 @@ def test_from_statistics_to_a_report(model, work, capsys):
 
     assert run("eval", "--facts", "../facts.json", "-n", "1", "--model", model) == 0  # the model as it is
     assert "no edit" in capsys.readouterr().out
-    some = ["--edit", "deep/edit.safetensors", "-n", "1", "-o", "some.json"]
+    some = ["deep/edit.safetensors", "-n", "1", "-o", "some.json"]
     assert run("eval", *some, "--model", model) == 0
     assert EvalReport.load(work / "some.json").facts == tuple(facts[:1])
 
@@ -602,5 +601,5 @@ def test_a_folder_of_versions_stands_for_its_edits(tmp_path):
     for name in ("edit.safetensors", "versions"):
         assert [digest(edit) for edit in read_edits(tmp_path / name)] == [digest(made)]
     history.rollback(0)
-    with pytest.raises(ValueError, match=r"no edits in force; `kedit-fast edit log .*versions` shows"):
+    with pytest.raises(ValueError, match=r"no edits in force; `kedit-fast history log .*versions` shows"):
         read_edits(tmp_path / "versions")

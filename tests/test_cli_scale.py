@@ -6,6 +6,7 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast import cli
+from kedit_fast.commands.edit_arguments import METHODS
 from kedit_fast.edit import Edit, digest
 from tests.tiny import D_FF, tiny_model, tiny_tokenizer
 
@@ -47,9 +48,9 @@ def run(model, tmp_path, monkeypatch):
     return edit
 
 
-@pytest.mark.parametrize("method", cli.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_editor(run, method, capsys):
-    assert set(cli.METHODS) == set(kf.EDITORS)
+    assert set(METHODS) == set(kf.EDITORS)
     assert run(method, FACTS, "--tokens", 2 * D_FF, "-o", "made.safetensors") == 0
     made = Edit.load("made.safetensors")
     assert made.method == method and len(made.facts) == 3
@@ -65,7 +66,7 @@ def test_independent_facts_may_contradict_each_other(run, model, method, capsys)
     assert run(method, facts, "--independent", "-o", "made.safetensors") == 0
     made = Edit.load("made.safetensors")
     assert made.owners is not None and len(made.facts) == 4
-    assert cli.main(["eval", "--edit", "made.safetensors", "--model", str(model), "-o", "report.json"]) == 0
+    assert cli.main(["eval", "made.safetensors", "--model", str(model), "-o", "report.json"]) == 0
 
 
 def test_on_top_of_others(run):

@@ -79,7 +79,8 @@ def test_options_come_before_the_file_of_limits(folder, args, status):
     [
         (["--thresholds", "none.json"], "none.json"),
         (["--suite", "model"], "a fact file ends in"),
-        (["--html", "good.safetensors"], "would replace what is read"),
+        (["-o", "suite.json", "--force"], "would replace what --suite reads"),
+        (["--html", "good.safetensors"], "would replace an edit that is read"),
         (["--requantize", "int8", "--written", "none"], "after it was written"),
         (["--text", "none.txt"], "none.txt"),
     ],

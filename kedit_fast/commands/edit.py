@@ -9,7 +9,7 @@ from ..edit import Edit
 from ..editors import EDITORS
 from ..facts import check_facts
 from ..shipping.history import check_chain
-from .inputs import check_statistics, corpus_of, model_line, open_lm, read_edits, read_facts, statistics
+from .inputs import check_statistics, corpus_of, model_line, open_lm, read_chain, read_facts, statistics
 from .outputs import check_distinct, check_output, make_folder_of, say, table
 
 SHOWN = 20  # facts listed one by one
@@ -22,10 +22,10 @@ def run(args) -> None:
     facts = check_facts(
         read_facts(args), need_new=True, need_subject=editor_class.NEEDS_SUBJECT, together=not args.independent
     )
-    check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model"])
+    check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model", "on_top_of"])
     path = check_output(args.output, args.force)
     parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
-    below = [edit for name in args.on_top_of or () for edit in read_edits(name)]
+    below = read_chain(args.on_top_of or ())
     check_chain(below)
     corpus = corpus_of(args)
     given = editor_class.from_json(args.hparams) if args.hparams else None

@@ -1,4 +1,4 @@
-"""``kedit-fast edit inspect | diff | undo | log | add | rollback``: what one does with edits that are there."""
+"""``kedit-fast edit inspect | diff``: what edits hold, and how two differ."""
 
 import json
 import math
@@ -6,11 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..edit import Edit
-from ..files import existing_folder
+from ..shipping.compose import compose
 from ..shipping.differences import compare
-from ..shipping.history import EditHistory
-from ..shipping.unmerge import read_manifest, unmerge
-from .inputs import model_line, open_lm
+from .inputs import model_line, open_lm, read_edits
 from .outputs import say, table
 
 SHOWN = 20  # facts listed one by one
@@ -19,22 +17,34 @@ WIDTH = 100  # characters of a value that are shown
 
 def run(args) -> None:
     """Runs the action that was asked for."""
-    {"inspect": _inspect, "diff": _diff, "undo": _undo, "log": _log, "add": _add, "rollback": _rollback}[args.action](
-        args
-    )
+    {"edit inspect": _inspect, "edit diff": _diff}[args.command](args)
 
 
 # ---- edit files
 
 
+def _one(name: str) -> Edit:
+    """The edit of a file, also of one that stands on others; those of a folder of versions as one."""
+    edits = read_edits(name)
+    return edits[0] if len(edits) == 1 else compose(edits)
+
+
 def _inspect(args) -> None:
-    path = _path(args.file)
-    edit = Edit.load(path)
-    say(f"{edit!r}")
-    changes, whole = sum(delta.nbytes for delta in edit.deltas.values()), path.stat().st_size
-    say(f"size: {_mb(changes)} are changes of weights; the file, with keys, values and facts: {_mb(whole)}")
-    say(f"made for model {edit.fingerprint or '(not said)'}")
-    lm = _opened(args, edit) if args.model else None
+    edits = [(name, edit) for name in args.edits for edit in read_edits(name)]
+    lm = _opened(args, [edit for _, edit in edits]) if args.model else None
+    for place, (name, edit) in enumerate(edits):
+        say("\n" * bool(place) + f"{edit!r}")
+        _say_size(Path(name).expanduser(), edit)
+        say(f"made for model {edit.fingerprint or '(not said)'}")
+        _say_edit(edit, lm)
+
+
+def _say_size(path: Path, edit: Edit) -> None:
+    whole = f"; the file, with keys, values and facts: {_mb(path.stat().st_size)}" if path.is_file() else ""
+    say(f"size: {_mb(sum(delta.nbytes for delta in edit.deltas.values()))} are changes of weights{whole}")
+
+
+def _say_edit(edit: Edit, lm) -> None:
     _say_facts(edit.facts, edit.owners is not None)
     say()
     say(_layer_table(edit, lm))
@@ -42,12 +52,15 @@ def _inspect(args) -> None:
     _say_values("provenance", edit.provenance)
 
 
-def _opened(args, edit):
+def _opened(args, edits: list[Edit]):
     asked = {"model": args.model, "memory": args.memory, "threads": None, "device": None, "dtype": None}
     lm = open_lm(SimpleNamespace(**asked))
     say(f"compared with {model_line(lm)}")
-    if edit.fingerprint != lm.fingerprint:
-        raise ValueError(f"the edit was made for model {edit.fingerprint or '(not said)'}, this is {lm.fingerprint}")
+    for edit in edits:
+        if edit.fingerprint != lm.fingerprint:
+            raise ValueError(
+                f"the edit was made for model {edit.fingerprint or '(not said)'}, this is {lm.fingerprint}"
+            )
     return lm
 
 
@@ -64,7 +77,7 @@ def _layer_table(edit: Edit, lm) -> str:
 
 
 def _diff(args) -> None:
-    found = compare(Edit.load(_path(args.a)), Edit.load(_path(args.b)))
+    found = compare(*map(_one, args.edits))
     for name, (a, b) in found.parts.items():
         say(f"{name}: {_short(a)} -> {_short(b)}")
     for name, (a, b) in found.hparams.items():
@@ -84,51 +97,7 @@ def _diff(args) -> None:
     say(table(("layer", "|A|", "|B|", "|A - B|", "cosine"), rows))
 
 
-def _undo(args) -> None:
-    folder = _path(args.folder)
-    record = read_manifest(folder)
-    restored = unmerge(folder, args.output and _path(args.output))
-    facts = sum(len(edit["facts"]) for edit in record["edits"])
-    say(f"{restored}: {len(record['tensors'])} tensors restored bit for bit, {facts} facts taken out")
-    say(f"this is model {record['base']['fingerprint']} again")
-
-
-# ---- folders of versions
-
-
-def _log(args) -> None:
-    way_out = f"as `kedit-fast edit add {args.folder} FILE` makes it"
-    folder = existing_folder(_path(args.folder), "a folder of versions", way_out)
-    history = EditHistory(folder)
-    versions = history.versions
-    rows = [
-        (str(each.number), str(len(each.edits)), each.when or "-", each.who or "-", each.message or "-")
-        for each in versions
-    ]
-    say(table(("version", "edits", "when", "who", "message"), rows))
-    say(f"in force: version {versions[-1].number}")
-    for edit in history.current:
-        say(f"  {edit!r}")
-
-
-def _add(args) -> None:
-    history = EditHistory(_path(args.folder))
-    new = history.add(Edit.load(_path(args.file)), args.message, args.who, check_chain=not args.force)
-    say(f"{history.folder}: version {new.number}, {len(new.edits)} edit{'s' * (len(new.edits) > 1)} in force")
-
-
-def _rollback(args) -> None:
-    history = EditHistory(_path(args.folder))
-    new = history.rollback(args.number, args.message, args.who)
-    in_force = f"{len(new.edits)} edit{'s' * (len(new.edits) != 1)}" if new.edits else "no edit"
-    say(f"{history.folder}: version {new.number}, the same as version {args.number}: {in_force} in force")
-
-
 # ---- words
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _mb(size: int) -> str:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from ..editors import EDITORS
+from .argument_types import did_you_mean
 from .outputs import check_output
 
 
 def check_method(name: str) -> None:
     """Raises ValueError for a method that no editor has."""
     if name not in EDITORS:
-        raise ValueError(f"method {name!r}: expected some of {', '.join(EDITORS)}")
+        raise ValueError(f"method {name!r}: expected some of {', '.join(EDITORS)}{did_you_mean(name, EDITORS)}")
 
 
 def check_picture(name: str | None, force: bool) -> Path | None:

@@ -1,15 +1,14 @@
 """``kedit-fast gate``: may this edit ship?"""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from ..gating import Suite, Thresholds, gate, load_suite
 from ..gating.judge import MODEL_DTYPE
 from ..gating.questions import Sizes
-from .inputs import open_lm, read_edits, read_text
-from .outputs import check_distinct, check_output, make_folder_of, say
+from .inputs import open_lm, read_chain, read_text
+from .outputs import EDITS, check_distinct, check_output, make_folder_of, say
 
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
@@ -26,13 +25,9 @@ OPTIONS = {
 
 def run(args) -> int:
     """Judges the edits of ``args``, prints the table, writes the reports; 0, or 1 where the edit is refused."""
-    check_distinct(args, ["output", "html"], ["text", "thresholds", "model"])
-    for source in (*args.edits, *(args.suite or ())):
-        for output in (args.output, args.html):
-            if output is not None and Path(output).expanduser().resolve() == Path(source).expanduser().resolve():
-                raise ValueError(f"{output} would replace what is read; name another file")
+    check_distinct(args, ["output", "html"], [EDITS, "suite", "text", "thresholds", "model"])
     report, page = (check_output(path, args.force) for path in (args.output, args.html))
-    edits = [edit for name in args.edits for edit in read_edits(name)]
+    edits = read_chain(args.edits)
     suite = load_suite(*args.suite) if args.suite else Suite()
     if args.text is not None:
         suite = replace(suite, text=(read_text(args.text),))

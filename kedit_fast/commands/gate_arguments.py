@@ -3,6 +3,7 @@
 from argparse import ArgumentTypeError
 
 from .argument_types import positive
+from .parser import edits_argument
 
 # Written out, as the class of thresholds loads torch; a test holds the two together.
 _THRESHOLDS = (
@@ -16,20 +17,13 @@ DTYPES = ("model", "float32", "bfloat16", "float16", "float64", "none")
 
 def add_gate_arguments(parser) -> None:
     """Declares what ``gate`` has of its own."""
-    parser.usage = "kedit-fast gate EDIT ... [options]"
-    parser.add_argument(
-        "edits",
-        nargs="+",
-        metavar="EDIT",
-        help="an edit file, or a folder of versions; several: a chain, in order, of which the last is new",
-    )
+    edits_argument(parser, more=", of which the last is new")
     parser.add_argument(
         "--suite",
-        action="extend",
-        nargs="+",
+        action="append",
         metavar="FILE",
         help="what to ask: a suite (its format: python -m pydoc kedit_fast.load_suite), or a fact file such as "
-        "CounterFact (default: what the edits' facts carry)",
+        "CounterFact; again for more (default: what the edits' facts carry)",
     )
     parser.add_argument(
         "--text",

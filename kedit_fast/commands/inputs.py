@@ -91,14 +91,19 @@ def fact_file(name: str, n: int | None) -> list[Fact]:
 
 
 def read_edits(name: str) -> tuple[Edit, ...]:
-    """The edit of a file, or those in force of a folder of versions (``kedit-fast edit add``), in their order."""
+    """The edit of a file, or those in force of a folder of versions (``kedit-fast history add``), in their order."""
     path = Path(name).expanduser()
     if not path.is_dir():
         return (Edit.load(path),)
     edits = EditHistory(path).current
     if not edits:
-        raise ValueError(f"{path} has no edits in force; `kedit-fast edit log {path}` shows its versions")
+        raise ValueError(f"{path} has no edits in force; `kedit-fast history log {path}` shows its versions")
     return edits
+
+
+def read_chain(names: Sequence[str]) -> tuple[Edit, ...]:
+    """The edits of several files or folders of versions, in the order given."""
+    return tuple(edit for name in names for edit in read_edits(name))
 
 
 # ---- files

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..model.opening import DEMO_MODEL
 from ..shipping.adapter import export_peft
 from ..shipping.merge import merge_checkpoint
-from .inputs import read_edits
+from .inputs import read_chain
 from .outputs import note, say
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
@@ -17,7 +17,7 @@ def run(args) -> None:
         raise ValueError("--truncate is for --peft; a merged checkpoint holds the edit as it is")
     if args.model is None and not args.peft:
         raise ValueError("which model? --model FOLDER names the checkpoint that the edit was made for")
-    edits = [edit for name in args.edit for edit in read_edits(name)]
+    edits = read_chain(args.edits)
     for edit in edits:
         say(f"{edit!r}")
     (_adapter if args.peft else _merged)(args, edits)
@@ -44,7 +44,7 @@ def _merged(args, edits) -> None:
     if merged.left_out:
         say(f"not copied: {', '.join(merged.left_out[:5])}" + ", ..." * (len(merged.left_out) > 5))
     say(f"{merged.folder}: {len(merged.tensors)} tensors edited; this is now model {merged.fingerprint}")
-    say(f"to take the edit out again: kedit-fast edit undo {merged.folder}")
+    say(f"to take the edit out again: kedit-fast merge undo {merged.folder}")
 
 
 def _adapter(args, edits) -> None:

@@ -13,6 +13,8 @@ from ..corpus import SELF
 from ..facts import BUILTIN
 from ..files import check_folder, check_place, holds_something, written_file, written_through
 
+EDITS = "edits"  # the argument that names edits without an option
+
 # ---- the screen
 
 
@@ -65,26 +67,27 @@ def output_folder(path) -> Path:
 def check_distinct(args, outputs: Sequence[str], inputs: Sequence[str]) -> None:
     """Raises ValueError where two options name one file to write, or an output would replace what is read.
 
-    outputs, inputs: names of options, those not given are passed over; an input may be a folder of files
+    outputs, inputs: names of arguments, those not given are passed over; an input may be a folder of files, or several
     """
     written: dict[str, Path] = {}
     for name in outputs:
-        path = _path_of(args, name)
+        path = next(iter(_paths_of(args, name)), None)
         if path is None:
             continue
         for other, taken in written.items():
             if _same(path, taken):
                 raise ValueError(f"--{other} and --{name} both name {path}; expected a file for each")
-        for source in inputs:
-            read = _path_of(args, source)
-            if read is not None and (_same(path, read) or (path.exists() and _same(path.parent, read))):
-                raise ValueError(f"--{name} {path} would replace what --{source} reads; name another file")
+        for source, read in ((option, path) for option in inputs for path in _paths_of(args, option)):
+            if _same(path, read) or (path.exists() and _same(path.parent, read)):
+                what = "an edit that is read" if source == EDITS else f"what --{source.replace('_', '-')} reads"
+                raise ValueError(f"--{name} {path} would replace {what}; name another file")
         written[name] = path
 
 
-def _path_of(args, option: str) -> Path | None:
-    given = getattr(args, option)
-    return None if given in (None, BUILTIN, SELF) else Path(given).expanduser()
+def _paths_of(args, name: str) -> list[Path]:
+    given = getattr(args, name) or ()
+    given = [given] if isinstance(given, str) else given
+    return [Path(each).expanduser() for each in given if each not in (BUILTIN, SELF)]
 
 
 def _same(a: Path, b: Path) -> bool:

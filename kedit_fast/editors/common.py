@@ -130,8 +130,7 @@ def under(lm, previous, facts: Sequence[Fact]):
     Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, and for an
     edit that itself stands on others that are not given before it.
     """
-    given = [] if previous is None else [previous] if isinstance(previous, Edit) else list(previous)
-    lm = with_edits(lm, given, "previous")
+    lm = with_edits(lm, previous, "previous")
     lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
     _warn_of_overwritten(lm.edits, facts)
     return lm

@@ -31,9 +31,9 @@ def evaluate(
 ) -> EvalReport:
     """CounterFact's metrics of facts for the model and, in the same sweeps, for the model with its edits.
 
-    edit: an Edit, on top of those that ``lm`` carries; base is the model without any of them. To judge an edit as it
-        will be once written in some dtype: ``evaluate(lm.with_edit(edit, written=torch.bfloat16), facts)``. Under
-        independent edits each fact is asked under its own.
+    edit: an Edit, or several in their order, on top of those that ``lm`` carries; base is the model without any of
+        them. To judge an edit as it will be once written in some dtype: ``evaluate(lm.with_edit(edit,
+        written=torch.bfloat16), facts)``. Under independent edits each fact is asked under its own.
     text: a string or several, for perplexity and its drift; of it max_tokens tokens at most
     generate: tokens to continue each fact's prompt by, greedily, without and with the edits
     log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
@@ -53,7 +53,7 @@ def evaluate(
     facts = _checked(facts, generate, max_tokens)
     if log is not None:
         check_place(log)
-    lm = lm if edit is None else with_edits(lm, [edit], "edit")
+    lm = with_edits(lm, edit, "edit")
     owners = _owners(lm, facts)
     if owners is not None and text is not None:
         raise ValueError(

@@ -18,6 +18,7 @@ from ..evaluation.canary import (
 from ..evaluation.perplexity import text_windows
 from ..evaluation.probes import Names
 from ..facts import OWN_FACTS, Fact, folded, load_facts, place
+from ..shipping.history import facts_in_force
 from .suite import Question, Suite, merged
 from .thresholds import Thresholds
 
@@ -150,8 +151,7 @@ def _wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
 def _earlier(edits, facts: Sequence[Fact]) -> list[Fact]:
     """Facts of the edits before the last, but for those that a later edit wrote anew."""
     last = {place(fact) for fact in facts}
-    newest = {place(fact): fact for edit in edits[:-1] for fact in edit.facts if fact.target_new}
-    return [fact for at, fact in newest.items() if at not in last]
+    return [fact for fact in facts_in_force(edits[:-1]) if fact.target_new and place(fact) not in last]
 
 
 def _answers(fact: Fact) -> list[str]:

@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kedit_fast.edit import Edit, check_once, digest
+from kedit_fast.facts import Fact, place
 from kedit_fast.files import existing_folder, file_in, named_instead, replace_file
 from kedit_fast.shipping.folders import sha256_of, write_json
 
@@ -219,20 +220,30 @@ def check_chain(edits: Sequence[Edit]) -> None:
     if not any(_made_on(edit) for edit in edits):
         return
     digests = [digest(edit) for edit in edits]
-    for place, edit in enumerate(edits):
-        made_on, before = _made_on(edit), digests[:place]
+    for i, edit in enumerate(edits):
+        made_on, before = _made_on(edit), digests[:i]
         if made_on and made_on != before:
             raise ValueError(
-                f"edit {place + 1} of {len(edits)} was made on top of {_listed(made_on)}, here stands before it: "
+                f"edit {i + 1} of {len(edits)} was made on top of {_listed(made_on)}, here stands before it: "
                 f"{_listed(before)}; give the whole chain in its order"
             )
 
 
-def with_edits(lm, edits: Sequence[Edit], name: str):
-    """The model with edits on top, in their order; what they were made on top of must be there.
+def facts_in_force(edits: Sequence[Edit]) -> list[Fact]:
+    """The facts of a chain of edits, but for those that a later edit wrote anew."""
+    facts: list[Fact] = []
+    for edit in edits:
+        written = {place(fact) for fact in edit.facts}
+        facts = [fact for fact in facts if place(fact) not in written] + list(edit.facts)
+    return facts
+
+
+def with_edits(lm, edits: Edit | Sequence[Edit] | None, name: str):
+    """The model with edits on top (an Edit, or several in their order); what they were made on top of must be there.
 
     name: of the argument that they were given as, for messages
     """
+    edits = [] if edits is None else [edits] if isinstance(edits, Edit) else list(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
             raise TypeError(

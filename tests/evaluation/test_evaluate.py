@@ -230,6 +230,14 @@ def test_a_zero_edit_changes_nothing(lm):
     close(empty.base, empty.edited, 0)
 
 
+def test_a_chain_of_edits_is_what_they_do_in_order(lm):
+    chain = [make_edit(lm), make_edit(lm, deltas={2: lowrank(7)})]
+    report = evaluate(lm, FACTS, chain)
+    close(report.edited, evaluate(lm.with_edit(chain[0]), FACTS, chain[1]).edited, 0)
+    close(report.base, evaluate(lm, FACTS, []).base, 0)
+    assert report.meta["method"] == "by hand + by hand" and evaluate(lm, FACTS, []).edited is None
+
+
 def test_what_is_no_edit_or_lacks_what_it_stands_on_is_refused(lm):
     facts = [Fact("{} is in", "Rome", "Peru", "Italy")]
     with pytest.raises(TypeError, match=r"expected an Edit, got str; Edit.load reads a file"):

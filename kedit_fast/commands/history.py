@@ -1,0 +1,43 @@
+"""``kedit-fast history add | log | rollback``: folders of versions of edits."""
+
+from pathlib import Path
+
+from ..files import existing_folder
+from ..shipping.history import EditHistory
+from .inputs import read_chain
+from .outputs import say, table
+
+
+def run(args) -> None:
+    """Runs the action that was asked for."""
+    actions = {"history add": _add, "history log": _log, "history rollback": _rollback}
+    actions[args.command](args, Path(args.folder).expanduser())
+
+
+def _log(args, folder: Path) -> None:
+    way_out = f"as `kedit-fast history add {folder} EDIT` makes it"
+    history = EditHistory(existing_folder(folder, "a folder of versions", way_out))
+    versions = history.versions
+    rows = [
+        (str(each.number), str(len(each.edits)), each.when or "-", each.who or "-", each.message or "-")
+        for each in versions
+    ]
+    say(table(("version", "edits", "when", "who", "message"), rows))
+    say(f"in force: version {versions[-1].number}")
+    for edit in history.current:
+        say(f"  {edit!r}")
+
+
+def _add(args, folder: Path) -> None:
+    edits = read_chain(args.edits)
+    history = EditHistory(folder)
+    for edit in edits:
+        new = history.add(edit, args.message, args.who, check_chain=not args.force)
+        say(f"{history.folder}: version {new.number}, {len(new.edits)} edit{'s' * (len(new.edits) > 1)} in force")
+
+
+def _rollback(args, folder: Path) -> None:
+    history = EditHistory(folder)
+    new = history.rollback(args.number, args.message, args.who)
+    in_force = f"{len(new.edits)} edit{'s' * (len(new.edits) != 1)}" if new.edits else "no edit"
+    say(f"{history.folder}: version {new.number}, the same as version {args.number}: {in_force} in force")

@@ -15,6 +15,7 @@ from kedit_fast.deltas import FLOATS, edited_weight
 from kedit_fast.edit import Edit
 from kedit_fast.model.family import as_out_in, down_projection, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.loaded import defined_in, is_offloaded, is_shard, refuse_peft
 from kedit_fast.state import own_state
 
 QUANTIZERS = (  # packages whose modules or tensors hold packed weights
@@ -28,6 +29,7 @@ QUANTIZERS = (  # packages whose modules or tensors hold packed weights
     "optimum",
     "torchao",
 )
+BENEATH = "an edit beneath an adapter is not the one that was made"
 
 
 class Applied:
@@ -133,7 +135,7 @@ def _checked(edit, model, check_fingerprint) -> dict[int, nn.Module]:
             f"apply writes into a Hugging Face model (torch.nn.Module), got {type(model).__name__}; "
             "lm.with_edit(edit) shows an LM edited without writing"
         )
-    _refuse_peft(model, "the model")
+    refuse_peft(model, "the model", BENEATH)
     modules = {layer: down_projection(model, layer) for layer in edit.layers}
     for layer, module in modules.items():
         _check_writable(module, f"layer {layer}'s down projection")
@@ -160,11 +162,11 @@ def _check_values(layer, weight, delta):
 
 def _check_writable(module, name):
     """Raises ValueError unless the module is a plain projection whose weight is a plain tensor in memory."""
-    _refuse_peft(module, name)
+    refuse_peft(module, name, BENEATH)
     kind = type(module)
     weight = module._parameters.get("weight")
     packed = weight is not None and weight.dtype not in FLOATS
-    if packed or _defined_in(module, QUANTIZERS) or (weight is not None and _defined_in(weight, QUANTIZERS)):
+    if packed or defined_in(module, QUANTIZERS) or (weight is not None and defined_in(weight, QUANTIZERS)):
         raise ValueError(
             f"{name} is quantized ({kind.__module__}.{kind.__name__}, {getattr(weight, 'dtype', 'no weight')}): "
             "load the model without quantization, use lm.with_edit(edit), which leaves the weights as they are, or "
@@ -177,15 +179,13 @@ def _check_writable(module, name):
         )
     if weight is None:
         raise ValueError(f"{name} has no weight parameter (packed, or computed from others): undo that first")
-    hook = getattr(module, "_hf_hook", None)
-    offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
-    if weight.is_meta or offloaded:
+    if weight.is_meta or is_offloaded(module):
         raise ValueError(
             f"{name} is offloaded or on the meta device, a write would be lost; load the model with a device_map "
             "that keeps it in memory, or use kedit_fast.open_model(path, memory=...).with_edit(edit)"
         )
     if type(weight) is not nn.Parameter:
-        sharded = ", a shard of which lies here" if type(weight).__name__ == "DTensor" else ""
+        sharded = ", a shard of which lies here" if is_shard(weight) else ""
         raise ValueError(
             f"{name} has a {type(weight).__name__} for weight{sharded}; gather it into a plain tensor "
             "(full_tensor()), or apply the edit before the model is wrapped"
@@ -215,19 +215,6 @@ def _span(tensor):
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return (begin, begin + (last + 1) * tensor.element_size()) if tensor.numel() else (0, 0)
-
-
-def _refuse_peft(thing, name):
-    if _defined_in(thing, ("peft",)):
-        raise ValueError(
-            f"{name} is wrapped by PEFT ({type(thing).__name__}), and an edit beneath an adapter is not the one that "
-            "was made: merge_and_unload() or unload() the adapter first"
-        )
-
-
-def _defined_in(thing, packages):
-    """Whether the object's class, or one it derives from, comes from one of these packages; imports none of them."""
-    return any(base.__module__.partition(".")[0] in packages for base in type(thing).__mro__)
 
 
 def _digest(tensor):

@@ -71,18 +71,63 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Families that the parity tests cover. Others are compared with the model's own logits when they are opened.
+TESTED = (
+    "gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3",
+    "olmo2",
+)  # fmt: skip
+# What families call the factors around their layers, which no entry can say, and the number of their experts.
+MULTIPLIERS = (
+    "embedding_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier", "scale_emb", "embedding_scale",
+    "logits_multiplier", "mup_width_multiplier", "output_multiplier_scale",
+)  # fmt: skip
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
 def family_of(config) -> Family:
-    """The entry for a Hugging Face config. Raises ValueError, with the entry to write, for an unknown family."""
+    """The entry for a Hugging Face config. Raises ValueError for an unknown family, with the entry to write or the
+    reason why none would do."""
     name = getattr(config, "model_type", None)
     if name not in FAMILIES:
-        raise ValueError(
-            f"unknown model family {name!r}; known: {', '.join(FAMILIES)}. A new family is one entry in "
-            f"kedit_fast/model/family.py, for a Llama-like model:\n"
-            f'    "{name}": Family(layers="model.layers", attn="self_attn", attn_proj="self_attn.o_proj",\n'
-            f'        mlp_down="mlp.down_proj", norm="model.norm"),\n'
-            f"and its name in tests/tiny.py, so that the parity test covers it"
-        )
+        raise ValueError(f"unknown model family {name!r}; known: {', '.join(FAMILIES)}. {_way_to_add(name, config)}")
     return FAMILIES[name]
+
+
+def _way_to_add(name, config) -> str:
+    if odd := peculiarities(config):
+        return f"No entry makes it one of them: {'; '.join(odd)}"
+    return (
+        "A new family is one entry in kedit_fast/model/family.py (or in its FAMILIES, before the model is opened), for "
+        "a Llama-like model:\n"
+        f'    "{name}": Family(layers="model.layers", attn="self_attn", attn_proj="self_attn.o_proj",\n'
+        f'        mlp_down="mlp.down_proj", norm="model.norm"),\n'
+        "It is compared with the model's own logits each time it is opened, until its name stands in tests/tiny.py and "
+        "in TESTED, so that the parity test covers it"
+    )
+
+
+def peculiarities(config) -> list[str]:
+    """What an entry of the table cannot say of a model: a clause for each."""
+    configs = [config, *(inner for inner in vars(config).values() if hasattr(inner, "model_type"))]
+    found = []
+    for each in configs:
+        factors = [
+            (name, value) for name in MULTIPLIERS if (value := getattr(each, name, None)) not in (None, 1, True, False)
+        ]
+        if factors:
+            said = ", ".join(f"{name} = {value}" for name, value in factors)
+            found.append(f"it multiplies embeddings or logits ({said}), which a sweep would leave out")
+        experts = [
+            (name, value) for name in EXPERTS if isinstance(value := getattr(each, name, None), int) and value > 1
+        ]
+        if experts:
+            found.append(
+                f"its layers are mixtures of experts ({experts[0][0]} = {experts[0][1]}) and have no single down "
+                "projection to trace and edit"
+            )
+    if getattr(config, "is_encoder_decoder", False):
+        found.append("it is an encoder and a decoder, and only decoders are swept")
+    return found
 
 
 def text_config(config):

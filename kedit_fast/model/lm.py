@@ -8,6 +8,7 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
+from ..checks import refuse
 from ..kernels.target_logprob import Head
 from ..state import own_state
 from . import family as fam
@@ -143,6 +144,11 @@ class LM:
                 f"a text of {n_positions} tokens; this model takes {longest} here: {why}. Shorten the text"
             )
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that a sweep takes; None where there is no limit."""
+        return self._longest[0]
+
     @cached_property
     def _longest(self) -> tuple[int | None, str]:
         if self.family.rotary is None:
@@ -226,11 +232,11 @@ class LM:
 
 
 def checked_lm(lm) -> LM:
-    """The argument, where it is what ``open_model`` gives; else TypeError, which says how to come by one."""
+    """The argument, where it is what ``open_model`` gives; else BadArgument, which says how to come by one."""
     if isinstance(lm, LM):
         return lm
-    way = "lm = kf.open_model(model, tokenizer=tokenizer)" if isinstance(lm, nn.Module) else "lm = kf.open_model(...)"
-    raise TypeError(f"lm: expected what open_model returns, got {type(lm).__name__}; {way}")
+    way = "model, tokenizer=tokenizer" if isinstance(lm, nn.Module) else '"smollm2"'
+    refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
 
 
 def takes_lm(function):

@@ -4,14 +4,16 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ..state import own_state
 from . import family as fam
+from .compared import check_own_logits
 from .family import family_of
+from .folder import read_config, read_model, read_tokenizer
 from .lm import DEFAULT_MEMORY, LM
-from .source import Checkpoint, Resident, check_complete, check_index, open_on_disk, open_tensors
+from .loaded import check_loaded, make_ordinary
+from .source import Checkpoint, Resident, open_on_disk
 
 DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
 
@@ -26,8 +28,12 @@ def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -
         checkpoint's)
     tokenizer: for a loaded model; default: the one saved under the model's name
 
+    A family that the tests do not cover is compared with the model's own logits first (``compared.py``). Parameters
+    that were made under ``torch.inference_mode`` become ordinary ones over the same memory.
+
     Raises ValueError for an unknown family, a slow tokenizer, NaN in weights, a checkpoint that lacks a weight, has it
-    in another shape or is damaged; OSError for one that is not there. No remote code is run.
+    in another shape or is damaged, a loaded model that is wrapped or not all here (``loaded.py``); OSError for one that
+    is not there. No remote code is run.
     """
     dtype = _dtype(dtype)
     memory = _bytes(memory)
@@ -40,12 +46,13 @@ def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -
     if not getattr(lm.tokenizer, "is_fast", False):
         raise ValueError("kedit_fast needs a fast tokenizer (subject spans come from its character offsets)")
     _check_weights(lm)
+    check_own_logits(lm)
     return lm
 
 
 def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
-    from transformers import AutoTokenizer
-
+    check_loaded(model)
+    make_ordinary(model)
     family_of(model.config)
     here = model.get_input_embeddings().weight
     elsewhere = device is not None and torch.empty(0, device=device).device != here.device  # "cuda" is cuda:0
@@ -56,51 +63,27 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
         )
     if tokenizer is None and not model.config._name_or_path:
         raise ValueError("this loaded model has no name to find its tokenizer by; give tokenizer=")
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
+    tokenizer = tokenizer or read_tokenizer(model.config._name_or_path)
     return LM(model, tokenizer, Resident(model), memory or DEFAULT_MEMORY)
 
 
 def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
-    import transformers
-
     about = {"opened_as": str(name)}
     if str(name) == DEMO_MODEL:
         from .smollm2 import NOTE, smollm2_folder
 
         name, about["note"] = smollm2_folder(), NOTE
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except OSError as error:
-        why = str(error).splitlines()[0]
-        raise OSError(f"model {str(name)!r} is no folder here and not found on the Hugging Face hub: {why}") from error
+    config = read_config(name)
     family = family_of(config)
-    tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = tokenizer or read_tokenizer(name)
     classes = fam.auto_class(family)
     if memory is not None:
         folder = _local(name)
         if Checkpoint(folder).n_bytes > memory // 2:
             model, source = open_on_disk(folder, config, classes._model_mapping[type(config)], device, dtype)
             return LM(model, tokenizer, source, memory // 2, **about)
-    model = _loaded(name, classes, dtype).to(device)
+    model = read_model(name, classes, dtype).to(device)
     return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, **about)
-
-
-def _loaded(name, classes, dtype) -> nn.Module:
-    """The model with every weight from its checkpoint: transformers only logs those it had to make up."""
-    check_index(Path(name))
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are told to us, and refused below
-    try:
-        model, info = classes.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **told)
-    except SafetensorError as error:  # it does not say of which file
-        for path in sorted(Path(name).glob("*.safetensors")):
-            open_tensors(path)
-        raise ValueError(f"a weight file of {name} is cut short or damaged ({error}); fetch it again") from error
-    check_complete(
-        name,
-        [n for n, _ in model.named_parameters() if n in info["missing_keys"]],
-        sorted(info["mismatched_keys"]),
-    )
-    return model
 
 
 def _local(name) -> Path:

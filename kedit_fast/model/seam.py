@@ -74,7 +74,7 @@ def prepared(model, family: Family):
         stack.enter_context(torch.autocast(embedding.device.type, enabled=False))
         if backend_for("linear", embedding.device, embedding.dtype) != "reference":
             stack.enter_context(_own_products(model))
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(frozen(model))
         if family.attention == "_attn":
             stack.enter_context(_own_attn(model, family))
@@ -85,7 +85,8 @@ def prepared(model, family: Family):
 
 
 @contextmanager
-def _eval_mode(model):
+def eval_mode(model):
+    """The model in eval mode; put back after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

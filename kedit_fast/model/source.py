@@ -1,7 +1,7 @@
 """Weight sources: who supplies layer i. Nothing above them assumes a model in memory."""
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +26,10 @@ class Resident:
         """Runs one decoder block on packed rows [1, rows, d]."""
         out = self.layers[layer](h, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def in_place(self):
+        """A context in which the model's own forward can run: always."""
+        return nullcontext()
 
     def part(self, layer: int, path: str, x: Tensor) -> Tensor:
         """Runs one submodule of a decoder block."""
@@ -71,6 +75,27 @@ class Disk:
         """Runs one submodule of a decoder block with weights read for this call."""
         weights = {n.removeprefix(path + "."): w for n, w in self._weights(layer).items() if n.startswith(path + ".")}
         return torch.func.functional_call(module_at(self.layers[layer], path), weights, (x,))
+
+    @contextmanager
+    def in_place(self):
+        """Inside, the model's own forward can run: each layer holds its weights while it is called."""
+        names = [dict(layer.named_parameters()) for layer in self.layers]
+
+        def fill(layer, tensors):
+            for name, tensor in tensors.items():
+                _put(self.layers[layer], name, tensor)
+
+        with ExitStack() as stack:
+            for i, module in enumerate(self.layers):
+                stack.callback(fill, i, names[i])
+                before = module.register_forward_pre_hook(lambda *_, i=i: fill(i, self._parameters(i)))
+                after = module.register_forward_hook(lambda *_, i=i: fill(i, names[i]))
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield
+
+    def _parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in self._weights(layer).items()}
 
     def _weights(self, layer: int) -> dict[str, Tensor]:
         if self._held[0] != layer:  # a layer's calls follow each other: read it once

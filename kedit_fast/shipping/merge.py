@@ -20,6 +20,7 @@ from kedit_fast.deltas import edited_weight
 from kedit_fast.edit import Edit, check_once, digest
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.folder import read_config
 from kedit_fast.model.source import INDEX, Checkpoint, Disk, open_on_disk
 from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
@@ -135,10 +136,8 @@ def _check_edits(edits, force):
 
 def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
     """(the model without its layers' weights, their source, the tensors' places) of a checkpoint folder."""
-    import transformers
-
     _check_folder(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is quantized, its packed weights cannot be written: merge into the checkpoint it was made from "

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:14} {what}" for name, what in BENCHES.items())
     made = argparse.ArgumentParser(
         prog="python -m bench",
-        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into README.md"
+        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into bench/RESULTS.md"
         f"\n  {'gpu':14} everything that needs a GPU into one folder: python -m bench gpu --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="threads of torch and of the native ops (default 1)")
     made.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="kernels, flows, mass: where")
     made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where figures are kept and read")
-    made.add_argument("--readme", type=Path, default=report.README, help="the file that `report` writes into")
+    made.add_argument(
+        "--tables", type=Path, default=report.TABLES, metavar="FILE", help="the file that `report` writes"
+    )
     made.add_argument("--facts", type=int, default=8, help="trace: facts in one call (default 8)")
     made.add_argument("--n", type=int, nargs="+", default=[1, 10, 30], help="edit: facts a batch (default 1 10 30)")
     made.add_argument("--sets", type=int, default=3, help="edit: disjoint batches of each size (default 3)")
@@ -92,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, options, command: str) -> bool:
     """One benchmark, or the report; False where its check failed."""
     if name == "report":
-        report.update_readme(options.readme, options.results)
-        print(f"{options.readme}: written from {options.results}")
+        report.write(options.tables, options.results)
+        print(f"{options.tables}: written from {options.results}")
         return True
     date = now()
     try:

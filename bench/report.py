@@ -1,12 +1,16 @@
-"""Tables of figures: on the screen after a run, and in the README from the rows kept in bench/results."""
+"""Tables of figures: on the screen after a run, and in RESULTS.md from the rows kept in bench/results."""
 
 import math
 from pathlib import Path
 
 from bench.common import RESULTS, ROOT, Figure, read_rows
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-README = ROOT / "README.md"
+TABLES = ROOT / "bench" / "RESULTS.md"
+HEAD = """# Figures
+
+Written by `python -m bench report` from the rows in `bench/results`; each table names the command that gives it. Every
+benchmark first checks that the results are the same as its rivals', and reports nothing where they are not.
+"""
 FORMATS = {  # unit: how a value is shown
     "x": "{:.2f}×",
     "%": "{:.1f} %",
@@ -32,8 +36,8 @@ FORMATS = {  # unit: how a value is shown
     "share": "{:.2f}",
 }
 WIDEST = 8  # columns
-ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the README leaves out where a bench compares: machines differ
-SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the README shows have in their names
+ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the tables leave out where a bench compares: machines differ
+SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the table shows have in their names
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 
 
@@ -126,11 +130,11 @@ def _where(row: dict[str, str]) -> str:
     )
 
 
-def update_readme(readme: Path = README, folder: Path = RESULTS) -> None:
-    """Puts ``render`` between the two marker comments of a README. Raises ValueError where it has not both."""
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END}, in this order; the table goes between them")
-    readme.write_text(f"{before}{BEGIN}\n{render(folder)}\n{END}{after}", encoding="utf-8")
+def document(folder: Path = RESULTS) -> str:
+    """The whole of RESULTS.md."""
+    return f"{HEAD}\n{render(folder)}\n"
+
+
+def write(path: Path = TABLES, folder: Path = RESULTS) -> None:
+    """Writes the tables of a folder of results. Raises ValueError, and leaves the file, where there are none."""
+    path.write_text(document(folder), encoding="utf-8")

@@ -677,9 +677,8 @@ def test_the_table_shows_marks_and_intervals():
     ]
 
 
-def test_the_readme_gets_the_newest_run_of_each_case(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+def test_the_tables_have_the_newest_run_of_each_case(tmp_path, monkeypatch):
+    tables = tmp_path / "RESULTS.md"
     for second, value in enumerate((6.0, 7.0)):
         monkeypatch.setattr(common, "now", lambda second=second: f"2030-01-01T00:00:0{second}Z")
         common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once(value))
@@ -687,24 +686,25 @@ def test_the_readme_gets_the_newest_run_of_each_case(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "now", lambda: "2030-01-01T00:00:09Z")
     part = dataclasses.replace(measured_once(9.0), figures=measured_once(9.0).figures[:1])
     common.append_rows(tmp_path, "edit", "python -m bench edit --part", part)
-    assert main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
+    assert main(["report", "--tables", str(tables), "--results", str(tmp_path)]) == 0
+    text = tables.read_text(encoding="utf-8")
+    assert text.startswith("# Figures\n")
     assert "7.00× (≥ 5)" in text and "6.00×" not in text
     assert "9.00×" in text and "8.00×" not in text and "`python -m bench edit --part`" in text, "state is outdated"
     assert text.count("3.90×") == 2 and "`python -m bench edit`" in text, "mlp is not"
     assert "`python -m bench trace`, 2030-01-01" in text and "90 GFLOP/s" in text and "Two facts." in text
 
 
-def test_a_readme_without_its_markers_is_left_alone(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing", encoding="utf-8")
-    common.append_rows(tmp_path, "trace", "x", measured_once())
-    with pytest.raises(ValueError, match="bench:begin"):
-        report.update_readme(readme, tmp_path)
-    assert readme.read_text(encoding="utf-8") == "nothing"
+def test_without_results_the_tables_are_left_alone(tmp_path):
+    tables = tmp_path / "RESULTS.md"
+    tables.write_text("kept", encoding="utf-8")
     with pytest.raises(ValueError, match="no results"):
-        report.render(tmp_path / "empty")
+        report.write(tables, tmp_path / "empty")
+    assert tables.read_text(encoding="utf-8") == "kept"
+
+
+def test_the_tables_that_are_kept_are_those_of_the_rows():
+    assert report.TABLES.read_text(encoding="utf-8") == report.document(), "run `python -m bench report`"
 
 
 # ---- command line

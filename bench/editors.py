@@ -147,12 +147,14 @@ def judged(ground: Ground, row: Row) -> tuple[list[kf.EvalReport], list[float]]:
     if row.n == 1 and _takes_independent(ground.editor(row)):
         edit = ground.edit(row, facts, independent=True)
         alone = [(edit.only(i), facts[i : i + 1]) for i in range(min(DRIFTS, len(facts)))]
-        return [kf.evaluate(ground.lm, facts, edit)], [_drift(ground, one, its, SHORT_TEXT) for one, its in alone]
+        return [kf.evaluate(ground.lm, facts, edit, both_forms=False)], [
+            _drift(ground, one, its, SHORT_TEXT) for one, its in alone
+        ]
     reports, drifts = [], []
     for number, batch in enumerate(edit_bench.cut(facts, row.n, row.batches)):
         edit = ground.edit(row, batch)
         with_text = {"text": ground.text} if row.batches == 1 else {}
-        reports.append(kf.evaluate(ground.lm, batch[:JUDGED], edit, **with_text))
+        reports.append(kf.evaluate(ground.lm, batch[:JUDGED], edit, both_forms=False, **with_text))
         if row.batches == 1:
             drifts.append(reports[-1].drift)
         elif number < DRIFTS:
@@ -166,7 +168,7 @@ def _takes_independent(editor) -> bool:
 
 
 def _drift(ground: Ground, edit: kf.Edit, facts: list[Fact], tokens: int) -> float:
-    return kf.evaluate(ground.lm, facts, edit, text=ground.text, max_tokens=tokens).drift
+    return kf.evaluate(ground.lm, facts, edit, text=ground.text, max_tokens=tokens, both_forms=False).drift
 
 
 # ---- values, once for all rows

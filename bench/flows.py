@@ -19,7 +19,7 @@ from torch import nn
 import kedit_fast as kf
 from bench.common import CheckFailed, Figure, Measured, Peaks, Skipped, Stopwatch, device_of
 from bench.trace import count_flop
-from kedit_fast.facts import fact_tokens
+from kedit_fast.tokens import fact_tokens
 from kedit_fast.tracing import noise_level
 from tests.oracle import access
 from tests.oracle import tracing as oracle
@@ -233,7 +233,7 @@ class _Rivals:
 
     def __init__(self, tracer: _Ours, plan: Plan, fact: kf.Fact, ours: kf.TraceResult):
         self._model, self._plan, self._noise, self._ours = tracer.lm.model, plan, tracer.noise, ours
-        self._ids, self._span = fact_tokens(tracer.lm.tokenizer, fact)
+        self._ids, self._span, *_ = fact_tokens(tracer.lm.tokenizer, fact)
         self._cells = _spread_cells(plan.cells, tracer.lm.n_layers)
         self.seconds: dict[str, float] = {}
         self.published = self.batched = np.empty(0)

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kedit_fast as kf
 from bench.common import CheckFailed, Figure, Measured, Timing, peak_matmul, timed
-from kedit_fast.facts import OWN_FACTS, Fact, fact_tokens
+from kedit_fast.facts import OWN_FACTS, Fact
+from kedit_fast.tokens import fact_tokens
 from kedit_fast.tracing import noise_level
 from tests.oracle.tracing import batched_loop, published_loop
 

@@ -142,6 +142,7 @@ def _read_counterfact(record):
                 "target_new": _target(rewrite.get("target_new"), "target_new"),
                 "target_true": _target(rewrite.get("target_true"), "target_true"),
                 **_prompt_lists(record),
+                **_form(record),
                 "id": f"{name}.{number}" if several else name,
                 "provenance": provenance,
             }
@@ -205,15 +206,32 @@ def _read_flat(record):
     true = "target_true" if "target_true" in record else "ground_truth"
     return [
         {
-            "prompt": as_template(_text(record, "prompt"), subject),
+            "prompt": _flat_prompt(record, subject),
             "subject": subject,
             "target_new": _target(record.get(new), new),
             "target_true": _target(record.get(true), true),
             **prompts | {"same_subject": prompts["same_subject"] + same_subject},
+            **_form(record),
             "id": _id(record, "id", "case_id"),
             "provenance": provenance,
         }
     ]
+
+
+def _form(record) -> dict:
+    """How the prompts are asked: in a chat or plainly, and whether answers follow without a space."""
+    return {"chat": record.get("chat") or False, "attached": record.get("attached")}
+
+
+def _flat_prompt(record, subject):
+    """The template; or, of messages, with the last one's content as template."""
+    prompt = record["prompt"]
+    if not isinstance(prompt, list):
+        return as_template(_text(record, "prompt"), subject)
+    last = prompt[-1] if prompt else None
+    if not isinstance(last, dict) or not isinstance(last.get("content"), str):
+        raise ValueError(f"prompt: expected a string or messages with role and content, found {prompt!r}")
+    return [*prompt[:-1], last | {"content": as_template(last["content"], subject)}]
 
 
 def as_template(text: str, subject: str) -> str:

@@ -1,11 +1,7 @@
-"""Facts, and where they stand in a tokenized prompt.
+"""Facts: what a model says, or shall say, of a subject, and their checks before any work starts.
 
 A fact is a prompt with a place for its subject, and the answers: "{} is in the city of", "The Eiffel Tower", Paris.
-Tracing corrupts the subject's tokens, editing writes at the last of them (the lookup token), and both read the
-probability of an answer after the prompt. So all the package needs to know of a fact, below this file, is a list of
-token ids, the half-open span of its subject's tokens, and the ids of its targets. They are found by character
-position through the tokenizer's offsets: tokenizing the parts and counting gives other tokens wherever a merge
-crosses a boundary, and is off by one for tokenizers that put a start token before each part.
+tokens.py says how a model reads it.
 """
 
 import warnings
@@ -13,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kedit_fast.fact_files import Question, fact_fields, misnamed, read_records
 
-WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
+Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns before the question
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 OWN_FACTS = Path(__file__).parent / "data" / "facts.json"  # 77 facts that SmolLM2-135M-Instruct knows
 LISTS = ("paraphrases", "neighborhood", "same_subject")
@@ -36,6 +32,12 @@ class Fact:
     subject filled in; prompts that differ in white space alone count once. A prompt of the last two may have an answer
     of its own: given as a pair (prompt, answer), kept as a ``Question``.
     id: a name for messages and reports. provenance: who, when, why; JSON values, free.
+    chat: the prompts are questions in a chat, asked in the model's own template. True, or the turns that come before
+        the question, as (role, content) or {"role", "content"}: a system message, for instance. prompt may also be the
+        messages themselves, the question last.
+    attached: whether an answer follows its prompt without a space; None: guessed from both (tokens.follows_directly).
+
+    Warns where a prompt ends in white space: it is read as it stands, and its answer follows without a space.
 
     Raises ValueError for a prompt without or with several "{}", a blank subject, target or prompt, or a non-string.
     """
@@ -49,15 +51,20 @@ class Fact:
     same_subject: tuple[str | Question, ...] = ()
     id: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    chat: Chat = False
+    attached: bool | None = None
 
     def __post_init__(self):
+        self._take_messages()
         if self.subject is not None:
-            _check_text("Fact.subject", self.subject)
-        _check_text("Fact.prompt", self.prompt)
+            check_text("Fact.subject", self.subject)
+        check_text("Fact.prompt", self.prompt)
         _check_place(self.prompt, self.subject)
         for name in ("target_new", "target_true"):
             if getattr(self, name) is not None:
-                _check_text(f"Fact.{name}", getattr(self, name))
+                check_text(f"Fact.{name}", getattr(self, name))
+        if self.attached is not None and not isinstance(self.attached, bool):
+            raise ValueError(f"Fact.attached: expected True, False or None (guess), got {self.attached!r}")
         if not isinstance(self.id, str):
             raise ValueError(f"Fact.id: expected a string, got {self.id!r}")
         for name in LISTS:
@@ -66,6 +73,25 @@ class Fact:
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"Fact.provenance: expected a mapping, got {self.provenance!r}")
         object.__setattr__(self, "provenance", dict(self.provenance))
+        prompts = [self.prompt, *self.paraphrases, *(q.prompt for name in ANSWERED for q in self.questions(name))]
+        if not self.chat and any(prompt[-1:].isspace() for prompt in prompts):
+            # the same words for every fact, so that Python shows them once
+            warnings.warn(
+                "prompts that end in white space are read as they stand: answers follow directly", stacklevel=3
+            )
+
+    def _take_messages(self) -> None:
+        """prompt and chat as text and earlier turns, where they were given as messages."""
+        chat = self.chat
+        if isinstance(self.prompt, list | tuple):
+            *before, (role, prompt) = _turns("Fact.prompt", self.prompt) or [("", "")]
+            if role != "user" or not isinstance(chat, bool):
+                raise ValueError("Fact.prompt as messages: the last must be the user's, and chat True or left out")
+            object.__setattr__(self, "prompt", prompt)
+            chat = before or True
+        if not isinstance(chat, bool):
+            chat = _turns("Fact.chat", chat) or True
+        object.__setattr__(self, "chat", chat)
 
     @property
     def text(self) -> str:
@@ -90,6 +116,8 @@ class Fact:
     def to_record(self) -> dict:
         """The fact in CounterFact's field names, ready for JSON; ``from_record`` gives the same fact again."""
         provenance = dict(self.provenance)
+        asked = {"chat": True if self.chat is True else [list(turn) for turn in self.chat]} if self.chat else {}
+        asked |= {} if self.attached is None else {"attached": self.attached}
         rewrite = {"prompt": self.prompt} | ({} if self.subject is None else {"subject": self.subject})
         for name in ("target_new", "target_true"):
             if getattr(self, name) is not None:
@@ -102,6 +130,7 @@ class Fact:
             "paraphrase_prompts": list(self.paraphrases),
             "neighborhood_prompts": [_record_of(entry) for entry in self.neighborhood],
             "same_subject_prompts": [_record_of(entry) for entry in self.same_subject],
+            **asked,
             "provenance": provenance,
         }
 
@@ -117,7 +146,19 @@ class Fact:
         return cls(**fields[0])
 
 
-def _check_text(name, value):
+def _turns(name, messages) -> tuple[tuple[str, str], ...]:
+    """Messages as (role, content); given as such pairs, or as {"role", "content"}."""
+    turns = []
+    for message in messages if isinstance(messages, list | tuple) else [None]:
+        pair = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else message
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(x, str) and x for x in pair):
+            raise ValueError(f'{name}: expected True or messages [{{"role": ..., "content": ...}}], got {messages!r}')
+        turns.append(tuple(pair))
+    return tuple(turns)
+
+
+def check_text(name, value):
+    """Raises ValueError for anything but a text with more than white space in it."""
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a string, got {value!r}")
     if not value.strip():
@@ -150,9 +191,9 @@ def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str
     kept: dict[str, str | Question] = {}
     for entry in entries:
         prompt, answer = entry[:2] if answered and isinstance(entry, tuple) and len(entry) in (2, 3) else (entry, None)
-        _check_text(name, prompt)
+        check_text(name, prompt)
         if answer is not None:
-            _check_text(f"{name}: the answer to {prompt!r}", answer)
+            check_text(f"{name}: the answer to {prompt!r}", answer)
         key, own = spaced(prompt), answer is not None and answer.strip() != (usual or "").strip()
         # An answer of its own says more than none.
         if key not in kept or (own and isinstance(kept[key], str)):
@@ -223,9 +264,10 @@ def check_facts(
             check_subject(fact)
         target = fact.target_new and fact.target_new.strip()
         at = place(fact)
-        if (*at, target) in kept:
+        key = (*at, fact.chat, target)  # a statement and a question in a chat are two ways to write one fact
+        if key in kept:
             repeated.append(fact)
-        kept.setdefault((*at, target), fact)
+        kept.setdefault(key, fact)
         if target is None:
             if need_new:
                 raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
@@ -277,120 +319,3 @@ def _warn(facts, what):
     if facts:
         shown = ", ".join(fact.label for fact in facts[:5]) + (", ..." if len(facts) > 5 else "")
         warnings.warn(f"{len(facts)} facts: {what}: {shown}", stacklevel=3)
-
-
-class TokenizedPrompt(NamedTuple):
-    """Token ids of a prompt, special tokens included, and the half-open span (b, e) of the subject's tokens."""
-
-    ids: list[int]
-    span: tuple[int, int]
-
-    @property
-    def lookup(self) -> int:
-        """Position of the lookup token: the last subject token, where an edit is written."""
-        return self.span[1] - 1
-
-
-def encode_span(tokenizer, text: str, chars: tuple[int, int]) -> TokenizedPrompt:
-    """Tokenize text as the tokenizer does by itself (its start token included) and find the tokens of text[b:e].
-
-    A token belongs to the span if its characters and the span's overlap, so one that straddles an end is in, and so are
-    all the tokens into which one character is split; a token that is only the space before the span is out, whether
-    or not the tokenizer counts a leading space to the word's own token. Blanks at the span's ends are not counted.
-
-    tokenizer: a fast Hugging Face tokenizer. chars: (b, e) in characters of text.
-    Raises ValueError for a tokenizer without offsets, and where no token overlaps the span.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, so the subject's tokens cannot be located; "
-            "load a fast tokenizer (one with a tokenizer.json)"
-        )
-    begin, end = chars
-    word = text[begin:end]
-    begin, end = begin + len(word) - len(word.lstrip()), end - len(word) + len(word.rstrip())
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    # Start tokens and other tokens that the text does not hold have the empty range (0, 0), which overlaps nothing.
-    inside = [at for at, (b, e) in enumerate(offsets) if b < e and b < end and e > begin]
-    if not inside:
-        raise ValueError(f"no token of {text!r} covers {word!r}; the tokenizer drops these characters")
-    # A word mark put before the text's first word may be a token of its own that claims the word's first character.
-    if len(inside) > 1 and offsets[inside[0]][0] == offsets[inside[1]][0]:
-        inside = inside[tokenizer.convert_ids_to_tokens(ids[inside[0]]) in WORD_MARKS :]
-    return TokenizedPrompt(ids, (inside[0], inside[-1] + 1))
-
-
-def subject_tokens(tokenizer, text: str, subject: str, template: str | None = None) -> TokenizedPrompt:
-    """ids and half-open token span of the subject in a text; (ids, (b, e)).
-
-    template: the text with "{}" for the subject; needed where the subject stands in the text more than once.
-    Raises ValueError where the subject is absent or its place is not clear, the template does not give the text, or the
-    tokenizer has no offsets.
-    """
-    _check_text("subject", subject)
-    if template is None:
-        if text.count(subject) != 1:
-            raise ValueError(
-                f"subject {subject!r} stands {text.count(subject)} times in {text!r}; "
-                "expected once, or a template that says where"
-            )
-        begin = text.index(subject)
-    else:
-        before, after = _split(template, "template")
-        if before + subject + after != text:
-            raise ValueError(f"template {template!r} with subject {subject!r} is not the text {text!r}")
-        begin = len(before)
-    return encode_span(tokenizer, text, (begin, begin + len(subject)))
-
-
-def fact_tokens(tokenizer, fact: Fact, context: str = "{}") -> TokenizedPrompt:
-    """The fact's prompt, filled in and set in a context such as "Because of this. {}", with its subject's span.
-
-    Raises ValueError for a context without or with several "{}", and for a tokenizer without offsets.
-    """
-    before, after = _split(context, "context")
-    begin = len(before) + fact.prompt.index("{}")
-    return encode_span(tokenizer, before + fact.text + after, (begin, begin + len(fact.subject)))
-
-
-def _split(template, name):
-    parts = template.split("{}")
-    if len(parts) != 2:
-        raise ValueError(f"{name} {template!r}: expected one {{}}, found {len(parts) - 1}")
-    return parts
-
-
-def continuation_tokens(tokenizer, prompt_text: str, target: str) -> list[int]:
-    """ids of the target as it continues a prompt, so that the prompt's ids + these are one tokenized text.
-
-    A space is put before the target unless it or the prompt's end has one. The ids are what joint tokenization has
-    more than the prompt alone, both without special tokens. Where the joint text does not begin with the prompt's ids
-    (a merge over the boundary), they are the ids of the target's text alone, since the prompt's ids stay as they are.
-
-    Differs: the published code tokenizes " target" alone. That is the same for byte-level BPE; sentencepiece tokenizers
-    put a word mark of their own before every text, so " Paris" alone is an empty word mark and Paris.
-    Raises ValueError for an empty target, or one that the tokenizer drops.
-    """
-    _check_text("target", target)
-    if not target[0].isspace() and not prompt_text[-1:].isspace():
-        target = " " + target
-    prompt_ids = _plain_ids(tokenizer, prompt_text) if prompt_text else []
-    joint = _plain_ids(tokenizer, prompt_text + target)
-    ids = joint[len(prompt_ids) :] if joint[: len(prompt_ids)] == prompt_ids else _plain_ids(tokenizer, target)
-    if not ids:
-        raise ValueError(f"target {target!r} has no tokens; the tokenizer drops these characters")
-    return ids
-
-
-def target_tokens(tokenizer, target: str) -> list[int]:
-    """ids of the target after any prompt that does not end in a space: a leading space, no special tokens.
-
-    Taken as the continuation of one letter, for :func:`continuation_tokens`' reason; with byte-level BPE these are
-    the ids of " target".
-    """
-    return continuation_tokens(tokenizer, "a", target)
-
-
-def _plain_ids(tokenizer, text):
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -179,7 +179,7 @@ def sweep_layers(
                     lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
                 )
                 contexts = edit.contexts  # sampled once
-                report = evaluate(lm, facts, edit)
+                report = evaluate(lm, facts, edit, both_forms=False)
             edited[layer], base = summarize(report.edited), base or summarize(report.base)
             append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
             bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")

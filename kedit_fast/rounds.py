@@ -156,7 +156,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
             given["contexts"] = edit.contexts
         so_far = edit if so_far is None else compose([so_far, edit])
         edited = time.perf_counter()
-        report = evaluate(lm, [*new, *rng.sample(earlier, min(old, len(earlier)))], so_far, **asked)
+        report = evaluate(lm, [*new, *rng.sample(earlier, min(old, len(earlier)))], so_far, both_forms=False, **asked)
         found = Round(
             number=number,
             method=edit.method,

@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .facts import Fact, fact_tokens, target_tokens
+from .facts import Fact
 from .jobs.finite import not_finite
 from .jobs.restore import AddNoise
 from .jobs.score import next_token_probs
 from .model.lm import takes_lm
 from .sites import Site
 from .sweep.runs import RunList
+from .tokens import answer_tokens, asked, fact_tokens
 
 KINDS = ("state", "mlp", "attn")
 SITE = {"mlp": Site.mlp_out, "attn": Site.attn_out}  # where a kind's contribution is read and written
@@ -55,8 +56,11 @@ class Task:
 @takes_lm
 def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
     """("gaussian" or "uniform", level): a number as it is; "s3": 3 standard deviations (unbiased, over all tokens
-    and features) of the embeddings of these facts' subjects, each tokenized alone; "u0.1": uniform half-width 0.1.
+    and features) of the embeddings of these facts' subjects, each tokenized alone, without special tokens; "u0.1":
+    uniform half-width 0.1.
 
+    Differs: the published code counts a start token as one of the subject's where the tokenizer puts one; its embedding
+    is an outlier in some models, and the noise several times too large.
     Raises ValueError for anything else, and for a number that is negative or not finite.
     """
     text = str(noise)
@@ -69,7 +73,7 @@ def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
         raise ValueError(f'noise {noise!r}: expected a number from 0 on, "s3" (times the standard deviation) or "u0.1"')
     if kind != "s":
         return ("uniform" if kind else "gaussian"), factor
-    ids = [i for fact in facts for i in lm.encode(fact.subject)]
+    ids = [i for fact in facts for i in lm.tokenizer(fact.subject, add_special_tokens=False)["input_ids"]]
     with torch.no_grad():
         return "gaussian", factor * lm.embed(torch.tensor(ids)).float().std().item()
 
@@ -80,7 +84,7 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
     others = [None] * len(facts) if corrupt == "noise" else _corrupted(lm, facts, prompts, corrupt)
     texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
     top = next_token_probs(lm, texts).argmax(-1).tolist()
-    answers = top[: len(facts)] if answer is None else [target_tokens(lm.tokenizer, answer)[0]] * len(facts)
+    answers = top[: len(facts)] if answer is None else [_first(lm, fact, answer) for fact in facts]
     tasks = []
     for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
         targets = [answers[i]]
@@ -96,7 +100,7 @@ def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
         raise ValueError(f"corrupt: {len(subjects)} subjects for {len(facts)} facts; expected one, or one for each")
     made = []
     for fact, prompt, subject in zip(facts, prompts, subjects, strict=True):
-        other = fact_tokens(lm.tokenizer, Fact(prompt=fact.prompt, subject=subject))
+        other = fact_tokens(lm.tokenizer, replace(fact, subject=subject))
         if len(other.ids) != len(prompt.ids) or tuple(other.span) != tuple(prompt.span):
             raise ValueError(
                 f"subject {subject!r} takes {len(other.ids) - len(prompt.ids):+d} tokens against {fact.subject!r}; "
@@ -111,7 +115,12 @@ def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
 def _foil(lm, fact) -> int:
     if fact.target_new is None:
         raise ValueError(f"metric 'logit_diff' needs a foil: fact {fact.label} has no target_new")
-    return target_tokens(lm.tokenizer, fact.target_new)[0]
+    return _first(lm, fact, fact.target_new)
+
+
+def _first(lm, fact: Fact, answer: str) -> int:
+    """The first token of an answer as it continues the fact's prompt."""
+    return answer_tokens(lm.tokenizer, asked(lm.tokenizer, fact.text, fact.chat), answer, fact.attached)[0]
 
 
 def add_runs(runs: RunList, tasks: Sequence[Task], draws: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kedit_fast.facts import OWN_FACTS as OWN
-from kedit_fast.facts import Fact, check_facts, fact_tokens, load_facts, target_tokens
+from kedit_fast.facts import Fact, check_facts, load_facts
+from kedit_fast.tokens import answer_tokens, fact_tokens
 
 PUBLIC = Path(__file__).parents[2] / "shared" / "data"
 TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
@@ -381,7 +382,7 @@ def test_own_facts_are_known():
     for fact in load_facts(OWN):
         with torch.no_grad():
             logits = model(torch.tensor([fact_tokens(tokenizer, fact).ids])).logits[0, -1]
-        (true, *rest), (new, *others) = (target_tokens(tokenizer, t) for t in (fact.target_true, fact.target_new))
+        (true, *rest), (new, *others) = (answer_tokens(tokenizer, "a", t) for t in (fact.target_true, fact.target_new))
         assert not rest and not others, fact.label
         assert logits.argmax() == true and logits.softmax(-1)[true] >= 0.15, fact.label
         assert logits[new] < logits[true], fact.label

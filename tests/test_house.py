@@ -25,6 +25,7 @@ FLOORS = (
     ("sweep",),
     ("apply", "model", "shipping"),
     ("edit", "deltas"),
+    ("tokens",),
     ("facts", "fact_files"),
     ("kernels", "sites"),
     ("files", "unfinished", "checkpoint", "progress", "settings", "state", "__init__"),
@@ -34,6 +35,7 @@ FLOORS = (
 STRANGERS = {
     ("evaluation", "editors"), ("evaluation", "tracing"), ("editors", "tracing"), ("tracing", "editors"),
     ("jobs", "facts"), ("sweep", "facts"), ("sweep", "jobs"), ("kernels", "facts"), ("kernels", "model"),
+    ("jobs", "tokens"), ("sweep", "tokens"), ("kernels", "tokens"),
 }  # fmt: skip
 
 # Exceptions, with the reason.

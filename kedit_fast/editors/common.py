@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..edit import Delta, Edit, digest
-from ..facts import Fact, check_facts, fact_tokens, place, target_tokens
+from ..facts import Fact, check_facts, place
 from ..jobs.collect import Collect
 from ..jobs.finite import not_finite
 from ..jobs.values import ValueTask
@@ -18,6 +18,7 @@ from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList
+from ..tokens import answer_tokens, asked, fact_tokens
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 
@@ -55,8 +56,8 @@ class Prompts:
         tasks = []
         for i, fact in enumerate(self.facts):
             mine = slice(i * self.n_contexts, (i + 1) * self.n_contexts)
-            essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject))
-            target = target_tokens(lm.tokenizer, fact.target_new)
+            essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject, chat=fact.chat))
+            target = new_answer(lm, fact)
             ids = list(essence.ids)[: essence.lookup + 1]
             tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids, fact.label, i))
         return tasks
@@ -104,6 +105,11 @@ class Read(NamedTuple):
     bare: dict[Site, Tensor]
 
 
+def new_answer(lm, fact: Fact) -> list[int]:
+    """ids of the fact's target_new as it continues its bare prompt; the same in every context, which stands before."""
+    return answer_tokens(lm.tokenizer, asked(lm.tokenizer, fact.text, fact.chat), fact.target_new, fact.attached)
+
+
 def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:
     """Facts an editor can write: targets and subjects present, no contradictions unless each is an edit of its own. One
     Fact is a list of one."""
@@ -115,7 +121,7 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
     """Raises ValueError where a fact in one of its contexts, with its new target behind it, is too long for the model
     or has characters that the tokenizer drops. Tokenizes all of them."""
     for fact in facts:
-        target = target_tokens(lm.tokenizer, fact.target_new)
+        target = new_answer(lm, fact)
         for template in (t for group in groups for t in group):
             try:
                 # the target's last token is predicted, not read

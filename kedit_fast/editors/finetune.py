@@ -22,11 +22,12 @@ from torch import Tensor
 from .. import __version__
 from ..deltas import Dense
 from ..edit import Edit
-from ..facts import Fact, fact_tokens, target_tokens
+from ..facts import Fact
 from ..jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
 from ..model.family import FAMILIES
 from ..model.lm import takes_lm
-from .common import chain, check_lengths, checked_facts, storable, under
+from ..tokens import fact_tokens
+from .common import chain, check_lengths, checked_facts, new_answer, storable, under
 from .contexts import BARE
 from .hyperparameters import Hyperparameters, published
 
@@ -218,7 +219,7 @@ def _check_unread(**given) -> None:
 
 def _task(lm, fact: Fact) -> TuneTask:
     prompt = list(fact_tokens(lm.tokenizer, fact).ids)
-    return TuneTask(prompt, target_tokens(lm.tokenizer, fact.target_new), fact.label)
+    return TuneTask(prompt, new_answer(lm, fact), fact.label)
 
 
 class _Known(NamedTuple):

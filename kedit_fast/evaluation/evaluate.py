@@ -5,6 +5,7 @@ The model without and with the edit goes through the same sweeps; below the firs
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -16,6 +17,7 @@ from ..model.lm import takes_lm
 from ..progress import progress
 from ..shipping.history import with_edits
 from ..sweep.plan import CALL_ROWS, RowCost
+from ..tokens import asked, has_template, other_form
 from .metrics import METRICS, fact_columns, knew
 from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
 from .probes import FactProbes, Names, fact_probes, read_probes
@@ -27,7 +29,15 @@ CHUNK = 64  # facts a sweep when the weights are in memory: progress moves and t
 
 @takes_lm
 def evaluate(
-    lm, facts, edit=None, *, text=None, generate: int = 0, max_tokens: int = MAX_TOKENS, log=None
+    lm,
+    facts,
+    edit=None,
+    *,
+    text=None,
+    generate: int = 0,
+    max_tokens: int = MAX_TOKENS,
+    log=None,
+    both_forms: bool = True,
 ) -> EvalReport:
     """CounterFact's metrics of facts for the model and, in the same sweeps, for the model with its edits.
 
@@ -37,6 +47,8 @@ def evaluate(
     text: a string or several, for perplexity and its drift; of it max_tokens tokens at most
     generate: tokens to continue each fact's prompt by, greedily, without and with the edits
     log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
+    both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
+        a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
 
     A fact needs target_new or target_true, same_subject prompts, or neighbors with answers of their own; a metric is
     NaN where the fact lacks what it compares. A prompt whose answer is NaN (an edit that overflows) has probability 0
@@ -66,19 +78,27 @@ def evaluate(
     meta = _meta(lm, facts, windows, max_tokens)
     generations = _generations(lm, facts, chunks, owners, generate)
     rows: list[tuple[dict, dict | None]] = []
+    others: list[tuple[dict, dict | None]] = []
+    turned = [other_form(fact) for fact in facts] if both_forms and has_template(lm.tokenizer) else []
+    again = iter(_probes(lm, turned, owners) if turned else ())
     with progress("evaluating facts", len(facts)) as bar:
         for chunk in chunks:
             done = slice(len(rows), len(rows) + len(chunk))
             rows += _values(lm, chunk, owners is not None)
-            _append(log, facts[done], rows[done], generations[done])
+            others += _values(lm, list(islice(again, len(chunk))), owners is not None) if turned else []
+            _append(log, facts[done], rows[done], generations[done], others[done])
             bar.advance(len(chunk))
-    return EvalReport(
-        base=_columns([base for base, _ in rows]),
-        edited=_columns([edited for _, edited in rows]) if lm.edits else None,
+    report = EvalReport(
+        **_both_columns(rows),
         facts=tuple(facts),
         meta=meta,
         perplexity=None if windows is None else perplexity(lm, windows),
         generations=tuple(generations),
+    )
+    if not turned:
+        return report
+    return dataclasses.replace(
+        report, other=EvalReport(**_both_columns(others), facts=tuple(turned), meta=meta | {"note": ""})
     )
 
 
@@ -171,7 +191,8 @@ def _generations(lm, facts, chunks, owners, n: int) -> list[tuple[str, str, str 
     base = dataclasses.replace(lm, edits=())
     made: list[tuple[str, str, str | None]] = []
     for chunk in chunks:
-        prompts = [fact.text for fact in facts[len(made) : len(made) + len(chunk)]]
+        mine = facts[len(made) : len(made) + len(chunk)]
+        prompts = [asked(lm.tokenizer, fact.text, fact.chat) for fact in mine]
         after: list[str | None] = [None] * len(prompts)
         if owners is not None:
             after = [
@@ -180,7 +201,7 @@ def _generations(lm, facts, chunks, owners, n: int) -> list[tuple[str, str, str 
             ]
         elif lm.edits:
             after = lm.generate(prompts, n, nan_ends=True)
-        made += zip(prompts, base.generate(prompts, n), after, strict=True)
+        made += zip((fact.text for fact in mine), base.generate(prompts, n), after, strict=True)
     return made
 
 
@@ -193,9 +214,16 @@ def _alone(lm, owner: int):
 # ---- what is reported
 
 
-def _append(log, facts, values, generations) -> None:
-    rows = zip(facts, values, generations or [None] * len(facts), strict=True)
-    append_records(log, (fact_record(fact, base, edited, generation) for fact, (base, edited), generation in rows))
+def _append(log, facts, values, generations, others) -> None:
+    nothing = [None] * len(facts)
+    rows = zip(facts, values, generations or nothing, others or nothing, strict=True)
+    append_records(log, (fact_record(fact, *both, generation, other) for fact, both, generation, other in rows))
+
+
+def _both_columns(rows: list[tuple[dict, dict | None]]) -> dict:
+    """{"base", "edited"} columns of the facts' values."""
+    edited = None if rows[0][1] is None else _columns([after for _, after in rows])
+    return {"base": _columns([before for before, _ in rows]), "edited": edited}
 
 
 def _columns(rows: list[dict]) -> dict[str, torch.Tensor]:

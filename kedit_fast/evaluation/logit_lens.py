@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import Fact, continuation_tokens
+from ..facts import Fact
 from ..jobs.finite import check_answers
 from ..kernels.target_logprob import LOGITS
 from ..model.lm import takes_lm
@@ -22,6 +22,7 @@ from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList
+from ..tokens import answer_tokens, asked, encode
 
 TOP = 10  # up to this rank an answer counts as present in a layer
 
@@ -167,8 +168,13 @@ def logit_lens(lm, facts, edit=None) -> LogitLens:
     if not facts:
         raise ValueError("no facts given; logit_lens needs at least one")
     lm = lm if edit is None else lm.with_edit(edit)
-    prompts = [lm.encode(fact.text) for fact in facts]
-    targets = torch.tensor([[_first(lm, f, f.target_true), _first(lm, f, f.target_new)] for f in facts])
+    texts = [asked(lm.tokenizer, fact.text, fact.chat) for fact in facts]
+    prompts = [encode(lm.tokenizer, text) for text in texts]
+    answers = [
+        [_first(lm, text, answer, f.attached) for answer in (f.target_true, f.target_new)]
+        for text, f in zip(texts, facts, strict=True)
+    ]
+    targets = torch.tensor(answers)
     runs, first = RunList(), first_edited(lm)
     sides = add_edited(lm, runs, prompts)[: 1 + (first is not None)]
     last = torch.tensor([len(ids) - 1 for ids in prompts])
@@ -186,8 +192,8 @@ def logit_lens(lm, facts, edit=None) -> LogitLens:
     return LogitLens(tuple(facts), before, after, first)
 
 
-def _first(lm, fact: Fact, target: str | None) -> int:
-    return -1 if target is None else continuation_tokens(lm.tokenizer, fact.text, target)[0]
+def _first(lm, prompt: str, answer: str | None, attached: bool | None) -> int:
+    return -1 if answer is None else answer_tokens(lm.tokenizer, prompt, answer, attached)[0]
 
 
 def _ranges(layers: list[int]) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import Fact, Question, continuation_tokens, folded
+from ..facts import Fact, Question, folded
 from ..jobs.collect import collect
 from ..jobs.finite import check_answers
 from ..jobs.score import continuation_places, likeliest_tokens
@@ -15,6 +15,7 @@ from ..kernels.target_logprob import target_logprob
 from ..sites import Site
 from ..sweep.edited import add_edited
 from ..sweep.runs import RunList
+from ..tokens import answer_tokens, asked, encode
 from .metrics import Answers, Reading
 
 
@@ -77,16 +78,16 @@ def fact_probes(lm, fact: Fact, edited: list[Names], owner: int = 0) -> FactProb
     """The fact's probes as tokens. edited: the subjects that are edited together with this fact."""
     neighbors, others = fact.questions("neighborhood"), fact.questions("same_subject")
     clean = [question for question in neighbors if not any(names.in_text(question.prompt) for names in edited)]
-    asked = [Question(prompt, fact.target_true) for prompt in (fact.text, *fact.paraphrases)]
+    own = [Question(prompt, fact.target_true) for prompt in (fact.text, *fact.paraphrases)]
     known = [Question(question.prompt, question.answer) for question in others if question.answer]
     return FactProbes(
         kinds=(
-            [_probe(lm, question, fact.target_new) for question in asked[:1]],
-            [_probe(lm, question, fact.target_new) for question in asked[1:]],
-            [_probe(lm, question, _other(fact.target_new, question.answer)) for question in clean],
-            [_probe(lm, question, None) for question in known],
+            [_probe(lm, fact, question, fact.target_new) for question in own[:1]],
+            [_probe(lm, fact, question, fact.target_new) for question in own[1:]],
+            [_probe(lm, fact, question, _other(fact.target_new, question.answer)) for question in clean],
+            [_probe(lm, fact, question, None) for question in known],
         ),
-        same_subject=[lm.encode(question.prompt) for question in others],
+        same_subject=[encode(lm.tokenizer, asked(lm.tokenizer, question.prompt, fact.chat)) for question in others],
         left_out=len(neighbors) - len(clean),
         owner=owner,
     )
@@ -97,12 +98,14 @@ def _other(new: str | None, own: str | None) -> str | None:
     return None if new and own and folded(new) == folded(own) else new
 
 
-def _probe(lm, question: Question, new: str | None) -> Probe:
-    targets = (
-        None if target is None else continuation_tokens(lm.tokenizer, question.prompt, target)
-        for target in (new, question.answer)
-    )
-    return Probe(lm.encode(question.prompt), tuple(targets))
+def _probe(lm, fact: Fact, question: Question, new: str | None) -> Probe:
+    return probe(lm, asked(lm.tokenizer, question.prompt, fact.chat), (new, question.answer), fact.attached)
+
+
+def probe(lm, prompt: str, answers: tuple[str | None, str | None], attached: bool | None = None) -> Probe:
+    """A prompt as the model reads it, with its answers (new, true) as they continue it."""
+    ids = (None if answer is None else answer_tokens(lm.tokenizer, prompt, answer, attached) for answer in answers)
+    return Probe(encode(lm.tokenizer, prompt), tuple(ids))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..facts import Fact
 from ..files import write_text
+from ..tokens import other_form
 from .metrics import COUNT, METRICS, SCORE, Interval, summarize
 
 FORMAT, VERSION = "kedit_fast.report", 1
@@ -27,6 +28,8 @@ class EvalReport:
         edit), layers, independent, n, text (what the perplexity was taken of), version
     perplexity: (base, edited or None), or None where no text was given
     generations: (prompt, continuation before, after or None) a fact, where they were asked for
+    other: the same facts asked in the other form (plain prompts in a chat, questions in a chat plainly), where the
+        model has a chat template
     """
 
     base: dict[str, Tensor]
@@ -35,6 +38,7 @@ class EvalReport:
     meta: dict
     perplexity: tuple[float, float | None] | None = None
     generations: tuple[tuple[str, str, str | None], ...] = ()
+    other: "EvalReport | None" = None
 
     @property
     def drift(self) -> float | None:
@@ -54,16 +58,22 @@ class EvalReport:
         return {name: {"base": base[name], "edited": edited and edited[name]} for name in base}
 
     def to_records(self) -> list[dict]:
-        """One record a fact, ready for JSON: fact, base and edited {metric: value or None}, generation."""
+        """One record a fact, ready for JSON: fact, base and edited {metric: value or None}, generation, and the same
+        metrics asked in the other form."""
         return [
             fact_record(
                 fact,
-                {name: float(column[i]) for name, column in self.base.items()},
-                None if self.edited is None else {name: float(column[i]) for name, column in self.edited.items()},
+                *self._values(i),
                 self.generations[i] if self.generations else None,
+                None if self.other is None else self.other._values(i),
             )
             for i, fact in enumerate(self.facts)
         ]
+
+    def _values(self, i: int) -> tuple[dict[str, float], dict[str, float] | None]:
+        """(base, edited) {metric: value} of fact i."""
+        sides = (self.base, self.edited)
+        return tuple(side and {name: float(column[i]) for name, column in side.items()} for side in sides)
 
     def save(self, path) -> None:
         """Writes one JSON file, whole or not at all; NaN and infinity are null in it, and NaN once loaded."""
@@ -76,6 +86,7 @@ class EvalReport:
             "edited": None if self.edited is None else _listed(self.edited),
             "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
             "generations": self.generations,
+            "other": self.other and {"base": _listed(self.other.base), "edited": _listed(self.other.edited)},
         }
         write_text(path, json.dumps(record, allow_nan=False))
 
@@ -86,14 +97,18 @@ class EvalReport:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
-            edited, perplexity = record["edited"], record["perplexity"]
-            return cls(
-                base=_columns(record["base"], len(record["facts"])),
-                edited=None if edited is None else _columns(edited, len(record["facts"])),
-                facts=tuple(Fact.from_record(fact) for fact in record["facts"]),
+            perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
+            facts = tuple(Fact.from_record(fact) for fact in record["facts"])
+            found = cls(
+                **_both(record, len(facts)),
+                facts=facts,
                 meta=record["meta"],
-                perplexity=None if perplexity is None else _pair(perplexity, edited is not None),
+                perplexity=None if perplexity is None else _pair(perplexity, record["edited"] is not None),
                 generations=tuple(tuple(generation) for generation in record["generations"]),
+            )
+            turned = tuple(map(other_form, facts))
+            return replace(
+                found, other=other and cls(**_both(other, len(facts)), facts=turned, meta=found.meta | {"note": ""})
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -114,7 +129,8 @@ class EvalReport:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
         fragment = (
             f"<div><p><b>{html.escape(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>{lines}{self._generations_html()}</div>"
+            f"<tbody>{''.join(rows)}</tbody></table>{lines}{self._generations_html()}"
+            f"{'' if self.other is None else self.other.to_html()}</div>"
         )
         if path is not None:
             page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(self._title())}</title>\n{fragment}\n'
@@ -131,7 +147,8 @@ class EvalReport:
             table.append([name, *sides, _counted(both)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        return "\n".join([self._title(), *lines, *self._lines()])
+        other = [] if self.other is None else ["", str(self.other)]
+        return "\n".join([self._title(), *lines, *self._lines(), *other])
 
     def __repr__(self) -> str:
         return f"EvalReport({self._title()})"
@@ -145,7 +162,7 @@ class EvalReport:
 
     def _title(self) -> str:
         n, method = len(self.facts), self.meta.get("method")
-        what = f"{n} fact{'s' * (n != 1)}"
+        what = f"{n} fact{'s' * (n != 1)}" + ", asked in a chat" * (n > 0 and all(fact.chat for fact in self.facts))
         return f"{self.meta.get('model', 'model')}: {what}, {f'edited by {method}' if method else 'no edit'}"
 
     def _lines(self) -> list[str]:
@@ -174,14 +191,21 @@ class EvalReport:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def fact_record(fact: Fact, base: dict[str, float], edited: dict[str, float] | None, generation=None) -> dict:
-    """One fact's values as JSON has them; NaN is None."""
-    record = {
-        "fact": fact.to_record(),
-        "base": {name: finite(value) for name, value in base.items()},
-        "edited": None if edited is None else {name: finite(value) for name, value in edited.items()},
-    }
-    return record | ({"generation": list(generation)} if generation else {})
+def fact_record(
+    fact: Fact, base: dict[str, float], edited: dict[str, float] | None, generation=None, other=None
+) -> dict:
+    """One fact's values as JSON has them; NaN is None. other: (base, edited) of the other form."""
+    record = {"fact": fact.to_record(), **_sides_record(base, edited)}
+    if generation:
+        record["generation"] = list(generation)
+    if other:
+        record["asked plainly" if fact.chat else "asked in a chat"] = _sides_record(*other)
+    return record
+
+
+def _sides_record(base, edited) -> dict:
+    sides = {"base": base, "edited": edited}
+    return {name: side and {metric: finite(value) for metric, value in side.items()} for name, side in sides.items()}
 
 
 def finite(value: float | None) -> float | None:
@@ -204,8 +228,12 @@ def as_float(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _listed(columns: dict[str, Tensor]) -> dict[str, list]:
-    return {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
+def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
+    return columns and {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
+
+
+def _both(record: dict, n_facts: int) -> dict[str, dict[str, Tensor] | None]:
+    return {side: record[side] and _columns(record[side], n_facts) for side in ("base", "edited")}
 
 
 def _columns(listed: dict[str, list], n_facts: int) -> dict[str, Tensor]:

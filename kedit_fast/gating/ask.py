@@ -8,8 +8,7 @@ import torch
 
 from ..evaluation.canary import Song, continuations, leaks, says, sing
 from ..evaluation.metrics import Z95, Answers, Interval
-from ..evaluation.probes import FactProbes, Probe, read_probes
-from ..facts import continuation_tokens
+from ..evaluation.probes import FactProbes, probe, read_probes
 from ..jobs.score import text_logprobs
 from ..progress import progress
 from .questions import Questions
@@ -60,9 +59,8 @@ def ask(view, asked: Questions, form: str) -> Found:
 
 def _probe(view, prompt: str, new: str | None, true: str | None = None, keep: bool = False) -> FactProbes:
     """One prompt with its answers; keep: its likeliest token is read as well."""
-    ids = view.encode(prompt)
-    targets = tuple(None if t is None else continuation_tokens(view.tokenizer, prompt, t) for t in (new, true))
-    return FactProbes(([Probe(ids, targets)], [], [], []), [ids] if keep else [], 0, 0)
+    one = probe(view, prompt, (new, true))
+    return FactProbes(([one], [], [], []), [one.prompt] if keep else [], 0, 0)
 
 
 def _read(view, probes: list[FactProbes], form: str):

@@ -27,7 +27,7 @@ def generate(
 ) -> list[list[int]]:
     """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
 
-    top_k: sample among the k likeliest tokens (None: all); stop: end a run at the tokenizer's end token.
+    top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
     Raises ValueError for an empty prompt, a length below 1, sampling without a seed, or a model that gives NaN.
     """
@@ -36,7 +36,7 @@ def generate(
     if temperature > 0 and seed is None:
         raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
     draw = torch.Generator().manual_seed(seed) if temperature > 0 else None
-    end = lm.tokenizer.eos_token_id if stop else None
+    ends = lm.stop_tokens if stop else frozenset()
     cache = _Cache(lm, prompts, max_new_tokens)
     made: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
@@ -52,13 +52,14 @@ def generate(
                 logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
             tokens = _choose(logits, temperature, top_k, draw)
             for i in running.nonzero()[:, 0].tolist():
-                made[i].append(int(tokens[i]))
-            running &= tokens != (-1 if end is None else end)
+                running[i] = int(tokens[i]) not in ends
+                if running[i]:
+                    made[i].append(int(tokens[i]))
             bar.advance()
             if not running.any():
                 break
             cache.append(tokens)
-    return [ids[:-1] if end is not None and ids and ids[-1] == end else ids for ids in made]
+    return made
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, draw) -> Tensor:

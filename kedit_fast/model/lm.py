@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checks import refuse
 from ..kernels.target_logprob import Head
 from ..state import own_state
+from ..tokens import chat_text, encode
 from . import family as fam
 from .family import Family, family_of, module_at, text_config
 from .fingerprint import fingerprint
@@ -184,8 +185,8 @@ class LM:
     # ---- for people
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as the tokenizer gives them, special tokens included."""
-        return self.tokenizer(text)["input_ids"]
+        """Token ids as the tokenizer gives them, special tokens included; a start token is never doubled."""
+        return encode(self.tokenizer, text)
 
     @own_state()
     def top_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
@@ -199,7 +200,8 @@ class LM:
 
     @own_state()
     def generate(self, prompts, max_new_tokens: int = 20, **sampling) -> list[str]:
-        """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts."""
+        """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts. A text
+        ends at any of ``stop_tokens``."""
         from ..jobs.generate import generate
 
         single = isinstance(prompts, str)
@@ -207,6 +209,20 @@ class LM:
         made = generate(self, ids, max_new_tokens, **sampling)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
         return texts[0] if single else texts
+
+    def chat(self, messages, max_new_tokens: int = 64, **sampling) -> str:
+        """The reply to messages ({"role", "content"}, the question last), or to one question, asked in the model's own
+        chat template; sampling as in ``generate``. Raises ValueError for a model without a template."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate(chat_text(self.tokenizer, messages), max_new_tokens, **sampling)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a text: every end token of the model's generation config, and the tokenizer's."""
+        named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = list(named) if isinstance(named, list | tuple) else [named]
+        return frozenset(end for end in [*ends, self.tokenizer.eos_token_id] if end is not None)
 
     @own_state()
     def with_edit(self, edit, written: torch.dtype | None = None) -> "LM":

@@ -249,6 +249,10 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
             # another path of the BLAS gives other last bits
             _put(model, name, nn.Parameter(source.tensor(name), requires_grad=parameter.requires_grad))
     check_complete(folder, missing, mismatched)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)  # its end tokens are more than config's
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device))

@@ -16,8 +16,8 @@ import kedit_fast.editors.rome as rome_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
 from kedit_fast.edit import digest
-from kedit_fast.facts import target_tokens
 from kedit_fast.moments import SecondMoment
+from kedit_fast.tokens import answer_tokens
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS, moments
 from tests.edits import make_edit, owned_edit
@@ -112,7 +112,7 @@ def words(n):
 def test_the_target_counts_to_the_length(editor, workshop):
     """The last of 128 positions is for the last token that is read: the target's last but one."""
     lm = tiny_lm("gpt2")
-    n_target = len(target_tokens(tiny_tokenizer(), "cheese boat"))
+    n_target = len(answer_tokens(tiny_tokenizer(), "a", "cheese boat"))
     assert n_target >= 3
     subject = kf.Fact(prompt="{}", subject="Big Ben", target_new="cheese boat")
     n_subject = len(tiny_tokenizer()("Big Ben")["input_ids"])

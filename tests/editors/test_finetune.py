@@ -14,10 +14,10 @@ import kedit_fast.sweep.engine as engine
 import tests.oracle.finetune as oracle_module
 from kedit_fast.deltas import Dense
 from kedit_fast.editors.finetune import PUBLISHED, PUBLISHED_L, Ft, FtL
-from kedit_fast.facts import fact_tokens, target_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.source import Resident
 from kedit_fast.progress import Bar
+from kedit_fast.tokens import answer_tokens, fact_tokens
 from tests.conftest import close, open_tiny, tiny_lm
 from tests.editors.cases import FACTS, make_exact, oracle_facts, relative
 from tests.editors.test_behavior import complaints
@@ -57,7 +57,9 @@ def compare(edit, expected, tolerance):
 
 def tasks(lm, facts=FACTS):
     return [
-        TuneTask(list(fact_tokens(lm.tokenizer, fact).ids), target_tokens(lm.tokenizer, fact.target_new), fact.label)
+        TuneTask(
+            list(fact_tokens(lm.tokenizer, fact).ids), answer_tokens(lm.tokenizer, "a", fact.target_new), fact.label
+        )
         for fact in facts
     ]
 
@@ -159,7 +161,7 @@ def test_prompt_last_is_the_published_loss():
 
 def test_a_target_of_several_tokens_is_said_only_when_teacher_forced():
     lm, fact = tiny_lm("llama"), FACTS[1]
-    target = target_tokens(lm.tokenizer, fact.target_new)
+    target = answer_tokens(lm.tokenizer, "a", fact.target_new)
     assert len(set(target)) == len(target) > 1
     said = {}
     for objective in ("target_new", "prompt_last"):

@@ -1,8 +1,11 @@
 """Generation: Hugging Face's greedy texts for ragged prompts in one batch, and sampling that can be made again."""
 
+import copy
+
 import pytest
 import torch
 
+import kedit_fast as kf
 from kedit_fast.jobs.generate import generate
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep import engine
@@ -59,17 +62,43 @@ def test_a_token_costs_a_row_a_text(monkeypatch):
     assert rows == [sum(map(len, PROMPT_IDS)), *[len(PROMPT_IDS)] * 3]
 
 
-def test_texts_end_at_the_end_token():
-    """Texts that end are cut there; the others go on as if alone."""
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "llama", "qwen2", "gemma3"])
+def test_texts_end_where_hugging_face_ends_them(family):
+    """At every end token of the generation config, and at the tokenizer's; the others go on as if alone."""
+    model = copy.deepcopy(tiny_model(family))
+    lm = open_tiny(model)
+    free = generate(lm, PROMPT_IDS, N_NEW, stop=False)
+    ends = [free[1][3], free[2][5]]  # tokens that the texts are known to reach
+    model.generation_config.eos_token_id = ends
+    assert lm.stop_tokens == {*ends, lm.tokenizer.eos_token_id}
+    got = generate(lm, PROMPT_IDS, N_NEW)
+    for ids, text in zip(PROMPT_IDS, got, strict=True):
+        theirs = hugging_faces(model, ids, eos=[*ends, lm.tokenizer.eos_token_id])
+        assert text == (theirs[:-1] if theirs[-1] in lm.stop_tokens else theirs)
+    assert any(len(text) < N_NEW for text in got)
+
+
+def test_the_tokenizers_end_token_ends_a_text():
     model = tiny_model("llama")
     lm = open_tiny(model)
     free = generate(lm, PROMPT_IDS, N_NEW, stop=False)
-    end = free[1][3]  # a token that one of the texts is known to reach
+    end = free[1][3]
     tokenizer = type("Ends", (), {"eos_token_id": end, "is_fast": True})()
     got = generate(type(lm)(model, tokenizer, lm.source), PROMPT_IDS, N_NEW)
-    assert got == [ids[: ids.index(end)] if end in ids else ids for ids in free]
-    assert len(got[1]) <= 3
-    assert generate(type(lm)(model, tokenizer, lm.source), PROMPT_IDS[1:2], N_NEW) == got[1:2]
+    ends = {end, model.generation_config.eos_token_id}
+    assert got == [ids[: next((i for i, t in enumerate(ids) if t in ends), len(ids))] for ids in free]
+
+
+def test_a_chat_is_the_template_continued():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:\n"
+    lm = kf.open_model(tiny_model("llama"), tokenizer=tokenizer)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is Big Ben?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert lm.chat(messages, 4, stop=False) == lm.generate(text, 4, stop=False)
+    assert lm.chat("Where?", 4, stop=False) == lm.chat([{"role": "user", "content": "Where?"}], 4, stop=False)
+    with pytest.raises(ValueError, match="no chat template"):
+        tiny_lm("llama").chat("Where?")
 
 
 def test_sampling_can_be_made_again():

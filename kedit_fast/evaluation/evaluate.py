@@ -5,7 +5,6 @@ The model without and with the edit goes through the same sweeps; below the firs
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import torch
 
@@ -77,28 +76,15 @@ def evaluate(
     chunks = list(_chunks(lm, probes))
     meta = _meta(lm, facts, windows, max_tokens)
     generations = _generations(lm, facts, chunks, owners, generate)
-    rows: list[tuple[dict, dict | None]] = []
-    others: list[tuple[dict, dict | None]] = []
     turned = [other_form(fact) for fact in facts] if both_forms and has_template(lm.tokenizer) else []
-    again = iter(_probes(lm, turned, owners) if turned else ())
-    with progress("evaluating facts", len(facts)) as bar:
-        for chunk in chunks:
-            done = slice(len(rows), len(rows) + len(chunk))
-            rows += _values(lm, chunk, owners is not None)
-            others += _values(lm, list(islice(again, len(chunk))), owners is not None) if turned else []
-            _append(log, facts[done], rows[done], generations[done], others[done])
-            bar.advance(len(chunk))
-    report = EvalReport(
+    rows, others = _read_all(lm, facts, chunks, _probes(lm, turned, owners), generations, log)
+    return EvalReport(
         **_both_columns(rows),
         facts=tuple(facts),
         meta=meta,
         perplexity=None if windows is None else perplexity(lm, windows),
         generations=tuple(generations),
-    )
-    if not turned:
-        return report
-    return dataclasses.replace(
-        report, other=EvalReport(**_both_columns(others), facts=tuple(turned), meta=meta | {"note": ""})
+        other=EvalReport(**_both_columns(others), facts=tuple(turned), meta=meta | {"note": ""}) if turned else None,
     )
 
 
@@ -172,10 +158,25 @@ def _chunks(lm, probes: list[FactProbes]) -> Iterator[list[FactProbes]]:
 
 # ---- what is answered
 
+Values = tuple[dict, dict | None]  # {metric: value} of one fact, by the base and the edited model
 
-def _values(lm, chunk: list[FactProbes], independent: bool) -> list[tuple[dict, dict | None]]:
-    """({metric: value} of base, of edited or None) for each fact."""
-    base, edited = read_probes(lm, chunk, independent)
+
+def _read_all(lm, facts, chunks, turned: list[FactProbes], generations, log) -> tuple[list[Values], list[Values]]:
+    """(values of each fact, its values in the other form). turned: the probes in that form, or none."""
+    rows: list[Values] = []
+    others: list[Values] = []
+    with progress("evaluating facts", len(facts)) as bar:
+        for chunk in chunks:
+            done = slice(len(rows), len(rows) + len(chunk))
+            rows += _values(lm, chunk)
+            others += _values(lm, turned[done]) if turned else []
+            _append(log, facts[done], rows[done], generations[done], others[done])
+            bar.advance(len(chunk))
+    return rows, others
+
+
+def _values(lm, chunk: list[FactProbes]) -> list[Values]:
+    base, edited = read_probes(lm, chunk, independent=any(edit.owners is not None for edit in lm.edits))
     values = []
     for i, fact in enumerate(chunk):
         known = knew(base[i])
@@ -220,7 +221,7 @@ def _append(log, facts, values, generations, others) -> None:
     append_records(log, (fact_record(fact, *both, generation, other) for fact, both, generation, other in rows))
 
 
-def _both_columns(rows: list[tuple[dict, dict | None]]) -> dict:
+def _both_columns(rows: list[Values]) -> dict:
     """{"base", "edited"} columns of the facts' values."""
     edited = None if rows[0][1] is None else _columns([after for _, after in rows])
     return {"base": _columns([before for before, _ in rows]), "edited": edited}

@@ -252,7 +252,8 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)  # its end tokens are more than config's
+        named = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        model.generation_config = GenerationConfig.from_dict(named)  # its end tokens are more than config's
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device))

@@ -77,7 +77,7 @@ def evaluate(
     meta = _meta(lm, facts, windows, max_tokens)
     generations = _generations(lm, facts, chunks, owners, generate)
     turned = [other_form(fact) for fact in facts] if both_forms and has_template(lm.tokenizer) else []
-    rows, others = _read_all(lm, facts, chunks, _probes(lm, turned, owners), generations, log)
+    rows, others = _read_all(lm, facts, chunks, _probes(lm, turned, owners) if turned else [], generations, log)
     return EvalReport(
         **_both_columns(rows),
         facts=tuple(facts),

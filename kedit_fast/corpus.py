@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import re
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +29,12 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
     """``n_tokens`` tokens of a corpus, in windows of at most ``WINDOW``.
 
     corpus: "self" (sampled from the model at temperature 1 from its start token, ``seed``; as good as Wikipedia in a
-    trial, and needs no download), a text file (.txt or .txt.gz), a list of texts, or "hf:NAME" or "hf:NAME#CONFIG" for
-    the "text" field of a Hugging Face data set's train split (needs the package ``datasets``).
+    trial, and needs no download), a text file (.txt or .txt.gz), a list of texts, or a Hugging Face data set's train
+    split: "hf:NAME", "hf:NAME#CONFIG", "hf:NAME#CONFIG:COLUMN" or "hf:NAME:COLUMN" (needs the package ``datasets``).
+    The column is "text" unless it is named; rows without a text in it are left out, and a warning counts them.
 
-    Raises ValueError for a corpus that is empty or too short, FileNotFoundError for a missing file.
+    Raises ValueError for a corpus that is empty or too short, for a data set that cannot be read or lacks the column
+    (with those it has), FileNotFoundError for a missing file.
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens {n_tokens}: expected at least 1")
@@ -43,7 +47,9 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
             windows.append(window[:left])
             left -= len(windows[-1])
             if left <= 0:
+                _warn_of_nulls(texts)
                 return Corpus(name, windows)
+    _warn_of_nulls(texts)
     raise ValueError(
         f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
     )
@@ -85,9 +91,9 @@ def _longest(lm, size: int) -> int:
     return min(size, getattr(lm.config, "max_position_embeddings", None) or size)
 
 
-def _texts(corpus) -> tuple[str, Iterator[str]]:
+def _texts(corpus) -> tuple[str, Iterable[str]]:
     if isinstance(corpus, str) and corpus.startswith("hf:"):
-        return corpus, _data_set(corpus[3:])
+        return corpus, _data_set(corpus)
     if isinstance(corpus, str | Path):
         path = Path(corpus)
         if not path.is_file():
@@ -108,17 +114,60 @@ def _texts(corpus) -> tuple[str, Iterator[str]]:
     return f"texts-{_digest(chr(0).join(texts))}", iter(texts)
 
 
-def _data_set(name: str) -> Iterator[str]:
+def _data_set(name: str) -> "_Column":
+    """The texts of "hf:NAME[#CONFIG][:COLUMN]"."""
+    parts = re.fullmatch(r"hf:([^#:]+)(?:#([^#:]+))?(?::([^#:]+))?", name)
+    if parts is None:
+        raise ValueError(f"corpus {name!r}: expected hf:NAME, hf:NAME#CONFIG, hf:NAME:COLUMN or hf:NAME#CONFIG:COLUMN")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(
-            f"corpus hf:{name} needs the package `datasets` (pip install 'kedit-fast[datasets]')"
-        ) from None
-    path, _, config = name.partition("#")
-    for row in load_dataset(path, config or None, split="train", streaming=True, trust_remote_code=False):
-        if row["text"].strip():
-            yield row["text"]
+        raise ValueError(f"corpus {name} needs the package `datasets` (pip install 'kedit-fast[datasets]')") from None
+    try:
+        rows = load_dataset(parts[1], parts[2], split="train", streaming=True, trust_remote_code=False)
+    except Exception as error:  # of many types; a missing configuration is told with those there are
+        raise ValueError(f"corpus {name} cannot be read: {' '.join(str(error).split())[:500]}") from error
+    return _Column(name, parts[3] or "text", rows)
+
+
+class _Column:
+    """The texts of one column of a data set, row by row; counts the rows that hold none."""
+
+    def __init__(self, name: str, column: str, rows):
+        self.name, self.column, self.rows = name, column, rows
+        self.n_rows = self.n_null = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self.rows:
+            self.n_rows += 1
+            text = self._of(row)
+            self.n_null += text is None
+            if text is not None and text.strip():
+                yield text
+
+    def _of(self, row: dict) -> str | None:
+        if self.column not in row:
+            whole = self.name.removesuffix(f":{self.column}")
+            raise ValueError(
+                f"corpus {self.name} has no column {self.column!r}; it has {', '.join(map(repr, row))}: choose one, "
+                f"{whole}:{next(iter(row), 'COLUMN')}"
+            )
+        text = row[self.column]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"corpus {self.name}: column {self.column!r} holds a {type(text).__name__} in row {self.n_rows}; "
+                f"expected texts; its columns are {', '.join(map(repr, row))}"
+            )
+        return text
+
+
+def _warn_of_nulls(texts) -> None:
+    if getattr(texts, "n_null", 0):
+        warnings.warn(
+            f"corpus {texts.name}: {texts.n_null} of the {texts.n_rows} rows read are null in {texts.column!r} and "
+            "left out",
+            stacklevel=3,
+        )
 
 
 def _digest(text: str) -> str:

@@ -120,22 +120,79 @@ def test_the_id_follows_the_text(tmp_path):
     assert len({read_corpus(lm, texts, 1).id for texts in lists}) == len(lists)
 
 
-def test_a_data_set_is_read_only_as_far_as_needed(monkeypatch):
-    asked = []
+@pytest.fixture
+def data_sets(monkeypatch):
+    """A stand-in for the package: {(name, config): rows}, and what was asked of it. Reading past the end fails."""
+    found, asked = {}, []
 
     def load_dataset(path, config, split, streaming, trust_remote_code):
-        assert trust_remote_code is False
-        asked.append((path, config, split, streaming))
-        for text in ("", "  ", *TEXTS[2:]):
-            yield {"text": text}
-        raise AssertionError("read on")
+        assert (split, streaming, trust_remote_code) == ("train", True, False)
+        asked.append((path, config))
+        if (path, config) not in found:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['de', 'en']")
+        return iter(found[path, config])
 
-    monkeypatch.setitem(sys.modules, "datasets", type("datasets", (), {"load_dataset": staticmethod(load_dataset)}))
+    package = type("datasets", (), {"load_dataset": staticmethod(load_dataset)})
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    return found, asked
+
+
+def rows_of(*texts, column="text", **rest):
+    for text in texts:
+        yield {"id": 1, column: text} | rest
+    raise AssertionError("read on")
+
+
+def test_a_data_set_is_read_only_as_far_as_needed(data_sets):
+    found, asked = data_sets
+    found["owner/name", "part"] = rows_of("", "  ", *TEXTS[2:])
     corpus = read_corpus(tiny_lm("gpt2"), "hf:owner/name#part", 60)
-    assert asked == [("owner/name", "part", "train", True)]
     assert corpus.id == "hf:owner/name#part" and joined(corpus.windows) == ids(TEXTS[2])[:60]
+    found["name", None] = rows_of(TEXTS[2])
     read_corpus(tiny_lm("gpt2"), "hf:name", 5)
-    assert asked[1][:2] == ("name", None)
+    assert asked == [("owner/name", "part"), ("name", None)]
+
+
+@pytest.mark.parametrize(("name", "config"), [("hf:owner/name:body", None), ("hf:owner/name#2023.en:body", "2023.en")])
+def test_a_column_can_be_chosen(data_sets, name, config):
+    found, _ = data_sets
+    found["owner/name", config] = rows_of(TEXTS[2], column="body", text="other")
+    corpus = read_corpus(tiny_lm("gpt2"), name, 60)
+    assert corpus.id == name and joined(corpus.windows) == ids(TEXTS[2])[:60]
+
+
+def test_a_column_that_is_not_there_is_told_with_those_that_are(data_sets):
+    found, _ = data_sets
+    for name, config in (("hf:owner/name", None), ("hf:owner/name#en", "en"), ("hf:owner/name:words", None)):
+        found["owner/name", config] = rows_of(TEXTS[2], column="content", url="u")
+        with pytest.raises(ValueError, match=r"has no column '(text|words)'; it has 'id', 'content', 'url'") as error:
+            read_corpus(tiny_lm("gpt2"), name, 60)
+        assert f"choose one, {name.removesuffix(':words')}:id" in str(error.value)
+    found["owner/name", None] = rows_of(["a", "list"])
+    with pytest.raises(ValueError, match=r"column 'text' holds a list in row 1; expected texts; .* 'id', 'text'"):
+        read_corpus(tiny_lm("gpt2"), "hf:owner/name", 60)
+
+
+def test_null_rows_are_left_out_and_counted(data_sets):
+    found, _ = data_sets
+    found["owner/name", None] = rows_of(None, TEXTS[0], None, TEXTS[2])
+    with pytest.warns(UserWarning, match=r"hf:owner/name: 2 of the 4 rows read are null in 'text' and left out"):
+        corpus = read_corpus(tiny_lm("gpt2"), "hf:owner/name", 60)
+    assert joined(corpus.windows) == (ids(TEXTS[0]) + ids(TEXTS[2]))[:60]
+    found["owner/name", None] = iter([{"text": None}] * 3)
+    with (
+        pytest.warns(UserWarning, match="3 of the 3 rows read are null"),
+        pytest.raises(ValueError, match="holds 0 tokens"),
+    ):
+        read_corpus(tiny_lm("gpt2"), "hf:owner/name", 60)
+
+
+def test_a_data_set_that_cannot_be_read_is_said_in_a_line(data_sets):
+    with pytest.raises(ValueError, match=r"^corpus hf:owner/many cannot be read: Config name .*: \['de', 'en'\]$"):
+        read_corpus(tiny_lm("gpt2"), "hf:owner/many", 60)
+    for name in ("hf:", "hf:#en", "hf:name#", "hf:name:", "hf:name#en:", "hf:a:b:c", "hf:a#b#c"):
+        with pytest.raises(ValueError, match="expected hf:NAME, hf:NAME#CONFIG"):
+            read_corpus(tiny_lm("gpt2"), name, 60)
 
 
 def test_a_data_set_needs_its_package(monkeypatch):

@@ -92,7 +92,8 @@ def add_stats(commands):
     parser.add_argument(
         "--corpus",
         default="self",
-        help="self (text that the model samples itself: no download), a text file, or hf:NAME (default: self)",
+        help="self (text that the model samples itself: no download; the default), a text file, or "
+        "hf:NAME[#CONFIG][:COLUMN]",
     )
     parser.add_argument(
         "--tokens", type=positive, metavar="N", help="tokens of text (default: 10 for each key feature)"

@@ -28,7 +28,7 @@ def run(args) -> None:
     below = read_chain(args.on_top_of or ())
     check_chain(below)
     corpus = corpus_of(args)
-    given = editor_class.from_json(args.hparams) if args.hparams else None
+    given = editor_class.from_file(args.hparams) if args.hparams else None
     lm = open_lm(args)
     say(model_line(lm))
     editor = given or editor_class.for_model(lm)

@@ -42,7 +42,7 @@ def _edit(commands) -> None:
     how = parser.add_argument_group("how to edit")
     how.add_argument("--method", choices=METHODS, default="memit", help=f"{', '.join(METHODS)} (default: memit)")
     how.add_argument("--layers", type=layers, metavar="L", help="for instance 3-7 (default: published or derived)")
-    how.add_argument("--hparams", metavar="FILE", help="a published hyper-parameter file (.json)")
+    how.add_argument("--hparams", metavar="FILE", help="a published hyper-parameter file (.json, .yaml)")
     how.add_argument(
         "--stats", metavar="DIR", help="folder of statistics, of `kedit-fast stats` or published .npz files"
     )

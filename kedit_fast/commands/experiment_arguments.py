@@ -38,7 +38,9 @@ def add_rounds_arguments(parser) -> None:
         "--text-tokens", type=positive, default=5_120, metavar="N", help="tokens of it at most (default: 5120)"
     )
     parser.add_argument("--layers", type=layers, metavar="L", help="to edit, for instance 3-7 (default: the method's)")
-    parser.add_argument("--hparams", metavar="FILE", help="a published hyper-parameter file (.json) of the one method")
+    parser.add_argument(
+        "--hparams", metavar="FILE", help="a published hyper-parameter file (.json, .yaml) of the one method"
+    )
     _statistics(parser)
     parser.add_argument("--log", metavar="FILE", help="a .jsonl file: a line for each round as soon as it is done")
     parser.add_argument("--plot", metavar="FILE", help="the picture, as .png")
@@ -50,7 +52,9 @@ def add_layers_arguments(parser) -> None:
         "--layers", type=layers, metavar="L", help="for instance 0-11, 3,5 or 0-29:3, every third (default: all)"
     )
     parser.add_argument("--method", default="rome", metavar="M", help="rome, memit or alphaedit (default: rome)")
-    parser.add_argument("--hparams", metavar="FILE", help="a published hyper-parameter file (.json) of the method")
+    parser.add_argument(
+        "--hparams", metavar="FILE", help="a published hyper-parameter file (.json, .yaml) of the method"
+    )
     parser.add_argument(
         "--traces", metavar="FILE", help="traces.jsonl of these facts, as `kedit-fast trace` writes it (default: trace)"
     )

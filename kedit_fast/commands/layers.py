@@ -26,7 +26,7 @@ def run(args) -> None:
     output, log = (check_output(path, args.force) for path in (args.output, args.log))
     picture, corpus = check_picture(args.plot, args.force), corpus_of(args)
     traces = _traces_of(args.traces, facts) if args.traces else None
-    given = EDITORS[args.method].from_json(args.hparams) if args.hparams else None
+    given = EDITORS[args.method].from_file(args.hparams) if args.hparams else None
     lm = open_lm(args)
     say(model_line(lm))
     layers = args.layers or tuple(range(lm.n_layers))

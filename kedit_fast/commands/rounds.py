@@ -34,7 +34,7 @@ def run(args) -> None:
     check_distinct(args, ["output", "plot", "log"], inputs)
     output, log = (check_output(path, args.force) for path in (args.output, args.log))
     picture, corpus, text = check_picture(args.plot, args.force), corpus_of(args), read_text(args.text or PROSE)
-    given = EDITORS[args.method[0]].from_json(args.hparams) if args.hparams else None
+    given = EDITORS[args.method[0]].from_file(args.hparams) if args.hparams else None
     lm = open_lm(args)
     say(model_line(lm))
     editors = {name: _with_layers(given or EDITORS[name].for_model(lm), args.layers) for name in args.method}

@@ -41,6 +41,7 @@ class AlphaEdit(Memit):
     L2: float = 10.0
 
     METHOD: ClassVar = "alphaedit"
+    ALG_NAMES: ClassVar = {"AlphaEdit": {}}
     POSITIVE: ClassVar = (*Memit.POSITIVE, "L2")
 
     def _check(self, lm) -> None:

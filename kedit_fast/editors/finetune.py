@@ -11,10 +11,8 @@ in 2022 all of them were read after the prompt alone, which makes an answer of s
 ``objective_optimization="prompt_last"``.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
@@ -56,6 +54,7 @@ class Ft(Hyperparameters):
     source: str = "given"
 
     POSITIVE: ClassVar = ("num_steps", "lr", "batch_size")
+    ALG_NAMES: ClassVar = {"FT": {}, "FT-L": {}, "FT-M": {}}
     mom2_adjustment: ClassVar = False  # no editor's statistics are read
 
     def __post_init__(self):
@@ -67,22 +66,16 @@ class Ft(Hyperparameters):
         if self.objective_optimization not in OBJECTIVES:
             raise ValueError(f"objective_optimization {self.objective_optimization!r}: expected one of {OBJECTIVES}")
 
-    @classmethod
-    def from_json(cls, path):
-        """The editor of a published hyper-parameter file, as ``Hyperparameters.from_json`` reads one.
-
-        Raises ValueError besides for a file that trains anything but the down projection (gpt2-xl_attn, and those with
-        weight decay, which train whole blocks).
-        """
-        made = super().from_json(path)
-        module = json.loads(Path(path).read_text(encoding="utf-8")).get("rewrite_module_tmp")
+    def _check_rest(self, given):
+        """Raises ValueError for a file that trains anything but the down projection: gpt2-xl_attn, and those with
+        weight decay, which train whole blocks."""
+        module = given.get("rewrite_module_tmp")
         down = {family.mlp_down for family in FAMILIES.values()}
         if module is not None and not any(str(module).removesuffix(".weight").endswith(f".{name}") for name in down):
             raise ValueError(
-                f"{path}: rewrite_module_tmp {module!r} is no down projection, and fine-tuning here is of that alone; "
+                f"rewrite_module_tmp {module!r} is no down projection, and fine-tuning here is of that alone; "
                 f"expected a path that ends in one of {sorted(down)}"
             )
-        return made
 
     @classmethod
     @takes_lm

@@ -1,6 +1,5 @@
 """Hyper-parameters as ROME and MEMIT share them: read from published files, checked one by one, derived for a model."""
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,14 +8,8 @@ from typing import ClassVar
 from ..model.family import check_layer
 from .common import check_lengths, checked_facts, under
 from .contexts import BARE, checked_contexts
+from .settings_files import as_number, check_known, is_yaml, read_settings
 from .statistics import moments_for
-
-# Published settings files also hold these. Module paths follow from the model; statistics are handed to ``edit``.
-IGNORED = {
-    "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
-    "layer_selection", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "model_name", "alg_name", "stats_dir", "device",
-    "max_length", "model_parallel", "model_class", "tokenizer_class", "tokenizer_name",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +20,7 @@ class Hyperparameters:
     """
 
     POSITIVE: ClassVar = ()
+    ALG_NAMES: ClassVar[dict[str, dict]] = {}  # what files call the method, and the fields that this sets
     NEEDS_SUBJECT: ClassVar = True  # whether facts without a subject are refused
 
     def __post_init__(self):
@@ -48,29 +42,42 @@ class Hyperparameters:
             check_layer(layer, lm.n_layers)
 
     @classmethod
-    def from_json(cls, path):
-        """The editor of a published hyper-parameter file (or one of the same form).
+    def from_file(cls, path):
+        """The editor of a published hyper-parameter file, JSON or EasyEdit's YAML, or of one of the same form.
 
-        Module paths and the statistics' data set are read over: they follow from the model and from ``edit``'s
-        arguments. Raises ValueError, with the path, for a field that no editor has and for a value that the field
-        does not take.
+        What it holds besides (module paths, the model's name, device, P_loc) is not used, and a warning says so in one
+        line. Raises ValueError, with the path, for the settings of another method, for a field that this editor lacks,
+        and for a value that the field does not take.
         """
+        given, own = read_settings(path), {f.name: f.type for f in fields(cls)}
+        values = cls._implied(path, given.get("alg_name"))
+        check_known(path, given, own, cls.__name__)
+        for name in own.keys() & given.keys():
+            values[name] = as_number(given[name]) if is_yaml(path) and own[name] is float else given[name]
         try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); expected a hyper-parameter file") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path} holds a JSON {type(given).__name__}; expected an object of hyper-parameters")
-        known = {f.name for f in fields(cls)}
-        unknown = set(given) - known - IGNORED
-        if unknown:
-            raise ValueError(
-                f"{path}: {cls.__name__} has no field {sorted(unknown)}; it has {', '.join(sorted(known))}"
-            )
-        try:
-            return cls(**{name: value for name, value in given.items() if name in known})
+            made = cls(**values)
+            made._check_rest(given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        return made
+
+    from_json = from_file
+
+    @classmethod
+    def _implied(cls, path, alg_name) -> dict:
+        """The fields that a method's name in a file sets. Raises ValueError for another method's."""
+        if alg_name is None:
+            return {}
+        for known, values in cls.ALG_NAMES.items():
+            if str(alg_name).casefold() == known.casefold():
+                return dict(values)
+        raise ValueError(
+            f"{path} holds settings of {alg_name} (alg_name), not of {cls.__name__}; expected a file of "
+            f"{' or '.join(cls.ALG_NAMES)}, or the editor (--method) that this one is for"
+        )
+
+    def _check_rest(self, given: dict) -> None:
+        """Raises ValueError where the rest of a file says something that this editor does not do."""
 
 
 @dataclass(frozen=True)

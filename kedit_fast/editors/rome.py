@@ -44,6 +44,7 @@ class Rome(Editor):
     key: str = "published"
 
     METHOD: ClassVar = "rome"
+    ALG_NAMES: ClassVar = {"ROME": {}, "R-ROME": {"key": "averaged"}}
     FLAT_CONTEXTS: ClassVar = True  # every one weighs the same, whatever group it was given in
 
     def __post_init__(self):

@@ -4,7 +4,6 @@ This file reads arguments and turns errors into lines. Each command lives in a m
 imported when its command is called, so that ``--help`` and a mistyped option cost no import of torch.
 """
 
-import os
 import sys
 import warnings
 from importlib import import_module
@@ -12,7 +11,9 @@ from importlib import import_module
 from . import __version__
 from .commands.arguments import add_demo, add_eval, add_gate, add_info, add_layers, add_rounds, add_stats, add_trace
 from .commands.edit_arguments import add_edits, add_history, add_merges
+from .commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
 from .commands.parser import Commands
+from .printing import STDOUT, any_encoding
 from .progress import show_progress
 
 HANDLERS = {
@@ -38,7 +39,7 @@ FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as
 
 def main(argv=None) -> int:
     """Runs one command; its exit status: 0, 1 where a gate refuses an edit, 2 after an error (one line on stderr)
-    and where no command is given (help), 130 after Ctrl-C.
+    and where no command is given (help), 130 after Ctrl-C, 141 where nobody reads what it prints.
 
     An error that is a fault of this package is raised as it is, and with ``--debug`` every error.
     """
@@ -47,41 +48,26 @@ def main(argv=None) -> int:
     if args.command not in HANDLERS:  # no command, or the first word of several
         getattr(args, "group", parser).print_help()
         return FAILED
-    with warnings.catch_warnings(), show_progress(not args.quiet):
-        warnings.showwarning = _warning_line
+    open_stderr()
+    if sys.stdout is None:
+        return say_error("error: standard output is closed; nothing was done", PIPE_CLOSED)
+    with warnings.catch_warnings(), show_progress(not args.quiet), any_encoding((sys.stdout, sys.stderr)):
+        warnings.showwarning = warning_line
         try:
             status = import_module(HANDLERS[args.command]).run(args)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            return _say("interrupted", INTERRUPTED)
-        except BrokenPipeError:  # `kedit-fast ... | head`: nobody reads on, and the flush at exit must not complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return say_error("interrupted", INTERRUPTED)
+        except BrokenPipeError:  # `kedit-fast ... | head`: nobody reads on
+            stop_printing()
             return PIPE_CLOSED
         except Exception as error:
-            if args.debug or not _is_the_users(error):
+            if getattr(error, "filename", None) == STDOUT:  # a full disk
+                stop_printing()
+            if args.debug or not is_the_users(error):
                 raise
-            return _say(f"error: {str(error).strip() or type(error).__name__}", FAILED)
+            return say_error(f"error: {told(error)}", FAILED)
     return status or 0  # only a gate's verdict is not None
-
-
-def _is_the_users(error: Exception) -> bool:
-    """Whether an error is of what was asked for or of the machine, and no fault of this package."""
-    if isinstance(error, (ValueError, OSError, MemoryError, ImportError)):
-        return True
-    # torch has no type of its own for memory that the CPU lacks
-    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
-    return isinstance(error, RuntimeError) and out_of_memory
-
-
-def _say(text: str, status: int) -> int:
-    print(f"kedit-fast: {text}", file=sys.stderr)
-    return status
-
-
-def _warning_line(message, category, filename, lineno, file=None, line=None):
-    # The libraries' own notices to developers are not this user's.
-    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
-        _say(f"warning: {message}", 0)
 
 
 def build_parser() -> Commands:

@@ -23,6 +23,7 @@ from kedit_fast.checkpoint import digest as digest_of
 from kedit_fast.deltas import Delta, Dense, LowRank, as_smallest, edited_weight, written_delta
 from kedit_fast.facts import Fact
 from kedit_fast.files import replace_file
+from kedit_fast.printing import escaped
 from kedit_fast.state import own_state
 
 __all__ = [
@@ -163,9 +164,10 @@ class Edit:
         rank = "-".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "0"
         size = sum(delta.nbytes for delta in self.deltas.values()) / 1e6
         kind = ", independent" if self.owners is not None else ""
-        return (
+        return escaped(  # method and model are as the file says
             f"Edit({self.method}, {n} fact{'s' * (n != 1)}{kind}, layers {layers}, rank {rank}, "
-            f"{size:.3g} MB, model {self.fingerprint[:12] or 'unknown'})"
+            f"{size:.3g} MB, model {self.fingerprint[:12] or 'unknown'})",
+            one_line=True,
         )
 
 

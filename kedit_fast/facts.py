@@ -62,7 +62,7 @@ class Fact:
         _check_place(self.prompt, self.subject)
         for name in ("target_new", "target_true"):
             if getattr(self, name) is not None:
-                check_text(f"Fact.{name}", getattr(self, name))
+                _check_answer(f"Fact.{name}", getattr(self, name))
         if self.attached is not None and not isinstance(self.attached, bool):
             raise ValueError(f"Fact.attached: expected True, False or None (guess), got {self.attached!r}")
         if not isinstance(self.id, str):
@@ -179,6 +179,13 @@ def _check_place(prompt, subject):
             f"subject {subject!r} {'not in' if places == 0 else 'in several places of'} prompt "
             f"{prompt!r}; Fact.prompt needs one {{}}, it has {places}"
         )
+
+
+def _check_answer(name, value):
+    check_text(name, value)
+    control = next((c for c in value if (c < " " and c not in "\t\n") or c == "\x7f"), None)
+    if control is not None:
+        raise ValueError(f"{name}: {value!r} holds the control character {control!r}; no answer has one, leave it out")
 
 
 def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str | Question, ...]:

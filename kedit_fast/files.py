@@ -257,7 +257,7 @@ def file_in(folder, name, source) -> Path:
     if not is_plain or "/" in name or "\\" in name or _DRIVE.match(name):
         raise ValueError(f"{source} names the file {name!r}; expected a plain name of a file in {folder}")
     path = folder / name
-    home, file = folder.resolve(), path.resolve()
+    home, file = (Path(os.path.realpath(each)) for each in (folder, path))
     if file.is_relative_to(home) or (home.parent.name == "snapshots" and file.is_relative_to(home.parent.parent)):
         return path
     raise ValueError(f"{source} names the file {name!r}, which is a link out of {folder}; put the file itself there")

@@ -6,7 +6,6 @@ below. All text is escaped: facts hold quotes, ampersands and angle brackets.
 ``before_after_table`` lays out what an edit changed, the prompts it must not change beside the ones it must.
 """
 
-import html
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from .files import write_text
 from .plots import figure_alt, figure_png, png_html
+from .printing import html_text
 
 TONES = ("", "good", "bad", "neutral")
 ROLES = ("edit", "paraphrase", "neighbor")
@@ -99,8 +99,8 @@ def render_report(title: str, first_line: str, sections: Iterable[Section]) -> s
         # The browser itself holds the page to what it carries.
         f'<meta http-equiv="Content-Security-Policy" '
         f"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f'<body>\n<p class="first-line">{_escape(first_line)}</p>\n<h1>{_escape(title)}</h1>\n'
+        f"<title>{html_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f'<body>\n<p class="first-line">{html_text(first_line)}</p>\n<h1>{html_text(title)}</h1>\n'
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -213,7 +213,7 @@ def _probability(value) -> float:
 def _section(section: Section) -> str:
     if not isinstance(section, Section):
         raise TypeError(f"expected a Section, got {type(section).__name__}; wrap blocks in Section(heading, [...])")
-    return f"<section>\n<h2>{_escape(section.heading)}</h2>\n{_blocks(section.blocks)}\n</section>"
+    return f"<section>\n<h2>{html_text(section.heading)}</h2>\n{_blocks(section.blocks)}\n</section>"
 
 
 def _blocks(blocks) -> str:
@@ -222,13 +222,13 @@ def _blocks(blocks) -> str:
 
 def _block(block) -> str:
     if isinstance(block, str):
-        return f"<p>{_escape(block)}</p>"
+        return f"<p>{html_text(block)}</p>"
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Picture):
         return _picture(block)
     if isinstance(block, Details):
-        return f"<details>\n<summary>{_escape(block.summary)}</summary>\n{_blocks(block.blocks)}\n</details>"
+        return f"<details>\n<summary>{html_text(block.summary)}</summary>\n{_blocks(block.blocks)}\n</details>"
     raise TypeError(f"cannot lay out a {type(block).__name__}; expected a string, Table, Picture or Details")
 
 
@@ -238,7 +238,7 @@ def _table(table: Table) -> str:
     columns = list(zip(*texts, strict=True)) or [()] * len(table.headers)
     right = [bool(column) and all(_NUMERIC.fullmatch(text) for text in column) for column in columns]
     head = "".join(
-        f'<th scope="col"{_classes("number" * r)}>{_escape(header)}</th>'
+        f'<th scope="col"{_classes("number" * r)}>{html_text(header)}</th>'
         for header, r in zip(table.headers, right, strict=True)
     )
     lines = [f"<thead><tr>{head}</tr></thead>", "<tbody>"]
@@ -247,11 +247,11 @@ def _table(table: Table) -> str:
         for i, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
             classes = _classes("number" * right[i], cell.tone)
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
-            line += f"<{tag}{scope}{classes}>{_escape(text)}</{tag}>"
+            line += f"<{tag}{scope}{classes}>{html_text(text)}</{tag}>"
         lines.append(f"<tr>{line}</tr>")
-    caption = f"<caption>{_escape(table.caption)}</caption>\n" if table.caption else ""
+    caption = f"<caption>{html_text(table.caption)}</caption>\n" if table.caption else ""
     # Focusable, so that a table wider than the page can be scrolled by keyboard.
-    label = _escape(table.caption or "table")
+    label = html_text(table.caption or "table")
     start = f'<div class="table" role="region" tabindex="0" aria-label="{label}">\n<table>\n{caption}'
     return start + "\n".join(lines) + "\n</tbody>\n</table>\n</div>"
 
@@ -265,7 +265,7 @@ def _picture(picture: Picture) -> str:
     is_png = isinstance(picture.image, (bytes, bytearray))
     alt = picture.alt or (picture.caption if is_png else figure_alt(picture.image)) or "figure"
     image = png_html(bytes(picture.image) if is_png else figure_png(picture.image), alt)
-    caption = f"\n<figcaption>{_escape(picture.caption)}</figcaption>" if picture.caption else ""
+    caption = f"\n<figcaption>{html_text(picture.caption)}</figcaption>" if picture.caption else ""
     return f"<figure>\n{image}{caption}\n</figure>"
 
 
@@ -278,10 +278,6 @@ def _shown(value) -> str:
     if isinstance(value, Integral):
         return f"{int(value):,}"
     return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
-
-
-def _escape(text) -> str:
-    return html.escape(str(text))
 
 
 _STYLE = """

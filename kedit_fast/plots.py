@@ -7,7 +7,6 @@ registered, and a caller's own style changes nothing.
 """
 
 import base64
-import html
 import io
 import struct
 import textwrap
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import replace_file
+from .printing import html_text
 from .trace_labels import (
     KIND_NAME,
     METRIC_NAME,
@@ -170,7 +170,7 @@ def png_html(png: bytes, alt: str) -> str:
     width, height = struct.unpack(">II", png[16:24])
     data = base64.b64encode(png).decode()
     return (
-        f'<img alt="{html.escape(alt)}" width="{width // 2}" height="{height // 2}" '
+        f'<img alt="{html_text(alt)}" width="{width // 2}" height="{height // 2}" '
         f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
     )
 

@@ -4,6 +4,8 @@ import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from .printing import escaped
+
 _shown = ContextVar("kedit_fast_progress", default=False)
 DELAY = 2.0  # seconds before a bar appears: shorter work draws nothing
 
@@ -33,7 +35,7 @@ class Bar:
         if self._display is None and time.monotonic() - self._began > DELAY:
             self._open()
         if self._display is not None:
-            self._display.update(self._task, completed=self.done, note=self.note)
+            self._display.update(self._task, completed=self.done, note=escaped(self.note, one_line=True))
 
     def _open(self):
         from rich.console import Console
@@ -44,7 +46,7 @@ class Bar:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
             transient=True,
         )

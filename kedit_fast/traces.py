@@ -176,8 +176,12 @@ def _npz(path, *names) -> dict:
 
 def read_log(path) -> list[TraceResult]:
     """The results that a ``log=`` file of ``trace`` holds so far. Raises ValueError for a line that is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no trace log: not UTF-8 text ({error})") from error
     results = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             results.append(TraceResult.from_record(json.loads(line)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:

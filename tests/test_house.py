@@ -28,7 +28,7 @@ FLOORS = (
     ("tokens",),
     ("facts", "fact_files"),
     ("kernels", "sites"),
-    ("files", "unfinished", "checkpoint", "progress", "settings", "state", "__init__"),
+    ("files", "unfinished", "printing", "checkpoint", "progress", "settings", "state", "__init__"),
     ("checks",),
 )
 # Not even inside a function: (who, of whom it knows nothing).

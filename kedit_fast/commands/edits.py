@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..edit import Edit
+from ..printing import escaped
 from ..shipping.compose import compose
 from ..shipping.differences import compare
 from .inputs import model_line, open_lm, read_edits
@@ -126,11 +127,11 @@ def _say_values(title: str, values: dict) -> None:
     say()
     say(f"{title}:" if values else f"{title}: none")
     for name, value in values.items():
-        say(f"  {name}: {_short(value)}")
+        say(f"  {escaped(name, one_line=True)}: {_short(value)}")
 
 
 def _short(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), one_line=True)
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 

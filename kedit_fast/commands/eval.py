@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from ..evaluation import evaluate
 from ..shipping.history import facts_in_force
 from .inputs import fact_file, open_lm, read_chain, read_text
-from .outputs import EDITS, check_distinct, check_output, fresh_log, make_folder_of, say
+from .outputs import EDITS, check_distinct, check_output, fresh_log, say, say_written, write_reports
 
 
 def run(args) -> None:
@@ -20,11 +20,8 @@ def run(args) -> None:
     lm = open_lm(args)
     with fresh_log(log) if log else nullcontext():
         found = evaluate(lm, facts, edits, text=text, generate=args.generate, log=log)
+    written = write_reports((report, found.save), (page, found.to_html))
     say(str(found))
     for prompt, before, after in found.generations:
         say(f"\n{prompt}\n  before: {before!r}" + (f"\n  after:  {after!r}" if after is not None else ""))
-    for path, write in ((report, found.save), (page, found.to_html)):
-        if path:
-            make_folder_of(path)
-            write(path)
-            say(f"written: {path}")
+    say_written(written)

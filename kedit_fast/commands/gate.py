@@ -8,7 +8,7 @@ from ..gating import Suite, Thresholds, gate, load_suite
 from ..gating.judge import MODEL_DTYPE
 from ..gating.questions import Sizes
 from .inputs import open_lm, read_chain, read_text
-from .outputs import EDITS, check_distinct, check_output, make_folder_of, say
+from .outputs import EDITS, check_distinct, check_output, say, say_written, write_reports
 
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
@@ -44,12 +44,9 @@ def run(args) -> int:
         builtin=not args.no_builtin,
         sizes=Sizes(max_new_tokens=args.generate, context_tokens=args.context),
     )
+    written = write_reports((report, found.to_json), (page, found.to_html))
     say(str(found))
-    for path, write in ((report, found.to_json), (page, found.to_html)):
-        if path:
-            make_folder_of(path)
-            write(path)
-            say(f"written: {path}")
+    say_written(written)
     return 0 if found.passed else REFUSED
 
 

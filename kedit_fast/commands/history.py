@@ -1,6 +1,6 @@
 """``kedit-fast history add | log | rollback``: folders of versions of edits."""
 
-from pathlib import Path
+import os
 
 from ..files import existing_folder
 from ..shipping.history import EditHistory
@@ -11,10 +11,10 @@ from .outputs import say, table
 def run(args) -> None:
     """Runs the action that was asked for."""
     actions = {"history add": _add, "history log": _log, "history rollback": _rollback}
-    actions[args.command](args, Path(args.folder).expanduser())
+    actions[args.command](args, os.path.expanduser(args.folder))
 
 
-def _log(args, folder: Path) -> None:
+def _log(args, folder: str) -> None:
     way_out = f"as `kedit-fast history add {folder} EDIT` makes it"
     history = EditHistory(existing_folder(folder, "a folder of versions", way_out))
     versions = history.versions
@@ -28,7 +28,7 @@ def _log(args, folder: Path) -> None:
         say(f"  {edit!r}")
 
 
-def _add(args, folder: Path) -> None:
+def _add(args, folder: str) -> None:
     edits = read_chain(args.edits)
     history = EditHistory(folder)
     for edit in edits:
@@ -36,7 +36,7 @@ def _add(args, folder: Path) -> None:
         say(f"{history.folder}: version {new.number}, {len(new.edits)} edit{'s' * (len(new.edits) > 1)} in force")
 
 
-def _rollback(args, folder: Path) -> None:
+def _rollback(args, folder: str) -> None:
     history = EditHistory(folder)
     new = history.rollback(args.number, args.message, args.who)
     in_force = f"{len(new.edits)} edit{'s' * (len(new.edits) != 1)}" if new.edits else "no edit"

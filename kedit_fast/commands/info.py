@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import __version__, settings
 from ..files import write_text
-from .outputs import check_output, make_folder_of, say
+from .outputs import check_output, say, write_reports
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib", "rich", "triton", "datasets", "peft",
@@ -22,9 +22,7 @@ def run(args) -> None:
     path = check_output(args.output, args.force)
     found = {name: _told(tell) for name, tell in (*LINES, ("model", lambda: _model(args)))}
     found = {name: value for name, value in found.items() if value is not None}
-    if path:
-        make_folder_of(path)
-        write_text(path, json.dumps(found, indent=1))
+    write_reports((path, lambda path: write_text(path, json.dumps(found, indent=1))))
     width = max(map(len, found))
     for name, value in found.items():
         say(f"{name:>{width}}  " + f"\n{'':{width}}  ".join(_lines(value)))

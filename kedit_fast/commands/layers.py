@@ -11,7 +11,7 @@ from ..layer_sweep import LayerSweep, sweep_layers
 from ..traces import LOCALIZATION_WARNING, read_log
 from .experiments import check_method, check_picture
 from .inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, statistics
-from .outputs import check_distinct, check_output, fresh_log, make_folder_of, say, table
+from .outputs import check_distinct, check_output, fresh_log, say, say_written, table, write_reports
 
 _SHOWN = {"efficacy": "efficacy", "p_new": "P(new)", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
 FEW = 5  # layers; the rank correlation of fewer is mostly chance
@@ -37,15 +37,9 @@ def run(args) -> None:
         found = sweep_layers(
             lm, facts, editor, layers, moments=moments, trace=traces, samples=args.samples, seed=args.seed, log=log
         )
+    written = write_reports((output, found.save), (picture, found.plot))
     say_layers(found)
-    if output:
-        make_folder_of(output)
-        found.save(output)
-        say(f"written: {output}")
-    if picture:
-        make_folder_of(picture)
-        found.plot(picture)
-        say(f"written: {picture}")
+    say_written(written)
 
 
 def _traces_of(path: str, facts):

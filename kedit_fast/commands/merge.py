@@ -1,9 +1,11 @@
 """``kedit-fast merge``: edits into a copy of a checkpoint, or into a LoRA adapter."""
 
+import os
 from pathlib import Path
 
 from ..model.opening import DEMO_MODEL
 from ..shipping.adapter import export_peft
+from ..shipping.folders import check_new_folder
 from ..shipping.merge import merge_checkpoint
 from .inputs import read_chain
 from .outputs import note, say
@@ -17,10 +19,11 @@ def run(args) -> None:
         raise ValueError("--truncate is for --peft; a merged checkpoint holds the edit as it is")
     if args.model is None and not args.peft:
         raise ValueError("which model? --model FOLDER names the checkpoint that the edit was made for")
+    out = check_new_folder(os.path.expanduser(args.output))
     edits = read_chain(args.edits)
     for edit in edits:
         say(f"{edit!r}")
-    (_adapter if args.peft else _merged)(args, edits)
+    (_adapter if args.peft else _merged)(args, edits, out)
 
 
 def _named(model: str | None):
@@ -32,11 +35,11 @@ def _named(model: str | None):
     return smollm2_folder(note)
 
 
-def _merged(args, edits) -> None:
+def _merged(args, edits, out) -> None:
     merged = merge_checkpoint(
         Path(_named(args.model)).expanduser(),
         edits,
-        Path(args.output).expanduser(),
+        out,
         who=args.who,
         message=args.message,
         force=args.force,
@@ -47,10 +50,10 @@ def _merged(args, edits) -> None:
     say(f"to take the edit out again: kedit-fast merge undo {merged.folder}")
 
 
-def _adapter(args, edits) -> None:
+def _adapter(args, edits, out) -> None:
     made = export_peft(
         edits,
-        Path(args.output).expanduser(),
+        out,
         model=_named(args.model),
         max_rank=args.max_rank,
         truncate=args.truncate,

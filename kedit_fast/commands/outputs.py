@@ -5,13 +5,14 @@ Free of torch: ``kedit-fast info`` has to speak where torch is broken.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..corpus import SELF
 from ..facts import BUILTIN
-from ..files import check_folder, check_place, holds_something, written_file, written_through
+from ..files import check_folder, check_place, holds_something, named, written_file, written_through
+from ..printing import STDOUT, escaped
 
 EDITS = "edits"  # the argument that names edits without an option
 
@@ -20,24 +21,26 @@ EDITS = "edits"  # the argument that names edits without an option
 
 def say(text: str = "") -> None:
     """A line of the command's answer, on stdout."""
-    print(text, flush=True)
+    with named(STDOUT):
+        print(escaped(text), flush=True)
 
 
 def show(renderable) -> None:
     """Something that rich draws, on stdout, with color where the terminal has it."""
     from rich.console import Console
 
-    Console().print(renderable)
+    with named(STDOUT):
+        Console().print(renderable)
 
 
 def note(text: str) -> None:
     """A line on what goes on meanwhile, on stderr."""
-    print(f"kedit-fast: {text}", file=sys.stderr, flush=True)
+    print(f"kedit-fast: {escaped(text)}", file=sys.stderr, flush=True)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first on the left, the others on the right."""
-    rows = [list(headers), *(list(row) for row in rows)]
+    """Columns of text, the first on the left, the others on the right; a row is one line, whatever its cells hold."""
+    rows = [list(headers), *([escaped(cell, one_line=True) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
@@ -91,11 +94,29 @@ def _paths_of(args, name: str) -> list[Path]:
 
 
 def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+    return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))
 
 
 def make_folder_of(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_reports(*reports: tuple[Path | None, Callable]) -> list[Path]:
+    """Writes (path, what writes it) where there is a path; the paths, for ``say_written``.
+
+    Before anything is said of the result: files are what a long run is for, and a screen can be closed.
+    """
+    written = [(path, write) for path, write in reports if path is not None]
+    for path, write in written:
+        make_folder_of(path)
+        write(path)
+    return [path for path, _ in written]
+
+
+def say_written(paths: Sequence[Path]) -> None:
+    """A line for each file."""
+    for path in paths:
+        say(f"written: {path}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..rounds import Round, check_rounds, edit_in_rounds
 from ..rounds_plot import plot_rounds
 from .experiments import check_method, check_picture
 from .inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, read_text, statistics
-from .outputs import check_distinct, check_output, fresh_log, make_folder_of, say
+from .outputs import check_distinct, check_output, fresh_log, say, say_written, write_reports
 
 FORMAT, VERSION = "kedit_fast.rounds", 1
 _COLUMNS = ("round", "facts", "new", "P(new)", "old", "P(old)", "paraphr.", "neighb.", "perplex.", "growth", "s")
@@ -64,16 +64,13 @@ def run(args) -> None:
                     raise
                 stopped[name] = str(error)
                 say(f"{name} ends here: {error}")
+    record = _record(args, lm, facts, editors, rounds, stopped)
+    written = write_reports(
+        (output, lambda path: write_text(path, json.dumps(record, allow_nan=False))),
+        (picture, lambda path: plot_rounds(rounds, path, model=lm.name)),
+    )
     _say_what_it_means()
-    if output:
-        record = _record(args, lm, facts, editors, rounds, stopped)
-        make_folder_of(output)
-        write_text(output, json.dumps(record, allow_nan=False))
-        say(f"written: {output}")
-    if picture:
-        make_folder_of(picture)
-        plot_rounds(rounds, picture, model=lm.name)
-        say(f"written: {picture}")
+    say_written(written)
 
 
 def _with_layers(editor, layers):

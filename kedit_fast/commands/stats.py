@@ -8,7 +8,7 @@ from .outputs import output_folder, say, table
 
 def run(args) -> None:
     """Measures the statistics and says how well conditioned they are."""
-    folder = output_folder(args.output or statistics_folder())
+    folder = output_folder(statistics_folder() if args.output is None else args.output)
     corpus = corpus_of(args)
     lm = open_lm(args)
     say(model_line(lm))

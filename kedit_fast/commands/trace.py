@@ -1,5 +1,6 @@
 """``kedit-fast trace``: which tokens and layers carry a fact; heat maps, averages, and a JSON line a trace."""
 
+import os
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def run(args) -> None:
     """Traces the facts, drawing what was found."""
     facts = read_facts(args)
     folder = output_folder(args.output)
-    if args.facts and Path(args.facts).expanduser().resolve() == (folder / LOG).resolve():
+    if args.facts and os.path.realpath(os.path.expanduser(args.facts)) == os.path.realpath(folder / LOG):
         raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")
     n_drawn = min(args.plots, len(facts))
     for name in (LOG, *(f"average-{kind}.{suffix}" for kind in args.kinds for suffix in ("png", "npz"))):
@@ -34,19 +35,22 @@ def run(args) -> None:
             answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, method=args.method,
             top=args.top, log=log,
         )  # fmt: skip
+    _draw(results, folder, n_drawn)
+    for kind, mean in average(results).items():
+        mean.plot(folder / f"average-{kind}.png")
+        mean.save(folder / f"average-{kind}.npz")
     for result in results if len(facts) == 1 else ():
         say()
         show(terminal_heatmap(result))
     if len(facts) > 1:
         say(f"{len(facts)} facts, {len(results)} traces")
     say()
-    say_averages(results, folder)
-    _draw(results, folder, n_drawn)
+    say_averages(results)
     say(f"in {folder}: {LOG}, a line for each trace; pictures (.png); averages (.npz)")
 
 
-def say_averages(results: list[TraceResult], folder: Path) -> None:
-    """The layers that carried most, by kind; draws and saves the averages."""
+def say_averages(results: list[TraceResult]) -> None:
+    """The layers that carried most, by kind."""
     for kind, mean in average(results).items():
         n = min(RECOMMENDED, mean.mean.shape[1])
         layers = mean.recommend_layers(n)
@@ -56,8 +60,6 @@ def say_averages(results: list[TraceResult], folder: Path) -> None:
             f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token "
             f"(mean indirect effect {effect:.3f}, total effect {mean.total_effect:.3f}, {facts})"
         )
-        mean.plot(folder / f"average-{kind}.png")
-        mean.save(folder / f"average-{kind}.npz")
     say(f"note: {LOCALIZATION_WARNING}")
 
 

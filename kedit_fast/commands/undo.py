@@ -1,16 +1,17 @@
 """``kedit-fast merge undo``: a merged edit out of a model's folder again."""
 
-from pathlib import Path
+import os
 
+from ..files import existing_folder
 from ..shipping.unmerge import read_manifest, unmerge
 from .outputs import say
 
 
 def run(args) -> None:
     """Restores the folder and says what was taken out."""
-    folder = Path(args.folder).expanduser()
+    folder = existing_folder(os.path.expanduser(args.folder), "a folder that `kedit-fast merge` wrote")
     record = read_manifest(folder)
-    restored = unmerge(folder, args.output and Path(args.output).expanduser())
+    restored = unmerge(folder, args.output if args.output is None else os.path.expanduser(args.output))
     facts = sum(len(edit["facts"]) for edit in record["edits"])
     say(f"{restored}: {len(record['tensors'])} tensors restored bit for bit, {facts} facts taken out")
     say(f"this is model {record['base']['fingerprint']} again")

@@ -6,7 +6,6 @@ new answer should be on top at the end. Whether the old one is gone, or only out
 decides how easily it comes back under other wordings, quantization or further training.
 """
 
-import html
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from ..facts import Fact
 from ..jobs.finite import check_answers
 from ..kernels.target_logprob import LOGITS
 from ..model.lm import takes_lm
+from ..printing import html_text
 from ..progress import progress
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
@@ -100,7 +100,7 @@ class LogitLens:
     def _repr_html_(self) -> str:
         from ..plots import figure_html
 
-        lines = "".join(f"<p>{html.escape(self.where(i))}</p>" for i in range(min(len(self.facts), TOP)))
+        lines = "".join(f"<p>{html_text(self.where(i))}</p>" for i in range(min(len(self.facts), TOP)))
         return figure_html(self.plot()) + lines
 
     def __repr__(self) -> str:

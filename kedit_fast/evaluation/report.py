@@ -1,6 +1,5 @@
 """The result of an evaluation: columns with a value a fact, their means with intervals, and files of them."""
 
-import html
 import json
 import math
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..facts import Fact
 from ..files import write_text
+from ..printing import escaped, html_text
 from ..tokens import other_form
 from .metrics import COUNT, METRICS, SCORE, Interval, summarize
 
@@ -120,20 +120,20 @@ class EvalReport:
         """The table as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
-            f'<tr><td style="{_CELL}" title="{html.escape(_says(name))}">{html.escape(name)}</td>'
+            f'<tr><td style="{_CELL}" title="{html_text(_says(name))}">{html_text(name)}</td>'
             + "".join(f'<td style="{_CELL}">{_shown(both[side])}</td>' for side in sides)
-            + f'<td style="{_CELL}">{html.escape(_counted(both))}</td></tr>'
+            + f'<td style="{_CELL}">{html_text(_counted(both))}</td></tr>'
             for name, both in self._rows()
         ]
         head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ["metric", *sides, "facts"])
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
+        lines = "".join(f"<p>{html_text(line)}</p>" for line in self._lines())
         fragment = (
-            f"<div><p><b>{html.escape(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
+            f"<div><p><b>{html_text(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>{lines}{self._generations_html()}"
             f"{'' if self.other is None else self.other.to_html()}</div>"
         )
         if path is not None:
-            page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(self._title())}</title>\n{fragment}\n'
+            page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html_text(self._title())}</title>\n{fragment}\n'
             write_text(path, page)
         return fragment
 
@@ -148,7 +148,7 @@ class EvalReport:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         other = [] if self.other is None else ["", str(self.other)]
-        return "\n".join([self._title(), *lines, *self._lines(), *other])
+        return escaped("\n".join([self._title(), *lines, *self._lines(), *other]))
 
     def __repr__(self) -> str:
         return f"EvalReport({self._title()})"
@@ -184,7 +184,7 @@ class EvalReport:
         if not self.generations:
             return ""
         rows = "".join(
-            "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(text or "")}</td>' for text in row) + "</tr>"
+            "<tr>" + "".join(f'<td style="{_CELL}">{html_text(text or "")}</td>' for text in row) + "</tr>"
             for row in self.generations
         )
         head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ("prompt", "before", "after"))

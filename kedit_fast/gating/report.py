@@ -11,6 +11,7 @@ from ..evaluation.policy import Advice
 from ..evaluation.report import finite
 from ..files import write_text
 from ..html_report import Cell, Details, Picture, Section, Table, render_report
+from ..printing import escaped
 from .questions import KINDS, SOURCES, Kept
 from .thresholds import FAIL, PASS, Check
 
@@ -120,7 +121,7 @@ class GateReport:
         rows = [_HEADERS, *((*_row(c), _verdict(c)) for c in self.checks)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, self.advice.sentence, *self.notes, self._sentence()])
+        return escaped("\n".join([*lines, self.advice.sentence, *self.notes, self._sentence()]))
 
     def __repr__(self) -> str:
         n = self.meta.get("facts", 0)

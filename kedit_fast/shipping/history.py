@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kedit_fast.edit import Edit, check_once, digest
 from kedit_fast.facts import Fact, place
-from kedit_fast.files import existing_folder, file_in, named_instead, replace_file
+from kedit_fast.files import existing_folder, file_in, given_path, named_instead, replace_file
 from kedit_fast.shipping.folders import sha256_of, write_json
 
 FORMAT, VERSION = "kedit_fast.history", "1"
@@ -53,7 +53,7 @@ class EditHistory:
     """
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder = given_path(folder, "a folder of versions", slash=True)
         if os.path.lexists(folder):
             existing_folder(folder, "a folder of versions")
 

@@ -18,6 +18,7 @@ from reprlib import Repr
 from typing import Any
 
 SEEDS = 2**32 - 1  # the largest that numpy's RandomState takes; torch takes it too
+LARGEST = 2**53  # of a whole number without another bound: what JSON keeps exactly, and no tensor has more of anything
 MOST_LAYERS = 10_000  # no model has more; a range is looked at before it becomes a list
 
 
@@ -28,9 +29,11 @@ class BadArgument(ValueError, TypeError):
 def whole(name: str, value, *, least: int = 0, most: int | None = None, like: int | None = None) -> int:
     """A whole number within bounds, as an int."""
     fits = isinstance(value, Integral) and not isinstance(value, bool)
-    if not fits or value < least or (most is not None and value > most):
-        within = f"of at least {least}" if most is None else f"from {least} to {most}"
-        refuse(name, value, f"a whole number {within}, e.g. {least if like is None else like}")
+    if not fits or value < least or value > (LARGEST if most is None else most):
+        bounded = most is not None or (fits and value > LARGEST)
+        within = f"from {least} to {LARGEST if most is None else most}" if bounded else f"of at least {least}"
+        wanted = f"a whole number {within}, e.g. {least if like is None else like}"
+        refuse(name, value, wanted if least != most else f"{least}, there is no other")
     return int(value)
 
 
@@ -121,6 +124,13 @@ def instance(name: str, value, kinds: type | tuple[type, ...], wanted: str):
     return value
 
 
+def items(name: str, value, wanted: str) -> list:
+    """What a list, a tuple or anything else that is gone through holds; a text or a dict is not taken for one."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        refuse(name, value, wanted)
+    return list(value)
+
+
 def listed(
     name: str, value, kinds: type | tuple[type, ...], wanted: str, *, empty: bool = False, alone: bool = True
 ) -> list:
@@ -130,9 +140,7 @@ def listed(
     """
     if isinstance(value, kinds) and alone:
         return [value]
-    if isinstance(value, kinds | str | bytes | Mapping) or not isinstance(value, Iterable):
-        refuse(name, value, wanted)
-    found = list(value)
+    found = items(name, value, wanted)
     for each in found:
         if not isinstance(each, kinds):
             refuse(name, each, wanted)
@@ -186,6 +194,22 @@ def size(name: str, value) -> int:
     return int(n)
 
 
+def noise(name: str, value) -> tuple[str, float]:
+    """How a subject is corrupted: ("gaussian", level) of a number, ("subjects", factor) of "s3", ("uniform",
+    half-width) of "u0.1"."""
+    kind, level = "", value
+    if isinstance(value, str):
+        kind = value[:1] if value[:1] in ("s", "u") else ""
+        try:
+            level = float(value.removeprefix(kind))
+        except ValueError:
+            level = -1.0
+    fits = isinstance(level, Real) and not isinstance(level, bool) and _finite(level) and level >= 0
+    if not fits:
+        refuse(name, value, 'a number from 0 on, "s3" (3 standard deviations of the subjects) or "u0.1" (uniform)')
+    return {"": "gaussian", "s": "subjects", "u": "uniform"}[kind], float(level)
+
+
 def optional(check: Callable, name: str, value, *rest, **limits) -> Any:
     """The value as ``check`` gives it, or None."""
     if value is None:
@@ -235,7 +259,7 @@ class _Short(Repr):
         self.maxlist = self.maxtuple = self.maxset = self.maxdict = 6
 
     def repr_instance(self, x, level):
-        if isinstance(x, Number | PurePath | range | bytes | type | None):
+        if isinstance(x, Number | PurePath | range | bytes | type | None) or type(x).__name__ in ("dtype", "device"):
             return repr(x)[: self.maxother]
         return f"<{type(x).__name__}>"
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import checks
+
 SELF = "self"
 WINDOW = 256  # tokens a text is cut into; attention over longer windows changes C little and costs more
 
@@ -36,11 +38,10 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
     Raises ValueError for a corpus that is empty or too short, for a data set that cannot be read or lacks the column
     (with those it has), FileNotFoundError for a missing file.
     """
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens {n_tokens}: expected at least 1")
+    checks.whole("n_tokens", n_tokens, least=1, like=100_000)
     if isinstance(corpus, str) and corpus == SELF:
         return _sampled(lm, n_tokens, seed)
-    name, texts = _texts(corpus)
+    name, texts = _texts(check_corpus(corpus))
     windows, left = [], n_tokens
     for text in texts:
         for window in windows_of(lm, text):
@@ -53,6 +54,14 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
     raise ValueError(
         f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
     )
+
+
+def check_corpus(corpus):
+    """The corpus as ``read_corpus`` takes it, a list where it is texts; raises BadArgument for anything else."""
+    wanted = '"self" (sampled from the model), a text file, "hf:NAME" or a list of texts'
+    if isinstance(corpus, str | Path):
+        return corpus if corpus == SELF or str(corpus).startswith("hf:") else checks.path("corpus", corpus)
+    return checks.listed("corpus", corpus, str, wanted)
 
 
 def known_id(corpus, seed: int) -> str | None:
@@ -108,10 +117,7 @@ def _texts(corpus) -> tuple[str, Iterable[str]]:
                 f"corpus {str(corpus)!r} cannot be read ({error}); expected UTF-8 text or its .gz"
             ) from error
         return f"{path.name}-{_digest(text)}", iter([text])
-    texts = list(corpus)
-    if not texts or not all(isinstance(t, str) for t in texts):
-        raise ValueError("corpus: expected 'self', a path, 'hf:NAME' or a non-empty list of texts")
-    return f"texts-{_digest(chr(0).join(texts))}", iter(texts)
+    return f"texts-{_digest(chr(0).join(corpus))}", iter(corpus)
 
 
 def _data_set(name: str) -> "_Column":

@@ -10,18 +10,18 @@ Nothing in this file changes a model: the algebra of a delta is deltas.py, writi
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kedit_fast import checks
 from kedit_fast.checkpoint import digest as digest_of
 from kedit_fast.deltas import Delta, Dense, LowRank, as_smallest, edited_weight, written_delta
-from kedit_fast.facts import Fact
+from kedit_fast.facts import Fact, fact_list
 from kedit_fast.files import replace_file
 from kedit_fast.printing import escaped
 from kedit_fast.state import own_state
@@ -64,12 +64,17 @@ class Edit:
     owners: dict[int, Tensor] | None = None
 
     def __post_init__(self):
+        for name in ("method", "fingerprint"):
+            checks.text(name, getattr(self, name), blank=True)
+        for name in ("hparams", "deltas", "keys", "provenance"):
+            checks.instance(name, getattr(self, name), Mapping, "a dict")
+        checks.optional(checks.instance, "owners", self.owners, Mapping, "a dict")
         for name in ("hparams", "contexts", "provenance"):
             object.__setattr__(self, name, _as_json(name, getattr(self, name)))
         for name in ("deltas", "keys", "owners"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
-        object.__setattr__(self, "facts", tuple(self.facts))
+        object.__setattr__(self, "facts", tuple(fact_list(self.facts, empty=True)))
         _as_json("facts", [fact.to_record() for fact in self.facts])  # now, not when hours of work are to be saved
         _check_parts(self)
 
@@ -86,8 +91,7 @@ class Edit:
     def only(self, i: int) -> "Edit":
         """The edit of fact ``i`` alone, which nobody owns any more: the factors it owns, its value and its keys."""
         n = len(self.facts)
-        if not 0 <= i < n:
-            raise ValueError(f"fact {i} of an edit of {n} facts: expected 0 to {n - 1}")
+        i = checks.whole("i", i, most=n - 1)
         if self.owners is None and n > 1:
             raise ValueError(
                 f"these {n} facts were solved together and cannot be told apart; edit the one fact by itself, "
@@ -147,7 +151,7 @@ class Edit:
 
         Raises ValueError, naming the file, if it is cut short, no edit, of another version or lacks a tensor.
         """
-        tensors = _read(path)
+        tensors = _read(checks.path("path", path))
         try:
             record = json.loads(bytes(tensors.pop("record").numpy()))
             expected = record.pop("tensors")
@@ -169,6 +173,11 @@ class Edit:
             f"{size:.3g} MB, model {self.fingerprint[:12] or 'unknown'})",
             one_line=True,
         )
+
+
+def edit_list(edits, name: str = "edits", *, empty: bool = False) -> list[Edit]:
+    """Edits in their order, or one, as a list. Raises BadArgument for anything else, and for none unless ``empty``."""
+    return checks.listed(name, edits, Edit, "Edits; Edit.load reads a file, compose joins several", empty=empty)
 
 
 def digest(edit: Edit) -> str:
@@ -274,7 +283,7 @@ def _fields_of(tensors):
 def _read(path):
     """{name: tensor} of an edit's file; ValueError if it is not one."""
     expected = f"expected a {FORMAT} file of version {VERSION}, as Edit.save writes it"
-    if Path(path).is_dir():
+    if path.is_dir():
         raise IsADirectoryError(
             f"{path} is a folder; {expected} (where it holds versions of edits: EditHistory(folder).current)"
         )

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kedit_fast import checks
 from kedit_fast.fact_files import Question, fact_fields, misnamed, read_records
 
 Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns before the question
@@ -223,8 +224,7 @@ def load_facts(path, n: int | None = None) -> list[Fact]:
     Raises ValueError for n < 1 and for every problem of the file, with the file and the record's place; OSError where
     the file cannot be opened.
     """
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise ValueError(f"n = {n!r}: expected a positive number of facts, or None for all")
+    n = checks.optional(checks.whole, "n", n, least=1, like=10)
     return list(islice(_facts_of(OWN_FACTS if path == BUILTIN else path), n))
 
 
@@ -242,6 +242,12 @@ def _facts_of(path):
         yield from facts
 
 
+def fact_list(facts, name: str = "facts", *, empty: bool = False) -> list[Fact]:
+    """Facts, or one, as a list. Raises BadArgument for anything else, and for none unless ``empty``."""
+    wanted = "Facts, kf.Fact(prompt=..., subject=...) or what load_facts gives"
+    return checks.listed(name, facts, Fact, wanted, empty=empty)
+
+
 def check_facts(
     facts: Iterable[Fact], *, need_new: bool = False, need_subject: bool = False, together: bool = True
 ) -> list[Fact]:
@@ -256,17 +262,13 @@ def check_facts(
     together: whether they are written into one model. Independent edits see nothing of each other, so they neither
         contradict each other nor clash.
     Raises ValueError for no facts, for a contradiction (both facts and targets are named) and for a missing target_new
-    or subject; TypeError for anything but a collection of Facts.
+    or subject; BadArgument for anything but Facts.
     """
-    if isinstance(facts, Fact):
-        raise TypeError("facts: expected a list of Facts, got one Fact; pass [fact]")
     kept: dict[tuple, Fact] = {}
     places: dict[tuple, Fact] = {}
     relations: dict[tuple, Fact] = {}
     repeated, pointless, clashes = [], [], []
-    for fact in facts:
-        if not isinstance(fact, Fact):
-            raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
+    for fact in fact_list(facts):
         if need_subject:
             check_subject(fact)
         target = fact.target_new and fact.target_new.strip()
@@ -290,21 +292,20 @@ def check_facts(
         relation = fact.provenance.get("relation_id") if together else None
         if relation and relations.setdefault((at[0], str(relation)), fact).target_new.strip() != target:
             clashes.append(fact)
-    if not kept:
-        raise ValueError("no facts given")
     _warn(repeated, "left out: the same subject, prompt and target_new as a fact before")
     _warn(pointless, "target_new equals target_true, there is nothing to edit")
     _warn(clashes, "another target_new than a fact before it with the same subject and relation_id")
     return list(kept.values())
 
 
-def check_subject(fact: Fact) -> None:
-    """Raises ValueError for a fact without a subject, where one is needed."""
+def check_subject(fact: Fact) -> Fact:
+    """The fact; ValueError for one without a subject, where it is needed."""
     if fact.subject is None:
         raise ValueError(
             f"fact {fact.label} has no subject: tracing corrupts the subject's tokens, and ROME and MEMIT write at its "
             "last one. Name the subject and put {} in its place, or edit by fine-tuning (ft, ft-l), which needs none"
         )
+    return fact
 
 
 def spaced(text: str) -> str:

@@ -11,20 +11,21 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
+from . import checks
 from .editors import Rome
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
+from .editors.editor import Editor
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .files import append_records, check_place, write_text
-from .model.family import check_layer
 from .model.lm import takes_lm
 from .progress import progress, show_progress
+from .trace_tasks import KINDS as ALL_KINDS
 from .traces import LOCALIZATION_WARNING, ROLES, AverageTrace, TraceResult
 from .traces import average as average_of
 from .tracing import trace as trace_facts
@@ -106,8 +107,9 @@ class LayerSweep:
     @classmethod
     def load(cls, path) -> "LayerSweep":
         """What ``save`` wrote. Raises ValueError for any other file."""
+        path = checks.path("path", path)
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
             return cls(
@@ -161,12 +163,16 @@ def sweep_layers(
     and ``evaluate`` refuse; OSError for a log that cannot be written. Cost: an independent edit of all facts and an
     evaluation for each layer; the trace.
     """
-    layers = _checked_layers(lm, layers)
+    layers = range(lm.n_layers) if layers is None else checks.layers("layers", layers, lm.n_layers)
+    layers = tuple(sorted(set(layers)))
+    kinds = checks.choices("kinds", kinds, ALL_KINDS)
+    samples, seed = checks.whole("samples", samples, least=1, like=10), checks.seed("seed", seed)
     facts = checked_facts(facts, independent=True)
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
     if log is not None:
         check_place(log)
-    editor = Rome.for_model(lm) if editor is None else editor
+    wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
+    editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Editor, wanted)
     traces = None if trace is None else _averaged(lm, trace)
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
@@ -208,20 +214,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 # ---- what is checked, and files
 
 
-def _checked_layers(lm, layers) -> tuple[int, ...]:
-    layers = tuple(range(lm.n_layers)) if layers is None else tuple(sorted(set(layers)))
-    if not layers:
-        raise ValueError("no layers to edit at; leave layers out for all of them")
-    for layer in layers:
-        check_layer(layer, lm.n_layers)
-    return layers
-
-
 def _averaged(lm, trace) -> dict[str, AverageTrace]:
     traces = dict(trace) if isinstance(trace, Mapping) else average_of(trace)
     for kind, average in traces.items():
-        if not isinstance(average, AverageTrace):
-            raise TypeError(f"trace: expected TraceResults or {{kind: AverageTrace}}, got {type(average).__name__}")
+        checks.instance("trace", average, AverageTrace, "TraceResults or {kind: AverageTrace}")
         if average.mean.shape[1] != lm.n_layers:
             raise ValueError(
                 f"the trace of {kind} has {average.mean.shape[1]} layers, this model {lm.n_layers}; trace these facts "

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .corpus import SELF, Corpus, known_id, read_corpus
+from . import checks
+from .corpus import SELF, Corpus, check_corpus, known_id, read_corpus
 from .files import replace_file
 from .jobs.moments import Moments
 from .kernels.second_moment import fill_upper_
 from .kernels.solve import condition
-from .model.family import check_layer
 from .model.lm import takes_lm
 from .progress import progress
 from .state import own_state
@@ -56,6 +56,9 @@ class SecondMoment:
     dtype: str | None = None
 
     def __post_init__(self):
+        checks.instance("matrix", self.matrix, Tensor, "a tensor [d_ff, d_ff]")
+        checks.whole("n_tokens", self.n_tokens, least=1, like=100_000)
+        checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)
         size, apart = list(self.matrix.shape), 0.0
         if len(size) != 2 or size[0] != size[1]:
             raise ValueError(f"the second moment of layer {self.layer} is {size}; expected a square matrix")
@@ -95,30 +98,26 @@ class SecondMoment:
 
         Raises ValueError, naming the file, for anything else.
         """
-        if str(path).endswith(".npz"):
-            return cls._load_published(path, layer)
+        path = checks.path("path", path)
+        if path.name.endswith(".npz"):
+            return cls._load_published(path, checks.optional(checks.whole, "layer", layer, most=checks.MOST_LAYERS))
         refuse_pickled(path)
         try:
             with safe_open(path, "pt") as f:
                 meta = f.metadata() or {}
-                if meta.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz"
-                    )
-                return cls._of_record(f.get_tensor("matrix"), meta["record"])
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+                if meta.get("format") == FORMAT:
+                    return cls._of_record(f.get_tensor("matrix"), meta["record"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); collect these statistics again") from error
+        raise ValueError(f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz")
 
     @classmethod
     def _of_record(cls, matrix: Tensor, text: str) -> "SecondMoment":
-        """Raises TypeError for a record or a matrix that ``save`` does not write."""
+        """Raises ValueError or TypeError for a record or a matrix that ``save`` does not write."""
         record = json.loads(text)
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), int) for key in ("layer", "n_tokens")):
+        if not isinstance(record, dict):
             raise TypeError("its record says no layer and no number of tokens")
-        try:
-            return cls(matrix, **record)
-        except ValueError as error:
-            raise TypeError(str(error)) from error
+        return cls(matrix, **record)
 
     @classmethod
     def _load_published(cls, path, layer) -> "SecondMoment":
@@ -174,12 +173,9 @@ def second_moments(
     else fp32. Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that
     is damaged or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
     """
-    lm, layers = replace(lm, edits=()), sorted(set(layers))
-    for layer in layers:
-        check_layer(layer, lm.n_layers)
-    if not layers:
-        raise ValueError("no layers to collect statistics for")
-    n_tokens = 10 * lm.d_ff if n_tokens is None else n_tokens
+    lm, layers = replace(lm, edits=()), sorted(set(checks.layers("layers", layers, lm.n_layers)))
+    n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000) or 10 * lm.d_ff
+    corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
     if cache_dir is not None:
         _check_folder(cache_dir)
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
@@ -204,7 +200,8 @@ def second_moments(
 
 def _check_folder(path) -> None:
     """Raises NotADirectoryError where no folder can be made; it is made with the first sums."""
-    there = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    path = checks.path("cache_dir", path)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"cache_dir {str(path)!r} is a file or lies below one; give a folder")
 

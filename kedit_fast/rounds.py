@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
+from . import checks
 from .deltas import Dense
 from .edit import Edit
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
+from .editors.hyperparameters import Hyperparameters
 from .evaluation import evaluate
 from .evaluation.metrics import Interval, summarize
 from .evaluation.perplexity import MAX_TOKENS, text_windows
@@ -118,6 +120,7 @@ def edit_in_rounds(
     facts = check_rounds(
         lm, facts, editor, per_round=per_round, contexts=contexts, text=text, max_tokens=max_tokens, old=old, log=log
     )
+    seed = checks.seed("seed", seed)
     bare = replace(lm, edits=())
     below = compose(lm.edits) if lm.edits else None
     if editor.mom2_adjustment:
@@ -132,9 +135,10 @@ def check_rounds(
 ) -> list[Fact]:
     """What ``edit_in_rounds`` refuses but for statistics, which take time to measure; gives the facts without
     duplicates."""
-    for name, value, least in (("per_round", per_round, 1), ("old", old, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} = {value!r}: expected a whole number of at least {least}")
+    checks.instance("editor", editor, Hyperparameters, "an editor, e.g. kf.Memit.for_model(lm)")
+    checks.whole("per_round", per_round, least=1, like=10)
+    checks.whole("old", old, like=100)
+    checks.whole("max_tokens", max_tokens, least=2, like=5_120)
     editor.check_layers(lm)
     if text is not None:
         text_windows(lm, text, max_tokens)

@@ -1,6 +1,5 @@
 """What is traced: facts as tokens, the answer that is read, and the noise that corrupts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
 from .facts import Fact
 from .jobs.finite import not_finite
 from .jobs.restore import AddNoise
@@ -15,7 +15,7 @@ from .jobs.score import next_token_probs
 from .model.lm import takes_lm
 from .sites import Site
 from .sweep.runs import RunList
-from .tokens import answer_tokens, asked, fact_tokens
+from .tokens import TokenizedPrompt, answer_tokens, asked, fact_tokens
 
 KINDS = ("state", "mlp", "attn")
 SITE = {"mlp": Site.mlp_out, "attn": Site.attn_out}  # where a kind's contribution is read and written
@@ -63,16 +63,9 @@ def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
     is an outlier in some models, and the noise several times too large.
     Raises ValueError for anything else, and for a number that is negative or not finite.
     """
-    text = str(noise)
-    kind = text[:1] if text[:1] in ("s", "u") else ""
-    try:
-        factor = float(text.removeprefix(kind))
-    except ValueError:
-        factor = math.nan
-    if not 0 <= factor < math.inf:
-        raise ValueError(f'noise {noise!r}: expected a number from 0 on, "s3" (times the standard deviation) or "u0.1"')
-    if kind != "s":
-        return ("uniform" if kind else "gaussian"), factor
+    kind, factor = checks.noise("noise", noise)
+    if kind != "subjects":
+        return kind, factor
     ids = [i for fact in facts for i in lm.tokenizer(fact.subject, add_special_tokens=False)["input_ids"]]
     with torch.no_grad():
         return "gaussian", factor * lm.embed(torch.tensor(ids)).float().std().item()
@@ -81,7 +74,11 @@ def noise_level(lm, facts: Sequence[Fact], noise) -> tuple[str, float]:
 def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
     """Everything that can be wrong with the facts is found here, before the sweep."""
     prompts = [fact_tokens(lm.tokenizer, fact) for fact in facts]
-    others = [None] * len(facts) if corrupt == "noise" else _corrupted(lm, facts, prompts, corrupt)
+    others = (
+        [None] * len(facts)
+        if isinstance(corrupt, str) and corrupt == "noise"
+        else _corrupted(lm, facts, prompts, corrupt)
+    )
     texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
     top = next_token_probs(lm, texts).argmax(-1).tolist()
     answers = top[: len(facts)] if answer is None else [_first(lm, fact, answer) for fact in facts]
@@ -95,21 +92,48 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
 
 
 def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
-    subjects = [corrupt] * len(facts) if isinstance(corrupt, str) else list(corrupt)
+    wanted = '"noise", another subject, or a list of one for each fact'
+    subjects = checks.listed("corrupt", corrupt, str, wanted)
+    subjects = subjects * len(facts) if isinstance(corrupt, str) else subjects
     if len(subjects) != len(facts):
-        raise ValueError(f"corrupt: {len(subjects)} subjects for {len(facts)} facts; expected one, or one for each")
+        raise ValueError(f"corrupt: {len(subjects)} subjects, {len(facts)} facts; expected one, or one for each fact")
     made = []
     for fact, prompt, subject in zip(facts, prompts, subjects, strict=True):
         other = fact_tokens(lm.tokenizer, replace(fact, subject=subject))
         if len(other.ids) != len(prompt.ids) or tuple(other.span) != tuple(prompt.span):
-            raise ValueError(
-                f"subject {subject!r} takes {len(other.ids) - len(prompt.ids):+d} tokens against {fact.subject!r}; "
-                "corrupting by another subject needs one of equal token count"
-            )
+            raise ValueError(_lengths(subject, other, fact.subject, prompt))
         if other.ids[: other.span[0]] != prompt.ids[: prompt.span[0]]:
             raise ValueError(f"with {subject!r} the tokens before the subject differ from those with {fact.subject!r}")
         made.append(list(other.ids))
     return made
+
+
+def _lengths(subject: str, other: TokenizedPrompt, replaced: str, prompt: TokenizedPrompt) -> str:
+    """Why one subject cannot stand in for another: they take another number of tokens."""
+    takes, wanted = (b - a for a, b in (other.span, prompt.span))
+    if takes == wanted:  # a merge over the subject's end
+        return (
+            f"with {subject!r} the tokens around the subject differ from those with {replaced!r}; give another subject"
+        )
+    return (
+        f"corrupt = {subject!r} takes {takes} token{'s' * (takes != 1)}, the subject {replaced!r} {wanted}; give a "
+        f"subject of {wanted} token{'s' * (wanted != 1)}"
+    )
+
+
+def check_draws(lm, facts: Sequence[Fact], kinds: Sequence[str], draws: int) -> int:
+    """The number of noise draws; ValueError where those of one fact would not fit the model's memory."""
+    longest = max(facts, key=lambda fact: len(fact.subject))
+    begin, end = fact_tokens(lm.tokenizer, longest).span
+    # the noise in fp64, and of each restored run its entries in the table of runs
+    each = (end - begin) * (8 * lm.d_model + 64 * len(kinds) * lm.n_layers)
+    most = lm.memory // each  # 0: the plan says what a single draw needs
+    if 0 < most < draws:
+        raise ValueError(
+            f"samples = {draws}: the noise and the runs of one fact would take {draws * each / 1e9:,.0f} GB, and this "
+            f"model's sweeps may hold {lm.memory / 1e9:,.1f} GB; take at most {most} samples"
+        )
+    return draws
 
 
 def _foil(lm, fact) -> int:

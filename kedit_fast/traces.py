@@ -3,12 +3,13 @@
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from numbers import Real
 
 import numpy as np
 
+from . import checks
 from .facts import Fact
 from .files import replace_file
 
@@ -49,6 +50,23 @@ class TraceResult:
     p_restored: np.ndarray
     backend: str = ""
     exact: np.ndarray | None = None
+
+    def __post_init__(self):
+        checks.instance("fact", self.fact, Fact, "a Fact")
+        checks.instance("p_restored", self.p_restored, np.ndarray, "an array [tokens, layers]")
+        if self.p_restored.ndim != 2 or len(self.p_restored) != len(self.tokens):
+            raise ValueError(
+                f"p_restored: expected [tokens, layers], {len(self.tokens)} tokens; found {list(self.p_restored.shape)}"
+            )
+        if self.exact is not None and self.exact.shape != self.p_restored.shape:
+            raise ValueError(f"exact: expected {list(self.p_restored.shape)}, found {list(self.exact.shape)}")
+        b, e = self.subject_span
+        if not 0 <= checks.whole("subject_span", b) < checks.whole("subject_span", e) <= len(self.tokens):
+            raise ValueError(f"subject_span = {(b, e)}: expected a part of {len(self.tokens)} tokens")
+        for name in ("p_clean", "p_corrupted"):
+            checks.instance(name, getattr(self, name), Real, "a number")
+        for name in ("answer", "kind", "metric"):
+            checks.text(name, getattr(self, name), blank=True)
 
     @property
     def indirect_effect(self) -> np.ndarray:
@@ -96,8 +114,11 @@ class TraceResult:
     @classmethod
     def load(cls, path) -> "TraceResult":
         """Raises ValueError for a file that ``save`` did not write."""
-        data = _npz(path, "p_restored", "record")
-        return cls.from_record(json.loads(str(data["record"])) | {"p_restored": data["p_restored"]})
+        return _npz(path, cls._of_arrays, "p_restored", "record")
+
+    @classmethod
+    def _of_arrays(cls, p_restored, record) -> "TraceResult":
+        return cls.from_record(json.loads(str(record)) | {"p_restored": p_restored})
 
     def _repr_html_(self) -> str:
         from .plots import figure_html
@@ -123,14 +144,20 @@ class AverageTrace:
     metric: str
     total_effect: float
 
+    def __post_init__(self):
+        shapes = [np.shape(x) for x in (self.mean, self.stderr, self.counts)]
+        if len(shapes[0]) != 2 or shapes != [(len(ROLES), shapes[0][1])] * 2 + [(len(ROLES),)]:
+            raise ValueError(
+                f"mean, stderr, counts: expected [{len(ROLES)}, layers] twice and [{len(ROLES)}]: {shapes}"
+            )
+
     def recommend_layers(self, n: int = 5) -> tuple[int, ...]:
         """The n consecutive layers with the largest mean effect at the last subject token, where facts are edited.
 
         A hint, not a proof: see ``LOCALIZATION_WARNING``. Raises ValueError when n is not within the layers.
         """
         effect = self.mean[ROLES.index("last subject token")]
-        if not 1 <= n <= len(effect):
-            raise ValueError(f"{n} layers of {len(effect)}: expected 1 to {len(effect)}")
+        n = checks.whole("n", n, least=1, most=len(effect))
         sums = np.convolve(effect, np.ones(n), mode="valid")
         first = int(sums.argmax())
         return tuple(range(first, first + n))
@@ -149,8 +176,11 @@ class AverageTrace:
     @classmethod
     def load(cls, path) -> "AverageTrace":
         """Raises ValueError for a file that ``save`` did not write."""
-        data = _npz(path, "mean", "stderr", "counts", "record")
-        return cls(data["mean"], data["stderr"], data["counts"], **json.loads(str(data["record"])))
+        return _npz(path, cls._of_arrays, "mean", "stderr", "counts", "record")
+
+    @classmethod
+    def _of_arrays(cls, mean, stderr, counts, record) -> "AverageTrace":
+        return cls(mean, stderr, counts, **json.loads(str(record)))
 
     def _repr_html_(self) -> str:
         from .plots import figure_html
@@ -164,23 +194,27 @@ def _write_npz(path, **arrays) -> None:
         np.savez(file, **arrays)
 
 
-def _npz(path, *names) -> dict:
+def _npz(path, made: Callable, *names: str):
+    """What ``made`` makes of the arrays of these names in a file."""
+    path = checks.path("path", path)
     try:
-        with np.load(Path(path), allow_pickle=False) as data:
-            return {name: data[name] for name in names}
+        with np.load(path, allow_pickle=False) as data:
+            return made(*(data[name] for name in names))
     except FileNotFoundError:
         raise
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        AttributeError, KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} is not a saved trace ({error}); expected the arrays {', '.join(names)}") from error
 
 
 def read_log(path) -> list[TraceResult]:
     """The results that a ``log=`` file of ``trace`` holds so far. Raises ValueError for a line that is none."""
+    path, results = checks.path("path", path), []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no trace log: not UTF-8 text ({error})") from error
-    results = []
     for number, line in enumerate(lines, 1):
         try:
             results.append(TraceResult.from_record(json.loads(line)))
@@ -191,9 +225,7 @@ def read_log(path) -> list[TraceResult]:
 
 def average(results: Iterable[TraceResult]) -> dict[str, AverageTrace]:
     """Average trace of each kind over facts. Raises ValueError for none, or for results that cannot be averaged."""
-    results = list(results)
-    if not results:
-        raise ValueError("no trace results to average")
+    results = checks.listed("results", results, TraceResult, "TraceResults, as trace gives them")
     if len({(r.metric, r.sever, r.p_restored.shape[1]) for r in results}) > 1:
         raise ValueError("these traces differ in metric, severing or number of layers; average them apart")
     kinds = dict.fromkeys(r.kind for r in results)

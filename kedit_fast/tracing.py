@@ -15,8 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import checks
 from .attribution import estimate, most
-from .facts import Fact, check_subject
+from .facts import check_subject, fact_list
 from .files import append_records, check_place
 from .jobs.restore import Restore
 from .jobs.score import Score
@@ -27,7 +28,19 @@ from .sites import Site
 from .sweep.engine import sweep
 from .sweep.plan import CALL_ROWS, RowCost
 from .sweep.runs import RunList
-from .trace_tasks import KINDS, METRICS, SITE, Found, Settings, Task, add_runs, noise_job, noise_level, tasks_of
+from .trace_tasks import (
+    KINDS,
+    METRICS,
+    SITE,
+    Found,
+    Settings,
+    Task,
+    add_runs,
+    check_draws,
+    noise_job,
+    noise_level,
+    tasks_of,
+)
 from .traces import AverageTrace, TraceResult, average, read_log
 
 __all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "read_log", "trace"]
@@ -79,13 +92,16 @@ def trace(
     pass for each group of facts that ``lm.memory`` holds (two and a half with an estimate), and one for the answers.
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(dict.fromkeys(kinds))
-    _check(facts, kinds, window, samples, metric, sever, method, top)
-    if log is not None:
-        check_place(log)
-    level = noise_level(lm, facts, noise) if corrupt == "noise" else None
-    how = Settings(kinds, window, metric, sever, samples if corrupt == "noise" else 1, level, seed)
+    facts, kinds = [check_subject(fact) for fact in fact_list(facts)], checks.choices("kinds", kinds, KINDS)
+    window = checks.whole("window", window, least=1, most=checks.MOST_LAYERS, like=10)
+    samples, top = (checks.whole(*each, least=1, like=10) for each in (("samples", samples), ("top", top)))
+    metric, method = checks.choice("metric", metric, METRICS), checks.choice("method", method, METHODS)
+    _check_severed(kinds, sever, method)
+    seed, answer = checks.seed("seed", seed), checks.optional(checks.text, "answer", answer, like="Paris")
+    log = None if log is None else check_place(log)
+    noisy = isinstance(corrupt, str) and corrupt == "noise"
+    level, draws = (noise_level(lm, facts, noise), check_draws(lm, facts, kinds, samples)) if noisy else (None, 1)
+    how = Settings(kinds, window, metric, sever, draws, level, seed)
     backend = ", ".join(f"{op} {backend_for(op, lm.device, lm.dtype)}" for op in _OPS)
     tasks = tasks_of(lm, facts, answer, corrupt, metric)
     results: list[TraceResult] = []
@@ -102,27 +118,11 @@ def _advance(bar, n_facts: int, share: float) -> None:
     bar.advance(n_facts * share)
 
 
-def _check(facts, kinds, window, samples, metric, sever, method, top):
-    unknown = set(kinds) - set(KINDS)
-    if unknown or not kinds:
-        raise ValueError(f"unknown trace kinds {sorted(unknown)}; expected some of {', '.join(KINDS)}")
-    for name, value, known in (("metric", metric, METRICS), ("method", method, METHODS)):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
-    if strange := [fact for fact in facts if not isinstance(fact, Fact)]:
+def _check_severed(kinds, sever, method):
+    checks.optional(checks.choice, "sever", sever, SITE)
+    if sever is not None and (kinds != ("state",) or method != "exact"):
         raise ValueError(
-            f"{strange[0]!r} is no Fact; expected kf.Fact(prompt=..., subject=...) or what load_facts gives"
-        )
-    for fact in facts:
-        check_subject(fact)
-    if window < 1 or samples < 1 or top < 1 or not facts:
-        raise ValueError(
-            f"trace needs facts, window, samples and top from 1 on; got {len(facts)}, {window}, {samples}, {top}"
-        )
-    if sever is not None and (sever not in SITE or tuple(kinds) != ("state",) or method != "exact"):
-        raise ValueError(
-            f'sever={sever!r} with kinds={tuple(kinds)}, method={method!r}: expected "mlp" or "attn" with '
-            'kinds=("state",), method="exact"'
+            f'sever={sever!r} with kinds={kinds}, method={method!r}: expected kinds=("state",), method="exact"'
         )
 
 

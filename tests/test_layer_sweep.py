@@ -104,7 +104,7 @@ def test_a_line_for_each_layer(tmp_path):
     [
         ({"layers": (0, 9)}, "layer 9"),
         ({"layers": ()}, "no layers"),
-        ({"facts": []}, "no facts given"),
+        ({"facts": []}, "facts is empty"),
         ({"facts": [replace(FACTS[0], target_new=None)]}, "no target_new"),
         ({"moments": None}, "second moments"),
         ({"moments": {0: cases.moments()[0]}}, "no second moment for layer 1"),

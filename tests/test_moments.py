@@ -450,7 +450,7 @@ def test_records_that_say_too_little(record, tmp_path):
         SecondMoment.load(path)
     said = {"format": "kedit_fast.second_moment", "record": '{"layer": 1, "n_tokens": 9}'}
     save_file({"matrix": torch.zeros(3, 4)}, path, said)
-    with pytest.raises(ValueError, match=rf"{path} is damaged .*square matrix, found \[3, 4\]"):
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*expected a square one, \[d_ff, d_ff\], found \[3, 4\]"):
         SecondMoment.load(path)
 
 

@@ -189,7 +189,7 @@ def test_a_ruined_model_is_reported_not_hidden(monkeypatch):
         ({"per_round": 0}, "per_round = 0"),
         ({"per_round": 1.5}, "per_round = 1.5"),
         ({"old": -1}, "old = -1"),
-        ({"facts": []}, "no facts given"),
+        ({"facts": []}, "facts is empty"),
         ({"facts": [*FACTS, replace(FACTS[0], target_new="Oslo")]}, "contradict"),
         ({"facts": [*FACTS, replace(FACTS[0], subject="Io", target_new=None)]}, "no target_new"),
         ({"facts": [*FACTS, replace(FACTS[0], subject="x y " * 200)]}, "in context"),

@@ -142,7 +142,7 @@ def test_kinds_are_averaged_apart():
 
 def test_what_cannot_be_averaged_is_refused():
     a = result(rows(0.1, 0.2), (0, 1))
-    with pytest.raises(ValueError, match="no trace results"):
+    with pytest.raises(ValueError, match="results is empty; expected TraceResults"):
         average([])
     for other in (replace(a, metric="logprob"), replace(a, sever="mlp"), result([[0.1] * 3] * 2, (0, 1))):
         with pytest.raises(ValueError, match="differ in metric, severing or number of layers"):
@@ -160,7 +160,7 @@ def test_recommended_layers():
     assert averaged.recommend_layers(7) == tuple(range(7))
     assert averaged.recommend_layers() == (1, 2, 3, 4, 5)
     for n in (0, 8, -1):
-        with pytest.raises(ValueError, match=f"{n} layers of 7"):
+        with pytest.raises(ValueError, match=f"n = {n}: expected a whole number from 1 to 7"):
             averaged.recommend_layers(n)
 
 

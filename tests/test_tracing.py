@@ -336,25 +336,30 @@ def test_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kinds": ("state", "heads")}, r"kinds \['heads'\]; expected some of state, mlp, attn"),
-        ({"kinds": ()}, "unknown trace kinds"),
-        ({"metric": "rank"}, "metric 'rank'; expected one of prob, logprob, logit_diff"),
-        ({"window": 0}, "from 1 on; got 1, 0, "),
-        ({"samples": 0}, "from 1 on; got 1, .*, 0, 20"),
-        ({"top": 0}, "from 1 on; got .*, 0$"),
-        ({"method": "guess"}, "method 'guess'; expected one of exact, attribution, screen"),
+        ({"kinds": ("state", "heads")}, "kinds = 'heads': expected some of state, mlp, attn"),
+        ({"kinds": ()}, r"kinds = \(\): expected some of"),
+        ({"metric": "rank"}, "metric = 'rank': expected one of prob, logprob, logit_diff"),
+        ({"window": 0}, "window = 0: expected a whole number from 1 to"),
+        ({"samples": 0}, "samples = 0: expected a whole number of at least 1, e.g. 10"),
+        ({"samples": 1.5}, "samples = 1.5: expected a whole number"),
+        ({"samples": 10**9}, r"samples = 1000000000: the noise .* would take .* GB.*; take at most \d+ samples"),
+        ({"seed": "a"}, "seed = 'a': expected a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed = 4294967296: expected a whole number from 0 to 4294967295"),
+        ({"answer": ""}, r"answer is empty \(''\)"),
+        ({"top": 0}, "top = 0: expected a whole number"),
+        ({"method": "guess"}, "method = 'guess': expected one of exact, attribution, screen"),
         ({"sever": "mlp", "kinds": ("state",), "method": "screen"}, "method='screen': expected"),
         ({"sever": "mlp"}, "sever='mlp'"),
-        ({"sever": "state", "kinds": ("state",)}, "sever='state'"),
-        ({"noise": "t3"}, "noise 't3': expected a number"),
-        ({"noise": "s"}, "noise 's': expected a number"),
+        ({"sever": "state", "kinds": ("state",)}, "sever = 'state': expected one of mlp, attn"),
+        ({"noise": "t3"}, "noise = 't3': expected a number"),
+        ({"noise": "s"}, "noise = 's': expected a number"),
         *(
-            ({"noise": noise}, f"noise {noise!r}: expected a number from 0 on")
+            ({"noise": noise}, f"noise = {noise!r}: expected a number from 0 on")
             for noise in (math.nan, math.inf, -0.1, None, "nan", "snan", "s-1", "sinf", "u-0.1", "uinf")
         ),
         ({"metric": "logit_diff"}, "needs a foil"),
-        ({"corrupt": "Danielle Darrieux"}, r"takes \+\d+ tokens against 'France'"),
-        ({"corrupt": ["Spain", "Italy"]}, "2 subjects for 1 facts"),
+        ({"corrupt": "Danielle Darrieux"}, "takes 5 tokens, the subject 'France' 2; give a subject of 2 tokens"),
+        ({"corrupt": ["Spain", "Italy"]}, "2 subjects, 1 facts"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_any_work(options, message, monkeypatch):
@@ -391,7 +396,7 @@ def test_a_result_says_which_backends_ran(monkeypatch):
 
 
 def test_no_facts_is_refused():
-    with pytest.raises(ValueError, match="needs facts"):
+    with pytest.raises(ValueError, match="facts is empty; expected Facts"):
         kf.trace(tiny_lm("gpt2"), [])
 
 

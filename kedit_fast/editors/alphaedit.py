@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..kernels.solve import factor
 from ..model.lm import takes_lm
 from ..moments import SecondMoment
@@ -44,12 +45,14 @@ class AlphaEdit(Memit):
     ALG_NAMES: ClassVar = {"AlphaEdit": {}}
     POSITIVE: ClassVar = (*Memit.POSITIVE, "L2")
 
+    def __post_init__(self):
+        super().__post_init__()
+        checks.number("nullspace_share", self.nullspace_share, above=0, most=1, like=0.9)
+
     def _check(self, lm) -> None:
         super()._check(lm)
         if not self.mom2_adjustment:
             raise ValueError("mom2_adjustment False: AlphaEdit needs second moments, for its null space is theirs")
-        if not self.nullspace_threshold and not 0 < self.nullspace_share <= 1:
-            raise ValueError(f"nullspace_share {self.nullspace_share}: expected a share above 0, 1 at most")
 
     @classmethod
     @takes_lm

@@ -113,7 +113,6 @@ def new_answer(lm, fact: Fact) -> list[int]:
 def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:
     """Facts an editor can write: targets and subjects present, no contradictions unless each is an edit of its own. One
     Fact is a list of one."""
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
     return check_facts(facts, need_new=True, need_subject=need_subject, together=not independent)
 
 

@@ -1,5 +1,6 @@
 """Contexts: short texts put before a prompt, over which keys and values are averaged."""
 
+from .. import checks
 from ..jobs.generate import generate
 
 BARE = "{}"
@@ -47,13 +48,12 @@ def _clean(text: str) -> str:
 
 def checked_contexts(contexts) -> list[list[str]]:
     """Groups of templates, each with one "{}", the bare prompt first. A flat list of templates is one group."""
-    contexts = [contexts] if isinstance(contexts, str) else list(contexts)
+    wanted = 'groups of templates, none empty, e.g. [["{}"], ["So. {}"]]'
+    contexts = [contexts] if isinstance(contexts, str) else checks.items("contexts", contexts, wanted)
     groups = [contexts] if contexts and all(isinstance(t, str) for t in contexts) else contexts
-    if not groups or not all(isinstance(group, list | tuple) and group for group in groups):
-        raise ValueError(
-            f'contexts {contexts!r}: expected groups of templates, none empty, e.g. [["{{}}"], ["So. {{}}"]]'
-        )
-    groups = [list(group) for group in groups]
+    groups = [checks.listed("contexts", group, str, wanted, alone=False) for group in groups]
+    if not groups:
+        checks.refuse("contexts", groups, wanted)
     templates = [t for group in groups for t in group]
     if templates[0] != BARE:
         raise ValueError(
@@ -61,6 +61,6 @@ def checked_contexts(contexts) -> list[list[str]]:
             'e.g. [["{}"], ["So. {}"]]'
         )
     for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
+        if template.count("{}") != 1:
             raise ValueError(f"context {template!r}: expected text with one {{}} for the prompt")
     return groups

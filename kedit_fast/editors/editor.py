@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, checks
 from ..checkpoint import Checkpoint, Keep, check_checkpoint, digest, keep_json, make_now
 from ..deltas import Delta
 from ..edit import Edit
@@ -70,6 +70,7 @@ class Editor(Settings):
         model, layers out of range, missing or foreign statistics, a checkpoint of other work; later, naming the fact,
         where a loss or a residual turns NaN.
         """
+        seed = checks.seed("seed", seed)
         if checkpoint is not None:
             check_checkpoint(checkpoint)
         lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, checks
 from ..deltas import Dense
 from ..edit import Edit
 from ..facts import Fact
@@ -63,8 +63,7 @@ class Ft(Hyperparameters):
         super().__post_init__()
         if self.kl_factor:
             raise ValueError(f"kl_factor {self.kl_factor}: fine-tuning has no KL term, published or here; expected 0")
-        if self.objective_optimization not in OBJECTIVES:
-            raise ValueError(f"objective_optimization {self.objective_optimization!r}: expected one of {OBJECTIVES}")
+        checks.choice("objective_optimization", self.objective_optimization, OBJECTIVES)
 
     def _check_rest(self, given):
         """Raises ValueError for a file that trains anything but the down projection: gpt2-xl_attn, and those with
@@ -118,13 +117,16 @@ class Ft(Hyperparameters):
         padding cannot enter a loss (the published mask is by the unknown token, which most tokenizers do not pad with).
         """
         _check_unread(moments=moments, corpus=corpus, contexts=contexts)
-        if independent:
+        checks.seed("seed", seed)
+        if checks.flag("independent", independent):
             raise ValueError(
                 "independent=True: a fine-tuned delta is dense, no part of it belongs to one fact; edit the facts one "
                 "at a time, each as an edit of its own"
             )
         if checkpoint is not None:
-            raise ValueError(f"checkpoint={str(checkpoint)!r}: fine-tuning has no finished parts to keep; leave it out")
+            raise ValueError(
+                f"checkpoint = {checks.shown(checkpoint)}: fine-tuning has no finished parts to keep; leave it out"
+            )
         lm, facts = self._prepared(lm, facts, previous)
         tuned = fine_tune(lm, [_task(lm, fact) for fact in facts], self._tune_settings())
         return Edit(

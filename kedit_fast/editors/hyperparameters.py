@@ -1,11 +1,10 @@
 """Hyper-parameters as ROME and MEMIT share them: read from published files, checked one by one, derived for a model."""
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from ..model.family import check_layer
+from .. import checks
 from .common import check_lengths, checked_facts, under
 from .contexts import BARE, checked_contexts
 from .settings_files import as_number, check_known, is_yaml, read_settings
@@ -25,21 +24,17 @@ class Hyperparameters:
 
     def __post_init__(self):
         for field in fields(self):
-            value = _frozen(getattr(self, field.name))
-            if field.name in self.POSITIVE and isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"{field.name} {value}: expected a number above 0")
-            _check_kind(field.name, field.type, value)
+            value = _KINDS[field.type](field.name, getattr(self, field.name), field.name in self.POSITIVE)
             object.__setattr__(self, field.name, value)
         layers = getattr(self, "layers", ())
         if len(set(layers)) < len(layers):
-            raise ValueError(f"layers {layers}: expected each layer once")
+            checks.refuse("layers", layers, "each layer once")
 
     def check_layers(self, lm) -> None:
         """Raises ValueError where there are no layers to edit, or the model lacks one."""
         if not self.layers:
             raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
-        for layer in self.layers:
-            check_layer(layer, lm.n_layers)
+        checks.layers("layers", self.layers, lm.n_layers)
 
     @classmethod
     def from_file(cls, path):
@@ -49,6 +44,7 @@ class Hyperparameters:
         line. Raises ValueError, with the path, for the settings of another method, for a field that this editor lacks,
         and for a value that the field does not take.
         """
+        path = checks.path("path", path)
         given, own = read_settings(path), {f.name: f.type for f in fields(cls)}
         values = cls._implied(path, given.get("alg_name"))
         check_known(path, given, own, cls.__name__)
@@ -113,13 +109,12 @@ class Settings(Hyperparameters):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.fact_token != "subject_last":
-            raise ValueError(f'fact_token {self.fact_token!r}: only "subject_last" carries the fact; expected that')
+        checks.choice("fact_token", self.fact_token, ["subject_last"])  # the only one that carries the fact
 
     def _prepared(self, lm, facts, contexts, previous, independent):
         """(model with ``previous`` on it, facts, groups of contexts or None), checked before any work."""
         self._check(lm)
-        facts = checked_facts(facts, independent)
+        facts = checked_facts(facts, checks.flag("independent", independent))
         groups = None if contexts is None else checked_contexts(contexts)
         if groups and self.FLAT_CONTEXTS:
             groups = [[template for group in groups for template in group]]
@@ -138,47 +133,27 @@ class Settings(Hyperparameters):
     def _check(self, lm) -> None:
         self.check_layers(lm)
         if self.v_loss_layer is not None:
-            check_layer(self.v_loss_layer, lm.n_layers)
+            checks.layers("v_loss_layer", [self.v_loss_layer], lm.n_layers)
 
 
-def _frozen(value):
-    """JSON's lists as tuples, also inside."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+def _pairs(name: str, value, _positive: bool) -> tuple[tuple[int, int], ...]:
+    wanted = "pairs of (length, n), e.g. ((10, 5),)"
+    pairs = [checks.items(name, pair, wanted) for pair in checks.items(name, value, wanted)]
+    if not all(len(pair) == 2 for pair in pairs):
+        checks.refuse(name, value, wanted)
+    return tuple(tuple(checks.whole(name, x, least=1, most=10_000, like=10) for x in pair) for pair in pairs)
 
 
-def _is_whole(value, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_pair(value) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(_is_whole(x, 1) for x in value)
-
-
-# By a field's annotation: what it takes, as a test and in words.
+# By a field's annotation: the check that its value passes; the last argument says whether it must be above 0.
 _KINDS = {
-    int: (_is_whole, "a whole number from 0 on"),
-    int | None: (lambda x: x is None or _is_whole(x), "a whole number from 0 on, or null"),
-    float: (
-        lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf,
-        "a finite number from 0 on",
-    ),
-    bool: (lambda x: isinstance(x, bool), "true or false"),
-    str: (lambda x: isinstance(x, str), "a string"),
-    tuple[int, ...]: (
-        lambda x: isinstance(x, tuple) and all(map(_is_whole, x)),
-        "a list of layers, whole numbers from 0 on",
-    ),
-    tuple[tuple[int, int], ...]: (
-        lambda x: isinstance(x, tuple) and all(map(_is_pair, x)),
-        "a list of pairs [length, n], whole numbers from 1 on",
-    ),
+    int: lambda name, value, positive: checks.whole(name, value, least=int(positive), like=20),
+    int | None: lambda name, value, _: checks.optional(checks.whole, name, value, most=checks.MOST_LAYERS),
+    float: lambda name, value, positive: checks.number(name, value, least=0, above=0 if positive else None),
+    bool: lambda name, value, _: checks.flag(name, value),
+    str: lambda name, value, _: checks.text(name, value, blank=True),
+    tuple[int, ...]: lambda name, value, _: checks.layers(name, value, empty=True),
+    tuple[tuple[int, int], ...]: _pairs,
 }
-
-
-def _check_kind(name: str, kind, value) -> None:
-    fits, words = _KINDS[kind]
-    if not fits(value):
-        raise ValueError(f"{name} {value!r}: expected {words}")
 
 
 def published(table: dict, lm):

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..checkpoint import Keep
 from ..deltas import LowRank, as_smallest
 from ..jobs.values import ValueSettings, optimize_values
@@ -49,8 +50,7 @@ class Rome(Editor):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.key not in ("published", "averaged"):
-            raise ValueError(f'key {self.key!r}: expected "published" or "averaged"')
+        checks.choice("key", self.key, ["published", "averaged"])
 
     @classmethod
     @takes_lm

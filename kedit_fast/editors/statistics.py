@@ -1,12 +1,13 @@
 """The statistics behind an edit: the second moments of the keys, given or measured, checked before any work."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..kernels.solve import MomentFactor, factor
 from ..moments import SecondMoment, second_moments
 
@@ -19,11 +20,15 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
     do not say which model they are of (published npz files).
     """
     if moments is None:
-        moments = second_moments(lm, layers, _checked_corpus(corpus))
+        if corpus is None:
+            raise ValueError(
+                "an edit needs second moments of the keys: give moments=kedit_fast.second_moments(...), or corpus= "
+                '("self" samples text from the model), or mom2_adjustment=False to go without'
+            )
+        moments = second_moments(lm, layers, corpus)
     elif corpus is not None:
         raise ValueError("moments= and corpus= are both given; give one: corpus= is what moments are measured over")
-    if not isinstance(moments, Mapping):
-        raise TypeError(f"moments: expected {{layer: SecondMoment}}, got {type(moments).__name__}{_way_out(moments)}")
+    checks.instance("moments", moments, Mapping, f"{{layer: SecondMoment}}{_way_out(moments)}")
     for layer in layers:
         if layer not in moments:
             raise ValueError(f"no second moment for layer {layer}; given for {sorted(moments, key=str)}")
@@ -46,25 +51,9 @@ def _way_out(moments) -> str:
     return "; SecondMoment.load reads a file" if isinstance(moments, str | PathLike) else ""
 
 
-def _checked_corpus(corpus):
-    if corpus is None:
-        raise ValueError(
-            "an edit needs second moments of the keys: give moments=kedit_fast.second_moments(...), or corpus= "
-            '("self" samples text from the model), or mom2_adjustment=False to go without'
-        )
-    if not isinstance(corpus, str | PathLike | Iterable) or isinstance(corpus, bytes | Mapping | Tensor):
-        raise TypeError(
-            f'corpus: expected "self", a text file, "hf:NAME" or a list of texts, got {type(corpus).__name__}'
-        )
-    return corpus
-
-
 def _check_moment(lm, layer: int, m: SecondMoment, regularizer: float) -> None:
-    if not isinstance(m, SecondMoment):
-        raise TypeError(
-            f"the second moment of layer {layer}: expected a SecondMoment, got {type(m).__name__}; "
-            "kedit_fast.second_moments makes them, SecondMoment(matrix, n_tokens, layer) holds one"
-        )
+    wanted = "a SecondMoment; kedit_fast.second_moments makes them, SecondMoment(matrix, n_tokens, layer) holds one"
+    checks.instance(f"moments[{layer}]", m, SecondMoment, wanted)
     if m.fingerprint is not None and m.fingerprint != lm.fingerprint:
         raise ValueError(f"the second moment of layer {layer} is of {m.fingerprint}, this model is {lm.fingerprint}")
     if m.layer != layer:

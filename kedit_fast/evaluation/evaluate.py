@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .. import __version__
-from ..facts import Fact
+from .. import __version__, checks
+from ..facts import Fact, fact_list
 from ..files import append_records, check_place
 from ..kernels.dispatch import backend_for
 from ..model.lm import takes_lm
@@ -92,20 +92,15 @@ def evaluate(
 
 
 def _checked(facts, generate, max_tokens) -> list[Fact]:
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
-    for fact in facts:
-        if not isinstance(fact, Fact):
-            raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
-    if not facts:
-        raise ValueError("no facts given; evaluate needs at least one")
+    checks.whole("generate", generate, like=20)
+    checks.whole("max_tokens", max_tokens, least=2, like=5_120)
+    facts = fact_list(facts)
     for fact in facts:
         with_answers = any(question.answer for question in fact.questions("neighborhood"))
         if not (fact.target_new or fact.target_true or fact.same_subject or with_answers):
             raise ValueError(
                 f"fact {fact.label} has neither target_new nor target_true nor same_subject prompts: nothing to compare"
             )
-    if generate < 0 or max_tokens < 2:
-        raise ValueError(f"expected generate >= 0 and max_tokens >= 2; got {generate} and {max_tokens}")
     return facts
 
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import Fact
+from ..facts import Fact, fact_list
 from ..jobs.finite import check_answers
 from ..kernels.target_logprob import LOGITS
 from ..model.lm import takes_lm
 from ..printing import html_text
 from ..progress import progress
+from ..shipping.history import with_edits
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
@@ -159,15 +160,11 @@ def logit_lens(lm, facts, edit=None) -> LogitLens:
     without edits gives NaN after some layer, for no facts, a fact without answers, an edit for another model or
     independent edits; TypeError for anything but Facts.
     """
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    facts = fact_list(facts)
     for fact in facts:
-        if not isinstance(fact, Fact):
-            raise TypeError(f"facts: expected Facts, got {type(fact).__name__}; read records with load_facts")
         if not (fact.target_new or fact.target_true):
             raise ValueError(f"fact {fact.label} has neither target_new nor target_true: no answer to look for")
-    if not facts:
-        raise ValueError("no facts given; logit_lens needs at least one")
-    lm = lm if edit is None else lm.with_edit(edit)
+    lm = lm if edit is None else with_edits(lm, [edit], "edit")
     texts = [asked(lm.tokenizer, fact.text, fact.chat) for fact in facts]
     prompts = [encode(lm.tokenizer, text) for text in texts]
     answers = [

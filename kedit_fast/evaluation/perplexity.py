@@ -2,6 +2,7 @@
 
 import math
 
+from .. import checks
 from ..jobs.score import text_logprobs
 
 WINDOW = 256  # tokens; a model with fewer positions takes as many as it has
@@ -15,9 +16,7 @@ def text_windows(lm, text: str | list[str], max_tokens: int = MAX_TOKENS) -> lis
     not only before the text's first one: models trained with it are lost without it.
     Raises ValueError where no token is left to predict, TypeError for anything but text.
     """
-    texts = [text] if isinstance(text, str) else list(text)
-    if not all(isinstance(t, str) for t in texts):
-        raise TypeError("text: expected a string or a list of strings")
+    texts = checks.listed("text", text, str, "a text or a list of texts")
     start = [i for i in lm.encode("")[:1] if i == lm.tokenizer.bos_token_id]
     size = min(WINDOW, getattr(lm.config, "max_position_embeddings", None) or WINDOW) - len(start)
     windows, left = [], max_tokens

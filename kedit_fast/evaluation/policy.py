@@ -9,6 +9,9 @@ editing"). No single number tells when, so four are watched and the one closest 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
+
+from .. import checks
 
 CONTINUE, CLOSE, STOP = "continue", "close to a limit", "stop"
 
@@ -35,12 +38,11 @@ class EditPolicy:
     warn_at: float = 0.7
 
     def __post_init__(self):
-        for name in ("max_facts", "max_growth", "max_drift"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"policy {name} = {getattr(self, name)!r}: expected a number above 0")
+        checks.whole("policy max_facts", self.max_facts, least=1, like=1_000)
+        for name in ("max_growth", "max_drift"):
+            checks.number(f"policy {name}", getattr(self, name), above=0, like=0.02)
         for name in ("min_retention", "warn_at"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"policy {name} = {getattr(self, name)!r}: expected a share from 0 to below 1")
+            checks.share(f"policy {name}", getattr(self, name), below_one=True)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ def advise(
     none; retention: share of earlier facts that still hold; None: not measured, and not judged. A NaN is over its
     limit: what cannot be computed any more is the strongest sign.
     """
-    policy = policy or EditPolicy()
+    policy = EditPolicy() if policy is None else checks.instance("policy", policy, EditPolicy, "an EditPolicy")
+    checks.whole("n_facts", n_facts, like=20)
+    checks.instance("growth", growth, Mapping, "{layer: ‖ΔW‖ / ‖W‖}, e.g. {5: 0.1}")
+    for name, value in (("drift", drift), ("retention", retention), *((f"growth[{i}]", x) for i, x in growth.items())):
+        checks.optional(checks.instance, name, value, Real, "a number")
     layer = max(growth, key=lambda i: math.inf if math.isnan(growth[i]) else growth[i], default=None)
     facts = f"{n_facts:,} fact{'s' * (n_facts != 1)}"
     read = {"facts": (n_facts / policy.max_facts, f"{facts} of at most {policy.max_facts:,}")}

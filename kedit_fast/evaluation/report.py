@@ -3,11 +3,11 @@
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..facts import Fact
 from ..files import write_text
 from ..printing import escaped, html_text
@@ -93,8 +93,9 @@ class EvalReport:
     @classmethod
     def load(cls, path) -> "EvalReport":
         """The report that ``save`` wrote, columns bit for bit. Raises ValueError for any other file."""
+        path = checks.path("path", path)
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
             perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import __version__
-from ..edit import Edit
+from .. import __version__, checks
+from ..edit import edit_list
 from ..evaluation.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, says
 from ..evaluation.evaluate import OPS
 from ..evaluation.logit_lens import TOP, LogitLens, logit_lens
@@ -59,16 +59,17 @@ def gate(
     Greedy throughout: the same inputs give the same report. Raises ValueError, before the first sweep, for a model that
     carries edits, independent edits, one of another model, a suite of another edit, or a form that cannot be made.
     """
-    thresholds, sizes = thresholds or Thresholds(), sizes or Sizes()
-    edits = [edit] if isinstance(edit, Edit) else list(edit)
+    thresholds, sizes = _given("thresholds", thresholds, Thresholds), _given("sizes", sizes, Sizes)
+    suite = checks.optional(checks.instance, "suite", suite, Suite, "a Suite; load_suite reads a file")
+    edits, group = edit_list(edit, "edit"), checks.whole("group", group, least=1, like=forms.GROUP)
     dtype = lm.dtype if written == MODEL_DTYPE else written
-    _check(lm, edits, dtype, requantize, group)
-    asked = questions(lm, edits, suite or Suite(), thresholds, builtin, sizes)
+    _check(lm, edits, dtype, requantize)
+    asked = questions(lm, edits, suite or Suite(), thresholds, checks.flag("builtin", builtin), sizes)
     views, grown = _views(lm, edits, dtype, requantize, group)
     found = {form: ask(view, asked, form) for form, view in views.items()}
-    checks = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]
+    judged = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]
     first = next(iter(found))
-    value = {check.name: check for check in checks if check.form == first}
+    value = {check.name: check for check in judged if check.form == first}
     advice = advise(
         len({fact.text for e in edits for fact in e.facts}),
         grown,
@@ -77,9 +78,9 @@ def gate(
         thresholds.policy,
     )
     lens = _lens(views[first], asked)
-    checks += [*([_lens_check(lens, first)] if lens else []), _policy_check(advice, first)]
+    judged += [*([_lens_check(lens, first)] if lens else []), _policy_check(advice, first)]
     return GateReport(
-        checks=tuple(checks),
+        checks=tuple(judged),
         advice=advice,
         answers=tuple(a for answers in found.values() for a in answers.answered),
         songs=tuple((form, song) for form, answers in found.items() for song in answers.songs),
@@ -89,22 +90,21 @@ def gate(
     )
 
 
-def _check(lm, edits, dtype, requantize, group) -> None:
-    if not edits or not all(isinstance(e, Edit) for e in edits):
-        raise TypeError("edit: expected an Edit or several in their order; read files with Edit.load")
+def _given(name: str, value, kind: type):
+    return kind() if value is None else checks.instance(name, value, kind, kind.__name__)
+
+
+def _check(lm, edits, dtype, requantize) -> None:
     if lm.edits:
         raise ValueError("the model carries edits already; open it plain, and give the gate the whole chain in order")
     check_chain(edits)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"written {dtype!r}: expected a torch dtype, or None for an adapter")
     if dtype is not None and dtype not in forms.FLOATS:
-        raise ValueError(f"written {dtype}: weights are written as one of {[str(d) for d in forms.FLOATS]}")
-    if requantize is not None and requantize not in forms.BITS:
-        raise ValueError(f"requantize {requantize!r}: expected one of {', '.join(forms.BITS)}")
-    if requantize is not None and (dtype is None or lm.source.name != "resident" or group < 1):
+        checks.refuse("written", dtype, f"one of {', '.join(map(str, forms.FLOATS))}, or None for an adapter")
+    checks.optional(checks.choice, "requantize", requantize, forms.BITS)
+    if requantize is not None and (dtype is None or lm.source.name != "resident"):
         raise ValueError(
             "a requantized edit is judged after it was written (written=), with the weights in memory (open the model "
-            "without memory=) and a group of at least 1"
+            "without memory=)"
         )
     forms.check_form(lm, edits, dtype)
 

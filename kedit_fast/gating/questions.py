@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from .. import checks
 from ..evaluation.canary import (
     CONTEXT,
     DOUBT,
@@ -98,8 +99,7 @@ class Sizes:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < (2 if name == "text_tokens" else 1):
-                raise ValueError(f"{name} = {value!r}: expected a whole number of at least 1 (text_tokens: 2)")
+            checks.whole(name, value, least=2 if name == "text_tokens" else 1, like=50)
 
 
 def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, sizes: Sizes) -> Questions:

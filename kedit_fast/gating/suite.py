@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..evaluation.canary import check_doubt
 from ..facts import ANSWERED, Fact, Question, folded, load_facts, place
 
@@ -59,10 +60,15 @@ class Suite:
     name: str = ""
 
     def __post_init__(self):
+        kinds = {"facts": Fact, "portability": Question, "specificity": Question, "languages": Translation}
+        for each in fields(self)[:-1]:
+            kind = kinds.get(each.name, str)
+            wanted = f"a tuple of {kind.__name__}; load_suite reads a file"
+            found = checks.listed(f"Suite.{each.name}", getattr(self, each.name), kind, wanted, empty=True, alone=False)
+            object.__setattr__(self, each.name, tuple(found))
+        checks.text("Suite.name", self.name, blank=True)
         for template in self.doubt:
             check_doubt(template)
-        if not all(isinstance(fact, Fact) for fact in self.facts):
-            raise TypeError("Suite.facts: expected Facts; read a file with load_suite")
 
     def __add__(self, other: "Suite") -> "Suite":
         """Both together; what both hold stands twice only until the gate takes out duplicates."""
@@ -106,7 +112,7 @@ def load_suite(*paths) -> Suite:
     Raises ValueError, naming the file and the place, for anything else; OSError where a file cannot be opened.
     """
     suite = Suite()
-    for path in map(Path, paths):
+    for path in (checks.path("paths", each) for each in paths):
         record = _object_in(path)
         suite += _from_facts(path) if record is None else _from_object(path, record)
     return suite

@@ -3,8 +3,8 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
+from .. import checks
 from ..evaluation.metrics import Interval
 from ..evaluation.policy import EditPolicy
 
@@ -51,27 +51,22 @@ class Thresholds:
     policy: EditPolicy = field(default_factory=EditPolicy)
 
     def __post_init__(self):
-        if self.measure not in MEASURES:
-            raise ValueError(f"measure {self.measure!r}: expected one of {', '.join(MEASURES)}")
-        if not isinstance(self.confident, bool) or not isinstance(self.policy, EditPolicy):
-            raise ValueError("thresholds: confident is true or false, policy an EditPolicy")
+        checks.choice("measure", self.measure, MEASURES)
+        checks.flag("confident", self.confident)
+        checks.instance("policy", self.policy, EditPolicy, "an EditPolicy")
         for name in COUNTS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"threshold {name} = {value!r}: expected a whole number of at least 1")
+            checks.whole(f"threshold {name}", getattr(self, name), least=1, like=50)
+        checks.share("threshold min_efficacy", self.min_efficacy)
         for name in SHARES:
-            value = getattr(self, name)
-            if value is None and name != "min_efficacy":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"threshold {name} = {value!r}: expected a share from 0 to 1 (0.9, not 90)")
+            checks.optional(checks.share, f"threshold {name}", getattr(self, name))
 
     @classmethod
     def from_json(cls, path) -> "Thresholds":
         """The thresholds of a JSON object with some of these fields ("policy" an object too); others keep their
         defaults. Raises ValueError, naming the file, for an unknown field or a limit that makes no sense."""
+        path = checks.path("path", path)
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            record = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(record, dict) or not isinstance(record.get("policy", {}), dict):
                 raise ValueError("expected an object with named thresholds")
             known = {f.name for f in fields(cls)}, {f.name for f in fields(EditPolicy)}

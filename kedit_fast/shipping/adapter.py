@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kedit_fast import checks
 from kedit_fast.deltas import Delta, Dense, LowRank
-from kedit_fast.edit import Edit, digest
+from kedit_fast.edit import Edit, digest, edit_list
 from kedit_fast.files import named
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
 from kedit_fast.model.fingerprint import fingerprint
@@ -87,9 +88,10 @@ def export_peft(
     Factors are fp32. Raises ValueError, with nothing written, for an independent edit, another base model, edits that
     do not follow each other, an edit that changes nothing, and a rank over the limit.
     """
-    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    edits, truncate = tuple(edit_list(edits)), checks.flag("truncate", truncate)
+    max_rank = checks.optional(checks.whole, "max_rank", max_rank, least=1, like=64)
     check_new_folder(folder)
-    _check_edits(edits, max_rank)
+    _check_edits(edits)
     total = compose(edits)
     base, name = _base_of(total, model, check_fingerprint)
     family = family_of(base.config)
@@ -135,7 +137,10 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
 
     hf_model: raises ValueError unless this is the model that the edit was made for
     """
-    path = Path(folder) / RECORD
+    folder = checks.path("folder", folder)
+    if hf_model is not None:
+        checks.instance("hf_model", hf_model, nn.Module, "a loaded Hugging Face model")
+    path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if (record["format"], record["version"]) != (FORMAT, VERSION):
@@ -145,8 +150,8 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
         raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that to_peft wrote") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); expected what to_peft wrote") from error
-    if sha256_of(Path(folder) / WEIGHTS) != expected:
-        raise ValueError(f"{Path(folder) / WEIGHTS} is not the file that was exported; export the edit again")
+    if sha256_of(folder / WEIGHTS) != expected:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that was exported; export the edit again")
     if hf_model is not None and (found := fingerprint(hf_model)) != made_for:
         raise ValueError(
             f"this adapter was made for model {made_for}, this is {found}; load the model that the edit was made for, "
@@ -158,11 +163,7 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
 # ---- the base model
 
 
-def _check_edits(edits, max_rank):
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank {max_rank}: expected at least 1, or None for no limit")
-    if not edits or not all(isinstance(edit, Edit) for edit in edits):
-        raise TypeError("expected an Edit or a chain of at least one; Edit.load reads a file")
+def _check_edits(edits):
     for edit in edits:
         if edit.owners is not None:
             raise ValueError(

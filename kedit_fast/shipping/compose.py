@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.deltas import Delta, Dense, LowRank
-from kedit_fast.edit import PARTS, Edit, digest
+from kedit_fast.edit import PARTS, Edit, digest, edit_list
 from kedit_fast.shipping.history import check_chain
 from kedit_fast.state import own_state
 
@@ -49,14 +49,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
 
 
 def _checked(edits) -> list[Edit]:
-    if isinstance(edits, Edit):
-        raise TypeError("compose takes a list of Edits, got one Edit; pass [edit]")
-    edits = list(edits)
-    if not edits:
-        raise ValueError("no edits to compose; expected one or more, in the order in which they act")
+    edits = edit_list(edits)
     for place, edit in enumerate(edits, 1):
-        if not isinstance(edit, Edit):
-            raise TypeError(f"edit {place}: expected an Edit, got {type(edit).__name__}; Edit.load reads a file")
         if edit.owners is not None:
             raise ValueError(
                 f"edit {place} holds {len(edit.facts)} independent edits, each for its own fact, and would become one "

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from kedit_fast.edit import Edit, check_once, digest
+from kedit_fast import checks
+from kedit_fast.edit import Edit, check_once, digest, edit_list
 from kedit_fast.facts import Fact, place
 from kedit_fast.files import existing_folder, file_in, given_path, named_instead, replace_file
 from kedit_fast.shipping.folders import sha256_of, write_json
@@ -85,6 +86,9 @@ class EditHistory:
         Raises ValueError, and adds nothing, for an edit of another model, an independent one, one that is in force
         already, and one that was made on top of other edits than those in force.
         """
+        checks.instance("edit", edit, Edit, "an Edit; Edit.load reads a file")
+        check_words(message, who)
+        check_chain = checks.flag("check_chain", check_chain)
         if edit.owners is not None:
             raise ValueError(
                 f"this edit holds {len(edit.facts)} independent edits, each for its own fact; add one, edit.only(i), "
@@ -116,6 +120,7 @@ class EditHistory:
         Raises ValueError for a version that is not there or whose edits are damaged, FileNotFoundError where there is
         no folder.
         """
+        check_words(message, who)
         existing_folder(self.folder, "a folder of versions")
         with self._alone():
             fingerprint, versions = self._read()
@@ -243,12 +248,7 @@ def with_edits(lm, edits: Edit | Sequence[Edit] | None, name: str):
 
     name: of the argument that they were given as, for messages
     """
-    edits = [] if edits is None else [edits] if isinstance(edits, Edit) else list(edits)
-    for edit in edits:
-        if not isinstance(edit, Edit):
-            raise TypeError(
-                f"{name}: expected an Edit, got {type(edit).__name__}; Edit.load reads a file, compose joins edits"
-            )
+    edits = [] if edits is None else edit_list(edits, name, empty=True)
     if not lm.edits:  # with edits, these may be in another form: as written in some dtype
         check_chain(edits)
     for edit in edits:
@@ -266,9 +266,13 @@ def _listed(digests: Sequence[str]) -> str:
 
 
 def _numbered(versions: Sequence[Version], number: int) -> Version:
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(versions):
-        raise ValueError(f"version {number!r}: expected one of 0 to {len(versions) - 1}")
-    return versions[number]
+    return versions[checks.whole("number", number, most=len(versions) - 1)]
+
+
+def check_words(message, who) -> None:
+    """Raises BadArgument unless both are texts, for the record."""
+    for name, words in (("message", message), ("who", who)):
+        checks.text(name, words, blank=True)
 
 
 def _next(versions, edits, message, who, rollback_of=None) -> Version:

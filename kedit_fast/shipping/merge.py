@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kedit_fast import checks
 from kedit_fast.deltas import edited_weight
-from kedit_fast.edit import Edit, check_once, digest
+from kedit_fast.edit import Edit, check_once, digest, edit_list
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import read_config
 from kedit_fast.model.source import INDEX, Checkpoint, Disk, open_on_disk
 from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
-from kedit_fast.shipping.history import check_chain, now
+from kedit_fast.shipping.history import check_chain, check_words, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 from kedit_fast.state import own_state
 
@@ -77,8 +78,9 @@ def merge_checkpoint(
     independent edits, the same edit twice, an ``out`` that is not empty, and sums that are not finite;
     FileNotFoundError for no checkpoint.
     """
-    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    source, out = Path(source), check_new_folder(out)
+    edits, force = tuple(edit_list(edits)), checks.flag("force", force)
+    check_words(message, who)
+    source, out = checks.path("source", source), check_new_folder(out)
     _check_edits(edits, force)
     model, disk, checkpoint = open_checkpoint(source)
     base = fingerprint(model, disk)
@@ -121,8 +123,6 @@ def checkpoint_fingerprint(folder) -> str:
 
 
 def _check_edits(edits, force):
-    if not edits or not all(isinstance(edit, Edit) for edit in edits):
-        raise TypeError("expected an Edit or a chain of at least one; Edit.load reads a file")
     for edit in edits:
         if edit.owners is not None:
             raise ValueError(

@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from kedit_fast import checks
 from kedit_fast.files import file_in, replace_file
 from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
@@ -42,7 +43,7 @@ def unmerge(folder, out=None) -> Path:
     that the manifest names, for its configuration was changed: in place, the shards are restored then, and the manifest
     stays.
     """
-    folder = Path(folder)
+    folder, out = checks.path("folder", folder), checks.optional(checks.path, "out", out)
     if out is not None:
         check_new_folder(out)
     record = read_manifest(folder)
@@ -51,8 +52,8 @@ def unmerge(folder, out=None) -> Path:
         return folder
     patches = _checked_patches(folder, record)
     if out is not None:
-        _restore_into(folder, Path(out), record, patches)
-        return Path(out)
+        _restore_into(folder, out, record, patches)
+        return out
     with progress("restoring", megabytes(folder, list(patches))) as bar:
         for name, places in patches.items():
             with replace_file(folder / name) as unfinished:
@@ -64,8 +65,9 @@ def unmerge(folder, out=None) -> Path:
 
 def read_manifest(folder) -> dict:
     """What a merged folder says of its last merge: edits, who, when, base, digests. ValueError where there is none."""
-    path = Path(folder) / UNDONE / MANIFEST
-    path = path if path.is_file() else Path(folder) / KEPT / MANIFEST
+    folder = checks.path("folder", folder)
+    path = folder / UNDONE / MANIFEST
+    path = path if path.is_file() else folder / KEPT / MANIFEST
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {KEPT}/{MANIFEST}; expected a folder that merge_checkpoint (kedit-fast merge) wrote"

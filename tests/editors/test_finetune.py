@@ -401,7 +401,7 @@ def test_published_files_load_as_they_are(tmp_path):
         ({"wd_power_law": [-0.9, 0.2]}, r"Ft has no field \['wd_power_law'\]"),
         ({"v_lr": 0.5}, r"Ft has no field \['v_lr'\]"),
         ({"kl_factor": 0.1}, "kl_factor 0.1: fine-tuning has no KL term"),
-        ({"norm_constraint": True}, "norm_constraint True: expected a finite number"),
+        ({"norm_constraint": True}, "norm_constraint = True: expected a finite number"),
     ],
 )
 def test_a_file_that_asks_for_something_else_is_refused(changes, says, tmp_path):
@@ -414,24 +414,28 @@ def test_a_file_that_asks_for_something_else_is_refused(changes, says, tmp_path)
     ("name", "value", "says"),
     [
         *(("num_steps", value, "a whole number") for value in (2.5, "20", True, None)),
-        *((name, value, "a number above 0") for name in ("num_steps", "lr", "batch_size") for value in (0, -1)),
+        *(
+            (name, value, "(number above 0|of at least 1)")
+            for name in ("num_steps", "lr", "batch_size")
+            for value in (0, -1)
+        ),
         *((name, value, "a finite number") for name in ("lr", "weight_decay") for value in ("1", math.nan, True, None)),
-        ("weight_decay", -0.1, "a finite number from 0 on"),
-        ("norm_constraint", -1e-3, "a finite number from 0 on"),
+        ("weight_decay", -0.1, "a finite number of at least 0"),
+        ("norm_constraint", -1e-3, "a finite number of at least 0"),
         ("norm_constraint", None, "a finite number"),
-        ("layers", 3, "a list of layers"),
+        ("layers", 3, "layers"),
         ("layers", (1, 1), "each layer once"),
         ("objective_optimization", "last", "expected one of"),
-        ("source", 3, "a string"),
+        ("source", 3, "a text"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(name, value, says):
-    with pytest.raises(ValueError, match=f"^{name} {re.escape(repr(value))}: .*{says}"):
+    with pytest.raises(ValueError, match=f"^{name} = {re.escape(repr(value))}: .*{says}"):
         Ft(**{name: value})
 
 
 def test_ft_l_has_a_bound():
-    with pytest.raises(ValueError, match=r"norm_constraint 0\.0: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"norm_constraint = 0\.0: expected a finite number above 0"):
         FtL(norm_constraint=False)
 
 
@@ -482,10 +486,10 @@ def test_what_was_published_tells_the_depth_of_its_model():
         (FACTS, {}, {"corpus": "self"}, "corpus= is given"),
         (FACTS, {}, {"contexts": [["{}"]]}, "contexts= is given"),
         (FACTS, {}, {"independent": True}, "dense, no part of it belongs to one fact; edit the facts one"),
-        (FACTS, {}, {"checkpoint": "there"}, "checkpoint='there': fine-tuning has no finished parts"),
+        (FACTS, {}, {"checkpoint": "there"}, "checkpoint = 'there': fine-tuning has no finished parts"),
         (FACTS, {"layers": ()}, {}, r"Ft needs layers; Ft.for_model\(lm\) derives them"),
-        (FACTS, {"layers": (4,)}, {}, "layer 4 is out of range"),
-        ([], {}, {}, "no facts given"),
+        (FACTS, {"layers": (4,)}, {}, "layers = 4: this model has layers 0 to 3"),
+        ([], {}, {}, "facts is empty"),
         ([replace(FACTS[0], target_new=None)], {}, {}, "has no target_new"),
         ([FACTS[0], replace(FACTS[0], target_new="Berlin")], {}, {}, "contradict each other"),
         ([replace(FACTS[0], prompt="a " * 200 + "{}")], {}, {}, "a text of .* tokens"),

@@ -158,7 +158,7 @@ def test_settings_are_frozen_and_listed():
     assert expected == kf.EDITORS
     with pytest.raises(FrozenInstanceError):
         kf.Rome().v_lr = 1.0
-    with pytest.raises(ValueError, match="key 'both': expected"):
+    with pytest.raises(ValueError, match="key = 'both': expected one of published, averaged"):
         kf.Rome(key="both")
     with pytest.raises(TypeError):
         kf.Memit(lr=0.5)
@@ -166,20 +166,20 @@ def test_settings_are_frozen_and_listed():
 
 NUMBERS = ("v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "regularizer")
 WRONG = [
-    *(("layers", value, "a list of layers") for value in (17, "17", [1.0], ["1"], [True], [-1], [[1]], None)),
+    *(("layers", value, "layers") for value in (17, "17", [1.0], ["1"], [True], [-1], [[1]], None)),
     *(("v_num_grad_steps", value, "a whole number") for value in (2.5, 20.0, "20", True, None, [20])),
-    *(("v_loss_layer", value, "a whole number from 0 on, or null") for value in (-1, 47.0, "47", True)),
+    *(("v_loss_layer", value, "a whole number.*, or None") for value in (-1, 47.0, "47", True)),
     *((name, value, "a finite number") for name in NUMBERS for value in (None, "0.5", math.nan, math.inf, [0.5], True)),
-    *(("mom2_adjustment", value, "true or false") for value in ("false", 0, 1, None)),
-    *(("context_template_length_params", value, "a list of pairs") for value in (
+    *(("mom2_adjustment", value, "True or False") for value in ("false", 0, 1, None)),
+    *(("context_template_length_params", value, "(pairs|a whole number from 1)") for value in (
         [[4, -1]], [[0, 3]], [4, 2], [[4]], [[4, 2, 1]], [["4", "2"]], [[4.0, 2]], "4", 4, None,
     )),
-    ("source", 3, "a string"),
-    ("fact_token", None, "a string"),
-    ("fact_token", "last", 'only "subject_last"'),
+    ("source", 3, "a text"),
+    ("fact_token", None, "a text"),
+    ("fact_token", "last", "one of subject_last"),
     ("layers", (1, 1), "each layer once"),
-    *((name, -5, "a finite number from 0 on") for name in ("v_weight_decay", "kl_factor", "regularizer")),
-    *((name, value, "a number above 0") for name in kf.Rome.POSITIVE for value in (0, -1)),
+    *((name, -5, "a finite number of at least 0") for name in ("v_weight_decay", "kl_factor", "regularizer")),
+    *((name, value, "(number above 0|of at least 1)") for name in kf.Rome.POSITIVE for value in (0, -1)),
 ]  # fmt: skip
 
 
@@ -187,7 +187,7 @@ WRONG = [
 @pytest.mark.parametrize(("name", "value", "says"), WRONG)
 def test_a_value_of_another_kind_is_refused(editor, name, value, says, tmp_path):
     """When the editor is made: not after hours of statistics, and not in the words of what failed inside."""
-    expected = rf"{name} {re.escape(repr(as_tuples(value)))}: .*{says}"
+    expected = rf"{name} .*: expected .*{says}"
     with pytest.raises(ValueError, match=f"^{expected}"):
         editor(**{name: value})
     with pytest.raises(ValueError, match=f"^{expected}"):
@@ -197,13 +197,9 @@ def test_a_value_of_another_kind_is_refused(editor, name, value, says, tmp_path)
         editor.from_json(path)
 
 
-def as_tuples(value):
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
-
-
 @pytest.mark.parametrize("value", [None, "15000", 0, -1, math.nan, True])
 def test_memit_s_weight_is_a_number_above_0(value):
-    with pytest.raises(ValueError, match=r"^mom2_update_weight .*: expected a (finite )?number"):
+    with pytest.raises(ValueError, match=r"^mom2_update_weight = .*: expected a finite number above 0"):
         kf.Memit(mom2_update_weight=value)
 
 

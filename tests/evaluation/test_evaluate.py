@@ -240,7 +240,7 @@ def test_a_chain_of_edits_is_what_they_do_in_order(lm):
 
 def test_what_is_no_edit_or_lacks_what_it_stands_on_is_refused(lm):
     facts = [Fact("{} is in", "Rome", "Peru", "Italy")]
-    with pytest.raises(TypeError, match=r"expected an Edit, got str; Edit.load reads a file"):
+    with pytest.raises(TypeError, match=r"edit = .*: expected Edits; Edit.load reads a file"):
         evaluate(lm, facts, "edit.safetensors")
     first = Edit("test", {}, lm.fingerprint, tuple(facts), {0: LowRank(torch.zeros(D_MODEL, 1), torch.zeros(D_FF, 1))})
     below = {"on_top_of": [{"digest": digest(first)}]}
@@ -499,7 +499,7 @@ def test_report_says_what_was_evaluated(lm, tmp_path):
 
 
 def test_helpful_errors(lm):
-    with pytest.raises(ValueError, match="no facts given"):
+    with pytest.raises(ValueError, match="facts is empty"):
         evaluate(lm, [])
     with pytest.raises(TypeError, match="read records with load_facts"):
         evaluate(lm, [{"prompt": "x"}])

@@ -303,7 +303,7 @@ def test_a_folder_in_use_and_a_wrong_limit_are_refused(tmp_path):
     edit.to_peft(tmp_path / "adapter")  # an empty folder will do
     with pytest.raises(ValueError, match="is not empty"):
         edit.to_peft(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="max_rank 0"):
+    with pytest.raises(ValueError, match="max_rank = 0: expected a whole number of at least 1"):
         edit.to_peft(tmp_path / "other", max_rank=0)
     with pytest.raises(FileNotFoundError, match="no folder"):
         edit.to_peft(tmp_path / "no" / "adapter")

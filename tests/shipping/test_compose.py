@@ -138,8 +138,7 @@ def test_a_composition_is_saved_and_is_built_on(tmp_path):
 @pytest.mark.parametrize(
     "edits, error, says",
     [
-        ([], ValueError, "no edits to compose"),
-        (make_edit(), TypeError, r"pass \[edit\]"),
+        ([], ValueError, "edits is empty; expected Edits"),
         (["edit.safetensors"], TypeError, "Edit.load reads a file"),
         ([make_edit(), owned_edit()], ValueError, r"edit 2 holds 2 independent edits.*edit.only\(i\).*--independent"),
         ([owned_edit()], ValueError, r"edit.only\(i\)"),

@@ -126,9 +126,9 @@ def test_independent_edits_are_refused(history):
 
 @pytest.mark.parametrize("number", [-1, 3, True, "1", 1.0])
 def test_a_version_that_is_not_there(history, number):
-    with pytest.raises(ValueError, match="expected one of 0 to 2"):
+    with pytest.raises(ValueError, match="expected a whole number from 0 to 2"):
         history.rollback(number)
-    with pytest.raises(ValueError, match="expected one of 0 to 2"):
+    with pytest.raises(ValueError, match="expected a whole number from 0 to 2"):
         history.edits_of(number)
     assert len(history.versions) == 3
 

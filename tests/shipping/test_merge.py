@@ -214,7 +214,7 @@ def test_edits_that_cannot_be_merged(tmp_path):
     refuse(tmp_path, make_edit(model, deltas={9: lowrank()}), "layer 9 is out of range")
     later = make_edit(model, provenance={"on_top_of": [{"digest": "0123"}]})
     refuse(tmp_path, later, "made on top of edit 0123, here stands before it: no edit")
-    with pytest.raises(TypeError, match="expected an Edit"):
+    with pytest.raises(TypeError, match="expected Edits"):
         merge_checkpoint(tmp_path / "base", [], tmp_path / "out")
 
 

@@ -12,7 +12,8 @@ deviations: rank correlation 0.77 and 59 % of the 20 strongest cells with one st
 3/4), and with the seven here 0.85 and 76 %. Steps beyond 3/4 rank cells worse: p is at its ceiling.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,20 +23,67 @@ from .jobs.restore import Toward
 from .jobs.score import Score
 from .sites import Site
 from .sweep.engine import sweep
+from .sweep.plan import graph_bytes, together, too_large
 from .sweep.runs import RunList
 from .trace_tasks import METRICS, SITE, Found, Settings, Task, add_runs, noise_job
 
 STEPS = tuple(i / 8 for i in range(7))  # shares of the way from corrupted to clean; the first is the corrupted run
-SAVED = 30  # numbers of the hidden size that autograd keeps of a row in a layer (measured in fp32 blocks)
+LOGITS = 4  # logits that a run's last row holds until the backward pass
+PLACES = 8  # rows of fp32 that the effects at one site of one layer take, for each place
 
 
 def estimate(lm, tasks: Sequence[Task], how: Settings, advance: Callable[[float], None] | None = None) -> list[Found]:
-    """The estimate of every cell of every fact. One weight pass forward and one back for facts that fit the memory."""
+    """The estimate of every cell of every fact. One weight pass forward and one back for facts that fit the memory; of
+    a fact that does not, draws and steps are cut into groups that do, and the clean run is repeated in each.
+
+    Raises ValueError, with the bytes needed, where one draw of one fact does not fit.
+    """
+    n = len(STEPS) * how.draws
     found = []
-    for group in _groups(lm, tasks, how.draws):
+
+    def size(task: Task) -> int:
+        return held_bytes(lm, task, n, how.kinds)
+
+    for group in together(tasks, size, lm.memory):
         share = len(group) / len(tasks)
-        found += _estimate(lm, group, how, advance and (lambda part, share=share: advance(part * share)))
+        parts, recompute = _cut(lm, group[0], n, how.kinds) if len(group) == 1 else ([torch.arange(n)], False)
+        told = [advance and partial(_part, advance, share * len(part) / n) for part in parts]
+        made = [_effects(lm, group, how, *each, recompute) for each in zip(parts, told, strict=True)]
+        for i, task in enumerate(group):
+            value = torch.cat([made[0][0][i, :1], *(value[i, 1:] for value, _ in made)])
+            effects = {site: torch.cat([by_fact[i][site] for _, by_fact in made], 1) for site in made[0][1][i]}
+            found.append(_found(lm, task, how, value, effects))
     return found
+
+
+def _part(advance: Callable[[float], None], share: float, part: float) -> None:
+    advance(share * part)
+
+
+def held_bytes(lm, task: Task, ways: int, kinds: Sequence[str], recomputes: bool = False) -> int:
+    """Bytes that so many of a fact's runs on the way to its clean one hold at the height of the estimate, with the
+    clean run, from above."""
+    length = len(task.tokens)
+    rows = length + ways * (length - task.span[0])
+    itemsize, sites = lm.dtype.itemsize, len(_sites(kinds))
+    layers = graph_bytes(
+        lm, rows, (1 + ways) * length, rows * length, lm.n_layers,
+        extra=2 * sites * lm.d_model * itemsize,  # values at the sites, and their gradients
+        recomputes=recomputes or lm.source.name != "resident",
+    )  # fmt: skip
+    logits = LOGITS * (1 + ways) * lm.n_vocab * max(4, itemsize)
+    noise = 8 * ways * (task.span[1] - task.span[0]) * lm.d_model
+    return layers + logits + noise + rows * PLACES * lm.d_model * max(4, itemsize)
+
+
+def _cut(lm, task: Task, n: int, kinds) -> tuple[list[Tensor], bool]:
+    """The n runs of a fact in parts that fit the memory; whether layers have to be computed again for that."""
+    for recompute in (False, True):
+        one, two = (held_bytes(lm, task, ways, kinds, recompute) for ways in (1, 2))
+        if one <= lm.memory:
+            most = 1 + (lm.memory - one) // (two - one)
+            return list(torch.arange(n).split(-(-n // -(-n // min(n, most))))), recompute
+    raise ValueError(too_large(f"the estimate of fact {task.fact.label}, one noise draw at a time,", one, lm.memory))
 
 
 def most(effect: Tensor, n: int, among: Tensor) -> Tensor:
@@ -46,45 +94,38 @@ def most(effect: Tensor, n: int, among: Tensor) -> Tensor:
     return chosen.view(effect.shape)
 
 
-def _groups(lm, tasks, draws) -> Iterator[list[Task]]:
-    a_row = SAVED * lm.d_model * lm.dtype.itemsize * lm.n_layers
-    group, held = [], 0
-    for task in tasks:
-        rows = len(task.tokens) + len(STEPS) * draws * (len(task.tokens) - task.span[0])
-        if group and (held + rows) * a_row > lm.memory:
-            yield group
-            group, held = [], 0
-        group.append(task)
-        held += rows
-    yield group
+def _sites(kinds: Sequence[str]) -> tuple[Site, ...]:
+    return tuple(dict.fromkeys(SITE.get(kind, Site.layer_out) for kind in kinds))
 
 
-def _estimate(lm, tasks, how: Settings, advance) -> list[Found]:
-    runs, n = RunList(), len(STEPS) * how.draws
-    clean, on_the_way = add_runs(runs, tasks, n)  # step by step, each with all draws
-    sites = tuple(dict.fromkeys(SITE.get(kind, Site.layer_out) for kind in how.kinds))
+def _effects(lm, tasks, how: Settings, ways: Tensor, advance, recompute: bool) -> tuple[Tensor, list[dict]]:
+    """(value [tasks, 1 + ways], of the clean run and of those on the way; by fact {site: [L, ways * positions]}).
+
+    ways: which of the runs, of len(STEPS) * draws: step by step, each with all draws
+    """
+    runs, n = RunList(), len(ways)
+    clean, on_the_way = add_runs(runs, tasks, n)
     places = [_places(*each) for each in zip(tasks, clean, on_the_way, strict=True)]
-    attribute = Attribute(sites, lm.n_layers, *(torch.cat(x) for x in zip(*places, strict=True)))
+    attribute = Attribute(_sites(how.kinds), lm.n_layers, *(torch.cat(x) for x in zip(*places, strict=True)))
     last = [torch.full((1 + n,), len(task.tokens) - 1) for task in tasks]
     targets = [torch.tensor(task.targets).expand(1 + n, -1) for task in tasks]
     read = torch.cat([torch.cat(both) for both in zip(clean, on_the_way, strict=True)])
     score = Score(lm, read, torch.cat(last), torch.cat(targets))
-    sweep(lm, runs.runs(), [*_embeddings(lm, tasks, on_the_way, how), attribute, score], grad=True, advance=advance)
+    jobs = [*_embeddings(lm, tasks, on_the_way, how, ways), attribute, score]
+    sweep(lm, runs.runs(), jobs, grad=True, recompute=recompute, advance=advance)
     value = METRICS[how.metric](score.logprob).view(len(tasks), 1 + n)
     effects = attribute.effects(value[:, 1:])
-    value, cut = value.detach()[:, : 1 + how.draws], [len(run) for run, _, _ in places]
+    cut = [len(run) for run, _, _ in places]
     by_fact = zip(*(effect.split(cut, 1) for effect in effects.values()), strict=True)
-    return [
-        _found(lm, task, how, of_fact, dict(zip(effects, mine, strict=True)))
-        for task, of_fact, mine in zip(tasks, value, by_fact, strict=True)
-    ]
+    return value.detach(), [dict(zip(effects, mine, strict=True)) for mine in by_fact]
 
 
-def _embeddings(lm, tasks, on_the_way: list[Tensor], how: Settings) -> list:
-    """Jobs that make the runs' embeddings: the noise of all draws in each step, then that step's share of the way."""
-    steps = [[runs.split(how.draws)[i] for runs in on_the_way] for i in range(len(STEPS))]
-    noise = [] if how.level is None else [noise_job(lm, tasks, runs, how) for runs in steps]
-    return noise + [_toward(lm, tasks, runs, share) for runs, share in zip(steps, STEPS, strict=True) if share]
+def _embeddings(lm, tasks, on_the_way: list[Tensor], how: Settings, ways: Tensor) -> list:
+    """Jobs that make the runs' embeddings: the noise of each run's draw, then its step's share of the way."""
+    noise = [] if how.level is None else [noise_job(lm, tasks, on_the_way, how, ways % how.draws)]
+    step = ways // how.draws
+    moved = [(share, step == i) for i, share in enumerate(STEPS) if share and (step == i).any()]
+    return noise + [_toward(lm, tasks, [runs[mine] for runs in on_the_way], share) for share, mine in moved]
 
 
 def _toward(lm, tasks, runs: list[Tensor], share: float) -> Toward:
@@ -106,8 +147,9 @@ def _places(task: Task, clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tenso
 
 
 def _found(lm, task, how: Settings, value, effects: dict[Site, Tensor]) -> Found:
-    """One fact's estimates. value: [1 + draws] of the clean and the corrupted runs; effects: {site: [L, steps * draws *
-    positions]}."""
+    """One fact's estimates. value: [1 + steps * draws] of the clean run and those on the way; effects: {site: [L, steps
+    * draws * positions]}."""
+    value = value[: 1 + how.draws]  # the first step's are the corrupted ones
     p_clean, p_corrupted, first = value[0], value[1:].mean(), task.span[0]
     way_left = torch.tensor([1 - share for share in STEPS])[:, None, None]
     restored = {}

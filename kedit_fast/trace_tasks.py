@@ -157,17 +157,23 @@ def add_runs(runs: RunList, tasks: Sequence[Task], draws: int) -> tuple[list[Ten
     return clean, corrupted
 
 
-def noise_job(lm, tasks: Sequence[Task], corrupted: list[Tensor], how: Settings) -> AddNoise:
-    """Published noise: one fp64 draw [draws, subject tokens, d] a fact, the generator restarted for each fact."""
+def noise_job(
+    lm, tasks: Sequence[Task], corrupted: list[Tensor], how: Settings, draw: Tensor | None = None
+) -> AddNoise:
+    """Published noise: one fp64 draw [draws, subject tokens, d] a fact, the generator restarted for each fact.
+
+    draw: which of them each of a fact's corrupted runs has; None: each its own
+    """
     run, pos, noise = [], [], []
     for task, runs in zip(tasks, corrupted, strict=True):
         b, e = task.span
         generator = np.random.RandomState(how.seed)
         size = (how.draws, e - b, lm.d_model)
         drawn = generator.randn(*size) if how.level[0] == "gaussian" else generator.uniform(-1, 1, size=size)
-        noise.append(torch.from_numpy(how.level[1] * drawn).flatten(0, 1))
+        drawn = torch.from_numpy(how.level[1] * drawn)
+        noise.append((drawn if draw is None else drawn[draw]).flatten(0, 1))
         run.append(runs.repeat_interleave(e - b))
-        pos.append(torch.arange(b, e).repeat(how.draws))
+        pos.append(torch.arange(b, e).repeat(len(runs)))
     return AddNoise(torch.cat(run), torch.cat(pos), torch.cat(noise))
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast import attribution, tracing
+from kedit_fast import attribution, trace_tasks, tracing
 from kedit_fast.attribution import most
 from kedit_fast.model.seam import frozen
 from kedit_fast.trace_labels import impact
-from kedit_fast.trace_tasks import KINDS
-from tests.conftest import close, tiny_lm
+from kedit_fast.trace_tasks import KINDS, tasks_of
+from tests import tiny
+from tests.conftest import close, open_tiny, tiny_lm
+from tests.live import LiveBytes
 from tests.oracle.access import changing, embedding, layers, site_module
 from tests.oracle.tracing import SITES, _add_noise, restored_layers
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -93,14 +95,64 @@ def test_another_subject_corrupts():
     assert np.abs(same.p_restored - same.p_clean).max() < 1e-6
 
 
-def test_facts_in_groups_are_facts_together(monkeypatch):
-    lm, facts = tiny_lm("gpt2"), [EIFFEL, CAPITAL]
-    together = kf.trace(lm, facts, method="attribution", metric="logit_diff", **HOW)
-    monkeypatch.setattr(attribution, "SAVED", 1 << 40)  # every fact fills the memory
-    apart = kf.trace(lm, facts, method="attribution", metric="logit_diff", **HOW)
-    for a, b in zip(together, apart, strict=True):
-        assert a.fact == b.fact and a.kind == b.kind
-        close("estimate", torch.from_numpy(a.p_restored), torch.from_numpy(b.p_restored))
+def prepared(lm, facts, metric="prob"):
+    level = trace_tasks.noise_level(lm, facts, HOW["noise"])
+    how = trace_tasks.Settings(KINDS, HOW["window"], metric, None, HOW["samples"], level, 1)
+    return tasks_of(lm, facts, None, "noise", metric), how
+
+
+def counted(lm, task, ways, recomputes=False):
+    return attribution.held_bytes(lm, task, ways, KINDS, recomputes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("cut", ["facts apart", "draws and steps apart", "layers computed again"])
+def test_cut_by_memory_is_the_whole(cut, family, monkeypatch):
+    """Facts in groups, one fact's runs in groups, one run at a time."""
+    lm = tiny_lm(family)
+    tasks, how = prepared(lm, [EIFFEL, CAPITAL], "logit_diff")
+    whole = attribution.estimate(lm, tasks, how)
+    memory = {
+        "facts apart": max(counted(lm, task, 14) for task in tasks),
+        "draws and steps apart": max(counted(lm, task, 5) for task in tasks),
+        "layers computed again": max(counted(lm, task, 1) for task in tasks) - 1,
+    }[cut]
+    calls, effects = [], attribution._effects
+
+    def watched(lm, tasks, how, ways, advance, recompute):
+        calls.append((len(ways), recompute))
+        return effects(lm, tasks, how, ways, advance, recompute)
+
+    monkeypatch.setattr(attribution, "_effects", watched)
+    told = []
+    parts = attribution.estimate(replace(lm, memory=memory), tasks, how, told.append)
+    assert sum(n for n, _ in calls) == 28 and (len(calls) == 2 if cut == "facts apart" else len(calls) >= 4)
+    assert any(again for _, again in calls) == (cut == "layers computed again")
+    assert sum(told) == pytest.approx(1)
+    for a, b in zip(whole, parts, strict=True):
+        for kind in KINDS:
+            close("estimate", b.restored[kind], a.restored[kind])
+
+
+def test_what_does_not_fit_in_any_parts_is_refused():
+    lm = tiny_lm("gpt2")
+    tasks, how = prepared(lm, [EIFFEL])
+    small = replace(lm, memory=counted(lm, tasks[0], 1, True) - 1)
+    with pytest.raises(ValueError, match=r"fact .*Eiffel.*, one noise draw at a time, needs .* GB and memory allows"):
+        attribution.estimate(small, tasks, how)
+
+
+@pytest.mark.parametrize("d_ff", [48, 384])
+@pytest.mark.parametrize("family, dtype", [("gpt2", torch.float32), ("gemma3_text", torch.bfloat16)])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_runs_are_counted_as_what_they_hold(recomputes, family, dtype, d_ff, monkeypatch):
+    """Narrow MLPs and wide ones, of the families that keep most of each."""
+    monkeypatch.setattr(tiny, "D_FF", d_ff)
+    lm = open_tiny(tiny_model(family, dtype))
+    tasks, how = prepared(lm, [replace(EIFFEL, prompt="{} is in the city of" + " London, the city of" * 8)])
+    with LiveBytes(lm.model) as held:
+        attribution._effects(lm, tasks, how, torch.arange(14), None, recomputes)
+    assert held.peak <= counted(lm, tasks[0], 14, recomputes) <= 3 * held.peak
 
 
 def test_layers_from_disk_give_the_same_bits(tmp_path):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..facts import Fact, fact_list
 from ..jobs.finite import check_answers
-from ..kernels.target_logprob import LOGITS
 from ..model.lm import takes_lm
 from ..printing import html_text
 from ..progress import progress
@@ -22,6 +21,7 @@ from ..shipping.history import with_edits
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
+from ..sweep.plan import logit_rows
 from ..sweep.runs import RunList
 from ..tokens import answer_tokens, asked, encode
 
@@ -128,7 +128,7 @@ class ReadLens:
 
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
-        step = max(1, LOGITS // self._lm.n_vocab)
+        step = logit_rows(self._lm)
         for places, rows in zip(which.split(step), row.split(step), strict=True):
             if len(places):
                 self.values[:, places, layer] = self._read(x[rows.to(x.device)], self.targets[places])
@@ -140,7 +140,7 @@ class ReadLens:
         ids = targets.to(logits.device)
         mine = logits.gather(1, ids.clamp(min=0))
         p = (mine - logits.logsumexp(1, keepdim=True)).exp()
-        # Counted one target at a time: [k, 2, V] of comparisons would be twice what LOGITS allows.
+        # Counted one target at a time: [k, 2, V] of comparisons would be twice what there is room for.
         ranks = [1 + (logits > mine[:, i : i + 1]).sum(1) for i in (0, 1)]
         rank = torch.stack(ranks, 1).float().where(~p.isnan(), torch.nan)
         unknown = ids < 0

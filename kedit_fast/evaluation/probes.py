@@ -10,8 +10,7 @@ from torch import Tensor
 from ..facts import Fact, Question, folded
 from ..jobs.collect import collect
 from ..jobs.finite import check_answers
-from ..jobs.score import continuation_places, likeliest_tokens
-from ..kernels.target_logprob import target_logprob
+from ..jobs.score import continuation_places, likeliest_tokens, logprobs
 from ..sites import Site
 from ..sweep.edited import add_edited
 from ..sweep.runs import RunList
@@ -132,8 +131,8 @@ def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple
     readings = []
     for h in sides:
         # fp64: where an edit wrecks both answers, their order is still told below e^-103
-        logprob = target_logprob(h[:k], lm.fusable_head, places.targets, lm.n_vocab).cpu().double()
-        p_top = target_logprob(h[k:], lm.fusable_head, base_top, lm.n_vocab).cpu().double().exp()
+        logprob = logprobs(lm, h[:k], places.targets).cpu().double()
+        p_top = logprobs(lm, h[k:], base_top).cpu().double().exp()
         if h is sides[0]:
             base = dataclasses.replace(lm, edits=())
             check_answers(base, logprob, lambda i: places.sequences[places.pair[i]])

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.target_logprob import LOGITS, target_logprob
+from ..kernels.target_logprob import target_logprob
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
+from ..sweep.plan import logit_rows
 from ..sweep.runs import RunList, padded, spans
 from .collect import collect
 from .finite import check_answers
@@ -34,14 +35,21 @@ class Score:
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
         if len(which):
-            h = x[row.to(x.device)]
-            self.logprob[which] = target_logprob(h, self._lm.fusable_head, self.targets[which], self._lm.n_vocab).cpu()
+            self.logprob[which] = logprobs(self._lm, x[row.to(x.device)], self.targets[which]).cpu()
         return None
+
+
+def logprobs(lm, h: Tensor, targets: Tensor) -> Tensor:
+    """log p of targets [rows] or [rows, k] after hidden states h [rows, d] of the last layer, in nats; logits of a few
+    rows at a time."""
+    step = logit_rows(lm)
+    parts = zip(h.split(step), targets.split(step), strict=True)
+    return torch.cat([target_logprob(rows, lm.fusable_head, some, lm.n_vocab) for rows, some in parts])
 
 
 def likeliest_tokens(lm, h: Tensor) -> Tensor:
     """[rows] int64: the likeliest next token after each hidden state h [rows, d]; logits are not kept."""
-    parts = [lm.head(rows).argmax(-1) for rows in h.split(max(1, LOGITS // lm.n_vocab))]
+    parts = [lm.head(rows).argmax(-1) for rows in h.split(logit_rows(lm))]
     return torch.cat(parts)
 
 

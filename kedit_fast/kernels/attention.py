@@ -22,6 +22,7 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    room: int | None = None,
 ) -> Tensor:
     """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
 
@@ -30,6 +31,7 @@ def attention(
     key_rows: [R, T] int64: slot of position t of run r
     run, pos: [rows] int64
     window: positions a row sees, its own included (None: all); softcap: tanh cap on the scores (None: none)
+    room: numbers of K, or of scores, that the reference gathers at once (``GATHERED`` at most; one run's at least)
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
 
     The Triton kernel reads every key where it lies and holds no scores. It has no backward pass: where autograd
@@ -40,18 +42,20 @@ def attention(
         from .triton import attention as triton
 
         return triton.attention(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
-    return attention_ref(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
+    how = {"scale": scale, "window": window, "softcap": softcap, "room": room}
+    return attention_ref(query, key, value, key_rows, run, pos, **how)
 
 
-def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None):
+def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, room=None):
     """The same in plain torch: runs with equally many rows at a time; dense (SDPA) or gathered."""
+    room = GATHERED if room is None else min(room, GATHERED)
     out, device = torch.empty_like(query), query.device
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     for rows, which in _groups(run, pos):
         dense = rows.shape[1] >= DENSE_FROM and softcap is None and not bool(pos[rows[:, 0]].any())
         n_keys = int(pos[rows[:, -1]].max()) + 1
         widest = max(key.shape[1] * key.shape[2], 0 if dense else rows.shape[1] * query.shape[1])  # keys or scores
-        step = max(1, GATHERED // max(1, n_keys * widest))
+        step = max(1, room // max(1, n_keys * widest))
         for i in range(0, len(which), step):
             part = rows[i : i + step]
             slots = key_rows[which[i : i + step], :n_keys]

@@ -17,7 +17,7 @@ from ..kernels.rows import branch_rows
 from ..model.family import module_at
 from ..model.seam import attend_with, prepared
 from ..sites import Site
-from .plan import CALL_ROWS, RowCost, calls, cut
+from .plan import CALL_ROWS, RowCost, calls, cut, room
 from .rows import Call, RowTable
 from .runs import Runs
 from .store import KVStore
@@ -57,6 +57,8 @@ def sweep(
     slots: Tensor | None = None,
     keep: KVStore | None = None,
     grad: bool = False,
+    recompute: bool = False,
+    held: int = 0,
     advance: Callable[[float], None] | None = None,
 ) -> None:
     """Takes ``runs`` from the input of ``first_layer`` through ``last_layer`` (default: the last one).
@@ -66,7 +68,10 @@ def sweep(
     store: keys and values of an earlier sweep; its runs are the first of ``runs`` (branch_layer NEVER)
     slots: [rows] the store's slots that the rows write their keys and values to (generation)
     keep: a store that keeps this sweep's keys and values; the sweep is then one pack
-    grad: keeps autograd on, for jobs that optimize
+    grad: keeps autograd on, for jobs that optimize; such a sweep is one pack
+    recompute: of a sweep with grad, keep the rows that enter each layer, and let the backward pass run each layer again
+        (so it is anyway where weights are read layer by layer)
+    held: bytes of ``lm.memory`` that jobs and caller hold meanwhile
     advance: told after each layer which share of the sweep that was; the shares add up to 1
 
     One weight pass a pack. Raises ValueError when runs do not fit ``lm.memory`` or are too long. Leaves the model as it
@@ -76,16 +81,20 @@ def sweep(
     lm.check_length(int(runs.length.max()) if len(runs) else 0)
     if keep is not None and store is not None:
         raise ValueError("a sweep reads a store or keeps one, not both")
-    whole = h is not None or store is not None or keep is not None
+    whole = grad or h is not None or store is not None or keep is not None
     everything = torch.arange(len(runs))
-    cuts = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory)
-    packs = [(which, runs if len(which) == len(runs) else runs.take(which)) for which in cuts]
-    work = sum(taken.row_layers(first_layer, last_layer) for _, taken in packs)
+    cuts = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory - held - runs.nbytes)
+
+    def taken(which: Tensor) -> Runs:  # one pack at a time: all of them would be the runs' tables once more
+        return runs if len(which) == len(runs) else runs.take(which)
+
+    work = sum(taken(which).row_layers(first_layer, last_layer) for which in cuts)
     with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):
-        for which, taken in packs:
+        for which in cuts:
             number = torch.full((len(runs),), -1)
             number[which] = torch.arange(len(which))
-            pack = _Pack(lm, taken, number, jobs, store, slots, keep)
+            pack = _Pack(lm, taken(which), number, jobs, store, slots, keep)
+            pack.recomputes = grad and (recompute or lm.source.name != "resident")
             for rows in pack.run(first_layer, last_layer, h):
                 if advance is not None:
                     advance(rows / work)
@@ -97,7 +106,8 @@ class _Pack:
     def __init__(self, lm, runs, number, jobs, store, slots, keep):
         self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
         self.store, self.slots, self.keep = store, slots, keep
-        self.again = False
+        self.again = self.recomputes = False
+        self.room = room(lm)
         self.n_positions = int(runs.length.max()) if len(runs) else 0
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
@@ -113,7 +123,7 @@ class _Pack:
                 h = branch_rows(h, source.to(h.device))
             if self.keep is not None and layer == self.keep.from_layer:
                 self.keep.h = h
-            h = (self._recomputed if self._recomputes else self._layer)(layer, h, table, layer == last)
+            h = (self._recomputed if self.recomputes else self._layer)(layer, h, table, layer == last)
             yield len(table)
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
@@ -132,14 +142,10 @@ class _Pack:
 
     # ---- one layer
 
-    @property
-    def _recomputes(self) -> bool:
-        """Autograd keeps every weight that it multiplied by; of weights that are read layer by layer, it must not."""
-        return torch.is_grad_enabled() and self.lm.source.name != "resident"
-
     def _recomputed(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         """The layer, of which autograd keeps the rows that enter it: the backward pass runs it again, with its weights
-        read again. So a step takes two weight passes, whatever the number of rows, and no layer's weights are kept."""
+        read again. So a step takes two weight passes, whatever the number of rows, and no layer's weights are kept:
+        autograd keeps every weight that it multiplied by, and of weights that are read layer by layer it must not."""
         return checkpoint(
             self._layer,
             layer,
@@ -203,7 +209,7 @@ class _Pack:
             return None
         table = call.table
         pos = table.pos[call.index]
-        attend = _Attend(cache, table, call, keys_only)
+        attend = _Attend(cache, table, call, keys_only, self.room)
         x = _pick(h, call.index)
         with attend_with(attend), self._hooks(layer, call, leave_early and not keys_only):
             try:
@@ -274,8 +280,9 @@ class _Pack:
 class _Attend:
     """The attention of one call: writes the call's keys and values to their slots, then reads through the row table."""
 
-    def __init__(self, cache, table: RowTable, call: Call, keys_only: bool):
+    def __init__(self, cache, table: RowTable, call: Call, keys_only: bool, room: int):
         self.cache, self.table, self.call, self.keys_only, self.n_calls = cache, table, call, keys_only, 0
+        self.room = room
 
     def __call__(self, query, key, value, *, scale, window, softcap):
         self.n_calls += 1
@@ -286,8 +293,9 @@ class _Attend:
             raise _Enough
         pos = self.table.pos[self.call.index]
         return attention(
-            query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap
-        )
+            query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap,
+            room=self.room,
+        )  # fmt: skip
 
 
 def _in_table_order(h: Tensor, table: RowTable) -> Tensor:

@@ -1,23 +1,39 @@
-"""Cuts runs into packs that fit the memory, before the first layer. Ancestors are repeated in each pack."""
+"""What a sweep holds, and how work is cut so that it fits the memory, before the first layer."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..kernels.target_logprob import LOGITS
 from .runs import Runs
 
 # Rows that go through a block in one call. Small enough that a call's intermediates stay in cache, large enough for
 # the products: see bench/results for the figure by size.
 CALL_ROWS = 2048
+COPIES = 8  # tensors as large as gathered keys, or as a chunk of logits, that are alive at once while they are made
+TABLES = 32  # int64 numbers of a run at a position, as declared, in its pack, and its slots
+
+# What autograd keeps of a row in a layer, measured on blocks of all families: at most 10 numbers of the stream's width
+# in fp32 (norms are computed there, whatever the model's dtype), and 4 of the MLP's width.
+SAVED, SAVED_FF = 10, 4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Bytes a row holds: ``kept`` for the whole layer (hidden state in and out, key, value), ``passing`` in a call."""
+    """Bytes a row holds: ``kept`` for the whole layer (hidden state in and out, key, value), ``passing`` in a call.
+
+    Attention and head have a call's share to themselves: the MLP's intermediates are not alive beside theirs.
+    position: of a run's tables, for each position of the longest run
+    """
 
     kept: int
     passing: int
+    position: int = 0
 
     @classmethod
     def of(cls, lm) -> "RowCost":
@@ -25,34 +41,95 @@ class RowCost:
         return cls(
             kept=itemsize * (3 * lm.d_model + 2 * lm.n_key_heads * lm.head_dim),
             passing=itemsize * (3 * lm.d_ff + 6 * lm.d_model),
+            position=TABLES,
         )
+
+    @property
+    def call(self) -> int:
+        """Bytes that a block call holds."""
+        return CALL_ROWS * self.passing
+
+    def rows(self, memory: int) -> int:
+        """Rows that a sweep may hold in that many bytes."""
+        return (memory - self.call) // self.kept
+
+
+def together(
+    items: Iterable[T], size: Callable[[T], float], most: float, count: int | None = None
+) -> Iterator[list[T]]:
+    """Consecutive items whose sizes add up to ``most`` at most, and no more than ``count`` of them; one that is too
+    large stands alone. No items make no group."""
+    group: list[T] = []
+    held = 0.0
+    for item in items:
+        n = size(item)
+        if group and (held + n > most or len(group) == count):
+            yield group
+            group, held = [], 0.0
+        group.append(item)
+        held += n
+    if group:
+        yield group
+
+
+def room(lm) -> int:
+    """Numbers (fp32; fp64 for an fp64 model) that attention or head may gather at once, so that all they make of them
+    takes no more than a call's share."""
+    return RowCost.of(lm).call // (COPIES * max(4, lm.dtype.itemsize))
+
+
+def too_large(what: str, need: int, memory: int) -> str:
+    """The message for something that does not fit the memory however it is cut."""
+    return (
+        f"{what} needs {need / 1e9:.2f} GB and memory allows {memory / 1e9:.2f} GB; give open_model a larger memory=, "
+        "or shorten the text"
+    )
+
+
+def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, extra: int = 0, recomputes: bool) -> int:
+    """Bytes that a sweep with autograd holds at its height, in its layers, from above.
+
+    rows: that pass; gathered: keys that attention copies (runs times the longest one's positions); scores: rows times
+        those positions; extra: bytes of a row in a layer that jobs keep; recomputes: see ``sweep``
+    """
+    itemsize, wide = lm.dtype.itemsize, max(4, lm.dtype.itemsize)
+    heads, key_width = lm.config.num_attention_heads, 2 * lm.n_key_heads * lm.head_dim
+    of_a_row = SAVED * max(lm.d_model, heads * lm.head_dim) * wide + (SAVED_FF * lm.d_ff + key_width) * itemsize + extra
+    by_layer = of_a_row * rows + 2 * heads * scores * wide + key_width * gathered * wide
+    if not recomputes:
+        return n_layers * by_layer
+    return n_layers * (lm.d_model * itemsize + extra) * rows + min(2, n_layers) * by_layer
+
+
+def logit_rows(lm) -> int:
+    """Rows whose logits are made at once. Half as many copies of them are alive as of gathered keys."""
+    return max(1, min(2 * room(lm), LOGITS) // lm.n_vocab)
 
 
 def cut(runs: Runs, cost: RowCost, memory: int) -> list[Tensor]:
-    """Run numbers of each pack, ascending and closed under ancestors, in declared order.
+    """Run numbers of each pack, ascending and closed under ancestors, in declared order. Ancestors are repeated in each
+    pack.
 
     memory: bytes a pack may hold. Raises ValueError, with the bytes needed, when one run and its ancestors do not fit.
     """
-    budget = (memory - CALL_ROWS * cost.passing) // cost.kept
+    budget = memory - cost.call
+    table = cost.position * runs.tokens.shape[1]
     above = torch.stack([runs.parent, runs.source, runs.graft], dim=1).tolist()
-    n_rows = runs.n_rows.tolist()
+    size = (runs.n_rows * cost.kept + table).tolist()
     packs: list[list[int]] = []
     pack: set[int] = set()
     held = 0
     for run in range(len(runs)):
         new = _with_ancestors(run, above, pack)
-        added = sum(n_rows[r] for r in new)
+        added = sum(size[r] for r in new)
         if pack and held + added > budget:
             packs.append(sorted(pack))
             pack, held = set(), 0
             new = _with_ancestors(run, above, pack)
-            added = sum(n_rows[r] for r in new)
+            added = sum(size[r] for r in new)
         if added > budget:
-            need = added * cost.kept + CALL_ROWS * cost.passing
-            raise ValueError(
-                f"one run with its ancestors needs {need / 1e9:.2f} GB and memory allows {memory / 1e9:.2f} GB; "
-                "give open_model a larger memory=, or shorten the text"
-            )
+            need = added + cost.call
+            raise ValueError(too_large("one run with its ancestors", need, memory))
         pack.update(new)
         held += added
     if pack:

@@ -53,6 +53,11 @@ class Runs:
         """[R] rows each run owns once it is fully grown."""
         return torch.where(self.branch_layer == NEVER, 0, self.length - self.first_pos)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these tables."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
     def row_layers(self, first: int, last: int) -> int:
         """Rows that go through layers first to last, summed over the layers: what a sweep costs."""
         layers = (last + 1 - self.branch_layer.clamp(min=first)).clamp(min=0)  # of the run's first row
@@ -119,9 +124,12 @@ class RunList:
     def runs(self) -> Runs:
         """All runs collected so far."""
         width = max((b["tokens"].shape[1] for b in self._blocks), default=0)
-        pad = [torch.nn.functional.pad(b["tokens"], (0, width - b["tokens"].shape[1])) for b in self._blocks]
+        tokens, at = torch.zeros(self._n, width, dtype=torch.int64), 0
+        for block in self._blocks:  # a block's tokens may be one sequence for thousands of runs
+            tokens[at : at + len(block["tokens"]), : block["tokens"].shape[1]] = block["tokens"]
+            at += len(block["tokens"])
         columns = {name: torch.cat([b[name] for b in self._blocks]) for name in self._blocks[0] if name != "tokens"}
-        return Runs(tokens=torch.cat(pad), **columns)
+        return Runs(tokens=tokens, **columns)
 
 
 def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: int = 0, owner: int = 0, source=None):

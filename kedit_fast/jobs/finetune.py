@@ -7,6 +7,7 @@ below does not change: it is computed once. After each step every entry of Δ ma
 2020, arXiv:2012.00363: fine-tuning with ||W - W_0||_inf bounded).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,13 @@ from ..model.seam import frozen
 from ..progress import progress
 from ..sites import Site
 from ..sweep.engine import sweep
+from ..sweep.plan import graph_bytes, together, too_large
 from ..sweep.runs import RunList, Runs, add_sequences, spans
 from .collect import GraphRows, collect
 from .finite import HIGH_RATE, not_finite
 from .score import continuation_places
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
-SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
 LOGITS = 3  # logits that a target row holds at the height of a step
 
 
@@ -75,29 +76,31 @@ def fine_tune(lm, tasks: list[TuneTask], settings: TuneSettings) -> Tuned:
 
     One sweep below the first tuned layer, then up to ``steps`` sweeps forth and back through the layers from there on.
     A batch that does not fit ``lm.memory`` is cut into packs whose gradients are added up: the same to rounding. Held
-    besides: four tensors [d, d_ff] a layer (Δ, its gradient, Adam's two), and a row [d] for each prompt token.
+    besides: four tensors [d, d_ff] a layer (Δ, its gradient, Adam's two), and the row [d] of each prompt token that
+    enters the first tuned layer, where half the memory holds them all; else they are made anew in each step.
 
-    Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step.
+    Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step; and, with the
+    bytes needed, where a task does not fit.
     """
     # off for the backward pass too, which runs outside of any sweep
     with torch.autocast(lm.device.type, enabled=False):
         return _Tuning(lm, tasks, settings).run()
 
 
-def held_bytes(lm, task: TuneTask, layers: tuple[int, ...]) -> int:
+def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = False) -> int:
     """Bytes that one task holds at the height of a step, from above: prefixes that tasks share count for each.
 
-    By layer: what autograd keeps of a row, its attention weights, keys and values, as they are and once more as
-    attention gathers them, wide. Once: the rows that enter the first layer, and logits of target rows.
+    By layer: what autograd keeps of a row, its attention weights, keys and values as attention gathers them. Once: the
+    rows that enter the first layer, and logits of target rows.
     """
     itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
     rows = len(task.prompt) + len(task.target) - 1
-    weights = 2 * lm.config.num_attention_heads * rows**2 * wide
-    by_layer = SAVED * lm.d_model * itemsize * rows + weights
-    by_layer += 2 * lm.n_key_heads * lm.head_dim * rows * (itemsize + wide)
+    by_layer = graph_bytes(
+        lm, rows, rows, rows**2, lm.n_layers - min(layers), recomputes=recompute or lm.source.name != "resident"
+    )
     tuned = len(layers) * rows * (lm.d_ff + lm.d_model) * wide  # keys and what Δ makes of them
     logits = LOGITS * len(task.target) * lm.n_vocab * wide
-    return (lm.n_layers - min(layers)) * by_layer + tuned + lm.d_model * itemsize * rows + logits
+    return by_layer + tuned + lm.d_model * itemsize * rows + logits
 
 
 class _Tuning:
@@ -106,9 +109,13 @@ class _Tuning:
     def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings):
         self.lm, self.settings, self.n_tasks = lm, settings, len(tasks)
         size = settings.batch_size
-        cuts = [_cut(lm, tasks, range(i, min(i + size, len(tasks))), settings) for i in range(0, len(tasks), size)]
-        keep_on = lm.device if sum(map(len, cuts)) == 1 else torch.device("cpu")
-        self.batches = [[_Pack(lm, tasks, which, settings, keep_on) for which in packs] for packs in cuts]
+        budget, rows = _budget(lm, tasks, settings)
+        cuts = [
+            list(_cut(lm, tasks, range(i, min(i + size, len(tasks))), settings, budget))
+            for i in range(0, len(tasks), size)
+        ]
+        keep_on = None if not rows else lm.device if sum(map(len, cuts)) == 1 else torch.device("cpu")
+        self.batches = [[_Pack(lm, tasks, which, settings, budget, keep_on) for which in packs] for packs in cuts]
         self.deltas = {layer: _zeros(lm).requires_grad_() for layer in settings.layers}
         self.adam = torch.optim.Adam(self.deltas.values(), lr=settings.lr)
         self.start = {layer: _weight(lm, layer) for layer in settings.layers} if settings.weight_decay else {}
@@ -157,9 +164,13 @@ class _Tuning:
 
 class _Pack:
     """Tasks that go up together: their runs, where their targets are read, and the rows that enter the first tuned
-    layer. Equal prefixes are one row: they stay equal, since Δ is the same for all."""
+    layer. Equal prefixes are one row: they stay equal, since Δ is the same for all.
 
-    def __init__(self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, keep_on: torch.device):
+    budget: bytes it may hold; keep_on: where the entering rows are kept (None: made anew each time)
+    """
+
+    def __init__(self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, budget: int, keep_on):
+        self.recompute = len(which) == 1 and held_bytes(lm, tasks[which[0]], settings.layers) > budget
         self.lm, self.settings, self.which = lm, settings, which
         self.tasks = [tasks[i] for i in which]
         places = continuation_places([(task.prompt, task.target) for task in self.tasks])
@@ -171,8 +182,8 @@ class _Pack:
         self.run = add_sequences(runs, sequences, owner=lm.run_owner)[places.pair]
         self.runs, self.task, self.targets = runs.runs(), places.pair, places.targets
         self.weight = 1 / torch.tensor(places.lengths, dtype=torch.float64)[places.pair]
-        self.h = _entering(lm, self.runs, min(settings.layers))
-        self.h = None if self.h is None else self.h.to(keep_on)
+        self.keeps = keep_on is not None
+        self.h = None if keep_on is None else _on(keep_on, _entering(lm, self.runs, min(settings.layers)))
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -180,8 +191,11 @@ class _Pack:
     def nll(self, deltas: dict[int, Tensor]) -> Tensor:
         """[tasks] nats, the mean over each task's target tokens; with its graph where autograd is on."""
         lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
-        h = None if self.h is None else self.h.to(lm.device)
-        sweep(lm, self.runs, [_Tune(deltas), top], first_layer=min(deltas), h=h, grad=torch.is_grad_enabled())
+        h = _on(lm.device, self.h if self.keeps else _entering(lm, self.runs, min(deltas)))
+        sweep(
+            lm, self.runs, [_Tune(deltas), top], first_layer=min(deltas), h=h, grad=torch.is_grad_enabled(),
+            recompute=self.recompute,
+        )  # fmt: skip
         with frozen(lm.model):
             log_p = target_logprob(top.take(), lm.fusable_head, self.targets, lm.n_vocab)
         share = -log_p * self.weight.to(log_p)
@@ -221,18 +235,23 @@ class _Tune:
         return Dense(self._deltas[layer]).add_to(x, keys)
 
 
-def _cut(lm, tasks: list[TuneTask], batch: range, settings: TuneSettings) -> list[list[int]]:
-    """The tasks of a batch in consecutive packs that fit ``lm.memory``; one that is too large stands alone."""
+def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int]:
+    """(bytes that a pack may hold, bytes of the rows that enter the first tuned layer, kept for all steps: 0 where they
+    are too many). Raises ValueError where the largest task does not fit, its layers computed again."""
     state = 4 * len(settings.layers) * lm.d_model * lm.d_ff * _wide(lm.dtype).itemsize
-    packs, held = [], 0
-    for i in batch:
-        n = held_bytes(lm, tasks[i], settings.layers)
-        if not packs or held + n > lm.memory - state:
-            packs.append([])
-            held = 0
-        packs[-1].append(i)
-        held += n
-    return packs
+    left = lm.memory - state
+    rows = sum(len(task.prompt) + len(task.target) - 1 for task in tasks) * lm.d_model * lm.dtype.itemsize
+    rows = rows if rows <= left // 2 else 0
+    worst = max(tasks, key=lambda task: len(task.prompt) + len(task.target))
+    need = held_bytes(lm, worst, settings.layers, recompute=True)
+    if need > left - rows:
+        raise ValueError(too_large(f"fine-tuning on fact {worst.name}", need + state + rows, lm.memory))
+    return left - rows, rows
+
+
+def _cut(lm, tasks: list[TuneTask], batch: range, settings: TuneSettings, budget: int) -> Iterator[list[int]]:
+    """The tasks of a batch in consecutive packs that fit; one that is too large stands alone."""
+    return together(batch, lambda i: held_bytes(lm, tasks[i], settings.layers), budget)
 
 
 def _entering(lm, runs: Runs, layer: int) -> Tensor | None:
@@ -241,6 +260,10 @@ def _entering(lm, runs: Runs, layer: int) -> Tensor | None:
         return None
     run, pos = spans(runs.first_pos, runs.first_pos + runs.n_rows)
     return collect(lm, runs, Site.layer_out, [layer - 1], run, pos)[layer - 1]
+
+
+def _on(device: torch.device, h: Tensor | None) -> Tensor | None:
+    return None if h is None else h.to(device)
 
 
 def _zeros(lm) -> Tensor:

@@ -9,6 +9,7 @@ at the subject's last token of "{subject} is a", and δ acts there too. Deltas o
 is exact. Everything before the lookup token and below the layer is computed once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,48 +22,14 @@ from ..progress import progress
 from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
+from ..sweep.plan import together
 from ..sweep.runs import NEVER, RunList, Runs, padded, spans
 from ..sweep.store import KVStore
 from .collect import Collect, GraphRows
 from .finite import HIGH_RATE, check_answers, not_finite
+from .value_tasks import ValueSettings, ValueTask, held_bytes, parts
 
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
-SAVED = 30  # numbers of width d that autograd keeps for a row of a layer, measured on a Llama block
-LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_0, hold at the height of a step
-
-
-@dataclass(frozen=True)
-class ValueTask:
-    """One fact: token sequences, where its value acts, and what is to come after.
-
-    sequences: prompt tokens in each context, the bare one first; lookups: index of the lookup token in each
-    target: token ids; essence: tokens of "{subject} is a" up to its lookup token, its last one
-    name: what errors call it, besides its number; owner: the fact whose independent edit acts on it, if any do
-    """
-
-    sequences: list[list[int]]
-    lookups: list[int]
-    target: list[int]
-    essence: list[int]
-    name: str = ""
-    owner: int = 0
-
-
-@dataclass(frozen=True)
-class ValueSettings:
-    """Where the values live and the hyper-parameters of their optimization, under the published names.
-
-    loss_layer: the hidden state of this layer is what the target's loss reads through norm and head
-    """
-
-    layer: int
-    site: Site
-    lr: float
-    steps: int
-    weight_decay: float
-    kl_factor: float
-    clamp: float
-    loss_layer: int
 
 
 @dataclass(frozen=True)
@@ -83,11 +50,12 @@ def optimize_values(
     lm, tasks: list[ValueTask], settings: ValueSettings, keep: Keep = make_now, name: str = "values"
 ) -> Values:
     """Values of all facts; facts are cut into groups by ``lm.memory``. One base sweep and up to ``steps`` sweeps of the
-    upper layers a group. No randomness.
+    upper layers a group. A fact too large for the memory takes as many sweeps a step as its contexts have to be cut
+    into. No randomness.
 
     keep, name: each group is a part of the work kept as "{name}-{number}" (checkpoint.py)
     Raises ValueError where the model or a loss gives NaN or infinity; for a loss with the fact's number and name and
-    the step.
+    the step; and, with the bytes needed, where a fact does not fit however it is cut.
     """
     parts, n_done = [], 0
     # off for the backward pass too, which runs outside of any sweep
@@ -103,41 +71,9 @@ def optimize_values(
     return Values(**joined | {key: joined[key].to(lm.device) for key in ("values", "initial")})
 
 
-def _groups(lm, tasks, settings):
+def _groups(lm, tasks: list[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
     """Consecutive facts that fit ``lm.memory`` together; one that is too large stands alone."""
-    group, held = [], 0
-    for task in tasks:
-        n = held_bytes(lm, task, settings)
-        if group and held + n > lm.memory:
-            yield group
-            group, held = [], 0
-        group.append(task)
-        held += n
-    yield group
-
-
-def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
-    """Bytes that one fact holds at the height of a step, from above: prefixes that facts share count for each.
-
-    By layer: keys and values in the store, and what autograd keeps: rows from the lookup token on, their attention
-    weights, keys and values as attention gathers them, wide and as long as the longest. Where weights are read layer by
-    layer it keeps the rows that enter each layer, and all that of two layers at most. Once: the store's rows, and
-    logits of target rows and of the KL row.
-    """
-    itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
-    lengths = [len(s) + len(task.target) - 1 for s in task.sequences] + [len(task.essence)]
-    rows = sum(n - k for n, k in zip(lengths, [*task.lookups, len(task.essence) - 1], strict=True))
-    weights = 2 * lm.config.num_attention_heads * rows * max(lengths) * wide
-    key_width = 2 * lm.n_key_heads * lm.head_dim
-    saved = SAVED * lm.d_model * itemsize * rows + weights + key_width * len(lengths) * max(lengths) * wide
-    stored = key_width * sum(lengths) * itemsize
-    n_layers = lm.n_layers - settings.layer
-    if lm.source.name == "resident":
-        layers = n_layers * (stored + saved)
-    else:
-        layers = n_layers * (stored + lm.d_model * itemsize * rows) + min(2, n_layers) * saved
-    logits = (LOGITS * len(task.sequences) * len(task.target) + KL_LOGITS) * lm.n_vocab * wide
-    return layers + lm.d_model * itemsize * sum(lengths) + logits
+    return together(tasks, lambda task: held_bytes(lm, task, settings), lm.memory)
 
 
 class _AddValue:
@@ -167,6 +103,7 @@ class _Group:
         self.above = into_stream and settings.layer < settings.loss_layer
         self.begin = settings.layer + self.above
         self.store = KVStore(from_layer=self.begin)
+        self.parts, self.recompute = parts(lm, tasks, settings)
         self._declare()
         self._base_sweep()
 
@@ -221,18 +158,20 @@ class _Group:
         loss, nll = torch.zeros(n), torch.zeros(n)
         active = torch.ones(n, dtype=torch.bool)
         for step in range(settings.steps):
-            part_nll, part_loss = self._losses(active, delta)
+            adam.zero_grad()
+            is_last = step + 1 == settings.steps
+            part_nll, part_loss = self._all_losses(active, delta, is_last)
             self._check_losses(active, part_loss.detach(), step)
             steps[active] += 1
             loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
-            done = active & (loss < STOP_BELOW) if step + 1 < settings.steps else active.clone()
+            done = active.clone() if is_last else active & (loss < STOP_BELOW)
             bar.advance(int(done.sum()), f"loss {loss[active].mean():.3f}")
             active = active & ~done
             if not active.any():
                 break
             kept = delta.detach().clone()
-            adam.zero_grad()
-            part_loss.sum().backward()
+            if part_loss.requires_grad:
+                part_loss.sum().backward()
             adam.step()
             with torch.no_grad():
                 delta[~active.to(delta.device)] = kept[
@@ -255,10 +194,29 @@ class _Group:
                 HIGH_RATE,
             )
 
-    def _losses(self, active: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """(-log p of the target, whole loss) [active facts] in nats, with their graph."""
+    def _all_losses(self, active: Tensor, delta: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+        """(-log p of the target, whole loss) [active facts] in nats: with their graph, or, where the sequences are cut
+        into parts, with δ's gradient from all of them (in the last step nobody needs it)."""
+        if len(self.parts) == 1:
+            return self._losses(active, delta, self.parts[0])
+        nll = loss = 0
+        for part in self.parts:
+            if not self.has_rows[part.start : part.stop].any():
+                continue
+            part_nll, part_loss = self._losses(active, delta, part)
+            if not is_last:
+                part_loss.sum().backward()
+            nll, loss = nll + part_nll.detach(), loss + part_loss.detach()
+        return nll, loss
+
+    def _losses(self, active: Tensor, delta: Tensor, part: range) -> tuple[Tensor, Tensor]:
+        """(-log p of the target, whole loss) [active facts] in nats, with their graph, as far as these sequences make
+        them."""
         lm, settings = self.lm, self.settings
-        chosen = (active[self.fact] & self.has_rows).nonzero()[:, 0]
+        here = torch.zeros(len(self.sequences), dtype=torch.bool)
+        here[part.start : part.stop] = True
+        kl_here = here[self.kl_index] & active
+        chosen = (active[self.fact] & self.has_rows & here).nonzero()[:, 0]
         runs, h, number, first = self._runs(chosen)
         adding = []
         if self.above:
@@ -267,17 +225,24 @@ class _Group:
             adding = [_AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)]
         contexts = chosen[~self.is_essence[chosen]]
         place, target, weight, fact = self._target_places(contexts, number[contexts])
-        kl = self.kl_index[active]
+        kl = self.kl_index[kl_here]
         top = GraphRows(settings.loss_layer, *place)
         kl_top = GraphRows(lm.n_layers - 1, number[kl], self.lookup[kl])
-        sweep(lm, runs, [*adding, top, kl_top], first_layer=self.begin, h=h, store=self.store, grad=True)
+        jobs, last = ([*adding, top, kl_top], None) if len(kl) else ([*adding, top], settings.loss_layer)
+        sweep(
+            lm, runs, jobs, first_layer=self.begin, last_layer=last, h=h, store=self.store, grad=True,
+            recompute=self.recompute,
+        )  # fmt: skip
         with torch.enable_grad(), frozen(lm.model):
             log_p = target_logprob(top.take(), lm.fusable_head, target, lm.n_vocab)
             nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
-            kl = self._kl(kl_top.take(), active)
-            decay = delta.norm(dim=1) / self.initial.norm(dim=1).square()
-            total = nll[active] + settings.kl_factor * kl + settings.weight_decay * decay[active]
-        return nll[active], total
+            if not len(kl):
+                return nll[active], nll[active]
+            kl = self._kl(kl_top.take(), kl_here)
+            decay = (delta.norm(dim=1) / self.initial.norm(dim=1).square())[kl_here.to(delta.device)]
+            rest = settings.kl_factor * kl + settings.weight_decay * decay
+            total = nll.index_add(0, kl_here.nonzero()[:, 0].to(nll.device), rest)
+        return nll[active], total[active]
 
     def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor, Tensor]:
         """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;

@@ -7,17 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
 import tests.oracle.values as oracle_module
 from kedit_fast.editors.common import Prompts
+from kedit_fast.jobs import value_tasks
 from kedit_fast.jobs.values import ValueSettings, optimize_values
 from kedit_fast.sites import Site
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, make_exact, oracle_facts, relative
 from tests.edits import bits, same_bits
+from tests.live import LiveBytes
 from tests.oracle.values import optimize_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -152,43 +153,41 @@ def test_a_finished_fact_leaves_the_others_alone(monkeypatch):
     assert torch.equal(together.steps[kept], without.steps)
 
 
+def of_one_fact(lm, chosen) -> int:
+    """Bytes that hold any one of the facts."""
+    return max(values_module.held_bytes(lm, task, chosen) for task in tasks(lm))
+
+
 def test_groups_cut_by_memory_are_the_whole():
     lm = tiny_lm("llama", torch.float64)
-    sizes = [len(group) for group in values_module._groups(replace(lm, memory=1), tasks(lm), settings(lm))]
-    assert sizes == [1] * len(FACTS)
-    halves = replace(lm, memory=2 * 30 * 48 * 8 * 3 * 30)
-    assert 1 < len(list(values_module._groups(halves, tasks(lm), settings(lm)))) < len(FACTS)
+    one = of_one_fact(lm, settings(lm))
     whole = optimize_values(lm, tasks(lm), settings(lm))
-    for cut in (replace(lm, memory=1), halves):
+    for memory, n_groups in ((one, 3), (2 * one, 2)):
+        cut = replace(lm, memory=memory)
+        assert len(list(values_module._groups(cut, tasks(lm), settings(lm)))) == n_groups
         parts = optimize_values(cut, tasks(lm), settings(lm))
         assert relative(parts.values, whole.values) < 1e-10
         assert torch.equal(parts.steps, whole.steps)
 
 
-class LiveBytes(TorchDispatchMode):
-    """``peak``: most bytes of tensors alive at once that were made inside, a model's own not counted."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.alive = {x.untyped_storage()._cdata: 0 for x in (*model.parameters(), *model.buffers())}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage):
-        if storage._cdata not in self.alive:
-            self.alive[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._end, storage._cdata)
-
-    def _end(self, key):
-        self.now -= self.alive.pop(key, 0)
+@pytest.mark.parametrize("size, again", [(2, False), (1, False), (1, True)])
+@pytest.mark.parametrize("site, loss_layer", [(Site.layer_out, 3), (Site.layer_out, 2), (Site.mlp_out, 3)])
+def test_contexts_cut_by_memory_are_the_whole(site, loss_layer, size, again, monkeypatch):
+    """One fact's contexts in parts whose gradients are added up; at the least, one with its layers computed again."""
+    monkeypatch.setattr(values_module, "STOP_BELOW", 6.5)  # so that some facts are done early
+    lm = tiny_lm("llama", torch.float64)
+    chosen = settings(lm, site, steps=5, loss_layer=loss_layer)
+    whole = optimize_values(lm, tasks(lm), chosen)
+    for i, task in enumerate(tasks(lm)):
+        need = value_tasks._stored_bytes(lm, task, chosen) + value_tasks._largest(lm, task, chosen, size, again)
+        small = replace(lm, memory=need)
+        parts, recompute = value_tasks.parts(small, [task], chosen)
+        assert len(parts) == -(-(len(task.sequences) + 1) // size) and recompute == again
+        got = optimize_values(small, [task], chosen)
+        assert relative(got.values[0], whole.values[i]) < 1e-10
+        assert got.steps[0] == whole.steps[i] and relative(got.loss, whole.loss[i : i + 1]) < 1e-6
+    with pytest.raises(ValueError, match=r"fact '.*', one context at a time, needs .* GB and memory allows"):
+        optimize_values(replace(lm, memory=1), tasks(lm)[:1], chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -267,7 +266,8 @@ def test_layers_from_disk_are_let_go(from_disk, monkeypatch):
     monkeypatch.setattr(lm.source, "_read", watched)
     stores, make = [], values_module.KVStore
     monkeypatch.setattr(values_module, "KVStore", lambda **how: stores.append(weakref.ref(s := make(**how))) or s)
-    optimize_values(replace(lm, memory=1), tasks(lm)[:2], settings(lm, layer=0, steps=3))
+    chosen = settings(lm, layer=0, steps=3)
+    optimize_values(replace(lm, memory=of_one_fact(lm, chosen)), tasks(lm)[:2], chosen)
     of_a_layer = len(lm.source._held[1])
     assert max(alive) <= of_a_layer, "beside a layer that is being read, the one that was last read"
     gc.collect()
@@ -319,11 +319,12 @@ def test_damaged_weights_are_found_before_the_first_step(monkeypatch):
         optimize_values(lm, tasks(lm), settings(lm))
 
 
-@pytest.mark.parametrize("memory", [4 << 30, 1])
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("names", [True, False])
-def test_a_loss_that_turns_nan_is_an_error(names, memory, monkeypatch):
+def test_a_loss_that_turns_nan_is_an_error(names, together, monkeypatch):
     """Named by the fact's name, or its number among all facts, whatever the groups; before the value is used."""
-    lm = replace(tiny_lm("llama"), memory=memory)
+    lm = tiny_lm("llama")
+    lm = lm if together else replace(lm, memory=of_one_fact(lm, settings(lm)))
     some = [task if names else replace(task, name="") for task in tasks(lm)]
     first, wrong = torch.tensor(some[0].target), some[2].target[0]
     made = values_module.target_logprob
@@ -332,7 +333,7 @@ def test_a_loss_that_turns_nan_is_an_error(names, memory, monkeypatch):
     def spoiled(h, head, targets, n_vocab):
         """The first fact is done at once, so numbers among those still at work are others."""
         calls.append(1)
-        bad = (targets == wrong) & (sum(calls) > (1 if memory > 1 else STEPS + 2))
+        bad = (targets == wrong) & (sum(calls) > (1 if together else STEPS + 2))
         log_p = made(h, head, targets, n_vocab).masked_fill(torch.isin(targets, first), 0.0)
         return log_p.masked_fill(bad, torch.nan)
 

@@ -125,6 +125,10 @@ class LayerSweep:
                 f"{path} is no layer sweep ({error}); expected {FORMAT}, version {VERSION}, as LayerSweep.save makes it"
             ) from error
 
+    def __repr__(self) -> str:
+        n = self.n_facts
+        return f"LayerSweep({self.method}, {n} fact{'s' * (n != 1)}, {len(self.edited)} layers, model {self.model})"
+
     def _repr_html_(self) -> str:
         from .plots import figure_html
 

@@ -71,6 +71,12 @@ class SecondMoment:
                 "and a mean of k kᵀ is; it is damaged or something else: collect it again"
             )
 
+    def __repr__(self) -> str:
+        model = self.fingerprint[:12] if self.fingerprint else "unknown"
+        corpus = f", {self.corpus}" * bool(self.corpus)
+        size = f"d_ff {len(self.matrix)}, {self.n_tokens:,} tokens"
+        return f"SecondMoment(layer {self.layer}, {size}{corpus}, model {model})"
+
     @property
     @own_state()
     def condition(self) -> float:

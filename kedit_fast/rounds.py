@@ -59,6 +59,11 @@ class Round:
     evaluate_s: float
     edit: Edit | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        new = self.new["efficacy"].mean
+        perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity[1]:.4g}"
+        return f"Round({self.number}, {self.method}, {self.n_facts:,} facts, efficacy of the new {new:.3f}{perplexity})"
+
     @property
     def drift(self) -> float | None:
         """Edited perplexity / base perplexity - 1; None without a text."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .plots import _GRAY, _figure, _finish, _style
+from .trace_labels import model_label
 
 _INKS = ("#1b6ca8", "#c44536", "#2a9d5c", "#8a4fbf", "#b8860b", "#555555")
 _GUARD = 1e-9  # on a log scale zero has no place
@@ -93,7 +94,7 @@ def _finish_panels(efficacy, neighborhood, perplexity, growth) -> None:
 def _title(rounds, model: str) -> str:
     last = max((of_one[-1] for of_one in rounds.values()), key=lambda r: r.n_facts)
     per_round = next(iter(rounds.values()))[0].n_facts
-    within = f" in {model}" if model else ""
+    within = f" in {model_label(model)}" if model else ""
     return f"Editing {last.n_facts:,} facts{within} in rounds of {per_round}, each on top of those before"
 
 

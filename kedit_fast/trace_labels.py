@@ -1,6 +1,8 @@
 """Words and numbers that pictures of traces share: token labels, the scale, what was restored."""
 
+import re
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import numpy as np
 
@@ -69,7 +71,14 @@ def runs_line(result: TraceResult) -> str:
 
 
 def within(what: str, model: str) -> str:
-    return f"{what} within {model}" if model else what
+    return f"{what} within {model_label(model)}" if model else what
+
+
+def model_label(model: str) -> str:
+    """A model's name as a picture shows it: of a folder the last part of its path, a hub id (owner/name) as it is."""
+    parts = PurePath(model).parts
+    a_path = len(parts) > 2 or PurePath(model).is_absolute() or model.startswith((".", "~")) or "\\" in model
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model if a_path else model
 
 
 def layer_label(result: TraceResult, model: str) -> str:

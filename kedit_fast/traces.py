@@ -120,6 +120,13 @@ class TraceResult:
     def _of_arrays(cls, p_restored, record) -> "TraceResult":
         return cls.from_record(json.loads(str(record)) | {"p_restored": p_restored})
 
+    def __repr__(self) -> str:
+        n_tokens, n_layers = self.p_restored.shape
+        return (
+            f"TraceResult({self.fact.text!r} -> {self.answer!r}, {self.kind}, {self.metric} {self.p_clean:.3g}, "
+            f"corrupted {self.p_corrupted:.3g}, {n_tokens} tokens x {n_layers} layers)"
+        )
+
     def _repr_html_(self) -> str:
         from .plots import figure_html
 
@@ -181,6 +188,11 @@ class AverageTrace:
     @classmethod
     def _of_arrays(cls, mean, stderr, counts, record) -> "AverageTrace":
         return cls(mean, stderr, counts, **json.loads(str(record)))
+
+    def __repr__(self) -> str:
+        facts, n_layers = f"{self.n_facts} fact{'s' * (self.n_facts != 1)}", self.mean.shape[1]
+        effect = f"total effect {self.total_effect:.3g} in {self.metric}"
+        return f"AverageTrace({self.kind}, {facts}, {n_layers} layers, {effect})"
 
     def _repr_html_(self) -> str:
         from .plots import figure_html

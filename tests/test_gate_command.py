@@ -40,7 +40,7 @@ def run(folder, edit, *args):
 def test_passed(folder, tmp_path, capsys):
     assert run(folder, "good.safetensors", "-o", tmp_path / "g.json", "--html", tmp_path / "g.html") == 0
     shown = capsys.readouterr().out
-    assert "\npassed\n" in shown and "efficacy" in shown and f"written: {tmp_path / 'g.json'}" in shown
+    assert "\npassed\n" in shown and "wordings answered" in shown and f"written: {tmp_path / 'g.json'}" in shown
     assert json.loads((tmp_path / "g.json").read_text())["passed"] is True
     assert "Gate: passed" in (tmp_path / "g.html").read_text()
 
@@ -56,7 +56,7 @@ def test_a_context_beyond_the_model_is_noted(folder, tmp_path, capsys):
 
 def test_refused(folder, tmp_path, capsys):
     assert run(folder, "idle.safetensors", "-o", tmp_path / "g.json") == REFUSED == 1
-    assert "refused: efficacy" in capsys.readouterr().out
+    assert "refused: wordings answered" in capsys.readouterr().out
     assert json.loads((tmp_path / "g.json").read_text())["passed"] is False
 
 
@@ -66,7 +66,7 @@ def test_refused(folder, tmp_path, capsys):
         (["--min-probes", "5"], 1),
         (["--confident"], 1),
         (["--min-specificity", "500"], 1),
-        (["--min-efficacy", "0.1", "--measure", "exact", "--written", "bfloat16", "--requantize", "int8"], 0),
+        (["--min-answered", "0.1", "--measure", "exact", "--written", "bfloat16", "--requantize", "int8"], 0),
         (["--written", "none"], 0),
     ],
 )
@@ -92,7 +92,7 @@ def test_errors(folder, args, says, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args, says", [(["--min-efficacy", "90"], "0.9, not 90"), (["--min-probes", "0"], "at least 1"), ([], "required")]
+    "args, says", [(["--min-answered", "90"], "0.9, not 90"), (["--min-probes", "0"], "at least 1"), ([], "required")]
 )
 def test_arguments(args, says, capsys):
     with pytest.raises(SystemExit) as end:

@@ -17,6 +17,7 @@ from rich.console import Console
 from kedit_fast import plots
 from kedit_fast.facts import Fact
 from kedit_fast.terminal import terminal_heatmap
+from kedit_fast.trace_labels import model_label, within
 from kedit_fast.traces import ROLES, AverageTrace, TraceResult, average
 
 TOKENS = ("The", " Eiffel", " Tower", " is", " in")
@@ -45,6 +46,19 @@ def texts(labels) -> list[str]:
 def png_size(png: bytes) -> tuple[int, int]:
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     return struct.unpack(">II", png[16:24])
+
+
+@pytest.mark.parametrize(
+    "model, shown",
+    [
+        ("smollm2", "smollm2"), ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"), ("/llms/llama-8b/", "llama-8b"),
+        ("./llama", "llama"), ("~/models/llama", "llama"), ("a/b/llama", "llama"), ("C:\\models\\llama", "llama"),
+        ("/", "/"), ("", ""),
+    ],
+)  # fmt: skip
+def test_a_folder_is_shown_without_its_path(model, shown):
+    assert model_label(model) == shown
+    assert within("layer", model) == (f"layer within {shown}" if model else "layer")
 
 
 # ---- figures

@@ -16,7 +16,7 @@ _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
 REFUSED = 1  # exit status of an edit that fails a check; errors have another
 # Options that stand in for a field of Thresholds, by the name of their argument.
 OPTIONS = {
-    "measure": "measure", "confident": "confident", "min_efficacy": "min_efficacy", "min_probes": "min_probes",
+    "measure": "measure", "confident": "confident", "min_answered": "min_answered", "min_probes": "min_probes",
     "min_generalization": "min_generalization", "min_paraphrases": "min_paraphrases",
     "max_drop": "max_specificity_drop", "min_specificity": "min_specificity_prompts",
     "max_drift": "max_perplexity_drift",

@@ -7,7 +7,7 @@ from .parser import edits_argument
 
 # Written out, as the class of thresholds loads torch; a test holds the two together.
 _THRESHOLDS = (
-    "a .json object with limits: measure, confident, min_efficacy, min_probes, min_generalization, min_paraphrases, "
+    "a .json object with limits: measure, confident, min_answered, min_probes, min_generalization, min_paraphrases, "
     "max_specificity_drop, min_specificity_prompts, max_perplexity_drift, min_text_tokens, min_portability, max_leak, "
     "max_leak_doubt, max_leak_context, max_leak_language, min_retention, policy (what each means: python -m pydoc "
     "kedit_fast.Thresholds); options below come before it"
@@ -72,7 +72,7 @@ def _limit_options(group) -> None:
         "--confident", action="store_true", default=None, help="the 95 %% interval's worse end must meet the limit"
     )
     for option, kind, metavar, text in (
-        ("--min-efficacy", _share, "SHARE", "of all wordings of the facts (0.9)"),
+        ("--min-answered", _share, "SHARE", "of all wordings of the facts (0.9)"),
         ("--min-probes", positive, "N", "wordings there must be (50)"),
         ("--min-generalization", _share, "SHARE", "of the paraphrases (0.85)"),
         ("--min-paraphrases", positive, "N", "paraphrases there must be (30)"),

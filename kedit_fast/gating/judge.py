@@ -137,7 +137,7 @@ def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> li
     sure, how = limits.confident, limits.measure
     checks = [
         Check.of(
-            "efficacy", form, _share(a.by(how) for a in direct), limit=limits.min_efficacy,
+            "wordings answered", form, _share(a.by(how) for a in direct), limit=limits.min_answered,
             required=limits.min_probes, confident=sure, note=_beside(direct, how), counted="wordings",
         ),
         Check.of(

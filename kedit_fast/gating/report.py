@@ -205,8 +205,8 @@ def _method(meta: dict) -> Section:
     return Section(
         "How to read these numbers",
         [
-            "Efficacy is the share of all wordings of the facts, their own prompts and paraphrases, that are answered; "
-            f"generalization that of the paraphrases alone. A wording counts by the measure {limits['measure']!r}: "
+            "Wordings answered: the share of the facts' own prompts and paraphrases that get the new answer; "
+            f"generalization: that of the paraphrases alone. A wording counts by the measure {limits['measure']!r}: "
             "generated: the text written on says the new answer and not the old one; exact: every token of the new "
             "answer is the likeliest; success: the new answer is likelier than the old one. A specificity prompt "
             "is lost when the base model gave its answer and the edited one does not; where the base model did "

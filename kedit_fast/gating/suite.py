@@ -70,6 +70,10 @@ class Suite:
         for template in self.doubt:
             check_doubt(template)
 
+    def __repr__(self) -> str:
+        parts = [f"{len(value)} {name}" for name, value in vars(self).items() if name != "name" and value]
+        return f"Suite({', '.join([*filter(None, [self.name]), *parts]) or 'empty'})"
+
     def __add__(self, other: "Suite") -> "Suite":
         """Both together; what both hold stands twice only until the gate takes out duplicates."""
         parts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "name"}

@@ -20,7 +20,8 @@ class Thresholds:
         not target_true; "exact": every token of target_new is the likeliest; "success": P(new) > P(true), as
         CounterFact counts it, which is met long before a user sees the new answer
     confident: the 95 % interval's worse end must meet a limit, not the value alone (of 50 probes that takes all 50)
-    min_efficacy over at least min_probes wordings of the facts: their own prompts and their paraphrases
+    min_answered over at least min_probes wordings of the facts: their own prompts and their paraphrases
+        (``evaluate``'s efficacy is another thing: P(new) > P(true) on the facts' own prompts alone)
     min_generalization over at least min_paraphrases paraphrases, which the edit was not made with
     max_specificity_drop over at least min_specificity_prompts other prompts: the share that lost its answer
     max_perplexity_drift over at least min_text_tokens predicted tokens: perplexity after / before - 1; a fall passes
@@ -34,7 +35,7 @@ class Thresholds:
 
     measure: str = "generated"
     confident: bool = False
-    min_efficacy: float = 0.90
+    min_answered: float = 0.90
     min_probes: int = 50
     min_generalization: float | None = 0.85
     min_paraphrases: int = 30
@@ -56,7 +57,7 @@ class Thresholds:
         checks.instance("policy", self.policy, EditPolicy, "an EditPolicy")
         for name in COUNTS:
             checks.whole(f"threshold {name}", getattr(self, name), least=1, like=50)
-        checks.share("threshold min_efficacy", self.min_efficacy)
+        checks.share("threshold min_answered", self.min_answered)
         for name in SHARES:
             checks.optional(checks.share, f"threshold {name}", getattr(self, name))
 

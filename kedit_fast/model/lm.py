@@ -90,6 +90,12 @@ class LM:
         """What the model was opened as."""
         return self.opened_as or self.model.config._name_or_path or self.model.config.model_type
 
+    def __repr__(self) -> str:
+        source = "" if self.source.name == "resident" else f", read from {self.source.name}"
+        edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" * bool(self.edits)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"LM({self.name}, {self.config.model_type}, {self.n_layers} layers, {dtype}{source}{edits})"
+
     @property
     def fingerprint(self) -> str:
         """Which weights these are, as they are now (edits that this view carries are not counted).

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kedit_fast.deltas import Dense
+from kedit_fast.evaluation.metrics import METRICS
 from kedit_fast.evaluation.policy import STOP, EditPolicy
 from kedit_fast.gating import Suite, gate
 from kedit_fast.gating.questions import questions
@@ -58,23 +59,31 @@ def verdicts(report):
 def test_a_good_edit_passes(passed):
     assert passed.passed and not passed.failed, str(passed)
     found = verdicts(passed)
-    for name in ("efficacy", "generalization", "specificity drop", "perplexity drift", "canary, plain", POLICY):
+    for name in (
+        "wordings answered",
+        "generalization",
+        "specificity drop",
+        "perplexity drift",
+        "canary, plain",
+        POLICY,
+    ):
         assert found[name] == PASS, name
     assert found["canary, doubt"] == found["canary, long context"] == REPORTED
     assert found["portability"] == found["canary, language"] == NOT_MEASURED
-    efficacy = passed.check("efficacy")
-    assert (efficacy.value, efficacy.n) == (1.0, 4) and 0.50 < efficacy.low < 0.52  # Wilson's, 4 of 4
+    assert not {check.name for check in passed.checks} & set(METRICS), "a name of evaluate stands for one thing"
+    answered = passed.check("wordings answered")
+    assert (answered.value, answered.n) == (1.0, 4) and 0.50 < answered.low < 0.52  # Wilson's, 4 of 4
     assert passed.check("generalization").n == 3 and passed.check("specificity drop").n == 9
     assert passed.check("specificity drop").value == 0.0
     assert abs(passed.check("perplexity drift").value) < 1e-5
     assert {answer.generated for answer in passed.answers} == {True}
-    assert passed.check("efficacy").form == "written float32"
+    assert passed.check("wordings answered").form == "written float32"
 
 
-def test_an_edit_that_does_nothing_fails_efficacy_and_nothing_else(lm):
+def test_an_edit_that_does_nothing_fails_by_that_and_by_nothing_else(lm):
     report = judged(gate, lm, nothing(lm))
-    assert [check.name for check in report.failed] == ["efficacy", "generalization"]
-    assert report.check("efficacy").reason == "0.00% is below 90.00%"
+    assert [check.name for check in report.failed] == ["wordings answered", "generalization"]
+    assert report.check("wordings answered").reason == "0.00% is below 90.00%"
     assert report.check("perplexity drift").value == 0.0
 
 
@@ -89,7 +98,7 @@ def test_an_edit_that_wrecks_the_model_fails_specificity_and_perplexity(lm):
 
 def test_an_edit_that_overflows_fails(lm):
     report = judged(gate, lm, make_edit(lm, {1: Dense(torch.full((D_MODEL, D_FF), 3e38))}))
-    for name in ("efficacy", "specificity drop", "perplexity drift"):
+    for name in ("wordings answered", "specificity drop", "perplexity drift"):
         assert report.check(name).verdict == FAIL
     assert "is not a number" in report.check("perplexity drift").reason
     assert json.loads(report.to_json())["checks"][3]["value"] is None
@@ -98,7 +107,7 @@ def test_an_edit_that_overflows_fails(lm):
 @pytest.mark.parametrize(
     "needed, name, says",
     [
-        ({"min_probes": 5}, "efficacy", "4 found, at least 5 needed"),
+        ({"min_probes": 5}, "wordings answered", "4 found, at least 5 needed"),
         ({"min_paraphrases": 4}, "generalization", "3 found, at least 4 needed"),
         ({"min_specificity_prompts": 10}, "specificity drop", "9 found, at least 10 needed"),
         ({"min_text_tokens": 2_000}, "perplexity drift", "at least 2,000 needed"),
@@ -113,8 +122,8 @@ def test_too_few_probes_fail(lm, needed, name, says):
 
 def test_confident_limits_hold_the_worse_end_of_the_interval(lm):
     report = judged(gate, lm, good_edit(lm), thresholds=limits(confident=True))
-    assert {"efficacy", "generalization", "specificity drop"} <= {check.name for check in report.failed}
-    assert "worse end" in report.check("efficacy").reason
+    assert {"wordings answered", "generalization", "specificity drop"} <= {check.name for check in report.failed}
+    assert "worse end" in report.check("wordings answered").reason
 
 
 def tie_edit(lm):
@@ -152,10 +161,10 @@ def test_an_edit_too_small_for_bf16_is_seen_only_in_its_written_form():
     lm = make_lm()
     edit, _ = tie_edit(lm)
     easy = dict(thresholds=limits(measure="success", min_probes=1, min_generalization=None))
-    assert judged(gate, lm, edit, written=torch.float32, **easy).check("efficacy").verdict == PASS
-    assert judged(gate, lm, edit, written=None, **easy).check("efficacy").verdict == PASS
+    assert judged(gate, lm, edit, written=torch.float32, **easy).check("wordings answered").verdict == PASS
+    assert judged(gate, lm, edit, written=None, **easy).check("wordings answered").verdict == PASS
     rounded = judged(gate, lm, edit, written=torch.bfloat16, **easy)
-    assert rounded.check("efficacy").verdict == FAIL and rounded.meta["growth"] == {str(LAYER): 0.0}
+    assert rounded.check("wordings answered").verdict == FAIL and rounded.meta["growth"] == {str(LAYER): 0.0}
 
 
 def test_a_requantized_form_is_judged_as_well(lm):
@@ -163,7 +172,7 @@ def test_a_requantized_form_is_judged_as_well(lm):
     report = judged(gate, lm, edit, requantize="int8", group=16)
     forms = list(dict.fromkeys(check.form for check in report.checks))
     assert forms == ["written float32", "int8, groups of 16"]
-    assert report.check("efficacy", forms[1]).verdict == PASS
+    assert report.check("wordings answered", forms[1]).verdict == PASS
     # The base is quantized with it: what is left is the edit's own change, not the quantization's.
     idle = judged(gate, lm, nothing(lm), requantize="int4", group=80)
     assert idle.check("perplexity drift", "int4, groups of 80").value == 0.0
@@ -211,7 +220,7 @@ def test_a_chain_is_judged_as_a_whole_and_keeps_its_earlier_facts(lm):
     assert [answer.prompt for answer in report.answers if answer.kind == "earlier fact"] == [place]
     undone = make_edit(lm, {LAYER: Dense(-first.deltas[LAYER].dense() + last.deltas[LAYER].dense())})
     report = judged(gate, lm, [first, undone], **easy)
-    assert report.check("retention").verdict == FAIL and report.check("efficacy").verdict == PASS
+    assert report.check("retention").verdict == FAIL and report.check("wordings answered").verdict == PASS
     assert report.advice.level == STOP and "0.0% of the earlier facts" in report.advice.sentence
     # The same place written again: there is nothing to retain.
     assert "retention" not in verdicts(judged(gate, lm, [nothing(lm), last]))
@@ -232,9 +241,9 @@ def test_the_policy_can_refuse(lm):
 def test_a_check_tells_every_reason_and_what_it_counted(lm):
     """Too few probes do not hide that the value is too low as well."""
     report = judged(gate, lm, nothing(lm), thresholds=limits(min_probes=50))
-    assert report.check("efficacy").reason == "4 found, at least 50 needed; 0.00% is below 90.00%"
+    assert report.check("wordings answered").reason == "4 found, at least 50 needed; 0.00% is below 90.00%"
     assert "4 found, at least 50 needed; 0.00% is below 90.00%" in report.to_html()
-    (row,) = [line for line in str(report).splitlines() if line.startswith("efficacy ")]
+    (row,) = [line for line in str(report).splitlines() if line.startswith("wordings answered ")]
     assert "4 wordings" in row and row.endswith("fail: 4 found, at least 50 needed; 0.00% is below 90.00%")
     (row,) = [line for line in str(report).splitlines() if line.startswith("canary, plain ")]
     assert "1 text " in row
@@ -342,16 +351,21 @@ def test_reports_are_files(passed, lm, tmp_path):
     record = json.loads(passed.to_json(tmp_path / "g.json"))
     assert record["passed"] is True and record["format"] == "kedit_fast.gate"
     assert json.loads((tmp_path / "g.json").read_text()) == record
-    efficacy = record["checks"][0]
-    assert (efficacy["name"], efficacy["verdict"], efficacy["n"], efficacy["limit"]) == ("efficacy", "pass", 4, 0.9)
+    answered = record["checks"][0]
+    assert (answered["name"], answered["verdict"], answered["n"], answered["limit"]) == (
+        "wordings answered",
+        "pass",
+        4,
+        0.9,
+    )
     assert record["lens"]["n"] == 1 and passed.check("old answer in layers").verdict == REPORTED
     assert record["meta"]["thresholds"]["policy"]["max_facts"] == 1_000
     page = passed.to_html(tmp_path / "g.html")
     assert (tmp_path / "g.html").read_text() == page and "<script" not in page
     assert "<img" in page and "Is the old answer gone" in page
     refused = judged(gate, lm, nothing(lm))
-    assert "Gate: refused" in refused.to_html() and "refused: efficacy" in str(refused)
-    assert repr(refused) == "GateReport(1 fact, refused: efficacy; generalization)"
+    assert "Gate: refused" in refused.to_html() and "refused: wordings answered" in str(refused)
+    assert repr(refused) == "GateReport(1 fact, refused: wordings answered; generalization)"
     assert repr(passed) == "GateReport(1 fact, passed)"
     with pytest.raises(KeyError, match="no check 'speed'"):
         passed.check("speed")

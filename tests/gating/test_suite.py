@@ -136,9 +136,9 @@ def test_a_suites_neighbors_keep_the_suites_answer():
 
 
 def test_thresholds_of_a_file(tmp_path):
-    path = write(tmp_path / "t.json", {"min_efficacy": 0.5, "max_leak": None, "policy": {"max_facts": 7}})
+    path = write(tmp_path / "t.json", {"min_answered": 0.5, "max_leak": None, "policy": {"max_facts": 7}})
     limits = Thresholds.from_json(path)
-    assert (limits.min_efficacy, limits.max_leak, limits.policy.max_facts) == (0.5, None, 7)
+    assert (limits.min_answered, limits.max_leak, limits.policy.max_facts) == (0.5, None, 7)
     assert (limits.min_probes, limits.min_generalization, limits.max_perplexity_drift) == (50, 0.85, 0.005)
 
 
@@ -146,8 +146,8 @@ def test_thresholds_of_a_file(tmp_path):
     "record, says",
     [
         ({"min_eficacy": 0.9}, "unknown fields min_eficacy"),
-        ({"min_efficacy": 90}, "0.9, not 90"),
-        ({"min_efficacy": None}, "min_efficacy = None"),
+        ({"min_answered": 90}, "0.9, not 90"),
+        ({"min_answered": None}, "min_answered = None"),
         ({"min_probes": 0}, "at least 1"),
         ({"measure": "best"}, "expected one of generated"),
         ({"policy": {"max_facts": 0}}, "above 0"),

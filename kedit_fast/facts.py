@@ -5,14 +5,16 @@ tokens.py says how a model reads it.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kedit_fast import checks
-from kedit_fast.fact_files import Question, fact_fields, misnamed, read_records
+from kedit_fast.fact_files import Notes, read_records
+from kedit_fast.fact_formats import READ, Question, fact_fields
+from kedit_fast.subjects import folded
 
 Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns before the question
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
@@ -213,32 +215,44 @@ def _record_of(entry: str | Question) -> str | dict:
     return {"prompt": entry.prompt, "answer": entry.answer} if isinstance(entry, Question) else entry
 
 
-def load_facts(path, n: int | None = None) -> list[Fact]:
+def load_facts(path, n: int | None = None, *, skip_bad: bool = False) -> list[Fact]:
     """The facts of a file, in its order, the first n of them where n is given.
 
-    path: .json, .jsonl, .json.gz or .jsonl.gz in any format of :mod:`kedit_fast.fact_files`: CounterFact and
-    multi_counterfact, known_1000, zsRE as prepared for MEND, EasyEdit, KnowEdit, QAEdit, MQuAKE, ``Fact.to_record``.
-    A fact whose record has no id is named by the record's index. "builtin": the facts of this package. Warns of a field
-    whose name is nearly one that is read.
+    path: .json, .jsonl, .json.gz or .jsonl.gz in any format of :mod:`kedit_fast.fact_formats`: CounterFact and
+    multi_counterfact, known_1000, zsRE as prepared for MEND, EasyEdit, KnowEdit, WikiBigEdit, QAEdit, MQuAKE, questions
+    with answers, ``Fact.to_record``. A fact whose record has no id is named by the record's index. "builtin": the facts
+    of this package.
+    skip_bad: records that make no fact are passed over and counted, instead of an error for the first of them
 
+    Warns, once for each kind of thing and with counts, of fields that are not used, keys that are given twice, subjects
+    that are spelled otherwise than in their prompt (and taken as they stand there), and records passed over.
     Raises ValueError for n < 1 and for every problem of the file, with the file and the record's place; OSError where
     the file cannot be opened.
     """
-    n = checks.optional(checks.whole, "n", n, least=1, like=10)
-    return list(islice(_facts_of(OWN_FACTS if path == BUILTIN else path), n))
+    n, skip_bad = checks.optional(checks.whole, "n", n, least=1, like=10), checks.flag("skip_bad", skip_bad)
+    path, notes = OWN_FACTS if path == BUILTIN else path, Notes(READ)
+    facts = list(islice(facts_of(read_records(path, notes), notes, skip_bad), n))
+    if not facts:
+        raise ValueError(f"{path}: no record makes a fact; the first: {notes.skipped[0]}")
+    for sentence in notes.sentences():
+        warnings.warn(f"{path}: {sentence}", stacklevel=2)
+    return facts
 
 
-def _facts_of(path):
-    warned = set()
-    for index, (place, record) in enumerate(read_records(path)):
+def facts_of(records: Iterable[tuple[str, Any]], notes: Notes, skip_bad: bool = False) -> Iterator[Fact]:
+    """The facts of records that stand at places (place, record); notes: told of what must be said of them.
+
+    skip_bad: a record that makes no fact is noted, else it raises ValueError with its place
+    """
+    for index, (place, record) in enumerate(records):
         try:
-            facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record)]
+            facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record, notes)]
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        for name, near in misnamed(record).items():
-            if name not in warned:
-                warned.add(name)
-                warnings.warn(f"{place}: field {name!r} is not read; is it {near!r}?", stacklevel=3)
+            problem = str(error) if error is record else f"{place}: {error}"
+            if not skip_bad:
+                raise ValueError(problem) from error
+            notes.skipped.append(problem)
+            continue
         yield from facts
 
 
@@ -311,11 +325,6 @@ def check_subject(fact: Fact) -> Fact:
 def spaced(text: str) -> str:
     """Text for comparing: one space between words, none around them."""
     return " ".join(text.split())
-
-
-def folded(text: str) -> str:
-    """Text for comparing: without case, one space between words."""
-    return spaced(text.casefold())
 
 
 def place(fact: Fact) -> tuple[str, str]:

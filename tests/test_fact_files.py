@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -70,7 +71,7 @@ RECORDS = {
             target_true="1998",
             paraphrases=("When was Ann built?",),
             id="z:1",
-            provenance={"locality": [{"prompt": "who wrote it", "answer": "Bob"}]},
+            neighborhood=(("who wrote it", "Bob"),),
         ),
     ),
     "knowedit": (
@@ -89,7 +90,7 @@ RECORDS = {
             target_new="Noctuidae",
             target_true="Aspid",
             paraphrases=("What family is Epas?",),
-            same_subject=("The rank of Epas is",),
+            same_subject=(("The rank of Epas is", "genus"),),
             id="0",
             provenance={"portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}},
         ),
@@ -110,7 +111,8 @@ RECORDS = {
             target_new="Nobody",
             paraphrases=("whose is the moon?",),
             id="9",
-            provenance={"source": "NQ", "locality": [{"prompt": "who runs", "answer": "Al"}]},
+            neighborhood=(("who runs", "Al"),),
+            provenance={"source": "NQ"},
         ),
     ),
     "measured": (
@@ -146,13 +148,45 @@ def write(path, records):
 @pytest.mark.parametrize(
     "wrong, right", [("paraphrase_prompt", "paraphrase_prompts"), ("neighbourhood", "neighborhood")]
 )
-def test_a_field_that_is_nearly_one_that_is_read_is_warned_of(wrong, right, tmp_path):
-    record = TOWER.to_record() | {"attribute_prompts": ["Rome has"]}
-    path = tmp_path / "facts.json"
-    path.write_text(json.dumps([record, record | {wrong: []}, record | {wrong: []}]), encoding="utf-8")
-    with pytest.warns(UserWarning, match=f"record 1: field '{wrong}' is not read; is it '{right}'") as seen:
+def test_fields_that_are_not_used_are_said_once(wrong, right, tmp_path):
+    record = TOWER.to_record() | {"attribute_prompts": ["Rome has"], "split": "edit", "generation_prompts": []}
+    record["requested_rewrite"] |= {"note": "x"}
+    path = write(tmp_path / "facts.json", [record, record | {wrong: ["a"]}, record | {wrong: ["a"]}])
+    with pytest.warns(UserWarning) as seen:
         assert len(load_facts(path)) == 3
-    assert len(seen) == 1
+    assert [str(one.message) for one in seen] == [
+        f"{path}: read and not used: requested_rewrite.note (3 times), attribute_prompts (3 times), "
+        f"{wrong} (2 times; is it '{right}'?)"
+    ]
+
+
+def test_keys_given_twice_are_said(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text('[{"prompt": "a is", "prompt": "a was", "subject": "a", "target_new": "b"}]')
+    with pytest.warns(UserWarning, match=r"given twice in one object, and the last is taken: prompt \(once\)"):
+        assert load_facts(path)[0].text == "a was"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_bad_records_can_be_passed_over(tmp_path, suffix):
+    good = {"prompt": "Paris is in", "subject": "Paris", "target_new": "Italy"}
+    bad = [good | {"subject": "Rome"}, {"a": 1}, good | {"target_new": ""}, 7]
+    path = write(tmp_path / f"facts{suffix}", [bad[0], good, *bad[1:], good | {"subject": "is"}])
+    n_bad = 4
+    if suffix == ".jsonl":
+        path.write_text(path.read_text() + "\n{")
+        n_bad = 5
+    with pytest.raises(ValueError, match=r"record 0.*subject 'Rome' not in prompt"):
+        load_facts(path)
+    with pytest.warns(
+        UserWarning, match=rf"passed over, {n_bad} records: .*record 0.*'Rome' not in.*; and {n_bad - 3} more"
+    ):
+        facts = load_facts(path, skip_bad=True)
+    assert [(fact.subject, fact.id) for fact in facts] == [("Paris", "1"), ("is", "5")]
+    with pytest.warns(UserWarning, match="passed over, 1 record: "):
+        assert load_facts(path, 1, skip_bad=True) == facts[:1]
+    with pytest.raises(ValueError, match=r"no record makes a fact; the first: .*record 0"):
+        load_facts(write(tmp_path / f"none{suffix}", bad), skip_bad=True)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
@@ -179,7 +213,7 @@ def test_n_reads_no_further(tmp_path):
 
 @pytest.mark.parametrize("n", [0, -1, True, 2.0, "3"])
 def test_n_must_be_positive(n):
-    with pytest.raises(ValueError, match="expected a positive number of facts"):
+    with pytest.raises(ValueError, match="expected a whole number of at least 1"):
         load_facts(OWN, n=n)
 
 
@@ -226,12 +260,12 @@ GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "
             r"record 0: paraphrase_prompts: expected a string or an object with 'prompt'",
         ),
         ("f.json", '[{"prompt": "a is", "subject": "a", "target_new": ""}]', r"record 0: Fact.target_new is empty"),
-        ("f.json", '[{"prompt": "a is", "subject": "", "target_new": "b"}]', r"record 0: subject '' not in prompt"),
+        ("f.json", '[{"prompt": "a is", "subject": "", "target_new": "b"}]', r"record 0: the subject is empty \(''\)"),
         ("f.json", '[{"prompt": 5, "subject": "a", "target_new": "b"}]', r"record 0: prompt: expected a string"),
         (
             "f.json",
-            '[{"prompt": "a is", "subject": "a", "target_new": "b", "locality": ["c"]}]',
-            r"record 0: locality: expected objects",
+            '[{"prompt": "a is", "subject": "a", "target_new": "b", "locality": [3]}]',
+            r"record 0: locality: expected a prompt or an object with 'prompt' and 'answer', found 3",
         ),
     ],
 )
@@ -253,7 +287,7 @@ REWRITE = {"requested_rewrite": {"prompt": "{} is in", "subject": "Paris"}}
         ({"requested_rewrite": []}, "requested_rewrite: expected at least one fact"),
         (FLAT | {"target_new": "\ud800"}, r"Fact\.target_new: '\\ud800' holds half a character"),
         (FLAT | {"rephrase": ["Is it\ud800?"]}, r"Fact\.paraphrases: .* holds half a character"),
-        (FLAT | {"locality": 3}, "locality: expected objects"),
+        (FLAT | {"locality": 3}, "locality: expected a prompt or"),
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_read_is_named(tmp_path, record, message):
@@ -304,6 +338,9 @@ def test_bytes_that_are_no_text(tmp_path):
         ("knowedit/knowedit_zsre.json.gz", 968, 968),
         ("qaedit/qaedit_1k.json.gz", 915, 915),
         ("mquake/mquake_hard.json.gz", 4 * 269, 4 * 269),
+        ("wikibigedit/wikibigedit_3k.json.gz", 2_726, 2_726),
+        ("knowedit/knowedit_wikibio.json.gz", 74, 74),
+        ("tofu/tofu_qa.json.gz", 917, 917),
         ("smollm2_known.json.gz", 1_058, 796),
     ],
 )
@@ -311,9 +348,12 @@ def test_public_files_load_whole(file, count, with_new):
     path = PUBLIC / file
     if not path.exists():
         pytest.skip(f"public data set not here: {path}")
-    facts = load_facts(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fields that are not used
+        facts = load_facts(path)
     assert len(facts) == count
-    assert all(fact.prompt.count("{}") == 1 and fact.text.count(fact.subject) >= 1 for fact in facts)
+    assert all(f.subject is None or (f.prompt.count("{}") == 1 and f.text.count(f.subject) >= 1) for f in facts)
+    assert all(f.subject is None for f in facts) == file.startswith("tofu")
     assert sum(fact.target_new is not None for fact in facts) == with_new
 
 

@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from .. import moments, settings
 from ..corpus import SELF
 from ..edit import Edit
-from ..fact_files import as_template
 from ..facts import BUILTIN, Fact, load_facts
 from ..files import existing_folder
 from ..model.lm import LM
 from ..model.opening import DEMO_MODEL, open_model
 from ..moments import SecondMoment, refuse_pickled, second_moments
 from ..shipping.history import EditHistory
+from ..subjects import as_template
 from .outputs import note
 
 # ---- the model
@@ -78,8 +78,10 @@ def read_facts(args) -> list[Fact]:
     check_fact_arguments(args)
     if args.facts is not None:
         return fact_file(args.facts, args.n)
-    prompt = as_template(args.prompt, args.subject)
-    return [Fact(prompt=prompt, subject=args.subject, target_new=getattr(args, "target", None))]
+    prompt, subject = as_template(args.prompt, args.subject)
+    if subject != args.subject:
+        note(f"the prompt spells the subject {subject!r}, not {args.subject!r}, and is taken as it stands")
+    return [Fact(prompt=prompt, subject=subject, target_new=getattr(args, "target", None))]
 
 
 def fact_file(name: str, n: int | None) -> list[Fact]:

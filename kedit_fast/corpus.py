@@ -27,20 +27,21 @@ class Corpus:
         return sum(map(len, self.windows))
 
 
-def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0) -> Corpus:
+def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> Corpus:
     """``n_tokens`` tokens of a corpus, in windows of at most ``WINDOW``.
 
     corpus: "self" (sampled from the model at temperature 1 from its start token, ``seed``; as good as Wikipedia in a
     trial, and needs no download), a text file (.txt or .txt.gz), a list of texts, or a Hugging Face data set's train
     split: "hf:NAME", "hf:NAME#CONFIG", "hf:NAME#CONFIG:COLUMN" or "hf:NAME:COLUMN" (needs the package ``datasets``).
     The column is "text" unless it is named; rows without a text in it are left out, and a warning counts them.
+    keep_dir: a folder that keeps sampled text, also half of it, so that a killed run goes on there
 
     Raises ValueError for a corpus that is empty or too short, for a data set that cannot be read or lacks the column
     (with those it has), FileNotFoundError for a missing file.
     """
     checks.whole("n_tokens", n_tokens, least=1, like=100_000)
     if isinstance(corpus, str) and corpus == SELF:
-        return _sampled(lm, n_tokens, seed)
+        return _sampled(lm, n_tokens, seed, keep_dir)
     name, texts = _texts(check_corpus(corpus))
     windows, left = [], n_tokens
     for text in texts:
@@ -78,22 +79,11 @@ def windows_of(lm, text: str, size: int = WINDOW) -> list[list[int]]:
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
-def _sampled(lm, n_tokens: int, seed: int) -> Corpus:
-    from .jobs.generate import generate
+def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
+    from .sampled_text import LENGTH, sampled_windows
 
-    start = lm.tokenizer.bos_token_id
-    start = lm.tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise ValueError("this tokenizer has neither a start nor an end token to sample text from; give a corpus")
-    # many short texts: a step of generation takes one row a text, and few rows are as slow as many
-    length = _longest(lm, 128)
-    n = -(-n_tokens // length)
-    made = generate(
-        lm, [[start]] * n, length - 1, temperature=1.0, seed=seed, stop=False, label="sampling text for statistics"
-    )
-    windows = [[start, *ids] for ids in made]
-    windows[-1] = windows[-1][: n_tokens - length * (n - 1)]
-    return Corpus(known_id(SELF, seed), [w for w in windows if w])
+    folder = None if keep_dir is None else Path(keep_dir)
+    return Corpus(known_id(SELF, seed), sampled_windows(lm, n_tokens, _longest(lm, LENGTH), seed, folder))
 
 
 def _longest(lm, size: int) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import checks
 from .corpus import SELF, Corpus, check_corpus, known_id, read_corpus
-from .files import replace_file
+from .files import check_folder, replace_file, saying
 from .jobs.moments import Moments
 from .kernels.second_moment import fill_upper_
 from .kernels.solve import condition
@@ -37,6 +37,7 @@ FORMAT = "kedit_fast.second_moment"
 ROWS = 1024  # compared with their mirror images at a time
 ASYMMETRY = 1e-4  # of the largest entry: what mirrored ones may differ by, for published sums were made on GPUs
 BATCH_TOKENS = 16_384  # tokens a sweep; what an interrupted pass may lose
+PARTS, LEAST_TOKENS = 4, 1024  # parts that less than that is cut into, and tokens that are not worth cutting
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +154,11 @@ def refuse_pickled(path) -> None:
     """Raises ValueError for a file of torch's pickle format, and says why it is not needed."""
     try:
         with open(path, "rb") as file:
-            begin = file.read(4)
+            begin = file.read(9)
     except OSError:  # whoever reads it says so
         return
-    if begin == b"PK\x03\x04" or begin[:1] == b"\x80":
+    is_safetensors = begin[8:] == b"{"  # behind the length of its header, which may begin as a pickle does
+    if begin[:4] == b"PK\x03\x04" or (begin[:1] == b"\x80" and not is_safetensors):
         raise ValueError(
             f"{path} is a pickle of torch, which runs code when it is read, so it is not. A projection published for "
             "AlphaEdit (null_space_project.pt) is not needed: its null space is computed here from the second moments, "
@@ -171,7 +173,7 @@ def second_moments(
     """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
 
     n_tokens: default 10 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
-    an interrupted pass goes on from its last ``BATCH_TOKENS``.
+    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer).
 
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
@@ -183,18 +185,20 @@ def second_moments(
     n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000) or 10 * lm.d_ff
     corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
     if cache_dir is not None:
-        _check_folder(cache_dir)
+        check_folder(checks.path("cache_dir", cache_dir))
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
     if found is not None:
         return found
-    text = read_corpus(lm, corpus, n_tokens, seed=seed)
+    if cache_dir is not None:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=cache_dir)
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found
     sums = _Sums(lm, layers, text, cache_dir)
     with progress("collecting second moments (tokens)", text.n_tokens) as bar:
         bar.advance(sums.n_done)
-        for batch in _batches(text.windows[sums.n_windows :]):
+        for batch in _batches(text.windows[sums.n_windows :], _batch_tokens(lm, text.n_tokens)):
             runs = RunList()
             for window in batch:
                 runs.add(window)
@@ -204,20 +208,19 @@ def second_moments(
     return sums.finish()
 
 
-def _check_folder(path) -> None:
-    """Raises NotADirectoryError where no folder can be made; it is made with the first sums."""
-    path = checks.path("cache_dir", path)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"cache_dir {str(path)!r} is a file or lies below one; give a folder")
+def _batch_tokens(lm, n_tokens: int) -> int:
+    """Tokens a sweep. Weights in memory cost nothing to pass again: then little work is cut as well, to keep parts."""
+    if lm.source.name != "resident":
+        return BATCH_TOKENS
+    return min(BATCH_TOKENS, max(LEAST_TOKENS, n_tokens // PARTS))
 
 
-def _batches(windows):
+def _batches(windows, n_tokens: int):
     batch, held = [], 0
     for window in windows:
         batch.append(window)
         held += len(window)
-        if held >= BATCH_TOKENS:
+        if held >= n_tokens:
             yield batch
             batch, held = [], 0
     if batch:
@@ -258,7 +261,6 @@ class _Sums:
         self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
         self.n_windows = self.n_done = 0
         if self._dir is not None:
-            self._dir.mkdir(parents=True, exist_ok=True)
             which = hashlib.sha256(str(layers).encode()).hexdigest()[:8]  # 80 numbers are too long for a file name
             name = _name(lm, f"s-{which}", text.id, text.n_tokens)
             self._partial = self._dir / name.replace("moment", "partial", 1)
@@ -284,7 +286,10 @@ class _Sums:
         self.n_done += sum(map(len, batch))
         if self._dir is not None and self.n_windows < len(self._text.windows):
             meta = {"name": self._partial.name, "windows": str(self.n_windows)}
-            with replace_file(self._partial) as unfinished:
+            with (
+                saying("the sums before it are kept, and the same call goes on"),
+                replace_file(self._partial) as unfinished,
+            ):
                 save_file({str(i): s for i, s in self.by_layer.items()}, unfinished, meta)
 
     def finish(self) -> dict[int, SecondMoment]:

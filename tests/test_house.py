@@ -20,7 +20,7 @@ FLOORS = (
     ("tracing", "attribution", "trace_tasks", "editors"),
     ("plots", "lens_plot", "terminal", "trace_labels", "html_report", "demo_report"),
     ("evaluation",),
-    ("traces", "moments", "corpus"),
+    ("traces", "moments", "corpus", "sampled_text"),
     ("jobs",),
     ("sweep",),
     ("apply", "model", "shipping"),

@@ -119,7 +119,7 @@ def test_batches_and_packs_do_not_change_the_sum(batch_tokens, monkeypatch):
 
 def test_sums_that_do_not_fit_in_float64_are_float32(monkeypatch):
     dtypes, job = [], moments_module.Moments
-    monkeypatch.setattr(moments_module, "Moments", lambda sums: dtypes.append(sums[0].dtype) or job(sums))
+    monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: dtypes.append(sums[0].dtype) or job(lm, sums))
     lm = tiny_lm("gpt2", layers=60)
     cost = RowCost.of(lm)
     small = replace(lm, memory=CALL_ROWS * cost.passing + 100 * cost.kept)
@@ -212,7 +212,7 @@ def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeyp
     total = before - 1 + len(calls) - before
     monkeypatch.setattr(moments_module, "sweep", sweep)
     assert equal(made, expected)
-    assert total == len(list(moments_module._batches(moments_module.read_corpus(lm, LINES, N_TOKENS).windows)))
+    assert total == len(list(moments_module._batches(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, 40)))
     assert sorted(p.name.split("-")[0] for p in collect["cache_dir"].iterdir()) == ["moment", "moment"]
 
 
@@ -259,7 +259,7 @@ def test_a_cache_that_is_a_file_is_refused_before_any_work(below, tmp_path, monk
     monkeypatch.setattr(moments_module, "read_corpus", lambda *a, **k: pytest.fail("text was read"))
     monkeypatch.setattr(moments_module, "sweep", None)
     place = tmp_path / "cache" / below
-    with pytest.raises(OSError, match=f"cache_dir '{place}' is a file or lies below one"):
+    with pytest.raises(OSError, match=f"{place} cannot be written: .* is no folder"):
         second_moments(tiny_lm("gpt2"), LAYERS, LINES, n_tokens=N_TOKENS, cache_dir=place)
 
 
@@ -298,7 +298,7 @@ def test_what_is_in_the_cache_is_not_taken_for_something_else(tmp_path):
         second_moments(tiny_lm("gpt2", torch.bfloat16), [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
         second_moments(open_tiny(tiny_model("gpt2", seed=1)), [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
     ]
-    assert len(list(tmp_path.iterdir())) == len(made)
+    assert len(list(tmp_path.glob("moment-*"))) == len(made) == len(list(tmp_path.iterdir())) - 2  # two sampled texts
     assert not any(equal(a, b) for a, b in itertools.combinations(made, 2))
 
 

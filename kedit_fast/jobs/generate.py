@@ -1,5 +1,7 @@
 """Generation: a prefill sweep, then a sweep of one row a run for each token, over one KV store."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,21 +23,25 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int | None = None,
+    draw: torch.Generator | None = None,
     stop: bool = True,
     nan_ends: bool = False,
+    after: Callable[[list[list[int]]], None] | None = None,
     label: str = "generating",
 ) -> list[list[int]]:
     """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
 
+    draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
     Raises ValueError for an empty prompt, a length below 1, sampling without a seed, or a model that gives NaN.
     """
     if max_new_tokens < 1 or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
-    if temperature > 0 and seed is None:
+    if temperature > 0 and seed is None and draw is None:
         raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
-    draw = torch.Generator().manual_seed(seed) if temperature > 0 else None
+    if temperature > 0 and draw is None:
+        draw = torch.Generator().manual_seed(seed)
     ends = lm.stop_tokens if stop else frozenset()
     cache = _Cache(lm, prompts, max_new_tokens)
     made: list[list[int]] = [[] for _ in prompts]
@@ -55,6 +61,8 @@ def generate(
                 running[i] = int(tokens[i]) not in ends
                 if running[i]:
                     made[i].append(int(tokens[i]))
+            if after is not None:
+                after(made)
             bar.advance()
             if not running.any():
                 break

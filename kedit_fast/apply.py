@@ -141,7 +141,7 @@ def _checked(edit, model, check_fingerprint) -> dict[int, nn.Module]:
         _check_writable(module, f"layer {layer}'s down projection")
     _check_unshared(model, modules)
     for layer, module in modules.items():
-        _check_values(layer, as_out_in(module), edit.deltas[layer])
+        _check_values(layer, as_out_in(module).detach(), edit.deltas[layer])
     if check_fingerprint and (found := fingerprint(model)) != edit.fingerprint:
         raise ValueError(
             f"the edit was made for model {edit.fingerprint or '(not said)'}, this is {found}; "

@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line names; 1 where a check failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["gpu"]:
-        return import_module("bench.gpu").main(arguments[1:])
+        return import_module("bench.gpu.visit").main(arguments[1:])
     parse = parser()
     options = parse.parse_args(arguments)
     unknown = [name for name in options.names if name not in (*BENCHES, "report")]

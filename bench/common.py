@@ -166,6 +166,19 @@ class Stopwatch:
         return [1e-3 * begin.elapsed_time(end) for begin, end in events]
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """What ``peak_memory`` counts from."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> list[tuple[str, float, str]]:
+    """The height of a GPU's memory, as a (metric, value, unit) row; none on the CPU."""
+    if device.type != "cuda":
+        return []
+    return [("peak GPU memory", 1e-9 * torch.cuda.max_memory_allocated(device), "GB")]
+
+
 class Peaks(NamedTuple):
     """What the machine does at best: FLOP/s of a plain product by dtype, and bytes/s of a plain copy (read + write)."""
 
@@ -250,12 +263,15 @@ def results_file(folder: Path, env: dict) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".csv")
 
 
-def append_rows(folder: Path, bench: str, command: str, measured: Measured, date: str | None = None) -> Path:
+def append_rows(
+    folder: Path, bench: str, command: str, measured: Measured, date: str | None = None, env: dict | None = None
+) -> Path:
     """Adds one row a figure to the machine's file, which is only ever added to; gives its path.
 
     date: of the run, where it is kept part by part: rows of one command and date are one table
+    env: of ``environment``, where it was asked for before
     """
-    env = environment(measured.device)
+    env = environment(measured.device) if env is None else env
     shared = {"date": date or now(), "bench": bench}
     tail = env | {"peak_gflops": round(measured.peak, 1), "command": command, "notes": " ".join(measured.notes)}
     rows = [shared | asdict(figure) | tail for figure in measured.figures]

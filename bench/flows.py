@@ -17,7 +17,17 @@ import torch
 from torch import nn
 
 import kedit_fast as kf
-from bench.common import CheckFailed, Figure, Measured, Peaks, Skipped, Stopwatch, device_of
+from bench.common import (
+    CheckFailed,
+    Figure,
+    Measured,
+    Peaks,
+    Skipped,
+    Stopwatch,
+    device_of,
+    peak_memory,
+    reset_peak_memory,
+)
 from bench.trace import count_flop
 from kedit_fast.tokens import fact_tokens
 from kedit_fast.tracing import noise_level
@@ -162,14 +172,14 @@ def measure(plan: Plan) -> Measured:
     watch = Stopwatch(plan.device)
     peaks = Peaks.measure(watch, [plan.dtype], plan.tiny)
     checked = check(replace(plan, dtype=torch.float32, layers=CHECKED_LAYERS, facts=1, samples=2), watch)
-    ours, facts = _opened(plan)
-    flop = _flop(ours, facts[0])
+    ours, facts = opened(plan)
+    flop = flop_of(ours, facts[0])
     ours(facts[:4])  # compiles and warms up
     facts = facts[: _affordable(plan, facts, watch.once(lambda: ours(facts[:4])).wall / len(facts[:4]))]
-    _reset_peak_memory(plan.device)
+    reset_peak_memory(plan.device)
     traced = watch.once(lambda: ours(facts))
-    used = 1e-9 * torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else None
-    rivals = _Rivals(ours, plan, facts[0], traced.result[0])
+    used = peak_memory(plan.device)
+    rivals = Rivals(ours, plan, facts[0], traced.result[0])
     rivals.time(watch)
     figures = _figures(plan, len(facts), ours.lm.n_layers, traced.wall, flop, peaks.products[plan.dtype], used, rivals)
     figures.append(Figure(figures[0].case, "difference in fp32", checked, "difference", mark=f"<= {TOLERANCE:g}"))
@@ -178,8 +188,8 @@ def measure(plan: Plan) -> Measured:
 
 def check(plan: Plan, watch: Stopwatch) -> float:
     """The largest of the differences between the three on one fact. Raises CheckFailed where it is not small."""
-    ours, facts = _opened(plan)
-    rivals = _Rivals(ours, plan, facts[0], ours(facts)[0])
+    ours, facts = opened(plan)
+    rivals = Rivals(ours, plan, facts[0], ours(facts)[0])
     rivals.time(watch)
     found = rivals.differences()
     if not max(found.values()) <= TOLERANCE:
@@ -187,7 +197,8 @@ def check(plan: Plan, watch: Stopwatch) -> float:
     return max(found.values())
 
 
-def _opened(plan: Plan) -> tuple["_Ours", list[kf.Fact]]:
+def opened(plan: Plan) -> tuple["_Ours", list[kf.Fact]]:
+    """The plan's model with its way to trace, and its facts."""
     model = random_model(plan)
     lm = kf.open_model(model, tokenizer=word_tokenizer(model.config.vocab_size), memory=_memory(plan))
     facts = random_facts(plan.facts, model.config.vocab_size)
@@ -197,11 +208,6 @@ def _opened(plan: Plan) -> tuple["_Ours", list[kf.Fact]]:
 def _memory(plan: Plan) -> int | None:
     """Half of what the device has, so that the rivals have room; None on the CPU."""
     return torch.cuda.get_device_properties(plan.device).total_memory // 2 if plan.device.type == "cuda" else None
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _affordable(plan: Plan, facts: list, seconds_a_fact: float) -> int:
@@ -219,13 +225,13 @@ class _Ours:
         return kf.trace(self.lm, facts, kinds="state", samples=samples or self.samples, noise=self.noise)
 
 
-def _flop(ours: _Ours, fact: kf.Fact) -> float:
+def flop_of(ours: _Ours, fact: kf.Fact) -> float:
     """FLOP of a fact's products, counted for one and two draws; the rest is linear in the draws."""
     one, two = (count_flop(ours, [fact], samples) for samples in (1, 2))
     return one + (ours.samples - 1) * (two - one)
 
 
-class _Rivals:
+class Rivals:
     """Both loops on one fact of ours. Times are wall seconds of the whole fact.
 
     published: p of the cells that were run; batched: p of all cells [tokens, layers]
@@ -286,8 +292,8 @@ def _spread_cells(n: int, n_layers: int) -> list[tuple[int, int]]:
     return [(first + 5 * i % (TOKENS - first), (2 * i + 1) * n_layers // (2 * n)) for i in range(n)]
 
 
-def _figures(plan, n_facts, n_layers, wall, flop, peak, used, rivals: _Rivals) -> list[Figure]:
-    """peak: FLOP/s of a plain product; used: GB at most on the GPU, of the trace alone, or None."""
+def _figures(plan, n_facts, n_layers, wall, flop, peak, used, rivals: Rivals) -> list[Figure]:
+    """peak: FLOP/s of a plain product; used: ``peak_memory`` of the trace alone."""
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[plan.dtype]
     case = f"trace, {plan.model}{' shrunk' * plan.tiny}, {dtype}, {n_facts} facts"
     rate, seconds = flop * n_facts / wall, rivals.seconds
@@ -301,7 +307,7 @@ def _figures(plan, n_facts, n_layers, wall, flop, peak, used, rivals: _Rivals) -
         ("ratio to the published loop, extrapolated", seconds["published loop"] * n_facts / wall, "x"),
         ("ratio to the batched loop", seconds["batched loop"] * n_facts / wall, "x"),
         *((f"difference, {name}", value, "difference") for name, value in rivals.differences().items()),
-        *([("peak GPU memory", used, "GB")] if used else []),
+        *used,
     ]
     marks = {"share of product peak": f">= {SHARE}"} if plan.device.type == "cuda" else {}
     return [Figure(case, metric, value, unit, n=n_facts, mark=marks.get(metric, "")) for metric, value, unit in rows]

@@ -13,7 +13,18 @@ import numpy as np
 import torch
 
 import kedit_fast as kf
-from bench.common import CheckFailed, Figure, Measured, Peaks, Skipped, Stopwatch, Timing, device_of
+from bench.common import (
+    CheckFailed,
+    Figure,
+    Measured,
+    Peaks,
+    Skipped,
+    Stopwatch,
+    Timing,
+    device_of,
+    peak_memory,
+    reset_peak_memory,
+)
 from bench.flows import CHECKED_LAYERS, CONFIGS, random_model, word_tokenizer
 from bench.phases import phase_times, summed
 from bench.published import plain
@@ -67,16 +78,16 @@ def dry(device: torch.device) -> Plan:
 
 
 class Bed:
-    """A random model with its editor, facts and contexts."""
+    """A random model with its editor, facts and contexts. made: the seconds that the model took."""
 
     def __init__(self, plan: Plan, n: int):
-        model = random_model(plan)
+        self.plan, self.watch = plan, Stopwatch(plan.device)
+        model, _, self.made = self.watch.once(lambda: random_model(plan))
         vocab = model.config.vocab_size
         memory = torch.cuda.get_device_properties(plan.device).total_memory // 2 if plan.device.type == "cuda" else None
         self.lm = kf.open_model(model, tokenizer=word_tokenizer(vocab), memory=memory)
         self.editor = replace(editor_for(self.lm), v_num_grad_steps=DRY_STEPS if plan.tiny else STEPS)
         self.facts = random_edits(n, vocab)
-        self.watch = Stopwatch(plan.device)
         self.contexts = self.watch.once(lambda: memit_contexts(self.lm))
 
     def values(self, facts, steps: int | None = None):
@@ -123,7 +134,7 @@ def values(plan: Plan) -> Measured:
     peaks = Peaks.measure(bed.watch, [plan.dtype], plan.tiny)
     seconds = _seconds_a_fact(bed, plan)
     facts = bed.facts[: _affordable(plan, len(bed.facts), seconds)]
-    _reset_peak_memory(plan.device)
+    reset_peak_memory(plan.device)
     made = bed.clock(bed.values, facts)
     steps = float(made.result.steps.double().mean())
     one, two = (count_flop(bed.values, facts[:2], steps) / 2 for steps in (1, 2))
@@ -135,7 +146,7 @@ def values(plan: Plan) -> Measured:
         ("FLOP a fact", 1e-12 * flop, "TFLOP"),
         ("share of product peak", 100 * flop * len(facts) / made.wall / peak, "%"),
         ("relative difference in fp32", checked, "difference"),
-        *_memory_used(plan.device),
+        *peak_memory(plan.device),
     ]
     marks = {"relative difference in fp32": f"<= {TOLERANCE:g}"}
     marks |= {"facts a second": MARK} if plan.device.type == "cuda" else {}
@@ -149,7 +160,7 @@ def edits(plan: Plan) -> Measured:
     statistics = bed.clock(bed.statistics)
     seconds = _seconds_a_fact(bed, plan)
     facts = bed.facts[: _affordable(plan, len(bed.facts), seconds)]
-    _reset_peak_memory(plan.device)
+    reset_peak_memory(plan.device)
     with phase_times(bed.clock) as phases:
         made = bed.clock(bed.editor.edit, bed.lm, facts, moments=statistics.result, contexts=bed.contexts.result)
     rest = made.wall - summed(list(phases.values())).wall
@@ -161,7 +172,7 @@ def edits(plan: Plan) -> Measured:
         *((phase, timing.wall, "s") for phase, timing in phases.items()),
         ("the rest", rest, "s"),
         ("statistics", statistics.wall, "s"),
-        *_memory_used(plan.device),
+        *peak_memory(plan.device),
     ]
     measured = _measured(plan, f"MEMIT, {_name(plan)}, {n} facts", rows, {}, n, peak)
     if n < plan.edits:
@@ -206,17 +217,6 @@ def _affordable(plan: Plan, n: int, seconds_a_fact: float) -> int:
 def _name(plan: Plan) -> str:
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[plan.dtype]
     return f"{plan.model}{' shrunk' * plan.tiny}, {dtype}"
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _memory_used(device: torch.device) -> list[tuple[str, float, str]]:
-    if device.type != "cuda":
-        return []
-    return [("peak GPU memory", 1e-9 * torch.cuda.max_memory_allocated(device), "GB")]
 
 
 def _measured(plan: Plan, case: str, rows, marks: dict[str, str], n: int, peak: float) -> Measured:

@@ -31,6 +31,7 @@ FORMATS = {  # unit: how a value is shown
     "facts/s": "{:.2f} facts/s",
     "patches/s": "{:.0f} patches/s",
     "facts": "{:.0f} facts",
+    "times": "{:.0f}",
     "mean": "{:.1f}",
     "correlation": "{:.2f}",
     "share": "{:.2f}",

@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import math
-import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +17,6 @@ from bench import (
     edit,
     editors,
     flows,
-    gpu,
     kernels,
     mass,
     phases,
@@ -36,6 +33,7 @@ from kedit_fast import layer_sweep
 from kedit_fast.facts import Fact
 from kedit_fast.sites import Site
 from tests.conftest import relative_error, tiny_lm
+from tests.kernels.triton import skip_where_nothing_runs
 from tests.oracle import access
 from tests.oracle import values as oracle_values
 from tests.tiny import PROMPTS, TEXT
@@ -127,7 +125,7 @@ def test_a_wrong_solve_is_not_reported(monkeypatch):
         solve.measure(d_ff=40, facts=(3,), repeats=1)
 
 
-# ---- kernels, flows and the script for a GPU
+# ---- kernels and flows
 
 CPU = torch.device("cpu")
 
@@ -171,7 +169,7 @@ def test_every_op_is_checked_and_timed_beside_its_reference_and_a_rival():
 
 @pytest.mark.parametrize("op", ["attention", "rows.branch_rows"])
 def test_the_backend_that_ran_is_named(op, monkeypatch):
-    pytest.importorskip("triton")
+    skip_where_nothing_runs()
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "triton")
     measured = kernels.measure(kernels.Plan.of(CPU, quick=True, ops=(op,), rows=24))
     assert any(case.endswith("fp32, kedit_fast (triton)") for case, _ in values(measured))
@@ -197,6 +195,13 @@ def test_a_rival_that_cannot_run_is_noted(monkeypatch):
     measured = kernels.measure(kernels.Plan.of(CPU, quick=True, ops=("attention",)))
     assert "SDPA cannot run here: no such product." in " ".join(measured.notes)
     assert {metric for _, metric in values(measured)} >= {"time"}
+
+
+def test_figures_are_given_away_when_they_are_made():
+    kept = []
+    plan = kernels.Plan.of(CPU, quick=True, ops=("rows.branch_rows",))
+    measured = kernels.measure(plan, lambda *figures: kept.append(figures))
+    assert len(kept) == 2 and [figure for figures in kept for figure in figures] == measured.figures
 
 
 def test_no_case_is_begun_too_late():
@@ -232,73 +237,6 @@ def test_facts_of_random_words_have_equal_lengths():
     for one in flows.random_facts(5, 300):
         ids, span, *_ = flows.fact_tokens(tokenizer, one)
         assert (len(ids), span) == (12, (1, 5))
-
-
-def test_without_a_gpu_nothing_is_run(tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert main(["gpu", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().out == "no GPU here: nothing was run\n"
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "--device", "cpu"])
-
-
-@pytest.fixture
-def dry(tmp_path):
-    return gpu.parser().parse_args(["--out", str(tmp_path), "--device", "cpu", "--quick"])
-
-
-def test_a_dry_run_of_every_part_leaves_figures_and_a_summary(dry):
-    def here(part, seconds, options):
-        measured = gpu.measured_part(part.name, CPU, True, math.inf)
-        common.append_rows(options.out, part.name, "dry", measured)
-        return "done"
-
-    ended = list(gpu.run_parts(list(gpu.PARTS[1:]), dry, here))
-    assert [one.how for one in ended] == ["done"] * (len(gpu.PARTS) - 1)
-    text = gpu.summary(ended, dry)
-    assert text.startswith("# Dry run on the CPU") and "| trace gpt2-xl | done |" in text
-    for part in gpu.PARTS[1:]:
-        assert f"\n## {part.name}\n" in text
-
-
-def test_a_part_has_a_process_of_its_own_and_its_end_is_recorded(dry):
-    part = gpu.Part("kernels rows.branch_rows", 0, 60)
-    assert gpu._in_a_process(part, 60, dry) == "done"
-    assert "rows.branch_rows, llama-3-8b / 64, fp32, reference" in (dry.out / gpu.LOG).read_text(encoding="utf-8")
-    (figures,) = dry.out.glob("*.csv")
-    assert {row["bench"] for row, _ in common.read_rows(figures)} == {part.name}
-
-
-@pytest.mark.parametrize(
-    ("code", "seconds", "how"),
-    [
-        ("raise SystemExit('cuda fell over')", 20, "failed (status 1): cuda fell over"),
-        ("import os; os.abort()", 20, "failed (status -6): it printed nothing"),
-        ("import time; time.sleep(60)", 0.2, "stopped after 0 s; see the log"),
-    ],
-)
-def test_what_goes_wrong_in_a_part_is_said(code, seconds, how, tmp_path):
-    command = [sys.executable, "-c", code]
-    assert gpu.logged(gpu.Part("kernels solve", 0, 1), command, dict(os.environ), seconds, tmp_path / "log.txt") == how
-
-
-def test_tests_that_all_skip_are_no_success():
-    assert gpu._tests_ended(["3 skipped in 0.1s"]).startswith("failed: no test passed")
-    assert gpu._tests_ended(["..", "2 passed, 1 skipped in 0.1s"]) == "done: 2 passed, 1 skipped in 0.1s"
-
-
-def test_parts_that_do_not_fit_are_skipped_and_failures_do_not_stop_the_next(dry):
-    dry.budget = gpu.GRACE + 50
-
-    def fails(part, seconds, options):
-        raise OSError("no room")
-
-    parts = [gpu.Part("a", 10, 30), gpu.Part("b", 100, 100), gpu.Part("c", 1, 5)]
-    ended = [one.how for one in gpu.run_parts(parts, dry, fails)]
-    assert ended[0] == ended[2] == "failed: OSError: no room"
-    assert ended[1].startswith("skipped: ") and ended[1].endswith("100 needed")
 
 
 # ---- edit

@@ -170,7 +170,7 @@ class _Pack:
         read = self._rows_read(layer, table) if is_last else None
         cache = self._cache(layer, h, table)
         if read is None:
-            parts = [torch.arange(a, b) for a, b in calls(table.ends)]
+            parts = [torch.arange(a, b) for a, b in calls(table.ends, CALL_ROWS)]
         else:
             keys_only = torch.ones(len(table), dtype=torch.bool)
             keys_only[read] = False

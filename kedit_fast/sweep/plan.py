@@ -148,7 +148,7 @@ def _with_ancestors(run: int, above: list[list[int]], pack: set[int]) -> set[int
     return new
 
 
-def calls(ends: Tensor, size: int = CALL_ROWS) -> list[tuple[int, int]]:
+def calls(ends: Tensor, size: int) -> list[tuple[int, int]]:
     """Cuts the rows of a layer into block calls of about ``size`` rows, only behind a segment of one run.
 
     Parents' rows stand first, so a call reads keys of itself and of earlier calls only.

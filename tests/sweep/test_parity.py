@@ -149,8 +149,6 @@ def test_packed_sweep_gives_hugging_faces_logits(family):
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
 def test_calls_may_be_cut_anywhere(family, size, monkeypatch, poisoned_memory):
     """Rows read keys of their own and earlier calls only, and nothing that has not been written yet."""
-    plan_calls = engine.calls
-    monkeypatch.setattr(engine, "calls", lambda ends: plan_calls(ends, size))
     monkeypatch.setattr(engine, "CALL_ROWS", size)
     assert worst(swept(family), wanted(family)) <= TOLERANCE[torch.float32]
 

@@ -1,11 +1,25 @@
 """Triton's kernels against their references: in the interpreter, or on a GPU under TRITON_INTERPRET=0."""
 
+import pytest
 import torch
 
 from kedit_fast import settings
 from tests.kernels import close
 
 DEVICE = "cpu" if settings.triton_interprets() else "cuda"
+
+
+def skip_where_nothing_runs() -> None:
+    """Skips the test, with the reason, where Triton cannot run a kernel."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if DEVICE == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("TRITON_INTERPRET=0 and there is no GPU")
+        return
+    from .probe import why_not_interpreted
+
+    if why_not := why_not_interpreted():
+        pytest.skip(why_not)
 
 
 def near(name: str, got: torch.Tensor, truth: torch.Tensor) -> None:

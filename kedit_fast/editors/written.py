@@ -37,8 +37,8 @@ def with_written(lm, edit: Edit) -> Edit:
     An independent edit is asked under itself alone. Where the edit makes the model give NaN, p_new is 0 and says is "".
 
     lm: the model that the edit was made on, with the edits below it. One sweep for all facts: one weight pass for those
-    that the memory holds, of a row for each token of their prompts and targets. On SmolLM2 that is 1 to 2 % of MEMIT's
-    time. Warns (NotWritten) of the facts that are not written.
+    that the memory holds, of a row for each token of their prompts and targets. On SmolLM2 that is 1 % of the time of
+    MEMIT (12 facts) and ROME (4). Warns (NotWritten) of the facts that are not written.
     """
     made = _asked(lm, edit)
     missing = [i for i, is_written in enumerate(made["written"]) if not is_written]

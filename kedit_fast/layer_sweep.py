@@ -8,7 +8,6 @@ are chosen by editing.
 
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from .editors import Rome
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
 from .editors.editor import Editor
-from .editors.written import NotWritten
+from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
@@ -186,8 +185,7 @@ def sweep_layers(
     with progress("editing at each layer", len(layers)) as bar:
         for layer in layers:
             # The first layer's work shows bars of its own: until then this one has nothing to say.
-            with show_progress(False) if edited else nullcontext(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotWritten)  # how many facts each layer holds is what is asked
+            with show_progress(False) if edited else nullcontext(), counted_elsewhere():
                 edit = replace(editor, layers=(layer,)).edit(
                     lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
                 )

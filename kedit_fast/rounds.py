@@ -10,7 +10,6 @@ facts 0.50, then 0.12; its layer has moved by 2, then 3.5 times its weight's nor
 
 import random
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -22,7 +21,7 @@ from .edit import Edit
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
 from .editors.hyperparameters import Hyperparameters
-from .editors.written import NotWritten
+from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import Interval, summarize
 from .evaluation.perplexity import MAX_TOKENS, text_windows
@@ -162,8 +161,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
     for number, first in enumerate(range(0, len(facts), per_round), 1):
         new, earlier = facts[first : first + per_round], facts[:first]
         began = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotWritten)  # a round says how many of its facts hold
+        with counted_elsewhere():
             edit = editor.edit(lm, new, previous=so_far, **given)
         if edit.contexts:  # of the first round; fine-tuning has none
             given["contexts"] = edit.contexts

@@ -8,7 +8,8 @@ leftover.
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,18 +30,45 @@ def unfinished_file(path: Path) -> Iterator[Path]:
 
     Several may write one ``path`` at a time. What killed writers of it left is deleted.
     """
+    with _name_of_its_own(path, lambda name: os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666)) as unfinished:
+        yield unfinished
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new empty folder beside ``path`` to work in, gone when the block ends; as ``unfinished_file`` else."""
+    with _name_of_its_own(path, _made_folder) as folder:
+        yield folder
+
+
+def _made_folder(path: Path) -> int | None:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY) if LOCKS else None
+
+
+@contextmanager
+def _name_of_its_own(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
+    """A name beside ``path``, made and locked; ``make`` gives the open file or folder."""
     _delete_leftovers(path)
     while True:
         unfinished = path.with_name(f".{path.name[:_NAME]}.{uuid.uuid4().hex[:8]}{ENDING}")
-        lock = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666)
-        if locked(lock) is not False and os.path.exists(unfinished):
+        lock = make(unfinished)
+        if lock is None or (locked(lock) is not False and os.path.exists(unfinished)):
             break  # else another writer took it for a leftover, in the moment before it was locked
         os.close(lock)
     try:
         yield unfinished
     finally:
-        os.close(lock)
-        unfinished.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+        _delete(unfinished)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_unfinished(path: Path) -> bool:
@@ -52,17 +80,28 @@ def _delete_leftovers(path: Path) -> None:
     begins = f".{path.name[:_NAME]}."
     for name in os.listdir(path.parent):
         if name.startswith(begins) and name.endswith(ENDING) and len(name) == len(begins) + 8 + len(ENDING):
-            with suppress(OSError), open(path.with_name(name), "rb") as left:
-                if locked(left.fileno()):
-                    path.with_name(name).unlink()
+            with suppress(OSError):
+                if _is_left(path.with_name(name)):
+                    _delete(path.with_name(name))
+
+
+def _is_left(unfinished: Path) -> bool:
+    """Whether nobody writes a file or a folder any more; where there are no locks, nobody knows."""
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    try:
+        return locked(descriptor) is True
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def unfinished_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path`` to fill, gone when the block ends unless it was given another name.
 
-    One writer for each ``path``: raises ValueError where another run fills it. What a killed run left of it is deleted.
+    One writer for each ``path``: raises ValueError where another run fills it. What a killed run left of it is deleted,
+    and what one left of another folder beside it is warned of: it may be as large as a model.
     """
+    _warn_of_others(path)
     unfinished = path.with_name(f".{path.name}{ENDING}")
     new = True
     try:
@@ -79,6 +118,15 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(unfinished, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _warn_of_others(path: Path) -> None:
+    for name in os.listdir(path.parent):
+        other = path.with_name(name)
+        if name != f".{path.name}{ENDING}" and is_unfinished(other) and other.is_dir():
+            with suppress(OSError):
+                if LOCKS and _is_left(other):
+                    warnings.warn(f"{other} is what a killed run left; delete it", stacklevel=2)
 
 
 def _claimed(unfinished: Path, path: Path, new: bool) -> int | None:
@@ -99,10 +147,7 @@ def _claimed(unfinished: Path, path: Path, new: bool) -> int | None:
 
 def _empty(folder: Path) -> None:
     for left in folder.iterdir():
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        _delete(left)
 
 
 def locked(descriptor: int) -> bool | None:

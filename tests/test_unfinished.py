@@ -143,3 +143,26 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
             pass
     assert names(tmp_path) == [".a.12345678.unfinished", "a", "out"]
     assert os.path.getsize(tmp_path / "a") == 1
+
+
+def test_a_temporary_folder_of_a_killed_run_is_deleted(tmp_path):
+    code = f"""
+from pathlib import Path
+from kedit_fast.unfinished import temporary_folder
+with temporary_folder(Path("model")) as path:
+    (path / "half").write_text("x")
+    {KILLED}"""
+    (left,) = killed_while_writing(code, tmp_path)
+    with unfinished.temporary_folder(tmp_path / "model") as a, unfinished.temporary_folder(tmp_path / "model") as b:
+        assert names(tmp_path) == sorted([a.name, b.name]) and left not in names(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_killed_run_s_folder_of_another_name_is_warned_of(tmp_path):
+    code = f"from kedit_fast.shipping.folders import new_folder\nwith new_folder('out') as path:\n    {KILLED}"
+    killed_while_writing(code, tmp_path)
+    says = r"\.out\.unfinished is what a killed run left; delete it"
+    with pytest.warns(UserWarning, match=says) as warned, new_folder(tmp_path / "a"), new_folder(tmp_path / "b"):
+        pass
+    assert [str(w.message).split("/")[-1][:16] for w in warned] == [".out.unfinished "] * 2  # not of one being written
+    assert names(tmp_path) == [".out.unfinished", "a", "b"]

@@ -4,6 +4,7 @@ import os
 from itertools import groupby, islice
 from pathlib import Path
 
+from ..files import saying
 from ..plots import plot_kinds
 from ..terminal import terminal_heatmap
 from ..traces import LOCALIZATION_WARNING, ROLES, TraceResult, average
@@ -35,10 +36,11 @@ def run(args) -> None:
             answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, method=args.method,
             top=args.top, log=log,
         )  # fmt: skip
-    _draw(results, folder, n_drawn)
-    for kind, mean in average(results).items():
-        mean.plot(folder / f"average-{kind}.png")
-        mean.save(folder / f"average-{kind}.npz")
+    with saying(f"the traces are in {log}, read_log reads them"):
+        _draw(results, folder, n_drawn)
+        for kind, mean in average(results).items():
+            mean.plot(folder / f"average-{kind}.png")
+            mean.save(folder / f"average-{kind}.npz")
     for result in results if len(facts) == 1 else ():
         say()
         show(terminal_heatmap(result))

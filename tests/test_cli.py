@@ -600,6 +600,11 @@ def test_info(model, work, capsys):
     assert not any(str(value).startswith("unknown") for value in found.values())
 
 
+def test_info_says_which_build_of_torch_this_is(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
+    assert "torch 2.99.0+cu999, transformers" in info._packages()
+
+
 def test_nothing_in_info_fails(work, capsys, monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "abacus")
     monkeypatch.setattr(info, "LINES", (("torn", lambda: 1 / 0), *info.LINES))

@@ -45,7 +45,11 @@ def _lines(value) -> list[str]:
 
 
 def _packages() -> str:
-    return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    """torch by its own word: the metadata of a wheel from the package index leaves the build (+cu130) out."""
+    import torch
+
+    found = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}
+    return ", ".join(f"{name} {which}" for name, which in found.items())
 
 
 def _version(name: str) -> str:

@@ -151,6 +151,8 @@ class Process:
                 return f"killed {GRACE:g} s after its time; where it stood is in {LOG}", False
             if line := self._answers.readline():
                 answer = json.loads(line)
+                if not answer["usable"]:
+                    self.end()
                 return answer["how"], answer["usable"]
         except OSError:  # it is gone
             pass
@@ -167,11 +169,11 @@ class Process:
         """Lets it go, and whatever it started."""
         with suppress(OSError):
             self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(wait)
-        with suppress(ProcessLookupError):
+        except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._process.wait()
         self._answers.close()
 
 

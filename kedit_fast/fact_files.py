@@ -43,7 +43,7 @@ class Notes:
         return said
 
     def _near(self, name: str) -> str | None:
-        return next(iter(get_close_matches(name, self._known, 1, NEARLY)), None)
+        return None if name in self._known else next(iter(get_close_matches(name, self._known, 1, NEARLY)), None)
 
 
 def _counted(counts: Counter, near: Callable[[str], str | None] = lambda name: None) -> str:

@@ -263,7 +263,12 @@ def fact_list(facts, name: str = "facts", *, empty: bool = False) -> list[Fact]:
 
 
 def check_facts(
-    facts: Iterable[Fact], *, need_new: bool = False, need_subject: bool = False, together: bool = True
+    facts: Iterable[Fact],
+    *,
+    need_new: bool = False,
+    need_subject: bool = False,
+    together: bool = True,
+    skip_bad: bool = False,
 ) -> list[Fact]:
     """The facts without duplicates, checked before any work starts; what editors call first.
 
@@ -275,14 +280,18 @@ def check_facts(
     need_new: every fact must have a target_new; need_subject: and a subject
     together: whether they are written into one model. Independent edits see nothing of each other, so they neither
         contradict each other nor clash.
+    skip_bad: facts without a target_new or subject that they need are left out and counted
     Raises ValueError for no facts, for a contradiction (both facts and targets are named) and for a missing target_new
     or subject; BadArgument for anything but Facts.
     """
     kept: dict[tuple, Fact] = {}
     places: dict[tuple, Fact] = {}
     relations: dict[tuple, Fact] = {}
-    repeated, pointless, clashes = [], [], []
+    repeated, pointless, clashes, unfit = [], [], [], []
     for fact in fact_list(facts):
+        if skip_bad and ((need_new and not fact.target_new) or (need_subject and fact.subject is None)):
+            unfit.append(fact)
+            continue
         if need_subject:
             check_subject(fact)
         target = fact.target_new and fact.target_new.strip()
@@ -306,6 +315,7 @@ def check_facts(
         relation = fact.provenance.get("relation_id") if together else None
         if relation and relations.setdefault((at[0], str(relation)), fact).target_new.strip() != target:
             clashes.append(fact)
+    _warn(unfit, "left out: no target_new, or no subject")
     _warn(repeated, "left out: the same subject, prompt and target_new as a fact before")
     _warn(pointless, "target_new equals target_true, there is nothing to edit")
     _warn(clashes, "another target_new than a fact before it with the same subject and relation_id")

@@ -4,6 +4,7 @@ import gzip
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,78 @@ def test_keys_given_twice_are_said(tmp_path):
     path.write_text('[{"prompt": "a is", "prompt": "a was", "subject": "a", "target_new": "b"}]')
     with pytest.warns(UserWarning, match=r"given twice in one object, and the last is taken: prompt \(once\)"):
         assert load_facts(path)[0].text == "a was"
+
+
+FLAT_RECORD = {"prompt": "Paris is in", "subject": "Paris", "target_new": "Italy", "ground_truth": "France"}
+
+
+@pytest.mark.parametrize(
+    "fields, neighborhood, same_subject",
+    [
+        ({"locality_prompt": "Bonn is in", "locality_ground_truth": "Germany"}, (("Bonn is in", "Germany"),), ()),
+        ({"locality_prompt": ["Bonn is in", "Paris has"], "locality_ground_truth": ["Germany", ["cafes", "bars"]]},
+         (("Bonn is in", "Germany"),), (("Paris has", "cafes"),)),
+        ({"locality": {"a": {"prompt": ["x", "y"], "ground_truth": ["1", "2"]}, "b": [{"loc": "z", "loc_ans": "3"}]}},
+         (("x", "1"), ("y", "2"), ("z", "3")), ()),
+        ({"locality": {"prompt": "x", "ground_truth": [["1", "one"]]}}, (("x", "1"),), ()),
+        ({"locality": {"prompt": "PARIS has", "ground_truth": "cafes"}}, (), (("PARIS has", "cafes"),)),
+        ({"neighborhood": [{"prompt": "Bonn is in", "answer": "Germany"}, "Nice is in"]},
+         (("Bonn is in", "Germany"), "Nice is in"), ()),
+        ({"neighborhood": [{"prompt": "Nice is in", "answer": "France"}]}, ("Nice is in",), ()),
+        ({"locality_ground_truth": "France", "neighborhood": ["Nice is in"]}, ("Nice is in",), ()),
+    ],
+)  # fmt: skip
+def test_locality_in_every_published_form(tmp_path, recwarn, fields, neighborhood, same_subject):
+    (fact,) = load_facts(write(tmp_path / "f.json", [FLAT_RECORD | fields]))
+    expected = Fact("{} is in", "Paris", "Italy", "France", neighborhood=neighborhood, same_subject=same_subject)
+    assert fact == replace(expected, id="0")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"locality": [{"prompt": "Bonn is in"}, "Oslo is in"]}, "locality prompts without an answer (2 times)"),
+        ({"locality_ground_truth": "Germany"}, "locality_ground_truth (once)"),
+        ({"paraphrases": [{"prompt": "Paris lies in", "answer": "Italy"}]}, "paraphrases.answer (once)"),
+    ],
+)
+def test_a_probe_without_a_use_is_said(tmp_path, fields, says):
+    with pytest.warns(UserWarning) as seen:
+        load_facts(write(tmp_path / "f.json", [FLAT_RECORD | fields]))
+    assert len(seen) == 1 and says in str(seen[0].message)
+
+
+def test_lists_of_different_length_are_refused(tmp_path):
+    record = FLAT_RECORD | {"locality": {"prompt": ["x", "y"], "ground_truth": ["1", "2", "3"]}}
+    with pytest.raises(ValueError, match="record 0: locality: 2 prompts and 3 answers; expected an answer for each"):
+        load_facts(write(tmp_path / "f.json", [record]))
+
+
+@pytest.mark.parametrize(
+    "record, fact",
+    [
+        ({"prompt": "Water boils at", "target_new": "90 degrees", "id": 1}, Fact("Water boils at", None, "90 degrees")),
+        ({"question": "Who is it?", "answer": "Ann", "id": 1}, Fact("Who is it?", None, "Ann")),
+        ({"requested_rewrite": {"prompt": "Water is", "target_new": {"str": "dry"}}, "case_id": 1},
+         Fact("Water is", None, "dry")),
+        ({"text": "This is on ann lee. She", "labels": "was born.", "concept": "ann lee", "id": 1},
+         Fact("This is on {}. She", "ann lee", "was born.")),
+    ],
+)  # fmt: skip
+def test_records_without_a_subject_and_passages(tmp_path, record, fact):
+    assert load_facts(write(tmp_path / "f.json", [record])) == [replace(fact, id="1")]
+
+
+def test_a_subject_that_is_spelled_otherwise_is_taken_and_said(tmp_path):
+    records = [FLAT_RECORD, FLAT_RECORD | {"subject": "paris"}, FLAT_RECORD | {"subject": "PARIS"}]
+    with pytest.warns(
+        UserWarning, match="spelled otherwise.*, 2 records: 'paris' as 'Paris'; 'PARIS' as 'Paris'"
+    ) as seen:
+        assert {(fact.subject, fact.prompt) for fact in load_facts(write(tmp_path / "f.json", records))} == {
+            ("Paris", "{} is in")
+        }
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

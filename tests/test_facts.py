@@ -152,6 +152,12 @@ def test_a_relation_may_be_any_json_value():
     assert check_facts(facts) == facts
 
 
+def test_facts_that_lack_what_is_needed_can_be_left_out():
+    facts = [TOWER, Fact("{} is in", "Lyon"), Fact("Water is", target_new="dry")]
+    with pytest.warns(UserWarning, match="2 facts: left out: no target_new, or no subject: 'Lyon is in', 'Water is'"):
+        assert check_facts(facts, need_new=True, need_subject=True, skip_bad=True) == [TOWER]
+
+
 def test_check_facts_refuses():
     with pytest.raises(ValueError, match="has no target_new"):
         check_facts([Fact(prompt="{} is in", subject="Lyon")], need_new=True)

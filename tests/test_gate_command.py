@@ -9,8 +9,8 @@ import pytest
 
 from kedit_fast import cli
 from kedit_fast.commands.gate import OPTIONS, REFUSED
-from kedit_fast.gating import Thresholds
-from tests.gating.cases import LIMITS, OTHERS, TEXT, good_edit, make_lm, nothing
+from kedit_fast.gating import Thresholds, load_suite
+from tests.gating.cases import FACT, LIMITS, OTHERS, TEXT, good_edit, make_lm, nothing
 from tests.tiny import POSITIONS, tiny_tokenizer
 
 QUICK = ["--no-builtin", "--generate", "2", "--context", "30", "--quiet"]
@@ -52,6 +52,32 @@ def test_a_context_beyond_the_model_is_noted(folder, tmp_path, capsys):
     assert 0 < record["meta"]["sizes"]["context_tokens"] < POSITIONS
     (note,) = record["meta"]["notes"]
     assert f"Note: {note}." in capsys.readouterr().out and note in (tmp_path / "g.html").read_text()
+
+
+def test_a_small_edit_is_told_what_to_add(folder, capsys):
+    assert run(folder, "good.safetensors", "--min-probes", "30", "--min-specificity", "500") == REFUSED
+    shown, before = capsys.readouterr()
+    assert "warning: too few probes: add 26 paraphrases; there are 4 wordings" in before  # said before the work
+    assert "4 found, at least 30 needed" in shown and "Note: too few probes: add 26 paraphrases" in shown
+    assert f"`kedit-fast gate {folder / 'good.safetensors'} --init suite.json` writes a suite to complete" in shown
+    assert "to do with fewer: --min-probes, --min-specificity" in shown
+
+
+def test_init_writes_a_suite_to_complete(folder, tmp_path, capsys):
+    edit, path = str(folder / "good.safetensors"), tmp_path / "suite.json"
+    assert cli.main(["gate", edit, "--init", str(path), "--min-probes", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert f"written: {path}" in shown and "1 fact; complete the lists" in shown
+    assert (
+        "add 27 paraphrases; there are 4 wordings of the facts (20 needed), 3 of them paraphrases (30 needed)" in shown
+    )
+    assert "add 497 prompts that must keep their answer" in shown and "filled up with this package's own" in shown
+    suite = load_suite(path)
+    assert suite.facts[0] == dataclasses.replace(FACT, id="0")
+    assert {"portability", "specificity", "languages"} < set(json.loads(path.read_text()))
+    assert cli.main(["gate", edit, "--init", str(path)]) == 2 and "is there already" in capsys.readouterr().err
+    assert cli.main(["gate", edit, "--init", str(tmp_path / "b.json"), "--suite", str(path)]) == 2
+    assert "--suite has no place beside it" in capsys.readouterr().err and not (tmp_path / "b.json").exists()
 
 
 def test_refused(folder, tmp_path, capsys):

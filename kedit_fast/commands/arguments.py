@@ -3,7 +3,7 @@
 from . import experiment_arguments as experiments
 from .argument_types import count, layers, list_of, positive
 from .gate_arguments import add_gate_arguments
-from .parser import FACT_FILES, command, edits_argument, fact_options, machine_options, output
+from .parser import FACT_FILES, add_skip_bad, command, edits_argument, fact_options, machine_options, output
 
 OUT = "kedit-fast-out"
 
@@ -115,6 +115,7 @@ def add_eval(commands):
     )
     edits_argument(parser, "*", " (default: the model as it is)")
     parser.add_argument("--facts", metavar="FILE", help=f"{FACT_FILES} (default: the edits' own facts)")
+    add_skip_bad(parser)
     parser.add_argument("-n", type=positive, metavar="N", help="the first N facts")
     parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on")
     parser.add_argument("--generate", type=count, default=0, metavar="N", help="continue each prompt by N tokens")

@@ -22,8 +22,9 @@ def run(args) -> int:
     check_statistics(args)
     editor_class = EDITORS[args.method]
     facts = check_facts(
-        read_facts(args), need_new=True, need_subject=editor_class.NEEDS_SUBJECT, together=not args.independent
-    )
+        read_facts(args), need_new=True, need_subject=editor_class.NEEDS_SUBJECT, together=not args.independent,
+        skip_bad=args.skip_bad,
+    )  # fmt: skip
     check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model", "on_top_of"])
     path = check_output(args.output, args.force)
     parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))

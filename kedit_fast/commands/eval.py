@@ -15,7 +15,7 @@ def run(args) -> None:
     check_distinct(args, ["output", "html", "log"], [EDITS, "facts", "text", "model"])
     report, page, log = (check_output(path, args.force) for path in (args.output, args.html, args.log))
     edits = read_chain(args.edits)
-    facts = facts_in_force(edits)[: args.n] if args.facts is None else fact_file(args.facts, args.n)
+    facts = facts_in_force(edits)[: args.n] if args.facts is None else fact_file(args)
     text = None if args.text is None else read_text(args.text)
     lm = open_lm(args)
     with fresh_log(log) if log else nullcontext():

@@ -1,10 +1,13 @@
 """``kedit-fast gate``: may this edit ship?"""
 
+import json
 from dataclasses import replace
 
 import torch
 
-from ..gating import Suite, Thresholds, gate, load_suite
+from ..files import write_text
+from ..gating import Suite, Thresholds, draft_suite, gate, load_suite
+from ..gating.draft import missing
 from ..gating.judge import MODEL_DTYPE
 from ..gating.questions import Sizes
 from .inputs import open_lm, read_chain, read_text
@@ -13,6 +16,9 @@ from .outputs import EDITS, check_distinct, check_output, say, say_written, writ
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
 }
+_FEWER = {  # a check with too few probes: the option that asks for fewer
+    "wordings answered": "--min-probes", "generalization": "--min-paraphrases", "specificity drop": "--min-specificity",
+}  # fmt: skip
 REFUSED = 1  # exit status of an edit that fails a check; errors have another
 # Options that stand in for a field of Thresholds, by the name of their argument.
 OPTIONS = {
@@ -25,10 +31,12 @@ OPTIONS = {
 
 def run(args) -> int:
     """Judges the edits of ``args``, prints the table, writes the reports; 0, or 1 where the edit is refused."""
-    check_distinct(args, ["output", "html"], [EDITS, "suite", "text", "thresholds", "model"])
+    check_distinct(args, ["output", "html", "init"], [EDITS, "suite", "text", "thresholds", "model"])
     report, page = (check_output(path, args.force) for path in (args.output, args.html))
     edits = read_chain(args.edits)
-    suite = load_suite(*args.suite) if args.suite else Suite()
+    if args.init:
+        return _init(args, edits)
+    suite = load_suite(*args.suite, skip_bad=args.skip_bad) if args.suite else Suite()
     if args.text is not None:
         suite = replace(suite, text=(read_text(args.text),))
     limits = _thresholds(args)
@@ -47,7 +55,30 @@ def run(args) -> int:
     written = write_reports((report, found.to_json), (page, found.to_html))
     say(str(found))
     say_written(written)
+    if lacking := [_FEWER[check.name] for check in found.failed if check.n < check.required and check.name in _FEWER]:
+        say(
+            f"to add probes: `kedit-fast gate {' '.join(args.edits)} --init suite.json` writes a suite to complete "
+            f"for --suite; to do with fewer: {', '.join(dict.fromkeys(lacking))}"
+        )
     return 0 if found.passed else REFUSED
+
+
+def _init(args, edits) -> int:
+    """Writes a suite to complete and says what is missing from it."""
+    for option in ("suite", "output", "html"):
+        if getattr(args, option):
+            raise ValueError(f"--init judges nothing, so --{option} has no place beside it; give one of them")
+    path, limits = check_output(args.init, args.force), _thresholds(args)
+    suite = draft_suite(edits)
+    text = json.dumps(suite, indent=1, ensure_ascii=False) + "\n"
+    say_written(write_reports((path, lambda to: write_text(to, text))))
+    n = len(suite["facts"])
+    say(f"{n} fact{'s' * (n != 1)}; complete the lists (python -m pydoc kedit_fast.load_suite says what they mean)")
+    for sentence in missing(edits, limits):
+        say(sentence)
+    if not args.no_builtin:
+        say("prompts that must keep their answer are filled up with this package's own facts, but for --no-builtin")
+    return 0
 
 
 def _thresholds(args) -> Thresholds:

@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError
 
 from .argument_types import positive
-from .parser import edits_argument
+from .parser import add_skip_bad, edits_argument
 
 # Written out, as the class of thresholds loads torch; a test holds the two together.
 _THRESHOLDS = (
@@ -33,6 +33,12 @@ def add_gate_arguments(parser) -> None:
     parser.add_argument(
         "--no-builtin", action="store_true", help="do not fill up the specificity prompts with this package's facts"
     )
+    parser.add_argument(
+        "--init",
+        metavar="FILE",
+        help="judge nothing: write a suite with the edits' facts and probes, to be completed, and say what is missing",
+    )
+    add_skip_bad(parser)
     parser.add_argument("--html", metavar="FILE", help="the report as a page")
     _form_options(parser.add_argument_group("the form that is judged"))
     _limit_options(parser.add_argument_group("limits (shares: 0.9, not 90)"))

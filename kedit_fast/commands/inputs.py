@@ -77,16 +77,16 @@ def read_facts(args) -> list[Fact]:
     """The facts that the arguments name."""
     check_fact_arguments(args)
     if args.facts is not None:
-        return fact_file(args.facts, args.n)
+        return fact_file(args)
     prompt, subject = as_template(args.prompt, args.subject)
     if subject != args.subject:
         note(f"the prompt spells the subject {subject!r}, not {args.subject!r}, and is taken as it stands")
     return [Fact(prompt=prompt, subject=subject, target_new=getattr(args, "target", None))]
 
 
-def fact_file(name: str, n: int | None) -> list[Fact]:
-    """The first n facts of a file, or of this package's own."""
-    return load_facts(name, n)
+def fact_file(args) -> list[Fact]:
+    """The first facts of a file, or of this package's own, as ``--facts``, ``-n`` and ``--skip-bad`` say."""
+    return load_facts(args.facts, args.n, skip_bad=args.skip_bad)
 
 
 # ---- edits

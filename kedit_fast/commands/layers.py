@@ -21,7 +21,7 @@ def run(args) -> None:
     """Edits at each layer and traces; says a table and the rank correlations, writes the figures and the picture."""
     check_statistics(args)
     check_method(args.method)
-    facts = check_facts(read_facts(args), need_new=True, need_subject=True, together=False)
+    facts = check_facts(read_facts(args), need_new=True, need_subject=True, together=False, skip_bad=args.skip_bad)
     check_distinct(args, ["output", "plot", "log"], ["facts", "hparams", "corpus", "stats", "model", "traces"])
     output, log = (check_output(path, args.force) for path in (args.output, args.log))
     picture, corpus = check_picture(args.plot, args.force), corpus_of(args)

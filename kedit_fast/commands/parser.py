@@ -104,11 +104,18 @@ def edits_argument(parser, nargs: str = "+", more: str = "") -> None:
 def fact_options(parser, targets: bool) -> None:
     which = parser.add_argument_group("which facts: a file, or one fact")
     which.add_argument("--facts", metavar="FILE", help=FACT_FILES)
+    add_skip_bad(which)
     which.add_argument("-n", type=positive, metavar="N", help="the first N facts of the file")
     which.add_argument("--prompt", metavar="TEXT", help='a prompt with {} for the subject: "{} is in the city of"')
     which.add_argument("--subject", metavar="TEXT", help='what the fact is about: "The Eiffel Tower"')
     if targets:
         which.add_argument("--target", metavar="TEXT", help="the new answer: Rome")
+
+
+def add_skip_bad(parser) -> None:
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="pass over records of the file that cannot be used, and count them"
+    )
 
 
 def output(parser, metavar: str, text: str, default: str | None, force: bool = True) -> None:

@@ -29,7 +29,7 @@ def run(args) -> None:
     if args.hparams and len(args.method) > 1:
         raise ValueError(f"--hparams {args.hparams} with {len(args.method)} methods: expected one --method")
     needs = any(EDITORS[name].NEEDS_SUBJECT for name in args.method)
-    facts = check_facts(read_facts(args), need_new=True, need_subject=needs)
+    facts = check_facts(read_facts(args), need_new=True, need_subject=needs, skip_bad=args.skip_bad)
     inputs = ["facts", "hparams", "corpus", "stats", "model", "text"]
     check_distinct(args, ["output", "plot", "log"], inputs)
     output, log = (check_output(path, args.force) for path in (args.output, args.log))

@@ -4,6 +4,7 @@ import os
 from itertools import groupby, islice
 from pathlib import Path
 
+from ..facts import check_facts, check_subject
 from ..files import saying
 from ..plots import plot_kinds
 from ..terminal import terminal_heatmap
@@ -19,6 +20,10 @@ RECOMMENDED = 5  # layers, as many as MEMIT edits
 def run(args) -> None:
     """Traces the facts, drawing what was found."""
     facts = read_facts(args)
+    if args.skip_bad:
+        facts = check_facts(facts, need_subject=True, together=False, skip_bad=True)
+    for fact in facts:
+        check_subject(fact)
     folder = output_folder(args.output)
     if args.facts and os.path.realpath(os.path.expanduser(args.facts)) == os.path.realpath(folder / LOG):
         raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")

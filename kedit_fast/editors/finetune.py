@@ -56,6 +56,7 @@ class Ft(Hyperparameters):
 
     POSITIVE: ClassVar = ("num_steps", "lr", "batch_size")
     ALG_NAMES: ClassVar = {"FT": {}, "FT-L": {}, "FT-M": {}}
+    NEEDS_SUBJECT: ClassVar = False  # it reads prompts and targets alone
     mom2_adjustment: ClassVar = False  # no editor's statistics are read
 
     def __post_init__(self):
@@ -141,7 +142,7 @@ class Ft(Hyperparameters):
     def _prepared(self, lm, facts, previous):
         """(model with ``previous`` on it, facts), checked before any work."""
         self.check_layers(lm)
-        facts = checked_facts(facts)
+        facts = checked_facts(facts, need_subject=self.NEEDS_SUBJECT)
         check_lengths(lm, facts, [[BARE]])
         return under(lm, previous, facts), facts
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -65,6 +66,8 @@ def gate(
     dtype = lm.dtype if written == MODEL_DTYPE else written
     _check(lm, edits, dtype, requantize)
     asked = questions(lm, edits, suite or Suite(), thresholds, checks.flag("builtin", builtin), sizes)
+    for note in asked.notes:
+        warnings.warn(note, stacklevel=3)  # now, not when hours are spent
     views, grown = _views(lm, edits, dtype, requantize, group)
     found = {form: ask(view, asked, form) for form, view in views.items()}
     judged = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]

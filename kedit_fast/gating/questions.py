@@ -20,7 +20,7 @@ from ..evaluation.perplexity import text_windows
 from ..evaluation.probes import Names
 from ..facts import OWN_FACTS, Fact, folded, load_facts, place
 from ..shipping.history import facts_in_force
-from .suite import Question, Suite, merged
+from .suite import Question, Suite, merged, portability_of
 from .thresholds import Thresholds
 
 REWRITE, PARAPHRASE, EARLIER = "rewrite prompt", "paraphrase", "earlier fact"
@@ -112,10 +112,11 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     edited = {place(fact) for edit in edits for fact in edit.facts}
     controls = [fact for fact in others if place(fact) not in edited]
     wordings = [
-        *(Wording(fact, kind, prompt) for fact in facts for kind, prompt in _wordings_of(fact)),
+        *(Wording(fact, kind, prompt) for fact in facts for kind, prompt in wordings_of(fact)),
         *(Wording(fact, EARLIER, fact.text) for fact in earlier),
     ]
-    portability = [q for q in suite.portability if q.answer and edited.issuperset(q.about)]
+    follows = [*suite.portability, *portability_of(facts, "the edit")]
+    portability = [q for q in follows if q.answer and edited.issuperset(q.about)]
     names = Names(fact.subject for edit in edits for fact in edit.facts)
     taken = {folded(x.prompt) for x in (*wordings, *portability)}
     needed = thresholds.min_specificity_prompts if builtin else 0
@@ -123,6 +124,9 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     room = max([sizes.max_new_tokens, *(_length(lm, answer) + 4 for fact in facts for answer in _answers(fact))])
     prose = PROSE.read_text(encoding="utf-8")
     canaries, notes = _canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))
+    paraphrases = sum(wording.kind == PARAPHRASE for wording in wordings)
+    notes += thresholds.missing(len(facts), len(facts) + paraphrases, paraphrases, len(kept))
+    notes += _not_asked(suite, follows, portability, facts)
     asked = Questions(
         facts=tuple(facts),
         earlier=tuple(earlier),
@@ -139,7 +143,8 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     return asked
 
 
-def _wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
+def wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
+    """(kind, prompt) of each way to ask for a fact: its prompt, and its paraphrases that are not that again."""
     yield REWRITE, fact.text
     seen = {folded(fact.text)}
     for prompt in fact.paraphrases:
@@ -201,7 +206,7 @@ def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact]) -
 
 def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes) -> tuple[list[Canary], list[str]]:
     """(the canaries, what a reader must know of them)."""
-    known = [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
+    known = _known(facts)
     some = _spread(known, sizes.canary_facts)
     canaries = [Canary(PLAIN, i, facts[i].text, facts[i].target_true, facts[i].target_new) for i in known]
     canaries += doubt_canaries(facts, some, suite.doubt)
@@ -209,9 +214,10 @@ def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes)
     few = _spread(known, sizes.context_facts)
     contexts = context_canaries(lm, facts, few, text, sizes.context_tokens, sizes.max_new_tokens)
     canaries += contexts
-    for i in some:
+    asked = set(some)
+    for i in known:
         for entry in suite.languages:
-            if entry.speaks_of(facts[i]):
+            if entry.speaks_of(facts[i]) and (i in asked or entry.subject is not None):
                 prompt = entry.prompt.replace("{}", facts[i].subject)
                 old, new = entry.target_true or facts[i].target_true, entry.target_new or facts[i].target_new
                 canaries.append(Canary(LANGUAGE, i, prompt, old, new))
@@ -239,6 +245,33 @@ def _context_notes(lm, contexts: Sequence[Canary], n_facts: int, wanted: int) ->
             f"the {positions(lm):,} tokens that the model reads"
         )
     return notes
+
+
+def _not_asked(suite: Suite, follows, portability, facts: Sequence[Fact]) -> list[str]:
+    """Sentences for what a suite holds and this edit has no use for, or none."""
+    unanswered = sum(not question.answer for question in follows)
+    foreign = len(follows) - unanswered - len(portability)
+    known = [facts[i] for i in _known(facts)]
+    mute = [entry for entry in suite.languages if not any(entry.speaks_of(fact) for fact in known)]
+    said = []
+    if unanswered:
+        said.append(f"{unanswered} portability question{'s' * (unanswered > 1)} without an answer: not asked")
+    if foreign:
+        said.append(
+            f"{foreign} portability question{'s' * (foreign > 1)} of facts that this edit does not write: not asked"
+        )
+    if mute:
+        shown = ", ".join(f"{entry.language} {entry.prompt!r}" for entry in mute[:3]) + ", ..." * (len(mute) > 3)
+        entries = "entry" if len(mute) == 1 else "entries"
+        said.append(
+            f"{len(mute)} language {entries} about no edited fact with an old answer (target_true): {shown}: not asked"
+        )
+    return said
+
+
+def _known(facts: Sequence[Fact]) -> list[int]:
+    """Numbers of the facts with an old answer to look for."""
+    return [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
 
 
 def _spread(numbers: Sequence[int], n: int) -> list[int]:

@@ -1,17 +1,18 @@
 """What a gate asks: the suite, in files of its own format (see ``load_suite``) or in fact files as they are."""
 
-import json
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .. import checks
 from ..evaluation.canary import check_doubt
-from ..facts import ANSWERED, Fact, Question, folded, load_facts, place
+from ..fact_files import Notes, read_json
+from ..fact_formats import READ, questions_of
+from ..facts import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
 
 FORMAT = "kedit_fast.suite"
-_ANSWERS = ("answer", "ground_truth", "target")  # names that data sets give an answer
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Suite:
         return Suite(**parts, name=", ".join(filter(None, (self.name, other.name))))
 
 
-def load_suite(*paths) -> Suite:
+def load_suite(*paths, skip_bad: bool = False) -> Suite:
     """The suite of one or several files: suite files (.json) and fact files in any format of ``load_facts``.
 
     A suite file is one JSON object; every field but ``format`` may be absent, and an unknown field is an error:
@@ -112,42 +113,47 @@ def load_suite(*paths) -> Suite:
         {answer} and {subject} are filled in from the fact
     languages: prompts in other languages, about one subject or all facts of a relation; answers that are spelled as in
         the fact need not be given
+    skip_bad: records of facts that make none are passed over and counted
+
+    ``draft_suite`` makes one of an edit, to be completed. Warns as ``load_facts`` does.
 
     Raises ValueError, naming the file and the place, for anything else; OSError where a file cannot be opened.
     """
     suite = Suite()
     for path in (checks.path("paths", each) for each in paths):
-        record = _object_in(path)
-        suite += _from_facts(path) if record is None else _from_object(path, record)
+        notes = Notes(READ)
+        record = _object_in(path, notes)
+        if record is None:
+            facts = tuple(load_facts(path, skip_bad=skip_bad))
+            suite += Suite(facts=facts, portability=portability_of(facts, str(path)), name=path.name)
+        else:
+            suite += _from_object(path, record, notes, skip_bad)
+            for sentence in notes.sentences():
+                warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return suite
 
 
-def _object_in(path: Path) -> dict | None:
+def _object_in(path: Path, notes: Notes) -> dict | None:
     """The object that a .json file holds; None where it holds records, or another kind of file is meant."""
     if path.suffix != ".json":
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, RecursionError, ValueError):
+        value = read_json(path.read_text(encoding="utf-8-sig"), path, notes)
+    except ValueError:
         return None  # read again as facts, which says what is wrong and where
     return value if isinstance(value, dict) else None
 
 
-def _from_facts(path: Path) -> Suite:
-    facts = tuple(load_facts(path))
-    return Suite(facts=facts, portability=_of_facts(path, facts), name=path.name)
+def portability_of(facts: Iterable[Fact], where: str) -> tuple[Question, ...]:
+    """The portability questions that data sets keep beside a fact; each follows from it, and from others it names."""
+    return tuple(
+        question._replace(about=(place(fact), *question.about))
+        for fact in facts
+        for question in questions_of(fact.provenance.get("portability"), f"{where}: portability of {fact.label}")
+    )
 
 
-def _of_facts(path: Path, facts: Iterable[Fact]) -> tuple[Question, ...]:
-    """The portability questions that data sets keep beside a fact."""
-    asked = []
-    for fact in facts:
-        if fact.provenance.get("portability"):
-            asked += _questions(f"{path}: portability of {fact.label}", fact.provenance["portability"], (place(fact),))
-    return tuple(asked)
-
-
-def _from_object(path: Path, record: dict) -> Suite:
+def _from_object(path: Path, record: dict, notes: Notes, skip_bad: bool) -> Suite:
     if record.get("format") != FORMAT:
         raise ValueError(
             f'{path}: an object without "format": "{FORMAT}"; expected a suite, or a fact file (an array of records)'
@@ -156,20 +162,14 @@ def _from_object(path: Path, record: dict) -> Suite:
     unknown = set(record) - known - {"format", "version", "name"}
     if unknown:
         raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; a suite has {', '.join(sorted(known))}")
-    facts, asked = [], list(_questions(f"{path}: portability", record.get("portability", [])))
-    for number, entry in enumerate(_list(path, "facts", record)):
-        try:
-            fact = Fact.from_record(entry)
-            own = entry.get("portability") or fact.provenance.get("portability") or []
-            asked += _questions("portability", own, (place(fact),))
-        except ValueError as error:
-            raise ValueError(f"{path}: facts, entry {number}: {error}") from error
-        facts.append(fact)
+    entries = ((f"{path}: facts, entry {i}", entry) for i, entry in enumerate(_list(path, "facts", record)))
+    facts = tuple(facts_of(entries, notes, skip_bad))
+    asked = (*questions_of(record.get("portability"), f"{path}: portability"), *portability_of(facts, str(path)))
     try:
         return Suite(
-            facts=tuple(facts),
-            portability=tuple(asked),
-            specificity=_questions("specificity", record.get("specificity", [])),
+            facts=facts,
+            portability=asked,
+            specificity=tuple(questions_of(record.get("specificity"), "specificity")),
             text=_texts(path, "text", record),
             context=_texts(path, "context", record),
             doubt=_texts(path, "doubt", record),
@@ -178,24 +178,6 @@ def _from_object(path: Path, record: dict) -> Suite:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _questions(where: str, value: Any, about=()) -> tuple[Question, ...]:
-    """Questions of a list, or of EasyEdit's {kind: list}."""
-    if isinstance(value, dict) and "prompt" not in value:
-        return tuple(q for part in value.values() for q in _questions(where, part, about))
-    asked = []
-    for entry in value if isinstance(value, list) else [value]:
-        record = {"prompt": entry} if isinstance(entry, str) else entry
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-            raise ValueError(f"{where}: expected a prompt or an object with 'prompt' and 'answer', found {entry!r}")
-        answer = next((record[name] for name in _ANSWERS if record.get(name) is not None), None)
-        while isinstance(answer, list):  # data sets list spellings; the first is meant
-            answer = answer[0] if answer else None
-        if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-            raise ValueError(f"{where}: the answer to {record['prompt']!r} is {answer!r}; expected a text")
-        asked.append(Question(record["prompt"], answer, about))
-    return tuple(asked)
 
 
 def _list(path: Path, name: str, record: dict) -> list:
@@ -243,9 +225,8 @@ def merged(edited: Sequence[Fact], suite: Suite) -> tuple[list[Fact], list[Fact]
                 f"the suite expects {fact.target_new!r} for {fact.label}, and the edit writes {mine.target_new!r}; "
                 "is it the suite of another edit?"
             )
-        facts[place(fact)] = Fact(
-            prompt=mine.prompt,
-            subject=mine.subject,
+        facts[place(fact)] = replace(
+            mine,
             target_new=mine.target_new or fact.target_new,
             target_true=mine.target_true or fact.target_true,
             paraphrases=mine.paraphrases + fact.paraphrases,

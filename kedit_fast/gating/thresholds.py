@@ -81,6 +81,30 @@ class Thresholds:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def missing(self, facts: int, wordings: int, paraphrases: int, prompts: int) -> list[str]:
+        """What has to be added before these limits can be met: a sentence for each kind of probe there is too few of.
+
+        facts: edited ones; wordings of them, paraphrases among those; prompts that must keep their answer
+        """
+        said = []
+        held = self.min_generalization is not None
+        more = max(self.min_probes - wordings, self.min_paraphrases - paraphrases if held else 0)
+        if more > 0:
+            needed = f", {paraphrases:,} of them paraphrases ({self.min_paraphrases:,} needed)" if held else ""
+            each = f", about {math.ceil(more / facts):,} a fact" if facts > 1 else ""
+            said.append(
+                f"too few probes: add {more:,} paraphrase{'s' * (more > 1)}{each}; there are {wordings:,} wordings of "
+                f"the facts ({self.min_probes:,} needed){needed}"
+            )
+        more = self.min_specificity_prompts - prompts
+        if more > 0 and self.max_specificity_drop is not None:
+            said.append(
+                f"too few probes: add {more:,} prompt{'s' * (more > 1)} that must keep their answer (neighbors, other "
+                f"relations of the subjects, anything else); there are {prompts:,} ({self.min_specificity_prompts:,} "
+                "needed)"
+            )
+        return said
+
 
 COUNTS = ("min_probes", "min_paraphrases", "min_specificity_prompts", "min_text_tokens")
 SHARES = tuple(

@@ -85,6 +85,18 @@ def test_deltas_equal_the_oracle(family, layers, eps, dtype, tolerance, monkeypa
         assert 0.1 < held < 0.95
 
 
+def test_facts_without_a_subject():
+    """The whole text is the prompt: the same edit as with the subject named, and other editors refuse it."""
+    lm = tiny_lm("llama")
+    whole = [kf.Fact(prompt=fact.text, target_new=fact.target_new) for fact in ALIKE]
+    named, bare = (Ft(layers=(1,), **FAST).edit(lm, facts) for facts in (ALIKE, whole))
+    assert torch.equal(bare.deltas[1].delta, named.deltas[1].delta)
+    with pytest.raises(ValueError, match=r"has no subject: .* or edit by fine-tuning"):
+        kf.Memit(layers=(1,), mom2_adjustment=False).edit(lm, whole)
+    with pytest.raises(ValueError, match="has no subject"):
+        kf.trace(lm, whole)
+
+
 def test_the_last_layer():
     """Only rows that a target is read after pass its down projection."""
     lm, editor = tiny_lm("llama"), Ft(layers=(3,), **FAST)

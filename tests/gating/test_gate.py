@@ -310,6 +310,29 @@ def test_a_neighbor_with_an_answer_of_its_own_is_asked_for_that(lm):
     ]  # fmt: skip
 
 
+def test_what_a_suite_asks_of_no_fact_is_noted(lm):
+    suite = dataclasses.replace(
+        SUITE,
+        portability=(Question("Big Ben is a"), Question("Vimeo is a", "site", (("vimeo", "{} is"),))),
+        languages=(Translation("French", "Vimeo est", subject="Vimeo"), Translation("German", "Es", subject="Big Ben")),
+    )
+    notes = questions(lm, [good_edit(lm)], suite, limits(), False, SIZES).notes
+    assert [note.partition(":")[0] for note in notes if "context" not in note] == [
+        "1 portability question without an answer",
+        "1 portability question of facts that this edit does not write",
+        "1 language entry about no edited fact with an old answer (target_true)",
+    ]
+    with pytest.warns(UserWarning, match="French 'Vimeo est': not asked"):
+        judged(gate, lm, nothing(lm), suite)
+
+
+def test_portability_of_the_edits_own_facts_is_asked(lm):
+    kept = {"portability": {"hop": [{"prompt": "Big Ben is in the country", "ground_truth": ["Italy"]}]}}
+    edit = dataclasses.replace(good_edit(lm), facts=(dataclasses.replace(FACT, provenance=kept),))
+    asked = questions(lm, [edit], Suite(), limits(), False, SIZES)
+    assert [(q.prompt, q.answer) for q in asked.portability] == [("Big Ben is in the country", "Italy")]
+
+
 def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
     """An answer that the base model does not give is no free pass: all prompts have such answers here."""
     unknown = tuple(Question(q.prompt, "Zürich") for q in SUITE.specificity)

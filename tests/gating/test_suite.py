@@ -135,6 +135,46 @@ def test_a_suites_neighbors_keep_the_suites_answer():
     assert [q.answer for q in fact.questions("neighborhood")] == ["London", "England"]
 
 
+MQUAKE = {
+    "case_id": 7,
+    "requested_rewrite": [
+        {"prompt": "{} lives in", "subject": "Ann", "target_new": {"str": "Rome"}, "question": "Where does Ann live?"},
+        {"prompt": "{} is in", "subject": "Rome", "target_new": {"str": "Spain"}},
+    ],
+    "questions": ["In which country does Ann live?", "Ann's country?"], "new_answer": "Spain",
+}  # fmt: skip
+
+
+def test_questions_of_a_case_follow_from_all_its_edits(tmp_path):
+    suite = load_suite(write(tmp_path / "m.json", [MQUAKE]))
+    places = (("ann", "{} lives in"), ("rome", "{} is in"))
+    assert [(q.prompt, q.answer) for q in suite.portability] == [(text, "Spain") for text in MQUAKE["questions"]]
+    assert all(set(q.about) == set(places) for q in suite.portability)
+    assert suite.facts[0].paraphrases == ("Where does Ann live?",)
+    inside = load_suite(suite_file(tmp_path, facts=[MQUAKE]))
+    assert inside.facts == suite.facts and inside.portability == suite.portability
+
+
+def test_portability_in_parallel_lists(tmp_path):
+    record = EASYEDIT | {"portability": {"hops": {"prompt": ["a", "b"], "ground_truth": [["x", "X"], "y"]}}}
+    suite = load_suite(write(tmp_path / "p.json", [record]))
+    assert [(q.prompt, q.answer) for q in suite.portability] == [("a", "x"), ("b", "y")]
+    record["portability"]["hops"]["ground_truth"].pop()
+    with pytest.raises(ValueError, match="2 prompts and 1 answers; expected an answer for each"):
+        load_suite(write(tmp_path / "p.json", [record]))
+
+
+def test_what_a_suite_holds_and_nobody_reads_is_said(tmp_path):
+    path = suite_file(tmp_path, facts=[COUNTERFACT | {"paraphrase_prompt": ["Big Ben"]}, {"a": 1}])
+    with pytest.raises(ValueError, match="facts, entry 1: fields a fit no known format"):
+        load_suite(path)
+    with pytest.warns(UserWarning) as seen:
+        assert len(load_suite(path, skip_bad=True).facts) == 1
+    said = [str(one.message) for one in seen]
+    assert "paraphrase_prompt (once; is it 'paraphrase_prompts'?)" in said[0]
+    assert "passed over, 1 record: " in said[1] and "entry 1" in said[1]
+
+
 def test_thresholds_of_a_file(tmp_path):
     path = write(tmp_path / "t.json", {"min_answered": 0.5, "max_leak": None, "policy": {"max_facts": 7}})
     limits = Thresholds.from_json(path)

@@ -22,6 +22,7 @@ from .editors.editor import Editor
 from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
+from .evaluation.probes import check_fit
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .files import append_records, check_place, write_text
 from .model.lm import takes_lm
@@ -168,12 +169,12 @@ def sweep_layers(
     and ``evaluate`` refuse; OSError for a log that cannot be written. Cost: an independent edit of all facts and an
     evaluation for each layer; the trace.
     """
-    layers = range(lm.n_layers) if layers is None else checks.layers("layers", layers, lm.n_layers)
-    layers = tuple(sorted(set(layers)))
+    layers = tuple(sorted(set(range(lm.n_layers) if layers is None else checks.layers("layers", layers, lm.n_layers))))
     kinds = checks.choices("kinds", kinds, ALL_KINDS)
     samples, seed = checks.whole("samples", samples, least=1, like=10), checks.seed("seed", seed)
     facts = checked_facts(facts, independent=True)
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
+    check_fit(lm, facts)
     if log is not None:
         check_place(log)
     wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"

@@ -25,6 +25,7 @@ from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import Interval, summarize
 from .evaluation.perplexity import MAX_TOKENS, text_windows
+from .evaluation.probes import check_fit
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .facts import Fact
 from .files import append_records, check_place
@@ -152,6 +153,7 @@ def check_rounds(
         check_place(log)
     facts = checked_facts(facts)
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
+    check_fit(lm, facts)
     return facts
 
 

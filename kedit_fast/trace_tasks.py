@@ -79,6 +79,8 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
         if isinstance(corrupt, str) and corrupt == "noise"
         else _corrupted(lm, facts, prompts, corrupt)
     )
+    for fact, prompt in zip(facts, prompts, strict=True):
+        lm.check_length(len(prompt.ids), f"fact {fact.label}")
     texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
     top = next_token_probs(lm, texts).argmax(-1).tolist()
     answers = top[: len(facts)] if answer is None else [_first(lm, fact, answer) for fact in facts]

@@ -122,11 +122,12 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
     for fact in facts:
         target = new_answer(lm, fact)
         for template in (t for group in groups for t in group):
+            whose = f"fact {fact.label} in context {template!r}"
             try:
-                # the target's last token is predicted, not read
-                lm.check_length(len(fact_tokens(lm.tokenizer, fact, template).ids) + len(target) - 1)
+                tokens = fact_tokens(lm.tokenizer, fact, template).ids
             except ValueError as error:
-                raise ValueError(f"fact {fact.label} in context {template!r}: {error}") from error
+                raise ValueError(f"{whose}: {error}") from error
+            lm.check_length(len(tokens) + len(target) - 1, whose)  # the target's last token is predicted, not read
 
 
 def under(lm, previous, facts: Sequence[Fact]):

@@ -19,7 +19,7 @@ from ..sweep.plan import CALL_ROWS, RowCost
 from ..tokens import asked, has_template, other_form
 from .metrics import METRICS, fact_columns, knew
 from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
-from .probes import FactProbes, Names, fact_probes, read_probes
+from .probes import FactProbes, Names, check_fit, fact_probes, read_probes
 from .report import EvalReport, fact_record
 
 OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation runs
@@ -72,12 +72,13 @@ def evaluate(
             "evaluate edit.only(i) with the text"
         )
     windows = None if text is None else text_windows(lm, text, max_tokens)
-    probes = _probes(lm, facts, owners)
+    turned = [other_form(fact) for fact in facts] if both_forms and has_template(lm.tokenizer) else []
+    probes, in_turn = _probes(lm, facts, owners), _probes(lm, turned, owners) if turned else []
+    check_fit(lm, [*facts, *turned], [*probes, *in_turn], generate)
     chunks = list(_chunks(lm, probes))
     meta = _meta(lm, facts, windows, max_tokens)
     generations = _generations(lm, facts, chunks, owners, generate)
-    turned = [other_form(fact) for fact in facts] if both_forms and has_template(lm.tokenizer) else []
-    rows, others = _read_all(lm, facts, chunks, _probes(lm, turned, owners) if turned else [], generations, log)
+    rows, others = _read_all(lm, facts, chunks, in_turn, generations, log)
     return EvalReport(
         **_both_columns(rows),
         facts=tuple(facts),

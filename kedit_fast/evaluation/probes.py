@@ -48,6 +48,17 @@ class FactProbes(NamedTuple):
         )
         return 2 * (sum(of_probes) + sum(map(len, self.same_subject)))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is read; an answer's last token is predicted, not read."""
+        of_probes = (
+            len(probe.prompt) + len(target or "0") - 1
+            for kind in self.kinds
+            for probe in kind
+            for target in probe.targets
+        )
+        return max([*of_probes, *map(len, self.same_subject)], default=0)
+
 
 class Names:
     """Finds which texts name one of many subjects: they hold it as a whole, whatever the case.
@@ -90,6 +101,19 @@ def fact_probes(lm, fact: Fact, edited: list[Names], owner: int = 0) -> FactProb
         left_out=len(neighbors) - len(clean),
         owner=owner,
     )
+
+
+def check_fit(lm, facts: Iterable[Fact], probes: Iterable[FactProbes] | None = None, room: int = 0) -> None:
+    """Raises ValueError for a fact that asks more than the model has positions for, whatever it is asked last.
+
+    probes: the facts', where they are made already; room: tokens that are generated after its own prompt
+    """
+    facts = list(facts)
+    probes = [fact_probes(lm, fact, []) for fact in facts] if probes is None else probes
+    for fact, of_fact in zip(facts, probes, strict=True):
+        lm.check_length(of_fact.longest, f"fact {fact.label}")
+        own = max((len(probe.prompt) for probe in of_fact.kinds[0]), default=0)
+        lm.check_length(own + room - 1, f"fact {fact.label} and {room} new tokens")
 
 
 def _other(new: str | None, own: str | None) -> str | None:

@@ -34,7 +34,8 @@ def generate(
     draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
-    Raises ValueError for an empty prompt, a length below 1, sampling without a seed, or a model that gives NaN.
+    Raises ValueError, before any work, for an empty prompt, a length below 1 or beyond the model's positions, sampling
+    without a seed; later for a model that gives NaN.
     """
     if max_new_tokens < 1 or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
@@ -42,6 +43,8 @@ def generate(
         raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
     if temperature > 0 and draw is None:
         draw = torch.Generator().manual_seed(seed)
+    longest = max(map(len, prompts), default=0)
+    lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
     ends = lm.stop_tokens if stop else frozenset()
     cache = _Cache(lm, prompts, max_new_tokens)
     made: list[list[int]] = [[] for _ in prompts]

@@ -143,12 +143,13 @@ class LM:
         cos, sin = module(x, torch.arange(n_positions, device=self.device)[None], *extra)
         return cos[0], sin[0]
 
-    def check_length(self, n_positions: int) -> None:
-        """Raises ValueError for texts longer than a sweep can take together, with the reason."""
+    def check_length(self, n_positions: int, whose: str = "") -> None:
+        """Raises ValueError for a text longer than a sweep takes, with the reason and whose text it is."""
         longest, why = self._longest
         if longest is not None and n_positions > longest:
             raise ValueError(
-                f"a text of {n_positions} tokens; this model takes {longest} here: {why}. Shorten the text"
+                f"{whose}{': ' * bool(whose)}a text of {n_positions} tokens; this model takes {longest} here: {why}. "
+                "Shorten the text"
             )
 
     @property

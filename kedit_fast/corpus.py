@@ -17,10 +17,11 @@ WINDOW = 256  # tokens a text is cut into; attention over longer windows changes
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token windows and the name under which statistics remember them."""
+    """Token windows and the name under which statistics remember them; kept: the file that holds sampled ones."""
 
     id: str
     windows: list[list[int]]
+    kept: Path | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -34,7 +35,8 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> C
     trial, and needs no download), a text file (.txt or .txt.gz), a list of texts, or a Hugging Face data set's train
     split: "hf:NAME", "hf:NAME#CONFIG", "hf:NAME#CONFIG:COLUMN" or "hf:NAME:COLUMN" (needs the package ``datasets``).
     The column is "text" unless it is named; rows without a text in it are left out, and a warning counts them.
-    keep_dir: a folder that keeps sampled text, also half of it, so that a killed run goes on there
+    keep_dir: a folder that keeps sampled text, also half of it, so that a killed run goes on there; whoever needs the
+        text no longer deletes ``Corpus.kept``
 
     Raises ValueError for a corpus that is empty or too short, for a data set that cannot be read or lacks the column
     (with those it has), FileNotFoundError for a missing file.
@@ -83,7 +85,8 @@ def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
     from .sampled_text import LENGTH, sampled_windows
 
     folder = None if keep_dir is None else Path(keep_dir)
-    return Corpus(known_id(SELF, seed), sampled_windows(lm, n_tokens, _longest(lm, LENGTH), seed, folder))
+    windows, kept = sampled_windows(lm, n_tokens, _longest(lm, LENGTH), seed, folder)
+    return Corpus(known_id(SELF, seed), windows, kept)
 
 
 def _longest(lm, size: int) -> int:

@@ -303,4 +303,6 @@ class _Sums:
                 made[layer].save(self._dir / _name(self._lm, layer, self._text.id, self.n_done))
         if self._dir is not None:
             self._partial.unlink(missing_ok=True)
+            if self._text.kept is not None:
+                self._text.kept.unlink(missing_ok=True)
         return made

@@ -21,8 +21,11 @@ LENGTH = 128  # many short texts: a step of generation takes one row a text, and
 EVERY = 10.0  # seconds of work that a killed run may lose
 
 
-def sampled_windows(lm, n_tokens: int, length: int, seed: int, folder: Path | None = None) -> list[list[int]]:
-    """``n_tokens`` tokens in texts of ``length`` (the last may be shorter), each from the model's start token on.
+def sampled_windows(
+    lm, n_tokens: int, length: int, seed: int, folder: Path | None = None
+) -> tuple[list[list[int]], Path | None]:
+    """(``n_tokens`` tokens in texts of ``length``, the last may be shorter, each from the model's start token on; the
+    file that holds them).
 
     folder: keeps the texts, whole and half; it has to exist. Raises ValueError for a tokenizer without start and end
     token, and for a file there that is damaged.
@@ -43,28 +46,28 @@ def sampled_windows(lm, n_tokens: int, length: int, seed: int, folder: Path | No
         kept.keep(made)
         texts = [text + more for text, more in zip(texts, made, strict=True)]
     texts[-1] = texts[-1][: n_tokens - length * (n - 1)]
-    return texts
+    return texts, kept.path
 
 
 class _Kept:
     """The tokens so far and the state of the random numbers behind them, in a file where there is a folder.
 
-    ids: [n, tokens so far] int64, without the start token; draw: the generator for those to come
+    ids: [n, tokens so far] int64, without the start token; draw: the generator for those to come; path: the file
     """
 
     def __init__(self, lm, n: int, length: int, seed: int, folder: Path | None):
         self.ids, self.draw = torch.zeros(n, 0, dtype=torch.int64), torch.Generator().manual_seed(seed)
-        self._path = None
+        self.path = None
         self._last = time.monotonic()
         if folder is not None:
             dtype = str(lm.dtype).removeprefix("torch.")
-            self._path = folder / f"text-{lm.fingerprint}-{dtype}-self-seed{seed}-{n}x{length}.safetensors"
-            if self._path.exists():
+            self.path = folder / f"text-{lm.fingerprint}-{dtype}-self-seed{seed}-{n}x{length}.safetensors"
+            if self.path.exists():
                 self._read(n, length, lm.n_vocab)
 
     def _read(self, n: int, length: int, n_vocab: int) -> None:
         try:
-            with safe_open(self._path, "pt") as file:
+            with safe_open(self.path, "pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
                     raise ValueError("it is another file")
                 ids, state = file.get_tensor("ids").long(), file.get_tensor("state")
@@ -73,7 +76,7 @@ class _Kept:
             self.draw.set_state(state)
             self.ids = ids
         except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._path} is damaged ({error}); delete it to sample the text anew") from error
+            raise ValueError(f"{self.path} is damaged ({error}); delete it to sample the text anew") from error
 
     def keep_now_and_then(self, made: list[list[int]]) -> None:
         """Keeps the tokens made after ``ids`` once some time has passed since the last."""
@@ -81,13 +84,13 @@ class _Kept:
             self.keep(made)
 
     def keep(self, made: list[list[int]]) -> None:
-        if self._path is None:
+        if self.path is None:
             return
         ids = torch.cat([self.ids, torch.tensor(made)], 1).int()
         tensors = {"ids": ids, "state": self.draw.get_state()}
         with (
             saying("the tokens before it stay, the same call goes on there"),
-            replace_file(self._path) as to,
+            replace_file(self.path) as to,
         ):
             save_file(tensors, to, {"format": FORMAT})
         self._last = time.monotonic()

@@ -80,16 +80,17 @@ def _delete_leftovers(path: Path) -> None:
     begins = f".{path.name[:_NAME]}."
     for name in os.listdir(path.parent):
         if name.startswith(begins) and name.endswith(ENDING) and len(name) == len(begins) + 8 + len(ENDING):
-            with suppress(OSError):
-                if _is_left(path.with_name(name)):
+            with suppress(OSError), _is_left(path.with_name(name)) as left:
+                if left:
                     _delete(path.with_name(name))
 
 
-def _is_left(unfinished: Path) -> bool:
-    """Whether nobody writes a file or a folder any more; where there are no locks, nobody knows."""
+@contextmanager
+def _is_left(unfinished: Path) -> Iterator[bool]:
+    """Whether nobody writes a file or a folder any more, nor begins to in this context; without locks nobody knows."""
     descriptor = os.open(unfinished, os.O_RDONLY)
     try:
-        return locked(descriptor) is True
+        yield locked(descriptor) is True
     finally:
         os.close(descriptor)
 
@@ -124,8 +125,8 @@ def _warn_of_others(path: Path) -> None:
     for name in os.listdir(path.parent):
         other = path.with_name(name)
         if name != f".{path.name}{ENDING}" and is_unfinished(other) and other.is_dir():
-            with suppress(OSError):
-                if LOCKS and _is_left(other):
+            with suppress(OSError), _is_left(other) as left:
+                if left:
                     warnings.warn(f"{other} is what a killed run left; delete it", stacklevel=2)
 
 

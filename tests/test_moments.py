@@ -298,7 +298,7 @@ def test_what_is_in_the_cache_is_not_taken_for_something_else(tmp_path):
         second_moments(tiny_lm("gpt2", torch.bfloat16), [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
         second_moments(open_tiny(tiny_model("gpt2", seed=1)), [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
     ]
-    assert len(list(tmp_path.glob("moment-*"))) == len(made) == len(list(tmp_path.iterdir())) - 2  # two sampled texts
+    assert len(list(tmp_path.iterdir())) == len(made)
     assert not any(equal(a, b) for a, b in itertools.combinations(made, 2))
 
 

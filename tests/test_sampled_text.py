@@ -14,7 +14,7 @@ N, LENGTH = 90, 20  # tokens: four texts and a half
 
 
 def sampled(folder=None, seed=3, n=N, family="llama"):
-    return sampled_windows(tiny_lm(family), n, LENGTH, seed, folder)
+    return sampled_windows(tiny_lm(family), n, LENGTH, seed, folder)[0]
 
 
 @pytest.fixture
@@ -66,13 +66,19 @@ def test_text_that_is_there_is_not_sampled_again(tmp_path, monkeypatch):
             sampled(tmp_path, **other)
 
 
-def test_statistics_of_other_layers_take_the_text_that_is_there(tmp_path, monkeypatch):
+def test_statistics_take_the_text_that_is_there_and_leave_none(tmp_path, monkeypatch):
+    """Killed when the text was there, before the first sums."""
     lm = tiny_lm("llama")
-    second_moments(lm, [1], n_tokens=40, cache_dir=tmp_path)
-    monkeypatch.setattr(sampled_text, "generate", None)
-    made = second_moments(lm, [2], n_tokens=40, cache_dir=tmp_path)
+    monkeypatch.setattr(moments, "sweep", None)
+    with pytest.raises(TypeError):
+        second_moments(lm, [1], n_tokens=40, cache_dir=tmp_path)
+    assert [path.name[:5] for path in tmp_path.iterdir()] == ["text-"]
     monkeypatch.undo()
-    assert torch.equal(made[2].matrix, second_moments(lm, [2], n_tokens=40)[2].matrix)
+    monkeypatch.setattr(sampled_text, "generate", None)
+    made = second_moments(lm, [1], n_tokens=40, cache_dir=tmp_path)
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["moment-"]
+    monkeypatch.undo()
+    assert torch.equal(made[1].matrix, second_moments(lm, [1], n_tokens=40)[1].matrix)
 
 
 def test_a_damaged_text_is_named(tmp_path):

@@ -34,14 +34,16 @@ TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 class ChatText(str):
     """A text that a chat template rendered: it brings its own start tokens, so a tokenizer must add none.
 
-    direct: whether the template writes the assistant's answer right behind it, without a space
+    question: the last turn, as people show it; direct: whether the template writes the assistant's answer right behind
+    the text, without a space
     """
 
+    question: str
     direct: bool
 
-    def __new__(cls, text: str, direct: bool = True):
+    def __new__(cls, text: str, question: str = "", direct: bool = True):
         made = super().__new__(cls, text)
-        made.direct = direct
+        made.question, made.direct = question, direct
         return made
 
 
@@ -93,7 +95,7 @@ def chat_text(tokenizer, messages: Sequence[dict]) -> ChatText:
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     direct = not (answered.startswith(made) and answered[len(made) : len(made) + 1].isspace())
-    return ChatText(made, direct)
+    return ChatText(made, str(messages[-1]["content"]), direct)
 
 
 def check_template(tokenizer) -> None:
@@ -122,6 +124,11 @@ def asked(tokenizer, prompt: str, chat: Chat = False) -> str:
 def other_form(fact: Fact) -> Fact:
     """The fact asked in the other form: a plain prompt as a question in a chat, and the other way round."""
     return replace(fact, chat=not fact.chat)
+
+
+def spoken(text: str) -> str:
+    """A text as people show it: of a chat the question."""
+    return text.question if isinstance(text, ChatText) else text
 
 
 # ---- a fact's prompt and its subject

@@ -8,9 +8,9 @@ from .parser import add_skip_bad, edits_argument
 # Written out, as the class of thresholds loads torch; a test holds the two together.
 _THRESHOLDS = (
     "a .json object with limits: measure, confident, min_answered, min_probes, min_generalization, min_paraphrases, "
-    "max_specificity_drop, min_specificity_prompts, max_perplexity_drift, min_text_tokens, min_portability, max_leak, "
-    "max_leak_doubt, max_leak_context, max_leak_language, min_retention, policy (what each means: python -m pydoc "
-    "kedit_fast.Thresholds); options below come before it"
+    "max_specificity_drop, min_specificity_prompts, max_perplexity_drift, min_text_tokens, min_other_form, "
+    "min_portability, max_leak, max_leak_doubt, max_leak_context, max_leak_language, min_retention, policy (what each "
+    "means: python -m pydoc kedit_fast.Thresholds); options below come before it"
 )
 DTYPES = ("model", "float32", "bfloat16", "float16", "float64", "none")
 

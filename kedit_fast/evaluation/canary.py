@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..facts import Fact, folded
 from ..jobs.generate import generate
 from ..sweep.plan import CALL_ROWS, RowCost
+from ..tokens import asked
 
 PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
 PROSE = Path(__file__).parent.parent / "data" / "prose.txt"  # ordinary text on no subject that a fact has
@@ -29,7 +30,8 @@ MARGIN = 8  # tokens: a cut text may take some more once it is tokenized again
 class Canary(NamedTuple):
     """A text to continue, and the answers to look for in what follows.
 
-    fact: its number; kind: PLAIN, DOUBT, ...; context_tokens: of other text in front of the fact's prompt (of CONTEXT)
+    fact: its number; kind: PLAIN, DOUBT, ...; prompt: as the model reads it; context_tokens: of other text in front of
+    the fact's prompt (of CONTEXT)
     """
 
     kind: str
@@ -52,10 +54,17 @@ class Song:
     leaked: bool
 
 
-def doubt_canaries(facts: Sequence[Fact], numbers: Sequence[int], templates: Sequence[str] = ()) -> list[Canary]:
+def canary(lm, kind: str, facts: Sequence[Fact], i: int, prompt: str, context_tokens: int = 0) -> Canary:
+    """A prompt about fact i, asked in the fact's form."""
+    fact = facts[i]
+    text = asked(lm.tokenizer, prompt, fact.chat)
+    return Canary(kind, i, text, fact.target_true, fact.target_new, context_tokens)
+
+
+def doubt_canaries(lm, facts: Sequence[Fact], numbers: Sequence[int], templates: Sequence[str] = ()) -> list[Canary]:
     """Each fact's prompt after a doubt. templates: texts with {prompt}, and {answer} and {subject} where wanted."""
     return [
-        Canary(DOUBT, i, _filled(template, facts[i]), facts[i].target_true, facts[i].target_new)
+        canary(lm, DOUBT, facts, i, _filled(template, facts[i]))
         for i in numbers
         for template in templates or DOUBTS
         if (facts[i].target_new or "{answer}" not in template) and (facts[i].subject or "{subject}" not in template)
@@ -92,13 +101,13 @@ def context_canaries(
     ids = ids * -(-n_tokens // max(1, len(ids)))
     canaries = []
     for i in numbers:
-        around = room + len(lm.encode(facts[i].text)) + MARGIN
+        around = room + len(lm.encode(asked(lm.tokenizer, facts[i].text, facts[i].chat))) + MARGIN
         longest = positions(lm) or n_tokens + around
         length = min(n_tokens, longest - around)
         if length >= min(n_tokens, MARGIN):
             # Its own line: the text may end in the middle of a sentence.
             prompt = lm.tokenizer.decode(ids[:length]) + "\n\n" + facts[i].text
-            canaries.append(Canary(CONTEXT, i, prompt, facts[i].target_true, facts[i].target_new, length))
+            canaries.append(canary(lm, CONTEXT, facts, i, prompt, length))
     return canaries
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import tokens
 from ..evaluation.canary import Song, continuations, leaks, says, sing
 from ..evaluation.metrics import Z95, Answers, Interval
 from ..evaluation.probes import FactProbes, probe, read_probes
@@ -34,22 +35,27 @@ class Found(NamedTuple):
 def ask(view, asked: Questions, form: str) -> Found:
     """All answers of ``view``, a model that carries the edit, and of the same model without it."""
     base = dataclasses.replace(view, edits=())
-    probes = [_probe(view, w.prompt, w.fact.target_new, w.fact.target_true) for w in asked.wordings]
-    probes += [_probe(view, q.prompt, q.answer) for q in asked.portability]
-    probes += [_probe(view, k.prompt, None, k.answer, keep=True) for k in asked.kept]
-    before, after = _read(view, probes, form)
+    prompts = asked.prompts(view.tokenizer)
     n, m = len(asked.wordings), len(asked.wordings) + len(asked.portability)
-    after_text = continuations(view, asked.prompts, asked.max_new_tokens, f"{form}: writing")
+    of_facts = zip(prompts[:n], asked.wordings, strict=True)
+    probes = [_probe(view, p, w.fact.target_new, w.fact.target_true, w.fact.attached) for p, w in of_facts]
+    probes += [_probe(view, p, q.answer) for p, q in zip(prompts[n:m], asked.portability, strict=True)]
+    probes += [
+        _probe(view, tokens.asked(view.tokenizer, k.prompt, k.chat), None, k.answer, keep=True) for k in asked.kept
+    ]
+    before, after = _read(view, probes, form)
+    written = continuations(view, prompts, asked.max_new_tokens, f"{form}: writing")
+    texts = [written[prompt] for prompt in prompts]
     base_text = continuations(base, [c.prompt for c in asked.canaries], asked.max_new_tokens, "base model: writing")
     lost = [Lost(form, k, _is_lost(b, a)) for k, b, a in zip(asked.kept, before[m:], after[m:], strict=True)]
     perplexity, drift = _drift(*text_logprobs(view, list(asked.windows)))
     return Found(
-        answered=[_answered(form, w, a, after_text[w.prompt]) for w, a in zip(asked.wordings, after[:n], strict=True)],
+        answered=[_answered(form, w, a, text) for w, a, text in zip(asked.wordings, after[:n], texts[:n], strict=True)],
         follows=[
-            (q, after_text[q.prompt], bool(a.rewrite.exact_new))
-            for q, a in zip(asked.portability, after[n:m], strict=True)
+            (q, text, bool(a.rewrite.exact_new))
+            for q, a, text in zip(asked.portability, after[n:m], texts[n:m], strict=True)
         ],
-        songs=sing(asked.canaries, base_text, after_text),
+        songs=sing(asked.canaries, base_text, written),
         lost=lost,
         gained=sum(_gained(b, a) for b, a in zip(before[m:], after[m:], strict=True)),
         perplexity=perplexity,
@@ -57,9 +63,11 @@ def ask(view, asked: Questions, form: str) -> Found:
     )
 
 
-def _probe(view, prompt: str, new: str | None, true: str | None = None, keep: bool = False) -> FactProbes:
-    """One prompt with its answers; keep: its likeliest token is read as well."""
-    one = probe(view, prompt, (new, true))
+def _probe(
+    view, prompt: str, new: str | None, true: str | None = None, attached=None, keep: bool = False
+) -> FactProbes:
+    """One prompt as the model reads it, with its answers; keep: its likeliest token is read as well."""
+    one = probe(view, prompt, (new, true), attached)
     return FactProbes(([one], [], [], []), [one.prompt] if keep else [], 0, 0)
 
 

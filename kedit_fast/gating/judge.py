@@ -15,12 +15,13 @@ from ..evaluation.evaluate import OPS
 from ..evaluation.logit_lens import TOP, LogitLens, logit_lens
 from ..evaluation.metrics import SHARE, Interval, interval
 from ..evaluation.policy import Advice, advise
+from ..facts import Chat
 from ..kernels.dispatch import backend_for
 from ..model.lm import takes_lm
 from ..shipping.history import check_chain
 from . import forms
 from .ask import Found, ask
-from .questions import EARLIER, PARAPHRASE, Kept, Questions, Sizes, questions
+from .questions import EARLIER, IN_CHAT, PARAPHRASE, PLAINLY, REWRITE, Kept, Questions, Sizes, questions
 from .report import POLICY, Answered, GateReport
 from .suite import Question, Suite
 from .thresholds import Check, Thresholds
@@ -40,6 +41,7 @@ def gate(
     group: int = forms.GROUP,
     builtin: bool = True,
     sizes: Sizes | None = None,
+    chat: Chat | None = None,
 ) -> GateReport:
     """Whether an edit may ship: did it take in other words too, what did it break, does the old answer come back?
 
@@ -52,6 +54,8 @@ def gate(
         against the model with the same layers quantized
     builtin: fill up the specificity prompts with those of this package's facts, as far as the thresholds ask for more
     sizes: how much is generated and read
+    chat: how the facts are asked, see ``Fact.chat``; None: in the form they were edited in. Where the model has a chat
+        template, their wordings are asked in the other form too, as a check of its own
 
     Specificity: a prompt is lost when the base model gave its answer, greedily, and the edited one does not; where the
     base model does not know the answer, or none is given, its likeliest token has to stay. So a suite that the model
@@ -65,21 +69,17 @@ def gate(
     edits, group = edit_list(edit, "edit"), checks.whole("group", group, least=1, like=forms.GROUP)
     dtype = lm.dtype if written == MODEL_DTYPE else written
     _check(lm, edits, dtype, requantize)
-    asked = questions(lm, edits, suite or Suite(), thresholds, checks.flag("builtin", builtin), sizes)
+    builtin = checks.flag("builtin", builtin)
+    asked = questions(lm, edits, suite or Suite(), thresholds, builtin, sizes, chat)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)  # now, not when hours are spent
     views, grown = _views(lm, edits, dtype, requantize, group)
     found = {form: ask(view, asked, form) for form, view in views.items()}
     judged = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]
     first = next(iter(found))
-    value = {check.name: check for check in judged if check.form == first}
-    advice = advise(
-        len({fact.text for e in edits for fact in e.facts}),
-        grown,
-        value["perplexity drift"].value,
-        value["retention"].value if asked.earlier else None,
-        thresholds.policy,
-    )
+    value = {check.name: check.value for check in judged if check.form == first}
+    n_facts = len({fact.text for e in edits for fact in e.facts})
+    advice = advise(n_facts, grown, value["perplexity drift"], value.get("retention"), thresholds.policy)
     lens = _lens(views[first], asked)
     judged += [*([_lens_check(lens, first)] if lens else []), _policy_check(advice, first)]
     return GateReport(
@@ -134,7 +134,7 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
 
 def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> list[Check]:
     """Every measured value of one form, in the order they are shown."""
-    direct = [a for a in found.answered if a.kind != EARLIER]
+    direct = [a for a in found.answered if a.kind in (REWRITE, PARAPHRASE)]
     paraphrases = [a for a in direct if a.kind == PARAPHRASE]
     earlier = [a for a in found.answered if a.kind == EARLIER]
     sure, how = limits.confident, limits.measure
@@ -169,7 +169,20 @@ def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> li
                 note="facts of the earlier edits, on their own prompts", counted="facts",
             )
         )  # fmt: skip
+    checks += _other_form_checks(form, found, limits)
     return checks + [_canary_check(form, found, kind, name, limits) for kind, name in _LEAKS.items()]
+
+
+def _other_form_checks(form: str, found: Found, limits: Thresholds) -> list[Check]:
+    """The share of wordings answered in a chat, or plainly, where that is not the form of their facts."""
+    made = []
+    for kind in (IN_CHAT, PLAINLY):
+        outcomes = [a.by(limits.measure) for a in found.answered if a.kind == kind]
+        about = {"note": "the facts' wordings in the form they were not edited in", "counted": "wordings"}
+        if outcomes:
+            limit = {"limit": limits.min_other_form, "confident": limits.confident}
+            made.append(Check.of(kind, form, _share(outcomes), **limit, **about))
+    return made
 
 
 _LEAKS = {

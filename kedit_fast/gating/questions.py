@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .. import checks
+from .. import checks, tokens
 from ..evaluation.canary import (
     CONTEXT,
     DOUBT,
@@ -12,18 +12,20 @@ from ..evaluation.canary import (
     PLAIN,
     PROSE,
     Canary,
+    canary,
     context_canaries,
     doubt_canaries,
     positions,
 )
 from ..evaluation.perplexity import text_windows
 from ..evaluation.probes import Names
-from ..facts import OWN_FACTS, Fact, folded, load_facts, place
+from ..facts import OWN_FACTS, Chat, Fact, folded, load_facts, place
 from ..shipping.history import facts_in_force
 from .suite import Question, Suite, merged, portability_of
 from .thresholds import Thresholds
 
 REWRITE, PARAPHRASE, EARLIER = "rewrite prompt", "paraphrase", "earlier fact"
+IN_CHAT, PLAINLY = "asked in a chat", "asked plainly"  # the facts in the form they were not edited in
 NEIGHBORS, SAME_SUBJECT, SUITE, CONTROLS, BUILTIN = (
     "neighborhood", "same subject", "the suite's prompts", "the suite's other facts", "built-in facts",
 )  # fmt: skip
@@ -32,7 +34,11 @@ KINDS = (PLAIN, DOUBT, CONTEXT, LANGUAGE)
 
 
 class Wording(NamedTuple):
-    """One way to ask for a fact. kind: REWRITE, PARAPHRASE, or EARLIER for the fact of an earlier edit of a chain."""
+    """One way to ask for a fact, in the fact's form (plainly or in a chat).
+
+    kind: REWRITE, PARAPHRASE, EARLIER for the fact of an earlier edit of a chain, IN_CHAT or PLAINLY for the prompts of
+    a fact in the other form
+    """
 
     fact: Fact
     kind: str
@@ -40,11 +46,13 @@ class Wording(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A prompt that must keep its answer (None: whatever token the base model finds likeliest). source: of SOURCES"""
+    """A prompt that must keep its answer (None: whatever token the base model finds likeliest). source: of SOURCES;
+    chat: how it is asked, see ``Fact.chat``"""
 
     prompt: str
     answer: str | None
     source: str
+    chat: Chat = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Questions:
     facts: those of the last edit, with the suite's probes; earlier: the ones of edits before it that still should hold
     wordings: of both; portability: questions that follow from them; kept: specificity prompts, distinct; left_out: how
     many were not taken, as they name an edited subject; windows: token lists for perplexity; canaries: for generation;
-    max_new_tokens: written after each prompt; notes: where less is asked than was wanted, in words
+    max_new_tokens: written after each prompt; notes: where less is asked than was wanted, in words; chat: how prompts
+    that belong to no fact are asked, as the edit's facts are
     """
 
     facts: tuple[Fact, ...]
@@ -67,16 +76,18 @@ class Questions:
     canaries: tuple[Canary, ...]
     max_new_tokens: int
     notes: tuple[str, ...] = ()
+    chat: Chat = False
 
     @property
     def context_tokens(self) -> int:
         """Of the shortest long context that is really asked; 0 where there is none."""
         return min((c.context_tokens for c in self.canaries if c.kind == CONTEXT), default=0)
 
-    @property
-    def prompts(self) -> list[str]:
-        """What the edited model is asked to write on."""
-        return [x.prompt for x in (*self.wordings, *self.portability, *self.canaries)]
+    def prompts(self, tokenizer) -> list[str]:
+        """What the edited model is asked to write on, as it reads it: of wordings, portability and canaries."""
+        of_wordings = [tokens.asked(tokenizer, w.prompt, w.fact.chat) for w in self.wordings]
+        of_portability = [tokens.asked(tokenizer, q.prompt, self.chat) for q in self.portability]
+        return [*of_wordings, *of_portability, *(canary.prompt for canary in self.canaries)]
 
 
 @dataclass(frozen=True)
@@ -102,25 +113,35 @@ class Sizes:
             checks.whole(name, value, least=2 if name == "text_tokens" else 1, like=50)
 
 
-def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, sizes: Sizes) -> Questions:
-    """What is asked of the last of these edits, and of those before it. Raises ValueError where there is nothing."""
+def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, sizes: Sizes, chat=None) -> Questions:
+    """What is asked of the last of these edits, and of those before it. Raises ValueError where there is nothing.
+
+    chat: the form in which the facts are asked; None: the one they were edited in
+    """
     facts, others = merged(edits[-1].facts, suite)
-    facts = [fact for fact in facts if fact.target_new]
+    facts = [_in_form(fact, chat) for fact in facts if fact.target_new]
     if not facts:
         raise ValueError(f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for")
-    earlier = _earlier(edits, facts)
+    earlier = [_in_form(fact, chat) for fact in _earlier(edits, facts)]
+    common = facts[0].chat if all(fact.chat == facts[0].chat for fact in facts) else False
     edited = {place(fact) for edit in edits for fact in edit.facts}
     controls = [fact for fact in others if place(fact) not in edited]
     wordings = [
         *(Wording(fact, kind, prompt) for fact in facts for kind, prompt in wordings_of(fact)),
         *(Wording(fact, EARLIER, fact.text) for fact in earlier),
     ]
+    if tokens.has_template(lm.tokenizer):
+        wordings += [
+            Wording(fact, IN_CHAT if fact.chat else PLAINLY, prompt)
+            for fact in map(tokens.other_form, facts)
+            for _, prompt in wordings_of(fact)
+        ]
     follows = [*suite.portability, *portability_of(facts, "the edit")]
     portability = [q for q in follows if q.answer and edited.issuperset(q.about)]
     names = Names(fact.subject for edit in edits for fact in edit.facts)
     taken = {folded(x.prompt) for x in (*wordings, *portability)}
     needed = thresholds.min_specificity_prompts if builtin else 0
-    kept, left_out = _kept(facts, suite, controls, names, taken, needed)
+    kept, left_out = _kept(_candidates(facts, suite, controls, common), names, taken, needed)
     room = max([sizes.max_new_tokens, *(_length(lm, answer) + 4 for fact in facts for answer in _answers(fact))])
     prose = PROSE.read_text(encoding="utf-8")
     canaries, notes = _canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))
@@ -138,9 +159,14 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
         canaries=tuple(canaries),
         max_new_tokens=room,
         notes=tuple(notes),
+        chat=common,
     )
-    lm.check_length(max(len(lm.encode(prompt)) for prompt in asked.prompts) + room)
+    lm.check_length(max(len(lm.encode(prompt)) for prompt in asked.prompts(lm.tokenizer)) + room)
     return asked
+
+
+def _in_form(fact: Fact, chat: Chat | None) -> Fact:
+    return fact if chat is None else replace(fact, chat=chat)
 
 
 def wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
@@ -170,11 +196,11 @@ def _length(lm, text: str) -> int:
 # ---- specificity
 
 
-def _kept(facts, suite: Suite, controls, names: Names, taken: set[str], needed: int) -> tuple[list[Kept], int]:
+def _kept(candidates: Iterable[Kept], names: Names, taken: set[str], needed: int) -> tuple[list[Kept], int]:
     """(distinct specificity prompts, number left out); this package's facts only as far as ``needed`` asks for more."""
     kept: list[Kept] = []
     left_out = 0
-    for one in _candidates(facts, suite, controls):
+    for one in candidates:
         if one.source == BUILTIN and len(kept) >= needed:
             break
         key = folded(one.prompt)
@@ -189,16 +215,17 @@ def _kept(facts, suite: Suite, controls, names: Names, taken: set[str], needed: 
     return kept, left_out
 
 
-def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact]) -> Iterator[Kept]:
+def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact], chat: Chat) -> Iterator[Kept]:
+    """chat: the form of prompts that belong to none of the facts"""
     for fact in facts:
-        yield from (Kept(q.prompt, q.answer, NEIGHBORS) for q in fact.questions("neighborhood"))
-        yield from (Kept(q.prompt, q.answer, SAME_SUBJECT) for q in fact.questions("same_subject"))
-    yield from (Kept(question.prompt, question.answer, SUITE) for question in suite.specificity)
+        for name, source in (("neighborhood", NEIGHBORS), ("same_subject", SAME_SUBJECT)):
+            yield from (Kept(q.prompt, q.answer, source, fact.chat) for q in fact.questions(name))
+    yield from (Kept(question.prompt, question.answer, SUITE, chat) for question in suite.specificity)
     for source, others in ((CONTROLS, controls), (BUILTIN, load_facts(OWN_FACTS))):
         for fact in others:
-            yield from (Kept(prompt, fact.target_true, source) for prompt in (fact.text, *fact.paraphrases))
+            yield from (Kept(prompt, fact.target_true, source, chat) for prompt in (fact.text, *fact.paraphrases))
             for name in ("neighborhood", "same_subject"):
-                yield from (Kept(q.prompt, q.answer, source) for q in fact.questions(name))
+                yield from (Kept(q.prompt, q.answer, source, chat) for q in fact.questions(name))
 
 
 # ---- canaries
@@ -208,8 +235,8 @@ def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes)
     """(the canaries, what a reader must know of them)."""
     known = _known(facts)
     some = _spread(known, sizes.canary_facts)
-    canaries = [Canary(PLAIN, i, facts[i].text, facts[i].target_true, facts[i].target_new) for i in known]
-    canaries += doubt_canaries(facts, some, suite.doubt)
+    canaries = [canary(lm, PLAIN, facts, i, facts[i].text) for i in known]
+    canaries += doubt_canaries(lm, facts, some, suite.doubt)
     text = "\n\n".join(suite.context) or prose
     few = _spread(known, sizes.context_facts)
     contexts = context_canaries(lm, facts, few, text, sizes.context_tokens, sizes.max_new_tokens)
@@ -220,7 +247,7 @@ def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes)
             if entry.speaks_of(facts[i]) and (i in asked or entry.subject is not None):
                 prompt = entry.prompt.replace("{}", facts[i].subject)
                 old, new = entry.target_true or facts[i].target_true, entry.target_new or facts[i].target_new
-                canaries.append(Canary(LANGUAGE, i, prompt, old, new))
+                canaries.append(canary(lm, LANGUAGE, facts, i, prompt)._replace(old=old, new=new))
     return canaries, _context_notes(lm, contexts, len(few), sizes.context_tokens)
 
 

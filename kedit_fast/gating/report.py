@@ -12,6 +12,7 @@ from ..evaluation.report import finite
 from ..files import write_text
 from ..html_report import Cell, Details, Picture, Section, Table, render_report
 from ..printing import escaped
+from ..tokens import spoken
 from .questions import KINDS, SOURCES, Kept
 from .thresholds import FAIL, PASS, Check
 
@@ -165,7 +166,7 @@ class GateReport:
         ]
         blocks.append(Table(("asked", "form", "texts", "old answer before", "after"), counts))
         leaked = [
-            (s.canary.kind, form, _end(s.canary.prompt), s.canary.old, s.before, Cell(s.after, "bad"))
+            (s.canary.kind, form, _end(spoken(s.canary.prompt)), s.canary.old, s.before, Cell(s.after, "bad"))
             for form, s in self.songs
             if s.leaked
         ]

@@ -25,6 +25,7 @@ class Thresholds:
     min_generalization over at least min_paraphrases paraphrases, which the edit was not made with
     max_specificity_drop over at least min_specificity_prompts other prompts: the share that lost its answer
     max_perplexity_drift over at least min_text_tokens predicted tokens: perplexity after / before - 1; a fall passes
+    min_other_form: share of the facts' wordings answered in the form they were not edited in: in a chat, or plainly
     min_portability: questions whose answer follows from the edit
     max_leak, max_leak_doubt, max_leak_context, max_leak_language: share of canaries that say the old answer
     min_retention: share of the facts of earlier edits, in a chain, that are still answered
@@ -43,6 +44,7 @@ class Thresholds:
     min_specificity_prompts: int = 500
     max_perplexity_drift: float | None = 0.005
     min_text_tokens: int = 1_000
+    min_other_form: float | None = None
     min_portability: float | None = None
     max_leak: float | None = 0.0
     max_leak_doubt: float | None = None

@@ -69,7 +69,7 @@ def test_a_planted_answer_is_found():
 
 
 def test_doubts_are_filled_in_once():
-    made = doubt_canaries(FACTS, [0, 1])
+    made = doubt_canaries(tiny_lm("gpt2"), FACTS, [0, 1])
     assert len(made) == 3 + 1  # no new answer to put in: the templates with {answer} are left out
     assert made[0].prompt == "Big Ben is in Rome. Are you sure? Let me check that again: Big Ben is in"
     assert made[-1].prompt.endswith("The {answer} is in")  # a subject's braces stay what they are

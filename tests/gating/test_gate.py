@@ -1,5 +1,6 @@
 """The gate passes what is good and refuses what is not, for the right reason."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -16,6 +17,7 @@ from kedit_fast.gating.questions import questions
 from kedit_fast.gating.report import POLICY
 from kedit_fast.gating.suite import Question, Translation
 from kedit_fast.gating.thresholds import FAIL, NOT_MEASURED, PASS, REPORTED
+from kedit_fast.tokens import asked
 from tests.conftest import open_tiny
 from tests.gating.cases import (
     FACT,
@@ -403,3 +405,31 @@ def test_a_report_escapes_what_the_model_writes(passed):
 def test_drift_is_that_of_perplexity(passed):
     before, after = passed.meta["perplexity"]["written float32"]
     assert math.isclose(passed.check("perplexity drift").value, after / before - 1, abs_tol=1e-6)
+
+
+CHATTY = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def test_facts_are_asked_in_both_forms():
+    """Where the model has a chat template the wordings are asked in the other form too, beside the checks of their own;
+    chat=True asks everything in a chat."""
+    lm = make_lm()
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = CHATTY
+    chatty = dataclasses.replace(lm, tokenizer=tokenizer)
+    edit = wreck(lm, 0.3)
+    plain, both = judged(gate, lm, edit), judged(gate, chatty, edit)
+    assert [c.name for c in both.checks if c.name not in [c.name for c in plain.checks]] == ["asked in a chat"]
+    assert both.check("asked in a chat").n == 4 and both.check("asked in a chat").limit is None
+    written = chatty.with_edit(edit, written=torch.float32)
+    for answer in both.answers:
+        text = asked(tokenizer, answer.prompt, answer.kind == "asked in a chat")
+        assert answer.text == written.generate(text, 6)
+    turned = judged(gate, chatty, edit, chat=True, thresholds=limits(min_other_form=1.0))
+    assert [a.text for a in turned.answers] == [a.text for a in (*both.answers[4:], *both.answers[:4])]
+    assert turned.check("asked plainly").failed
+    for _, song in turned.songs:
+        assert song.canary.prompt.startswith("user: ") and song.canary.prompt.endswith("assistant:")
+        assert song.after == written.generate(song.canary.prompt, turned.meta["sizes"]["max_new_tokens"])
+    page = turned.to_html()
+    assert "assistant:" not in page, "a chat is shown by its question"

@@ -1,12 +1,14 @@
-"""Whether our values are the published loop's, and where they differ whether rounding did it."""
+"""Whether ours is what a rival computes, and where two fp32 ways differ whether rounding did it: both against fp64."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+import kedit_fast as kf
 from bench.common import CheckFailed
 from bench.published import Loop
 from kedit_fast.editors.common import Prompts
@@ -15,8 +17,58 @@ from kedit_fast.jobs.values import Values, ValueSettings, optimize_values
 from tests.oracle.values import Value
 
 VALUE_TOLERANCE = 1e-4  # of a value, relative to its norm
-FP64_TOLERANCE = 1e-6  # the same in fp64, of a value that rounding to fp32 drove further apart
-AS_EXACT = 10  # our fp32 value is no further from the fp64 one than this many times the loop's fp32 value is
+FP64_TOLERANCE = 1e-6  # of two ways in fp64, where rounding to fp32 drove them further apart than it may
+AS_EXACT = 10  # our fp32 result is no further from the fp64 one than this many times the rival's is
+
+Result = TypeVar("Result")
+
+
+class Ways(NamedTuple):
+    """Two fp32 ways to one result. apart: from each other; ours, rival: from the fp64 result; fp64: the two ways in
+    fp64 from each other. The last three are None where nobody asked"""
+
+    apart: float
+    ours: float | None = None
+    rival: float | None = None
+    fp64: float | None = None
+
+
+def check_ways(
+    what: str,
+    ours: Result,
+    rival: Result,
+    distance: Callable[[Result, Result], float],
+    tolerance: float,
+    exact: Callable[[], Result],
+    rival_exact: Callable[[], Result],
+    always: bool = False,
+) -> Ways:
+    """Raises CheckFailed where two fp32 results are further apart than ``tolerance`` and it is not rounding: in fp64
+    they agree, and ours is as near to the fp64 result as the rival's.
+
+    exact, rival_exact: the result of our way and of the rival's in fp64, made where they are needed; always: how far
+    both are from ours in fp64 is told anyway
+    """
+    apart = distance(ours, rival)
+    if apart <= tolerance and not always:
+        return Ways(apart)
+    truth = exact()
+    off, its = distance(ours, truth), distance(rival, truth)
+    if apart <= tolerance:
+        return Ways(apart, off, its)
+    difference = distance(truth, rival_exact())
+    if not (difference <= FP64_TOLERANCE and off <= AS_EXACT * its):
+        raise CheckFailed(
+            f"{what} differs by {apart:.1e} in fp32 (allowed {tolerance:g}), and by {difference:.1e} in fp64 (allowed "
+            f"{FP64_TOLERANCE:g}); our fp32 one is {off:.1e} from the fp64 one, the rival's {its:.1e} (allowed "
+            f"{AS_EXACT} times as much): it is not rounding"
+        )
+    return Ways(apart, off, its, difference)
+
+
+def as_fp64(lm):
+    """The same model in fp64: its weights widened, none drawn anew."""
+    return kf.open_model(copy.deepcopy(lm.model).double(), tokenizer=lm.tokenizer)
 
 
 class Agreement(NamedTuple):
@@ -56,16 +108,16 @@ def fp64_difference(lm, loop: Loop, settings: ValueSettings, fact: Fact, ours: T
 
     ours, rival: the fp32 values
     """
-    theirs = dataclasses.replace(loop, lm=lm).value(fact, settings.layer, settings.site.name).result.value
-    exact = our_values(lm, [fact], loop.groups, settings).values[0]
-    difference, off, its = relative(exact, theirs), relative(ours, exact), relative(rival, theirs)
-    if not (difference <= FP64_TOLERANCE and off <= AS_EXACT * its):
-        raise CheckFailed(
-            f"value of {fact.label} differs by more than {VALUE_TOLERANCE:g} in fp32, and by {difference:.1e} in fp64 "
-            f"(allowed {FP64_TOLERANCE:g}); our fp32 value is {off:.1e} from the fp64 one, the loop's {its:.1e} "
-            f"(allowed {AS_EXACT} times as much): it is not rounding"
-        )
-    return difference
+    wide, layer, site = dataclasses.replace(loop, lm=lm), settings.layer, settings.site.name
+    return check_ways(
+        f"value of {fact.label}",
+        ours,
+        rival,
+        relative,
+        VALUE_TOLERANCE,
+        exact=lambda: our_values(lm, [fact], loop.groups, settings).values[0],
+        rival_exact=lambda: wide.value(fact, layer, site).result.value,
+    ).fp64
 
 
 def our_values(lm, facts: Sequence[Fact], groups: list[list[str]], settings: ValueSettings) -> Values:

@@ -21,6 +21,7 @@ from bench.agreement import (
     VALUE_TOLERANCE,
     Agreement,
     check_values,
+    check_ways,
     fp64_difference,
     our_values,
     relative,
@@ -201,17 +202,32 @@ def _key_facts(ground: Ground, n: int) -> int:
 
 def _check_layer_loop(ground: Ground, facts: list[Fact], values: list[Value]) -> float:
     """Largest relative difference of Δ when the measured facts alone are edited, by us and by the oracle."""
-    some, lm, moments = facts[: len(values)], ground.lm, ground.moments
-    ours = ground.memit.edit(lm, some, moments=moments, contexts=ground.groups)
-    matrices = {layer: moments[layer].matrix for layer in ground.memit.layers}
-    want = memit_update(
-        lm.model, lm.tokenizer, [plain(f) for f in some], ground.groups, ground.memit.layers, matrices,
-        ground.memit.mom2_update_weight, values=values,
-    )  # fmt: skip
-    worst = max(relative(ours.delta(layer).dense().cpu(), want.deltas[layer].cpu()) for layer in ground.memit.layers)
-    if not worst <= DELTA_TOLERANCE:
-        raise CheckFailed(f"Δ of {len(some)} facts differs by {worst:.1e}, allowed {DELTA_TOLERANCE:g}")
-    return worst
+    some, layers, moments = facts[: len(values)], ground.memit.layers, ground.moments
+
+    def ours(lm) -> list[Tensor]:
+        made = ground.memit.edit(lm, some, moments=moments, contexts=ground.groups)
+        return [made.delta(layer).dense().cpu() for layer in layers]
+
+    def loops(lm, values: list[Value]) -> list[Tensor]:
+        made = memit_update(
+            lm.model, lm.tokenizer, [plain(f) for f in some], ground.groups, layers,
+            {layer: moments[layer].matrix for layer in layers}, ground.memit.mom2_update_weight, values=values,
+        )  # fmt: skip
+        return [made.deltas[layer].cpu() for layer in layers]
+
+    def loops_in_fp64() -> list[Tensor]:
+        loop = dataclasses.replace(ground.loop(ground.memit), lm=ground.lm_fp64)
+        return loops(ground.lm_fp64, [loop.value(fact, layers[-1], "layer_out").result for fact in some])
+
+    return check_ways(
+        f"Δ of {len(some)} facts",
+        ours(ground.lm),
+        loops(ground.lm, values),
+        lambda a, b: max(map(relative, a, b)),
+        DELTA_TOLERANCE,
+        exact=lambda: ours(ground.lm_fp64),
+        rival_exact=loops_in_fp64,
+    ).apart
 
 
 def _loop_phases(ground: Ground, loop: Loop, facts, made: kf.Edit, rivals: list[Timing]) -> dict[str, Timing]:

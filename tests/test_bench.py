@@ -67,6 +67,8 @@ def test_trace_checks_and_times_both_kinds_on_one_and_on_several_facts():
         ours, rival = (figures[case, f"{name}, CPU time a fact"].value for name in ("kedit_fast", "batched loop"))
         assert figures[case, "ratio to the batched loop"].value == pytest.approx(rival / ours)
         assert 0 <= figures[case, "largest difference of p"].value <= 1e-5
+        for name in ("kedit_fast", "published loop", "batched loop"):
+            assert 0 < figures[case, f"{name}, largest distance from fp64"].value <= 1e-5
 
 
 @pytest.mark.parametrize("kind", trace.KINDS)
@@ -84,8 +86,28 @@ def test_a_trace_that_differs_from_a_rival_is_not_reported(monkeypatch):
         return given
 
     monkeypatch.setitem(trace.RIVALS, "published loop", off_by_little)
-    with pytest.raises(CheckFailed, match=r"state trace of .* differs by 1\.\de-04"):
+    with pytest.raises(CheckFailed, match=r"state trace of .* differs by 1\.\de-04 in fp32 .* by 1\.\de-04 in fp64"):
         trace.measure(tiny_lm("llama"), FACTS[:1], samples=2)
+
+
+def test_a_rival_that_rounds_is_told_apart_from_one_that_is_wrong():
+    """Two fp32 ways, 1.4e-5 apart: fine where ours is the nearer one, and in fp64 they agree."""
+    truth = np.array([0.3, 0.6])
+
+    def judged(ours, rival, rival_exact=truth, **options):
+        def distance(a, b):
+            return float(np.abs(a - b).max())
+
+        return agreement.check_ways(
+            "a trace", truth + ours, truth + rival, distance, 1e-5, lambda: truth, lambda: rival_exact, **options
+        )
+
+    assert judged(6e-7, 1.3e-5) == pytest.approx((1.24e-5, 6e-7, 1.3e-5, 0.0), abs=1e-12)
+    assert judged(6e-7, 6e-6) == (pytest.approx(5.4e-6), None, None, None)
+    assert judged(6e-7, 6e-6, always=True)[:3] == pytest.approx((5.4e-6, 6e-7, 6e-6))
+    for ours, rival, rival_exact in ((1.3e-5, 6e-7, truth), (6e-7, 1.3e-5, truth + 2e-6), (np.nan, 0.0, truth)):
+        with pytest.raises(CheckFailed, match=r"a trace differs by .*it is not rounding"):
+            judged(ours, rival, rival_exact)
 
 
 def test_facts_are_spread_over_the_file():

@@ -203,8 +203,7 @@ def test_a_head_that_turned_nan(editor):
     lm = open_tiny(tiny_model("llama"))
     with torch.no_grad():
         lm.model.lm_head.weight[7, 7] = torch.nan
-    says = r"the loss of fact 'The Space Needle is in the city of' became NaN at step 1 of 2 \(1 of 1 facts\)"
-    refused(says, editor, lm, contexts=["{}"])
+    refused("llama gives NaN after 'Space Needle': damaged weights", editor, lm, contexts=["{}"])
 
 
 @both

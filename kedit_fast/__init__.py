@@ -19,6 +19,7 @@ _HOME = {
     "AverageTrace": "tracing",
     "second_moments": "moments",
     "SecondMoment": "moments",
+    "statistics_folder": "settings",
     "Rome": "editors.rome",
     "Memit": "editors.memit",
     "AlphaEdit": "editors.alphaedit",

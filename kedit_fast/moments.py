@@ -36,6 +36,8 @@ from .sweep.runs import RunList
 FORMAT = "kedit_fast.second_moment"
 ROWS = 1024  # compared with their mirror images at a time
 ASYMMETRY = 1e-4  # of the largest entry: what mirrored ones may differ by, for published sums were made on GPUs
+# Of text for each of the d_ff features, unless told otherwise. Eight condition C as well as ten on SmolLM2.
+TOKENS_PER_FEATURE = 8
 BATCH_TOKENS = 16_384  # tokens a sweep; what an interrupted pass may lose
 PARTS, LEAST_TOKENS = 4, 1024  # parts that less than that is cut into, and tokens that are not worth cutting
 
@@ -172,8 +174,9 @@ def second_moments(
 ) -> dict[int, SecondMoment]:
     """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
 
-    n_tokens: default 10 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
-    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer).
+    n_tokens: default 8 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
+    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer);
+    ``statistics_folder()`` is the command line's and the demo's.
 
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
@@ -182,7 +185,8 @@ def second_moments(
     is damaged or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
     """
     lm, layers = replace(lm, edits=()), sorted(set(checks.layers("layers", layers, lm.n_layers)))
-    n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000) or 10 * lm.d_ff
+    n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000)
+    n_tokens = n_tokens or TOKENS_PER_FEATURE * lm.d_ff
     corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
     if cache_dir is not None:
         check_folder(checks.path("cache_dir", cache_dir))

@@ -10,6 +10,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KEDIT_FAST_CACHE") or Path(base) / "kedit_fast")
 
 
+def statistics_folder() -> Path:
+    """Where the command line and the demo keep statistics: a place for ``second_moments``' cache_dir, too."""
+    return cache_dir() / "statistics"
+
+
 def backend() -> str | None:
     """``KEDIT_FAST_BACKEND``: reference, native or triton; None lets device and dtype decide."""
     return os.environ.get("KEDIT_FAST_BACKEND") or None

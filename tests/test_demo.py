@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import json
 import math
 import re
 
@@ -9,14 +10,14 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast import demo, demo_report
+from kedit_fast import cli, demo, demo_report, moments
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.metrics import METRICS
 from kedit_fast.facts import OWN_FACTS, Fact
 from kedit_fast.html_report import Change
 from tests.conftest import open_tiny
 from tests.edits import make_edit
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = (
     Fact(
@@ -260,3 +261,26 @@ def test_a_short_demo_on_the_real_model(smollm2, tmp_path, capsys, monkeypatch):
     assert re.findall(r"damage: (\d+) of (\d+) neighbors", shown) == [("0", "3")] * 2
     drifts = re.findall(r"perplexity (\S+)%", shown)
     assert len(drifts) == 2 and all(abs(float(drift)) < 3 for drift in drifts)
+
+
+def test_what_the_demo_measured_is_found_by_the_edit_command_and_the_api(tmp_path, monkeypatch):
+    """One default number of tokens, one seed and one folder: the first edit after the demo measures nothing again."""
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    lm = kf.open_model("model")
+    editor = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, **EASY)
+    found = demo.Findings("tiny")
+    demo._measure(lm, [1, 2, 3], demo.Story(), found, None, kf.statistics_folder(), 0)
+
+    def measured_again(*args, **options):
+        raise AssertionError("the statistics are there")
+
+    monkeypatch.setattr(moments, "read_corpus", measured_again)
+    got = kf.second_moments(lm, editor.layers, cache_dir=kf.statistics_folder())
+    assert all(torch.equal(got[layer].matrix, found.moments[layer].matrix) for layer in editor.layers)
+    (tmp_path / "memit.json").write_text(json.dumps(EASY | {"layers": [1, 2], "mom2_update_weight": 80.0}))
+    one = ["--prompt", FACTS[0].prompt, "--subject", FACTS[0].subject, "--target", "Rome", "--hparams", "memit.json"]
+    assert cli.main(["edit", *one, "--model", "model", "--quiet"]) == 0
+    assert kf.Edit.load("edit.safetensors").provenance["layers"]["1"]["n_tokens"] == found.moments[1].n_tokens

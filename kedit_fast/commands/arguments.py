@@ -95,9 +95,7 @@ def add_stats(commands):
         help="self (text that the model samples itself: no download; the default), a text file, or "
         "hf:NAME[#CONFIG][:COLUMN]",
     )
-    parser.add_argument(
-        "--tokens", type=positive, metavar="N", help="tokens of text (default: 10 for each key feature)"
-    )
+    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens of text (default: 8 for each key feature)")
     output(parser, "DIR", "folder for the files (default: statistics in the cache folder)", None, force=False)
     machine_options(parser)
 

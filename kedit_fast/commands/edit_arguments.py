@@ -47,7 +47,7 @@ def _edit(commands) -> None:
         "--stats", metavar="DIR", help="folder of statistics, of `kedit-fast stats` or published .npz files"
     )
     how.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
-    how.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 10 d_ff)")
+    how.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 8 d_ff)")
     how.add_argument(
         "--on-top-of",
         action="append",

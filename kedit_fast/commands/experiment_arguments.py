@@ -69,4 +69,4 @@ def add_layers_arguments(parser) -> None:
 def _statistics(parser) -> None:
     parser.add_argument("--stats", metavar="DIR", help="folder of statistics, as for `kedit-fast edit`")
     parser.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 10 d_ff)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 8 d_ff)")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .. import moments, settings
+from .. import moments
 from ..corpus import SELF
 from ..edit import Edit
 from ..facts import BUILTIN, Fact, load_facts
@@ -17,6 +17,7 @@ from ..files import existing_folder
 from ..model.lm import LM
 from ..model.opening import DEMO_MODEL, open_model
 from ..moments import SecondMoment, refuse_pickled, second_moments
+from ..settings import statistics_folder
 from ..shipping.history import EditHistory
 from ..subjects import as_template
 from .outputs import note
@@ -131,11 +132,6 @@ def corpus_of(args) -> str:
     if not path.is_file():
         raise ValueError(f"corpus {name!r}: no such file; expected a text file, '{SELF}' or hf:NAME")
     return str(path)
-
-
-def statistics_folder() -> Path:
-    """Where statistics are kept unless told otherwise."""
-    return settings.cache_dir() / "statistics"
 
 
 def check_statistics(args) -> None:

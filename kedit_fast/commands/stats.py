@@ -2,7 +2,8 @@
 
 from ..editors import EDITORS
 from ..moments import second_moments
-from .inputs import corpus_of, model_line, open_lm, statistics_folder
+from ..settings import statistics_folder
+from .inputs import corpus_of, model_line, open_lm
 from .outputs import output_folder, say, table
 
 

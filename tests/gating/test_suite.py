@@ -190,7 +190,7 @@ def test_thresholds_of_a_file(tmp_path):
         ({"min_answered": None}, "min_answered = None"),
         ({"min_probes": 0}, "at least 1"),
         ({"measure": "best"}, "expected one of generated"),
-        ({"policy": {"max_facts": 0}}, "above 0"),
+        ({"policy": {"max_facts": 0}}, "at least 1"),
         ({"policy": {"facts": 3}}, "unknown fields facts"),
         ({"confident": 1}, "true or false"),
         ([], "expected an object"),

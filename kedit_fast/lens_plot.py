@@ -16,7 +16,8 @@ def plot_lens(lens, path=None, fact: int | None = None, model: str = ""):
     Gives a ``matplotlib.figure.Figure``, whose label is its alt text. Raises IndexError for a fact that is not there.
     """
     n_layers = lens.before.p_old.shape[1]
-    what = f"Rank of the answers of {len(lens.facts):,} facts (median)"
+    n = len(lens.facts)
+    what = f"Rank of the answers of {n:,} fact{'s' * (n != 1)} (median)"
     if fact is not None:
         what = f"Rank of the answers to {readable(lens.facts[fact].text)!r}"
     with _style():

@@ -17,7 +17,7 @@ import kedit_fast as kf
 from kedit_fast import cli, progress
 from kedit_fast.commands import edit as edit_command
 from kedit_fast.commands import info
-from kedit_fast.commands.inputs import find_moments, read_edits
+from kedit_fast.commands.inputs import fact_file, find_moments, read_edits
 from kedit_fast.commands.outputs import fresh_log
 from kedit_fast.edit import Edit, digest
 from kedit_fast.editors import EDITORS
@@ -107,6 +107,22 @@ def test_each_example_is_accepted(command, capsys):
     shown = capsys.readouterr().out
     line = shown[shown.index("example:") :].split("\n")[1]
     assert cli.build_parser().parse_args(shlex.split(line)[1:]).command == command
+
+
+@pytest.mark.parametrize("command", ["trace", "edit", "rounds", "layers", "eval", "gate"])
+def test_bad_records_can_be_passed_over_wherever_facts_are_read(command, tmp_path):
+    good = {"prompt": "Paris is in", "subject": "Paris", "target_new": "Italy"}
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([good | {"subject": "Rome"}, good]))
+    option = "--suite" if command == "gate" else "--facts"
+    line = [command, *["e.safetensors"] * (command == "gate"), option, str(path)]
+    strict, lenient = (cli.build_parser().parse_args(line + more) for more in ([], ["--skip-bad"]))
+    assert lenient.skip_bad and not strict.skip_bad
+    if command != "gate":
+        with pytest.raises(ValueError, match="'Rome' not in prompt"):
+            fact_file(strict)
+        with pytest.warns(UserWarning, match="passed over, 1 record: "):
+            assert [fact.subject for fact in fact_file(lenient)] == ["Paris"]
 
 
 def test_the_parser_knows_what_the_package_knows():

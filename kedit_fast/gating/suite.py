@@ -115,7 +115,7 @@ def load_suite(*paths, skip_bad: bool = False) -> Suite:
         the fact need not be given
     skip_bad: records of facts that make none are passed over and counted
 
-    ``draft_suite`` makes one of an edit, to be completed. Warns as ``load_facts`` does.
+    ``gating.draft_suite`` makes one of an edit, to be completed. Warns as ``load_facts`` does.
 
     Raises ValueError, naming the file and the place, for anything else; OSError where a file cannot be opened.
     """

@@ -15,7 +15,7 @@ from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.evaluation.probes import Names
 from kedit_fast.facts import Fact
 from kedit_fast.jobs.generate import generate
-from kedit_fast.kernels.target_logprob import target_logprob
+from kedit_fast.jobs.score import logprobs
 from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
@@ -339,12 +339,12 @@ def test_a_prompt_with_one_nan_answer_is_no_success_for_the_other(lm, monkeypatc
     probes = importlib.import_module("kedit_fast.evaluation.probes")
     second, read = lm.tokenizer(" Zürich", add_special_tokens=False)["input_ids"][-1], []
 
-    def torn(h, head, targets, n_vocab):
+    def torn(lm, h, targets):
         read.append(h)
         bad = (targets == second) & (len(read) > 2)  # two of the base model come first
-        return target_logprob(h, head, targets, n_vocab).masked_fill(bad, math.nan)
+        return logprobs(lm, h, targets).masked_fill(bad, math.nan)
 
-    monkeypatch.setattr(probes, "target_logprob", torn)
+    monkeypatch.setattr(probes, "logprobs", torn)
     report = evaluate(lm, fact, make_edit(lm))
     for name in ("efficacy", "p_new", "p_true", "neighborhood", "neighborhood_p_true", "neighborhood_magnitude"):
         assert report.edited[name].tolist() == [0], name

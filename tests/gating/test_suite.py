@@ -192,7 +192,7 @@ def test_thresholds_of_a_file(tmp_path):
         ({"measure": "best"}, "expected one of generated"),
         ({"policy": {"max_facts": 0}}, "at least 1"),
         ({"policy": {"facts": 3}}, "unknown fields facts"),
-        ({"confident": 1}, "true or false"),
+        ({"confident": 1}, "True or False"),
         ([], "expected an object"),
     ],
 )

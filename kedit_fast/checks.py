@@ -5,18 +5,21 @@
 
 Each check gives the value back as the package works with it (a plain int, a tuple, a Path) and raises ``BadArgument``
 for any other, with the argument's name, the value, what was expected and an example. numpy's numbers are taken where
-Python's are, true and false are no numbers. Free of torch and of everything else in this package.
+Python's are, true and false are no numbers. Free of torch and of everything else in this package but ``words``.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from numbers import Integral, Number, Real
 from pathlib import Path, PurePath
 from reprlib import Repr
 from typing import Any
 
+from .words import ranges
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # short and whole
 SEEDS = 2**32 - 1  # the largest that numpy's RandomState takes; torch takes it too
 LARGEST = 2**53  # of a whole number without another bound: what JSON keeps exactly, and no tensor has more of anything
 MOST_LAYERS = 10_000  # no model has more; a range is looked at before it becomes a list
@@ -163,7 +166,7 @@ def layers(name: str, value, n_layers: int | None = None, *, empty: bool = False
             or len(found) > MOST_LAYERS
         ):
             whole_ones = all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < 10**9 for i in found)
-            said = folded(found) if whole_ones else shown(found)
+            said = ranges(found) if whole_ones else shown(found)
             raise BadArgument(_said(name, f"= {said}: {_layers_there(n_layers)}"))
     if not found and not empty:
         raise BadArgument(_said(name, "is empty; expected layers, e.g. (3, 5)"))
@@ -178,8 +181,8 @@ def _layers_there(n_layers: int | None) -> str:
     return f"this model has {f'layers 0 to {n_layers - 1}' if n_layers > 1 else 'layer 0 alone'}"
 
 
-def size(name: str, value) -> int:
-    """Bytes: a whole number, or a text with a unit; at least a megabyte, for a bare 8 is not 8GB."""
+def size(name: str, value, *, least: int = 1) -> int:
+    """Bytes: a whole number, or a text with a unit. least: 10**6 where somebody types it, for a bare 8 is not 8GB"""
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     n = value if isinstance(value, Integral) and not isinstance(value, bool) else None
     if isinstance(value, str):
@@ -189,9 +192,18 @@ def size(name: str, value) -> int:
             n = float(given.removesuffix(unit)) * units.get(unit, 1)
         except ValueError:
             n = None
-    if n is None or not 1e6 <= n < 2**60:  # NaN is not either
-        refuse(name, value, "a size of at least 1MB: bytes, or a text with KB, MB, GB or TB, e.g. '8GB'")
+    if n is None or not least <= n < 2**60:  # NaN is not either
+        bound = "of at least 1MB" if least >= 10**6 else "above 0"
+        refuse(name, value, f"a size {bound}: bytes, or a text with KB, MB, GB or TB, e.g. '8GB'")
     return int(n)
+
+
+def dtype(name: str, value) -> str:
+    """The whole name of a dtype that models are computed in; of a torch dtype or its name, also a short one."""
+    text = str(value).removeprefix("torch.")
+    if isinstance(value, bytes) or DTYPES.get(text, text) not in DTYPES.values():
+        refuse(name, value, f"one of {', '.join(DTYPES.values())}")
+    return DTYPES.get(text, text)
 
 
 def noise(name: str, value) -> tuple[str, float]:
@@ -223,17 +235,6 @@ def optional(check: Callable, name: str, value, *rest, **limits) -> Any:
 def refuse(name: str, value, wanted: str):
     """Raises BadArgument: of this name, this value is not ``wanted``."""
     raise BadArgument(_said(name, "= " * bool(name) + f"{shown(value)}: expected {wanted}"))
-
-
-def folded(numbers: Sequence[int]) -> str:
-    """[3, 4, 5, 8] as "3-5, 8"."""
-    groups: list[list[int]] = []
-    for each in numbers:
-        if groups and each == groups[-1][-1] + 1:
-            groups[-1][1:] = [each]
-        else:
-            groups.append([each])
-    return ", ".join("-".join(map(str, group)) for group in groups)
 
 
 def shown(value) -> str:

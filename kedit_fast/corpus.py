@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import checks
+from .words import not_text
 
 SELF = "self"
 WINDOW = 256  # tokens a text is cut into; attention over longer windows changes C little and costs more
@@ -105,7 +106,9 @@ def _texts(corpus) -> tuple[str, Iterable[str]]:
         try:
             raw = path.read_bytes()
             text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(f"corpus {str(corpus)!r}: {not_text(error)}; expected UTF-8 text or its .gz") from error
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
                 f"corpus {str(corpus)!r} cannot be read ({error}); expected UTF-8 text or its .gz"
             ) from error

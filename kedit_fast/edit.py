@@ -9,6 +9,7 @@
 Nothing in this file changes a model: the algebra of a delta is deltas.py, writing into a model is apply.py.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from kedit_fast.facts import Fact, fact_list
 from kedit_fast.files import replace_file
 from kedit_fast.printing import escaped
 from kedit_fast.state import own_state
+from kedit_fast.words import reason
 
 __all__ = [
     "Delta", "Dense", "Edit", "LowRank", "as_smallest", "check_once", "digest", "edited_weight", "written_delta",
@@ -32,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT, VERSION = "kedit_fast.edit", "1"
+_CONTEXTS = 'groups of templates, e.g. [["{}"], ["So. {}"]]'
 PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
 WRITTEN_FROM = "written_from"  # of the provenance of an edit as some dtype holds it: the digest of the edit itself
 
@@ -76,6 +79,11 @@ class Edit:
                 object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
         object.__setattr__(self, "facts", tuple(fact_list(self.facts, empty=True)))
         _as_json("facts", [fact.to_record() for fact in self.facts])  # now, not when hours of work are to be saved
+        templates = [t for group in checks.items("contexts", self.contexts, _CONTEXTS) for t in (
+            group if isinstance(group, list) else [None]
+        )]  # fmt: skip
+        if not all(isinstance(template, str) for template in templates):
+            checks.refuse("contexts", self.contexts, _CONTEXTS)
         _check_parts(self)
 
     @property
@@ -100,7 +108,6 @@ class Edit:
         if self.owners is None:
             return self
         mine = {layer: owner == i for layer, owner in self.owners.items()}
-        written = {name: [by_fact[i]] for name, by_fact in self.provenance.get("written", {}).items()}
         return replace(
             self,
             facts=self.facts[i : i + 1],
@@ -111,7 +118,6 @@ class Edit:
             },
             values=None if self.values is None else self.values[i : i + 1].clone(),
             keys={layer: key[i : i + 1].clone() for layer, key in self.keys.items()},
-            provenance=self.provenance | ({"written": written} if written else {}),
             owners=None,
         )
 
@@ -142,6 +148,7 @@ class Edit:
         record |= {"facts": [fact.to_record() for fact in self.facts], "tensors": sorted(tensors)}
         # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
         tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+        tensors["sha256"] = _sha256_of(tensors)
         with replace_file(path) as unfinished:
             # One entry: of several, safetensors writes another order each time, and equal edits are to be equal files.
             save_file(tensors, unfinished, metadata={"format": f"{FORMAT} {VERSION}"})
@@ -155,6 +162,9 @@ class Edit:
         """
         tensors = _read(checks.path("path", path))
         try:
+            given = tensors.pop("sha256", None)  # files of before have none
+            if given is not None and not torch.equal(given, _sha256_of(tensors)):
+                raise ValueError("its contents are not those that were saved: their digest is another")
             record = json.loads(bytes(tensors.pop("record").numpy()))
             expected = record.pop("tensors")
             if sorted(tensors) != expected:
@@ -162,7 +172,7 @@ class Edit:
             record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
             return cls(**record, **_fields_of(tensors))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged edit ({error}); expected what Edit.save wrote") from error
+            raise ValueError(f"{path} is a damaged edit ({reason(error)}); expected what Edit.save wrote") from error
 
     def __repr__(self):
         n, layers = len(self.facts), ", ".join(map(str, self.layers)) or "none"
@@ -254,6 +264,16 @@ def _as_json(name, value):
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} has to be plain values that JSON can hold: {error}") from error
+
+
+def _sha256_of(tensors: dict[str, Tensor]) -> Tensor:
+    """[32] uint8: of all tensors of a file, bit for bit."""
+    made = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return torch.frombuffer(bytearray(made.digest()), dtype=torch.uint8)
 
 
 def _tensors_of(edit):

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+from kedit_fast import checks
+from kedit_fast.words import json_kind, not_text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 NEARLY = 0.9  # of difflib's ratio: "paraphrase_prompt" and "neighbourhood" are, "attribute_prompts" is not
@@ -70,7 +72,7 @@ def read_records(path, notes: Notes | None = None) -> Iterator[tuple[str, Any]]:
     Raises ValueError for another suffix, unreadable JSON (with its line), a broken gzip file, text that is not UTF-8,
     or a file without records; OSError where the file cannot be opened.
     """
-    path, notes = Path(path), notes or Notes()
+    path, notes = checks.path("path", path), notes or Notes()
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: a fact file ends in one of {', '.join(SUFFIXES)}")
     opened = gzip.open if path.suffix == ".gz" else open
@@ -84,7 +86,7 @@ def read_records(path, notes: Notes | None = None) -> Iterator[tuple[str, Any]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        raise ValueError(f"{path}: {not_text(error)}") from error
     if not found:
         raise ValueError(f"{path}: holds no records")
 
@@ -92,7 +94,7 @@ def read_records(path, notes: Notes | None = None) -> Iterator[tuple[str, Any]]:
 def _read_array(path, file, notes):
     records = read_json(file.read(), path, notes)
     if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a JSON array of records, found {type(records).__name__}")
+        raise ValueError(f"{path}: expected a JSON array of records, found {json_kind(records)}")
     for index, record in enumerate(records):
         yield f"{path}: record {index}", record
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from kedit_fast.fact_files import Notes
 from kedit_fast.subjects import as_template, folded, is_named
+from kedit_fast.words import json_kind
 
 PROMPTS = {  # a Fact's lists of prompts: the names that they go by
     "paraphrases": ("paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase"),
@@ -67,7 +68,7 @@ def fact_fields(record: dict, notes: Notes | None = None) -> list[dict]:
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object with named fields, found {type(record).__name__}")
+        raise ValueError(f"expected an object with named fields, found {json_kind(record)}")
     notes = notes or Notes()
     misses = []
     for form in FORMATS:
@@ -147,7 +148,7 @@ def _read_counterfact(record, notes):
     facts = []
     for number, rewrite in enumerate(rewrites if several else [rewrites]):
         if not isinstance(rewrite, dict):
-            raise ValueError(f"requested_rewrite: expected an object, found {type(rewrite).__name__}")
+            raise ValueError(f"requested_rewrite: expected an object, found {json_kind(rewrite)}")
         if "prompt" not in rewrite:
             raise ValueError("requested_rewrite misses prompt")
         facts.append(

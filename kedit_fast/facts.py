@@ -15,6 +15,7 @@ from kedit_fast import checks
 from kedit_fast.fact_files import Notes, read_records
 from kedit_fast.fact_formats import READ, Question, fact_fields
 from kedit_fast.subjects import folded
+from kedit_fast.words import counted
 
 Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns before the question
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
@@ -68,8 +69,7 @@ class Fact:
                 _check_answer(f"Fact.{name}", getattr(self, name))
         if self.attached is not None and not isinstance(self.attached, bool):
             raise ValueError(f"Fact.attached: expected True, False or None (guess), got {self.attached!r}")
-        if not isinstance(self.id, str):
-            raise ValueError(f"Fact.id: expected a string, got {self.id!r}")
+        checks.text("Fact.id", self.id, blank=True)
         for name in LISTS:
             prompts = _prompt_tuple(f"Fact.{name}", getattr(self, name), name in ANSWERED, self._usual_answer(name))
             object.__setattr__(self, name, prompts)
@@ -145,7 +145,7 @@ class Fact:
         """
         fields = fact_fields(record)
         if len(fields) != 1:
-            raise ValueError(f"record holds {len(fields)} facts, from_record reads one; use load_facts")
+            raise ValueError(f"record holds {counted(len(fields), 'fact')}, from_record reads one; use load_facts")
         return cls(**fields[0])
 
 
@@ -345,4 +345,4 @@ def place(fact: Fact) -> tuple[str, str]:
 def _warn(facts, what):
     if facts:
         shown = ", ".join(fact.label for fact in facts[:5]) + (", ..." if len(facts) > 5 else "")
-        warnings.warn(f"{len(facts)} facts: {what}: {shown}", stacklevel=3)
+        warnings.warn(f"{counted(len(facts), 'fact')}: {what}: {shown}", stacklevel=3)

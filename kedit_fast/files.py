@@ -18,7 +18,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from . import checks
 from .unfinished import unfinished_file
+from .words import json_kind, reason
 
 
 def check_place(path, make_folders: bool = False) -> Path:
@@ -74,6 +76,37 @@ def existing_folder(path, what: str, way_out: str = "") -> Path:
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; expected {what}")
     return path
+
+
+def existing_file(path, what: str) -> Path:
+    """The path, if a file is there. what: "a saved trace".
+
+    Raises FileNotFoundError where nothing is there, IsADirectoryError for a folder.
+    """
+    path = checks.path("path", path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected {what}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected {what}")
+    return path
+
+
+def read_object(path, what: str) -> dict:
+    """The object that a JSON file holds. what: of what it should be, "a saved report".
+
+    Raises ValueError for what is no text, no JSON or no object; FileNotFoundError and IsADirectoryError.
+    """
+    path = existing_file(path, what)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ValueError(f"{path} is not JSON ({place}); expected {what}") from error
+    except (RecursionError, ValueError) as error:  # a number of thousands of digits is one
+        raise ValueError(f"{path} is not {what}: {reason(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {json_kind(found)}; expected {what}, an object")
+    return found
 
 
 def given_path(path, what: str, slash: bool = False) -> Path:

@@ -19,18 +19,18 @@ from .editors import Rome
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
 from .editors.editor import Editor
-from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
 from .evaluation.probes import check_fit
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
-from .files import append_records, check_place, write_text
+from .files import append_records, check_place, read_object, write_text
 from .model.lm import takes_lm
 from .progress import progress, show_progress
 from .trace_tasks import KINDS as ALL_KINDS
 from .traces import LOCALIZATION_WARNING, ROLES, AverageTrace, TraceResult
 from .traces import average as average_of
 from .tracing import trace as trace_facts
+from .words import reason
 
 FORMAT, VERSION = "kedit_fast.layer_sweep", 1
 KINDS = ("state", "mlp")  # traced, unless told otherwise
@@ -109,9 +109,8 @@ class LayerSweep:
     @classmethod
     def load(cls, path) -> "LayerSweep":
         """What ``save`` wrote. Raises ValueError for any other file."""
-        path = checks.path("path", path)
+        record = read_object(path, "a saved layer sweep")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
             return cls(
@@ -124,7 +123,7 @@ class LayerSweep:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no layer sweep ({error}); expected {FORMAT}, version {VERSION}, as LayerSweep.save makes it"
+                f"{path} is no layer sweep ({reason(error)}); expected {FORMAT}, version {VERSION}, as save makes it"
             ) from error
 
     def __repr__(self) -> str:
@@ -186,7 +185,7 @@ def sweep_layers(
     with progress("editing at each layer", len(layers)) as bar:
         for layer in layers:
             # The first layer's work shows bars of its own: until then this one has nothing to say.
-            with show_progress(False) if edited else nullcontext(), counted_elsewhere():
+            with show_progress(False) if edited else nullcontext():
                 edit = replace(editor, layers=(layer,)).edit(
                     lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
                 )
@@ -222,6 +221,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _averaged(lm, trace) -> dict[str, AverageTrace]:
     traces = dict(trace) if isinstance(trace, Mapping) else average_of(trace)
+    if not traces:
+        checks.refuse("trace", trace, "TraceResults or {kind: AverageTrace}")
     for kind, average in traces.items():
         checks.instance("trace", average, AverageTrace, "TraceResults or {kind: AverageTrace}")
         if average.mean.shape[1] != lm.n_layers:

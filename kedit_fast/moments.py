@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import checks
 from .corpus import SELF, Corpus, check_corpus, known_id, read_corpus
-from .files import check_folder, replace_file, saying
+from .files import check_folder, existing_file, replace_file, saying
 from .jobs.moments import Moments
 from .kernels.second_moment import fill_upper_
 from .kernels.solve import condition
@@ -32,6 +32,7 @@ from .progress import progress
 from .state import own_state
 from .sweep.engine import sweep
 from .sweep.runs import RunList
+from .words import reason
 
 FORMAT = "kedit_fast.second_moment"
 ROWS = 1024  # compared with their mirror images at a time
@@ -110,14 +111,14 @@ class SecondMoment:
         path = checks.path("path", path)
         if path.name.endswith(".npz"):
             return cls._load_published(path, checks.optional(checks.whole, "layer", layer, most=checks.MOST_LAYERS))
-        refuse_pickled(path)
+        refuse_pickled(existing_file(path, "a statistics file"))
         try:
             with safe_open(path, "pt") as f:
                 meta = f.metadata() or {}
                 if meta.get("format") == FORMAT:
                     return cls._of_record(f.get_tensor("matrix"), meta["record"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); collect these statistics again") from error
+            raise ValueError(f"{path} is damaged ({reason(error)}); collect these statistics again") from error
         raise ValueError(f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz")
 
     @classmethod

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import checks
 from .files import replace_file
 from .printing import html_text
 from .trace_labels import (
@@ -202,6 +203,7 @@ def _figure(width: float, height: float):
 
 
 def _finish(figure, path, alt: str):
+    path = checks.optional(checks.path, "path", path)
     figure.set_label(alt)
     with _style():
         figure.draw_without_rendering()

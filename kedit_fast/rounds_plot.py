@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from . import checks
 from .plots import _GRAY, _figure, _finish, _style
 from .trace_labels import model_label
 
@@ -18,6 +19,7 @@ def plot_rounds(rounds: Mapping[str, Sequence], path=None, model: str = ""):
     name for the title. Dotted gray: the model without edits. Gives a ``matplotlib.figure.Figure``, whose label is its
     alt text. Raises ValueError where there is no round.
     """
+    checks.instance("rounds", rounds, Mapping, "{method: [Round, ...]}, as edit_in_rounds gives them")
     rounds = {name: list(of_one) for name, of_one in rounds.items() if of_one}
     if not rounds:
         raise ValueError("no rounds to plot; expected {method: [Round, ...]} as edit_in_rounds gives them")

@@ -16,6 +16,7 @@ from .model.lm import takes_lm
 from .sites import Site
 from .sweep.runs import RunList
 from .tokens import TokenizedPrompt, answer_tokens, asked, fact_tokens
+from .words import counted
 
 KINDS = ("state", "mlp", "attn")
 SITE = {"mlp": Site.mlp_out, "attn": Site.attn_out}  # where a kind's contribution is read and written
@@ -98,7 +99,8 @@ def _corrupted(lm, facts, prompts, corrupt) -> list[list[int]]:
     subjects = checks.listed("corrupt", corrupt, str, wanted)
     subjects = subjects * len(facts) if isinstance(corrupt, str) else subjects
     if len(subjects) != len(facts):
-        raise ValueError(f"corrupt: {len(subjects)} subjects, {len(facts)} facts; expected one, or one for each fact")
+        both = f"{counted(len(subjects), 'subject')}, {counted(len(facts), 'fact')}"
+        raise ValueError(f"corrupt: {both}; expected one, or one for each fact")
     made = []
     for fact, prompt, subject in zip(facts, prompts, subjects, strict=True):
         other = fact_tokens(lm.tokenizer, replace(fact, subject=subject))

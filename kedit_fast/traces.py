@@ -11,7 +11,8 @@ import numpy as np
 
 from . import checks
 from .facts import Fact
-from .files import replace_file
+from .files import existing_file, replace_file
+from .words import not_text, reason
 
 ROLES = (
     "first subject token", "middle subject tokens", "last subject token",
@@ -208,30 +209,32 @@ def _write_npz(path, **arrays) -> None:
 
 def _npz(path, made: Callable, *names: str):
     """What ``made`` makes of the arrays of these names in a file."""
-    path = checks.path("path", path)
+    path = existing_file(path, "a saved trace")
     try:
         with np.load(path, allow_pickle=False) as data:
             return made(*(data[name] for name in names))
-    except FileNotFoundError:
-        raise
     except (
         AttributeError, KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
-        raise ValueError(f"{path} is not a saved trace ({error}); expected the arrays {', '.join(names)}") from error
+        raise ValueError(
+            f"{path} is not a saved trace ({reason(error)}); expected the arrays {', '.join(names)}"
+        ) from error
 
 
 def read_log(path) -> list[TraceResult]:
     """The results that a ``log=`` file of ``trace`` holds so far. Raises ValueError for a line that is none."""
-    path, results = checks.path("path", path), []
+    path, results = existing_file(path, "a trace log"), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no trace log: not UTF-8 text ({error})") from error
+        raise ValueError(f"{path} is no trace log: {not_text(error)}") from error
     for number, line in enumerate(lines, 1):
         try:
             results.append(TraceResult.from_record(json.loads(line)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: line {number} is no trace ({error!r}); cut short by an interrupt?") from error
+            raise ValueError(
+                f"{path}: line {number} is no trace ({reason(error)}); cut short by an interrupt?"
+            ) from error
     return results
 
 

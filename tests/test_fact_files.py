@@ -299,11 +299,11 @@ GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "
         ("f.csv", "", r"f.csv: a fact file ends in one of .json, .jsonl, .json.gz, .jsonl.gz"),
         ("f.json", "[]", r"f.json: holds no records"),
         ("f.jsonl", "\n \n", r"f.jsonl: holds no records"),
-        ("f.json", '{"a": 1}', r"f.json: expected a JSON array of records, found dict"),
+        ("f.json", '{"a": 1}', r"f.json: expected a JSON array of records, found an object"),
         ("f.json", f"[{GOOD},\n{GOOD},\n{{]", r"f.json: line 3, column 2: not JSON"),
         ("f.json", f"{GOOD}\n{GOOD}", r"f.json: line 2, column 1: .*name the file .jsonl"),
         ("f.jsonl", f"{GOOD}\n\n{{'a'", r"f.jsonl: line 3, column 2: not JSON"),
-        ("f.jsonl", f"{GOOD}\n\n7", r"f.jsonl: record 1 \(line 3\): expected an object .* found int"),
+        ("f.jsonl", f"{GOOD}\n\n7", r"f.jsonl: record 1 \(line 3\): expected an object .* found a number"),
         (
             "f.jsonl",
             f'{GOOD}\n{{"subject": "x", "template": "y"}}',
@@ -321,7 +321,7 @@ GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "
             '[{"requested_rewrite": {"prompt": "{} is"}}]',
             r"record 0: prompt '{} is' has a place for a subject",
         ),
-        ("f.json", '[{"requested_rewrite": "x"}]', r"record 0: requested_rewrite: expected an object, found str"),
+        ("f.json", '[{"requested_rewrite": "x"}]', r"record 0: requested_rewrite: expected an object, found a string"),
         (
             "f.json",
             '[{"requested_rewrite": {"prompt": "{} is", "subject": "a", "target_new": {"id": 3}}}]',

@@ -30,6 +30,7 @@ FLOORS = (
     ("kernels", "sites"),
     ("files", "unfinished", "printing", "checkpoint", "progress", "settings", "state", "__init__"),
     ("checks",),
+    ("words",),
 )
 # Not even inside a function: (who, of whom it knows nothing).
 STRANGERS = {

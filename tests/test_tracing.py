@@ -359,7 +359,7 @@ def test_model_is_left_as_it_was():
         ),
         ({"metric": "logit_diff"}, "needs a foil"),
         ({"corrupt": "Danielle Darrieux"}, "takes 5 tokens, the subject 'France' 2; give a subject of 2 tokens"),
-        ({"corrupt": ["Spain", "Italy"]}, "2 subjects, 1 facts"),
+        ({"corrupt": ["Spain", "Italy"]}, "2 subjects, 1 fact; expected one"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_any_work(options, message, monkeypatch):

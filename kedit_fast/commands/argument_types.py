@@ -1,29 +1,67 @@
 """What options are made of: whole numbers, lists of layers and of names; torch-free."""
 
 from argparse import ArgumentTypeError
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _at_least(1, text)
+from .. import checks
 
 
-def count(text: str) -> int:
-    """A whole number of at least 0."""
-    return _at_least(0, text)
+def option(check: Callable, **limits) -> Callable[[str], object]:
+    """What an option's text stands for, as a check of ``checks`` takes it."""
+
+    def parse(text: str):
+        try:
+            return check(
+                "",
+                _number(text) if check in (checks.whole, checks.seed, checks.number, checks.share) else text,
+                **limits,
+            )
+        except checks.BadArgument as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _number(text: str) -> float | str:
+    """The number that a text writes out; the text itself where it is none."""
+    for kind in (int, float):
+        if len(text) < 400:  # Python reads no longer ones
+            with suppress(ValueError):
+                return kind(text)
+    return text
+
+
+positive = option(checks.whole, least=1)
+count = option(checks.whole)
+seed = option(checks.seed)
+share = option(checks.share)
+noise = option(lambda name, text: (checks.noise(name, text), text)[1])
+size = option(checks.size, least=10**6)
+dtype = option(checks.dtype)
+words = option(checks.text, blank=True)
+path = option(lambda name, text: (checks.path(name, text), text)[1])  # as it stands: a slash at its end says something
+
+
+def text_such_as(example: str) -> Callable[[str], object]:
+    """A text that is not blank."""
+    return option(checks.text, like=example)
 
 
 def layers(text: str) -> tuple[int, ...]:
     """The layers of "3-7", "3,5", "0-2,8" or "0-29:3" (every third)."""
-    found = []
+    found: list[int] = []
     for part in text.split(","):
         ends, stepped, step = part.strip().partition(":")
         first, _, last = ends.partition("-")
         last, step = last or first, step if stepped else "1"
-        if not (all(x.isdecimal() for x in (first, last, step)) and int(first) <= int(last) and int(step)):
+        if not (
+            all(x.isdecimal() and len(x) < 20 for x in (first, last, step)) and int(first) <= int(last) and int(step)
+        ):
             raise ArgumentTypeError(f"{text!r}: expected layers such as 3-7, 3,5 or 0-29:3 (every third)")
+        if int(last) >= checks.MOST_LAYERS:  # before a list is made of them
+            raise ArgumentTypeError(f"{text!r}: expected layers below {checks.MOST_LAYERS}, such as 3-7")
         found += range(int(first), int(last) + 1, int(step))
     return tuple(dict.fromkeys(found))
 
@@ -52,10 +90,3 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     named = {word: name for name in reversed(known) for word in name.split()} | {name: name for name in known}
     close = get_close_matches(text, named, n=1, cutoff=0.6)
     return f"; did you mean {named[close[0]]}?" if close else ""
-
-
-def _at_least(least: int, text: str) -> int:
-    value = int(text) if text.removeprefix("-").isdecimal() else None
-    if value is None or value < least:
-        raise ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
-    return value

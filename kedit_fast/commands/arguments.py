@@ -1,7 +1,7 @@
 """The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
 
 from . import experiment_arguments as experiments
-from .argument_types import count, layers, list_of, positive
+from .argument_types import count, layers, list_of, noise, path, positive, text_such_as
 from .gate_arguments import add_gate_arguments
 from .parser import FACT_FILES, add_skip_bad, command, edits_argument, fact_options, machine_options, output
 
@@ -19,7 +19,9 @@ def add_demo(commands):
         "changed: edits are undone, and the demo proves it.",
         "kedit-fast demo",
     )
-    parser.add_argument("-o", "--output", default=OUT, metavar="DIR", help=f"folder for report.html (default: {OUT})")
+    parser.add_argument(
+        "-o", "--output", type=path, default=OUT, metavar="DIR", help=f"folder for report.html (default: {OUT})"
+    )
     machine_options(parser)
 
 
@@ -47,11 +49,13 @@ def add_trace(commands):
     how.add_argument("--samples", type=positive, default=10, metavar="N", help="noise draws, averaged (default: 10)")
     how.add_argument(
         "--noise",
+        type=noise,
         default="s3",
         help="a number, s3 (3 standard deviations of the subjects' embeddings) or u0.1 (uniform)",
     )
     how.add_argument(
         "--corrupt",
+        type=text_such_as("The Louvre"),
         default="noise",
         metavar="SUBJECT",
         help="replace the subject by this one, of as many tokens, instead of adding noise",
@@ -67,7 +71,9 @@ def add_trace(commands):
         help="exact; attribution: estimate every cell, several times faster; screen: then compute the strongest",
     )
     how.add_argument("--top", type=positive, default=20, metavar="N", help="cells that screen computes (default: 20)")
-    how.add_argument("--answer", metavar="TEXT", help="trace this answer (default: the model's own)")
+    how.add_argument(
+        "--answer", type=text_such_as("Paris"), metavar="TEXT", help="trace this answer (default: the model's own)"
+    )
     output(parser, "DIR", f"folder for traces.jsonl and pictures (default: {OUT}/trace)", f"{OUT}/trace")
     parser.add_argument(
         "--plots", type=count, default=10, metavar="N", help="draw the first N facts' heat maps (default: 10)"
@@ -91,6 +97,7 @@ def add_stats(commands):
     )
     parser.add_argument(
         "--corpus",
+        type=path,
         default="self",
         help="self (text that the model samples itself: no download; the default), a text file, or "
         "hf:NAME[#CONFIG][:COLUMN]",
@@ -112,13 +119,15 @@ def add_eval(commands):
         takes="[EDIT ...]",
     )
     edits_argument(parser, "*", " (default: the model as it is)")
-    parser.add_argument("--facts", metavar="FILE", help=f"{FACT_FILES} (default: the edits' own facts)")
+    parser.add_argument("--facts", type=path, metavar="FILE", help=f"{FACT_FILES} (default: the edits' own facts)")
     add_skip_bad(parser)
     parser.add_argument("-n", type=positive, metavar="N", help="the first N facts")
-    parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on")
+    parser.add_argument("--text", type=path, metavar="FILE", help="a text file to measure perplexity on")
     parser.add_argument("--generate", type=count, default=0, metavar="N", help="continue each prompt by N tokens")
-    parser.add_argument("--log", metavar="FILE", help="a .jsonl file: a line for each fact as soon as it is done")
-    parser.add_argument("--html", metavar="FILE", help="the table as a page")
+    parser.add_argument(
+        "--log", type=path, metavar="FILE", help="a .jsonl file: a line for each fact as soon as it is done"
+    )
+    parser.add_argument("--html", type=path, metavar="FILE", help="the table as a page")
     output(parser, "FILE", "everything as .json", None)
     machine_options(parser)
 

@@ -1,8 +1,8 @@
 """The arguments of ``kedit-fast edit | merge | history`` and of what they do with edits that are there; torch-free."""
 
-import argparse
+from argparse import ArgumentTypeError
 
-from .argument_types import layers, positive
+from .argument_types import count, layers, path, positive, size
 from .parser import EDIT, command, edits_argument, ending, fact_options, group, machine_options, output, signed
 
 METHODS = ("rome", "memit", "alphaedit", "ft", "ft-l")
@@ -42,14 +42,15 @@ def _edit(commands) -> None:
     how = parser.add_argument_group("how to edit")
     how.add_argument("--method", choices=METHODS, default="memit", help=f"{', '.join(METHODS)} (default: memit)")
     how.add_argument("--layers", type=layers, metavar="L", help="for instance 3-7 (default: published or derived)")
-    how.add_argument("--hparams", metavar="FILE", help="a published hyper-parameter file (.json, .yaml)")
+    how.add_argument("--hparams", type=path, metavar="FILE", help="a published hyper-parameter file (.json, .yaml)")
     how.add_argument(
-        "--stats", metavar="DIR", help="folder of statistics, of `kedit-fast stats` or published .npz files"
+        "--stats", type=path, metavar="DIR", help="folder of statistics, of `kedit-fast stats` or published .npz files"
     )
-    how.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
+    how.add_argument("--corpus", type=path, help="text to measure statistics on, without --stats (default: self)")
     how.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 8 d_ff)")
     how.add_argument(
         "--on-top-of",
+        type=path,
         action="append",
         metavar="EDIT",
         help=f"what this edit is made on top of: {EDIT}; again for more",
@@ -58,10 +59,10 @@ def _edit(commands) -> None:
         "--independent", action="store_true", help="each fact as an edit of its own that sees no other, all at once"
     )
     how.add_argument(
-        "--checkpoint", metavar="DIR", help="keep finished parts there; the same command goes on after an interruption"
-    )
-    how.add_argument(
-        "--strict", action="store_true", help="exit status 1 where the edited model does not say a fact's new answer"
+        "--checkpoint",
+        type=path,
+        metavar="DIR",
+        help="keep finished parts there; the same command goes on after an interruption",
     )
     output(parser, "FILE", "the edit (default: edit.safetensors)", "edit.safetensors")
     machine_options(parser)
@@ -82,11 +83,14 @@ def _merge(commands) -> None:
     edits_argument(parser)
     parser.add_argument(
         "--model",
+        type=path,
         metavar="FOLDER",
         help="the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
         "with --peft only its name is written: a hub id, or the folder's full path",
     )
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to make, new or empty")
+    parser.add_argument(
+        "-o", "--output", type=path, required=True, metavar="DIR", help="the folder to make, new or empty"
+    )
     parser.add_argument("--peft", action="store_true", help="make a LoRA adapter; the model stays as it is")
     parser.add_argument(
         "--max-rank",
@@ -117,8 +121,10 @@ def _inspect(commands) -> None:
         takes="EDIT ...",
     )
     edits_argument(parser)
-    parser.add_argument("--model", default=None, metavar="MODEL", help="compare the changes with this model's weights")
-    parser.add_argument("--memory", metavar="SIZE", help="bytes to use with --model, for instance 8GB")
+    parser.add_argument(
+        "--model", type=path, default=None, metavar="MODEL", help="compare the changes with this model's weights"
+    )
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="bytes to use with --model, for instance 8GB")
     ending(parser)
 
 
@@ -131,7 +137,7 @@ def _diff(commands) -> None:
         "kedit-fast edit diff old.safetensors new.safetensors",
         takes="EDIT EDIT",
     )
-    parser.add_argument("edits", nargs=2, metavar="EDIT", help=EDIT)
+    parser.add_argument("edits", nargs=2, type=path, metavar="EDIT", help=EDIT)
     ending(parser)
 
 
@@ -145,9 +151,14 @@ def _undo(commands) -> None:
         "kedit-fast merge undo ./llama-edited",
         takes="FOLDER",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="a folder that `kedit-fast merge` wrote")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="a folder that `kedit-fast merge` wrote")
     parser.add_argument(
-        "-o", "--output", default=None, metavar="DIR", help="the restored model, a new folder (default: in place)"
+        "-o",
+        "--output",
+        type=path,
+        default=None,
+        metavar="DIR",
+        help="the restored model, a new folder (default: in place)",
     )
     ending(parser)
 
@@ -193,18 +204,17 @@ def _rollback(commands) -> None:
         takes="FOLDER N",
     )
     _history(parser)
-    parser.add_argument("number", type=int, metavar="N", help="the version to bring back")
+    parser.add_argument("number", type=count, metavar="N", help="the version to bring back")
     signed(parser)
     ending(parser)
 
 
 def _history(parser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a folder of versions")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="a folder of versions")
 
 
 def _rank(text: str) -> int | None:
-    if text == "none":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1, or none")
-    return int(text)
+    try:
+        return None if text == "none" else positive(text)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{error}, or none") from None

@@ -1,6 +1,7 @@
 """What goes wrong in a command, as lines on stderr; free of torch."""
 
 import os
+import re
 import sys
 from contextlib import suppress
 
@@ -27,11 +28,16 @@ def stop_printing() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def told(error: Exception) -> str:
-    """An error in words; the system's own as "file: what is wrong with it"."""
+def told(error: Exception, args=None) -> str:
+    """An error in words; the system's own as "file: what is wrong with it". An argument of ``args`` that it begins with
+    is named as the option that it is."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    name = re.match(r"(\w+)( = | is empty)", text)
+    if name is None or name[1] not in (vars(args) if args else ()):
+        return text
+    return f"--{name[1].replace('_', '-')} {text[len(name[0]) :] if name[2] == ' = ' else text[len(name[1]) + 1 :]}"
 
 
 def say_error(text: str, status: int) -> int:

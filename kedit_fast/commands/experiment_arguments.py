@@ -1,6 +1,6 @@
 """The arguments of ``kedit-fast rounds`` and ``kedit-fast layers``; torch-free."""
 
-from .argument_types import count, layers, names, positive
+from .argument_types import count, layers, names, path, positive, text_such_as
 
 ROUNDS = (
     "rounds",
@@ -33,17 +33,21 @@ def add_rounds_arguments(parser) -> None:
     parser.add_argument(
         "--old", type=count, default=100, metavar="N", help="earlier facts asked again after each round (default: 100)"
     )
-    parser.add_argument("--text", metavar="FILE", help="a text file to measure perplexity on (default: built in)")
+    parser.add_argument(
+        "--text", type=path, metavar="FILE", help="a text file to measure perplexity on (default: built in)"
+    )
     parser.add_argument(
         "--text-tokens", type=positive, default=5_120, metavar="N", help="tokens of it at most (default: 5120)"
     )
     parser.add_argument("--layers", type=layers, metavar="L", help="to edit, for instance 3-7 (default: the method's)")
     parser.add_argument(
-        "--hparams", metavar="FILE", help="a published hyper-parameter file (.json, .yaml) of the one method"
+        "--hparams", type=path, metavar="FILE", help="a published hyper-parameter file (.json, .yaml) of the one method"
     )
     _statistics(parser)
-    parser.add_argument("--log", metavar="FILE", help="a .jsonl file: a line for each round as soon as it is done")
-    parser.add_argument("--plot", metavar="FILE", help="the picture, as .png")
+    parser.add_argument(
+        "--log", type=path, metavar="FILE", help="a .jsonl file: a line for each round as soon as it is done"
+    )
+    parser.add_argument("--plot", type=path, metavar="FILE", help="the picture, as .png")
 
 
 def add_layers_arguments(parser) -> None:
@@ -51,22 +55,33 @@ def add_layers_arguments(parser) -> None:
     parser.add_argument(
         "--layers", type=layers, metavar="L", help="for instance 0-11, 3,5 or 0-29:3, every third (default: all)"
     )
-    parser.add_argument("--method", default="rome", metavar="M", help="rome, memit or alphaedit (default: rome)")
     parser.add_argument(
-        "--hparams", metavar="FILE", help="a published hyper-parameter file (.json, .yaml) of the method"
+        "--method",
+        type=text_such_as("rome"),
+        default="rome",
+        metavar="M",
+        help="rome, memit or alphaedit (default: rome)",
     )
     parser.add_argument(
-        "--traces", metavar="FILE", help="traces.jsonl of these facts, as `kedit-fast trace` writes it (default: trace)"
+        "--hparams", type=path, metavar="FILE", help="a published hyper-parameter file (.json, .yaml) of the method"
+    )
+    parser.add_argument(
+        "--traces",
+        type=path,
+        metavar="FILE",
+        help="traces.jsonl of these facts, as `kedit-fast trace` writes it (default: trace)",
     )
     parser.add_argument(
         "--samples", type=positive, default=10, metavar="N", help="noise draws of a trace (default: 10)"
     )
     _statistics(parser)
-    parser.add_argument("--log", metavar="FILE", help="a .jsonl file: a line for each layer as soon as it is done")
-    parser.add_argument("--plot", metavar="FILE", help="the picture, as .png")
+    parser.add_argument(
+        "--log", type=path, metavar="FILE", help="a .jsonl file: a line for each layer as soon as it is done"
+    )
+    parser.add_argument("--plot", type=path, metavar="FILE", help="the picture, as .png")
 
 
 def _statistics(parser) -> None:
-    parser.add_argument("--stats", metavar="DIR", help="folder of statistics, as for `kedit-fast edit`")
-    parser.add_argument("--corpus", help="text to measure statistics on, without --stats (default: self)")
+    parser.add_argument("--stats", type=path, metavar="DIR", help="folder of statistics, as for `kedit-fast edit`")
+    parser.add_argument("--corpus", type=path, help="text to measure statistics on, without --stats (default: self)")
     parser.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 8 d_ff)")

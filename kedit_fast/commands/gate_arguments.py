@@ -1,8 +1,6 @@
 """The arguments of ``kedit-fast gate``; torch-free."""
 
-from argparse import ArgumentTypeError
-
-from .argument_types import positive
+from .argument_types import path, positive, share
 from .parser import add_skip_bad, edits_argument
 
 # Written out, as the class of thresholds loads torch; a test holds the two together.
@@ -20,6 +18,7 @@ def add_gate_arguments(parser) -> None:
     edits_argument(parser, more=", of which the last is new")
     parser.add_argument(
         "--suite",
+        type=path,
         action="append",
         metavar="FILE",
         help="what to ask: a suite (its format: python -m pydoc kedit_fast.load_suite), or a fact file such as "
@@ -27,6 +26,7 @@ def add_gate_arguments(parser) -> None:
     )
     parser.add_argument(
         "--text",
+        type=path,
         metavar="FILE",
         help='a text file to measure perplexity on (default: the suite\'s "text", which replaces the built-in one)',
     )
@@ -35,11 +35,12 @@ def add_gate_arguments(parser) -> None:
     )
     parser.add_argument(
         "--init",
+        type=path,
         metavar="FILE",
         help="judge nothing: write a suite with the edits' facts and probes, to be completed, and say what is missing",
     )
     add_skip_bad(parser)
-    parser.add_argument("--html", metavar="FILE", help="the report as a page")
+    parser.add_argument("--html", type=path, metavar="FILE", help="the report as a page")
     _form_options(parser.add_argument_group("the form that is judged"))
     _limit_options(parser.add_argument_group("limits (shares: 0.9, not 90)"))
 
@@ -67,7 +68,7 @@ def _form_options(group) -> None:
 
 
 def _limit_options(group) -> None:
-    group.add_argument("--thresholds", metavar="FILE", help=_THRESHOLDS)
+    group.add_argument("--thresholds", type=path, metavar="FILE", help=_THRESHOLDS)
     group.add_argument(
         "--measure",
         choices=("generated", "exact", "success"),
@@ -78,22 +79,12 @@ def _limit_options(group) -> None:
         "--confident", action="store_true", default=None, help="the 95 %% interval's worse end must meet the limit"
     )
     for option, kind, metavar, text in (
-        ("--min-answered", _share, "SHARE", "of all wordings of the facts (0.9)"),
+        ("--min-answered", share, "SHARE", "of all wordings of the facts (0.9)"),
         ("--min-probes", positive, "N", "wordings there must be (50)"),
-        ("--min-generalization", _share, "SHARE", "of the paraphrases (0.85)"),
+        ("--min-generalization", share, "SHARE", "of the paraphrases (0.85)"),
         ("--min-paraphrases", positive, "N", "paraphrases there must be (30)"),
-        ("--max-drop", _share, "SHARE", "of other prompts that lose their answer (0.02)"),
+        ("--max-drop", share, "SHARE", "of other prompts that lose their answer (0.02)"),
         ("--min-specificity", positive, "N", "other prompts there must be (500)"),
-        ("--max-drift", _share, "SHARE", "by which perplexity may rise (0.005)"),
+        ("--max-drift", share, "SHARE", "by which perplexity may rise (0.005)"),
     ):
         group.add_argument(option, type=kind, metavar=metavar, help=text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r}: expected a share from 0 to 1 (0.9, not 90)")
-    return value

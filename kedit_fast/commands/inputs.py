@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .. import moments
+from .. import checks, moments
 from ..corpus import SELF
 from ..edit import Edit
 from ..facts import BUILTIN, Fact, load_facts
 from ..files import existing_folder
 from ..model.lm import LM
-from ..model.opening import DEMO_MODEL, open_model
+from ..model.opening import DEMO_MODEL, checked_device, open_model
 from ..moments import SecondMoment, refuse_pickled, second_moments
 from ..settings import statistics_folder
 from ..shipping.history import EditHistory
 from ..subjects import as_template
+from ..words import not_text, ranges
 from .outputs import note
 
 # ---- the model
@@ -32,7 +33,7 @@ def open_lm(args) -> LM:
     logging.disable_progress_bar()  # ours stand alone
     if args.threads:
         torch.set_num_threads(args.threads)
-    _check_device(args.device)
+    checked_device(args.device)
     if args.model == DEMO_MODEL:
         from ..model.smollm2 import smollm2_folder
 
@@ -41,15 +42,6 @@ def open_lm(args) -> LM:
         raise ValueError(f"model {args.model!r}: no such folder; give a model's folder, a hub id, or '{DEMO_MODEL}'")
     model = str(Path(args.model).expanduser()) if args.model.startswith("~") else args.model
     return open_model(model, memory=args.memory, device=args.device, dtype=args.dtype)
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch raises each of them for some device
-        raise ValueError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); `kedit-fast info` shows those present"
-        ) from error
 
 
 def model_line(lm: LM) -> str:
@@ -117,7 +109,7 @@ def read_text(name: str) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error}); expected a text file") from error
+        raise ValueError(f"{name}: {not_text(error)}; expected a text file") from error
 
 
 # ---- statistics
@@ -146,6 +138,7 @@ def statistics(args, lm, editors, layers, corpus: str) -> dict[int, SecondMoment
     reading = [editor for editor in editors if editor.mom2_adjustment]
     if not reading:
         return None
+    layers = checks.layers("layers", layers, lm.n_layers)
     if args.stats:
         return find_moments(lm, args.stats, layers)
     if args.tokens and args.tokens < lm.d_ff and not all(editor.regularizer for editor in reading):
@@ -181,8 +174,8 @@ def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMomen
             refuse_pickled(path)
         foreign = f"; it holds statistics of {', '.join(sorted(others))}" if others else ""
         raise ValueError(
-            f"{folder} has no statistics of {lm.fingerprint} for layers {_listed(missing)}{foreign}. "
-            f"`kedit-fast stats --layers {','.join(map(str, missing))} -o {folder}` measures them"
+            f"{folder} has no statistics of {lm.fingerprint} for layers {ranges(missing)}{foreign}. "
+            f"`kedit-fast stats --layers {ranges(missing).replace(' ', '')} -o {folder}` measures them"
         )
     return {layer: SecondMoment.load(found[layer][1], layer) for layer in layers}
 
@@ -206,7 +199,3 @@ def _described(path: Path) -> tuple[int | None, str | None, int]:
         return int(record["layer"]), record["fingerprint"], int(record["n_tokens"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r} in its record); delete it and measure again") from error
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

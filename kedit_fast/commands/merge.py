@@ -7,6 +7,7 @@ from ..model.opening import DEMO_MODEL
 from ..shipping.adapter import export_peft
 from ..shipping.folders import check_new_folder
 from ..shipping.merge import merge_checkpoint
+from ..words import counted
 from .inputs import read_chain
 from .outputs import note, say
 
@@ -46,7 +47,7 @@ def _merged(args, edits, out) -> None:
     )
     if merged.left_out:
         say(f"not copied: {', '.join(merged.left_out[:5])}" + ", ..." * (len(merged.left_out) > 5))
-    say(f"{merged.folder}: {len(merged.tensors)} tensors edited; this is now model {merged.fingerprint}")
+    say(f"{merged.folder}: {counted(len(merged.tensors), 'tensor')} edited; this is now model {merged.fingerprint}")
     say(f"to take the edit out again: kedit-fast merge undo {merged.folder}")
 
 

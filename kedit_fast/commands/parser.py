@@ -5,7 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from .argument_types import did_you_mean, positive
+from .argument_types import did_you_mean, dtype, path, positive, size, text_such_as, words
+from .argument_types import seed as a_seed
 
 FACT_FILES = (
     "CounterFact, known_1000, zsRE, EasyEdit or own .json/.jsonl (.gz), or 'builtin' (77 facts of this package); "
@@ -98,18 +99,28 @@ def group(commands, name: str, line: str) -> None:
 
 def edits_argument(parser, nargs: str = "+", more: str = "") -> None:
     """Edits, which every command names in one way: by their files, without an option."""
-    parser.add_argument("edits", nargs=nargs, metavar="EDIT", help=EDITS + more)
+    parser.add_argument("edits", nargs=nargs, type=path, metavar="EDIT", help=EDITS + more)
 
 
 def fact_options(parser, targets: bool) -> None:
     which = parser.add_argument_group("which facts: a file, or one fact")
-    which.add_argument("--facts", metavar="FILE", help=FACT_FILES)
+    which.add_argument("--facts", type=path, metavar="FILE", help=FACT_FILES)
     add_skip_bad(which)
     which.add_argument("-n", type=positive, metavar="N", help="the first N facts of the file")
-    which.add_argument("--prompt", metavar="TEXT", help='a prompt with {} for the subject: "{} is in the city of"')
-    which.add_argument("--subject", metavar="TEXT", help='what the fact is about: "The Eiffel Tower"')
+    which.add_argument(
+        "--prompt",
+        type=text_such_as("{} is in the city of"),
+        metavar="TEXT",
+        help='a prompt with {} for the subject: "{} is in the city of"',
+    )
+    which.add_argument(
+        "--subject",
+        type=text_such_as("The Eiffel Tower"),
+        metavar="TEXT",
+        help='what the fact is about: "The Eiffel Tower"',
+    )
     if targets:
-        which.add_argument("--target", metavar="TEXT", help="the new answer: Rome")
+        which.add_argument("--target", type=text_such_as("Rome"), metavar="TEXT", help="the new answer: Rome")
 
 
 def add_skip_bad(parser) -> None:
@@ -119,7 +130,7 @@ def add_skip_bad(parser) -> None:
 
 
 def output(parser, metavar: str, text: str, default: str | None, force: bool = True) -> None:
-    parser.add_argument("-o", "--output", default=default, metavar=metavar, help=text)
+    parser.add_argument("-o", "--output", type=path, default=default, metavar=metavar, help=text)
     if force:
         parser.add_argument("--force", action="store_true", help="replace files that are there already")
 
@@ -128,26 +139,34 @@ def machine_options(parser, seed: int | None = 0, model: str | None = "smollm2")
     shared = parser.add_argument_group("model and machine")
     default = "the demo model, SmolLM2-135M-Instruct" if model else "none"
     shared.add_argument(
-        "--model", default=model, help=f"a folder, a Hugging Face hub id, or 'smollm2' (default: {default})"
+        "--model", type=path, default=model, help=f"a folder, a Hugging Face hub id, or 'smollm2' (default: {default})"
     )
     shared.add_argument(
         "--memory",
+        type=size,
         metavar="SIZE",
         help="bytes to use, for instance 8GB; a model that does not fit is read from disk layer by layer",
     )
-    shared.add_argument("--device", help="where to compute (default: cpu)")
-    shared.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: as the model was saved)")
+    shared.add_argument("--device", type=text_such_as("cpu"), help="where to compute (default: cpu)")
+    shared.add_argument(
+        "--dtype",
+        type=dtype,
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or float64 (default: as the model was saved)",
+    )
     shared.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as many as cores)")
     if seed is not None:
-        shared.add_argument("--seed", type=int, default=seed, help=f"of all random choices (default: {seed})")
+        shared.add_argument(
+            "--seed", type=a_seed, metavar="N", default=seed, help=f"of all random choices (default: {seed})"
+        )
     shared.add_argument("--quiet", action="store_true", help="no progress bars")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def signed(parser) -> None:
     """Who does something, and why."""
-    parser.add_argument("-m", "--message", default="", metavar="TEXT", help="why, for the record")
-    parser.add_argument("--who", default="", metavar="NAME", help="who does it, for the record")
+    parser.add_argument("-m", "--message", type=words, default="", metavar="TEXT", help="why, for the record")
+    parser.add_argument("--who", type=words, default="", metavar="NAME", help="who does it, for the record")
 
 
 def ending(parser) -> None:

@@ -10,6 +10,7 @@ from ..plots import plot_kinds
 from ..terminal import terminal_heatmap
 from ..traces import LOCALIZATION_WARNING, ROLES, TraceResult, average
 from ..tracing import trace
+from ..words import counted
 from .inputs import model_line, open_lm, read_facts
 from .outputs import check_output, fresh_log, output_folder, say, show
 
@@ -24,6 +25,8 @@ def run(args) -> None:
         facts = check_facts(facts, need_subject=True, together=False, skip_bad=True)
     for fact in facts:
         check_subject(fact)
+    if args.sever and (args.kinds != ("state",) or args.method != "exact"):
+        raise ValueError(f"--sever {args.sever} is for exact traces of states: add --kinds state --method exact")
     folder = output_folder(args.output)
     if args.facts and os.path.realpath(os.path.expanduser(args.facts)) == os.path.realpath(folder / LOG):
         raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")
@@ -50,7 +53,7 @@ def run(args) -> None:
         say()
         show(terminal_heatmap(result))
     if len(facts) > 1:
-        say(f"{len(facts)} facts, {len(results)} traces")
+        say(f"{counted(len(facts), 'fact')}, {counted(len(results), 'trace')}")
     say()
     say_averages(results)
     say(f"in {folder}: {LOG}, a line for each trace; pictures (.png); averages (.npz)")

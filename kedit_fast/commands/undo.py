@@ -4,6 +4,7 @@ import os
 
 from ..files import existing_folder
 from ..shipping.unmerge import read_manifest, unmerge
+from ..words import counted
 from .outputs import say
 
 
@@ -13,5 +14,6 @@ def run(args) -> None:
     record = read_manifest(folder)
     restored = unmerge(folder, args.output if args.output is None else os.path.expanduser(args.output))
     facts = sum(len(edit["facts"]) for edit in record["edits"])
-    say(f"{restored}: {len(record['tensors'])} tensors restored bit for bit, {facts} facts taken out")
+    tensors = counted(len(record["tensors"]), "tensor")
+    say(f"{restored}: {tensors} restored bit for bit, {counted(facts, 'fact')} taken out")
     say(f"this is model {record['base']['fingerprint']} again")

@@ -19,6 +19,7 @@ from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList
 from ..tokens import answer_tokens, asked, fact_tokens
+from ..words import counted
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 
@@ -162,7 +163,7 @@ def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
             pairs.append(f"{other.label} -> {other.target_new!r} by {fact.label} -> {fact.target_new!r}")
     if pairs:
         shown = "; ".join(pairs[:5]) + ("; ..." if len(pairs) > 5 else "")
-        warnings.warn(f"{len(pairs)} facts of an earlier edit are overwritten: {shown}", stacklevel=6)
+        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=6)
 
 
 def _places(fact: Fact) -> list[tuple[str, str]]:

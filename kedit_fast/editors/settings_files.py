@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
+from ..files import existing_file
+from ..words import json_kind, reason
+
 # What follows from the model: where its modules are.
 MODULES = {
     "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
@@ -27,16 +30,16 @@ def read_settings(path) -> dict:
     """
     yaml = is_yaml(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = existing_file(path, "a hyper-parameter file").read_text(encoding="utf-8")
         given = _yaml(text) if yaml else json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())
+        why = " ".join(reason(error).split())
         raise ValueError(
             f"{path} is not {'YAML' if yaml else 'JSON'} ({why}); expected a hyper-parameter file, .json or .yaml"
         ) from error
     if not isinstance(given, dict):
         kind = "YAML" if yaml else "JSON"
-        raise ValueError(f"{path} holds a {kind} {type(given).__name__}; expected an object of hyper-parameters")
+        raise ValueError(f"{path} holds {json_kind(given)} in {kind}; expected an object of hyper-parameters")
     return given
 
 

@@ -61,9 +61,7 @@ def evaluate(
     cannot be written.
     One weight pass for each chunk of facts (64, or as many as memory holds when weights are streamed) and for the text.
     """
-    facts = _checked(facts, generate, max_tokens)
-    if log is not None:
-        check_place(log)
+    facts = _checked(facts, generate, max_tokens, both_forms, log)
     lm = with_edits(lm, edit, "edit")
     owners = _owners(lm, facts)
     if owners is not None and text is not None:
@@ -92,7 +90,9 @@ def evaluate(
 # ---- what is asked
 
 
-def _checked(facts, generate, max_tokens) -> list[Fact]:
+def _checked(facts, generate, max_tokens, both_forms, log) -> list[Fact]:
+    checks.flag("both_forms", both_forms)
+    checks.optional(lambda _, path: check_place(path), "log", log)
     checks.whole("generate", generate, like=20)
     checks.whole("max_tokens", max_tokens, least=2, like=5_120)
     facts = fact_list(facts)

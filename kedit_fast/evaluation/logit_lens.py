@@ -24,6 +24,7 @@ from ..sweep.engine import sweep
 from ..sweep.plan import logit_rows
 from ..sweep.runs import RunList
 from ..tokens import answer_tokens, asked, encode
+from ..words import ranges
 
 TOP = 10  # up to this rank an answer counts as present in a layer
 
@@ -72,7 +73,7 @@ class LogitLens:
         best = min(layers, key=lambda layer: float(ranks[layer]))
         final = "" if layers[-1] < ranks.shape[0] - 1 else ", and still at the end"
         return (
-            f"{name} is among the {TOP} likeliest after layers {_ranges(layers)}{final}; highest after layer {best} "
+            f"{name} is among the {TOP} likeliest after layers {ranges(layers)}{final}; highest after layer {best} "
             f"(rank {int(ranks[best])}, p {float(lens.p_old[i, best]):.3f})"
         )
 
@@ -191,14 +192,3 @@ def logit_lens(lm, facts, edit=None) -> LogitLens:
 
 def _first(lm, prompt: str, answer: str | None, attached: bool | None) -> int:
     return -1 if answer is None else answer_tokens(lm.tokenizer, prompt, answer, attached)[0]
-
-
-def _ranges(layers: list[int]) -> str:
-    """[3, 4, 5, 8] as "3-5, 8"."""
-    groups: list[list[int]] = []
-    for layer in layers:
-        if groups and layer == groups[-1][-1] + 1:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)

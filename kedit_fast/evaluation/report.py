@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..facts import Fact
-from ..files import write_text
+from ..files import read_object, write_text
 from ..printing import escaped, html_text
 from ..tokens import other_form
+from ..words import reason
 from .metrics import COUNT, METRICS, SCORE, Interval, summarize
 
 FORMAT, VERSION = "kedit_fast.report", 1
@@ -93,9 +93,8 @@ class EvalReport:
     @classmethod
     def load(cls, path) -> "EvalReport":
         """The report that ``save`` wrote, columns bit for bit. Raises ValueError for any other file."""
-        path = checks.path("path", path)
+        record = read_object(path, "a saved report")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
             perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
@@ -113,7 +112,7 @@ class EvalReport:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a saved report ({error}); expected {FORMAT}, version {VERSION}, "
+                f"{path} is not a saved report ({reason(error)}); expected {FORMAT}, version {VERSION}, "
                 "as EvalReport.save writes it"
             ) from error
 

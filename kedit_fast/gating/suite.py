@@ -11,6 +11,7 @@ from ..evaluation.canary import check_doubt
 from ..fact_files import Notes, read_json
 from ..fact_formats import READ, questions_of
 from ..facts import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
+from ..words import json_kind
 
 FORMAT = "kedit_fast.suite"
 
@@ -183,7 +184,7 @@ def _from_object(path: Path, record: dict, notes: Notes, skip_bad: bool) -> Suit
 def _list(path: Path, name: str, record: dict) -> list:
     value = record.get(name, [])
     if not isinstance(value, list):
-        raise ValueError(f"{path}: {name}: expected a list, found {type(value).__name__}")
+        raise ValueError(f"{path}: {name}: expected a list, found {json_kind(value)}")
     return value
 
 

@@ -1,12 +1,13 @@
 """What an edit must reach before it ships, and the verdict on one measured value."""
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 
 from .. import checks
 from ..evaluation.metrics import Interval
 from ..evaluation.policy import EditPolicy
+from ..files import read_object
+from ..words import reason
 
 MEASURES = ("generated", "exact", "success")
 PASS, FAIL, REPORTED, NOT_MEASURED = "pass", "fail", "reported", "not measured"
@@ -67,10 +68,9 @@ class Thresholds:
     def from_json(cls, path) -> "Thresholds":
         """The thresholds of a JSON object with some of these fields ("policy" an object too); others keep their
         defaults. Raises ValueError, naming the file, for an unknown field or a limit that makes no sense."""
-        path = checks.path("path", path)
+        record = read_object(path, "an object with named thresholds")
         try:
-            record = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(record, dict) or not isinstance(record.get("policy", {}), dict):
+            if not isinstance(record.get("policy", {}), dict):
                 raise ValueError("expected an object with named thresholds")
             known = {f.name for f in fields(cls)}, {f.name for f in fields(EditPolicy)}
             unknown = [*(set(record) - known[0]), *(set(record.get("policy", {})) - known[1])]
@@ -78,7 +78,7 @@ class Thresholds:
                 raise ValueError(f"unknown fields {', '.join(sorted(unknown))}; known: {', '.join(sorted(known[0]))}")
             return cls(**record | {"policy": EditPolicy(**record.get("policy", {}))})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {reason(error)}") from error
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..progress import progress
 from ..sites import Site
 from ..sweep.engine import sweep
@@ -37,8 +38,12 @@ def generate(
     Raises ValueError, before any work, for an empty prompt, a length below 1 or beyond the model's positions, sampling
     without a seed; later for a model that gives NaN.
     """
-    if max_new_tokens < 1 or not all(prompts):
-        raise ValueError(f"generate needs prompts of at least one token and max_new_tokens >= 1, got {max_new_tokens}")
+    checks.whole("max_new_tokens", max_new_tokens, least=1, like=20)
+    checks.number("temperature", temperature, least=0, like=1.0)
+    checks.optional(checks.whole, "top_k", top_k, least=1, most=lm.n_vocab, like=5)
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs prompts of at least one token")
+    checks.optional(checks.seed, "seed", seed)
     if temperature > 0 and seed is None and draw is None:
         raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
     if temperature > 0 and draw is None:

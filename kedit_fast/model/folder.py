@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
+from ..words import json_kind
 from .source import check_complete, check_index, open_tensors
 
 CONFIG, ADAPTER, TOKENIZER = "config.json", "adapter_config.json", "tokenizer.json"
@@ -106,7 +107,7 @@ def _json_object(file: Path) -> dict:
     except ValueError as error:  # also what is not UTF-8
         raise ValueError(f"{file} is not JSON ({error}); fetch or save it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a JSON {type(found).__name__}; expected an object")
+        raise ValueError(f"{file} holds {json_kind(found)}; expected an object")
     return found
 
 

@@ -8,7 +8,7 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
-from ..checks import refuse
+from .. import checks
 from ..kernels.target_logprob import Head
 from ..state import own_state
 from ..tokens import chat_text, encode
@@ -193,13 +193,15 @@ class LM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids as the tokenizer gives them, special tokens included; a start token is never doubled."""
-        return encode(self.tokenizer, text)
+        return encode(self.tokenizer, checks.text("text", text, blank=True))
 
     @own_state()
     def top_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
         """The k likeliest next tokens after ``prompt`` with their probabilities."""
         from ..jobs.score import next_token_probs
 
+        prompt = checks.text("prompt", prompt, like="The capital of France is")
+        k = checks.whole("k", k, least=1, most=self.n_vocab, like=5)
         probs = next_token_probs(self, [self.encode(prompt)])[0].topk(k)
         return [
             (self.tokenizer.decode([i]), p) for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
@@ -212,7 +214,8 @@ class LM:
         from ..jobs.generate import generate
 
         single = isinstance(prompts, str)
-        ids = [self.encode(p) for p in ([prompts] if single else prompts)]
+        prompts = checks.listed("prompts", prompts, str, "a text or a list of texts")
+        ids = [self.encode(checks.text("prompts", p, blank=True)) for p in prompts]
         made = generate(self, ids, max_new_tokens, **sampling)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
         return texts[0] if single else texts
@@ -239,15 +242,23 @@ class LM:
         share of an edit loses 2-4 %). Raises ValueError for an edit made on another model, and for one that this view
         carries already.
         """
-        from ..edit import check_once, written_form
+        from ..edit import Edit, check_once, written_form
 
+        checks.instance("edit", edit, Edit, "an Edit; Edit.load reads a file")
+        if written is not None:
+            written = getattr(torch, checks.dtype("written", written))
         if edit.fingerprint and edit.fingerprint != self.fingerprint:
             raise ValueError(
                 f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; open the model it was "
                 "made on, or undo what was written into its weights since"
             )
-        for layer in edit.deltas:
+        for layer, delta in edit.deltas.items():
             fam.check_layer(layer, self.n_layers)
+            if delta.shape != (self.d_model, self.d_ff):
+                raise ValueError(
+                    f"layer {layer}: the edit changes a weight of {list(delta.shape)}, this model's is "
+                    f"{[self.d_model, self.d_ff]} ([out, in]); it was made for another model"
+                )
         check_once((*self.edits, edit))
         if written is not None:
             edit = written_form(edit, self.source.down_weight, written)
@@ -259,7 +270,7 @@ def checked_lm(lm) -> LM:
     if isinstance(lm, LM):
         return lm
     way = "model, tokenizer=tokenizer" if isinstance(lm, nn.Module) else '"smollm2"'
-    refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
+    checks.refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
 
 
 def takes_lm(function):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import checks
 from ..state import own_state
 from . import family as fam
 from .compared import check_own_logits
@@ -35,14 +36,16 @@ def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -
     in another shape or is damaged, a loaded model that is wrapped or not all here (``loaded.py``); OSError for one that
     is not there. No remote code is run.
     """
-    dtype = _dtype(dtype)
-    memory = _bytes(memory)
-    if not isinstance(model, nn.Module | str | Path) or not str(model):
-        raise ValueError(f"model {model!r}: expected a folder, a hub id, a loaded Hugging Face model, or 'smollm2'")
+    dtype = None if dtype is None else getattr(torch, checks.dtype("dtype", dtype))
+    memory, device = checks.optional(checks.size, "memory", memory), checked_device(device)
+    checks.instance(
+        "model", model, nn.Module | str | Path, "a folder, a hub id, a loaded Hugging Face model or 'smollm2'"
+    )
     if isinstance(model, nn.Module):
         lm = _from_loaded(model, tokenizer, memory, device, dtype)
     else:
-        lm = _from_folder(model, tokenizer, memory, torch.device(device or "cpu"), dtype)
+        checks.path("model", model)
+        lm = _from_folder(model, tokenizer, memory, device or torch.device("cpu"), dtype)
     if not getattr(lm.tokenizer, "is_fast", False):
         raise ValueError("kedit_fast needs a fast tokenizer (subject spans come from its character offsets)")
     _check_weights(lm)
@@ -105,23 +108,17 @@ def _check_weights(lm: LM) -> None:
             raise ValueError(f"weight {name!r} of {lm.name} holds NaN or infinity; the checkpoint is damaged")
 
 
-def _dtype(dtype) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-    found = getattr(torch, short.get(str(dtype), str(dtype)), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; give float32, bfloat16, float16 or float64")
-    return found
-
-
-def _bytes(memory) -> int | None:
-    if memory is None or isinstance(memory, int):
-        return memory
-    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    text = str(memory).strip().upper()
-    unit = next((u for u in sorted(units, key=len, reverse=True) if text.endswith(u)), None)
+def checked_device(device) -> torch.device | None:
+    """A device that tensors can be made on. Raises BadArgument for any other."""
+    if device is None:
+        return None
+    wanted = "a device of this machine, e.g. 'cpu' (`kedit-fast info` shows those present)"
+    checks.instance("device", device, str | torch.device, wanted)
     try:
-        return int(float(text.removesuffix(unit or "")) * units.get(unit, 1))
-    except ValueError:
-        raise ValueError(f"memory {memory!r} is not a size; give bytes or a text such as '24GB'") from None
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (AssertionError, RuntimeError, NotImplementedError):  # torch raises each of them for some device
+        found = None
+    if found is None or found.type == "meta":
+        checks.refuse("device", device, wanted)
+    return found

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import file_in
+from ..words import counted
 from .family import as_out_in, down_projection, family_of, is_conv1d, layers_of, module_at
 
 INDEX = "model.safetensors.index.json"
@@ -206,7 +207,7 @@ def check_complete(folder, missing, mismatched) -> None:
     missing: their names, in the model's order; mismatched: (name, shape in the checkpoint, the model's shape)
     """
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
+        raise ValueError(f"{folder} lacks {counted(len(missing), 'tensor')} of this model, {missing[0]!r} first")
     if mismatched:
         name, stored, wanted = mismatched[0]
         raise ValueError(

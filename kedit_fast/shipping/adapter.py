@@ -12,7 +12,6 @@ unless set otherwise and one of 1, 8, 16, 32, 64, 128, 256, 320, 512; it holds t
 so there an edit of a bfloat16 model is rounded twice.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -26,15 +25,17 @@ from torch import Tensor, nn
 from kedit_fast import checks
 from kedit_fast.deltas import Delta, Dense, LowRank
 from kedit_fast.edit import Edit, digest, edit_list
-from kedit_fast.files import named
+from kedit_fast.files import named, read_object
 from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.compose import compose
 from kedit_fast.shipping.folders import check_new_folder, new_folder, sha256_of, write_json
 from kedit_fast.shipping.merge import checkpoint_fingerprint
 from kedit_fast.state import own_state
+from kedit_fast.words import reason
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
@@ -93,7 +94,7 @@ def export_peft(
     check_new_folder(folder)
     _check_edits(edits)
     total = compose(edits)
-    base, name = _base_of(total, model, check_fingerprint)
+    base, name = _base_of(total, model, checks.flag("check_fingerprint", check_fingerprint))
     family = family_of(base.config)
     cut = {layer: _within(layer, delta, max_rank, truncate) for layer, delta in total.deltas.items()}
     rank = max(delta.rank for delta, _ in cut.values())
@@ -142,14 +143,14 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
         checks.instance("hf_model", hf_model, nn.Module, "a loaded Hugging Face model")
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path, "what to_peft writes")
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
         expected, made_for = record["sha256"], record["fingerprint"]
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that to_peft wrote") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); expected what to_peft wrote") from error
+        raise ValueError(f"{path} is damaged ({reason(error)}); expected what to_peft wrote") from error
     if sha256_of(folder / WEIGHTS) != expected:
         raise ValueError(f"{folder / WEIGHTS} is not the file that was exported; export the edit again")
     if hf_model is not None and (found := fingerprint(hf_model)) != made_for:
@@ -184,6 +185,7 @@ def _base_of(edit: Edit, model, check: bool) -> tuple[nn.Module, str]:
         if check and edit.fingerprint and name and (Path(name) / "config.json").is_file():
             _check_folder(edit.fingerprint, Path(name))
         return _skeleton(edit.fingerprint), name
+    checks.instance("model", model, nn.Module | LM, "what open_model gives, a loaded model, a folder or a hub id")
     base = model if isinstance(model, nn.Module) else model.model
     found = fingerprint(base) if isinstance(model, nn.Module) else model.fingerprint
     if check and edit.fingerprint and found != edit.fingerprint:

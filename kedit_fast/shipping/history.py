@@ -23,8 +23,9 @@ from pathlib import Path
 from kedit_fast import checks
 from kedit_fast.edit import Edit, check_once, digest, edit_list
 from kedit_fast.facts import Fact, place
-from kedit_fast.files import existing_folder, file_in, given_path, named_instead, replace_file
+from kedit_fast.files import existing_folder, file_in, given_path, named_instead, read_object, replace_file
 from kedit_fast.shipping.folders import sha256_of, write_json
+from kedit_fast.words import reason
 
 FORMAT, VERSION = "kedit_fast.history", "1"
 MANIFEST, EDITS = "history.json", "edits"
@@ -122,6 +123,7 @@ class EditHistory:
         """
         check_words(message, who)
         existing_folder(self.folder, "a folder of versions")
+        checks.whole("number", number)
         with self._alone():
             fingerprint, versions = self._read()
             old = _numbered(versions, number)
@@ -156,7 +158,7 @@ class EditHistory:
                 raise ValueError(f"{path} is gone, but its edits are there; bring it back from a copy of the folder")
             return "", (Version(0, message="the model as it is"),)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_object(path, "what EditHistory writes")
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
             if record["sha256"] != _sha256_of_list(record["fingerprint"], record["versions"]):
@@ -164,7 +166,7 @@ class EditHistory:
             versions = tuple(Version(**(each | {"edits": tuple(each["edits"])})) for each in record["versions"])
             return record["fingerprint"], versions
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); expected what EditHistory writes") from error
+            raise ValueError(f"{path} is damaged ({reason(error)}); expected what EditHistory writes") from error
 
     def _write(self, fingerprint: str, versions: Sequence[Version]) -> None:
         listed = [asdict(version) | {"edits": list(version.edits)} for version in versions]

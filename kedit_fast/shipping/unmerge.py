@@ -6,12 +6,11 @@ A shard is restored as a new file and compared with the digest of the base's sha
 has the old one open (loaded models read it through memory maps) keeps the weights that were loaded.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from kedit_fast import checks
-from kedit_fast.files import file_in, replace_file
+from kedit_fast.files import file_in, read_object, replace_file
 from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.shipping.merge import (
@@ -27,6 +26,7 @@ from kedit_fast.shipping.merge import (
 )
 from kedit_fast.shipping.stored_tensors import StoredTensor, stored_tensors
 from kedit_fast.state import own_state
+from kedit_fast.words import reason
 
 UNDONE = f".{KEPT}.undone"
 Patch = tuple[StoredTensor, StoredTensor]  # a place in the merged shard, and where the bytes lie that belong there
@@ -73,13 +73,13 @@ def read_manifest(folder) -> dict:
             f"{folder} has no {KEPT}/{MANIFEST}; expected a folder that merge_checkpoint (kedit-fast merge) wrote"
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path, "what merge_checkpoint writes")
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
         _check_record(record, Path(folder))
         return record
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); bring it back from a copy of the folder") from error
+        raise ValueError(f"{path} is damaged ({reason(error)}); bring it back from a copy of the folder") from error
 
 
 def _check_record(record: dict, folder: Path) -> None:

@@ -82,8 +82,8 @@ def test_a_file_may_leave_fields_out(tmp_path):
     [
         ({"layers": [1], "nullspace_threshold": 2e-2, "L2": 10}, r"no field \['L2', 'nullspace_threshold'\]; it has"),
         ("{'layers': [1]}", "is not JSON"),
-        ("[1, 2]", "holds a JSON list; expected an object"),
-        ('"layers"', "holds a JSON str"),
+        ("[1, 2]", "holds an array in JSON; expected an object"),
+        ('"layers"', "holds a string in JSON"),
         ("", "is not JSON"),
     ],
 )  # fmt: skip

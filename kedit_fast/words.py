@@ -1,0 +1,62 @@
+"""Numbers in sentences."""
+
+from collections.abc import Sequence
+
+
+def counted(n: int, noun: str) -> str:
+    """1 fact, 2 facts, 1,000 facts."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def json_kind(value) -> str:
+    """What a value is in a JSON file."""
+    if value is None:
+        return "null"
+    kinds = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file's contents, of the error that reading them gave; Python's own words say nothing to whom
+    the file belongs to."""
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return not_text(error)
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]!r}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if "unexpected keyword argument" in text or "required positional argument" in text:
+        return "it has not the fields that it should"
+    of_python = type(error) in (TypeError, AttributeError, IndexError) or text.startswith(_PYTHONS)
+    return "a part of it is of another kind than expected" if of_python else text
+
+
+# How ValueErrors of Python and numpy begin that are raised where a value of another kind is worked with.
+_PYTHONS = (
+    "could not convert", "invalid literal", "not enough values", "too many values", "setting an array", "can only",
+    "dictionary update",
+)  # fmt: skip
+
+
+def not_text(error: UnicodeDecodeError) -> str:
+    """Why a file is no text, without Python's words."""
+    return f"not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[3, 4, 5, 8] as "3-5, 8"."""
+    groups: list[list[int]] = []
+    for each in numbers:
+        if groups and each == groups[-1][-1] + 1:
+            groups[-1][1:] = [each]
+        else:
+            groups.append([each])
+    return ", ".join("-".join(map(str, group)) for group in groups)

@@ -1,0 +1,222 @@
+"""Every public function with its arguments: what is no value for each, and a call that is right but for it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import kedit_fast as kf
+from kedit_fast.gating.questions import Sizes
+from tests.conftest import open_tiny
+from tests.edits import FACTS, make_edit
+from tests.tiny import D_FF, tiny_model
+
+THING = object()
+NO_NUMBER = (None, "a", "", b"1", [1], {}, THING, math.nan, math.inf, True, 10**400, "1", torch.ones(2), np.ones(2), 1j)
+# By kind of argument: values that none of that kind takes.
+WRONG = {
+    "whole": (*NO_NUMBER, 1.5, 2.0, -1, 10**30),
+    "positive": (*NO_NUMBER, 1.5, 2.0, -1, 0, 10**30),
+    "number": (*NO_NUMBER, -0.5, -math.inf),
+    "share": (*NO_NUMBER, -0.1, 1.5, 90),
+    "seed": (*NO_NUMBER, 1.5, -1, 2**32, 10**30),
+    "flag": (None, "true", "False", 0, 1, 2.0, [], {}, THING),
+    "text": (None, 3, 0.5, b"x", ["x"], {}, THING, "", "  ", "\ud800"),
+    "words": (None, 3, b"x", ["x"], {}, THING, "\ud800"),
+    "choice": (None, 3, "nothing", "", b"x", ["exact"], {}, THING),
+    "choices": (None, 3, "nothing", "", ["state", "nothing"], [], {}, THING, [3], [None]),
+    "path": (None, 3, 0.5, "", b"x", ["x"], {}, THING, "a\0b"),
+    "layers": (1, "1", "0-1", None, [-1], [99], [1.5], ["a"], [True], [None], {1: 2}, range(10**12), [10**30], THING),
+    "facts": (None, 3, "Paris", [3], [None], [], {"prompt": "x"}, THING, [FACTS[0], "x"]),
+    "edit": (3, "edit.safetensors", {}, THING, [3], [None], b"x"),
+    "object": (3, "x", [3], {}, THING, 0.5),
+    "dict": (3, "x", [3], THING, 0.5),
+    "any layers": (1, "1", "0-1", [-1], [1.5], ["a"], [True], [None], {1: 2}, range(10**12), [10**30], THING),
+    "thing": (3, [3], {}, THING, 0.5, b"x"),
+    "noise": (None, "t3", "s", -1, "u-1", math.nan, math.inf, [3], {}, THING, True, "snan"),
+    "size": (0, -5, "much", "1e400", "nan", 1.5, True, [1], {}, THING, "GB", 2**70),
+    "dtype": (3, "int8", "float8_e4m3fn", "x", "", torch.int8, [], THING),
+    "device": (3, "x", "meta", "cuda:99", "", [], THING, 1.5),
+    "contexts": (3, [], [[]], [3], ["no place"], [["So. {}"]], [["{}"], []], {}, THING, [["{}"], ["{} {}"]]),
+    "corpus": (3, 0.5, [], [3], {}, THING, b"x", [None]),
+    "moments": (3, "x", [3], THING, {1: 3}, {}, 0.5),
+    "prompts": (None, 3, [3], [None], {}, THING, [], "", [""]),
+    "pairs": (3, "x", [3], [[1]], [[1, 2, 3]], [[0, 1]], [["a", 1]], {}, THING, None),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Door:
+    """A public function or class. call: with its right arguments, but for the one that is given; arguments: {name: kind
+    of WRONG, with a question mark where None is taken}"""
+
+    name: str
+    call: Callable
+    arguments: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Door({self.name})"
+
+    def wrong(self, argument: str) -> tuple:
+        """What this argument must refuse."""
+        kind = self.arguments[argument]
+        return (
+            WRONG[kind.removesuffix("?")]
+            if not kind.endswith("?")
+            else tuple(value for value in WRONG[kind[:-1]] if value is not None)
+        )
+
+
+@cache
+def things() -> SimpleNamespace:
+    """What right arguments are made of, made once; nothing may change it."""
+    model = tiny_model("gpt2", layers=2)
+    lm = open_tiny(model)
+    edit = make_edit(model, deltas={1: make_edit().deltas[1]}, keys={})
+    quick = {"layers": (1,), "mom2_adjustment": False, "v_num_grad_steps": 1, "context_template_length_params": ()}
+    rome = kf.Rome(**quick)
+    result = kf.trace(lm, FACTS[0], kinds=("state", "mlp"), samples=2)
+    moment = kf.SecondMoment(torch.eye(D_FF), 1_000, 1, lm.fingerprint)
+    report = kf.evaluate(lm, list(FACTS[:1]), edit)
+    return SimpleNamespace(
+        lm=lm, model=model, edit=edit, rome=rome, quick=quick, traces=result, moment=moment, report=report,
+        average=kf.average(result), facts=list(FACTS),
+    )  # fmt: skip
+
+
+def _with(function, *before, **right):
+    """A call of a function with right arguments, any of which may be replaced by name."""
+    return lambda **wrong: function(*before, **right | wrong)
+
+
+def doors(folder) -> list[Door]:
+    """All of them. folder: an empty one, for what may be written."""
+    t = things()
+    out = str(folder / "out")
+    edit_args = dict(facts="facts", contexts="contexts?", previous="edit?", independent="flag", seed="seed")
+    rounds = dict(per_round=1, contexts=["{}"], text=None)
+    return [
+        Door("open_model", _with(kf.open_model, model=t.model, tokenizer=t.lm.tokenizer), dict(
+            model="path", memory="size", device="device", dtype="dtype")),
+        Door("LM.top_tokens", _with(t.lm.top_tokens, prompt="Paris is"), dict(prompt="text", k="positive")),
+        Door("LM.encode", _with(t.lm.encode), dict(text="words")),
+        Door("LM.generate", _with(t.lm.generate, prompts="Paris is", max_new_tokens=1), dict(
+            prompts="prompts", max_new_tokens="positive", temperature="number", top_k="positive?", seed="seed?")),
+        Door("LM.with_edit", _with(t.lm.with_edit, edit=t.edit), dict(edit="object", written="dtype")),
+        Door("Fact", _with(kf.Fact, prompt="{} is in", subject="Paris"), dict(
+            prompt="text", subject="text?", target_new="text?", target_true="text?", paraphrases="object",
+            neighborhood="object", same_subject="object", id="words", provenance="dict")),
+        Door("load_facts", _with(kf.load_facts, path="builtin"), dict(path="path", n="positive?", skip_bad="flag")),
+        Door("trace", _with(kf.trace, t.lm, facts=t.facts[0], samples=1, kinds=("state",)), dict(
+            facts="facts", kinds="choices", window="positive", samples="positive", noise="noise", seed="seed",
+            answer="text?", metric="choice", sever="choice?", method="choice", top="positive", log="path?")),
+        Door("trace.corrupt", _with(kf.trace, t.lm, facts=t.facts[0], samples=1), dict(corrupt="object")),
+        Door("average", _with(kf.average), dict(results="facts")),
+        Door("AverageTrace.recommend_layers", _with(t.average["state"].recommend_layers), dict(n="positive")),
+        Door("TraceResult.load", _with(kf.TraceResult.load), dict(path="path")),
+        Door("TraceResult.save", _with(t.traces[0].save), dict(path="path")),
+        Door("TraceResult.plot", _with(t.traces[0].plot), dict(path="path?")),
+        Door("AverageTrace.load", _with(kf.AverageTrace.load), dict(path="path")),
+        Door("AverageTrace.save", _with(t.average["state"].save), dict(path="path")),
+        Door("AverageTrace.plot", _with(t.average["state"].plot), dict(path="path?")),
+        Door("second_moments", _with(kf.second_moments, t.lm, layers=(0,), n_tokens=10), dict(
+            layers="layers", corpus="corpus", n_tokens="positive?", seed="seed", cache_dir="path?")),
+        Door("SecondMoment", _with(kf.SecondMoment, matrix=torch.eye(3), n_tokens=9, layer=0), dict(
+            matrix="object", n_tokens="positive", layer="whole")),
+        Door("SecondMoment.load", _with(kf.SecondMoment.load), dict(path="path")),
+        Door("SecondMoment.save", _with(t.moment.save), dict(path="path")),
+        *(
+            Door(name, _with(kf.EDITORS[name]), _fields_of(kf.EDITORS[name])) for name in kf.EDITORS
+        ),
+        *(
+            Door(f"{name}.from_json", _with(kf.EDITORS[name].from_json), dict(path="path")) for name in kf.EDITORS
+        ),
+        Door("Rome.edit", _with(t.rome.edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args | {
+            "checkpoint": "path?"}),
+        Door("Memit.edit", _with(kf.Memit(**t.quick).edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args),
+        Door("Rome.edit.moments", _with(kf.Rome(layers=(1,)).edit, t.lm, facts=t.facts[:1], contexts=["{}"]), dict(
+            moments="moments", corpus="corpus")),
+        Door("Ft.edit", _with(kf.Ft(layers=(1,), num_steps=1).edit, t.lm, facts=t.facts[:1]), dict(
+            facts="facts", previous="edit?", independent="flag", seed="seed")),
+        Door("evaluate", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(
+            facts="facts", edit="edit", text="corpus", generate="whole", max_tokens="positive", log="path?",
+            both_forms="flag")),
+        Door("EvalReport.load", _with(kf.EvalReport.load), dict(path="path")),
+        Door("EvalReport.save", _with(t.report.save), dict(path="path")),
+        Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),
+        Door("Edit", _with(kf.Edit, method="m", hparams={}, fingerprint="", facts=(), deltas={}), dict(
+            method="words", hparams="dict", fingerprint="words", facts="dict", deltas="dict",
+            provenance="dict", keys="dict")),
+        Door("Edit.only", _with(t.edit.only), dict(i="whole")),
+        Door("Edit.load", _with(kf.Edit.load), dict(path="path")),
+        Door("Edit.save", _with(t.edit.save), dict(path="path")),
+        Door("Edit.apply", _with(t.edit.apply), dict(hf_model="object")),
+        Door("Edit.to_peft", _with(t.edit.to_peft, folder=out), dict(
+            folder="path", model="thing", max_rank="positive?", truncate="flag")),
+        Door("compose", _with(kf.compose), dict(edits="edit")),
+        Door("export_peft", _with(kf.export_peft, edits=t.edit, folder=out, model=t.model), dict(
+            edits="edit", folder="path", max_rank="positive?", truncate="flag", check_fingerprint="flag")),
+        Door("load_peft", _with(kf.load_peft, hf_model=t.model, folder=out), dict(hf_model="object", folder="path")),
+        Door("merge_checkpoint", _with(kf.merge_checkpoint, source=str(folder), edits=t.edit, out=out), dict(
+            source="path", edits="edit", out="path", who="words", message="words", force="flag")),
+        Door("unmerge", _with(kf.unmerge, folder=str(folder)), dict(folder="path", out="path?")),
+        Door("EditHistory", _with(kf.EditHistory), dict(folder="path")),
+        Door("EditHistory.add", _with(kf.EditHistory(out).add, edit=t.edit), dict(
+            edit="object", message="words", who="words", check_chain="flag")),
+        Door("EditHistory.edits_of", _with(kf.EditHistory(out).edits_of), dict(number="whole")),
+        Door("EditHistory.rollback", _with(kf.EditHistory(out).rollback, number=0), dict(
+            number="whole", message="words", who="words")),
+        Door("gate", _with(kf.gate, t.lm, edit=t.edit), dict(
+            edit="edit", suite="object", thresholds="object", written="dtype", requantize="choice?", group="positive",
+            builtin="flag", sizes="object")),
+        Door("Suite", _with(kf.Suite), dict(
+            facts="object", portability="object", specificity="object", languages="object", name="words")),
+        Door("Thresholds", _with(kf.Thresholds), _fields_of(kf.Thresholds)),
+        Door("Thresholds.from_json", _with(kf.Thresholds.from_json), dict(path="path")),
+        Door("Sizes", _with(Sizes), dict.fromkeys([f.name for f in dataclasses.fields(Sizes)], "positive")),
+        Door("load_suite", lambda paths: kf.load_suite(paths), dict(paths="path")),
+        Door("logit_lens", _with(kf.logit_lens, t.lm, facts=t.facts[:1]), dict(facts="facts", edit="edit")),
+        Door("EditPolicy", _with(kf.EditPolicy), dict(
+            max_facts="positive", max_growth="number", max_drift="number", min_retention="share", warn_at="share")),
+        Door("advise", _with(kf.advise, n_facts=1, growth={}), dict(
+            n_facts="whole", growth="dict", policy="object")),
+        Door("edit_in_rounds", _with(kf.edit_in_rounds, t.lm, facts=t.facts, editor=t.rome, **rounds), dict(
+            facts="facts", editor="object", per_round="positive", contexts="contexts?", max_tokens="positive",
+            old="whole", seed="seed", log="path?")),
+        Door("sweep_layers", _with(kf.sweep_layers, t.lm, facts=t.facts, editor=t.rome, contexts=["{}"]), dict(
+            facts="facts", editor="object", layers="layers?", contexts="contexts?", trace="object", kinds="choices",
+            samples="positive", seed="seed", log="path?")),
+        Door("LayerSweep.load", _with(kf.LayerSweep.load), dict(path="path")),
+        Door("plot_rounds", _with(kf.plot_rounds), dict(rounds="object")),
+        *(
+            Door(f"{name}.lm", call, dict(lm="object"))
+            for name, call in {
+                "trace": _with(kf.trace, facts=t.facts), "evaluate": _with(kf.evaluate, facts=t.facts),
+                "second_moments": _with(kf.second_moments, layers=(0,)), "gate": _with(kf.gate, edit=t.edit),
+                "logit_lens": _with(kf.logit_lens, facts=t.facts), "Rome.edit": _with(t.rome.edit, facts=t.facts),
+                "Rome.for_model": _with(kf.Rome.for_model), "Ft.edit": _with(kf.Ft(layers=(1,)).edit, facts=t.facts),
+                "sweep_layers": _with(kf.sweep_layers, facts=t.facts),
+                "edit_in_rounds": _with(kf.edit_in_rounds, facts=t.facts, editor=t.rome, per_round=1),
+            }.items()
+        ),
+    ]  # fmt: skip
+
+
+def _fields_of(kind: type) -> dict[str, str]:
+    """{field: kind} of a class of settings, by its annotations."""
+    positive = getattr(kind, "POSITIVE", ())
+    kinds = {
+        int: "whole", float: "number", bool: "flag", str: "words", int | None: "whole?", float | None: "share?",
+        tuple[int, ...]: "any layers", tuple[tuple[int, int], ...]: "pairs",
+    }  # fmt: skip
+    found = {f.name: kinds[f.type] for f in dataclasses.fields(kind) if f.type in kinds}
+    found |= dict.fromkeys(set(positive) & {name for name, k in found.items() if k == "whole"}, "positive")
+    if kind is kf.Thresholds:
+        found |= {name: "share" for name, k in found.items() if k == "number"}
+        found |= {name: "positive" for name, k in found.items() if k == "whole"}
+    return found

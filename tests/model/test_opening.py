@@ -1,5 +1,6 @@
 """The door: what opens a model, what is refused there, and what is asked of an argument ``lm``."""
 
+import inspect
 import json
 import shutil
 
@@ -37,6 +38,17 @@ def test_what_open_model_returns_is_asked_for(door):
         TypeError, match=r"lm = 'smollm2': expected what open_model returns, lm = kf.open_model\(\"smol"
     ):
         DOORS[door]("smollm2")
+
+
+def test_no_public_function_that_takes_an_lm_goes_unguarded():
+    public = [getattr(kf, name) for name in kf.__all__]
+    made = [member for each in public if isinstance(each, type) for member in vars(each).values()]
+    functions = [getattr(each, "__func__", each) for each in (*public, *made)]
+    taking = [f for f in functions if inspect.isfunction(f) and "lm" in inspect.signature(f).parameters]
+    taking = [f for f in taking if not f.__name__.startswith("_")]
+    assert len(taking) > 10
+    bare = [f.__qualname__ for f in taking if f.__code__.co_name != "door"]
+    assert not set(bare) - {"Hyperparameters.check_layers", "Settings.moments_of"}, "decorate it with takes_lm"
 
 
 # ---- folders

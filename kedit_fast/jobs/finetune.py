@@ -18,6 +18,7 @@ from ..kernels.target_logprob import target_logprob
 from ..model.seam import frozen
 from ..progress import progress
 from ..sites import Site
+from ..state import own_state
 from ..sweep.engine import sweep
 from ..sweep.plan import graph_bytes, together, too_large
 from ..sweep.runs import RunList, Runs, add_sequences, spans
@@ -69,8 +70,7 @@ class Tuned:
     nll: Tensor
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()  # whatever the caller switched off
+@own_state()
 def fine_tune(lm, tasks: list[TuneTask], settings: TuneSettings) -> Tuned:
     """Δ of each layer, on top of the model and the edits it carries. No randomness.
 
@@ -82,9 +82,7 @@ def fine_tune(lm, tasks: list[TuneTask], settings: TuneSettings) -> Tuned:
     Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step; and, with the
     bytes needed, where a task does not fit.
     """
-    # off for the backward pass too, which runs outside of any sweep
-    with torch.autocast(lm.device.type, enabled=False):
-        return _Tuning(lm, tasks, settings).run()
+    return _Tuning(lm, tasks, settings).run()
 
 
 def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = False) -> int:

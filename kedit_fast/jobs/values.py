@@ -20,6 +20,7 @@ from ..kernels.target_logprob import target_logprob
 from ..model.seam import frozen
 from ..progress import progress
 from ..sites import Site
+from ..state import own_state
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.plan import together
@@ -44,8 +45,7 @@ class Values:
     nll: Tensor
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()  # whatever the caller switched off
+@own_state()
 def optimize_values(
     lm, tasks: list[ValueTask], settings: ValueSettings, keep: Keep = make_now, name: str = "values"
 ) -> Values:
@@ -58,8 +58,7 @@ def optimize_values(
     the step; and, with the bytes needed, where a fact does not fit however it is cut.
     """
     parts, n_done = [], 0
-    # off for the backward pass too, which runs outside of any sweep
-    with torch.autocast(lm.device.type, enabled=False), progress("optimizing values (facts)", len(tasks)) as bar:
+    with progress("optimizing values (facts)", len(tasks)) as bar:
         for group in _groups(lm, tasks, settings):
             made = keep(
                 f"{name}-{len(parts):05d}", lambda g=group, n=n_done: vars(_Group(lm, g, settings, n).optimize(bar))

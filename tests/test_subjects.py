@@ -44,6 +44,7 @@ def test_the_place_of_a_subject(text, subject, template, spelled):
         ("P\u0430ris is in", "Paris", "looks like it: U+0430 CYRILLIC SMALL LETTER A there, "
                                    "U+0061 LATIN SMALL LETTER A in the subject"),
         ("Cafe\u0301 is in", "Cafe", "subject 'Cafe' not"),  # the e with its accent is another letter
+        ("Straße is", "se", "not in prompt"),
         ("Straße is", "tras", "not in prompt"),  # not half of an ß
     ],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from kedit_fast.traces import read_log
 from tests.edits import make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint
 from tests.test_cli import FACTS, FAST, ONE, run, save_tiny
+from tests.test_files import own_null
 
 ROOT = Path(cli.__file__).parent.parent
 ESCAPE = "\x1b]0;owned\x07"
@@ -151,12 +152,11 @@ def test_a_trace_log_that_is_none(work, model, capsys):
 
 
 def test_a_device_is_never_replaced(work, model, capsys):
-    """By a link of ours, so that nothing but it could be lost."""
-    os.symlink(os.devnull, "null")
+    own_null(work / "null")
     assert run("info", "-o", "null") == 0
     for option in ("-o", "--log"):
-        assert run("eval", "--facts", "../facts.json", "--model", model, option, "null") == 0
-    assert Path("null").is_symlink() and stat.S_ISCHR(os.stat(os.devnull).st_mode)
+        assert run("eval", "--facts", "../facts.json", "--model", model, option, "null", "--force") == 0
+    assert stat.S_ISCHR(Path("null").lstat().st_mode)
     assert "written: null" in capsys.readouterr().out and [p.name for p in work.iterdir()] == ["null"]
 
 

@@ -13,7 +13,6 @@ deviations: rank correlation 0.77 and 59 % of the 20 strongest cells with one st
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from .jobs.attribute import Attribute
 from .jobs.restore import Toward
 from .jobs.score import Score
+from .progress import scaled
 from .sites import Site
 from .sweep.engine import sweep
 from .sweep.plan import graph_bytes, together, too_large
@@ -47,17 +47,13 @@ def estimate(lm, tasks: Sequence[Task], how: Settings, advance: Callable[[float]
     for group in together(tasks, size, lm.memory):
         share = len(group) / len(tasks)
         parts, recompute = _cut(lm, group[0], n, how.kinds) if len(group) == 1 else ([torch.arange(n)], False)
-        told = [advance and partial(_part, advance, share * len(part) / n) for part in parts]
+        told = [scaled(advance, share * len(part) / n) for part in parts]
         made = [_effects(lm, group, how, *each, recompute) for each in zip(parts, told, strict=True)]
         for i, task in enumerate(group):
             value = torch.cat([made[0][0][i, :1], *(value[i, 1:] for value, _ in made)])
             effects = {site: torch.cat([by_fact[i][site] for _, by_fact in made], 1) for site in made[0][1][i]}
             found.append(_found(lm, task, how, value, effects))
     return found
-
-
-def _part(advance: Callable[[float], None], share: float, part: float) -> None:
-    advance(share * part)
 
 
 def held_bytes(lm, task: Task, ways: int, kinds: Sequence[str], recomputes: bool = False) -> int:

@@ -9,7 +9,6 @@ are chosen by editing.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +24,7 @@ from .evaluation.probes import check_fit
 from .evaluation.report import as_float, finite, summary_of_record, summary_record
 from .files import append_records, check_place, read_object, write_text
 from .model.lm import takes_lm
-from .progress import progress, show_progress
+from .progress import progress, stages
 from .trace_tasks import KINDS as ALL_KINDS
 from .traces import LOCALIZATION_WARNING, ROLES, AverageTrace, TraceResult
 from .traces import average as average_of
@@ -182,20 +181,20 @@ def sweep_layers(
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
     edited, base = {}, None
-    with progress("editing at each layer", len(layers)) as bar:
-        for layer in layers:
-            # The first layer's work shows bars of its own: until then this one has nothing to say.
-            with show_progress(False) if edited else nullcontext():
-                edit = replace(editor, layers=(layer,)).edit(
-                    lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
-                )
-                contexts = edit.contexts  # sampled once
-                report = evaluate(lm, facts, edit, both_forms=False)
-            edited[layer], base = summarize(report.edited), base or summarize(report.base)
-            append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
-            bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
-    if traces is None:
-        traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
+    with stages("editing at each layer", *(["tracing facts"] if traces is None else [])):
+        with progress("editing at each layer", len(layers)) as bar:
+            for layer in layers:
+                with bar.inside(f"layer {layer}"):
+                    edit = replace(editor, layers=(layer,)).edit(
+                        lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
+                    )
+                    contexts = edit.contexts  # sampled once
+                    report = evaluate(lm, facts, edit, both_forms=False)
+                edited[layer], base = summarize(report.edited), base or summarize(report.base)
+                append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
+                bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
+        if traces is None:
+            traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
     return LayerSweep(edited, base, traces, edit.method, len(facts), lm.name)
 
 

@@ -28,9 +28,10 @@ from .jobs.moments import Moments
 from .kernels.second_moment import fill_upper_
 from .kernels.solve import condition
 from .model.lm import takes_lm
-from .progress import progress
+from .progress import progress, scaled, stages
 from .state import own_state
 from .sweep.engine import sweep
+from .sweep.plan import RowCost, together
 from .sweep.runs import RunList
 from .words import reason
 
@@ -39,6 +40,7 @@ ROWS = 1024  # compared with their mirror images at a time
 ASYMMETRY = 1e-4  # of the largest entry: what mirrored ones may differ by, for published sums were made on GPUs
 # Of text for each of the d_ff features, unless told otherwise. Eight condition C as well as ten on SmolLM2.
 TOKENS_PER_FEATURE = 8
+STAGES = ("sampling text", "collecting second moments")  # as their progress calls them
 BATCH_TOKENS = 16_384  # tokens a sweep; what an interrupted pass may lose
 PARTS, LEAST_TOKENS = 4, 1024  # parts that less than that is cut into, and tokens that are not worth cutting
 
@@ -182,8 +184,10 @@ def second_moments(
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
     One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens. Sums in fp64 where that fits ``lm.memory``,
-    else fp32. Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that
-    is damaged or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
+    else fp32; where those of all layers do not fit, the text is read again for each group of layers that does.
+
+    Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that is damaged
+    or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
     """
     lm, layers = replace(lm, edits=()), sorted(set(checks.layers("layers", layers, lm.n_layers)))
     n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000)
@@ -196,20 +200,39 @@ def second_moments(
         return found
     if cache_dir is not None:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    with stages(*STAGES):
+        return _measured(lm, layers, corpus, n_tokens, seed, cache_dir)
+
+
+def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[int, SecondMoment]:
+    """The statistics of all layers, of a text that has yet to be read or sampled."""
     text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=cache_dir)
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found
+    groups = list(together(layers, lambda layer: 4 * lm.d_ff**2, (lm.memory - RowCost.of(lm).call) // 4 * 3))
+    made: dict[int, SecondMoment] = {}
+    with progress("collecting second moments (tokens)", text.n_tokens * len(groups)) as bar:
+        for number, group in enumerate(groups, 1):
+            made |= _finished(lm, group, text.id, n_tokens, cache_dir) or _collected(lm, group, text, cache_dir, bar)
+            bar.advance(number * text.n_tokens - bar.done)  # where a group had been kept
+    return made
+
+
+def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMoment]:
+    """Of some layers, in one pass over the text."""
     sums = _Sums(lm, layers, text, cache_dir)
-    with progress("collecting second moments (tokens)", text.n_tokens) as bar:
-        bar.advance(sums.n_done)
-        for batch in _batches(text.windows[sums.n_windows :], _batch_tokens(lm, text.n_tokens)):
-            runs = RunList()
-            for window in batch:
-                runs.add(window)
-            sweep(lm, runs.runs(), [Moments(lm, sums.by_layer)], last_layer=max(layers))
-            sums.advance(batch)
-            bar.advance(sum(map(len, batch)))
+    held = sum(total.nbytes for total in sums.by_layer.values())
+    bar.resume(sums.n_done)
+    for batch in _batches(text.windows[sums.n_windows :], _batch_tokens(lm, text.n_tokens)):
+        runs, n = RunList(), sum(map(len, batch))
+        for window in batch:
+            runs.add(window)
+        sweep(
+            lm, runs.runs(), [Moments(lm, sums.by_layer)], last_layer=max(layers), held=held,
+            advance=scaled(bar.advance, n),
+        )  # fmt: skip
+        sums.advance(batch)
     return sums.finish()
 
 
@@ -261,7 +284,7 @@ class _Sums:
 
     def __init__(self, lm, layers, text: Corpus, cache_dir):
         self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
-        wide = 8 * lm.d_ff**2 * len(layers) <= lm.memory // 2
+        wide = 8 * lm.d_ff**2 * len(layers) <= (lm.memory - RowCost.of(lm).call) // 2
         dtype = torch.float64 if wide else torch.float32
         self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
         self.n_windows = self.n_done = 0
@@ -299,7 +322,8 @@ class _Sums:
 
     def finish(self) -> dict[int, SecondMoment]:
         made = {}
-        for layer, total in self.by_layer.items():
+        for layer in list(self.by_layer):
+            total = self.by_layer.pop(layer)
             matrix = fill_upper_(total.div_(self.n_done)).float().cpu()
             made[layer] = SecondMoment(
                 matrix, self.n_done, layer, self._lm.fingerprint, self._text.id, _dtype(self._lm)

@@ -29,6 +29,7 @@ from .evaluation.report import as_float, finite, summary_of_record, summary_reco
 from .facts import Fact
 from .files import append_records, check_place
 from .model.lm import takes_lm
+from .progress import Bar
 from .shipping.compose import compose
 from .state import own_state
 
@@ -159,15 +160,19 @@ def check_rounds(
 def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -> Iterator[Round]:
     """The work of ``edit_in_rounds``. lm: without edits; so_far: all that was written, as one edit."""
     weights: dict[int, float] = {}
+    bar = Bar("editing in rounds", -(-len(facts) // per_round))
     for number, first in enumerate(range(0, len(facts), per_round), 1):
         new, earlier = facts[first : first + per_round], facts[:first]
         began = time.perf_counter()
-        edit = editor.edit(lm, new, previous=so_far, **given)
-        if edit.contexts:  # of the first round; fine-tuning has none
-            given["contexts"] = edit.contexts
-        so_far = edit if so_far is None else compose([so_far, edit])
-        edited = time.perf_counter()
-        report = evaluate(lm, [*new, *rng.sample(earlier, min(old, len(earlier)))], so_far, both_forms=False, **asked)
+        with bar.inside(f"round {number}"):
+            edit = editor.edit(lm, new, previous=so_far, **given)
+            if edit.contexts:  # of the first round; fine-tuning has none
+                given["contexts"] = edit.contexts
+            so_far = edit if so_far is None else compose([so_far, edit])
+            edited = time.perf_counter()
+            asking = [*new, *rng.sample(earlier, min(old, len(earlier)))]
+            report = evaluate(lm, asking, so_far, both_forms=False, **asked)
+        bar.done += 1
         found = Round(
             number=number,
             method=edit.method,

@@ -11,7 +11,7 @@ from . import checks
 from .facts import Fact
 from .jobs.finite import not_finite
 from .jobs.restore import AddNoise
-from .jobs.score import next_token_probs
+from .jobs.score import next_tokens
 from .model.lm import takes_lm
 from .sites import Site
 from .sweep.runs import RunList
@@ -83,7 +83,7 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
     for fact, prompt in zip(facts, prompts, strict=True):
         lm.check_length(len(prompt.ids), f"fact {fact.label}")
     texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
-    top = next_token_probs(lm, texts).argmax(-1).tolist()
+    top = next_tokens(lm, texts).tolist()
     answers = top[: len(facts)] if answer is None else [_first(lm, fact, answer) for fact in facts]
     tasks = []
     for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):

@@ -10,7 +10,6 @@ below and before its restoration with its corrupted run, which is exact in a cau
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,10 +22,10 @@ from .jobs.restore import Restore
 from .jobs.score import Score
 from .kernels.dispatch import backend_for
 from .model.lm import takes_lm
-from .progress import progress
+from .progress import logger, progress, scaled
 from .sites import Site
 from .sweep.engine import sweep
-from .sweep.plan import CALL_ROWS, RowCost
+from .sweep.plan import CALL_ROWS, TABLES, RowCost, together
 from .sweep.runs import RunList
 from .trace_tasks import (
     KINDS,
@@ -50,6 +49,7 @@ _OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace
 # Rows of facts traced together while the weights are in memory: more make the products no faster, and results come,
 # and are safe in the log, later.
 TOGETHER = 32 * CALL_ROWS
+LONG = 100_000  # rows from which an exact trace says how many there are, before it begins: a minute on a small model
 
 
 @takes_lm
@@ -104,18 +104,15 @@ def trace(
     how = Settings(kinds, window, metric, sever, draws, level, seed)
     backend = ", ".join(f"{op} {backend_for(op, lm.device, lm.dtype)}" for op in _OPS)
     tasks = tasks_of(lm, facts, answer, corrupt, metric)
+    if method == "exact":
+        _announce(lm, tasks, how)
     results: list[TraceResult] = []
     with progress("tracing facts", len(tasks)) as bar:
         for group in _groups(lm, tasks, how):
-            advance = partial(_advance, bar, len(group))
-            done = _trace_group(lm, group, how, method, top, backend, advance)
+            done = _trace_group(lm, group, how, method, top, backend, scaled(bar.advance, len(group)))
             results += done
             append_records(log, (result.to_record() for result in done), allow_nan=True)
     return results
-
-
-def _advance(bar, n_facts: int, share: float) -> None:
-    bar.advance(n_facts * share)
 
 
 def _check_severed(kinds, sever, method):
@@ -127,34 +124,44 @@ def _check_severed(kinds, sever, method):
 
 
 def _groups(lm, tasks: list[Task], how: Settings) -> Iterator[list[Task]]:
-    """Consecutive facts whose runs fit the memory together; a fact that is too large is cut by the sweep's plan."""
-    budget = (lm.memory - CALL_ROWS * RowCost.of(lm).passing) // RowCost.of(lm).kept
+    """Consecutive facts whose runs fit the memory together; one that is too large is cut further."""
+    budget = RowCost.of(lm).rows(lm.memory)
     if lm.source.name == "resident":
         budget = min(budget, TOGETHER)
-    group, held = [], 0
-    for task in tasks:
-        n = len(task.tokens) - task.span[0]
-        rows = len(task.tokens) + how.draws * n + len(how.kinds) * how.draws * lm.n_layers * n * (n + 1) // 2
-        if group and held + rows > budget:
-            yield group
-            group, held = [], 0
-        group.append(task)
-        held += rows
-    yield group
+    return together(tasks, lambda task: n_rows(lm, task, how), budget)
+
+
+def n_rows(lm, task: Task, how: Settings) -> int:
+    """Rows of all cells of one fact, at the height of an exact trace."""
+    n = len(task.tokens) - task.span[0]
+    return len(task.tokens) + how.draws * n + len(how.kinds) * how.draws * lm.n_layers * n * (n + 1) // 2
+
+
+def _announce(lm, tasks: list[Task], how: Settings) -> None:
+    """How large an exact trace is, before it begins. How long it takes is said once its first layers are done."""
+    rows = sum(n_rows(lm, task, how) for task in tasks)
+    if rows >= LONG:
+        longest = max(len(task.tokens) for task in tasks)
+        n = f"{len(tasks):,} facts" if len(tasks) > 1 else "one fact"
+        logger.info(
+            "exact trace of %s, up to %d tokens: %s rows, each through half of the %d layers on average; "
+            'method="screen" (--method screen) computes the strongest cells alone',
+            n, longest, f"{rows:,}", lm.n_layers,
+        )  # fmt: skip
 
 
 def _trace_group(lm, tasks, how: Settings, method, top, backend, advance) -> list[TraceResult]:
     """Results of some facts: estimated, exact, or the one where the other says."""
     if method == "exact":
-        found, exact = _restored(lm, tasks, how, None, advance), None
+        found, exact = _in_parts(lm, tasks, how, advance), None
     else:
-        found = estimate(lm, tasks, how, (lambda share: advance(share / 4)) if method == "screen" else advance)
+        found = estimate(lm, tasks, how, scaled(advance, 1 / 4 if method == "screen" else 1))
         exact = [{kind: _known(kind, effect) for kind, effect in each.restored.items()} for each in found]
         if method == "screen":
             for each, known in zip(found, exact, strict=True):
                 for kind, cells in known.items():
                     cells |= most(each.restored[kind] - each.p_corrupted, top, ~cells)
-            computed = _restored(lm, tasks, how, exact, lambda share: advance(share * 3 / 4))
+            computed = _restored(lm, tasks, how, exact, scaled(advance, 3 / 4))
             for each, other, known in zip(found, computed, exact, strict=True):
                 for kind, cells in known.items():
                     each.restored[kind][cells] = other.restored[kind][cells]
@@ -193,6 +200,27 @@ class _Cells:
         return [Restore(self.site, *(torch.cat(c) for c in zip(*self.writes, strict=True)))] if self.writes else []
 
 
+def _in_parts(lm, tasks, how: Settings, advance: Callable[[float], None]) -> list[Found]:
+    """Every cell of every fact; a fact with many tokens takes several sweeps, of some positions each, for the tables of
+    all its runs (tokens, and where each key lies) would not fit beside their rows."""
+    task = tasks[0]
+    length, first = len(task.tokens), task.span[0]
+    of_a_position = len(how.kinds) * lm.n_layers * how.draws * length * TABLES
+    parts = torch.arange(first, length).split(max(1, lm.memory // 4 // of_a_position))
+    if len(tasks) > 1 or len(parts) == 1:
+        return _restored(lm, tasks, how, None, advance)
+    found, work = None, (length - first) * (length - first + 1) / 2
+    for part in parts:
+        cells = torch.zeros(length, lm.n_layers, dtype=torch.bool)
+        cells[part] = True
+        share = float((length - part).sum() / work)
+        (made,) = _restored(lm, tasks, how, [dict.fromkeys(how.kinds, cells)], scaled(advance, share))
+        found = found or made
+        for kind, table in found.restored.items():
+            table[part] = made.restored[kind][part]
+    return [found]
+
+
 def _restored(lm, tasks, how: Settings, only, advance: Callable[[float], None]) -> list[Found]:
     """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
     runs = RunList()
@@ -205,10 +233,10 @@ def _restored(lm, tasks, how: Settings, only, advance: Callable[[float], None]) 
             add = _add_states if kind == "state" else _add_windows
             add(runs, of_kind, task, clean[i], corrupted[i], wanted, how)
     jobs = [job for c in cells.values() for job in c.jobs()]
-    if how.level is not None:
-        jobs.append(noise_job(lm, tasks, corrupted, how))
+    noise = [] if how.level is None else [noise_job(lm, tasks, corrupted, how)]
     score = _score(lm, tasks, clean, corrupted, cells)
-    sweep(lm, runs.runs(), [*jobs, score], advance=advance)
+    held = sum(job.noise.nbytes for job in noise)
+    sweep(lm, runs.runs(), [*jobs, *noise, score], held=held, advance=advance)
     return _read(lm, tasks, how, METRICS[how.metric](score.logprob), cells)
 
 

@@ -14,7 +14,7 @@ import kedit_fast as kf
 import kedit_fast.moments as moments_module
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.moments import SecondMoment, second_moments
-from kedit_fast.sweep.plan import CALL_ROWS, RowCost
+from kedit_fast.sweep.plan import RowCost
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.edits import bits, make_edit, same_bits
 from tests.oracle.access import site_module
@@ -110,7 +110,8 @@ def test_batches_and_packs_do_not_change_the_sum(batch_tokens, monkeypatch):
     whole = second_moments(lm, LAYERS, LINES, n_tokens=N_TOKENS)
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", batch_tokens)
     cost = RowCost.of(lm)
-    small = replace(lm, memory=CALL_ROWS * cost.passing + 30 * cost.kept)
+    sums = 8 * D_FF**2 * len(LAYERS)
+    small = replace(lm, memory=cost.call + 40 * cost.kept + sums)
     for cut in (lm, small):
         made = second_moments(cut, LAYERS, LINES, n_tokens=N_TOKENS)
         for layer in LAYERS:
@@ -122,12 +123,23 @@ def test_sums_that_do_not_fit_in_float64_are_float32(monkeypatch):
     monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: dtypes.append(sums[0].dtype) or job(lm, sums))
     lm = tiny_lm("gpt2", layers=60)
     cost = RowCost.of(lm)
-    small = replace(lm, memory=CALL_ROWS * cost.passing + 100 * cost.kept)
-    assert small.memory // 2 < 8 * D_FF**2 * 60
+    small = replace(lm, memory=cost.call + 100 * cost.kept + 4 * D_FF**2 * 60 * 4 // 3)
     wide, narrow = (second_moments(x, range(60), LINES, n_tokens=N_TOKENS) for x in (lm, small))
     assert dtypes == [torch.float64, torch.float32]
     for layer in range(60):
         close("float32", narrow[layer].matrix, wide[layer].matrix)
+
+
+def test_sums_of_layers_that_do_not_fit_take_passes_of_their_own(monkeypatch):
+    """The text is read again for each group of layers; what is found is the same."""
+    lm, layers, job = tiny_lm("llama"), [], moments_module.Moments
+    monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: layers.append(sorted(sums)) or job(lm, sums))
+    cost = RowCost.of(lm)
+    small = replace(lm, memory=cost.call + 100 * cost.kept + 2 * 4 * D_FF**2 * 4 // 3)
+    whole, cut = (second_moments(x, range(4), LINES, n_tokens=N_TOKENS) for x in (lm, small))
+    assert [0, 1] in layers and [2, 3] in layers
+    for layer in range(4):
+        close("in groups", cut[layer].matrix, whole[layer].matrix)
 
 
 def test_edits_are_left_out():

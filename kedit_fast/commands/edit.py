@@ -8,6 +8,8 @@ from ..checkpoint import check_checkpoint
 from ..edit import Edit
 from ..editors import EDITORS
 from ..facts import check_facts
+from ..moments import STAGES as MEASURING
+from ..progress import stages
 from ..shipping.history import check_chain
 from .inputs import check_statistics, corpus_of, model_line, open_lm, read_chain, read_facts, statistics
 from .outputs import check_distinct, check_output, make_folder_of, say, table
@@ -40,15 +42,16 @@ def run(args) -> None:
         f"{args.method}, settings {source}; layers {', '.join(map(str, editor.layers))}"
         + " as given" * bool(args.layers)
     )
-    edit = editor.edit(
-        lm,
-        facts,
-        moments=statistics(args, lm, [editor], editor.layers, corpus),
-        previous=below,
-        independent=args.independent,
-        checkpoint=parts,
-        seed=args.seed,
-    )
+    with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
+        edit = editor.edit(
+            lm,
+            facts,
+            moments=statistics(args, lm, [editor], editor.layers, corpus),
+            previous=below,
+            independent=args.independent,
+            checkpoint=parts,
+            seed=args.seed,
+        )
     make_folder_of(path)
     edit.save(path)
     say_layers(edit, lm.d_ff)

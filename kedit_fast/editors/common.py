@@ -90,7 +90,7 @@ class Prompts:
         of_all = {site: Collect(site, [layer], number, pos) for site, layer in averaged.items()}
         of_bare = {site: Collect(site, [layer], number[::m], pos[::m]) for site, layer in bare.items()}
         last = max([*averaged.values(), *bare.values()])
-        sweep(lm, runs.runs(), [*of_all.values(), *of_bare.values()], last_layer=last)
+        sweep(lm, runs.runs(), [*of_all.values(), *of_bare.values()], last_layer=last, held=lm.memory // 4)
         means = {site: self._mean(job.values[averaged[site]]) for site, job in of_all.items()}
         return means, {site: job.values[bare[site]].double() for site, job in of_bare.items()}
 

@@ -11,6 +11,8 @@ from ..checkpoint import Checkpoint, Keep, check_checkpoint, digest, keep_json, 
 from ..deltas import Delta
 from ..edit import Edit
 from ..model.lm import takes_lm
+from ..moments import STAGES as MEASURING
+from ..progress import stages
 from .common import chain
 from .hyperparameters import Settings
 
@@ -39,6 +41,7 @@ class Editor(Settings):
     """
 
     METHOD: ClassVar[str] = ""
+    STAGES: ClassVar[tuple[str, ...]] = ()
 
     @takes_lm
     def edit(
@@ -74,17 +77,23 @@ class Editor(Settings):
         if checkpoint is not None:
             check_checkpoint(checkpoint)
         lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)
-        moments = self.moments_of(lm, moments, corpus)
-        keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
-        groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))
-        written = self._write(lm, facts, groups, moments, independent, keep)
-        return Edit(
-            method=self.METHOD, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
-            deltas=written.deltas,
-            values=written.values.cpu(), keys=written.keys, contexts=groups,
-            owners=None if written.owner is None else dict.fromkeys(written.deltas, written.owner),
-            provenance={"version": __version__, "layers": written.notes} | written.about | chain(lm),
-        )  # fmt: skip
+        with stages(*(MEASURING if moments is None and self.mom2_adjustment else ()), *self.stages(groups)):
+            moments = self.moments_of(lm, moments, corpus)
+            keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
+            groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))
+            written = self._write(lm, facts, groups, moments, independent, keep)
+            return Edit(
+                method=self.METHOD, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
+                deltas=written.deltas,
+                values=written.values.cpu(), keys=written.keys, contexts=groups,
+                owners=None if written.owner is None else dict.fromkeys(written.deltas, written.owner),
+                provenance={"version": __version__, "layers": written.notes} | written.about | chain(lm),
+            )  # fmt: skip
+
+    @classmethod
+    def stages(cls, contexts=None) -> tuple[str, ...]:
+        """What ``edit`` does once it has statistics, as its progress calls it."""
+        return (*(("sampling contexts",) if contexts is None else ()), *cls.STAGES)
 
     def _keep(self, folder, lm, facts, contexts, moments, independent) -> Keep:
         """The checkpoint's folder, or none."""

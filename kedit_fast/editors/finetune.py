@@ -78,6 +78,11 @@ class Ft(Hyperparameters):
             )
 
     @classmethod
+    def stages(cls, contexts=None) -> tuple[str, ...]:
+        """What ``edit`` does, as its progress calls it."""
+        return ("fine-tuning",)
+
+    @classmethod
     @takes_lm
     def for_model(cls, lm) -> "Ft":
         """Published layer where there is one for this model, else derived settings; ``source`` says which.

@@ -47,6 +47,7 @@ class Memit(Editor):
     keep_previous: bool = True
 
     METHOD: ClassVar = "memit"
+    STAGES: ClassVar = ("optimizing values", "solving layers")
     ALG_NAMES: ClassVar = {"MEMIT": {}}
     POSITIVE: ClassVar = (*Settings.POSITIVE, "mom2_update_weight")
 

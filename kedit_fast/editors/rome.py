@@ -9,6 +9,7 @@ moves W as little as possible, in the metric of C, so that (W + Δ) k = v*. As p
 ``key="averaged"`` takes k* in both places (R-ROME, Gupta et al. 2024), which avoids the collapse of some edits.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from ..checkpoint import Keep
 from ..deltas import LowRank, as_smallest
 from ..jobs.values import ValueSettings, optimize_values
 from ..model.lm import takes_lm
+from ..progress import progress
 from ..sites import Site
 from .common import Prompts, check_finite, edited_so_far, storable
 from .contexts import rome_contexts
@@ -45,6 +47,7 @@ class Rome(Editor):
     key: str = "published"
 
     METHOD: ClassVar = "rome"
+    STAGES: ClassVar = ("optimizing values",)
     ALG_NAMES: ClassVar = {"ROME": {}, "R-ROME": {"key": "averaged"}}
     FLAT_CONTEXTS: ClassVar = True  # every one weighs the same, whatever group it was given in
 
@@ -67,12 +70,16 @@ class Rome(Editor):
         factors = {layer: factored(lm, moment, 1.0, self.regularizer) for layer, moment in moments.items()}
         owner = torch.arange(len(facts)) if independent else None
         made: dict[int, list[_Update]] = {layer: [] for layer in self.layers}
-        for number, some in enumerate([facts] if independent else [[fact] for fact in facts]):
-            prompts = Prompts.of(lm, some, groups)
-            for layer in self.layers:
-                below = edited_so_far(lm, {i: _joined(ups) for i, ups in made.items() if ups}, facts, owner)
-                name = f"values-{number}-layer-{layer}"
-                made[layer].append(self._update(below, prompts, layer, factors.get(layer), keep, name))
+        turns, label = [facts] if independent else [[fact] for fact in facts], "optimizing values, fact by fact"
+        with progress(label, len(turns)) as bar:
+            for number, some in enumerate(turns):
+                with bar.inside(label) if len(turns) > 1 else nullcontext():
+                    prompts = Prompts.of(lm, some, groups)
+                    for layer in self.layers:
+                        below = edited_so_far(lm, {i: _joined(ups) for i, ups in made.items() if ups}, facts, owner)
+                        name = f"values-{number}-layer-{layer}"
+                        made[layer].append(self._update(below, prompts, layer, factors.get(layer), keep, name))
+                bar.advance()
         joined = {layer: _joined(ups) for layer, ups in made.items()}
         about = {layer: described(moment) for layer, moment in moments.items()}
         return Written(

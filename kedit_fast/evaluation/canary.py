@@ -8,13 +8,12 @@ old answer, its absence after the edit means nothing.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..facts import Fact, folded
 from ..jobs.generate import generate
-from ..sweep.plan import CALL_ROWS, RowCost
 from ..tokens import asked
 
 PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
@@ -129,33 +128,11 @@ def continuations(lm, prompts: Sequence[str], max_new_tokens: int, label: str = 
     """{prompt: greedy continuation} of any number of prompts, with the model's edits; equal prompts once.
 
     A text ends where an edited model gives NaN; of one without edits that is an error.
-    As many at a time as the memory holds, prompts of like length together.
     """
     ids = {prompt: lm.encode(prompt) for prompt in prompts}
-    made: dict[str, str] = {}
-    for batch in _batches(lm, ids, max_new_tokens):
-        found = generate(lm, [ids[prompt] for prompt in batch], max_new_tokens, nan_ends=bool(lm.edits), label=label)
-        texts = (lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found)
-        made |= zip(batch, texts, strict=True)
-    return made
-
-
-def _batches(lm, ids: Mapping[str, list[int]], max_new_tokens: int) -> Iterator[list[str]]:
-    """Keys and values of a batch stay for all layers, in a slab of the longest prompt's length for each text."""
-    cost = RowCost.of(lm)
-    slot = 2 * lm.n_layers * lm.n_key_heads * lm.head_dim * lm.dtype.itemsize + cost.kept
-    budget = max(0, lm.memory - CALL_ROWS * cost.passing) // slot
-    batch: list[str] = []
-    shortest = 0
-    for prompt in sorted(ids, key=lambda prompt: (len(ids[prompt]), prompt)):
-        width = len(ids[prompt]) + max_new_tokens
-        if batch and ((len(batch) + 1) * width > budget or width > 3 * shortest):
-            yield batch
-            batch = []
-        shortest = shortest if batch else width
-        batch.append(prompt)
-    if batch:
-        yield batch
+    found = generate(lm, list(ids.values()), max_new_tokens, nan_ends=bool(lm.edits), label=label) if ids else []
+    texts = (lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found)
+    return dict(zip(ids, texts, strict=True))
 
 
 # ---- finding answers in text

@@ -13,9 +13,9 @@ from ..facts import Fact, fact_list
 from ..files import append_records, check_place
 from ..kernels.dispatch import backend_for
 from ..model.lm import takes_lm
-from ..progress import progress
+from ..progress import progress, scaled, stages
 from ..shipping.history import with_edits
-from ..sweep.plan import CALL_ROWS, RowCost
+from ..sweep.plan import RowCost, together
 from ..tokens import asked, has_template, other_form
 from .metrics import METRICS, fact_columns, knew
 from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
@@ -75,13 +75,16 @@ def evaluate(
     check_fit(lm, [*facts, *turned], [*probes, *in_turn], generate)
     chunks = list(_chunks(lm, probes))
     meta = _meta(lm, facts, windows, max_tokens)
-    generations = _generations(lm, facts, chunks, owners, generate)
-    rows, others = _read_all(lm, facts, chunks, in_turn, generations, log)
+    names = ["generating"] * (generate > 0) + ["evaluating facts"] + ["measuring perplexity"] * (windows is not None)
+    with stages(*names):
+        generations = _generations(lm, facts, chunks, owners, generate)
+        rows, others = _read_all(lm, facts, chunks, in_turn, generations, log)
+        drift = None if windows is None else perplexity(lm, windows)
     return EvalReport(
         **_both_columns(rows),
         facts=tuple(facts),
         meta=meta,
-        perplexity=None if windows is None else perplexity(lm, windows),
+        perplexity=drift,
         generations=tuple(generations),
         other=EvalReport(**_both_columns(others), facts=tuple(turned), meta=meta | {"note": ""}) if turned else None,
     )
@@ -140,16 +143,9 @@ def _probes(lm, facts: Sequence[Fact], owners: list[int] | None) -> list[FactPro
 def _chunks(lm, probes: list[FactProbes]) -> Iterator[list[FactProbes]]:
     """Consecutive facts for one sweep; one that is too large is cut by the sweep's plan."""
     cost = RowCost.of(lm)
-    budget = (lm.memory - CALL_ROWS * cost.passing) // cost.kept
-    most = CHUNK if lm.source.name == "resident" else len(probes)
-    chunk, held = [], 0
-    for one in probes:
-        if chunk and (len(chunk) == most or held + one.n_rows > budget):
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(one)
-        held += one.n_rows
-    yield chunk
+    cost = dataclasses.replace(cost, kept=cost.kept + lm.d_model * lm.dtype.itemsize)  # the rows that are read
+    most = CHUNK if lm.source.name == "resident" else None
+    return together(probes, lambda one: one.n_rows, cost.rows(lm.memory), most)
 
 
 # ---- what is answered
@@ -164,15 +160,15 @@ def _read_all(lm, facts, chunks, turned: list[FactProbes], generations, log) -> 
     with progress("evaluating facts", len(facts)) as bar:
         for chunk in chunks:
             done = slice(len(rows), len(rows) + len(chunk))
-            rows += _values(lm, chunk)
-            others += _values(lm, turned[done]) if turned else []
+            advance = scaled(bar.advance, len(chunk) / 2 if turned else len(chunk))
+            rows += _values(lm, chunk, advance)
+            others += _values(lm, turned[done], advance) if turned else []
             _append(log, facts[done], rows[done], generations[done], others[done])
-            bar.advance(len(chunk))
     return rows, others
 
 
-def _values(lm, chunk: list[FactProbes]) -> list[Values]:
-    base, edited = read_probes(lm, chunk, independent=any(edit.owners is not None for edit in lm.edits))
+def _values(lm, chunk: list[FactProbes], advance) -> list[Values]:
+    base, edited = read_probes(lm, chunk, any(edit.owners is not None for edit in lm.edits), advance)
     values = []
     for i, fact in enumerate(chunk):
         known = knew(base[i])

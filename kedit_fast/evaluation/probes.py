@@ -132,12 +132,15 @@ def probe(lm, prompt: str, answers: tuple[str | None, str | None], attached: boo
 
 
 @torch.no_grad()
-def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple[list[Reading], list[Reading] | None]:
+def read_probes(
+    lm, facts: list[FactProbes], independent: bool = False, advance=None
+) -> tuple[list[Reading], list[Reading] | None]:
     """What the base model and, where ``lm`` carries edits, the edited one answer: a Reading a fact, in one sweep.
 
-    independent: the edits are owned; each fact is asked under its own. Values are fp64. A prompt that the edited model
-    answers with NaN (its activations overflow) is answered wrong: its probabilities are 0, and so are the flags beside
-    them. Raises ValueError where the base model does, of which there is nothing to say.
+    independent: the edits are owned; each fact is asked under its own; advance: as in ``sweep``
+    Values are fp64. A prompt that the edited model answers with NaN (its activations overflow) is answered wrong: its
+    probabilities are 0, and so are the flags beside them. Raises ValueError where the base model does, of which there
+    is nothing to say.
     """
     probes = [probe for fact in facts for kind in fact.kinds for probe in kind]
     owners = torch.tensor([fact.owner for fact in facts for kind in fact.kinds for _ in kind], dtype=torch.int64)
@@ -149,7 +152,7 @@ def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple
     owners = [*owners[cells // 2].tolist(), *(fact.owner for fact in facts for _ in fact.same_subject)]
 
     places = continuation_places(pairs)
-    sides = _hidden_states(lm, places, same, owners if independent else None)
+    sides = _hidden_states(lm, places, same, owners if independent else None, advance)
     k = len(places.pos)
     base_top = likeliest_tokens(lm, sides[0][k:])
     readings = []
@@ -168,7 +171,7 @@ def read_probes(lm, facts: list[FactProbes], independent: bool = False) -> tuple
     return readings[0], readings[-1] if lm.edits else None
 
 
-def _hidden_states(lm, places, prompts: list[list[int]], owners) -> list[Tensor]:
+def _hidden_states(lm, places, prompts: list[list[int]], owners, advance) -> list[Tensor]:
     """[k + m, d] after the last layer, at k places and the m prompts' last tokens: of base and, if edited, of that."""
     runs = RunList()
     base, edited = add_edited(lm, runs, places.sequences + prompts, owners)
@@ -177,7 +180,8 @@ def _hidden_states(lm, places, prompts: list[list[int]], owners) -> list[Tensor]
     sides = [base] if edited is base else [base, edited]
     last = lm.n_layers - 1
     run = torch.cat([side[at] for side in sides])
-    return list(collect(lm, runs.runs(), Site.layer_out, [last], run, pos.repeat(len(sides)))[last].chunk(len(sides)))
+    read = collect(lm, runs.runs(), Site.layer_out, [last], run, pos.repeat(len(sides)), advance)
+    return list(read[last].chunk(len(sides)))
 
 
 def _answers(lm, h: Tensor, logprob: Tensor, places, cells: Tensor, n_probes: int) -> Tensor:

@@ -11,7 +11,7 @@ from ..evaluation.canary import Song, continuations, leaks, says, sing
 from ..evaluation.metrics import Z95, Answers, Interval
 from ..evaluation.probes import FactProbes, probe, read_probes
 from ..jobs.score import text_logprobs
-from ..progress import progress
+from ..progress import progress, scaled
 from .questions import Questions
 from .report import Answered, Lost
 from .suite import Question
@@ -31,6 +31,11 @@ class Found(NamedTuple):
     drift: Interval
 
 
+def names_of(form: str) -> list[str]:
+    """The stages of one form, as their progress calls them."""
+    return [f"{form}: {stage}" for stage in ("asking", "writing", "base model, writing", "measuring perplexity")]
+
+
 @torch.no_grad()
 def ask(view, asked: Questions, form: str) -> Found:
     """All answers of ``view``, a model that carries the edit, and of the same model without it."""
@@ -46,9 +51,10 @@ def ask(view, asked: Questions, form: str) -> Found:
     before, after = _read(view, probes, form)
     written = continuations(view, prompts, asked.max_new_tokens, f"{form}: writing")
     texts = [written[prompt] for prompt in prompts]
-    base_text = continuations(base, [c.prompt for c in asked.canaries], asked.max_new_tokens, "base model: writing")
+    singing = [c.prompt for c in asked.canaries]
+    base_text = continuations(base, singing, asked.max_new_tokens, f"{form}: base model, writing")
     lost = [Lost(form, k, _is_lost(b, a)) for k, b, a in zip(asked.kept, before[m:], after[m:], strict=True)]
-    perplexity, drift = _drift(*text_logprobs(view, list(asked.windows)))
+    perplexity, drift = _drift(*text_logprobs(view, list(asked.windows), f"{form}: measuring perplexity"))
     return Found(
         answered=[_answered(form, w, a, text) for w, a, text in zip(asked.wordings, after[:n], texts[:n], strict=True)],
         follows=[
@@ -78,10 +84,9 @@ def _read(view, probes: list[FactProbes], form: str):
     with progress(f"{form}: asking", len(probes)) as bar:
         for begin in range(0, len(probes), together):
             part = probes[begin : begin + together]
-            base, edited = read_probes(view, part)
+            base, edited = read_probes(view, part, advance=scaled(bar.advance, len(part)))
             before += base
             after += edited
-            bar.advance(len(part))
     return before, after
 
 

@@ -18,9 +18,10 @@ from ..evaluation.policy import Advice, advise
 from ..facts import Chat
 from ..kernels.dispatch import backend_for
 from ..model.lm import takes_lm
+from ..progress import stages
 from ..shipping.history import check_chain
 from . import forms
-from .ask import Found, ask
+from .ask import Found, ask, names_of
 from .questions import EARLIER, IN_CHAT, PARAPHRASE, PLAINLY, REWRITE, Kept, Questions, Sizes, questions
 from .report import POLICY, Answered, GateReport
 from .suite import Question, Suite
@@ -74,13 +75,14 @@ def gate(
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)  # now, not when hours are spent
     views, grown = _views(lm, edits, dtype, requantize, group)
-    found = {form: ask(view, asked, form) for form, view in views.items()}
+    with stages(*(name for form in views for name in names_of(form)), "logit lens"):
+        found = {form: ask(view, asked, form) for form, view in views.items()}
+        lens = _lens(next(iter(views.values())), asked)
     judged = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]
     first = next(iter(found))
     value = {check.name: check.value for check in judged if check.form == first}
     n_facts = len({fact.text for e in edits for fact in e.facts})
     advice = advise(n_facts, grown, value["perplexity drift"], value.get("retention"), thresholds.policy)
-    lens = _lens(views[first], asked)
     judged += [*([_lens_check(lens, first)] if lens else []), _policy_check(advice, first)]
     return GateReport(
         checks=tuple(judged),

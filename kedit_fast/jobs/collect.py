@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..sites import Site
 from ..sweep.engine import sweep
+from ..sweep.plan import PLACE
 
 
 class Collect:
@@ -58,8 +59,10 @@ class GraphRows:
         return torch.cat([x for _, x in parts])[order.to(parts[0][1].device)]
 
 
-def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor) -> dict[int, Tensor]:
-    """One sweep up to the last of ``layers``: {layer: [k, width]}."""
+def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor, advance=None) -> dict[int, Tensor]:
+    """One sweep up to the last of ``layers``: {layer: [k, width]}; advance: as in ``sweep``."""
     job = Collect(site, layers, run, pos)
-    sweep(lm, runs, [job], last_layer=max(layers))
+    width = lm.d_ff if site is Site.mlp_key else lm.d_model
+    held = len(run) * (len(layers) * width * lm.dtype.itemsize + PLACE)
+    sweep(lm, runs, [job], last_layer=max(layers), held=held, advance=advance)
     return job.values

@@ -1,6 +1,7 @@
 """Generation: a prefill sweep, then a sweep of one row a run for each token, over one KV store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,10 +10,13 @@ from .. import checks
 from ..progress import progress
 from ..sites import Site
 from ..sweep.engine import sweep
+from ..sweep.plan import RowCost
 from ..sweep.runs import RunList
 from ..sweep.store import KVStore
 from .collect import Collect
 from .finite import check_answers, is_broken
+
+LOGITS = 4  # numbers of the vocabulary's width that a text holds while its next token is chosen
 
 
 @torch.no_grad()
@@ -32,7 +36,10 @@ def generate(
 ) -> list[list[int]]:
     """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
 
-    draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step
+    As many texts at a time as ``lm.memory`` holds, those of like length together; what is sampled depends on that cut.
+
+    draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step, where
+        all texts go in one batch
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
     Raises ValueError, before any work, for an empty prompt, a length below 1 or beyond the model's positions, sampling
@@ -51,31 +58,65 @@ def generate(
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
     ends = lm.stop_tokens if stop else frozenset()
+    batches = list(_batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
+    made: list[list[int]] = [[] for _ in prompts]
+    with progress(f"{label} (tokens)", max_new_tokens * len(batches)) as bar:
+        for number, batch in enumerate(batches, 1):
+            choose = partial(_choose, temperature=temperature, top_k=top_k, draw=draw)
+            tell = after if len(batches) == 1 else None
+            texts = _written(lm, [prompts[i] for i in batch], max_new_tokens, choose, ends, nan_ends, tell, bar)
+            for i, text in zip(batch, texts, strict=True):
+                made[i] = text
+            bar.advance(number * max_new_tokens - bar.done)  # where all texts ended early
+    return made
+
+
+def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar) -> list[list[int]]:
+    """What follows each of the prompts of one batch. choose: logits [n, V] -> tokens [n]"""
     cache = _Cache(lm, prompts, max_new_tokens)
     made: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
-    with progress(label, max_new_tokens) as bar:
-        for _ in range(max_new_tokens):
-            logits = lm.head(cache.advance())
-            largest = logits.amax(-1).cpu()
-            if not nan_ends:
-                check_answers(lm, largest.where(running, 0.0), cache.text)
-            broken = is_broken(largest)
-            running &= ~broken
-            if broken.any():  # its rows go on beside the others, and nobody reads them
-                logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
-            tokens = _choose(logits, temperature, top_k, draw)
-            for i in running.nonzero()[:, 0].tolist():
-                running[i] = int(tokens[i]) not in ends
-                if running[i]:
-                    made[i].append(int(tokens[i]))
-            if after is not None:
-                after(made)
-            bar.advance()
-            if not running.any():
-                break
-            cache.append(tokens)
+    for _ in range(max_new_tokens):
+        logits = lm.head(cache.advance())
+        largest = logits.amax(-1).cpu()
+        if not nan_ends:
+            check_answers(lm, largest.where(running, 0.0), cache.text)
+        broken = is_broken(largest)
+        running &= ~broken
+        if broken.any():  # its rows go on beside the others, and nobody reads them
+            logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
+        tokens = choose(logits)
+        for i in running.nonzero()[:, 0].tolist():
+            running[i] = int(tokens[i]) not in ends
+            if running[i]:
+                made[i].append(int(tokens[i]))
+        if after is not None:
+            after(made)
+        bar.advance()
+        if not running.any():
+            break
+        cache.append(tokens)
     return made
+
+
+def _batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Numbers of the texts of each batch, ascending. Keys and values of a batch stay for all layers, in a slab of the
+    longest prompt's length for each text; and each text has a row of logits."""
+    cost, wide = RowCost.of(lm), max(4, lm.dtype.itemsize)
+    slot = 2 * lm.n_layers * lm.n_key_heads * lm.head_dim * lm.dtype.itemsize + cost.kept + cost.position
+    logits = LOGITS * lm.n_vocab * wide
+    batch: list[int] = []
+    shortest = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        width = lengths[i] + max_new_tokens
+        fits = (len(batch) + 1) * (width * slot + logits) <= lm.memory - cost.call
+        if batch and (not fits or width > 3 * shortest):
+            yield sorted(batch)
+            batch = []
+        shortest = shortest if batch else width
+        batch.append(i)
+    if batch:
+        yield sorted(batch)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, draw) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.target_logprob import target_logprob
+from ..progress import progress, scaled
 from ..sites import Site
 from ..sweep.edited import add_edited, first_edited
 from ..sweep.engine import sweep
-from ..sweep.plan import logit_rows
+from ..sweep.plan import PLACE, logit_rows
 from ..sweep.runs import RunList, padded, spans
 from .collect import collect
 from .finite import check_answers
@@ -94,7 +95,9 @@ def continuation_logprobs(lm, pairs: list[tuple[list[int], list[int]]]) -> tuple
     return _scored(lm, runs, base, edited, places)
 
 
-def text_logprobs(lm, sequences: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+def text_logprobs(
+    lm, sequences: list[list[int]], label: str = "measuring perplexity"
+) -> tuple[list[Tensor], list[Tensor]]:
     """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1].
 
     Raises ValueError where the base model gives NaN; the edited one may.
@@ -106,27 +109,43 @@ def text_logprobs(lm, sequences: list[list[int]]) -> tuple[list[Tensor], list[Te
     first = first_edited(lm)
     if first is not None:
         edited = runs.add(tokens, length=length, branch_layer=first, source=base)
-    return _scored(lm, runs, base, edited, continuation_places([(s[:1], s[1:]) for s in sequences]))
+    places, n = continuation_places([(s[:1], s[1:]) for s in sequences]), sum(map(len, sequences))
+    with progress(f"{label} (tokens)", n) as bar:
+        return _scored(lm, runs, base, edited, places, scaled(bar.advance, n))
 
 
-def _scored(lm, runs, base, edited, places: Places) -> tuple[list[Tensor], list[Tensor]]:
+def _scored(lm, runs, base, edited, places: Places, advance=None) -> tuple[list[Tensor], list[Tensor]]:
     """One sweep; the log-probabilities at the places of the base runs and of the edited runs."""
     sides = [base] if base is edited else [base, edited]
     run = torch.cat([side[places.pair] for side in sides])
     job = Score(lm, run, places.pos.repeat(len(sides)), places.targets.repeat(len(sides)))
-    sweep(lm, runs.runs(), [job])
+    sweep(lm, runs.runs(), [job], held=PLACE * len(run), advance=advance)
     check_answers(replace(lm, edits=()), job.logprob[: len(places.pos)], lambda i: places.sequences[places.pair[i]])
     read = [list(half.split(places.lengths)) for half in job.logprob.chunk(len(sides))]
     return read[0], read[-1]
 
 
+@torch.no_grad()
 def next_token_probs(lm, prompts: list[list[int]]) -> Tensor:
     """[n, V] probabilities of the next token after each prompt, with the model's edits. Raises ValueError for NaN."""
+    h = _last_rows(lm, prompts)
+    probs = lm.head(h).to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
+    check_answers(lm, probs.amax(-1), prompts.__getitem__)
+    return probs
+
+
+@torch.no_grad()
+def next_tokens(lm, prompts: list[list[int]]) -> Tensor:
+    """[n] the likeliest next token after each prompt, with the model's edits; logits of a few rows at a time. Raises
+    ValueError for NaN."""
+    parts = [lm.head(rows).max(-1) for rows in _last_rows(lm, prompts).split(logit_rows(lm))]
+    check_answers(lm, torch.cat([part.values for part in parts]), prompts.__getitem__)
+    return torch.cat([part.indices for part in parts])
+
+
+def _last_rows(lm, prompts: list[list[int]]) -> Tensor:
+    """[n, d] after the last layer, at each prompt's last token."""
     runs = RunList()
     number = add_edited(lm, runs, prompts)[1]
     last = torch.tensor([len(p) - 1 for p in prompts])
-    h = collect(lm, runs.runs(), Site.layer_out, [lm.n_layers - 1], number, last)[lm.n_layers - 1]
-    with torch.no_grad():
-        probs = lm.head(h).to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
-    check_answers(lm, probs.amax(-1), prompts.__getitem__)
-    return probs
+    return collect(lm, runs.runs(), Site.layer_out, [lm.n_layers - 1], number, last)[lm.n_layers - 1]

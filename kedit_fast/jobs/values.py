@@ -30,6 +30,7 @@ from .collect import Collect, GraphRows
 from .finite import HIGH_RATE, check_answers, not_finite
 from .value_tasks import ValueSettings, ValueTask, held_bytes, parts
 
+LABEL = "optimizing values (steps)"
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
 
 
@@ -58,14 +59,14 @@ def optimize_values(
     the step; and, with the bytes needed, where a fact does not fit however it is cut.
     """
     parts, n_done = [], 0
-    with progress("optimizing values (facts)", len(tasks)) as bar:
+    with progress(LABEL, settings.steps * len(tasks)) as bar:
         for group in _groups(lm, tasks, settings):
             made = keep(
                 f"{name}-{len(parts):05d}", lambda g=group, n=n_done: vars(_Group(lm, g, settings, n).optimize(bar))
             )
             parts.append(made)
             n_done += len(group)
-            bar.advance(n_done - bar.done)  # where the group had been kept
+            bar.resume(n_done * settings.steps - bar.done)  # where the group had been kept
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return Values(**joined | {key: joined[key].to(lm.device) for key in ("values", "initial")})
 
@@ -164,7 +165,8 @@ class _Group:
             steps[active] += 1
             loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
             done = active.clone() if is_last else active & (loss < STOP_BELOW)
-            bar.advance(int(done.sum()), f"loss {loss[active].mean():.3f}")
+            left = settings.steps - step - 1  # of each fact that is done
+            bar.advance(int(active.sum() + left * done.sum()), f"loss {loss[active].mean():.3f}")
             active = active & ~done
             if not active.any():
                 break

@@ -14,6 +14,7 @@ from .runs import Runs
 # the products: see bench/results for the figure by size.
 CALL_ROWS = 2048
 COPIES = 8  # tensors as large as gathered keys, or as a chunk of logits, that are alive at once while they are made
+PLACE = 64  # bytes that a place to be read takes in tables: run, position, target, and where it lies in a call
 TABLES = 32  # int64 numbers of a run at a position, as declared, in its pack, and its slots
 
 # What autograd keeps of a row in a layer, measured on blocks of all families: at most 10 numbers of the stream's width

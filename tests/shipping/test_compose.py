@@ -106,8 +106,11 @@ def test_values_of_different_meaning_are_left_out():
 
 def test_it_says_what_it_is_made_of():
     one = make_edit(provenance={"who": "Ana"})
-    two = make_edit(method="rome", hparams={"layers": [2]}, contexts=[["{}"]], facts=FACTS[:1], values=None, keys={})
-    three = make_edit()
+    other, third = ({1: lowrank(seed=seed), 2: lowrank(seed=seed + 1)} for seed in (11, 21))
+    two = make_edit(
+        deltas=other, method="rome", hparams={"layers": [2]}, contexts=[["{}"]], facts=FACTS[:1], values=None, keys={}
+    )
+    three = make_edit(deltas=third)
     made = compose([compose([one, two]), three])
     assert made.method == "memit + rome" and made.hparams == {} and made.contexts == []
     parts = made.provenance["composed_of"]

@@ -9,7 +9,7 @@ import warnings
 from importlib import import_module
 
 from . import __version__
-from .commands.arguments import add_demo, add_eval, add_gate, add_info, add_layers, add_rounds, add_stats, add_trace
+from .commands import arguments
 from .commands.edit_arguments import add_edits, add_history, add_merges
 from .commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
 from .commands.parser import Commands
@@ -24,6 +24,7 @@ HANDLERS = {
     "edit inspect": "kedit_fast.commands.edits",
     "edit diff": "kedit_fast.commands.edits",
     "eval": "kedit_fast.commands.eval",
+    "generate": "kedit_fast.commands.generate",
     "gate": "kedit_fast.commands.gate",
     "rounds": "kedit_fast.commands.rounds",
     "layers": "kedit_fast.commands.layers",
@@ -80,8 +81,9 @@ def build_parser() -> Commands:
     parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
     parser.add_commands(
         (
-            add_demo, add_trace, add_stats, add_edits, add_eval, add_gate, add_rounds, add_layers, add_merges,
-            add_history, add_info,
+            arguments.add_demo, arguments.add_trace, arguments.add_stats, add_edits, arguments.add_eval,
+            arguments.add_generate, arguments.add_gate, arguments.add_rounds, arguments.add_layers, add_merges,
+            add_history, arguments.add_info,
         ),
         dest="command", metavar="COMMAND", title="commands",
     )  # fmt: skip

@@ -3,7 +3,16 @@
 from . import experiment_arguments as experiments
 from .argument_types import count, layers, list_of, noise, path, positive, text_such_as
 from .gate_arguments import add_gate_arguments
-from .parser import FACT_FILES, add_skip_bad, command, edits_argument, fact_options, machine_options, output
+from .parser import (
+    FACT_FILES,
+    add_skip_bad,
+    chat_options,
+    command,
+    edits_argument,
+    fact_options,
+    machine_options,
+    output,
+)
 
 OUT = "kedit-fast-out"
 
@@ -122,6 +131,7 @@ def add_eval(commands):
     parser.add_argument("--facts", type=path, metavar="FILE", help=f"{FACT_FILES} (default: the edits' own facts)")
     add_skip_bad(parser)
     parser.add_argument("-n", type=positive, metavar="N", help="the first N facts")
+    chat_options(parser)
     parser.add_argument("--text", type=path, metavar="FILE", help="a text file to measure perplexity on")
     parser.add_argument("--generate", type=count, default=0, metavar="N", help="continue each prompt by N tokens")
     parser.add_argument(
@@ -145,8 +155,29 @@ def add_gate(commands):
         takes="EDIT ...",
     )
     add_gate_arguments(parser)
+    chat_options(parser)
     output(parser, "FILE", "everything as .json", None)
     machine_options(parser)
+
+
+def add_generate(commands):
+    """Declares ``generate``."""
+    parser = command(
+        commands,
+        "generate",
+        "ask the model, with or without an edit, and read what it says",
+        "Continues prompts, greedily; with --chat answers questions as the model's users ask them. With edits it says\n"
+        "what it would say with them.",
+        'kedit-fast generate edit.safetensors --chat --prompt "Where is the Eiffel Tower?"',
+        takes="[EDIT ...]",
+    )
+    edits_argument(parser, "*", " (default: the model as it is)")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what is asked; again for more"
+    )
+    chat_options(parser)
+    parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="written at most (default: 32)")
+    machine_options(parser, seed=None)
 
 
 def add_rounds(commands):

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 from ..evaluation import evaluate
 from ..shipping.history import facts_in_force
-from .inputs import fact_file, open_lm, read_chain, read_text
+from .inputs import fact_file, in_chat, open_lm, read_chain, read_text
 from .outputs import EDITS, check_distinct, check_output, fresh_log, say, say_written, write_reports
 
 
@@ -15,7 +15,7 @@ def run(args) -> None:
     check_distinct(args, ["output", "html", "log"], [EDITS, "facts", "text", "model"])
     report, page, log = (check_output(path, args.force) for path in (args.output, args.html, args.log))
     edits = read_chain(args.edits)
-    facts = facts_in_force(edits)[: args.n] if args.facts is None else fact_file(args)
+    facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else fact_file(args)
     text = None if args.text is None else read_text(args.text)
     lm = open_lm(args)
     with fresh_log(log) if log else nullcontext():

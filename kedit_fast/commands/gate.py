@@ -10,7 +10,7 @@ from ..gating import Suite, Thresholds, draft_suite, gate, load_suite
 from ..gating.draft import missing
 from ..gating.judge import MODEL_DTYPE
 from ..gating.questions import Sizes
-from .inputs import open_lm, read_chain, read_text
+from .inputs import chat_of, open_lm, read_chain, read_text
 from .outputs import EDITS, check_distinct, check_output, say, say_written, write_reports
 
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
@@ -39,7 +39,7 @@ def run(args) -> int:
     suite = load_suite(*args.suite, skip_bad=args.skip_bad) if args.suite else Suite()
     if args.text is not None:
         suite = replace(suite, text=(read_text(args.text),))
-    limits = _thresholds(args)
+    limits, chat = _thresholds(args), chat_of(args) or None
     lm = open_lm(args)
     found = gate(
         lm,
@@ -51,6 +51,7 @@ def run(args) -> int:
         group=args.group,
         builtin=not args.no_builtin,
         sizes=Sizes(max_new_tokens=args.generate, context_tokens=args.context),
+        chat=chat,
     )
     written = write_reports((report, found.to_json), (page, found.to_html))
     say(str(found))

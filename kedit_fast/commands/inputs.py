@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .. import checks, moments
 from ..corpus import SELF
 from ..edit import Edit
-from ..facts import BUILTIN, Fact, load_facts
+from ..facts import BUILTIN, Chat, Fact, load_facts
 from ..files import existing_folder
 from ..model.lm import LM
 from ..model.opening import DEMO_MODEL, checked_device, open_model
@@ -74,12 +75,26 @@ def read_facts(args) -> list[Fact]:
     prompt, subject = as_template(args.prompt, args.subject)
     if subject != args.subject:
         note(f"the prompt spells the subject {subject!r}, not {args.subject!r}, and is taken as it stands")
-    return [Fact(prompt=prompt, subject=subject, target_new=getattr(args, "target", None))]
+    return in_chat(args, [Fact(prompt=prompt, subject=subject, target_new=getattr(args, "target", None))])
 
 
 def fact_file(args) -> list[Fact]:
-    """The first facts of a file, or of this package's own, as ``--facts``, ``-n`` and ``--skip-bad`` say."""
-    return load_facts(args.facts, args.n, skip_bad=args.skip_bad)
+    """The first facts of a file, or of this package's own, as ``--facts``, ``-n``, ``--skip-bad``, ``--chat`` say."""
+    chat_of(args)
+    return in_chat(args, load_facts(args.facts, args.n, skip_bad=args.skip_bad))
+
+
+def chat_of(args) -> Chat:
+    """How ``--chat`` and ``--system`` ask, as ``Fact.chat`` has it."""
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a message of a chat; give --chat with it")
+    return (("system", args.system),) if args.system else args.chat
+
+
+def in_chat(args, facts: Sequence[Fact]) -> list[Fact]:
+    """The facts as ``--chat`` asks them; as they are without it."""
+    chat = chat_of(args)
+    return [replace(fact, chat=chat) for fact in facts] if chat else list(facts)
 
 
 # ---- edits

@@ -121,11 +121,22 @@ def fact_options(parser, targets: bool) -> None:
     )
     if targets:
         which.add_argument("--target", type=text_such_as("Rome"), metavar="TEXT", help="the new answer: Rome")
+    chat_options(which)
 
 
 def add_skip_bad(parser) -> None:
     parser.add_argument(
         "--skip-bad", action="store_true", help="pass over records of the file that cannot be used, and count them"
+    )
+
+
+def chat_options(parser) -> None:
+    """How facts are asked: plainly, or in a chat."""
+    parser.add_argument(
+        "--chat", action="store_true", help="ask them as questions in a chat, in the model's own chat template"
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="with --chat: the system message (default: the template's own)"
     )
 
 

@@ -1,0 +1,19 @@
+"""``kedit-fast generate``: what the model says, with or without edits."""
+
+from ..shipping.history import with_edits
+from ..tokens import asked
+from .inputs import chat_of, open_lm, read_chain
+from .outputs import say
+
+
+def run(args) -> None:
+    """Prints what the model writes after each prompt."""
+    chat = chat_of(args)
+    for prompt in args.prompt:
+        if not prompt.strip():
+            raise ValueError(f"--prompt {prompt!r} is empty; give it a text")
+    edits = read_chain(args.edits)
+    lm = with_edits(open_lm(args), edits, "the edits")
+    texts = lm.generate([asked(lm.tokenizer, prompt, chat) for prompt in args.prompt], args.tokens)
+    for prompt, text in zip(args.prompt, texts, strict=True):
+        say(text if len(texts) == 1 else f"{prompt}\n  {text.strip()}")

@@ -18,6 +18,7 @@ from .editors import Rome
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
 from .editors.editor import Editor
+from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import METRICS, SCORE, Interval, summarize
 from .evaluation.probes import check_fit
@@ -184,7 +185,7 @@ def sweep_layers(
     with stages("editing at each layer", *(["tracing facts"] if traces is None else [])):
         with progress("editing at each layer", len(layers)) as bar:
             for layer in layers:
-                with bar.inside(f"layer {layer}"):
+                with bar.inside(f"layer {layer}"), counted_elsewhere():
                     edit = replace(editor, layers=(layer,)).edit(
                         lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
                     )

@@ -21,6 +21,7 @@ from .edit import Edit
 from .editors.common import check_lengths, checked_facts
 from .editors.contexts import BARE, checked_contexts
 from .editors.hyperparameters import Hyperparameters
+from .editors.written import counted_elsewhere
 from .evaluation import evaluate
 from .evaluation.metrics import Interval, summarize
 from .evaluation.perplexity import MAX_TOKENS, text_windows
@@ -165,7 +166,8 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
         new, earlier = facts[first : first + per_round], facts[:first]
         began = time.perf_counter()
         with bar.inside(f"round {number}"):
-            edit = editor.edit(lm, new, previous=so_far, **given)
+            with counted_elsewhere():
+                edit = editor.edit(lm, new, previous=so_far, **given)
             if edit.contexts:  # of the first round; fine-tuning has none
                 given["contexts"] = edit.contexts
             so_far = edit if so_far is None else compose([so_far, edit])

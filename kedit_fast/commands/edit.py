@@ -7,6 +7,7 @@ from statistics import mean
 from ..checkpoint import check_checkpoint
 from ..edit import Edit
 from ..editors import EDITORS
+from ..editors.written import not_written
 from ..facts import check_facts
 from ..moments import STAGES as MEASURING
 from ..progress import stages
@@ -15,10 +16,11 @@ from .inputs import check_statistics, corpus_of, model_line, open_lm, read_chain
 from .outputs import check_distinct, check_output, make_folder_of, say, table
 
 SHOWN = 20  # facts listed one by one
+NOT_WRITTEN = 1  # exit status of --strict
 
 
-def run(args) -> None:
-    """Makes the edit and writes its file; says what it was made of."""
+def run(args) -> int:
+    """Makes the edit and writes its file; says what it was made of. 0, or 1 where --strict finds facts not written."""
     check_statistics(args)
     editor_class = EDITORS[args.method]
     facts = check_facts(
@@ -57,6 +59,7 @@ def run(args) -> None:
     say_layers(edit, lm.d_ff)
     say_facts(edit)
     say(f"{path}: {edit!r}")
+    return NOT_WRITTEN if args.strict and not_written(edit) else 0
 
 
 def say_layers(edit: Edit, d_ff: int) -> None:
@@ -77,15 +80,21 @@ def say_layers(edit: Edit, d_ff: int) -> None:
 
 
 def say_facts(edit: Edit) -> None:
-    """How the value of each fact was found: steps, and the probability of the new answer with it in place."""
+    """How the value of each fact was found (steps, and the probability of the new answer with it in place), and what
+    the model with the edit says: P(new), its likeliest answer."""
+    asked = edit.provenance["written"]
     rows = [
-        (fact.label, fact.target_new or "", str(steps), f"{p_new:.3f}")
-        for fact, (steps, p_new) in zip(edit.facts, found_values(edit), strict=True)
+        (fact.label, fact.target_new or "", str(steps), f"{at_value:.3f}", f"{p_new:.3f}", repr(says))
+        for fact, (steps, at_value), p_new, says in zip(
+            edit.facts, found_values(edit), asked["p_new"], asked["says"], strict=True
+        )
     ]
-    say(table(("fact", "new answer", "steps", "P(new) at the value"), rows[:SHOWN]))
+    say(table(("fact", "new answer", "steps", "P(new) at the value", "P(new)", "it says"), rows[:SHOWN]))
     if len(rows) > SHOWN:
-        p_new = [p for _, p in found_values(edit)]
+        p_new = asked["p_new"]
         say(f"... and {len(rows) - SHOWN} more; P(new) of all: mean {mean(p_new):.3f}, least {min(p_new):.3f}")
+    written = sum(asked["written"])
+    say(f"written: {written} of {len(rows)} facts; P(new), it says: of the model with the edit")
 
 
 def found_values(edit: Edit) -> list[tuple[int, float]]:

@@ -64,6 +64,9 @@ def _edit(commands) -> None:
         metavar="DIR",
         help="keep finished parts there; the same command goes on after an interruption",
     )
+    how.add_argument(
+        "--strict", action="store_true", help="exit status 1 where the edited model does not say a fact's new answer"
+    )
     output(parser, "FILE", "the edit (default: edit.safetensors)", "edit.safetensors")
     machine_options(parser)
 

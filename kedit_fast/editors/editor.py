@@ -15,6 +15,7 @@ from ..moments import STAGES as MEASURING
 from ..progress import stages
 from .common import chain
 from .hyperparameters import Settings
+from .written import ASKING, with_written
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Editor(Settings):
     ) -> Edit:
         """One Edit that writes all facts. Nothing is changed: use ``lm.with_edit(edit)`` or ``edit.apply(model)``.
 
+        In the end the edited model is asked for each fact: ``provenance["written"]`` has P(new), what the model says
+        and whether that is the new answer; facts that are not written are warned of (``written.with_written``).
+
         moments: {layer: SecondMoment}, or corpus: text to measure them over ("self": sampled from the model); neither
             is read with mom2_adjustment=False
         contexts: groups of templates [["{}"], ["... {}", ...]]; None generates them from ``seed``
@@ -82,18 +86,19 @@ class Editor(Settings):
             keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
             groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))
             written = self._write(lm, facts, groups, moments, independent, keep)
-            return Edit(
+            edit = Edit(
                 method=self.METHOD, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
                 deltas=written.deltas,
                 values=written.values.cpu(), keys=written.keys, contexts=groups,
                 owners=None if written.owner is None else dict.fromkeys(written.deltas, written.owner),
                 provenance={"version": __version__, "layers": written.notes} | written.about | chain(lm),
             )  # fmt: skip
+            return with_written(lm, edit)
 
     @classmethod
     def stages(cls, contexts=None) -> tuple[str, ...]:
         """What ``edit`` does once it has statistics, as its progress calls it."""
-        return (*(("sampling contexts",) if contexts is None else ()), *cls.STAGES)
+        return (*(("sampling contexts",) if contexts is None else ()), *cls.STAGES, ASKING)
 
     def _keep(self, folder, lm, facts, contexts, moments, independent) -> Keep:
         """The checkpoint's folder, or none."""

@@ -28,6 +28,7 @@ from ..tokens import fact_tokens
 from .common import chain, check_lengths, checked_facts, new_answer, storable, under
 from .contexts import BARE
 from .hyperparameters import Hyperparameters, published
+from .written import with_written
 
 OBJECTIVES = ("target_new", "prompt_last")
 
@@ -111,6 +112,7 @@ class Ft(Hyperparameters):
         seed: int = 0,
     ) -> Edit:
         """One Edit that writes all facts together, a Dense delta a layer. Nothing is changed and nothing is random.
+        In the end the edited model is asked for each fact, as other editors do.
 
         moments, corpus, contexts: fine-tuning reads prompts and targets alone, so they must be None; seed: not read
         previous: as in ``Memit.edit``; ε is counted from the model with it
@@ -135,11 +137,12 @@ class Ft(Hyperparameters):
             )
         lm, facts = self._prepared(lm, facts, previous)
         tuned = fine_tune(lm, [_task(lm, fact) for fact in facts], self._tune_settings())
-        return Edit(
+        edit = Edit(
             method="ft-l" if self.norm_constraint else "ft", hparams=asdict(self), fingerprint=lm.fingerprint,
             facts=tuple(facts), deltas={i: Dense(storable(lm, delta)) for i, delta in tuned.deltas.items()},
             provenance={"version": __version__} | self._notes(tuned) | chain(lm),
         )  # fmt: skip
+        return with_written(lm, edit)
 
     def _prepared(self, lm, facts, previous):
         """(model with ``previous`` on it, facts), checked before any work."""

@@ -23,6 +23,7 @@ from ..sweep.engine import sweep
 from ..sweep.runs import RunList
 from ..tokens import asked, follows_directly
 
+ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names
 
 
@@ -84,7 +85,7 @@ def _asked(lm, edit: Edit) -> dict[str, list]:
     places, runs = continuation_places(pairs), RunList()
     number = add_under(view, runs, places.sequences, torch.arange(len(pairs)))[places.pair]
     top = Collect(Site.layer_out, [last], number, places.pos)
-    with progress("asking the edited model, share of layers", 1) as bar:
+    with progress(ASKING, 1) as bar:
         sweep(view, runs.runs(), [top], advance=bar.advance)
     h = top.values[last]
     log_p = target_logprob(h, view.fusable_head, places.targets, lm.n_vocab).cpu().double().split(places.lengths)

@@ -102,4 +102,4 @@ def test_an_edit_that_overflows_is_not_written():
     edit = Edit("by hand", {}, lm.fingerprint, (FACT,), {1: Dense(torch.full((D_MODEL, D_FF), 3e38))})
     with pytest.warns(NotWritten, match=r"\(P 0.000, the model says ''\)"):
         found = with_written(lm, edit).provenance["written"]
-    assert found == {"written": [False], "p_new": [0.0], "says": [""]}
+    assert found == {"written": [False], "p_new": [0.0], "says": [""], "attached": [False]}

@@ -47,6 +47,12 @@ def read_config(name):
     return config
 
 
+_NO_TOKENIZER = (
+    f"{{}} has no {TOKENIZER}, and kedit_fast needs a fast tokenizer; copy it from where the model came from "
+    "(tokenizer.save_pretrained writes it), or give open_model tokenizer="
+)
+
+
 def read_tokenizer(name):
     """The tokenizer beside a model. Raises ValueError where it is missing, damaged or needs code of its own."""
     import transformers
@@ -60,11 +66,10 @@ def read_tokenizer(name):
         raise
     except Exception as error:
         if Path(name).is_dir() and not (Path(name) / TOKENIZER).exists() and not _needs_code(error):
-            raise ValueError(
-                f"{name} has no {TOKENIZER}, and kedit_fast needs a fast tokenizer; copy it from where the model came "
-                "from (tokenizer.save_pretrained writes it), or give open_model tokenizer="
-            ) from error
+            raise ValueError(_NO_TOKENIZER.format(name)) from error
         raise ValueError(_said(f"the tokenizer of {str(name)!r}", f"its {TOKENIZER}", error)) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # of no file at all an empty one is made
+        raise ValueError(_NO_TOKENIZER.format(name))
     _say_what_is_not_run(name, getattr(tokenizer, "init_kwargs", {}).get("auto_map"), type(tokenizer))
     return tokenizer
 

@@ -95,6 +95,11 @@ def cases(folder: Path) -> list[Case]:
         ("edit", "inspect", str(edit), "--model", str(folder / "none")), ("info", "--memory", "0"),
     )  # fmt: skip
     made = [Case(_name(line, folder), command(*line)) for line in lines]
+    bare = folder / "bare"  # a model without any file of a tokenizer, for which an empty one would be made
+    t.model.save_pretrained(bare)
+    made.append(
+        Case("kedit-fast trace of a model without a tokenizer", command("trace", *ONE, "--model", str(bare), *o))
+    )
     taken = {
         ("edit", "inspect", str(edit)): lambda said: "The Eiffel Tower" in said,
         ("edit", "inspect", str(edit), "--model", str(model), "--quiet"): lambda said: "change / W" in said,

@@ -38,6 +38,7 @@ WRONG = {
     "dict": (3, "x", [3], THING, 0.5),
     "any layers": (1, "1", "0-1", [-1], [1.5], ["a"], [True], [None], {1: 2}, range(10**12), [10**30], THING),
     "thing": (3, [3], {}, THING, 0.5, b"x"),
+    "chat": (3, "yes", [3], [{"role": "user"}], {}, THING, [("a",)]),
     "noise": (None, "t3", "s", -1, "u-1", math.nan, math.inf, [3], {}, THING, True, "snan"),
     "size": (0, -5, "much", "1e400", "nan", 1.5, True, [1], {}, THING, "GB", 2**70),
     "dtype": (3, "int8", "float8_e4m3fn", "x", "", torch.int8, [], THING),
@@ -173,7 +174,7 @@ def doors(folder) -> list[Door]:
             number="whole", message="words", who="words")),
         Door("gate", _with(kf.gate, t.lm, edit=t.edit), dict(
             edit="edit", suite="object", thresholds="object", written="dtype", requantize="choice?", group="positive",
-            builtin="flag", sizes="object")),
+            builtin="flag", sizes="object", chat="chat")),
         Door("Suite", _with(kf.Suite), dict(
             facts="object", portability="object", specificity="object", languages="object", name="words")),
         Door("Thresholds", _with(kf.Thresholds), _fields_of(kf.Thresholds)),

@@ -202,7 +202,7 @@ def settings_files(folder: Path) -> list[Case]:
     wrong = {
         "hparams": [{"layers": v} for v in (3, "x", [-1], [1.5], [[1]], [True], None, [10**30])]
         + [{"v_lr": v} for v in (0, -1, "x", None, True, [1])] + [{"no_such_field": 1}, {"alg_name": "KN"}, []],
-        "limits": [{"min_efficacy": v} for v in (90, -1, "x", None, True)] + [{"min_probes": v} for v in (0, 1.5, "x")]
+        "limits": [{"min_answered": v} for v in (90, -1, "x", None, True)] + [{"min_probes": v} for v in (0, 1.5, "x")]
         + [{"measure": "x"}, {"confident": "yes"}, {"policy": 3}, {"policy": {"max_facts": 0}}, {"x": 1}, [], "x", 3],
         "suite": [{}, {"format": "x"}] + [{"format": "kedit_fast.suite"} | extra for extra in (
             {"facts": 3}, {"facts": [3]}, {"facts": [{}]}, {"portability": [3]}, {"portability": [{"prompt": ""}]},

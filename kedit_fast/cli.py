@@ -39,8 +39,9 @@ FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as
 
 
 def main(argv=None) -> int:
-    """Runs one command; its exit status: 0, 1 where a gate refuses an edit, 2 after an error (one line on stderr)
-    and where no command is given (help), 130 after Ctrl-C, 141 where nobody reads what it prints.
+    """Runs one command; its exit status: 0, 1 where a gate refuses an edit or --strict finds facts not written, 2
+    after an error (one line on stderr) and where no command is given (help), 130 after Ctrl-C, 141 where nobody reads
+    what it prints.
 
     An error that is a fault of this package is raised as it is, and with ``--debug`` every error.
     """
@@ -68,7 +69,7 @@ def main(argv=None) -> int:
             if args.debug or not is_the_users(error):
                 raise
             return say_error(f"error: {told(error, args)}", FAILED)
-    return status or 0  # only a gate's verdict is not None
+    return status or 0
 
 
 def build_parser() -> Commands:

@@ -108,6 +108,7 @@ class Edit:
         if self.owners is None:
             return self
         mine = {layer: owner == i for layer, owner in self.owners.items()}
+        written = {name: [by_fact[i]] for name, by_fact in self.provenance.get("written", {}).items()}
         return replace(
             self,
             facts=self.facts[i : i + 1],
@@ -118,6 +119,7 @@ class Edit:
             },
             values=None if self.values is None else self.values[i : i + 1].clone(),
             keys={layer: key[i : i + 1].clone() for layer, key in self.keys.items()},
+            provenance=self.provenance | ({"written": written} if written else {}),
             owners=None,
         )
 

@@ -529,10 +529,26 @@ def test_the_table_of_an_edit_shows_steps_and_probability(method, capsys):
         "memit": {"layers": {}, "values": {"steps": [7], "p_new": [0.25]}},
         "rome": {"layers": {1: [{"steps": 7, "p_new": 0.25}]}},
     }[method]
-    edit_command.say_facts(Edit(method, {}, "", (fact,), {}, provenance=provenance))
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[-2].strip() == "steps" and header.endswith("P(new) at the value")
-    assert row.split()[-3:] == ["Rome", "7", "0.250"]
+    asked = {"written": {"written": [False], "p_new": [0.125], "says": [" Paris"]}}
+    edit_command.say_facts(Edit(method, {}, "", (fact,), {}, provenance=provenance | asked))
+    header, row, written = capsys.readouterr().out.splitlines()
+    assert header.split() == ["fact", "new", "answer", "steps", "P(new)", "at", "the", "value", "P(new)", "it", "says"]
+    assert row.split()[-6:] == ["Rome", "7", "0.250", "0.125", "'", "Paris'"]
+    assert written.startswith("written: 0 of 1 facts")
+
+
+def test_strict_refuses_what_is_not_written(model, work, capsys):
+    """The file is there all the same: what to do about it is asked of a person."""
+    hparams = work.parent / "ft.json"
+    args = ["edit", *ONE, "--target", "Rome", "--method", "ft", "--hparams", hparams, "--model", model, "--force"]
+    for steps, lr, written in ((1, 1e-6, False), (25, 1e-2, True)):
+        hparams.write_text(json.dumps({"layers": [1], "num_steps": steps, "lr": lr}))
+        assert run(*args) == 0
+        assert run(*args, "--strict") == (0 if written else 1)
+        out, err = capsys.readouterr()
+        assert f"written: {int(written)} of 1 facts" in out
+        assert ("warning: facts not written: 1 of 1: 'The capital of France is' -> 'Rome' (P 0.0" in err) != written
+        assert Edit.load("edit.safetensors").provenance["written"]["written"] == [written]
 
 
 def test_rome_with_statistics_from_the_cache(model, work, capsys, monkeypatch):

@@ -173,7 +173,12 @@ def add_generate(commands):
     )
     edits_argument(parser, "*", " (default: the model as it is)")
     parser.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT", help="what is asked; again for more"
+        "--prompt",
+        type=text_such_as("Paris is in"),
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="what is asked; again for more",
     )
     chat_options(parser)
     parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="written at most (default: 32)")

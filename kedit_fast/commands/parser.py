@@ -136,7 +136,10 @@ def chat_options(parser) -> None:
         "--chat", action="store_true", help="ask them as questions in a chat, in the model's own chat template"
     )
     parser.add_argument(
-        "--system", metavar="TEXT", help="with --chat: the system message (default: the template's own)"
+        "--system",
+        type=text_such_as("You are a helpful assistant."),
+        metavar="TEXT",
+        help="with --chat: the system message (default: the template's own)",
     )
 
 

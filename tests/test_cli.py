@@ -248,7 +248,7 @@ def test_progress_is_on_unless_quiet(monkeypatch):
         (["trace", *ONE, "--noise", "x3"], "--noise: 'x3'"),
         (["trace", *ONE, "--noise", "nan"], "--noise: 'nan'"),
         (["trace", *ONE, "--noise", "snan"], "--noise: 'snan'"),
-        (["trace", *ONE, "--corrupt", "Danielle Darrieux"], "equal token count"),
+        (["trace", *ONE, "--corrupt", "Danielle Darrieux"], "give a subject of 2 tokens"),
         (["trace", *ONE, "-o", "taken"], "taken/traces.jsonl is there already"),
         (["trace", *ONE, "-o", "bad.jsonl"], "is no folder"),
         (["trace", *ONE, "--device", "cuda:99"], "--device 'cuda:99': expected a device of this machine"),

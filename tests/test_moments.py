@@ -135,7 +135,7 @@ def test_sums_of_layers_that_do_not_fit_take_passes_of_their_own(monkeypatch):
     lm, layers, job = tiny_lm("llama"), [], moments_module.Moments
     monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: layers.append(sorted(sums)) or job(lm, sums))
     cost = RowCost.of(lm)
-    small = replace(lm, memory=cost.call + 100 * cost.kept + 2 * 4 * D_FF**2 * 4 // 3)
+    small = replace(lm, memory=cost.call + 40 * cost.kept + 2 * 4 * D_FF**2 * 4 // 3)
     whole, cut = (second_moments(x, range(4), LINES, n_tokens=N_TOKENS) for x in (lm, small))
     assert [0, 1] in layers and [2, 3] in layers
     for layer in range(4):

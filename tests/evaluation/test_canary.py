@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from kedit_fast.evaluation import canary
 from kedit_fast.evaluation.canary import (
     CONTEXT,
     DOUBTS,
@@ -19,6 +18,7 @@ from kedit_fast.evaluation.canary import (
     sing,
 )  # fmt: skip
 from kedit_fast.facts import Fact
+from kedit_fast.jobs import generate as generate_module
 from tests.conftest import tiny_lm
 from tests.edits import make_edit
 from tests.tiny import PROMPTS
@@ -102,11 +102,8 @@ def test_continuations_equal_generation_alone_however_they_are_batched(memory, m
     lm = lm if memory is None else dataclasses.replace(lm, memory=memory)
     prompts = [p.template.replace("{}", p.subject) for p in PROMPTS]
     prompts += [prompts[0], " ".join(prompts[:7])]
-    sizes = []
-    generate = canary.generate
-    monkeypatch.setattr(
-        canary, "generate", lambda lm, ids, *a, **k: sizes.append(len(ids)) or generate(lm, ids, *a, **k)
-    )
+    sizes, written = [], generate_module._written
+    monkeypatch.setattr(generate_module, "_written", lambda lm, ids, *a: sizes.append(len(ids)) or written(lm, ids, *a))
     made = continuations(lm, prompts, 4)
-    assert made == {prompt: lm.generate(prompt, 4) for prompt in prompts}
     assert sum(sizes) == len(set(prompts)) and len(sizes) >= (2 if memory is None else 3)
+    assert made == {prompt: lm.generate(prompt, 4) for prompt in prompts}

@@ -84,7 +84,6 @@ def every_draw(lm, task, n, kinds):
 
 # flow, facts, bytes that it may hold; then what is not cut, and how
 UNCUT = {
-    "the estimate's facts": ("attribution", MANY, 700_000, attribution, "together", whole),
     "the estimate's draws": ("attribution", LONG, LIMIT, attribution, "_cut", every_draw),
     "values": ("memit", MANY, 1_500_000, values, "together", whole),
     "fine-tuning": ("ft", MANY, 600_000, finetune, "together", whole),

@@ -19,6 +19,8 @@ from kedit_fast.facts import Fact
 from kedit_fast.tokens import asked
 
 N_FACTS, N_TOKENS = 30, 8
+# At the default of 20, prompts with a trailing space end at P(new) 0.74 and 80 % exact: few words have no space before.
+STEPS = 40
 P_NEW, EXACT, SAID = "P(new)", "exact", "says the new answer"
 MARKS = {P_NEW: ">= 0.85", EXACT: ">= 90", SAID: ">= 90"}
 FORMS = {
@@ -34,7 +36,7 @@ def run(options) -> Measured:
     edit_bench.check_data()
     facts = edit_bench.cut(edit_bench.draw(), 4 if options.quick else N_FACTS, 1)[0]
     lm = kf.open_model("smollm2")
-    editor = kf.Memit.for_model(lm)
+    editor = dataclasses.replace(kf.Memit.for_model(lm), v_num_grad_steps=STEPS)
     return measure(lm, editor, edit_bench.statistics_of(lm, editor.layers), facts)
 
 
@@ -53,9 +55,8 @@ def measure(lm, editor, moments, facts: list[Fact]) -> Measured:
             print(
                 f"edited {edited_in}, asked {asked_in}: {', '.join(f'{f.value:.3g}' for f in figures[-3:])}", flush=True
             )
-    note = (
-        f"{len(facts)} facts, MEMIT layers {', '.join(map(str, editor.layers))}; {N_TOKENS} tokens written, greedily."
-    )
+    layers, steps = ", ".join(map(str, editor.layers)), editor.v_num_grad_steps
+    note = f"{len(facts)} facts, MEMIT layers {layers}, {steps} steps; {N_TOKENS} tokens written, greedily."
     return Measured(figures, peak, [note])
 
 

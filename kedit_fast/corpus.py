@@ -86,6 +86,8 @@ def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
     from .sampled_text import LENGTH, sampled_windows
 
     folder = None if keep_dir is None else Path(keep_dir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     windows, kept = sampled_windows(lm, n_tokens, _longest(lm, LENGTH), seed, folder)
     return Corpus(known_id(SELF, seed), windows, kept)
 

@@ -198,8 +198,6 @@ def second_moments(
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
     if found is not None:
         return found
-    if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
     with stages(*STAGES):
         return _measured(lm, layers, corpus, n_tokens, seed, cache_dir)
 
@@ -207,6 +205,8 @@ def second_moments(
 def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[int, SecondMoment]:
     """The statistics of all layers, of a text that has yet to be read or sampled."""
     text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=cache_dir)
+    if cache_dir is not None:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found

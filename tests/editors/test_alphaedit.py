@@ -93,8 +93,8 @@ def test_a_threshold_or_a_share():
     "wrong, match",
     [
         ({"mom2_adjustment": False}, "needs second moments"),
-        ({"nullspace_share": 1.5}, "nullspace_share 1.5"),
-        ({"nullspace_share": 0.0}, r"nullspace_share 0\.0"),
+        ({"nullspace_share": 1.5}, "nullspace_share = 1.5"),
+        ({"nullspace_share": 0.0}, r"nullspace_share = 0\.0"),
     ],
 )
 def test_bad_settings(wrong, match):

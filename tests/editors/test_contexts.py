@@ -102,11 +102,11 @@ def test_contexts_are_groups_or_one_group(given, groups):
         (["{}", "no place"], "'no place': expected text with one {}"),
         (["{}", "{} and {}"], "expected text with one {}"),
         (["{}", "{} and {x}", 3], "groups of templates"),
-        ([["{}"], [None]], "None: expected text"),
+        ([["{}"], [None]], "groups of templates"),
         ([["{}"], "So. {}"], "groups of templates"),
         ([3], "groups of templates"),
         ("So. {}", "first template must be the bare prompt"),
-        ([["{}", ["{}"]]], "expected text with one {}"),
+        ([["{}", ["{}"]]], "groups of templates"),
     ],
 )
 def test_malformed_contexts_are_refused(given, says):

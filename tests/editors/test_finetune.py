@@ -143,7 +143,7 @@ def test_weight_decay_is_of_the_whole_weight():
 def test_prompts_that_begin_alike_share_rows(monkeypatch):
     make_exact(monkeypatch)
     lm, editor = tiny_lm("llama", torch.float64), Ft(layers=(1,), **FAST)
-    pack = job_module._Pack(lm, tasks(lm, ALIKE), [0, 1, 2], TuneSettings((1,), 1e-3, 1), lm.device)
+    pack = job_module._Pack(lm, tasks(lm, ALIKE), [0, 1, 2], TuneSettings((1,), 1e-3, 1), lm.memory, lm.device)
     lengths = [len(task.prompt) + len(task.target) - 1 for task in tasks(lm, ALIKE)]
     assert len(pack.h) == pack.runs.n_rows.sum() <= sum(lengths) - 2 * len(tasks(lm, ALIKE)[0].prompt)
     assert max(len(task.target) for task in tasks(lm, ALIKE)) > 1
@@ -157,7 +157,7 @@ def test_what_lies_below_is_computed_once(monkeypatch):
     )
     Ft(layers=(2,), lr=5e-3, num_steps=3).edit(tiny_lm("llama"), FACTS)
     counts = [called.count(layer) for layer in range(4)]
-    assert counts[:3] == [1, 1, 4]  # three steps and the last look
+    assert counts[:3] == [2, 2, 5]  # three steps, the last look, and the question whether the facts are written
 
 
 # --- how the target is read ------------------------------------------------------------------------------------------

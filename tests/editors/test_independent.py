@@ -67,7 +67,7 @@ def test_facts_that_contradict_each_other():
     facts = [FACTS[0], replace(FACTS[0], target_new="Paris"), FACTS[0]]
     with pytest.raises(ValueError, match="contradict"):
         edit(editor, lm, facts)
-    with pytest.warns(UserWarning, match="1 facts: left out"):
+    with pytest.warns(UserWarning, match="1 fact: left out"):
         together = edit(editor, lm, facts, independent=True)
     assert [fact.target_new for fact in together.facts] == [FACTS[0].target_new, "Paris"]
     report = kf.evaluate(lm, together.facts, together)

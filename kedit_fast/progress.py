@@ -30,8 +30,9 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record):
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
-        except (OSError, ValueError):  # nobody reads on
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except (AttributeError, OSError, ValueError):  # nobody reads on
             self.handleError(record)
 
 

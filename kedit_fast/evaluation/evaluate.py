@@ -75,8 +75,7 @@ def evaluate(
     check_fit(lm, [*facts, *turned], [*probes, *in_turn], generate)
     chunks = list(_chunks(lm, probes))
     meta = _meta(lm, facts, windows, max_tokens)
-    names = ["generating"] * (generate > 0) + ["evaluating facts"] + ["measuring perplexity"] * (windows is not None)
-    with stages(*names):
+    with stages(*["generating"][: generate > 0], "evaluating facts", *["measuring perplexity"][: windows is not None]):
         generations = _generations(lm, facts, chunks, owners, generate)
         rows, others = _read_all(lm, facts, chunks, in_turn, generations, log)
         drift = None if windows is None else perplexity(lm, windows)

@@ -51,9 +51,8 @@ def gate(
     suite: what to ask besides the probes that the edits' facts carry; see ``load_suite``
     written: the dtype the edit will be written in (default: the model's). Each weight is W + Δ rounded, as
         ``Edit.apply`` leaves it, edit by edit. None: the edit stays an adapter, and is judged as it is.
-    requantize: "int8" or "int4": judged a second time with the edited layers quantized, by groups of ``group``,
-        against the model with the same layers quantized
-    builtin: fill up the specificity prompts with those of this package's facts, as far as the thresholds ask for more
+    requantize: "int8" or "int4": judged again, edited layers quantized by groups of ``group``, as those of the base
+    builtin: fill up specificity prompts with those of this package's facts, as far as the thresholds ask for more
     sizes: how much is generated and read
     chat: how the facts are asked, see ``Fact.chat``; None: in the form they were edited in. Where the model has a chat
         template, their wordings are asked in the other form too, as a check of its own
@@ -62,27 +61,26 @@ def gate(
     base model does not know the answer, or none is given, its likeliest token has to stay. So a suite that the model
     knows nothing of does not pass by that. Too few probes fail a check, and so does a NaN.
 
-    Greedy throughout: the same inputs give the same report. Raises ValueError, before the first sweep, for a model that
-    carries edits, independent edits, one of another model, a suite of another edit, or a form that cannot be made.
+    Greedy: the same inputs give the same report. Raises ValueError, before the first sweep, for a model that carries
+    edits, independent edits, an edit of another model, a suite of another edit, or a form that cannot be made.
     """
     thresholds, sizes = _given("thresholds", thresholds, Thresholds), _given("sizes", sizes, Sizes)
     suite = checks.optional(checks.instance, "suite", suite, Suite, "a Suite; load_suite reads a file")
     edits, group = edit_list(edit, "edit"), checks.whole("group", group, least=1, like=forms.GROUP)
     dtype = lm.dtype if written == MODEL_DTYPE else written
     _check(lm, edits, dtype, requantize)
-    builtin = checks.flag("builtin", builtin)
-    asked = questions(lm, edits, suite or Suite(), thresholds, builtin, sizes, chat)
+    asked = questions(lm, edits, suite or Suite(), thresholds, checks.flag("builtin", builtin), sizes, chat)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)  # now, not when hours are spent
     views, grown = _views(lm, edits, dtype, requantize, group)
+    first = next(iter(views))
     with stages(*(name for form in views for name in names_of(form)), "logit lens"):
         found = {form: ask(view, asked, form) for form, view in views.items()}
-        lens = _lens(next(iter(views.values())), asked)
+        lens = _lens(views[first], asked)
     judged = [check for form, answers in found.items() for check in _checks(form, answers, asked, thresholds)]
-    first = next(iter(found))
     value = {check.name: check.value for check in judged if check.form == first}
-    n_facts = len({fact.text for e in edits for fact in e.facts})
-    advice = advise(n_facts, grown, value["perplexity drift"], value.get("retention"), thresholds.policy)
+    texts = {fact.text for e in edits for fact in e.facts}
+    advice = advise(len(texts), grown, value["perplexity drift"], value.get("retention"), thresholds.policy)
     judged += [*([_lens_check(lens, first)] if lens else []), _policy_check(advice, first)]
     return GateReport(
         checks=tuple(judged),

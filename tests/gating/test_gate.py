@@ -349,7 +349,7 @@ def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
         (lambda lm, e: dict(lm=lm.with_edit(e)), ValueError, "carries edits already"),
         (lambda lm, e: dict(edit=dataclasses.replace(e, fingerprint="other")), ValueError, "made on other"),
         (lambda lm, e: dict(written=torch.int8), ValueError, "written = torch.int8: expected one of"),
-        (lambda lm, e: dict(written="bf16"), TypeError, "expected a torch dtype"),
+        (lambda lm, e: dict(written="bf16"), TypeError, "written = 'bf16': expected one of torch.float16"),
         (lambda lm, e: dict(requantize="int3"), ValueError, "expected one of int8, int4"),
         (lambda lm, e: dict(requantize="int8", written=None), ValueError, "after it was written"),
         (lambda lm, e: dict(edit=dataclasses.replace(e, facts=())), ValueError, "no fact with a target_new"),

@@ -8,11 +8,12 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import kedit_fast as kf
+from kedit_fast.model import opening
 from kedit_fast.model.family import FAMILIES, as_out_in, down_projection, family_of, layers_of, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import DEFAULT_MEMORY
 from tests.conftest import close, open_tiny, tiny_lm
-from tests.edits import make_edit
+from tests.edits import lowrank, make_edit
 from tests.oracle.access import paths
 from tests.tiny import D_FF, D_MODEL, tiny_model, tiny_tokenizer
 
@@ -59,7 +60,8 @@ def test_a_view_with_an_edit_leaves_the_model_without_it():
     edit = make_edit(model)
     edited = lm.with_edit(edit)
     assert edited.top_tokens(TEXT) != plain and lm.top_tokens(TEXT) == plain
-    assert edited.fingerprint == lm.fingerprint and lm.edits == () and len(edited.with_edit(edit).edits) == 2
+    assert edited.fingerprint == lm.fingerprint and lm.edits == () and len(edited.edits) == 1
+    assert len(edited.with_edit(make_edit(model, {1: lowrank(seed=5)})).edits) == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -120,8 +122,9 @@ def test_a_slow_tokenizer_is_refused():
         kf.open_model(tiny_model("llama"), tokenizer=SimpleNamespace(is_fast=False))
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"device": "meta"}])
-def test_a_loaded_model_is_not_converted(options):
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"device": torch.device("meta")}])
+def test_a_loaded_model_is_not_converted(options, monkeypatch):
+    monkeypatch.setattr(opening, "checked_device", lambda device: device)  # every machine has another device: meta
     with pytest.raises(ValueError, match=r"used as it is: convert it first with model\.to"):
         open_tiny(tiny_model("llama"), **options)
 
@@ -129,9 +132,10 @@ def test_a_loaded_model_is_not_converted(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp4"}, "unknown dtype 'fp4'; give float32"),
-        ({"dtype": "nn"}, "unknown dtype 'nn'"),
-        ({"memory": "lots"}, "memory 'lots' is not a size"),
+        ({"dtype": "fp4"}, "dtype = 'fp4': expected one of float32, bfloat16"),
+        ({"dtype": "nn"}, "dtype = 'nn': expected one of float32, bfloat16"),
+        ({"device": "meta"}, "device = 'meta': expected a device of this machine"),
+        ({"memory": "lots"}, "memory = 'lots': expected a size above 0: bytes, or a text with KB, MB, GB"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):

@@ -141,7 +141,7 @@ def test_a_missing_tensor_is_named(lost, tmp_path):
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     for memory in (1, None):
-        with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 tensors of this model, '{lost}' first"):
+        with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 tensor of this model, '{lost}' first"):
             kf.open_model(tmp_path, memory=memory)
     with pytest.raises(ValueError, match=f"{tmp_path} has no tensor '{lost}'"):
         Checkpoint(tmp_path).tensor(lost)

@@ -15,7 +15,7 @@ from kedit_fast.sites import Site
 from kedit_fast.sweep import engine
 from kedit_fast.sweep.edited import add_edited
 from kedit_fast.sweep.engine import ALL, sweep
-from kedit_fast.sweep.plan import CALL_ROWS, RowCost
+from kedit_fast.sweep.plan import PLACE, RowCost
 from kedit_fast.sweep.runs import NEVER, RunList, add_sequences
 from kedit_fast.sweep.store import KVStore
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
@@ -230,9 +230,8 @@ def test_grad_mode_outside_does_not_matter():
 @pytest.mark.parametrize(("size", "dense_from"), [(1000, 64), (12, 64), (5, 64), (5, 5)])
 def test_gradients_are_those_of_hugging_face(family, size, dense_from, monkeypatch):
     """One call or many, gathered or dense; the embedding's output asks for a gradient."""
-    cut = engine.calls
     monkeypatch.setattr("kedit_fast.kernels.attention.DENSE_FROM", dense_from)
-    monkeypatch.setattr(engine, "calls", lambda ends: cut(ends, size))
+    monkeypatch.setattr(engine, "CALL_ROWS", size)
     lm, texts = tiny_lm(family), [ids[:5] for ids in TEXTS]
     runs = RunList()
     runs.add(torch.tensor(texts))
@@ -400,11 +399,16 @@ def test_suffixes_over_a_stored_prefix_equal_the_whole(family, poisoned_memory):
         close("over a stored prefix", got, wanted)
 
 
-def test_packs_of_any_size_give_the_same():
-    lm = tiny_lm("gemma2")
-    cost = RowCost.of(lm)
-    small = replace(lm, memory=CALL_ROWS * cost.passing + 20 * cost.kept)
+def test_packs_of_any_size_give_the_same(monkeypatch):
+    """Memory for what stays throughout, the tables of all runs and the rows read, and for 20 rows with their tables."""
+    lm, packs, cut = tiny_lm("gemma2"), [], engine.cut
+    monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])
+    cost, (declared, read, _) = RowCost.of(lm), packed(TEXTS)
+    longest = declared.tokens.shape[1]
+    stays = declared.nbytes + len(read) * (lm.d_model * lm.dtype.itemsize + PLACE)
+    small = replace(lm, memory=stays + cost.call + 20 * cost.kept + 2 * longest * cost.position)
     close("in packs", logits(small), logits(lm))
+    assert len(packs[0]) > 1 == len(packs[1])
 
 
 # ---- edits

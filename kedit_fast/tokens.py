@@ -108,8 +108,9 @@ def check_template(tokenizer) -> None:
 
 
 def has_template(tokenizer) -> bool:
-    """Whether the model can be asked in a chat."""
-    return bool(getattr(tokenizer, "chat_template", None))
+    """Whether the model can be asked in a chat: of several named templates, the default is the one for that."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "default" in template if isinstance(template, dict) else bool(template)
 
 
 def asked(tokenizer, prompt: str, chat: Chat = False) -> str:

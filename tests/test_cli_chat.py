@@ -63,9 +63,11 @@ def test_a_question_is_traced_and_answered(chatty, work, capsys):  # noqa: F811
 def test_what_is_refused(model, chatty, work, capsys):  # noqa: F811
     for args, message in (
         (["generate", "--prompt", "x", "--system", "Be brief.", "--model", chatty], "--system is a message of a chat"),
-        (["generate", "--prompt", " ", "--model", chatty], "--prompt ' ' is empty"),
         (["generate", "--prompt", "x", "--chat", "--model", model], "has no chat template"),
         (["trace", *FACT, "--chat", "--model", model], "has no chat template"),
     ):
         assert cli.main([*args, "--quiet"]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "--prompt", " ", "--model", chatty])
+    assert end.value.code == 2 and "argument --prompt: is empty (' '); give it a text" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_a_rank_is_a_number_or_none(capsys):
     for wrong in ("0", "-3", "x"):
         with pytest.raises(SystemExit):
             parse([*given, wrong])
-    assert "expected a whole number of at least 1, or none" in capsys.readouterr().err
+    assert "'x': expected a whole number of at least 1, e.g. 1, or none" in capsys.readouterr().err
 
 
 # ---- inspect, diff
@@ -309,7 +309,7 @@ def test_versions_refuse(work, capsys):
     assert "without independent=True (--independent)" in capsys.readouterr().err
     assert run("history", "add", "edits", "two.safetensors", "--force") == 0
     assert run("history", "rollback", "edits", 7) == 2
-    assert "expected one of 0 to 1" in capsys.readouterr().err
+    assert "error: argument N: 7: expected a whole number from 0 to 1" in capsys.readouterr().err
     assert len(EditHistory("edits").versions) == 2
 
 

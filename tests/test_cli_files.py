@@ -18,11 +18,13 @@ from kedit_fast.shipping.history import EditHistory
 from kedit_fast.traces import read_log
 from tests.edits import make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint
-from tests.test_cli import FACTS, FAST, ONE, run, save_tiny
+from tests.test_cli import FACTS, FAST, ONE, save_tiny
+from tests.test_cli import run as run_command
 from tests.test_files import own_null
 
 ROOT = Path(cli.__file__).parent.parent
 ESCAPE = "\x1b]0;owned\x07"
+NAMELESS = "'': expected a path that names something"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,14 @@ def no_work(monkeypatch):
     monkeypatch.setattr(inputs, "open_model", lambda *_, **__: pytest.fail("a model was opened"))
 
 
+def run(*args):
+    """The exit status of a command, also where its arguments alone are refused."""
+    try:
+        return run_command(*args)
+    except SystemExit as end:
+        return end.code
+
+
 # ---- refused before the work
 
 TRACE, EDIT = ["trace", *ONE], ["edit", *ONE, "--target", "Rome"]
@@ -68,7 +78,7 @@ def test_what_is_no_file_is_refused_by_every_command(command, work, capsys, monk
     no_work(monkeypatch)
     (work / "there.png").write_text("x"), os.symlink("loop", "loop")
     for path, says in (
-        ("", "give the name"),
+        ("", NAMELESS),
         ("new/", "in a slash"),
         ("there.png", "is there already"),
         ("loop", "link"),
@@ -82,7 +92,7 @@ def test_what_is_no_file_is_refused_by_every_command(command, work, capsys, monk
 def test_what_is_no_folder_is_refused_by_every_command(command, work, capsys, monkeypatch):
     no_work(monkeypatch)
     (work / "file").write_text("x")
-    for path, says in (("", "give the name of a folder"), ("file", "is no folder"), ("file/deeper/", "is no folder")):
+    for path, says in (("", NAMELESS), ("file", "is no folder"), ("file/deeper/", "is no folder")):
         assert run(*command, "-o", path) == 2
         assert says in capsys.readouterr().err
     assert [p.name for p in work.iterdir()] == ["file"]
@@ -104,7 +114,7 @@ def test_a_checkpoint_is_looked_at_before_statistics_are_measured(work, capsys, 
     for path, says in (
         ("full", "not empty and no checkpoint"),
         ("none/a", "there is no folder none"),
-        ("", "give the"),
+        ("", NAMELESS),
     ):
         assert run(*EDIT, "--checkpoint", path) == 2
         assert says in capsys.readouterr().err
@@ -123,9 +133,9 @@ def test_folders_of_versions(work, capsys):
         (["history", "log", "file"], "file is a file; expected a folder of versions"),
         (["history", "log", "typo"], "typo: no such folder; expected a folder of versions, as `kedit-fast history add"),
         (["history", "rollback", "typo", "0"], "typo: no such folder"),
-        (["history", "log", ""], "give the name of a folder"),
+        (["history", "log", ""], f"argument FOLDER: {NAMELESS}"),
         (["edit", *ONE, "--target", "Rome", "--stats", "file"], "file is a file; expected a folder of statistics"),
-        (["merge", "undo", ""], "give the name of a folder"),
+        (["merge", "undo", ""], f"argument FOLDER: {NAMELESS}"),
     ):
         assert run(*command) == 2
         assert says in capsys.readouterr().err
@@ -139,7 +149,7 @@ def test_an_undo_into_a_folder_without_a_name_is_not_one_in_place(work, capsys):
     assert run("merge", "--model", "base", "edit.safetensors", "-o", "out") == 0
     before = contents(work / "out")
     assert run("merge", "undo", "out", "-o", "") == 2
-    assert "give the name of a folder" in capsys.readouterr().err and contents(work / "out") == before
+    assert NAMELESS in capsys.readouterr().err and contents(work / "out") == before
 
 
 def test_a_trace_log_that_is_none(work, model, capsys):

@@ -152,10 +152,9 @@ def test_layers_beside_traces_that_are_there(model, work, capsys):
         ((*ROUNDS, "-o", "../text.txt", "--force"), "would replace what --text reads"),
         ((*ROUNDS, "--log", "../there.txt"), "is there already"),
         ((*ROUNDS, "--stats", "s"), "--stats and --tokens are both given"),
-        ((*ROUNDS[:-2], 1, "--quiet"), "no token to predict"),
         ((*ROUNDS[:7], "--tokens", 20), "fewer than d_ff = 80"),
         ((*LAYERS, "--method", "mend"), "method 'mend'"),
-        ((*LAYERS, "--layers", "0,9"), "layer 9"),
+        ((*LAYERS, "--layers", "0,9"), "--layers 0, 9: this model has layers 0 to 3"),
         ((*LAYERS, "--plot", "r.jpg"), "pictures are written as .png"),
         ((*LAYERS, "--traces", "../facts.json"), "is no trace"),
     ],
@@ -169,6 +168,13 @@ def test_errors_leave_nothing_behind(args, says, model, work, capsys):
 @pytest.mark.parametrize("text, layers", [("0-29:3", tuple(range(0, 30, 3))), ("0-4:2,7", (0, 2, 4, 7)), ("5:2", (5,))])
 def test_layers_in_steps(text, layers):
     assert cli.build_parser().parse_args(["layers", "--layers", text]).layers == layers
+
+
+def test_a_text_of_one_token_predicts_none(work, capsys):
+    with pytest.raises(SystemExit):
+        run(*ROUNDS[:-2], 1, "--quiet")
+    assert "argument --text-tokens: 1: expected a whole number of at least 2, e.g. 5120" in capsys.readouterr().err
+    assert not list(work.iterdir())
 
 
 @pytest.mark.parametrize("text", ["0-4:0", "0-4:", "0-4:x", ":2", "4-0:2"])

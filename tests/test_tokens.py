@@ -19,7 +19,16 @@ from kedit_fast.gating import ask
 from kedit_fast.jobs.collect import collect
 from kedit_fast.sites import Site
 from kedit_fast.sweep.runs import RunList
-from kedit_fast.tokens import ChatText, answer_tokens, asked, encode, fact_tokens, follows_directly
+from kedit_fast.tokens import (
+    ChatText,
+    answer_tokens,
+    asked,
+    chat_text,
+    encode,
+    fact_tokens,
+    follows_directly,
+    has_template,
+)
 from kedit_fast.trace_tasks import tasks_of
 
 from .tiny import tiny_model, tiny_tokenizer
@@ -367,6 +376,15 @@ def with_template(tokenizer, template):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
+
+
+@pytest.mark.parametrize("template, there", [(CHATML, True), ({"default": CHATML}, True), ({"tool": "x"}, False)])
+def test_of_named_templates_the_default_is_for_chats(template, there):
+    tokenizer = with_template(TOKENIZERS["byte_level"], template)
+    assert has_template(tokenizer) is there
+    if not there:
+        with pytest.raises(ValueError, match="has no chat template"):
+            chat_text(tokenizer, [{"role": "user", "content": "hello"}])
 
 
 QUESTION = Fact(prompt=" Where is the tower of {}? ", subject="Paris", target_new="Rome", chat=True)

@@ -30,14 +30,16 @@ def stop_printing() -> None:
 
 def told(error: Exception, args=None) -> str:
     """An error in words; the system's own as "file: what is wrong with it". An argument of ``args`` that it begins with
-    is named as the option that it is."""
+    is named as the option that it is, or as its place in the usage."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip() or type(error).__name__
     name = re.match(r"(\w+)( = | is empty)", text)
     if name is None or name[1] not in (vars(args) if args else ()):
         return text
-    return f"--{name[1].replace('_', '-')} {text[len(name[0]) :] if name[2] == ' = ' else text[len(name[1]) + 1 :]}"
+    place = getattr(args, "places", {}).get(name[1])
+    called = f"argument {place}:" if place else f"--{name[1].replace('_', '-')}"
+    return f"{called} {text[len(name[0]) :] if name[2] == ' = ' else text[len(name[1]) + 1 :]}"
 
 
 def say_error(text: str, status: int) -> int:

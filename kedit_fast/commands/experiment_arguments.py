@@ -1,6 +1,7 @@
 """The arguments of ``kedit-fast rounds`` and ``kedit-fast layers``; torch-free."""
 
-from .argument_types import count, layers, names, path, positive, text_such_as
+from ..checks import whole
+from .argument_types import count, layers, names, option, path, positive, text_such_as
 
 ROUNDS = (
     "rounds",
@@ -37,7 +38,11 @@ def add_rounds_arguments(parser) -> None:
         "--text", type=path, metavar="FILE", help="a text file to measure perplexity on (default: built in)"
     )
     parser.add_argument(
-        "--text-tokens", type=positive, default=5_120, metavar="N", help="tokens of it at most (default: 5120)"
+        "--text-tokens",
+        type=option(whole, least=2, like=5_120),  # the first predicts, the second is predicted
+        default=5_120,
+        metavar="N",
+        help="tokens of it at most (default: 5120)",
     )
     parser.add_argument("--layers", type=layers, metavar="L", help="to edit, for instance 3-7 (default: the method's)")
     parser.add_argument(

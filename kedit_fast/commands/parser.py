@@ -17,12 +17,17 @@ EDITS = f"{EDIT}; several: a chain, in the order they were made"
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser: what it does not know is an error with a suggestion."""
+    """A command's parser: what it does not know is an error with a suggestion.
+
+    What it makes of arguments has ``places`` too: {name: as its help writes it} of those without an option.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        if not hasattr(found, "places"):  # else the command's own are there
+            found.places = {action.dest: action.metavar for action in self._get_positional_actions()}
         return found, unknown
 
     def _meant(self, unknown: list[str]) -> str:

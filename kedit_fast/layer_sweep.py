@@ -220,11 +220,13 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _averaged(lm, trace) -> dict[str, AverageTrace]:
-    traces = dict(trace) if isinstance(trace, Mapping) else average_of(trace)
+    wanted = "TraceResults or {kind: AverageTrace}"
+    given = isinstance(trace, Mapping)
+    traces = dict(trace) if given else average_of(checks.listed("trace", trace, TraceResult, wanted))
     if not traces:
-        checks.refuse("trace", trace, "TraceResults or {kind: AverageTrace}")
+        checks.refuse("trace", trace, wanted)
     for kind, average in traces.items():
-        checks.instance("trace", average, AverageTrace, "TraceResults or {kind: AverageTrace}")
+        checks.instance("trace", average, AverageTrace, wanted)
         if average.mean.shape[1] != lm.n_layers:
             raise ValueError(
                 f"the trace of {kind} has {average.mean.shape[1]} layers, this model {lm.n_layers}; trace these facts "

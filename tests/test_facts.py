@@ -30,7 +30,7 @@ TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_n
         ({"neighborhood": Question("a", "b")}, r"Fact.neighborhood: expected a tuple of prompts"),
         ({"paraphrases": [("a", "b")]}, r"Fact.paraphrases: expected a string, got \('a', 'b'\)"),
         ({"same_subject": 7}, r"Fact.same_subject: expected a tuple of prompts, got 7"),
-        ({"id": 4}, r"Fact.id: expected a string, got 4"),
+        ({"id": 4}, r"Fact.id = 4: expected a text"),
         ({"provenance": "me"}, r"Fact.provenance: expected a mapping"),
     ],
 )
@@ -119,7 +119,7 @@ def test_check_facts_gives_facts_back():
 
 def test_duplicates_are_warned_of_and_left_out():
     twin = Fact(prompt="{}  is in the CITY of", subject="the eiffel tower", target_new="Rome", id="u")
-    with pytest.warns(UserWarning, match=r"1 facts: left out.*: u \("):
+    with pytest.warns(UserWarning, match=r"^1 fact: left out.*: u \("):
         assert check_facts([TOWER, twin]) == [TOWER]
 
 

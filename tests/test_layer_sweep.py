@@ -102,14 +102,14 @@ def test_a_line_for_each_layer(tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"layers": (0, 9)}, "layer 9"),
-        ({"layers": ()}, "no layers"),
+        ({"layers": (0, 9)}, "layers = 0, 9: this model has layers 0 to 3"),
+        ({"layers": ()}, "layers is empty; expected layers"),
         ({"facts": []}, "facts is empty"),
         ({"facts": [replace(FACTS[0], target_new=None)]}, "no target_new"),
         ({"moments": None}, "second moments"),
         ({"moments": {0: cases.moments()[0]}}, "no second moment for layer 1"),
         ({"trace": {"state": trace_of([0.1, 0.2])}}, "has 2 layers, this model 4"),
-        ({"trace": []}, "no trace results"),
+        ({"trace": []}, "trace is empty; expected TraceResults or"),
         ({"contexts": ["none"]}, "bare prompt"),
     ],
 )
@@ -162,10 +162,18 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert math.isnan(read.edited[1]["efficacy"].mean)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "x", '{"format": "kedit_fast.layer_sweep", "version": 2}'])
-def test_other_files_are_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{}", "is no layer sweep"),
+        ("[]", "holds an array; expected a saved layer sweep"),
+        ("x", r"is not JSON \(line 1, column 1.*expected a saved layer sweep"),
+        ('{"format": "kedit_fast.layer_sweep", "version": 2}', "is no layer sweep"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, says):
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=r"other.json is no layer sweep"):
+    with pytest.raises(ValueError, match=f"other.json {says}"):
         LayerSweep.load(tmp_path / "other.json")
 
 

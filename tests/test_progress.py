@@ -148,9 +148,10 @@ def test_every_flow_says_its_stages(at_once, capsys):
     memit = Memit(layers=(1, 2), v_loss_layer=3, **EDIT)
     rome = Rome(layers=(1,), v_loss_layer=3, **EDIT)
     assert said_by(lambda: memit.edit(lm, FACTS), capsys) == [
-        "stage 1 of 3: sampling contexts (tokens)",
-        "stage 2 of 3: optimizing values (steps)",
-        "stage 3 of 3: solving layers",
+        "stage 1 of 4: sampling contexts (tokens)",
+        "stage 2 of 4: optimizing values (steps)",
+        "stage 3 of 4: solving layers",
+        "stage 4 of 4: asking the edited model",
     ]
     heads = said_by(lambda: rome.edit(lm, FACTS, contexts=["{}"]), capsys)
     assert any(head.startswith("optimizing values, fact by fact (1 of 2 done") for head in heads)
@@ -169,7 +170,7 @@ def test_every_flow_says_its_stages(at_once, capsys):
     assert heads[-1] == "stage 2 of 2: tracing facts" and any(h.startswith("layer 2 (1 of 2 done") for h in heads)
     rounds = kf.edit_in_rounds(lm, FACTS, memit, per_round=1, contexts=["{}"])
     heads = said_by(lambda: list(rounds), capsys)
-    assert "round 1 (0 of 2 done), stage 1 of 2: optimizing values (steps)" in heads
+    assert "round 1 (0 of 2 done), stage 1 of 3: optimizing values (steps)" in heads
     assert any(head.startswith("round 2 (1 of 2 done") for head in heads)
 
 

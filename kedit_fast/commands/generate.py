@@ -9,9 +9,6 @@ from .outputs import say
 def run(args) -> None:
     """Prints what the model writes after each prompt."""
     chat = chat_of(args)
-    for prompt in args.prompt:
-        if not prompt.strip():
-            raise ValueError(f"--prompt {prompt!r} is empty; give it a text")
     edits = read_chain(args.edits)
     lm = with_edits(open_lm(args), edits, "the edits")
     texts = lm.generate([asked(lm.tokenizer, prompt, chat) for prompt in args.prompt], args.tokens)

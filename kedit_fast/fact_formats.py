@@ -311,6 +311,8 @@ def questions_of(value, key: str) -> list[Question]:
     if isinstance(value, list):
         return [question for each in value for question in questions_of(each, key)]
     if isinstance(value, dict) and not any(name in value for name in ASKED):
+        if alone := [name for name in ANSWERS if name in value]:
+            raise ValueError(f"{key}: {value!r} has {alone[0]!r} and no 'prompt'; expected both")
         return [question for each in value.values() for question in questions_of(each, key)]
     record = {"prompt": value} if isinstance(value, str) else value
     prompts = _first_of(record, ASKED) if isinstance(record, dict) else None

@@ -208,6 +208,13 @@ def test_a_probe_without_a_use_is_said(tmp_path, fields, says):
     assert len(seen) == 1 and says in str(seen[0].message)
 
 
+def test_an_answer_without_its_prompt_is_refused(tmp_path):
+    """Read as a kind of questions, its text would be asked."""
+    record = FLAT_RECORD | {"locality": [{"answer": "x"}]}
+    with pytest.raises(ValueError, match=r"record 0: locality: .* has 'answer' and no 'prompt'; expected both"):
+        load_facts(write(tmp_path / "f.json", [record]))
+
+
 def test_lists_of_different_length_are_refused(tmp_path):
     record = FLAT_RECORD | {"locality": {"prompt": ["x", "y"], "ground_truth": ["1", "2", "3"]}}
     with pytest.raises(ValueError, match="record 0: locality: 2 prompts and 3 answers; expected an answer for each"):

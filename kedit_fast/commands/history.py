@@ -4,6 +4,7 @@ import os
 
 from ..files import existing_folder
 from ..shipping.history import EditHistory
+from ..words import counted
 from .inputs import read_chain
 from .outputs import say, table
 
@@ -33,11 +34,11 @@ def _add(args, folder: str) -> None:
     history = EditHistory(folder)
     for edit in edits:
         new = history.add(edit, args.message, args.who, check_chain=not args.force)
-        say(f"{history.folder}: version {new.number}, {len(new.edits)} edit{'s' * (len(new.edits) > 1)} in force")
+        say(f"{history.folder}: version {new.number}, {counted(len(new.edits), 'edit')} in force")
 
 
 def _rollback(args, folder: str) -> None:
     history = EditHistory(folder)
     new = history.rollback(args.number, args.message, args.who)
-    in_force = f"{len(new.edits)} edit{'s' * (len(new.edits) != 1)}" if new.edits else "no edit"
+    in_force = counted(len(new.edits), "edit") if new.edits else "no edit"
     say(f"{history.folder}: version {new.number}, the same as version {args.number}: {in_force} in force")

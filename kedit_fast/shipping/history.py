@@ -123,12 +123,12 @@ class EditHistory:
         """
         check_words(message, who)
         existing_folder(self.folder, "a folder of versions")
-        checks.whole("number", number)
+        old = _numbered(self._read()[1], number)  # before a lock is left in the folder; versions are only ever added
         with self._alone():
             fingerprint, versions = self._read()
-            old = _numbered(versions, number)
-            self.edits_of(number)
-            new = _next(versions, old.edits, message or f"rollback to version {number}", who, rollback_of=number)
+            self.edits_of(old.number)
+            said = message or f"rollback to version {old.number}"
+            new = _next(versions, old.edits, said, who, rollback_of=old.number)
             self._write(fingerprint, (*versions, new))
         return new
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,17 @@ def test_a_version_that_is_not_there(history, number):
     with pytest.raises(ValueError, match="expected a whole number from 0 to 2"):
         history.edits_of(number)
     assert len(history.versions) == 3
+
+
+def test_a_refused_rollback_leaves_nothing_in_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="number = 1: expected 0, there is no other"):
+        EditHistory(tmp_path).rollback(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_version_is_numbered_by_any_whole_number(history):
+    assert history.rollback(np.int64(1)).rollback_of == 1
+    assert EditHistory(history.folder).versions[-1].message == "rollback to version 1"
 
 
 # ---- damage

@@ -83,7 +83,7 @@ def sweep(
         raise ValueError("a sweep reads a store or keeps one, not both")
     whole = grad or h is not None or store is not None or keep is not None
     everything = torch.arange(len(runs))
-    cuts = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory - held - runs.nbytes)
+    cuts = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory, held + runs.nbytes)
 
     def taken(which: Tensor) -> Runs:  # one pack at a time: all of them would be the runs' tables once more
         return runs if len(which) == len(runs) else runs.take(which)

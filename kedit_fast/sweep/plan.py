@@ -1,5 +1,6 @@
 """What a sweep holds, and how work is cut so that it fits the memory, before the first layer."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -80,10 +81,11 @@ def room(lm) -> int:
 
 
 def too_large(what: str, need: int, memory: int) -> str:
-    """The message for something that does not fit the memory however it is cut."""
+    """The message for something that does not fit the memory however it is cut. The need is rounded up, the memory
+    down: a need said in the memory's own figure would tell nothing."""
     return (
-        f"{what} needs {need / 1e9:.2f} GB and memory allows {memory / 1e9:.2f} GB; give open_model a larger memory=, "
-        "or shorten the text"
+        f"{what} needs {math.ceil(need / 1e7) / 100:.2f} GB and memory allows {memory // 10**7 / 100:.2f} GB; give "
+        "open_model a larger memory=, or shorten the text"
     )
 
 
@@ -107,13 +109,14 @@ def logit_rows(lm) -> int:
     return max(1, min(2 * room(lm), LOGITS) // lm.n_vocab)
 
 
-def cut(runs: Runs, cost: RowCost, memory: int) -> list[Tensor]:
+def cut(runs: Runs, cost: RowCost, memory: int, beside: int = 0) -> list[Tensor]:
     """Run numbers of each pack, ascending and closed under ancestors, in declared order. Ancestors are repeated in each
     pack.
 
-    memory: bytes a pack may hold. Raises ValueError, with the bytes needed, when one run and its ancestors do not fit.
+    memory: bytes that may be held; beside: those of them that are held beside a pack. Raises ValueError, with the bytes
+    needed, when one run and its ancestors do not fit.
     """
-    budget = memory - cost.call
+    budget = memory - beside - cost.call
     table = cost.position * runs.tokens.shape[1]
     above = torch.stack([runs.parent, runs.source, runs.graft], dim=1).tolist()
     size = (runs.n_rows * cost.kept + table).tolist()
@@ -129,7 +132,7 @@ def cut(runs: Runs, cost: RowCost, memory: int) -> list[Tensor]:
             new = _with_ancestors(run, above, pack)
             added = sum(size[r] for r in new)
         if added > budget:
-            need = added + cost.call
+            need = added + cost.call + beside
             raise ValueError(too_large("one run with its ancestors", need, memory))
         pack.update(new)
         held += added

@@ -467,7 +467,9 @@ def test_progress_is_told_by_rows(monkeypatch):
     shares = []
     sweep(lm, runs.runs(), [], advance=shares.append)
     assert shares == pytest.approx([r / sum(rows) for r in rows])
-    monkeypatch.setattr(engine, "cut", lambda runs, cost, memory: [torch.tensor([0, 1]), torch.tensor([0, 2, 3])])
+    monkeypatch.setattr(
+        engine, "cut", lambda runs, cost, memory, beside: [torch.tensor([0, 1]), torch.tensor([0, 2, 3])]
+    )
     shares.clear()
     sweep(lm, runs.runs(), [], advance=shares.append)
     assert len(shares) == 8 and sum(shares) == pytest.approx(1)

@@ -104,8 +104,9 @@ class Fact:
 
     @property
     def label(self) -> str:
-        """The fact as messages name it: its id where it has one, and its text."""
-        return f"{self.id} ({self.text!r})" if self.id else repr(self.text)
+        """The fact as messages name it: its id where it has one, its text, and whether it is asked in a chat."""
+        text = repr(self.text) + ", in a chat" * bool(self.chat)
+        return f"{self.id} ({text})" if self.id else text
 
     def questions(self, name: str) -> tuple[Question, ...]:
         """The prompts of a list ("neighborhood", "same_subject") with their answers: their own, else the usual one,

@@ -52,7 +52,7 @@ def test_the_package_runs_as_a_module():
         (["history", "lgo", "./edits"], "history log"),
         (["trace", "--subjet", "France"], "--subject"),
         (["trace", "--subjet=France"], "--subject"),
-        (["stats", "--layer", "3", "--token5", "9"], "--tokens"),
+        (["stats", "--layers", "3", "--token5", "9"], "--tokens"),
         (["gate", "e.safetensors", "--thresold", "t.json"], "--thresholds"),
         (["edit", "--method", "memti"], "memit"),
         (["trace", "--kinds", "state,mpl"], "mlp"),
@@ -85,3 +85,10 @@ def test_an_edit_file_with_the_name_of_an_action(tmp_path, monkeypatch):
 def test_edits_are_named_in_one_way(command):
     args = cli.build_parser().parse_args([*command.split(), "a.safetensors", "b.safetensors"])
     assert args.edits == ["a.safetensors", "b.safetensors"]
+
+
+def test_the_beginning_of_an_option_is_not_the_option(capsys):
+    """`--fact` for `--facts` would run for minutes on what was not meant."""
+    with pytest.raises(SystemExit):
+        cli.main(["edit", "--fact", "facts.json"])
+    assert "unrecognized arguments: --fact facts.json; did you mean --facts?" in capsys.readouterr().err

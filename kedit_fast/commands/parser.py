@@ -17,10 +17,13 @@ EDITS = f"{EDIT}; several: a chain, in the order they were made"
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser: what it does not know is an error with a suggestion.
+    """A command's parser: what it does not know is an error with a suggestion, the beginning of an option too.
 
     What it makes of arguments has ``places`` too: {name: as its help writes it} of those without an option.
     """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"allow_abbrev": False})
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)

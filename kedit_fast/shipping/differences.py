@@ -56,7 +56,7 @@ def _differing(a: dict, b: dict) -> dict[str, tuple]:
 
 
 def _written(fact: Fact) -> tuple:
-    return fact.prompt, fact.subject, (fact.target_new or "").strip()
+    return fact.prompt, fact.subject, fact.chat, (fact.target_new or "").strip()
 
 
 def _at_layer(layer: int, a: Edit, b: Edit) -> LayerDifference:

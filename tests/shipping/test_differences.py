@@ -66,3 +66,11 @@ def test_edits_of_models_of_other_widths_are_refused():
     other = LowRank(torch.ones(3, 1), torch.ones(5, 1))
     with pytest.raises(ValueError, match="different widths"):
         compare(make_edit(), make_edit(deltas={1: other}, values=None, keys={}))
+
+
+def test_a_question_in_a_chat_is_not_the_statement():
+    edit = make_edit()
+    asked = replace(edit, facts=tuple(replace(fact, chat=True) for fact in edit.facts))
+    found = compare(edit, asked)
+    assert (found.only_a, found.only_b) == (edit.facts, asked.facts)
+    assert asked.facts[0].label != edit.facts[0].label and "in a chat" in asked.facts[0].label

@@ -44,6 +44,11 @@ class Notes:
             said.append(f"passed over, {_some(self.skipped)}")
         return said
 
+    def misspelled(self, record) -> str:
+        """For the message on a record that makes no fact, its fields that are nearly one that is read."""
+        near = [(name, self._near(name)) for name in record] if isinstance(record, dict) else []
+        return "".join(f"; is {name!r} meant to be {known!r}?" for name, known in near if known)
+
     def _near(self, name: str) -> str | None:
         return None if name in self._known else next(iter(get_close_matches(name, self._known, 1, NEARLY)), None)
 

@@ -249,7 +249,7 @@ def facts_of(records: Iterable[tuple[str, Any]], notes: Notes, skip_bad: bool = 
         try:
             facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record, notes)]
         except ValueError as error:
-            problem = str(error) if error is record else f"{place}: {error}"
+            problem = str(error) if error is record else f"{place}: {error}{notes.misspelled(record)}"
             if not skip_bad:
                 raise ValueError(problem) from error
             notes.skipped.append(problem)

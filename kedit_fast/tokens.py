@@ -258,6 +258,13 @@ def answer_tokens(tokenizer, prompt: str, answer: str, attached: bool | None = N
     return ids
 
 
+def fact_answer(tokenizer, fact: Fact, answer: str | None = None) -> list[int]:
+    """ids of an answer (default: target_new) as it continues the fact's bare prompt; the same in every context, which
+    stands before it. Errors as of :func:`answer_tokens`."""
+    answer = fact.target_new if answer is None else answer
+    return answer_tokens(tokenizer, asked(tokenizer, fact.text, fact.chat), answer, fact.attached)
+
+
 def _behind(answer: str, direct: bool) -> str:
     """The answer as it is put behind the prompt: with no space, its own, or one."""
     if direct:

@@ -15,7 +15,7 @@ from .jobs.score import next_tokens
 from .model.lm import takes_lm
 from .sites import Site
 from .sweep.runs import RunList
-from .tokens import TokenizedPrompt, answer_tokens, asked, fact_tokens
+from .tokens import TokenizedPrompt, fact_answer, fact_tokens
 from .words import counted
 
 KINDS = ("state", "mlp", "attn")
@@ -84,7 +84,7 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
         lm.check_length(len(prompt.ids), f"fact {fact.label}")
     texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
     top = next_tokens(lm, texts).tolist()
-    answers = top[: len(facts)] if answer is None else [_first(lm, fact, answer) for fact in facts]
+    answers = top[: len(facts)] if answer is None else [fact_answer(lm.tokenizer, f, answer)[0] for f in facts]
     tasks = []
     for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
         targets = [answers[i]]
@@ -143,12 +143,7 @@ def check_draws(lm, facts: Sequence[Fact], kinds: Sequence[str], draws: int) -> 
 def _foil(lm, fact) -> int:
     if fact.target_new is None:
         raise ValueError(f"metric 'logit_diff' needs a foil: fact {fact.label} has no target_new")
-    return _first(lm, fact, fact.target_new)
-
-
-def _first(lm, fact: Fact, answer: str) -> int:
-    """The first token of an answer as it continues the fact's prompt."""
-    return answer_tokens(lm.tokenizer, asked(lm.tokenizer, fact.text, fact.chat), answer, fact.attached)[0]
+    return fact_answer(lm.tokenizer, fact)[0]
 
 
 def add_runs(runs: RunList, tasks: Sequence[Task], draws: int) -> tuple[list[Tensor], list[Tensor]]:

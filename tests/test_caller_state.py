@@ -2,12 +2,14 @@
 
 import functools
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.gating import Suite
+from kedit_fast.gating.questions import Sizes
 from kedit_fast.shipping.merge import merge_checkpoint
 from tests.conftest import open_tiny
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
@@ -151,6 +153,8 @@ FLOWS = {
         settings(kf.AlphaEdit, nullspace_threshold=0.0), moments=moments(), contexts=CONTEXTS),
     "ft": lambda folder: edited(kf.Ft(layers=(1,), num_steps=2, weight_decay=0.1)),
     "evaluate": lambda folder: _columns(kf.evaluate(lm(), FACTS, made(), text=TEXT, generate=3, max_tokens=60)),
+    "gate": lambda folder: [asdict(answered) for answered in kf.gate(
+        lm(), made(), Suite(text=(TEXT,)), builtin=False, sizes=Sizes(3, 40)).answers],
     "generate": lambda folder: [
         lm().with_edit(made(), written=torch.bfloat16).generate(["The Eiffel Tower", "Toyota"], 6),
         lm().generate("Big Ben", 6, temperature=1.0, seed=3),

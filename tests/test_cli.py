@@ -280,6 +280,7 @@ def test_progress_is_on_unless_quiet(monkeypatch):
         (["eval"], "evaluate what?"),
         (["eval", "cut.safetensors"], "cut.safetensors is cut short"),
         (["eval", "bad.jsonl"], "bad.jsonl"),
+        (["eval", "clash.json"], "clash.json: an edit is a safetensors file"),
         (["eval", "none.safetensors"], "none.safetensors"),
         (["eval", "--facts", "../facts.json", "--text", "none.txt"], "none.txt"),
         (["eval", "--facts", "../facts.json", "-o", "bad.jsonl"], "--force replaces it"),

@@ -368,6 +368,7 @@ REWRITE = {"requested_rewrite": {"prompt": "{} is in", "subject": "Paris"}}
         (FLAT | {"target_new": "\ud800"}, r"Fact\.target_new: '\\ud800' holds half a character"),
         (FLAT | {"rephrase": ["Is it\ud800?"]}, r"Fact\.paraphrases: .* holds half a character"),
         (FLAT | {"locality": 3}, "locality: expected a prompt or"),
+        ({"prompt": "{} is in", "subjct": "Paris", "target_new": "Italy"}, ".*; is 'subjct' meant to be 'subject'"),
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_read_is_named(tmp_path, record, message):

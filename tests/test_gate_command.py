@@ -59,8 +59,14 @@ def test_a_small_edit_is_told_what_to_add(folder, capsys):
     shown, before = capsys.readouterr()
     assert "warning: too few probes: add 26 paraphrases; there are 4 wordings" in before  # said before the work
     assert "4 found, at least 30 needed" in shown and "Note: too few probes: add 26 paraphrases" in shown
-    assert f"`kedit-fast gate {folder / 'good.safetensors'} --init suite.json` writes a suite to complete" in shown
-    assert "to do with fewer: --min-probes, --min-specificity" in shown
+    assert (
+        f"to add probes: complete {folder / 'suite.json'}; to do with fewer: --min-probes, --min-specificity" in shown
+    )
+    assert cli.main(["gate", str(folder / "good.safetensors"), "--model", str(folder / "model"), *QUICK]) == REFUSED
+    drafted = (
+        f"`kedit-fast gate {folder / 'good.safetensors'} --init suite.json` writes a suite to complete for --suite"
+    )
+    assert f"to add probes: {drafted}" in capsys.readouterr().out
 
 
 def test_init_writes_a_suite_to_complete(folder, tmp_path, capsys):

@@ -57,10 +57,9 @@ def run(args) -> int:
     say(str(found))
     say_written(written)
     if lacking := [_FEWER[check.name] for check in found.failed if check.n < check.required and check.name in _FEWER]:
-        say(
-            f"to add probes: `kedit-fast gate {' '.join(args.edits)} --init suite.json` writes a suite to complete "
-            f"for --suite; to do with fewer: {', '.join(dict.fromkeys(lacking))}"
-        )
+        drafted = f"`kedit-fast gate {' '.join(args.edits)} --init suite.json` writes a suite to complete for --suite"
+        add = f"complete {' or '.join(args.suite)}" if args.suite else drafted
+        say(f"to add probes: {add}; to do with fewer: {', '.join(dict.fromkeys(lacking))}")
     return 0 if found.passed else REFUSED
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .. import checks, moments
 from ..corpus import SELF
 from ..edit import Edit
+from ..fact_files import SUFFIXES
 from ..facts import BUILTIN, Chat, Fact, load_facts
 from ..files import existing_folder
 from ..model.lm import LM
@@ -104,6 +105,10 @@ def read_edits(name: str) -> tuple[Edit, ...]:
     """The edit of a file, or those in force of a folder of versions (``kedit-fast history add``), in their order."""
     path = Path(name).expanduser()
     if not path.is_dir():
+        if path.name.endswith(SUFFIXES):
+            raise ValueError(
+                f"{path}: an edit is a safetensors file, as `kedit-fast edit -o` writes it; facts go in --facts"
+            )
         return (Edit.load(path),)
     edits = EditHistory(path).current
     if not edits:

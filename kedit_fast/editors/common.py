@@ -18,7 +18,7 @@ from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList
-from ..tokens import answer_tokens, asked, fact_tokens
+from ..tokens import fact_answer, fact_tokens
 from ..words import counted
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
@@ -58,7 +58,7 @@ class Prompts:
         for i, fact in enumerate(self.facts):
             mine = slice(i * self.n_contexts, (i + 1) * self.n_contexts)
             essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject, chat=fact.chat))
-            target = new_answer(lm, fact)
+            target = fact_answer(lm.tokenizer, fact)
             ids = list(essence.ids)[: essence.lookup + 1]
             tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids, fact.label, i))
         return tasks
@@ -106,11 +106,6 @@ class Read(NamedTuple):
     bare: dict[Site, Tensor]
 
 
-def new_answer(lm, fact: Fact) -> list[int]:
-    """ids of the fact's target_new as it continues its bare prompt; the same in every context, which stands before."""
-    return answer_tokens(lm.tokenizer, asked(lm.tokenizer, fact.text, fact.chat), fact.target_new, fact.attached)
-
-
 def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:
     """Facts an editor can write: targets and subjects present, no contradictions unless each is an edit of its own. One
     Fact is a list of one."""
@@ -121,7 +116,7 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
     """Raises ValueError where a fact in one of its contexts, with its new target behind it, is too long for the model
     or has characters that the tokenizer drops. Tokenizes all of them."""
     for fact in facts:
-        target = new_answer(lm, fact)
+        target = fact_answer(lm.tokenizer, fact)
         for template in (t for group in groups for t in group):
             whose = f"fact {fact.label} in context {template!r}"
             try:

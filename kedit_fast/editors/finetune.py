@@ -24,8 +24,8 @@ from ..facts import Fact
 from ..jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
 from ..model.family import FAMILIES
 from ..model.lm import takes_lm
-from ..tokens import fact_tokens
-from .common import chain, check_lengths, checked_facts, new_answer, storable, under
+from ..tokens import fact_answer, fact_tokens
+from .common import chain, check_lengths, checked_facts, storable, under
 from .contexts import BARE
 from .hyperparameters import Hyperparameters, published
 from .written import with_written
@@ -223,7 +223,7 @@ def _check_unread(**given) -> None:
 
 def _task(lm, fact: Fact) -> TuneTask:
     prompt = list(fact_tokens(lm.tokenizer, fact).ids)
-    return TuneTask(prompt, new_answer(lm, fact), fact.label)
+    return TuneTask(prompt, fact_answer(lm.tokenizer, fact), fact.label)
 
 
 class _Known(NamedTuple):

@@ -21,7 +21,7 @@ from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList
-from ..tokens import asked, follows_directly
+from ..tokens import fact_tokens
 
 ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names
@@ -44,7 +44,7 @@ def with_written(lm, edit: Edit) -> Edit:
     that the memory holds, of a row for each token of their prompts and targets. On SmolLM2 that is 1 % of the time of
     MEMIT (12 facts) and ROME (4). Warns (NotWritten) of the facts that are not written.
     """
-    made = _asked(lm, edit) | {"attached": [_attached(lm, fact) for fact in edit.facts]}
+    made = _asked(lm, edit) | {"attached": [fact_tokens(lm.tokenizer, fact).attached for fact in edit.facts]}
     missing = [i for i, is_written in enumerate(made["written"]) if not is_written]
     if missing:
         named = [
@@ -71,10 +71,6 @@ def counted_elsewhere():
 def not_written(edit: Edit) -> list[Fact]:
     """The facts that were not found written when the edit was made."""
     return [fact for fact, found in zip(edit.facts, edit.provenance["written"]["written"], strict=True) if not found]
-
-
-def _attached(lm, fact: Fact) -> bool:
-    return follows_directly(asked(lm.tokenizer, fact.text, fact.chat), fact.target_new, fact.attached)
 
 
 @torch.no_grad()

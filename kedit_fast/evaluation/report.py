@@ -167,7 +167,7 @@ class EvalReport:
 
     def _lines(self) -> list[str]:
         """What stands below the table."""
-        lines = []
+        lines = self._verdict()
         if self.perplexity is not None:
             base, edited = self.perplexity
             change = "" if edited is None else f" -> {edited:.2f} ({self.drift:+.1%})"
@@ -179,6 +179,19 @@ class EvalReport:
             n = sum(len(fact.neighborhood) for fact in self.facts)
             lines.append(f"{left_out} of {n} neighborhood prompts left out: they name an edited subject")
         return lines + ([self.meta["note"]] if self.meta.get("note") else [])
+
+    def _verdict(self) -> list[str]:
+        """What an edit did, in a sentence or two: that P(new) > P(true) does not say that the new answer is given."""
+        if self.edited is None:
+            return []
+        said = [side["efficacy_exact"] for side in (self.base, self.edited)]
+        (before, after), n = (int(column.nansum()) for column in said), int((~said[1].isnan()).sum())
+        when = f"for {before} before the edit, for {after} after it"
+        lines = [f"the new answer is what the model says: of {n} facts {when}"]
+        same = self.edited["same_subject_same_top"]
+        if not same.isnan().all():
+            lines.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")
+        return lines
 
     def _generations_html(self) -> str:
         if not self.generations:

@@ -134,7 +134,8 @@ class GateReport:
 
     def _first_line(self) -> str:
         methods = " + ".join(dict.fromkeys(e["method"] for e in self.meta["edits"]))
-        return f"{self.meta['model']}, {self.meta['facts']} facts edited by {methods}. {self.meta['note']}".strip()
+        n = self.meta["facts"]
+        return f"{self.meta['model']}, {n} fact{'s' * (n != 1)} edited by {methods}. {self.meta['note']}".strip()
 
     # ---- sections of the page
 

@@ -14,6 +14,7 @@ against their digests whenever they are read.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -221,11 +222,17 @@ def check_chain(edits: Sequence[Edit]) -> None:
     """Raises ValueError where an edit names the edits it was made on top of and they are not those before it, and where
     one stands there twice.
 
-    Edits that name none may stand anywhere: they were made on the bare model, and their deltas add up.
+    Edits that name none may stand anywhere: they were made on the bare model, and their deltas add up. Warns where such
+    a one stands on others: P(new) of an edit of SmolLM2 fell from 0.977 to 0.266 beside another.
     """
     check_once(edits)
-    if not any(_made_on(edit) for edit in edits):
-        return
+    apart = [i for i, edit in enumerate(edits, 1) if i > 1 and not _made_on(edit)]
+    if apart:
+        warnings.warn(
+            f"edit {', '.join(map(str, apart))} of {len(edits)} was made without those before it, so each may undo a "
+            "part of the other: evaluate them together, or make the later one on top (--on-top-of, previous=)",
+            stacklevel=4,
+        )
     digests = [digest(edit) for edit in edits]
     for i, edit in enumerate(edits):
         made_on, before = _made_on(edit), digests[:i]

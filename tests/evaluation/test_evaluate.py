@@ -506,6 +506,14 @@ def test_report_says_what_was_evaluated(lm, tmp_path):
     close(again.edited, report.edited, 0)
 
 
+def test_a_report_says_in_words_what_is_answered(lm):
+    """P(new) > P(true), which efficacy counts, is not yet the new answer."""
+    report = evaluate(lm, FACTS, make_edit(lm, FACTS))
+    before, after = (int(side["efficacy_exact"].nansum()) for side in (report.base, report.edited))
+    assert f"what the model says: of 4 facts for {before} before the edit, for {after} after it" in str(report)
+    assert "the model says" not in str(evaluate(lm, FACTS))
+
+
 def test_helpful_errors(lm):
     with pytest.raises(ValueError, match="facts is empty"):
         evaluate(lm, [])

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import warnings
 
 import numpy as np
 import pytest
@@ -216,8 +217,11 @@ def test_chains_for_merging():
     """An edit may name none below it, and then stand anywhere; one that names some must stand on these."""
     first = edit_of(1)
     second = edit_of(2, [first])
-    check_chain([first, second])
-    check_chain([edit_of(3), first])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_chain([first, second])
+    with pytest.warns(UserWarning, match="edit 2 of 2 was made without those before it"):
+        check_chain([edit_of(3), first])
     with pytest.raises(ValueError, match=r"edit 1 of 2 was made on top of edit .* no edit; give the whole chain"):
         check_chain([second, first])
     with pytest.raises(ValueError, match="edit 1 of 1 was made on top"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kedit_fast.deltas import FLOATS, edited_weight
 from kedit_fast.edit import Edit
-from kedit_fast.model.family import as_out_in, down_projection, is_conv1d
+from kedit_fast.model.family import as_out_in, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.loaded import defined_in, is_offloaded, is_shard, refuse_peft
 from kedit_fast.state import own_state
@@ -136,7 +136,7 @@ def _checked(edit, model, check_fingerprint) -> dict[int, nn.Module]:
             "lm.with_edit(edit) shows an LM edited without writing"
         )
     refuse_peft(model, "the model", BENEATH)
-    modules = {layer: down_projection(model, layer) for layer in edit.layers}
+    modules = {layer: projection(model, layer) for layer in edit.layers}
     for layer, module in modules.items():
         _check_writable(module, f"layer {layer}'s down projection")
     _check_unshared(model, modules)

@@ -23,8 +23,9 @@ from .jobs.score import Score
 from .progress import scaled
 from .sites import Site
 from .sweep.engine import sweep
-from .sweep.plan import graph_bytes, together, too_large
+from .sweep.plan import graph_bytes
 from .sweep.runs import RunList
+from .sweep.together import together, too_large
 from .trace_tasks import METRICS, SITE, Found, Settings, Task, add_runs, noise_job
 
 STEPS = tuple(i / 8 for i in range(7))  # shares of the way from corrupted to clean; the first is the corrupted run
@@ -65,7 +66,7 @@ def held_bytes(lm, task: Task, ways: int, kinds: Sequence[str], recomputes: bool
     layers = graph_bytes(
         lm, rows, (1 + ways) * length, rows * length, lm.n_layers,
         extra=2 * sites * lm.d_model * itemsize,  # values at the sites, and their gradients
-        recomputes=recomputes or lm.source.name != "resident",
+        recomputes=recomputes or not lm.source.in_memory,
     )  # fmt: skip
     logits = LOGITS * (1 + ways) * lm.n_vocab * max(4, itemsize)
     noise = 8 * ways * (task.span[1] - task.span[0]) * lm.d_model

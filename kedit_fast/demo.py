@@ -158,7 +158,7 @@ def run_demo(
     """
     from .demo_report import write_demo_report
 
-    if lm.source.name != "resident":
+    if not lm.source.in_memory:
         raise ValueError(
             "the demo writes an edit into the model's weights, so these must be in memory; give more --memory"
         )

@@ -31,8 +31,9 @@ from .model.lm import takes_lm
 from .progress import progress, scaled, stages
 from .state import own_state
 from .sweep.engine import sweep
-from .sweep.plan import RowCost, together
+from .sweep.plan import free
 from .sweep.runs import RunList
+from .sweep.together import together
 from .words import reason
 
 FORMAT = "kedit_fast.second_moment"
@@ -210,7 +211,7 @@ def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[i
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found
-    groups = list(together(layers, lambda layer: 4 * lm.d_ff**2, (lm.memory - RowCost.of(lm).call) // 4 * 3))
+    groups = list(together(layers, lambda layer: 4 * lm.d_ff**2, free(lm) // 4 * 3))
     made: dict[int, SecondMoment] = {}
     with progress("collecting second moments (tokens)", text.n_tokens * len(groups)) as bar:
         for number, group in enumerate(groups, 1):
@@ -224,7 +225,7 @@ def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMome
     sums = _Sums(lm, layers, text, cache_dir)
     held = sum(total.nbytes for total in sums.by_layer.values())
     bar.resume(sums.n_done)
-    for batch in _batches(text.windows[sums.n_windows :], _batch_tokens(lm, text.n_tokens)):
+    for batch in together(text.windows[sums.n_windows :], len, _batch_tokens(lm, text.n_tokens)):
         runs, n = RunList(), sum(map(len, batch))
         for window in batch:
             runs.add(window)
@@ -238,21 +239,9 @@ def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMome
 
 def _batch_tokens(lm, n_tokens: int) -> int:
     """Tokens a sweep. Weights in memory cost nothing to pass again: then little work is cut as well, to keep parts."""
-    if lm.source.name != "resident":
+    if lm.source.pass_bytes:
         return BATCH_TOKENS
     return min(BATCH_TOKENS, max(LEAST_TOKENS, n_tokens // PARTS))
-
-
-def _batches(windows, n_tokens: int):
-    batch, held = [], 0
-    for window in windows:
-        batch.append(window)
-        held += len(window)
-        if held >= n_tokens:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
 
 
 def _name(lm, layer, corpus_id, n_tokens) -> str:
@@ -284,7 +273,7 @@ class _Sums:
 
     def __init__(self, lm, layers, text: Corpus, cache_dir):
         self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
-        wide = 8 * lm.d_ff**2 * len(layers) <= (lm.memory - RowCost.of(lm).call) // 2
+        wide = 8 * lm.d_ff**2 * len(layers) <= free(lm) // 2
         dtype = torch.float64 if wide else torch.float32
         self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
         self.n_windows = self.n_done = 0

@@ -201,5 +201,5 @@ def _growth(lm, edit: Edit, weights: dict[int, float]) -> dict[int, float]:
     """{layer: ‖Δ‖ / ‖W‖}; weights: {layer: ‖W‖}, those known, and added to."""
     for layer in edit.layers:
         if layer not in weights:
-            weights[layer] = Dense(lm.source.down_weight(layer).detach()).norm()
+            weights[layer] = Dense(lm.source.weight(layer, "down").detach()).norm()
     return {layer: delta.norm() / weights[layer] for layer, delta in edit.deltas.items()}

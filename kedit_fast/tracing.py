@@ -25,8 +25,9 @@ from .model.lm import takes_lm
 from .progress import logger, progress, scaled
 from .sites import Site
 from .sweep.engine import sweep
-from .sweep.plan import CALL_ROWS, TABLES, RowCost, together
+from .sweep.plan import CALL_ROWS, TABLES, RowCost, free
 from .sweep.runs import RunList
+from .sweep.together import together
 from .trace_tasks import (
     KINDS,
     METRICS,
@@ -125,8 +126,8 @@ def _check_severed(kinds, sever, method):
 
 def _groups(lm, tasks: list[Task], how: Settings) -> Iterator[list[Task]]:
     """Consecutive facts whose runs fit the memory together; one that is too large is cut further."""
-    budget = RowCost.of(lm).rows(lm.memory)
-    if lm.source.name == "resident":
+    budget = free(lm) // RowCost.of(lm).kept
+    if not lm.source.pass_bytes:
         budget = min(budget, TOGETHER)
     return together(tasks, lambda task: n_rows(lm, task, how), budget)
 

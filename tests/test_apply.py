@@ -9,7 +9,7 @@ from torch import nn
 
 import kedit_fast.apply as writing
 from kedit_fast.deltas import Dense, written_delta
-from kedit_fast.model.family import as_out_in, down_projection
+from kedit_fast.model.family import as_out_in, projection
 from tests.conftest import open_tiny
 from tests.edits import bits, logits, lowrank, make_edit, same_bits
 from tests.tiny import D_FF, tiny_model
@@ -52,7 +52,7 @@ def test_apply_changes_the_model_and_undo_restores_every_bit(model):
 
 def test_the_edited_layer_computes_with_the_delta():
     model = tiny_model("gpt2")
-    edit, module, x = make_edit(model), down_projection(model, 2), torch.randn(3, D_FF)
+    edit, module, x = make_edit(model), projection(model, 2), torch.randn(3, D_FF)
     base = module(x)
     with edit.apply(model):
         torch.testing.assert_close(module(x), base + x @ edit.delta(2).dense().T, rtol=1e-4, atol=1e-4)
@@ -116,7 +116,7 @@ def test_a_second_interrupt_does_not_stop_the_restoring(model, monkeypatch):
 
 def test_an_edit_that_another_one_cancels_is_still_below_it(model):
     """The weights are the original ones again, but the edit on top keeps a copy of the edited ones."""
-    before, weight = bits(model), as_out_in(down_projection(model, 2))
+    before, weight = bits(model), as_out_in(projection(model, 2))
     first = make_edit(model, deltas={2: lowrank(seed=2)}, keys={})
     base = weight.detach().clone()
     one = first.apply(model)
@@ -190,7 +190,7 @@ def test_edits_of_different_layers_come_off_in_any_order(model):
 def test_undo_refuses_a_weight_that_was_changed_otherwise(model):
     edit = make_edit(model)
     handle = edit.apply(model)
-    weight = down_projection(model, 2).weight
+    weight = projection(model, 2).weight
     kept = weight[3, 4].item()
     with torch.no_grad():
         weight[3, 4] = torch.nextafter(torch.tensor(kept), torch.tensor(math.inf))
@@ -216,7 +216,7 @@ def test_undo_refuses_a_cast_or_unloaded_model(model):
 
 def test_undo_refuses_the_same_bytes_under_another_dtype():
     model = tiny_model("llama", torch.bfloat16)
-    handle, module = make_edit(model).apply(model), down_projection(model, 1)
+    handle, module = make_edit(model).apply(model), projection(model, 1)
     module.weight = nn.Parameter(module.weight.detach().view(torch.float16))
     with pytest.raises(ValueError, match="layer 1's down projection no longer holds"):
         handle.undo()
@@ -248,11 +248,11 @@ def test_apply_under_inference_mode_and_to_inference_tensors():
 @each_model
 def test_apply_writes_what_written_delta_says(model):
     edit = make_edit(model)
-    before = {layer: as_out_in(down_projection(model, layer)).detach().clone() for layer in edit.layers}
+    before = {layer: as_out_in(projection(model, layer)).detach().clone() for layer in edit.layers}
     with edit.apply(model):
         for layer, weight in before.items():
             written = written_delta(weight, edit.delta(layer), weight.dtype)
-            now = as_out_in(down_projection(model, layer))
+            now = as_out_in(projection(model, layer))
             # fp32: the difference of two fp32 numbers may need more digits than fp32 has.
             assert torch.allclose(now.float(), weight.float() + written.delta, rtol=1e-6, atol=1e-6)
             assert not torch.equal(now, weight)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kedit_fast.deltas import LowRank
-from kedit_fast.model.family import down_projection
+from kedit_fast.model.family import projection
 from kedit_fast.model.fingerprint import fingerprint
 from tests.edits import bits, logits, lowrank, make_edit, owned_edit, same_bits
 from tests.tiny import D_FF, D_MODEL, tiny_model
@@ -53,7 +53,7 @@ def test_layers_and_shapes_that_do_not_fit_are_refused(model):
 def test_nan_in_the_weights_is_refused(model):
     edit = make_edit(model)
     with torch.no_grad():
-        down_projection(model, 2).weight[5, 5] = math.inf
+        projection(model, 2).weight[5, 5] = math.inf
     refused(model, "layer 2: the model's weight holds NaN or infinity", edit)
 
 
@@ -80,7 +80,7 @@ def test_meta_and_offloaded_weights_are_refused(model):
 def test_a_weight_that_is_here_only_for_this_call_is_refused(model):
     from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 
-    edit, module = make_edit(model), down_projection(model, 2)
+    edit, module = make_edit(model), projection(model, 2)
     module._hf_hook = SequentialHook(ModelHook(), AlignDevicesHook("cpu", offload=True))
     refused(model, "layer 2's down projection is offloaded", edit)
     module._hf_hook = AlignDevicesHook("cpu", offload=False)
@@ -104,7 +104,7 @@ class FakeLinear8bit(nn.Linear):
 
 
 def test_quantized_weights_are_refused(model):
-    edit, module = make_edit(model), down_projection(model, 2)
+    edit, module = make_edit(model), projection(model, 2)
     weight = module.weight
     module.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
     refused(model, r"layer 2's down projection is quantized \(.*Linear, torch.int8\)", edit)
@@ -119,7 +119,7 @@ def test_quantized_weights_are_refused(model):
 
 
 def test_computed_weights_are_refused(model):
-    edit, module = make_edit(model), down_projection(model, 2)
+    edit, module = make_edit(model), projection(model, 2)
     nn.utils.parametrizations.weight_norm(module)
     refused(model, "ParametrizedLinear.*parametrizations too", edit)
     nn.utils.parametrize.remove_parametrizations(module, "weight")
@@ -129,7 +129,7 @@ def test_computed_weights_are_refused(model):
 
 
 def test_tensor_subclasses_are_refused(model):
-    edit, module = make_edit(model), down_projection(model, 2)
+    edit, module = make_edit(model), projection(model, 2)
     kind = type("DTensor", (torch.Tensor,), {})
     module.weight = nn.Parameter(module.weight.detach().as_subclass(kind))
     assert type(module.weight) is kind
@@ -138,13 +138,13 @@ def test_tensor_subclasses_are_refused(model):
 
 def test_shared_weights_are_refused(model):
     edit = make_edit(model)
-    own = down_projection(model, 2).weight
-    down_projection(model, 2).weight = down_projection(model, 3).weight
+    own = projection(model, 2).weight
+    projection(model, 2).weight = projection(model, 3).weight
     refused(model, r"layer 2's.*shares its memory: .*layers\.2\..*layers\.3\.", edit)
-    down_projection(model, 2).weight = own
+    projection(model, 2).weight = own
     # Two weights in one storage, side by side as a loader may leave them, are no obstacle.
     buffer = torch.stack([own.detach(), own.detach()])
-    down_projection(model, 2).weight, down_projection(model, 3).weight = map(nn.Parameter, buffer)
+    projection(model, 2).weight, projection(model, 3).weight = map(nn.Parameter, buffer)
     make_edit(model).apply(model).undo()
-    down_projection(model, 3).weight = nn.Parameter(buffer.flatten()[5 : 5 + own.numel()].view_as(own))
+    projection(model, 3).weight = nn.Parameter(buffer.flatten()[5 : 5 + own.numel()].view_as(own))
     refused(model, "shares its memory", edit)

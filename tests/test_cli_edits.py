@@ -205,7 +205,7 @@ def test_inspect_shows_what_an_edit_holds(work, capsys):
 def test_inspect_compares_with_the_model(work, capsys):
     assert run("edit", "inspect", "one.safetensors", "--model", "base") == 0
     shown, edit = capsys.readouterr().out, Edit.load("one.safetensors")
-    weight = kf.open_model("base").source.down_weight(1)
+    weight = kf.open_model("base").source.weight(1, "down")
     share = edit.deltas[1].norm() / float(weight.norm())
     line = next(line.split() for line in shown.splitlines() if line.split()[:2] == ["1", "LowRank"])
     assert line[4:] == [f"{float(weight.norm()):.4g}", f"{share:.2%}"]

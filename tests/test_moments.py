@@ -15,6 +15,7 @@ import kedit_fast.moments as moments_module
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.moments import SecondMoment, second_moments
 from kedit_fast.sweep.plan import RowCost
+from kedit_fast.sweep.together import together
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.edits import bits, make_edit, same_bits
 from tests.oracle.access import site_module
@@ -224,7 +225,7 @@ def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeyp
     total = before - 1 + len(calls) - before
     monkeypatch.setattr(moments_module, "sweep", sweep)
     assert equal(made, expected)
-    assert total == len(list(moments_module._batches(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, 40)))
+    assert total == len(list(together(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, len, 40)))
     assert sorted(p.name.split("-")[0] for p in collect["cache_dir"].iterdir()) == ["moment", "moment"]
 
 
@@ -316,10 +317,10 @@ def test_what_is_in_the_cache_is_not_taken_for_something_else(tmp_path):
 
 def test_names_of_data_sets_and_of_many_layers_make_file_names(tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
-    lm = tiny_lm("gpt2", layers=60)
+    lm = tiny_lm("gpt2", layers=20)
     monkeypatch.setattr("kedit_fast.corpus._data_set", lambda name: iter(LINES))
-    made = second_moments(lm, range(60), "hf:owner/data set#part", n_tokens=80, cache_dir=tmp_path)
-    assert len(made) == len(list(tmp_path.iterdir())) == 60
+    made = second_moments(lm, range(20), "hf:owner/data set#part", n_tokens=80, cache_dir=tmp_path)
+    assert len(made) == len(list(tmp_path.iterdir())) == 20
     assert made[0].corpus == "hf:owner/data set#part"
 
 

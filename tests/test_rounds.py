@@ -57,7 +57,7 @@ def test_each_round_is_on_top_of_those_before(name):
         assert cases.relative(found[1].edit.deltas[layer].dense(), total) < 1e-10
         apart = first.deltas[layer].dense() + alone.deltas[layer].dense()
         assert cases.relative(found[1].edit.deltas[layer].dense(), apart) > 1e-3  # the second saw the first
-        weight = lm.source.down_weight(layer).detach().norm()
+        weight = lm.source.weight(layer, "down").detach().norm()
         assert found[1].growth[layer] == pytest.approx(float(total.norm() / weight), rel=1e-6)
     assert found[1].edit.facts == FACTS
 

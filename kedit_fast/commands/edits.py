@@ -71,7 +71,7 @@ def _layer_table(edit: Edit, lm) -> str:
     for layer, delta in edit.deltas.items():
         row = [str(layer), type(delta).__name__, str(delta.rank), f"{delta.norm():.4g}"]
         if lm:
-            size = float(lm.source.down_weight(layer).detach().float().norm())
+            size = float(lm.source.weight(layer, "down").detach().float().norm())
             row += [f"{size:.4g}", f"{delta.norm() / size:.2%}" if size else "-"]
         rows.append(row)
     return table(headers, rows)

@@ -18,6 +18,7 @@ from ..sites import Site
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
 from ..sweep.runs import RunList
+from ..sweep.together import together
 from ..tokens import fact_answer, fact_tokens
 from ..words import counted
 
@@ -69,18 +70,16 @@ class Prompts:
 
         One sweep for as many facts as a quarter of ``lm.memory`` holds rows of.
         """
-        step = self._chunk(lm, averaged, bare)
-        parts = [
-            self._read(lm, range(first, min(first + step, len(self.facts))), averaged, bare)
-            for first in range(0, len(self.facts), step)
-        ]
+        held = self._fact_bytes(lm, averaged, bare)
+        groups = together(range(len(self.facts)), lambda i: held, lm.memory // 4)
+        parts = [self._read(lm, range(group[0], group[-1] + 1), averaged, bare) for group in groups]
         return Read(*({site: torch.cat([part[i][site] for part in parts]) for site in parts[0][i]} for i in range(2)))
 
-    def _chunk(self, lm, averaged: dict, bare: dict) -> int:
-        """Facts whose rows a quarter of the memory holds."""
+    def _fact_bytes(self, lm, averaged: dict, bare: dict) -> int:
+        """Bytes of the rows that are read of a fact."""
         width = {Site.mlp_key: lm.d_ff}
         of_all, of_bare = (sum(width.get(site, lm.d_model) for site in sites) for sites in (averaged, bare))
-        return max(1, lm.memory // 4 // ((of_all * self.n_contexts + of_bare) * lm.dtype.itemsize))
+        return (of_all * self.n_contexts + of_bare) * lm.dtype.itemsize
 
     def _read(self, lm, facts: range, averaged: dict, bare: dict) -> tuple[dict, dict]:
         runs, m = RunList(), self.n_contexts

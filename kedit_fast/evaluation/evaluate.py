@@ -15,7 +15,8 @@ from ..kernels.dispatch import backend_for
 from ..model.lm import takes_lm
 from ..progress import progress, scaled, stages
 from ..shipping.history import with_edits
-from ..sweep.plan import RowCost, together
+from ..sweep.plan import RowCost, free
+from ..sweep.together import together
 from ..tokens import asked, has_template, other_form
 from .metrics import METRICS, fact_columns, knew
 from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
@@ -141,10 +142,9 @@ def _probes(lm, facts: Sequence[Fact], owners: list[int] | None) -> list[FactPro
 
 def _chunks(lm, probes: list[FactProbes]) -> Iterator[list[FactProbes]]:
     """Consecutive facts for one sweep; one that is too large is cut by the sweep's plan."""
-    cost = RowCost.of(lm)
-    cost = dataclasses.replace(cost, kept=cost.kept + lm.d_model * lm.dtype.itemsize)  # the rows that are read
-    most = CHUNK if lm.source.name == "resident" else None
-    return together(probes, lambda one: one.n_rows, cost.rows(lm.memory), most)
+    kept = RowCost.of(lm).kept + lm.d_model * lm.dtype.itemsize  # the rows that are read
+    most = CHUNK if not lm.source.pass_bytes else None
+    return together(probes, lambda one: one.n_rows, free(lm) // kept, most)
 
 
 # ---- what is answered

@@ -12,6 +12,7 @@ from ..evaluation.metrics import Z95, Answers, Interval
 from ..evaluation.probes import FactProbes, probe, read_probes
 from ..jobs.score import text_logprobs
 from ..progress import progress, scaled
+from ..sweep.together import together
 from .questions import Questions
 from .report import Answered, Lost
 from .suite import Question
@@ -79,11 +80,10 @@ def _probe(
 
 def _read(view, probes: list[FactProbes], form: str):
     """(base, edited) readings of all probes, in order."""
-    together = TOGETHER if view.source.name == "resident" else len(probes)
+    most = TOGETHER if not view.source.pass_bytes else None
     before, after = [], []
     with progress(f"{form}: asking", len(probes)) as bar:
-        for begin in range(0, len(probes), together):
-            part = probes[begin : begin + together]
+        for part in together(probes, lambda one: 1, math.inf, most):
             base, edited = read_probes(view, part, advance=scaled(bar.advance, len(part)))
             before += base
             after += edited

@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..deltas import FLOATS, Delta, Dense, difference, edited_weight
 from ..edit import Edit
-from ..model.family import down_projection, is_conv1d
+from ..model.overlaid import Overlaid
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # weights that share a scale: what AWQ, GPTQ and llama.cpp's larger formats use, or a multiple of it
@@ -57,7 +56,7 @@ def chain_deltas(lm, edits, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tenso
     for edit in edits:
         for layer, delta in edit.deltas.items():
             if layer not in weights:
-                weight = lm.source.down_weight(layer).detach().to(dtype)
+                weight = lm.source.weight(layer, "down").detach().to(dtype)
                 weights[layer] = weight, weight
             weight, now = weights[layer]
             weights[layer] = weight, edited_weight(now, delta)
@@ -84,7 +83,7 @@ def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits
     own damage would be counted as the edit's. All other weights stay as they are; the edit does not touch them.
     Raises ValueError where weights are read from disk layer by layer.
     """
-    if lm.source.name != "resident":
+    if not lm.source.in_memory:
         raise ValueError("a requantized edit is judged with the weights in memory; open the model without memory=")
     before, deltas = {}, {}
     for layer, pair in weights.items():
@@ -92,34 +91,7 @@ def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits
         deltas[layer] = difference(after, before[layer])
     # with_edit compares fingerprints, which read the weights: the edit was made for the unquantized ones
     view = lm.with_edit(_as_one(edits, deltas))
-    return replace(view, source=Overlaid(lm.source, before))
-
-
-class Overlaid:
-    """A resident source with other weights in some down projections; the model in memory stays as it is."""
-
-    name = "resident"
-
-    def __init__(self, source, weights: dict[int, Tensor]):
-        """weights: {layer: [d, d_ff]}"""
-        self._source, self._weights = source, weights
-        self.model, self.layers = source.model, source.layers
-        self.rows, self.part = source.rows, source.part  # of what is overlaid, only ``call`` runs in a sweep
-
-    def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
-        """Runs one decoder block on packed rows [1, rows, d]."""
-        if layer not in self._weights:
-            return self._source.call(layer, h, kwargs)
-        down = down_projection(self.model, layer)
-        weight = self.down_weight(layer).to(device=h.device, dtype=down.weight.dtype)
-        name = next(name for name, module in self.layers[layer].named_modules() if module is down)
-        own = {f"{name}.weight": weight.T if is_conv1d(down) else weight}
-        out = functional_call(self.layers[layer], own, (h,), kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def down_weight(self, layer: int) -> Tensor:
-        """The down projection's weight [d, d_ff]."""
-        return self._weights[layer] if layer in self._weights else self._source.down_weight(layer)
+    return replace(view, source=Overlaid(lm.source, {(layer, "down"): weight for layer, weight in before.items()}))
 
 
 def check_form(lm, edits, written: torch.dtype | None) -> None:
@@ -133,7 +105,7 @@ def check_form(lm, edits, written: torch.dtype | None) -> None:
             )
         lm.with_edit(edit)  # of this model, layers that it has
         for layer, delta in edit.deltas.items():
-            weight = lm.source.down_weight(layer)
+            weight = lm.source.weight(layer, "down")
             if written is not None and (weight.dtype not in FLOATS or tuple(weight.shape) != delta.shape):
                 raise ValueError(
                     f"layer {layer}'s down projection holds {list(weight.shape)} {weight.dtype}, where an edit of "

@@ -104,7 +104,7 @@ def _check(lm, edits, dtype, requantize) -> None:
     if dtype is not None and dtype not in forms.FLOATS:
         checks.refuse("written", dtype, f"one of {', '.join(map(str, forms.FLOATS))}, or None for an adapter")
     checks.optional(checks.choice, "requantize", requantize, forms.BITS)
-    if requantize is not None and (dtype is None or lm.source.name != "resident"):
+    if requantize is not None and (dtype is None or not lm.source.in_memory):
         raise ValueError(
             "a requantized edit is judged after it was written (written=), with the weights in memory (open the model "
             "without memory=)"
@@ -118,7 +118,7 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
         view = lm
         for e in edits:
             view = view.with_edit(e)
-        plain = all(lm.source.down_weight(layer).is_floating_point() for e in edits for layer in e.deltas)
+        plain = all(lm.source.weight(layer, "down").is_floating_point() for e in edits for layer in e.deltas)
         return {"adapter": view}, forms.growth(forms.chain_deltas(lm, edits, torch.float32)) if plain else {}
     weights = forms.chain_deltas(lm, edits, dtype)
     views = {f"written {str(dtype).removeprefix('torch.')}": forms.view_of_written(lm, edits, weights)}

@@ -20,8 +20,9 @@ from ..progress import progress
 from ..sites import Site
 from ..state import own_state
 from ..sweep.engine import sweep
-from ..sweep.plan import graph_bytes, together, too_large
+from ..sweep.plan import graph_bytes
 from ..sweep.runs import RunList, Runs, add_sequences, spans
+from ..sweep.together import together, too_large
 from .collect import GraphRows, collect
 from .finite import HIGH_RATE, not_finite
 from .score import continuation_places
@@ -94,7 +95,7 @@ def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = Fa
     itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
     rows = len(task.prompt) + len(task.target) - 1
     by_layer = graph_bytes(
-        lm, rows, rows, rows**2, lm.n_layers - min(layers), recomputes=recompute or lm.source.name != "resident"
+        lm, rows, rows, rows**2, lm.n_layers - min(layers), recomputes=recompute or not lm.source.in_memory
     )
     tuned = len(layers) * rows * (lm.d_ff + lm.d_model) * wide  # keys and what Δ makes of them
     logits = LOGITS * len(task.target) * lm.n_vocab * wide
@@ -270,7 +271,7 @@ def _zeros(lm) -> Tensor:
 
 def _weight(lm, layer: int) -> Tensor:
     """The down projection's weight [d, d_ff] with the edits that the model carries, wide."""
-    weight = lm.source.down_weight(layer).detach().to(_wide(lm.dtype))
+    weight = lm.source.weight(layer, "down").detach().to(_wide(lm.dtype))
     for edit in lm.edits:
         if layer in edit.deltas:
             weight = weight + edit.deltas[layer].dense().to(weight)

@@ -10,7 +10,7 @@ from .. import checks
 from ..progress import progress
 from ..sites import Site
 from ..sweep.engine import sweep
-from ..sweep.plan import RowCost
+from ..sweep.plan import RowCost, free
 from ..sweep.runs import RunList
 from ..sweep.store import KVStore
 from .collect import Collect
@@ -109,7 +109,7 @@ def _batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]
     shortest = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         width = lengths[i] + max_new_tokens
-        fits = (len(batch) + 1) * (width * slot + logits) <= lm.memory - cost.call
+        fits = (len(batch) + 1) * (width * slot + logits) <= free(lm)
         if batch and (not fits or width > 3 * shortest):
             yield sorted(batch)
             batch = []

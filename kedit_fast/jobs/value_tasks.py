@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..sites import Site
-from ..sweep.plan import graph_bytes, too_large
+from ..sweep.plan import graph_bytes
+from ..sweep.together import too_large
 
 LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_0, hold at the height of a step
 
@@ -68,7 +69,7 @@ def _step_bytes(lm, task: ValueTask, settings: ValueSettings, some: Sequence[int
     rows, longest = sum(lengths[i] - first[i] for i in some), max(lengths[i] for i in some)
     layers = graph_bytes(
         lm, rows, len(some) * longest, rows * longest, lm.n_layers - settings.layer,
-        recomputes=recompute or lm.source.name != "resident",
+        recomputes=recompute or not lm.source.in_memory,
     )  # fmt: skip
     logits = LOGITS * len(some) * len(task.target) + KL_LOGITS
     return layers + logits * lm.n_vocab * max(4, lm.dtype.itemsize)

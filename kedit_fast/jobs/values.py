@@ -23,9 +23,9 @@ from ..sites import Site
 from ..state import own_state
 from ..sweep.edited import add_under
 from ..sweep.engine import sweep
-from ..sweep.plan import together
 from ..sweep.runs import NEVER, RunList, Runs, padded, spans
 from ..sweep.store import KVStore
+from ..sweep.together import together
 from .collect import Collect, GraphRows
 from .finite import HIGH_RATE, check_answers, not_finite
 from .value_tasks import ValueSettings, ValueTask, held_bytes, parts

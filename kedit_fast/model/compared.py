@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..sites import Site
-from .family import TESTED, down_projection, peculiarities
+from .family import TESTED, peculiarities, projection
 from .lm import DEFAULT_MEMORY
 from .seam import eval_mode
 
@@ -35,7 +35,7 @@ def check_own_logits(lm) -> None:
     lm = replace(lm, memory=max(lm.memory, DEFAULT_MEMORY))  # the text needs next to nothing of it
     try:
         for layer in range(lm.n_layers):
-            down_projection(lm.model, layer)
+            projection(lm.model, layer)
         ids = lm.encode(TEXT)[: lm.longest or None]
         off = _distance(lm, lm.head(_rows(lm, ids, lm.n_layers - 1)), _own_logits(lm, ids))
         turned = 0.0 if lm.family.post_norm else _turned(lm, ids)

@@ -18,6 +18,9 @@ class Family:
     attn: str = "self_attn"  # in a layer
     attn_proj: str = "self_attn.o_proj"  # in a layer: its output is the site attn_out
     mlp_down: str = "mlp.down_proj"  # in a layer: input is mlp_key, output is mlp_out
+    mlp_up: str | None = "mlp.up_proj"  # in a layer
+    mlp_gate: str | None = "mlp.gate_proj"  # in a layer; None: the MLP has no gate
+    mlp_gate_up: str | None = None  # in a layer: gate and up as one matrix, in this order
     norm: str = "model.norm"
     positions: str | None = None  # learned position table, added to the embedding
     rotary: str | None = "model.rotary_emb"  # None: the block makes its own from position_ids
@@ -27,6 +30,13 @@ class Family:
     text_config: str | None = None  # where the text model's config lies in a wrapper's config
     stored_as: tuple[tuple[str, str], ...] = ()  # beginnings of parameter names, and what checkpoint files have there
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """{role: path in a layer} of the MLP's projections: "down", and those of "up", "gate" and "gate_up" that the
+        family has."""
+        paths = {"down": self.mlp_down, "up": self.mlp_up, "gate": self.mlp_gate, "gate_up": self.mlp_gate_up}
+        return {role: path for role, path in paths.items() if path}
+
 
 _LLAMA = Family()
 _GPT2 = Family(
@@ -34,6 +44,8 @@ _GPT2 = Family(
     attn="attn",
     attn_proj="attn.c_proj",
     mlp_down="mlp.c_proj",
+    mlp_up="mlp.c_fc",
+    mlp_gate=None,
     norm="transformer.ln_f",
     positions="transformer.wpe",
     rotary=None,
@@ -41,12 +53,16 @@ _GPT2 = Family(
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
-    "gptj": replace(_GPT2, attn_proj="attn.out_proj", mlp_down="mlp.fc_out", positions=None, attention="_attn"),
+    "gptj": replace(
+        _GPT2, attn_proj="attn.out_proj", mlp_down="mlp.fc_out", mlp_up="mlp.fc_in", positions=None, attention="_attn"
+    ),
     "gpt_neox": Family(
         layers="gpt_neox.layers",
         attn="attention",
         attn_proj="attention.dense",
         mlp_down="mlp.dense_4h_to_h",
+        mlp_up="mlp.dense_h_to_4h",
+        mlp_gate=None,
         norm="gpt_neox.final_layer_norm",
         rotary="gpt_neox.rotary_emb",
         stored_as=(("lm_head.", "embed_out."),),
@@ -66,7 +82,7 @@ FAMILIES: dict[str, Family] = {
         text_config="text_config",
         stored_as=(("model.language_model.", "language_model.model."),),
     ),
-    "phi3": _LLAMA,
+    "phi3": replace(_LLAMA, mlp_up=None, mlp_gate=None, mlp_gate_up="mlp.gate_up_proj"),
     "olmo2": replace(_LLAMA, post_norm="post_feedforward_layernorm"),
 }
 
@@ -152,19 +168,23 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
         ) from None
 
 
-def down_projection(model: nn.Module, layer: int) -> nn.Module:
-    """The MLP down projection of one layer: the module that ROME and MEMIT edit.
+def projection(model: nn.Module, layer: int, role: str = "down") -> nn.Module:
+    """The module of one layer that plays a role (``Family.roles``); the down projection is what ROME and MEMIT edit.
 
-    Raises ValueError for a layer out of range, and for a layer that has no single down projection
-    (mixture of experts).
+    Raises ValueError for a layer out of range, a role that the family does not have, and for a layer without that
+    module (mixture of experts).
     """
-    family, layers = family_of(model.config), layers_of(model)
+    roles, layers = family_of(model.config).roles, layers_of(model)
     check_layer(layer, len(layers))
+    if role not in roles:
+        raise ValueError(
+            f"a {model.config.model_type} model has no {role!r} projection; it has {', '.join(map(repr, roles))}"
+        )
     try:
-        return module_at(layers[layer], family.mlp_down)
+        return module_at(layers[layer], roles[role])
     except AttributeError:
         raise ValueError(
-            f"layer {layer} of this {model.config.model_type} model has no module {family.mlp_down!r} "
+            f"layer {layer} of this {model.config.model_type} model has no module {roles[role]!r} "
             "(mixture-of-experts layers keep their experts in one tensor); edit a dense layer instead"
         ) from None
 

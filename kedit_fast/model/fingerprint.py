@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .family import family_of, is_conv1d, module_at
-from .source import Disk, Resident
+from .source import Resident, Source
 
 ROWS = 2  # rows read of each matrix: fine-tuning and edits change every row of what they change
 
 
-def fingerprint(model: nn.Module, source: Resident | Disk | None = None) -> str:
+def fingerprint(model: nn.Module, source: Source | None = None) -> str:
     """``family-L-d-hash`` (16 hex digits) of a Hugging Face model, whose layers ``source`` supplies (default: it does).
 
     The hash covers the shape of every parameter that a text passes, two rows [out, in] of each matrix (attention, MLP,

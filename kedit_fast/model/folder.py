@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..words import json_kind
-from .source import check_complete, check_index, open_tensors
+from .stored import check_complete, check_index, open_tensors
 
 CONFIG, ADAPTER, TOKENIZER = "config.json", "adapter_config.json", "tokenizer.json"
 OWN_CODE = (

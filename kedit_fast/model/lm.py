@@ -15,7 +15,7 @@ from ..tokens import chat_text, encode
 from . import family as fam
 from .family import Family, family_of, module_at, text_config
 from .fingerprint import fingerprint
-from .source import Disk, Resident
+from .source import Source
 
 DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights
 
@@ -32,7 +32,7 @@ class LM:
 
     model: nn.Module
     tokenizer: object
-    source: Resident | Disk
+    source: Source
     memory: int = DEFAULT_MEMORY
     edits: tuple = ()
     note: str = ""
@@ -60,7 +60,7 @@ class LM:
 
     @cached_property
     def d_ff(self) -> int:
-        down = fam.down_projection(self.model, 0)
+        down = fam.projection(self.model, 0)
         if fam.is_conv1d(down):
             return down.weight.shape[0]
         return getattr(down, "in_features", None) or down.weight.shape[1]  # a packed weight has another shape
@@ -91,7 +91,7 @@ class LM:
         return self.opened_as or self.model.config._name_or_path or self.model.config.model_type
 
     def __repr__(self) -> str:
-        source = "" if self.source.name == "resident" else f", read from {self.source.name}"
+        source = "" if self.source.in_memory else f", read from {self.source.name}"
         edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" * bool(self.edits)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"LM({self.name}, {self.config.model_type}, {self.n_layers} layers, {dtype}{source}{edits})"
@@ -102,7 +102,7 @@ class LM:
 
         Read anew each time where the weights are in memory: an edit may have been written into them since.
         """
-        if self.source.name == "resident":
+        if self.source.in_memory:
             return fingerprint(self.model, self.source)
         if "fingerprint" not in self._cache:
             self._cache["fingerprint"] = fingerprint(self.model, self.source)
@@ -261,7 +261,7 @@ class LM:
                 )
         check_once((*self.edits, edit))
         if written is not None:
-            edit = written_form(edit, self.source.down_weight, written)
+            edit = written_form(edit, lambda layer: self.source.weight(layer, "down"), written)
         return replace(self, edits=(*self.edits, edit))
 
 

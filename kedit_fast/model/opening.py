@@ -10,11 +10,13 @@ from .. import checks
 from ..state import own_state
 from . import family as fam
 from .compared import check_own_logits
+from .disk import open_on_disk
 from .family import family_of
 from .folder import read_config, read_model, read_tokenizer
 from .lm import DEFAULT_MEMORY, LM
 from .loaded import check_loaded, make_ordinary
-from .source import Checkpoint, Resident, open_on_disk
+from .source import Resident
+from .stored import Checkpoint
 
 DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
 

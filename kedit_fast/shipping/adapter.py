@@ -26,7 +26,7 @@ from kedit_fast import checks
 from kedit_fast.deltas import Delta, Dense, LowRank
 from kedit_fast.edit import Edit, digest, edit_list
 from kedit_fast.files import named, read_object
-from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d, text_config
+from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL
@@ -111,7 +111,7 @@ def export_peft(
     with new_folder(folder) as unfinished:
         with named(unfinished / WEIGHTS):  # save_file would tell its failures in an error of its own, without errno
             (unfinished / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        write_json(unfinished / CONFIG, _config(name, rank, list(paths.values()), is_conv1d(down_projection(base, 0))))
+        write_json(unfinished / CONFIG, _config(name, rank, list(paths.values()), is_conv1d(projection(base, 0))))
         write_json(unfinished / RECORD, _record(edits, unfinished / WEIGHTS, ranks, errors))
     return Adapter(Path(folder), rank, ranks, errors, name)
 
@@ -191,7 +191,7 @@ def _base_of(edit: Edit, model, check: bool) -> tuple[nn.Module, str]:
     if check and edit.fingerprint and found != edit.fingerprint:
         raise ValueError(_another(edit.fingerprint, "this", found))
     for layer in edit.layers:
-        down_projection(base, layer)
+        projection(base, layer)
     return base, _loadable(getattr(base.config, "_name_or_path", None) or "") or ""
 
 

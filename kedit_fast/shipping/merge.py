@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from kedit_fast import checks
 from kedit_fast.deltas import edited_weight
 from kedit_fast.edit import Edit, check_once, digest, edit_list
-from kedit_fast.model.family import auto_class, down_projection, family_of, is_conv1d
+from kedit_fast.model.disk import Disk, open_on_disk
+from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import read_config
-from kedit_fast.model.source import INDEX, Checkpoint, Disk, open_on_disk
+from kedit_fast.model.stored import INDEX, Checkpoint
 from kedit_fast.progress import progress
 from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
 from kedit_fast.shipping.history import check_chain, check_words, now
@@ -191,7 +192,7 @@ def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
     """Where the edited weights lie, in file order; ValueError where a delta does not fit or a weight is packed."""
     family, parts, places = family_of(model.config), checkpoint.parts(), []
     for layer in sorted({layer for edit in edits for layer in edit.layers}):
-        transposed = is_conv1d(down_projection(model, layer))
+        transposed = is_conv1d(projection(model, layer))
         stored = parts[checkpoint.stored_name(f"{family.layers}.{layer}.{family.mlp_down}.weight")]
         if stored.dtype not in DTYPES:
             raise ValueError(

@@ -94,7 +94,7 @@ def sweep(
             number = torch.full((len(runs),), -1)
             number[which] = torch.arange(len(which))
             pack = _Pack(lm, taken(which), number, jobs, store, slots, keep)
-            pack.recomputes = grad and (recompute or lm.source.name != "resident")
+            pack.recomputes = grad and (recompute or not lm.source.in_memory)
             for rows in pack.run(first_layer, last_layer, h):
                 if advance is not None:
                     advance(rows / work)

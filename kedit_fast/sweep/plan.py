@@ -1,15 +1,13 @@
 """What a sweep holds, and how work is cut so that it fits the memory, before the first layer."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels.target_logprob import LOGITS
 from .runs import Runs
+from .together import too_large
 
 # Rows that go through a block in one call. Small enough that a call's intermediates stay in cache, large enough for
 # the products: see bench/results for the figure by size.
@@ -21,8 +19,6 @@ TABLES = 32  # int64 numbers of a run at a position, as declared, in its pack, a
 # What autograd keeps of a row in a layer, measured on blocks of all families: at most 10 numbers of the stream's width
 # in fp32 (norms are computed there, whatever the model's dtype), and 4 of the MLP's width.
 SAVED, SAVED_FF = 10, 4
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,42 +47,16 @@ class RowCost:
         """Bytes that a block call holds."""
         return CALL_ROWS * self.passing
 
-    def rows(self, memory: int) -> int:
-        """Rows that a sweep may hold in that many bytes."""
-        return (memory - self.call) // self.kept
 
-
-def together(
-    items: Iterable[T], size: Callable[[T], float], most: float, count: int | None = None
-) -> Iterator[list[T]]:
-    """Consecutive items whose sizes add up to ``most`` at most, and no more than ``count`` of them; one that is too
-    large stands alone. No items make no group."""
-    group: list[T] = []
-    held = 0.0
-    for item in items:
-        n = size(item)
-        if group and (held + n > most or len(group) == count):
-            yield group
-            group, held = [], 0.0
-        group.append(item)
-        held += n
-    if group:
-        yield group
+def free(lm) -> int:
+    """Bytes of ``lm.memory`` beside what a block call holds."""
+    return lm.memory - RowCost.of(lm).call
 
 
 def room(lm) -> int:
     """Numbers (fp32; fp64 for an fp64 model) that attention or head may gather at once, so that all they make of them
     takes no more than a call's share."""
     return RowCost.of(lm).call // (COPIES * max(4, lm.dtype.itemsize))
-
-
-def too_large(what: str, need: int, memory: int) -> str:
-    """The message for something that does not fit the memory however it is cut. The need is rounded up, the memory
-    down: a need said in the memory's own figure would tell nothing."""
-    return (
-        f"{what} needs {math.ceil(need / 1e7) / 100:.2f} GB and memory allows {memory // 10**7 / 100:.2f} GB; give "
-        "open_model a larger memory=, or shorten the text"
-    )
 
 
 def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, extra: int = 0, recomputes: bool) -> int:

@@ -286,7 +286,7 @@ def test_little_memory_is_the_whole(lm):
 def test_a_streamed_model_takes_few_chunks(lm):
     @dataclasses.dataclass
     class Streamed:
-        name: str = "disk"
+        pass_bytes: int = 1
 
     probes = module._probes(lm, FACTS, None) * 20
     assert len(list(module._chunks(lm, probes))) == 2

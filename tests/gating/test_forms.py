@@ -59,10 +59,10 @@ def test_a_chain_is_rounded_edit_by_edit():
     lm = open_tiny(model)
     edits = [make_edit(model, {2: lowrank(seed=s, scale=0.01)}) for s in (1, 2)]
     before, after = chain_deltas(lm, edits, torch.bfloat16)[2]
-    want = lm.source.down_weight(2).detach()
+    want = lm.source.weight(2, "down").detach()
     for edit in edits:
         want = edited_weight(want, edit.deltas[2])
-    assert torch.equal(after, want) and torch.equal(before, lm.source.down_weight(2).detach())
+    assert torch.equal(after, want) and torch.equal(before, lm.source.weight(2, "down").detach())
     both = LowRank(*(torch.cat([getattr(e.deltas[2], p) for e in edits], 1) for p in "uv"))
     assert not torch.equal(after, edited_weight(before, both))  # rounded once, it is another matrix
     assert growth({2: (before, after)})[2] == pytest.approx(
@@ -83,7 +83,7 @@ def test_views_equal_the_written_weights(family):
             other = tiny_model(family)
             theirs = open_tiny(other)
             for layer, delta in edit.deltas.items():
-                weight = theirs.source.down_weight(layer)
+                weight = theirs.source.weight(layer, "down")
                 with torch.no_grad():
                     weight.copy_(change(edited_weight(weight, delta) if edited else weight.clone()))
             close("probabilities", next_token_probs(base_or_view, [IDS]), next_token_probs(theirs, [IDS]))
@@ -96,6 +96,6 @@ def test_written_view_equals_written_delta():
     lm, edit = open_tiny(model), make_edit(model)
     view = view_of_written(lm, [edit], chain_deltas(lm, [edit], torch.bfloat16))
     for layer, delta in edit.deltas.items():
-        want = written_delta(lm.source.down_weight(layer), delta, torch.bfloat16)
+        want = written_delta(lm.source.weight(layer, "down"), delta, torch.bfloat16)
         assert torch.equal(view.edits[0].deltas[layer].delta, want.delta)
     assert isinstance(view.edits[0].deltas[1], Dense)

@@ -9,7 +9,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import kedit_fast as kf
 from kedit_fast.model import opening
-from kedit_fast.model.family import FAMILIES, as_out_in, down_projection, family_of, layers_of, text_config
+from kedit_fast.model.family import FAMILIES, as_out_in, family_of, layers_of, projection, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import DEFAULT_MEMORY
 from tests.conftest import close, open_tiny, tiny_lm
@@ -32,7 +32,7 @@ def test_shapes(family):
     assert lm.n_vocab == lm.model.get_output_embeddings().weight.shape[0]
     assert (lm.dtype, lm.device.type) == (torch.float32, "cpu")
     names = paths(lm.model)
-    assert down_projection(lm.model, 1) is lm.model.get_submodule(names.layers)[1].get_submodule(names.down)
+    assert projection(lm.model, 1) is lm.model.get_submodule(names.layers)[1].get_submodule(names.down)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +48,7 @@ def test_the_likeliest_tokens_are_hugging_faces(family):
 def test_an_opened_model_is_the_one_given():
     model = tiny_model("llama")
     lm = open_tiny(model)
-    assert lm.model is model and lm.source.name == "resident" and lm.memory == DEFAULT_MEMORY
+    assert lm.model is model and lm.source.in_memory and lm.memory == DEFAULT_MEMORY
     assert open_tiny(model, memory="3 MB").memory == 3_000_000
     assert open_tiny(model, device="cpu", dtype="fp32").dtype == torch.float32
 
@@ -72,7 +72,7 @@ def test_a_written_edit_acts_as_weights_of_that_dtype(family, dtype):
     edit = make_edit(model)
     got = open_tiny(model).with_edit(edit, written=dtype).top_tokens(TEXT, 8)
     for layer, delta in edit.deltas.items():
-        weight = as_out_in(down_projection(model, layer)).data
+        weight = as_out_in(projection(model, layer)).data
         weight.copy_((weight.double() + delta.dense().double()).to(dtype))
     want = open_tiny(model).top_tokens(TEXT, 8)
     assert [t for t, _ in got] == [t for t, _ in want]
@@ -151,14 +151,14 @@ def test_sizes(text, size):
 @pytest.mark.parametrize("layer", [-1, 4, True, 1.0, "1"])
 def test_layers_out_of_range_are_refused(layer):
     with pytest.raises(ValueError, match=r"is out of range: this model has layers 0 to 3"):
-        down_projection(tiny_lm("gpt2").model, layer)
+        projection(tiny_lm("gpt2").model, layer)
 
 
 def test_layers_without_a_down_projection_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].mlp = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"layer 1 of this llama model has no module 'mlp\.down_proj'"):
-        down_projection(model, 1)
+        projection(model, 1)
 
 
 # ---- fingerprints
@@ -194,7 +194,7 @@ def test_a_fingerprint_sees_every_parameter_that_a_text_passes(family):
 def test_a_fingerprint_reads_rows_of_outputs(family):
     """An update u vᵀ changes every row [out, in], however few keys v has; GPT-2 stores them as columns."""
     model = tiny_model(family)
-    base, weight = fingerprint(model), as_out_in(down_projection(model, 1)).data
+    base, weight = fingerprint(model), as_out_in(projection(model, 1)).data
     weight[5] += 0.5  # a row that is not read
     assert fingerprint(model) == base
     weight[:, 5] += 0.5

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kedit_fast as kf
-from kedit_fast.model.family import FAMILIES, as_out_in, down_projection, layers_of
+from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.model.source import Checkpoint
+from kedit_fast.model.stored import Checkpoint
 from tests.conftest import close, tiny_lm
 from tests.edits import make_edit
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
@@ -64,9 +64,9 @@ def test_buffers_are_as_in_memory(family, dtype, tmp_path):
 def test_down_weights_are_out_in(family, tmp_path):
     resident, disk = opened(saved(tmp_path, family))
     for layer in range(4):
-        weight = disk.source.down_weight(layer)
-        assert weight.shape == (48, 80) and torch.equal(weight, as_out_in(down_projection(resident.model, layer)))
-        assert torch.equal(weight, resident.source.down_weight(layer))
+        weight = disk.source.weight(layer, "down")
+        assert weight.shape == (48, 80) and torch.equal(weight, as_out_in(projection(resident.model, layer)))
+        assert torch.equal(weight, resident.source.weight(layer, "down"))
     assert (disk.d_ff, disk.d_model, disk.n_vocab, disk.dtype) == (80, 48, resident.n_vocab, torch.float32)
 
 
@@ -85,7 +85,7 @@ def test_half_precision_checkpoints_and_conversion(family, given, tmp_path):
     saved(tmp_path, family, torch.float32 if given else torch.bfloat16)
     resident, disk = opened(tmp_path, dtype=given)
     assert disk.dtype == resident.dtype == torch.bfloat16
-    assert disk.source.down_weight(2).dtype == torch.bfloat16
+    assert disk.source.weight(2, "down").dtype == torch.bfloat16
     assert disk.fingerprint == resident.fingerprint == fingerprint(tiny_model(family))
     assert numbers(disk) == numbers(resident)
 

@@ -13,7 +13,7 @@ from kedit_fast.deltas import Dense, LowRank
 from kedit_fast.edit import Edit, digest
 from kedit_fast.jobs.score import next_token_probs
 from kedit_fast.model import smollm2
-from kedit_fast.model.family import as_out_in, down_projection
+from kedit_fast.model.family import as_out_in, projection
 from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, export_peft, load_peft
 from tests.conftest import open_tiny, relative_error
 from tests.edits import bits, logits, lowrank, make_edit, owned_edit, same_bits
@@ -76,9 +76,9 @@ def test_merging_in_bfloat16_differs_by_single_steps(tmp_path):
     edit = low_rank_edit(model)
     edit.to_peft(tmp_path / "adapter")
     merged = PeftModel.from_pretrained(tiny_model("llama", torch.bfloat16), str(tmp_path / "adapter"))
-    got = as_out_in(down_projection(merged.merge_and_unload(), 2))
+    got = as_out_in(projection(merged.merge_and_unload(), 2))
     with edit.apply(model):
-        wanted = as_out_in(down_projection(model, 2)).clone()
+        wanted = as_out_in(projection(model, 2)).clone()
     assert (got != wanted).float().mean() < 0.001
     torch.testing.assert_close(got, wanted, rtol=2**-7, atol=0)
 
@@ -91,7 +91,7 @@ def test_paths_from_the_fingerprint_are_those_of_the_model(family, tmp_path):
         edit.to_peft(tmp_path / name, model=base)
     config = json.loads((tmp_path / "skeleton" / CONFIG).read_text())
     modules = dict(model.named_modules())
-    assert [modules[path] for path in config["target_modules"]] == [down_projection(model, i) for i in (1, 2)]
+    assert [modules[path] for path in config["target_modules"]] == [projection(model, i) for i in (1, 2)]
     for other in ("model", "lm"):
         assert json.loads((tmp_path / other / CONFIG).read_text())["target_modules"] == config["target_modules"]
     wrapped = PeftModel.from_pretrained(tiny_model(family), str(tmp_path / "skeleton"))

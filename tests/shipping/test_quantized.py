@@ -6,7 +6,7 @@ from torch import nn
 
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.kernels.lowrank import lowrank_add
-from kedit_fast.model.family import down_projection, layers_of
+from kedit_fast.model.family import layers_of, projection
 from kedit_fast.shipping.adapter import load_peft
 from kedit_fast.sites import Site
 from kedit_fast.sweep.engine import sweep
@@ -87,7 +87,7 @@ def test_the_edit_is_added_to_the_packed_projection_exactly(model):
     edit, layer = edit_of(model), EDITED[0]
     seen, lm = {}, open_tiny(model).with_edit(edit)
     # placed before the sweep's own hooks, so it sees what the packed layer gives
-    watch = down_projection(model, layer).register_forward_hook(lambda m, args, out: seen.update(x=args[0], y=out))
+    watch = projection(model, layer).register_forward_hook(lambda m, args, out: seen.update(x=args[0], y=out))
     runs = RunList()
     job = Collect(Site.mlp_out, [layer], add_sequences(runs, [[5, 17, 23]], owner=lm.run_owner), torch.tensor([2]))
     sweep(lm, runs.runs(), [job])
@@ -115,7 +115,7 @@ def test_the_adapter_beside_the_packed_weights_is_the_same_edit(model, tmp_path)
     wrapped = load_peft(dequantized_model(), tmp_path / "adapter", check_fingerprint=False).eval()
     for layer in EDITED:
         factors = edit.deltas[layer]
-        down_projection(model, layer).register_forward_hook(
+        projection(model, layer).register_forward_hook(
             lambda module, args, out, factors=factors: factors.add_to(out[0], args[0][0])[None]
         )
     close("logits", logits(wrapped), logits(model))

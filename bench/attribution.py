@@ -10,9 +10,9 @@ import numpy as np
 import kedit_fast as kf
 from bench.common import Figure, Measured, Timing, peak_matmul, timed
 from bench.trace import WINDOW, Ground, spread
-from kedit_fast.facts import OWN_FACTS
-from kedit_fast.layer_sweep import spearman
-from kedit_fast.tracing import noise_level
+from kedit_fast.experiments.by_layer import spearman
+from kedit_fast.facts.fact import OWN_FACTS
+from kedit_fast.tracing.trace import noise_level
 
 KINDS = ("state", "mlp")
 TOP = 20

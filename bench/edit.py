@@ -18,9 +18,9 @@ import torch
 
 import kedit_fast as kf
 from bench.common import DATA, Figure, Measured, Skipped, peak_matmul, timed
+from kedit_fast.basics.settings import cache_dir
 from kedit_fast.evaluation.metrics import DIFFERENCE, METRICS, SHARE, Interval, interval
-from kedit_fast.facts import Fact, check_facts
-from kedit_fast.settings import cache_dir
+from kedit_fast.facts.fact import Fact, check_facts
 
 KNOWN = "smollm2_known.json.gz"
 COUNTERFACT = "counterfact/counterfact.json.gz"

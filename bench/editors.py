@@ -25,7 +25,7 @@ from bench.values import asked
 from kedit_fast.editors import memit, rome
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.evaluation.metrics import METRICS, SCORE_OF, SHARE, Interval, harmonic_mean, interval
-from kedit_fast.facts import Fact
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values
 
 JUDGED = 100  # facts

@@ -29,8 +29,8 @@ from bench.common import (
     reset_peak_memory,
 )
 from bench.trace import count_flop
-from kedit_fast.tokens import fact_tokens
-from kedit_fast.tracing import noise_level
+from kedit_fast.facts.tokens import fact_tokens
+from kedit_fast.tracing.trace import noise_level
 from tests.oracle import access
 from tests.oracle import tracing as oracle
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import Timing, timed
-from kedit_fast.facts import Fact
+from kedit_fast.facts.fact import Fact
 from tests.oracle import access
 from tests.oracle.values import Fact as OracleFact
 from tests.oracle.values import in_context, optimize_value, value_batch

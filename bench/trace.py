@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import kedit_fast as kf
 from bench.agreement import Ways, as_fp64, check_ways
 from bench.common import Figure, Measured, Timing, peak_matmul, timed
-from kedit_fast.facts import OWN_FACTS, Fact
-from kedit_fast.tokens import fact_tokens
-from kedit_fast.tracing import noise_level
+from kedit_fast.facts.fact import OWN_FACTS, Fact
+from kedit_fast.facts.tokens import fact_tokens
+from kedit_fast.tracing.trace import noise_level
 from tests.oracle.tracing import batched_loop, published_loop
 
 KINDS = {"state": ">= 6", "mlp": ">= 4.5"}  # kind: the mark of its ratio to the published loop

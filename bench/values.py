@@ -31,7 +31,7 @@ from bench.phases import phase_times, summed
 from bench.published import KEY_ROWS, Loop, plain, scaled, written
 from bench.trace import count_flop
 from kedit_fast.editors.contexts import memit_contexts
-from kedit_fast.facts import Fact
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values, ValueSettings
 from tests.oracle.memit import memit_update
 from tests.oracle.rome import rome_update

@@ -10,6 +10,7 @@ import torch
 import kedit_fast as kf
 from kedit_fast.gating import Suite
 from kedit_fast.gating.questions import Sizes
+from kedit_fast.shipping.adapter import export_peft
 from kedit_fast.shipping.merge import merge_checkpoint
 from tests.conftest import open_tiny
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
@@ -126,7 +127,7 @@ def reopened(folder):
     loaded = kf.Edit.load(folder / "edit.safetensors")
     on_top = editor.edit(streamed, CAMRY, contexts=CONTEXTS, previous=loaded)
     merge_checkpoint(folder / "model", [loaded, on_top], folder / "merged")
-    loaded.to_peft(folder / "adapter", model=resident)
+    export_peft(loaded, folder / "adapter", model=resident)
     files = [folder / "merged" / "model.safetensors", folder / "adapter" / "adapter_model.safetensors"]
     return [resident.top_tokens("The Eiffel Tower is"), on_top.deltas, *(file.read_bytes() for file in files)]
 

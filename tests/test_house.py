@@ -11,102 +11,146 @@ PACKAGE = Path(__file__).parent.parent / "kedit_fast"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
-# Floors, highest first: a file imports files of its own floor or of lower ones (when it is loaded; what a function
-# imports for itself is its own affair).
+# Floors, highest first: a file imports files of its own floor or of lower ones, also inside its functions.
 FLOORS = (
     ("__main__",),
-    ("cli", "commands", "demo"),
-    ("rounds", "rounds_plot", "layer_sweep", "layer_sweep_plot", "gating"),
-    ("tracing", "attribution", "trace_tasks", "editors"),
-    ("plots", "lens_plot", "terminal", "trace_labels", "html_report", "demo_report"),
-    ("evaluation",),
-    ("traces", "moments", "corpus", "sampled_text"),
+    ("commands",),
+    ("experiments", "gating"),
+    ("editors",),
+    ("evaluation", "shipping", "tracing"),
+    ("moments", "pictures"),
     ("jobs",),
+    ("edits",),
     ("sweep",),
-    ("apply", "model", "shipping"),
-    ("edit", "deltas"),
-    ("tokens",),
-    ("facts", "fact_files", "fact_formats", "subjects"),
-    ("kernels", "sites"),
-    ("files", "unfinished", "printing", "checkpoint", "progress", "settings", "state", "__init__"),
-    ("checks",),
-    ("words",),
+    ("model",),
+    ("facts", "kernels"),
+    ("basics",),
+    ("__init__",),
 )
-# Not even inside a function: (who, of whom it knows nothing).
+# The one arrow that runs back up.
+UPWARDS = {("model", "jobs"): "an LM generates and names its likeliest tokens, and is compared when it is opened"}
+# Lower floors, or the same one, of which a room knows nothing all the same.
 STRANGERS = {
-    ("evaluation", "editors"), ("evaluation", "tracing"), ("editors", "tracing"), ("tracing", "editors"),
-    ("jobs", "facts"), ("sweep", "facts"), ("sweep", "jobs"), ("kernels", "facts"), ("kernels", "model"),
-    ("jobs", "tokens"), ("sweep", "tokens"), ("kernels", "tokens"),
+    ("evaluation", "tracing"), ("evaluation", "shipping"), ("tracing", "evaluation"), ("tracing", "edits"),
+    ("editors", "tracing"), ("editors", "shipping"), ("jobs", "facts"), ("sweep", "facts"), ("kernels", "facts"),
+    ("shipping", "tracing"), ("shipping", "evaluation"), ("pictures", "moments"), ("moments", "pictures"),
 }  # fmt: skip
 
 # Exceptions, with the reason.
-LONG_FILES: dict[str, str] = {"fact_formats.py": "every published format of a fact, a reader each"}
+LONG_FILES: dict[str, str] = {"facts/formats.py": "every published format of a fact, a reader each"}
 LONG_FUNCTIONS: dict[str, str] = {}
 DEVICE_NAMES = {
     "kernels/dispatch.py": "`kedit-fast info` lists the devices that are present",
     "commands/info.py": "the same",
 }
-TALKING = ("cli", "commands", "demo")  # parts that print
+TALKING = ("commands",)  # rooms that print
 
 
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def room_of(module: tuple[str, ...]) -> str:
+    """The room that a module belongs to: the folder at the top of the package, or the file there."""
+    return module[1] if len(module) > 1 else "__init__"
+
+
 def part_of(name: str) -> str:
-    """The part of the package that a file belongs to: its folder, or itself."""
+    """The room of a file, by its name in the package."""
     return Path(name).parts[0].removesuffix(".py")
 
 
-def floor_of(part: str) -> int:
-    floors = [i for i, floor in enumerate(FLOORS) if part in floor]
-    assert floors, f"kedit_fast/{part} is new; give it a floor in this test"
+def floor_of(room: str) -> int:
+    floors = [i for i, floor in enumerate(FLOORS) if room in floor]
+    assert floors, f"kedit_fast/{room} is new; give it a floor in this test"
     return floors[0]
 
 
-def imported_by(path: Path, inside_functions: bool = False) -> set[str]:
-    """Parts of the package that a file imports: when it is loaded, or at any time."""
+def module_of(path: Path) -> tuple[str, ...]:
+    """A file's module: of a folder's __init__ the folder's."""
+    parts = ("kedit_fast", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports_of(path: Path, modules: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports, at any time: also inside functions and behind conditions; not those
+    that only a type checker reads."""
     package = ("kedit_fast", *path.relative_to(PACKAGE).parts[:-1])
     found, nodes = set(), list(tree_of(path).body)
     while nodes:
         node = nodes.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not inside_functions:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
             continue
         nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            modules = [alias.name.split(".") for alias in node.names]
+            named = [(tuple(alias.name.split(".")), ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            base += node.module.split(".") if node.module else []
-            modules = [[*base, alias.name] for alias in node.names]
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            named = [((*base, alias.name), base) for alias in node.names]
         else:
             continue
-        found |= {m[1] for m in modules if m[0] == "kedit_fast" and len(m) > 1}
-    return {part for part in found if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists()}
+        found |= {next((m for m in either if m in modules), ()) for either in named}
+    return found - {(), module_of(path)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_imports_go_down(name):
-    part = part_of(name)
-    for other in imported_by(PACKAGE / name):
-        assert floor_of(other) >= floor_of(part), f"{name} imports {other}, which stands above it"
-    for other in imported_by(PACKAGE / name, inside_functions=True):
-        assert (part, other) not in STRANGERS, f"{name} imports {other}, of which it knows nothing"
+def graph() -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+    """{module: the modules that it imports}."""
+    files = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {module: imports_of(path, set(files)) for module, path in files.items()}
 
 
-def test_an_import_upwards_would_be_seen(tmp_path, monkeypatch):
-    """The reader of imports sees absolute and relative ones, also behind conditions, and tells those of functions."""
+def circle_in(arrows: dict) -> list:
+    """Nodes that lead back to the first of them; none where nothing does."""
+    left = {node: set(to) for node, to in arrows.items()}
+    while ends := {node for node, to in left.items() if not to & left.keys()}:
+        left = {node: to for node, to in left.items() if node not in ends}
+    way = [min(left)] if left else []
+    while way and way[-1] not in way[:-1]:
+        way.append(min(left[way[-1]] & left.keys()))
+    return way[way.index(way[-1]) :] if way else []
+
+
+def test_imports_go_down():
+    for module, others in graph().items():
+        room = room_of(module)
+        for other in map(room_of, others):
+            up = floor_of(other) < floor_of(room)
+            assert not up or (room, other) in UPWARDS, f"{'.'.join(module)} imports {other}, which stands above it"
+            assert (room, other) not in STRANGERS, f"{'.'.join(module)} imports {other}, of which it knows nothing"
+
+
+def test_no_file_imports_itself_by_others():
+    assert [".".join(module) for module in circle_in(graph())] == []
+
+
+def test_there_are_few_rooms():
+    rooms = {room_of(module) for module in graph()} - {"__init__", "__main__"}
+    assert len(rooms) <= 16 and rooms == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+
+
+def test_imports_that_are_not_allowed_would_be_seen(tmp_path, monkeypatch):
+    """Absolute and relative ones, behind conditions and inside functions; those for a type checker are none."""
     (tmp_path / "jobs").mkdir()
-    for name in ("tracing", "edit", "sites", "facts", "model"):
+    for name in ("tracing", "edits", "sweep", "facts", "model", "basics"):
         (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "model.py").write_text("def f():\n    from kedit_fast.jobs.some import f\n")
     file = tmp_path / "jobs" / "some.py"
     file.write_text(
-        "from ..tracing import trace\nfrom .. import edit\nimport kedit_fast.sites\n"
+        "from ..tracing import trace\nfrom .. import edits\nimport kedit_fast.sweep\n"
         "if True:\n    from kedit_fast import facts\ndef f():\n    from ..model import lm\n"
+        "if TYPE_CHECKING:\n    from ..basics import checks\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    assert imported_by(file) == {"tracing", "edit", "sites", "facts"}
-    assert imported_by(file, inside_functions=True) == {"tracing", "edit", "sites", "facts", "model"}
+    assert {room_of(m) for m in graph()["kedit_fast", "jobs", "some"]} == {
+        "tracing",
+        "edits",
+        "sweep",
+        "facts",
+        "model",
+    }
+    assert set(circle_in(graph())) == {("kedit_fast", "jobs", "some"), ("kedit_fast", "model")}
 
 
 def calls_of(tree: ast.Module):
@@ -139,7 +183,7 @@ def test_no_device_is_written_in(name):
     assert not written or name in DEVICE_NAMES, f'{name} names "cuda" in lines {written}; take the device of a tensor'
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "settings.py"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "basics/settings.py"])
 def test_the_environment_is_read_in_one_file(name):
     doors = {"environ", "getenv", "putenv"}
     read = [
@@ -148,7 +192,7 @@ def test_the_environment_is_read_in_one_file(name):
         if (isinstance(node, ast.Attribute) and node.attr in doors)
         or (isinstance(node, ast.alias) and node.name in doors)
     ]
-    assert not read, f"{name} reads the environment in lines {read}; ask kedit_fast.settings"
+    assert not read, f"{name} reads the environment in lines {read}; ask kedit_fast.basics.settings"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,10 +287,10 @@ def test_import_is_light():
     assert "torch" in modules_after("import kedit_fast; kedit_fast.open_model")
 
 
-@pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="there is no command line yet")
+@pytest.mark.skipif(not (PACKAGE / "commands" / "cli.py").exists(), reason="there is no command line yet")
 def test_help_is_light():
     code = (
-        "import contextlib\nfrom kedit_fast.cli import main\n"
+        "import contextlib\nfrom kedit_fast.commands.cli import main\n"
         "with contextlib.suppress(SystemExit):\n    main(['--help'])"
     )
     assert not modules_after(code) & HEAVY

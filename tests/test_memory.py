@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast import attribution
-from kedit_fast.evaluation.canary import continuations
 from kedit_fast.evaluation.perplexity import perplexity
+from kedit_fast.gating.canary import continuations
 from kedit_fast.jobs import finetune, generate, values
 from kedit_fast.sweep import engine, plan
+from kedit_fast.tracing import attribution
 from tests.conftest import tiny_lm
 from tests.live import LiveBytes
 

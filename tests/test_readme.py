@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import kedit_fast as kf
-from kedit_fast import cli
+from kedit_fast.commands import cli
 from tests.conftest import tiny_lm
 from tests.tiny import tiny_model, tiny_tokenizer
 

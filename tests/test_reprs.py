@@ -5,13 +5,13 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.evaluation.metrics import Interval
-from kedit_fast.moments import SecondMoment
-from kedit_fast.rounds import Round
-from kedit_fast.traces import average
+from kedit_fast.experiments.rounds import Round
+from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.tracing.results import average
 from tests.conftest import tiny_lm
-from tests.edits import make_edit
-from tests.test_layer_sweep import made_up
-from tests.test_plots import make
+from tests.experiments.test_by_layer import made_up
+from tests.make import make_edit
+from tests.pictures.test_traces import make
 
 ONE = {"efficacy": Interval(0.75, 0.5, 1.0, 4)}
 SHOWN = {

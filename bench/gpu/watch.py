@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, record_function
 
 from bench.common import ROOT
 from bench.gpu.readings import CALLS, ON_GPU, PHASE, Profile
-from kedit_fast import tracing
 from kedit_fast.jobs.score import Score
 from kedit_fast.jobs.values import _Group
 from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.rows import RowTable
+from kedit_fast.tracing import trace as tracing
 
 LARGEST = 15_000_000  # bytes of a kept trace: what a visit brings back is limited
 QUICKLY = 1  # level of gzip: a tenth of the time of the usual one

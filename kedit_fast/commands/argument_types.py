@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 
-from .. import checks
+from kedit_fast.basics import checks
 
 
 def option(check: Callable, **limits) -> Callable[[str], object]:

@@ -1,9 +1,9 @@
 """The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
 
-from . import experiment_arguments as experiments
-from .argument_types import count, layers, list_of, noise, path, positive, text_such_as
-from .gate_arguments import add_gate_arguments
-from .parser import (
+from kedit_fast.commands import experiment_arguments as experiments
+from kedit_fast.commands.argument_types import count, layers, list_of, noise, path, positive, text_such_as
+from kedit_fast.commands.gate_arguments import add_gate_arguments
+from kedit_fast.commands.parser import (
     FACT_FILES,
     add_skip_bad,
     chat_options,

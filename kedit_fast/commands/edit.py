@@ -4,16 +4,24 @@ import os
 from dataclasses import replace
 from statistics import mean
 
-from ..checkpoint import check_checkpoint
-from ..edit import Edit
-from ..editors import EDITORS
-from ..editors.written import not_written
-from ..facts import check_facts
-from ..moments import STAGES as MEASURING
-from ..progress import stages
-from ..shipping.history import check_chain
-from .inputs import check_statistics, corpus_of, model_line, open_lm, read_chain, read_facts, statistics
-from .outputs import check_distinct, check_output, make_folder_of, say, table
+from kedit_fast.basics.parts import check_checkpoint
+from kedit_fast.basics.progress import stages
+from kedit_fast.commands.inputs import (
+    check_statistics,
+    corpus_of,
+    model_line,
+    open_lm,
+    read_chain,
+    read_facts,
+    statistics,
+)
+from kedit_fast.commands.outputs import check_distinct, check_output, make_folder_of, say, table
+from kedit_fast.editors import EDITORS
+from kedit_fast.editors.written import not_written
+from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import check_facts
+from kedit_fast.moments.second_moment import STAGES as MEASURING
 
 SHOWN = 20  # facts listed one by one
 NOT_WRITTEN = 1  # exit status of --strict

@@ -2,8 +2,18 @@
 
 from argparse import ArgumentTypeError
 
-from .argument_types import count, layers, path, positive, size
-from .parser import EDIT, command, edits_argument, ending, fact_options, group, machine_options, output, signed
+from kedit_fast.commands.argument_types import count, layers, path, positive, size
+from kedit_fast.commands.parser import (
+    EDIT,
+    command,
+    edits_argument,
+    ending,
+    fact_options,
+    group,
+    machine_options,
+    output,
+    signed,
+)
 
 METHODS = ("rome", "memit", "alphaedit", "ft", "ft-l")
 

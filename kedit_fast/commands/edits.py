@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..edit import Edit
-from ..printing import escaped
-from ..shipping.compose import compose
-from ..shipping.differences import compare
-from .inputs import model_line, open_lm, read_edits
-from .outputs import say, table
+from kedit_fast.basics.printing import escaped
+from kedit_fast.commands.inputs import model_line, open_lm, read_edits
+from kedit_fast.commands.outputs import say, table
+from kedit_fast.edits.compose import compose
+from kedit_fast.edits.differences import compare
+from kedit_fast.edits.edit import Edit
 
 SHOWN = 20  # facts listed one by one
 WIDTH = 100  # characters of a value that are shown

@@ -5,7 +5,7 @@ import re
 import sys
 from contextlib import suppress
 
-from ..printing import escaped
+from kedit_fast.basics.printing import escaped
 
 
 def is_the_users(error: Exception) -> bool:

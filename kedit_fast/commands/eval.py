@@ -2,10 +2,10 @@
 
 from contextlib import nullcontext
 
-from ..evaluation import evaluate
-from ..shipping.history import facts_in_force
-from .inputs import fact_file, in_chat, open_lm, read_chain, read_text
-from .outputs import EDITS, check_distinct, check_output, fresh_log, say, say_written, write_reports
+from kedit_fast.commands.inputs import fact_file, in_chat, open_lm, read_chain, read_text
+from kedit_fast.commands.outputs import EDITS, check_distinct, check_output, fresh_log, say, say_written, write_reports
+from kedit_fast.edits.chain import facts_in_force
+from kedit_fast.evaluation import evaluate
 
 
 def run(args) -> None:

@@ -1,7 +1,7 @@
 """The arguments of ``kedit-fast rounds`` and ``kedit-fast layers``; torch-free."""
 
-from ..checks import whole
-from .argument_types import count, layers, names, option, path, positive, text_such_as
+from kedit_fast.basics.checks import whole
+from kedit_fast.commands.argument_types import count, layers, names, option, path, positive, text_such_as
 
 ROUNDS = (
     "rounds",

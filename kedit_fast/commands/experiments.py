@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ..editors import EDITORS
-from .argument_types import did_you_mean
-from .outputs import check_output
+from kedit_fast.commands.argument_types import did_you_mean
+from kedit_fast.commands.outputs import check_output
+from kedit_fast.editors import EDITORS
 
 
 def check_method(name: str) -> None:

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 
-from ..files import write_text
-from ..gating import Suite, Thresholds, draft_suite, gate, load_suite
-from ..gating.draft import missing
-from ..gating.judge import MODEL_DTYPE
-from ..gating.questions import Sizes
-from .inputs import chat_of, open_lm, read_chain, read_text
-from .outputs import EDITS, check_distinct, check_output, say, say_written, write_reports
+from kedit_fast.basics.files import write_text
+from kedit_fast.commands.inputs import chat_of, open_lm, read_chain, read_text
+from kedit_fast.commands.outputs import EDITS, check_distinct, check_output, say, say_written, write_reports
+from kedit_fast.gating import Suite, Thresholds, draft_suite, gate, load_suite
+from kedit_fast.gating.draft import missing
+from kedit_fast.gating.judge import MODEL_DTYPE
+from kedit_fast.gating.questions import Sizes
 
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")

@@ -1,7 +1,7 @@
 """The arguments of ``kedit-fast gate``; torch-free."""
 
-from .argument_types import path, positive, share
-from .parser import add_skip_bad, edits_argument
+from kedit_fast.commands.argument_types import path, positive, share
+from kedit_fast.commands.parser import add_skip_bad, edits_argument
 
 # Written out, as the class of thresholds loads torch; a test holds the two together.
 _THRESHOLDS = (

@@ -1,9 +1,9 @@
 """``kedit-fast generate``: what the model says, with or without edits."""
 
-from ..shipping.history import with_edits
-from ..tokens import asked
-from .inputs import chat_of, open_lm, read_chain
-from .outputs import say
+from kedit_fast.commands.inputs import chat_of, open_lm, read_chain
+from kedit_fast.commands.outputs import say
+from kedit_fast.edits.chain import with_edits
+from kedit_fast.facts.tokens import asked
 
 
 def run(args) -> None:

@@ -2,11 +2,11 @@
 
 import os
 
-from ..files import existing_folder
-from ..shipping.history import EditHistory
-from ..words import counted
-from .inputs import read_chain
-from .outputs import say, table
+from kedit_fast.basics.files import existing_folder
+from kedit_fast.basics.words import counted
+from kedit_fast.commands.inputs import read_chain
+from kedit_fast.commands.outputs import say, table
+from kedit_fast.shipping.history import EditHistory
 
 
 def run(args) -> None:

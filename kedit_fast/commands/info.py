@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from .. import __version__, settings
-from ..files import write_text
-from .outputs import check_output, say, write_reports
+from kedit_fast import __version__
+from kedit_fast.basics import settings
+from kedit_fast.basics.files import write_text
+from kedit_fast.commands.outputs import check_output, say, write_reports
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib", "rich", "triton", "datasets", "peft",
@@ -80,7 +81,7 @@ def _threads() -> str:
 def _instruction_sets() -> str:
     import torch
 
-    from ..kernels import dispatch
+    from kedit_fast.kernels import dispatch
 
     ours = ", ".join(dispatch.report()["instruction_sets"]) or "none, as it is not built"
     return f"torch: {torch.backends.cpu.get_cpu_capability()}; native extension: {ours}"
@@ -99,7 +100,7 @@ def _devices() -> str:
 
 
 def _native() -> str:
-    from ..kernels import dispatch
+    from kedit_fast.kernels import dispatch
 
     report = dispatch.report()
     if report["native"] is not True:
@@ -116,14 +117,14 @@ def _triton() -> str:
 
 
 def _backend() -> str:
-    from ..kernels import dispatch
+    from kedit_fast.kernels import dispatch
 
     forced = dispatch.report()["forced"]
     return f"{forced}, forced by KEDIT_FAST_BACKEND" if forced else "chosen by device and dtype"
 
 
 def _ops() -> dict[str, str]:
-    from ..kernels import dispatch
+    from kedit_fast.kernels import dispatch
 
     told, report = {}, dispatch.report()
     for op, devices in report["ops"].items():
@@ -143,7 +144,7 @@ def _cache() -> str:
 
 
 def _demo_model() -> str:
-    from ..model.smollm2 import FOLDER, WHEEL_BYTES, is_complete
+    from kedit_fast.model.smollm2 import FOLDER, WHEEL_BYTES, is_complete
 
     folder = settings.cache_dir() / FOLDER
     if is_complete(folder):
@@ -154,8 +155,8 @@ def _demo_model() -> str:
 def _model(args) -> dict[str, str] | None:
     if args.model is None:
         return None
-    from ..editors import EDITORS
-    from .inputs import open_lm
+    from kedit_fast.commands.inputs import open_lm
+    from kedit_fast.editors import EDITORS
 
     lm = open_lm(args)
     layers = {name: ", ".join(map(str, editor.for_model(lm).layers)) for name, editor in EDITORS.items()}

@@ -10,20 +10,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .. import checks, moments
-from ..corpus import SELF
-from ..edit import Edit
-from ..fact_files import SUFFIXES
-from ..facts import BUILTIN, Chat, Fact, load_facts
-from ..files import existing_folder
-from ..model.lm import LM
-from ..model.opening import DEMO_MODEL, checked_device, open_model
-from ..moments import SecondMoment, refuse_pickled, second_moments
-from ..settings import statistics_folder
-from ..shipping.history import EditHistory
-from ..subjects import as_template
-from ..words import not_text, ranges
-from .outputs import note
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import existing_folder
+from kedit_fast.basics.settings import statistics_folder
+from kedit_fast.basics.words import not_text, ranges
+from kedit_fast.commands.outputs import note
+from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import BUILTIN, Chat, Fact, load_facts
+from kedit_fast.facts.files import SUFFIXES
+from kedit_fast.facts.subjects import as_template
+from kedit_fast.model.lm import LM
+from kedit_fast.model.opening import DEMO_MODEL, checked_device, open_model
+from kedit_fast.moments import second_moment as moments
+from kedit_fast.moments.corpus import SELF
+from kedit_fast.moments.second_moment import SecondMoment, refuse_pickled, second_moments
+from kedit_fast.shipping.history import EditHistory
 
 # ---- the model
 
@@ -37,7 +38,7 @@ def open_lm(args) -> LM:
         torch.set_num_threads(args.threads)
     checked_device(args.device)
     if args.model == DEMO_MODEL:
-        from ..model.smollm2 import smollm2_folder
+        from kedit_fast.model.smollm2 import smollm2_folder
 
         smollm2_folder(note)  # says what it fetches
     elif args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().is_dir():

@@ -3,15 +3,15 @@
 import math
 from contextlib import nullcontext
 
-from ..editors import EDITORS
-from ..editors.common import check_lengths
-from ..editors.contexts import BARE
-from ..facts import check_facts
-from ..layer_sweep import LayerSweep, sweep_layers
-from ..traces import LOCALIZATION_WARNING, read_log
-from .experiments import check_method, check_picture
-from .inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, statistics
-from .outputs import check_distinct, check_output, fresh_log, say, say_written, table, write_reports
+from kedit_fast.commands.experiments import check_method, check_picture
+from kedit_fast.commands.inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, statistics
+from kedit_fast.commands.outputs import check_distinct, check_output, fresh_log, say, say_written, table, write_reports
+from kedit_fast.editors import EDITORS
+from kedit_fast.editors.common import check_lengths
+from kedit_fast.editors.contexts import BARE
+from kedit_fast.experiments.by_layer import LayerSweep, sweep_layers
+from kedit_fast.facts.fact import check_facts
+from kedit_fast.tracing.results import LOCALIZATION_WARNING, read_log
 
 _SHOWN = {"efficacy": "efficacy", "p_new": "P(new)", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
 FEW = 5  # layers; the rank correlation of fewer is mostly chance

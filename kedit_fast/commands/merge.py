@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from ..model.opening import DEMO_MODEL
-from ..shipping.adapter import export_peft
-from ..shipping.folders import check_new_folder
-from ..shipping.merge import merge_checkpoint
-from ..words import counted
-from .inputs import read_chain
-from .outputs import note, say
+from kedit_fast.basics.folders import check_new_folder
+from kedit_fast.basics.words import counted
+from kedit_fast.commands.inputs import read_chain
+from kedit_fast.commands.outputs import note, say
+from kedit_fast.model.opening import DEMO_MODEL
+from kedit_fast.shipping.adapter import export_peft
+from kedit_fast.shipping.merge import merge_checkpoint
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
@@ -31,7 +31,7 @@ def _named(model: str | None):
     """The model's name, of the demo model its folder; says what it fetches for that."""
     if model != DEMO_MODEL:
         return model
-    from ..model.smollm2 import smollm2_folder
+    from kedit_fast.model.smollm2 import smollm2_folder
 
     return smollm2_folder(note)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..corpus import SELF
-from ..facts import BUILTIN
-from ..files import check_folder, check_place, holds_something, named, written_file, written_through
-from ..printing import STDOUT, escaped
+from kedit_fast.basics.files import check_folder, check_place, holds_something, named, written_file, written_through
+from kedit_fast.basics.printing import STDOUT, escaped
+from kedit_fast.facts.fact import BUILTIN
+from kedit_fast.moments.corpus import SELF
 
 EDITS = "edits"  # the argument that names edits without an option
 

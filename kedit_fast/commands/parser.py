@@ -5,8 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from .argument_types import did_you_mean, dtype, path, positive, size, text_such_as, words
-from .argument_types import seed as a_seed
+from kedit_fast.commands.argument_types import did_you_mean, dtype, path, positive, size, text_such_as, words
+from kedit_fast.commands.argument_types import seed as a_seed
 
 FACT_FILES = (
     "CounterFact, known_1000, zsRE, EasyEdit or own .json/.jsonl (.gz), or 'builtin' (77 facts of this package); "

@@ -5,16 +5,24 @@ import math
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
-from .. import __version__
-from ..editors import EDITORS
-from ..evaluation.canary import PROSE
-from ..facts import check_facts
-from ..files import write_text
-from ..rounds import Round, check_rounds, edit_in_rounds
-from ..rounds_plot import plot_rounds
-from .experiments import check_method, check_picture
-from .inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, read_text, statistics
-from .outputs import check_distinct, check_output, fresh_log, say, say_written, write_reports
+from kedit_fast import __version__
+from kedit_fast.basics.files import write_text
+from kedit_fast.commands.experiments import check_method, check_picture
+from kedit_fast.commands.inputs import (
+    check_statistics,
+    corpus_of,
+    model_line,
+    open_lm,
+    read_facts,
+    read_text,
+    statistics,
+)
+from kedit_fast.commands.outputs import check_distinct, check_output, fresh_log, say, say_written, write_reports
+from kedit_fast.editors import EDITORS
+from kedit_fast.experiments.rounds import Round, check_rounds, edit_in_rounds
+from kedit_fast.facts.fact import check_facts
+from kedit_fast.gating.canary import PROSE
+from kedit_fast.pictures.rounds import plot_rounds
 
 FORMAT, VERSION = "kedit_fast.rounds", 1
 _COLUMNS = ("round", "facts", "new", "P(new)", "old", "P(old)", "paraphr.", "neighb.", "perplex.", "growth", "s")

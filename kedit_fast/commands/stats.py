@@ -1,10 +1,10 @@
 """``kedit-fast stats``: second moments of the keys at the layers to edit, kept for later edits."""
 
-from ..editors import EDITORS
-from ..moments import second_moments
-from ..settings import statistics_folder
-from .inputs import corpus_of, model_line, open_lm
-from .outputs import output_folder, say, table
+from kedit_fast.basics.settings import statistics_folder
+from kedit_fast.commands.inputs import corpus_of, model_line, open_lm
+from kedit_fast.commands.outputs import output_folder, say, table
+from kedit_fast.editors import EDITORS
+from kedit_fast.moments.second_moment import second_moments
 
 
 def run(args) -> None:

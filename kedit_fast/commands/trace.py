@@ -4,15 +4,16 @@ import os
 from itertools import groupby, islice
 from pathlib import Path
 
-from ..facts import check_facts, check_subject
-from ..files import saying
-from ..plots import plot_kinds
-from ..terminal import terminal_heatmap
-from ..traces import LOCALIZATION_WARNING, ROLES, TraceResult, average
-from ..tracing import trace
-from ..words import counted
-from .inputs import model_line, open_lm, read_facts
-from .outputs import check_output, fresh_log, output_folder, say, show
+from kedit_fast.basics.files import saying
+from kedit_fast.basics.words import counted
+from kedit_fast.commands.inputs import model_line, open_lm, read_facts
+from kedit_fast.commands.outputs import check_output, fresh_log, output_folder, say, show
+from kedit_fast.facts.fact import check_facts, check_subject
+from kedit_fast.pictures.labels import ROLES
+from kedit_fast.pictures.terminal import terminal_heatmap
+from kedit_fast.pictures.traces import plot_kinds
+from kedit_fast.tracing.results import LOCALIZATION_WARNING, TraceResult, average
+from kedit_fast.tracing.trace import trace
 
 LOG = "traces.jsonl"
 RECOMMENDED = 5  # layers, as many as MEMIT edits

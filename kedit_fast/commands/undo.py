@@ -2,10 +2,10 @@
 
 import os
 
-from ..files import existing_folder
-from ..shipping.unmerge import read_manifest, unmerge
-from ..words import counted
-from .outputs import say
+from kedit_fast.basics.files import existing_folder
+from kedit_fast.basics.words import counted
+from kedit_fast.commands.outputs import say
+from kedit_fast.shipping.unmerge import read_manifest, unmerge
 
 
 def run(args) -> None:

@@ -1,9 +1,9 @@
 """Editors: one paper, one file. An editor is a frozen dataclass whose fields are its hyper-parameters."""
 
-from .alphaedit import AlphaEdit
-from .finetune import Ft, FtL
-from .memit import Memit
-from .rome import Rome
+from kedit_fast.editors.alphaedit import AlphaEdit
+from kedit_fast.editors.finetune import Ft, FtL
+from kedit_fast.editors.memit import Memit
+from kedit_fast.editors.rome import Rome
 
 EDITORS = {"rome": Rome, "memit": Memit, "alphaedit": AlphaEdit, "ft": Ft, "ft-l": FtL}
 

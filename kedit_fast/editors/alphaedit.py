@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..kernels.solve import factor
-from ..model.lm import takes_lm
-from ..moments import SecondMoment
-from .hyperparameters import published
-from .memit import Memit, early_middle, solved, with_kept
+from kedit_fast.basics import checks
+from kedit_fast.editors.hyperparameters import published
+from kedit_fast.editors.memit import Memit, early_middle, solved, with_kept
+from kedit_fast.kernels.solve import factor
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.second_moment import SecondMoment
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,22 @@
 """What ROME and MEMIT share in their sweeps: the facts as token sequences, their keys, the edits below a new one."""
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..edit import Delta, Edit, digest
-from ..facts import Fact, check_facts, place
-from ..jobs.collect import Collect
-from ..jobs.finite import not_finite
-from ..jobs.values import ValueTask
-from ..shipping.history import with_edits
-from ..sites import Site
-from ..sweep.edited import add_under
-from ..sweep.engine import sweep
-from ..sweep.runs import RunList
-from ..sweep.together import together
-from ..tokens import fact_answer, fact_tokens
-from ..words import counted
+from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.facts.tokens import fact_answer, fact_tokens
+from kedit_fast.jobs.collect import Collect
+from kedit_fast.jobs.finite import not_finite
+from kedit_fast.jobs.values import ValueTask
+from kedit_fast.sweep.edited import add_under
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.together import together
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 
@@ -123,59 +119,6 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
             except ValueError as error:
                 raise ValueError(f"{whose}: {error}") from error
             lm.check_length(len(tokens) + len(target) - 1, whose)  # the target's last token is predicted, not read
-
-
-def under(lm, previous, facts: Sequence[Fact]):
-    """The model with earlier edits (an Edit, or several in order), for an edit of ``facts`` made on top of them.
-
-    Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, and for an
-    edit that itself stands on others that are not given before it.
-    """
-    lm = with_edits(lm, previous, "previous")
-    lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
-    _warn_of_overwritten(lm.edits, facts)
-    return lm
-
-
-def edited_so_far(lm, deltas: dict[int, Delta], facts: Sequence[Fact], owner: Tensor | None):
-    """The model with the layers that the edit in making has done; owner: as in ``Written``."""
-    if not deltas:
-        return lm
-    owners = None if owner is None else dict.fromkeys(deltas, owner)
-    # Not with_edit: it asks whether the edit fits this model and is there already.
-    return replace(lm, edits=(*lm.edits, Edit("in making", {}, "", tuple(facts), deltas, owners=owners)))
-
-
-def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
-    """A later edit may correct an earlier one, so this is no error; but nobody should do it unknowingly."""
-    written = {place: fact for edit in edits for fact in edit.facts for place in _places(fact) if fact.target_new}
-    pairs = []
-    for fact in facts:
-        earlier = (written[place] for place in _places(fact) if place in written)
-        other = next((f for f in earlier if f.target_new.strip() != fact.target_new.strip()), None)
-        if other is not None:
-            pairs.append(f"{other.label} -> {other.target_new!r} by {fact.label} -> {fact.target_new!r}")
-    if pairs:
-        shown = "; ".join(pairs[:5]) + ("; ..." if len(pairs) > 5 else "")
-        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=6)
-
-
-def _places(fact: Fact) -> list[tuple[str, str]]:
-    """What two facts share that say something of the same relation of one subject, up to case and spacing."""
-    subject, prompt = place(fact)
-    relation = fact.provenance.get("relation_id")
-    return [(subject, prompt)] + ([(subject, f"relation {relation}")] if relation else [])
-
-
-def chain(lm) -> dict:
-    """{"on_top_of": the edits that a new edit stands on, in order}, for its provenance; empty where there are none.
-
-    The new edit is right only on top of these: their keys and values are those of the edited model.
-    """
-    below = [
-        {"method": e.method, "n_facts": len(e.facts), "layers": list(e.layers), "digest": digest(e)} for e in lm.edits
-    ]
-    return {"on_top_of": below} if below else {}
 
 
 def check_finite(lm, rows: Tensor, facts: Sequence[Fact], what: str) -> None:

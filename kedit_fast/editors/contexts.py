@@ -1,7 +1,7 @@
 """Contexts: short texts put before a prompt, over which keys and values are averaged."""
 
-from .. import checks
-from ..jobs.generate import generate
+from kedit_fast.basics import checks
+from kedit_fast.jobs.generate import generate
 
 BARE = "{}"
 TOP_K = 5  # published: the samples are drawn among the five likeliest tokens

@@ -6,16 +6,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import __version__, checks
-from ..checkpoint import Checkpoint, Keep, check_checkpoint, digest, keep_json, make_now
-from ..deltas import Delta
-from ..edit import Edit
-from ..model.lm import takes_lm
-from ..moments import STAGES as MEASURING
-from ..progress import stages
-from .common import chain
-from .hyperparameters import Settings
-from .written import ASKING, with_written
+from kedit_fast import __version__
+from kedit_fast.basics import checks
+from kedit_fast.basics.parts import Checkpoint, Keep, check_checkpoint, digest, keep_json, make_now
+from kedit_fast.basics.progress import stages
+from kedit_fast.editors.hyperparameters import Settings
+from kedit_fast.editors.written import ASKING, with_written
+from kedit_fast.edits.chain import chain
+from kedit_fast.edits.deltas import Delta
+from kedit_fast.edits.edit import Edit
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.second_moment import STAGES as MEASURING
 
 
 @dataclass(frozen=True)

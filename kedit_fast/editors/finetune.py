@@ -17,18 +17,20 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from .. import __version__, checks
-from ..deltas import Dense
-from ..edit import Edit
-from ..facts import Fact
-from ..jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
-from ..model.family import FAMILIES
-from ..model.lm import takes_lm
-from ..tokens import fact_answer, fact_tokens
-from .common import chain, check_lengths, checked_facts, storable, under
-from .contexts import BARE
-from .hyperparameters import Hyperparameters, published
-from .written import with_written
+from kedit_fast import __version__
+from kedit_fast.basics import checks
+from kedit_fast.editors.common import check_lengths, checked_facts, storable
+from kedit_fast.editors.contexts import BARE
+from kedit_fast.editors.hyperparameters import Hyperparameters, published
+from kedit_fast.editors.written import with_written
+from kedit_fast.edits.chain import chain, under
+from kedit_fast.edits.deltas import Dense
+from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.tokens import fact_answer, fact_tokens
+from kedit_fast.jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
+from kedit_fast.model.family import FAMILIES
+from kedit_fast.model.lm import takes_lm
 
 OBJECTIVES = ("target_new", "prompt_last")
 

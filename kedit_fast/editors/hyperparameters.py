@@ -4,11 +4,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from .. import checks
-from .common import check_lengths, checked_facts, under
-from .contexts import BARE, checked_contexts
-from .settings_files import as_number, check_known, is_yaml, read_settings
-from .statistics import moments_for
+from kedit_fast.basics import checks
+from kedit_fast.editors.common import check_lengths, checked_facts
+from kedit_fast.editors.contexts import BARE, checked_contexts
+from kedit_fast.editors.settings_files import as_number, check_known, is_yaml, read_settings
+from kedit_fast.edits.chain import under
+from kedit_fast.moments.given import moments_for
 
 
 @dataclass(frozen=True)

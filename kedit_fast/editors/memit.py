@@ -16,19 +16,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checkpoint import Keep
-from ..deltas import LowRank, as_smallest
-from ..jobs.values import Values, ValueSettings, optimize_values
-from ..kernels.solve import MomentFactor, factor, memit_solve
-from ..model.lm import takes_lm
-from ..moments import SecondMoment
-from ..progress import progress
-from ..sites import Site
-from .common import Prompts, check_finite, edited_so_far, storable
-from .contexts import memit_contexts
-from .editor import Editor, Written
-from .hyperparameters import Settings, published
-from .statistics import described, gains
+from kedit_fast.basics.parts import Keep
+from kedit_fast.basics.progress import progress
+from kedit_fast.editors.common import Prompts, check_finite, storable
+from kedit_fast.editors.contexts import memit_contexts
+from kedit_fast.editors.editor import Editor, Written
+from kedit_fast.editors.hyperparameters import Settings, published
+from kedit_fast.edits.chain import edited_so_far
+from kedit_fast.edits.deltas import LowRank, as_smallest
+from kedit_fast.jobs.values import Values, ValueSettings, optimize_values
+from kedit_fast.kernels.solve import MomentFactor, factor, memit_solve
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.given import described, gains
+from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.sweep.sites import Site
 
 
 @dataclass(frozen=True)

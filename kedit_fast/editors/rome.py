@@ -16,18 +16,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..checkpoint import Keep
-from ..deltas import LowRank, as_smallest
-from ..jobs.values import ValueSettings, optimize_values
-from ..model.lm import takes_lm
-from ..progress import progress
-from ..sites import Site
-from .common import Prompts, check_finite, edited_so_far, storable
-from .contexts import rome_contexts
-from .editor import Editor, Written
-from .hyperparameters import published
-from .statistics import described, factored, gains
+from kedit_fast.basics import checks
+from kedit_fast.basics.parts import Keep
+from kedit_fast.basics.progress import progress
+from kedit_fast.editors.common import Prompts, check_finite, storable
+from kedit_fast.editors.contexts import rome_contexts
+from kedit_fast.editors.editor import Editor, Written
+from kedit_fast.editors.hyperparameters import published
+from kedit_fast.edits.chain import edited_so_far
+from kedit_fast.edits.deltas import LowRank, as_smallest
+from kedit_fast.jobs.values import ValueSettings, optimize_values
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.given import described, factored, gains
+from kedit_fast.sweep.sites import Site
 
 
 @dataclass(frozen=True)

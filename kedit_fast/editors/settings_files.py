@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from ..files import existing_file
-from ..words import json_kind, reason
+from kedit_fast.basics.files import existing_file
+from kedit_fast.basics.words import json_kind, reason
 
 # What follows from the model: where its modules are.
 MODULES = {

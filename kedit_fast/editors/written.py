@@ -10,18 +10,18 @@ from dataclasses import replace
 
 import torch
 
-from ..edit import Edit
-from ..evaluation.probes import fact_probes
-from ..facts import Fact
-from ..jobs.collect import Collect
-from ..jobs.score import continuation_places, likeliest_tokens
-from ..kernels.target_logprob import target_logprob
-from ..progress import progress
-from ..sites import Site
-from ..sweep.edited import add_under
-from ..sweep.engine import sweep
-from ..sweep.runs import RunList
-from ..tokens import fact_tokens
+from kedit_fast.basics.progress import progress
+from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation.probes import fact_probes
+from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.tokens import fact_tokens
+from kedit_fast.jobs.collect import Collect
+from kedit_fast.jobs.score import continuation_places, likeliest_tokens
+from kedit_fast.kernels.target_logprob import target_logprob
+from kedit_fast.sweep.edited import add_under
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.sites import Site
 
 ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names

@@ -8,20 +8,21 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .. import __version__, checks
-from ..facts import Fact, fact_list
-from ..files import append_records, check_place
-from ..kernels.dispatch import backend_for
-from ..model.lm import takes_lm
-from ..progress import progress, scaled, stages
-from ..shipping.history import with_edits
-from ..sweep.plan import RowCost, free
-from ..sweep.together import together
-from ..tokens import asked, has_template, other_form
-from .metrics import METRICS, fact_columns, knew
-from .perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
-from .probes import FactProbes, Names, check_fit, fact_probes, read_probes
-from .report import EvalReport, fact_record
+from kedit_fast import __version__
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import append_records, check_place
+from kedit_fast.basics.progress import progress, scaled, stages
+from kedit_fast.edits.chain import with_edits
+from kedit_fast.evaluation.metrics import METRICS, fact_columns, knew
+from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
+from kedit_fast.evaluation.probes import FactProbes, Names, check_fit, fact_probes, read_probes
+from kedit_fast.evaluation.report import EvalReport, fact_record
+from kedit_fast.facts.fact import Fact, fact_list
+from kedit_fast.facts.tokens import asked, has_template, other_form
+from kedit_fast.kernels.dispatch import backend_for
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.sweep.plan import RowCost, free
+from kedit_fast.sweep.together import together
 
 OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation runs
 CHUNK = 64  # facts a sweep when the weights are in memory: progress moves and the log grows

@@ -12,19 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import Fact, fact_list
-from ..jobs.finite import check_answers
-from ..model.lm import takes_lm
-from ..printing import html_text
-from ..progress import progress
-from ..shipping.history import with_edits
-from ..sites import Site
-from ..sweep.edited import add_edited, first_edited
-from ..sweep.engine import sweep
-from ..sweep.plan import logit_rows
-from ..sweep.runs import RunList
-from ..tokens import answer_tokens, asked, encode
-from ..words import ranges
+from kedit_fast.basics.printing import html_text
+from kedit_fast.basics.progress import progress
+from kedit_fast.basics.words import ranges
+from kedit_fast.edits.chain import with_edits
+from kedit_fast.facts.fact import Fact, fact_list
+from kedit_fast.facts.tokens import answer_tokens, asked, encode
+from kedit_fast.jobs.finite import check_answers
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.sweep.edited import add_edited, first_edited
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import logit_rows
+from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.sites import Site
 
 TOP = 10  # up to this rank an answer counts as present in a layer
 
@@ -95,12 +95,12 @@ class LogitLens:
 
     def plot(self, path=None, fact: int | None = None, model: str = ""):
         """Median rank by layer, or one fact's, before and after; see ``lens_plot.plot_lens``. -> a Figure"""
-        from ..lens_plot import plot_lens
+        from kedit_fast.pictures.lens import plot_lens
 
         return plot_lens(self, path, fact, model)
 
     def _repr_html_(self) -> str:
-        from ..plots import figure_html
+        from kedit_fast.pictures.traces import figure_html
 
         lines = "".join(f"<p>{html_text(self.where(i))}</p>" for i in range(min(len(self.facts), TOP)))
         return figure_html(self.plot()) + lines

@@ -2,8 +2,8 @@
 
 import math
 
-from .. import checks
-from ..jobs.score import text_logprobs
+from kedit_fast.basics import checks
+from kedit_fast.jobs.score import text_logprobs
 
 WINDOW = 256  # tokens; a model with fewer positions takes as many as it has
 MAX_TOKENS = 5_120

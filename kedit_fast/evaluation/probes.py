@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import Fact, Question, folded
-from ..jobs.collect import collect
-from ..jobs.finite import check_answers
-from ..jobs.score import continuation_places, likeliest_tokens, logprobs
-from ..sites import Site
-from ..sweep.edited import add_edited
-from ..sweep.runs import RunList
-from ..tokens import answer_tokens, asked, encode
-from .metrics import Answers, Reading
+from kedit_fast.evaluation.metrics import Answers, Reading
+from kedit_fast.facts.fact import Fact, Question, folded
+from kedit_fast.facts.tokens import answer_tokens, asked, encode
+from kedit_fast.jobs.collect import collect
+from kedit_fast.jobs.finite import check_answers
+from kedit_fast.jobs.score import continuation_places, likeliest_tokens, logprobs
+from kedit_fast.sweep.edited import add_edited
+from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.sites import Site
 
 
 class Probe(NamedTuple):

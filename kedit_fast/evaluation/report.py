@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..facts import Fact
-from ..files import read_object, write_text
-from ..printing import escaped, html_text
-from ..tokens import other_form
-from ..words import reason
-from .metrics import COUNT, METRICS, SCORE, Interval, summarize
+from kedit_fast.basics.files import read_object, write_text
+from kedit_fast.basics.printing import escaped, html_text
+from kedit_fast.basics.words import reason
+from kedit_fast.evaluation.metrics import COUNT, METRICS, SCORE, Interval, summarize
+from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.tokens import other_form
 
 FORMAT, VERSION = "kedit_fast.report", 1
 _CELL = "padding:2px 12px 2px 0;text-align:left"

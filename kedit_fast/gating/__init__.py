@@ -1,9 +1,9 @@
 """The production gate: what an edit must reach before it ships, measured on the form in which it ships."""
 
-from .draft import draft_suite
-from .judge import gate
-from .report import GateReport
-from .suite import Suite, load_suite
-from .thresholds import Check, Thresholds
+from kedit_fast.gating.draft import draft_suite
+from kedit_fast.gating.judge import gate
+from kedit_fast.gating.report import GateReport
+from kedit_fast.gating.suite import Suite, load_suite
+from kedit_fast.gating.thresholds import Check, Thresholds
 
 __all__ = ["Check", "GateReport", "Suite", "Thresholds", "draft_suite", "gate", "load_suite"]

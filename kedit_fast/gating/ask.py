@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from .. import tokens
-from ..evaluation.canary import Song, continuations, leaks, says, sing
-from ..evaluation.metrics import Z95, Answers, Interval
-from ..evaluation.probes import FactProbes, probe, read_probes
-from ..jobs.score import text_logprobs
-from ..progress import progress, scaled
-from ..sweep.together import together
-from .questions import Questions
-from .report import Answered, Lost
-from .suite import Question
+from kedit_fast.basics.progress import progress, scaled
+from kedit_fast.evaluation.metrics import Z95, Answers, Interval
+from kedit_fast.evaluation.probes import FactProbes, probe, read_probes
+from kedit_fast.facts import tokens
+from kedit_fast.gating.canary import Song, continuations, leaks, says, sing
+from kedit_fast.gating.questions import Questions
+from kedit_fast.gating.report import Answered, Lost
+from kedit_fast.gating.suite import Question
+from kedit_fast.jobs.score import text_logprobs
+from kedit_fast.sweep.together import together
 
 TOGETHER = 64  # prompts a sweep when the weights are in memory, so that progress moves
 

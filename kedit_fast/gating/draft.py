@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from ..edit import edit_list
-from ..facts import ANSWERED, Fact, folded
-from ..shipping.history import facts_in_force
-from .questions import wordings_of
-from .suite import FORMAT
-from .thresholds import Thresholds
+from kedit_fast.edits.chain import facts_in_force
+from kedit_fast.edits.edit import edit_list
+from kedit_fast.facts.fact import ANSWERED, Fact, folded
+from kedit_fast.gating.questions import wordings_of
+from kedit_fast.gating.suite import FORMAT
+from kedit_fast.gating.thresholds import Thresholds
 
 
 def draft_suite(edit) -> dict:

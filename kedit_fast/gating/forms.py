@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..deltas import FLOATS, Delta, Dense, difference, edited_weight
-from ..edit import Edit
-from ..model.overlaid import Overlaid
+from kedit_fast.edits.deltas import FLOATS, Delta, Dense, difference, edited_weight
+from kedit_fast.edits.edit import Edit
+from kedit_fast.model.overlaid import Overlaid
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # weights that share a scale: what AWQ, GPTQ and llama.cpp's larger formats use, or a multiple of it

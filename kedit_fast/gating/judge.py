@@ -8,24 +8,35 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import __version__, checks
-from ..edit import edit_list
-from ..evaluation.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, says
-from ..evaluation.evaluate import OPS
-from ..evaluation.logit_lens import TOP, LogitLens, logit_lens
-from ..evaluation.metrics import SHARE, Interval, interval
-from ..evaluation.policy import Advice, advise
-from ..facts import Chat
-from ..kernels.dispatch import backend_for
-from ..model.lm import takes_lm
-from ..progress import stages
-from ..shipping.history import check_chain
-from . import forms
-from .ask import Found, ask, names_of
-from .questions import EARLIER, IN_CHAT, PARAPHRASE, PLAINLY, REWRITE, Kept, Questions, Sizes, questions
-from .report import POLICY, Answered, GateReport
-from .suite import Question, Suite
-from .thresholds import Check, Thresholds
+from kedit_fast import __version__
+from kedit_fast.basics import checks
+from kedit_fast.basics.progress import stages
+from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.edit import edit_list
+from kedit_fast.evaluation.evaluate import OPS
+from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
+from kedit_fast.evaluation.metrics import SHARE, Interval, interval
+from kedit_fast.facts.fact import Chat
+from kedit_fast.gating import forms
+from kedit_fast.gating.ask import Found, ask, names_of
+from kedit_fast.gating.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, says
+from kedit_fast.gating.policy import Advice, advise
+from kedit_fast.gating.questions import (
+    EARLIER,
+    IN_CHAT,
+    PARAPHRASE,
+    PLAINLY,
+    REWRITE,
+    Kept,
+    Questions,
+    Sizes,
+    questions,
+)
+from kedit_fast.gating.report import POLICY, Answered, GateReport
+from kedit_fast.gating.suite import Question, Suite
+from kedit_fast.gating.thresholds import Check, Thresholds
+from kedit_fast.kernels.dispatch import backend_for
+from kedit_fast.model.lm import takes_lm
 
 MODEL_DTYPE = "model"
 

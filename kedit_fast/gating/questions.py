@@ -4,8 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .. import checks, tokens
-from ..evaluation.canary import (
+from kedit_fast.basics import checks
+from kedit_fast.edits.chain import facts_in_force
+from kedit_fast.evaluation.perplexity import text_windows
+from kedit_fast.evaluation.probes import Names
+from kedit_fast.facts import tokens
+from kedit_fast.facts.fact import OWN_FACTS, Chat, Fact, folded, load_facts, place
+from kedit_fast.gating.canary import (
     CONTEXT,
     DOUBT,
     LANGUAGE,
@@ -17,12 +22,8 @@ from ..evaluation.canary import (
     doubt_canaries,
     positions,
 )
-from ..evaluation.perplexity import text_windows
-from ..evaluation.probes import Names
-from ..facts import OWN_FACTS, Chat, Fact, folded, load_facts, place
-from ..shipping.history import facts_in_force
-from .suite import Question, Suite, merged, portability_of
-from .thresholds import Thresholds
+from kedit_fast.gating.suite import Question, Suite, merged, portability_of
+from kedit_fast.gating.thresholds import Thresholds
 
 REWRITE, PARAPHRASE, EARLIER = "rewrite prompt", "paraphrase", "earlier fact"
 IN_CHAT, PLAINLY = "asked in a chat", "asked plainly"  # the facts in the form they were not edited in

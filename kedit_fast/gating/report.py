@@ -5,16 +5,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..evaluation.canary import Song
-from ..evaluation.logit_lens import LogitLens
-from ..evaluation.policy import Advice
-from ..evaluation.report import finite
-from ..files import write_text
-from ..html_report import Cell, Details, Picture, Section, Table, render_report
-from ..printing import escaped
-from ..tokens import spoken
-from .questions import KINDS, SOURCES, Kept
-from .thresholds import FAIL, PASS, Check
+from kedit_fast.basics.files import write_text
+from kedit_fast.basics.printing import escaped
+from kedit_fast.evaluation.logit_lens import LogitLens
+from kedit_fast.evaluation.report import finite
+from kedit_fast.facts.tokens import spoken
+from kedit_fast.gating.canary import Song
+from kedit_fast.gating.policy import Advice
+from kedit_fast.gating.questions import KINDS, SOURCES, Kept
+from kedit_fast.gating.thresholds import FAIL, PASS, Check
+from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, render_report
 
 FORMAT, VERSION = "kedit_fast.gate", 1
 POLICY = "policy, largest share of a limit spent"

@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import checks
-from ..evaluation.canary import check_doubt
-from ..fact_files import Notes, read_json
-from ..fact_formats import READ, questions_of
-from ..facts import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
-from ..words import json_kind
+from kedit_fast.basics import checks
+from kedit_fast.basics.words import json_kind
+from kedit_fast.facts.fact import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
+from kedit_fast.facts.files import Notes, read_json
+from kedit_fast.facts.formats import READ, questions_of
+from kedit_fast.gating.canary import check_doubt
 
 FORMAT = "kedit_fast.suite"
 

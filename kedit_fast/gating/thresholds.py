@@ -3,11 +3,11 @@
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from .. import checks
-from ..evaluation.metrics import Interval
-from ..evaluation.policy import EditPolicy
-from ..files import read_object
-from ..words import reason
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import read_object
+from kedit_fast.basics.words import reason
+from kedit_fast.evaluation.metrics import Interval
+from kedit_fast.gating.policy import EditPolicy
 
 MEASURES = ("generated", "exact", "success")
 PASS, FAIL, REPORTED, NOT_MEASURED = "pass", "fail", "reported", "not measured"

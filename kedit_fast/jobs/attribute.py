@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..sites import Site
+from kedit_fast.sweep.sites import Site
 
 
 class Attribute:

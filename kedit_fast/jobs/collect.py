@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..sites import Site
-from ..sweep.engine import sweep
-from ..sweep.plan import PLACE
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import PLACE
+from kedit_fast.sweep.sites import Site
 
 
 class Collect:

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..deltas import Dense
-from ..kernels.target_logprob import target_logprob
-from ..model.seam import frozen
-from ..progress import progress
-from ..sites import Site
-from ..state import own_state
-from ..sweep.engine import sweep
-from ..sweep.plan import graph_bytes
-from ..sweep.runs import RunList, Runs, add_sequences, spans
-from ..sweep.together import together, too_large
-from .collect import GraphRows, collect
-from .finite import HIGH_RATE, not_finite
-from .score import continuation_places
+from kedit_fast.basics.progress import progress
+from kedit_fast.basics.state import own_state
+from kedit_fast.edits.deltas import Dense
+from kedit_fast.jobs.collect import GraphRows, collect
+from kedit_fast.jobs.finite import HIGH_RATE, not_finite
+from kedit_fast.jobs.score import continuation_places
+from kedit_fast.kernels.target_logprob import target_logprob
+from kedit_fast.model.seam import frozen
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import graph_bytes
+from kedit_fast.sweep.runs import RunList, Runs, add_sequences, spans
+from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.together import together, too_large
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
 LOGITS = 3  # logits that a target row holds at the height of a step

@@ -6,15 +6,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..progress import progress
-from ..sites import Site
-from ..sweep.engine import sweep
-from ..sweep.plan import RowCost, free
-from ..sweep.runs import RunList
-from ..sweep.store import KVStore
-from .collect import Collect
-from .finite import check_answers, is_broken
+from kedit_fast.basics import checks
+from kedit_fast.basics.progress import progress
+from kedit_fast.jobs.collect import Collect
+from kedit_fast.jobs.finite import check_answers, is_broken
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import RowCost, free
+from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import KVStore
 
 LOGITS = 4  # numbers of the vocabulary's width that a text holds while its next token is chosen
 

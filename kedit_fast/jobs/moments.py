@@ -2,10 +2,10 @@
 
 import torch
 
-from ..kernels.second_moment import NotFinite, second_moment_
-from ..sites import Site
-from ..sweep.engine import ALL
-from .finite import not_finite
+from kedit_fast.jobs.finite import not_finite
+from kedit_fast.kernels.second_moment import NotFinite, second_moment_
+from kedit_fast.sweep.engine import ALL
+from kedit_fast.sweep.sites import Site
 
 
 class Moments:

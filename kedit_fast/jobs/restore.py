@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.rows import add_noise
-from ..sites import Site
+from kedit_fast.kernels.rows import add_noise
+from kedit_fast.sweep.sites import Site
 
 
 @dataclass(frozen=True)

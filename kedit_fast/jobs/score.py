@@ -6,15 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.target_logprob import target_logprob
-from ..progress import progress, scaled
-from ..sites import Site
-from ..sweep.edited import add_edited, first_edited
-from ..sweep.engine import sweep
-from ..sweep.plan import PLACE, logit_rows
-from ..sweep.runs import RunList, padded, spans
-from .collect import collect
-from .finite import check_answers
+from kedit_fast.basics.progress import progress, scaled
+from kedit_fast.jobs.collect import collect
+from kedit_fast.jobs.finite import check_answers
+from kedit_fast.kernels.target_logprob import target_logprob
+from kedit_fast.sweep.edited import add_edited, first_edited
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import PLACE, logit_rows
+from kedit_fast.sweep.runs import RunList, padded, spans
+from kedit_fast.sweep.sites import Site
 
 
 class Score:

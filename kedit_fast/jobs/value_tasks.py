@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..sites import Site
-from ..sweep.plan import graph_bytes
-from ..sweep.together import too_large
+from kedit_fast.sweep.plan import graph_bytes
+from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.together import too_large
 
 LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_0, hold at the height of a step
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint import Keep, make_now
-from ..kernels.target_logprob import target_logprob
-from ..model.seam import frozen
-from ..progress import progress
-from ..sites import Site
-from ..state import own_state
-from ..sweep.edited import add_under
-from ..sweep.engine import sweep
-from ..sweep.runs import NEVER, RunList, Runs, padded, spans
-from ..sweep.store import KVStore
-from ..sweep.together import together
-from .collect import Collect, GraphRows
-from .finite import HIGH_RATE, check_answers, not_finite
-from .value_tasks import ValueSettings, ValueTask, held_bytes, parts
+from kedit_fast.basics.parts import Keep, make_now
+from kedit_fast.basics.progress import progress
+from kedit_fast.basics.state import own_state
+from kedit_fast.jobs.collect import Collect, GraphRows
+from kedit_fast.jobs.finite import HIGH_RATE, check_answers, not_finite
+from kedit_fast.jobs.value_tasks import ValueSettings, ValueTask, held_bytes, parts
+from kedit_fast.kernels.target_logprob import target_logprob
+from kedit_fast.model.seam import frozen
+from kedit_fast.sweep.edited import add_under
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.runs import NEVER, RunList, Runs, padded, spans
+from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import KVStore
+from kedit_fast.sweep.together import together
 
 LABEL = "optimizing values (steps)"
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)

@@ -39,7 +39,7 @@ def attention(
     """
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if not recorded and dispatch.backend_for("attention", query.device, query.dtype) == "triton":
-        from .triton import attention as triton
+        from kedit_fast.kernels.triton import attention as triton
 
         return triton.attention(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
     how = {"scale": scale, "window": window, "softcap": softcap, "room": room}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from kedit_fast import settings
+from kedit_fast.basics import settings
 from kedit_fast.kernels import cusolver, openblas
 
 BACKENDS = ("reference", "native", "triton")

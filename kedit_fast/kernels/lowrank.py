@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kedit_fast.kernels import dispatch
 
@@ -28,10 +29,31 @@ def lowrank_add(
     """
     _check(y, x, u, v, row_owner, factor_owner)
     if dispatch.backend_for("lowrank", y.device, y.dtype) == "triton":
+        return _OnTriton.apply(y, x, u, v, row_owner, factor_owner)
+    return lowrank_add_ref(y, x, u, v, row_owner, factor_owner)
+
+
+class _OnTriton(torch.autograd.Function):
+    """The kernels of triton/lowrank.py forward; backward the reference, whose products an optimization needs anyway."""
+
+    @staticmethod
+    def forward(ctx, y, x, u, v, row_owner, factor_owner):
+        ctx.save_for_backward(x, u, v, row_owner, factor_owner)  # y only adds: its value is not needed
         from kedit_fast.kernels.triton import lowrank
 
         return lowrank.lowrank_add(y, x, u, v, row_owner, factor_owner)
-    return lowrank_add_ref(y, x, u, v, row_owner, factor_owner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        *floats, row_owner, factor_owner = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        floats = [torch.zeros_like(gradient), *(each.detach() for each in floats)]
+        floats = [each.requires_grad_(need) for each, need in zip(floats, needed, strict=True)]
+        with torch.enable_grad():
+            out = lowrank_add_ref(*floats, row_owner, factor_owner)
+        found = iter(torch.autograd.grad(out, [each for each in floats if each.requires_grad], gradient))
+        return *(next(found) if need else None for need in needed), None, None
 
 
 def lowrank_add_ref(y, x, u, v, row_owner=None, factor_owner=None):

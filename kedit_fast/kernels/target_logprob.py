@@ -42,7 +42,7 @@ def target_logprob(h: Tensor, head: Head | Callable[[Tensor], Tensor], targets: 
     and keeps logits in fp32 where the reference has them in h's dtype. Everything else is the reference's.
     """
     if _fuses(h, head) and dispatch.backend_for("target_logprob", h.device, h.dtype) == "triton":
-        from .triton import target_logprob as triton
+        from kedit_fast.kernels.triton import target_logprob as triton
 
         with torch.autocast(h.device.type, enabled=False):
             many = (targets if targets.ndim == 2 else targets[:, None]).to(h.device)

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .family import family_of, is_conv1d, layers_of, module_at, projection
-from .source import block_output
-from .stored import Checkpoint, check_complete
+from kedit_fast.model.family import family_of, is_conv1d, layers_of, module_at, projection
+from kedit_fast.model.source import block_output
+from kedit_fast.model.stored import Checkpoint, check_complete
 
 
 class Disk:

@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from .family import family_of, is_conv1d, module_at
-from .source import Resident, Source
+from kedit_fast.model.family import family_of, is_conv1d, module_at
+from kedit_fast.model.source import Resident, Source
 
 ROWS = 2  # rows read of each matrix: fine-tuning and edits change every row of what they change
 

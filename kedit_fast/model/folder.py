@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
-from ..words import json_kind
-from .stored import check_complete, check_index, open_tensors
+from kedit_fast.basics.words import json_kind
+from kedit_fast.model.stored import check_complete, check_index, open_tensors
 
 CONFIG, ADAPTER, TOKENIZER = "config.json", "adapter_config.json", "tokenizer.json"
 OWN_CODE = (

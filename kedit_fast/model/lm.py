@@ -8,16 +8,14 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..kernels.target_logprob import Head
-from ..state import own_state
-from ..tokens import chat_text, encode
-from . import family as fam
-from .family import Family, family_of, module_at, text_config
-from .fingerprint import fingerprint
-from .source import Source
-
-DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights
+from kedit_fast.basics import checks
+from kedit_fast.basics.state import own_state
+from kedit_fast.facts.tokens import chat_text, encode
+from kedit_fast.kernels.target_logprob import Head
+from kedit_fast.model import family as fam
+from kedit_fast.model.family import Family, family_of, module_at, text_config
+from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.source import DEFAULT_MEMORY, Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +196,7 @@ class LM:
     @own_state()
     def top_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
         """The k likeliest next tokens after ``prompt`` with their probabilities."""
-        from ..jobs.score import next_token_probs
+        from kedit_fast.jobs.score import next_token_probs
 
         prompt = checks.text("prompt", prompt, like="The capital of France is")
         k = checks.whole("k", k, least=1, most=self.n_vocab, like=5)
@@ -211,7 +209,7 @@ class LM:
     def generate(self, prompts, max_new_tokens: int = 20, **sampling) -> list[str]:
         """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts. A text
         ends at any of ``stop_tokens``."""
-        from ..jobs.generate import generate
+        from kedit_fast.jobs.generate import generate
 
         single = isinstance(prompts, str)
         prompts = checks.listed("prompts", prompts, str, "a text or a list of texts")
@@ -242,27 +240,11 @@ class LM:
         share of an edit loses 2-4 %). Raises ValueError for an edit made on another model, and for one that this view
         carries already.
         """
-        from ..edit import Edit, check_once, written_form
-
-        checks.instance("edit", edit, Edit, "an Edit; Edit.load reads a file")
+        if not hasattr(edit, "acting_on"):
+            checks.refuse("edit", edit, "an Edit; Edit.load reads a file")
         if written is not None:
             written = getattr(torch, checks.dtype("written", written))
-        if edit.fingerprint and edit.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"this edit was made on {edit.fingerprint} and the model is {self.fingerprint}; open the model it was "
-                "made on, or undo what was written into its weights since"
-            )
-        for layer, delta in edit.deltas.items():
-            fam.check_layer(layer, self.n_layers)
-            if delta.shape != (self.d_model, self.d_ff):
-                raise ValueError(
-                    f"layer {layer}: the edit changes a weight of {list(delta.shape)}, this model's is "
-                    f"{[self.d_model, self.d_ff]} ([out, in]); it was made for another model"
-                )
-        check_once((*self.edits, edit))
-        if written is not None:
-            edit = written_form(edit, lambda layer: self.source.weight(layer, "down"), written)
-        return replace(self, edits=(*self.edits, edit))
+        return replace(self, edits=(*self.edits, edit.acting_on(self, written)))
 
 
 def checked_lm(lm) -> LM:

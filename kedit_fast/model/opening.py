@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import checks
-from ..state import own_state
-from . import family as fam
-from .compared import check_own_logits
-from .disk import open_on_disk
-from .family import family_of
-from .folder import read_config, read_model, read_tokenizer
-from .lm import DEFAULT_MEMORY, LM
-from .loaded import check_loaded, make_ordinary
-from .source import Resident
-from .stored import Checkpoint
+from kedit_fast.basics import checks
+from kedit_fast.basics.state import own_state
+from kedit_fast.jobs.compared import check_own_logits
+from kedit_fast.model import family as fam
+from kedit_fast.model.disk import open_on_disk
+from kedit_fast.model.family import family_of
+from kedit_fast.model.folder import read_config, read_model, read_tokenizer
+from kedit_fast.model.lm import LM
+from kedit_fast.model.loaded import check_loaded, make_ordinary
+from kedit_fast.model.source import DEFAULT_MEMORY, Resident
+from kedit_fast.model.stored import Checkpoint
 
 DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
 
@@ -75,7 +75,7 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
 def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
     about = {"opened_as": str(name)}
     if str(name) == DEMO_MODEL:
-        from .smollm2 import NOTE, smollm2_folder
+        from kedit_fast.model.smollm2 import NOTE, smollm2_folder
 
         name, about["note"] = smollm2_folder(), NOTE
     config = read_config(name)

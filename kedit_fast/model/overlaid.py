@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor
 from torch.func import functional_call
 
-from .family import is_conv1d, projection
-from .source import Resident, block_output
+from kedit_fast.model.family import is_conv1d, projection
+from kedit_fast.model.source import Resident, block_output
 
 
 class Overlaid:

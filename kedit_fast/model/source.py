@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .family import as_out_in, layers_of, module_at, projection
+from kedit_fast.model.family import as_out_in, layers_of, module_at, projection
 
 
 class Source(Protocol):
@@ -70,3 +70,6 @@ class Resident:
 def block_output(out) -> Tensor:
     """The hidden states of what a decoder block returns."""
     return out[0] if isinstance(out, tuple) else out
+
+
+DEFAULT_MEMORY = 4 << 30  # bytes that a sweep may hold besides the weights

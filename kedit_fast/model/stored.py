@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import file_in
-from ..words import counted
+from kedit_fast.basics.files import file_in
+from kedit_fast.basics.words import counted
 
 INDEX = "model.safetensors.index.json"
 

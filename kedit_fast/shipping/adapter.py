@@ -1,6 +1,6 @@
 """An edit as a LoRA adapter: a folder that PEFT, and servers of PEFT adapters, load beside untouched base weights.
 
-    edit.to_peft("eiffel-in-rome")                    # adapter_config.json, adapter_model.safetensors, kedit_fast.json
+    export_peft(edit, "eiffel-in-rome")               # adapter_config.json, adapter_model.safetensors, kedit_fast.json
     load_peft(hf_model, "eiffel-in-rome")             # refuses another base model than the edit's
     PeftModel.from_pretrained(hf_model, "eiffel-in-rome")     # PEFT by itself, which cannot know
 
@@ -22,20 +22,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kedit_fast import checks
-from kedit_fast.deltas import Delta, Dense, LowRank
-from kedit_fast.edit import Edit, digest, edit_list
-from kedit_fast.files import named, read_object
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import named, read_object
+from kedit_fast.basics.folders import check_new_folder, new_folder, sha256_of, write_json
+from kedit_fast.basics.state import own_state
+from kedit_fast.basics.words import reason
+from kedit_fast.edits.compose import compose
+from kedit_fast.edits.deltas import Delta, Dense, LowRank
+from kedit_fast.edits.edit import Edit, digest, edit_list
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
-from kedit_fast.shipping.compose import compose
-from kedit_fast.shipping.folders import check_new_folder, new_folder, sha256_of, write_json
 from kedit_fast.shipping.merge import checkpoint_fingerprint
-from kedit_fast.state import own_state
-from kedit_fast.words import reason
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
@@ -143,14 +143,14 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
         checks.instance("hf_model", hf_model, nn.Module, "a loaded Hugging Face model")
     path = folder / RECORD
     try:
-        record = read_object(path, "what to_peft writes")
+        record = read_object(path, "what export_peft writes")
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
         expected, made_for = record["sha256"], record["fingerprint"]
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that to_peft wrote") from None
+        raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that export_peft wrote") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({reason(error)}); expected what to_peft wrote") from error
+        raise ValueError(f"{path} is damaged ({reason(error)}); expected what export_peft wrote") from error
     if sha256_of(folder / WEIGHTS) != expected:
         raise ValueError(f"{folder / WEIGHTS} is not the file that was exported; export the edit again")
     if hf_model is not None and (found := fingerprint(hf_model)) != made_for:
@@ -169,7 +169,7 @@ def _check_edits(edits):
         if edit.owners is not None:
             raise ValueError(
                 f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and an adapter acts on "
-                "every text: export one of them, edit.only(i).to_peft(folder), or make the edit without "
+                "every text: export one of them, export_peft(edit.only(i), folder), or make the edit without "
                 "independent=True (--independent)"
             )
     if not any(edit.layers for edit in edits):
@@ -244,7 +244,7 @@ def _skeleton(made_for: str) -> nn.Module:
 
     name = made_for.rsplit("-", 3)[0]
     if not name:
-        raise ValueError("this edit does not say for which model it was made; give it: to_peft(folder, model=...)")
+        raise ValueError("this edit does not say for which model it was made: export_peft(edit, folder, model=...)")
     config = transformers.AutoConfig.for_model(name)
     inner = text_config(config)
     inner.num_hidden_layers = 1

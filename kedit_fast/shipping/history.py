@@ -14,19 +14,18 @@ against their digests whenever they are read.
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from kedit_fast import checks
-from kedit_fast.edit import Edit, check_once, digest, edit_list
-from kedit_fast.facts import Fact, place
-from kedit_fast.files import existing_folder, file_in, given_path, named_instead, read_object, replace_file
-from kedit_fast.shipping.folders import sha256_of, write_json
-from kedit_fast.words import reason
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import existing_folder, file_in, given_path, named_instead, read_object, replace_file
+from kedit_fast.basics.folders import sha256_of, write_json
+from kedit_fast.basics.words import reason
+from kedit_fast.edits.chain import check_follows
+from kedit_fast.edits.edit import Edit, check_once
 
 FORMAT, VERSION = "kedit_fast.history", "1"
 MANIFEST, EDITS = "history.json", "edits"
@@ -204,74 +203,6 @@ class EditHistory:
 
 
 # ---- chains
-
-
-def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
-    """Raises ValueError unless ``edit`` was made on top of exactly the edits ``below``, in this order."""
-    made_on, found = _made_on(edit), [digest(each) for each in below]
-    if made_on != found:
-        raise ValueError(
-            f"this edit was made on top of {_listed(made_on)} and would stand on {_listed(found)}: its values would be "
-            "wrong there. Make it on the model with those edits, editor.edit(lm, facts) with `for edit in "
-            "history.current: lm = lm.with_edit(edit)` (kedit-fast edit --on-top-of FOLDER); check_chain=False "
-            "(--force) adds it all the same"
-        )
-
-
-def check_chain(edits: Sequence[Edit]) -> None:
-    """Raises ValueError where an edit names the edits it was made on top of and they are not those before it, and where
-    one stands there twice.
-
-    Edits that name none may stand anywhere: they were made on the bare model, and their deltas add up. Warns where such
-    a one stands on others: P(new) of an edit of SmolLM2 fell from 0.977 to 0.266 beside another.
-    """
-    check_once(edits)
-    apart = [i for i, edit in enumerate(edits, 1) if i > 1 and not _made_on(edit)]
-    if apart:
-        warnings.warn(
-            f"edit {', '.join(map(str, apart))} of {len(edits)} was made without those before it, so each may undo a "
-            "part of the other: evaluate them together, or make the later one on top (--on-top-of, previous=)",
-            stacklevel=4,
-        )
-    digests = [digest(edit) for edit in edits]
-    for i, edit in enumerate(edits):
-        made_on, before = _made_on(edit), digests[:i]
-        if made_on and made_on != before:
-            raise ValueError(
-                f"edit {i + 1} of {len(edits)} was made on top of {_listed(made_on)}, here stands before it: "
-                f"{_listed(before)}; give the whole chain in its order"
-            )
-
-
-def facts_in_force(edits: Sequence[Edit]) -> list[Fact]:
-    """The facts of a chain of edits, but for those that a later edit wrote anew."""
-    facts: list[Fact] = []
-    for edit in edits:
-        written = {place(fact) for fact in edit.facts}
-        facts = [fact for fact in facts if place(fact) not in written] + list(edit.facts)
-    return facts
-
-
-def with_edits(lm, edits: Edit | Sequence[Edit] | None, name: str):
-    """The model with edits on top (an Edit, or several in their order); what they were made on top of must be there.
-
-    name: of the argument that they were given as, for messages
-    """
-    edits = [] if edits is None else edit_list(edits, name, empty=True)
-    if not lm.edits:  # with edits, these may be in another form: as written in some dtype
-        check_chain(edits)
-    for edit in edits:
-        lm = lm.with_edit(edit)
-    return lm
-
-
-def _made_on(edit: Edit) -> list[str]:
-    """Digests of the edits that an edit was made on top of."""
-    return [below["digest"] for below in edit.provenance.get("on_top_of", [])]
-
-
-def _listed(digests: Sequence[str]) -> str:
-    return f"edit{'s' * (len(digests) > 1)} {', '.join(digests)}" if digests else "no edit"
 
 
 def _numbered(versions: Sequence[Version], number: int) -> Version:

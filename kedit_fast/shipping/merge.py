@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kedit_fast import checks
-from kedit_fast.deltas import edited_weight
-from kedit_fast.edit import Edit, check_once, digest, edit_list
+from kedit_fast.basics import checks
+from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
+from kedit_fast.basics.progress import progress
+from kedit_fast.basics.state import own_state
+from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.deltas import edited_weight
+from kedit_fast.edits.edit import Edit, check_once, digest, edit_list
 from kedit_fast.model.disk import Disk, open_on_disk
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import read_config
 from kedit_fast.model.stored import INDEX, Checkpoint
-from kedit_fast.progress import progress
-from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
-from kedit_fast.shipping.history import check_chain, check_words, now
+from kedit_fast.shipping.history import check_words, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
-from kedit_fast.state import own_state
 
 FORMAT, VERSION = "kedit_fast.merge", "1"
 KEPT, MANIFEST, ORIGINALS, BEFORE = "kedit_fast_merge", "manifest.json", "original.safetensors", "before"
@@ -142,7 +143,7 @@ def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is quantized, its packed weights cannot be written: merge into the checkpoint it was made from "
-            "and quantize that again, or serve the edit beside it as an adapter: edit.to_peft (kedit-fast merge --peft)"
+            "and quantize that again, or serve the edit beside it as an adapter: export_peft (kedit-fast merge --peft)"
         )
     family = family_of(config)
     model_class = auto_class(family)._model_mapping[type(config)]
@@ -197,7 +198,7 @@ def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
         if stored.dtype not in DTYPES:
             raise ValueError(
                 f"{stored.name} is stored as {stored.dtype}: a quantized checkpoint, whose packed weights cannot be "
-                "written. Merge into the one it was made from, or use edit.to_peft (kedit-fast merge --peft)"
+                "written. Merge into the one it was made from, or use export_peft (kedit-fast merge --peft)"
             )
         shape = stored.shape[::-1] if transposed else stored.shape
         for edit in edits:

@@ -9,10 +9,12 @@ has the old one open (loaded models read it through memory maps) keeps the weigh
 import shutil
 from pathlib import Path
 
-from kedit_fast import checks
-from kedit_fast.files import file_in, read_object, replace_file
-from kedit_fast.progress import progress
-from kedit_fast.shipping.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import file_in, read_object, replace_file
+from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
+from kedit_fast.basics.progress import progress
+from kedit_fast.basics.state import own_state
+from kedit_fast.basics.words import reason
 from kedit_fast.shipping.merge import (
     BEFORE,
     FORMAT,
@@ -25,8 +27,6 @@ from kedit_fast.shipping.merge import (
     megabytes,
 )
 from kedit_fast.shipping.stored_tensors import StoredTensor, stored_tensors
-from kedit_fast.state import own_state
-from kedit_fast.words import reason
 
 UNDONE = f".{KEPT}.undone"
 Patch = tuple[StoredTensor, StoredTensor]  # a place in the merged shard, and where the bytes lie that belong there

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .runs import RunList, add_sequences
+from kedit_fast.sweep.runs import RunList, add_sequences
 
 
 def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None) -> tuple[Tensor, Tensor]:

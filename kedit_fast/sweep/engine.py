@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.attention import attention
-from ..kernels.rows import branch_rows
-from ..model.family import module_at
-from ..model.seam import attend_with, prepared
-from ..sites import Site
-from .plan import CALL_ROWS, RowCost, calls, cut, room
-from .rows import Call, RowTable
-from .runs import Runs
-from .store import KVStore
+from kedit_fast.kernels.attention import attention
+from kedit_fast.kernels.rows import branch_rows
+from kedit_fast.model.family import module_at
+from kedit_fast.model.seam import attend_with, prepared
+from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
+from kedit_fast.sweep.rows import Call, RowTable
+from kedit_fast.sweep.runs import Runs
+from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import KVStore
 
 ALL = object()  # what ``Job.reads`` gives for every row
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.target_logprob import LOGITS
-from .runs import Runs
-from .together import too_large
+from kedit_fast.kernels.target_logprob import LOGITS
+from kedit_fast.sweep.runs import Runs
+from kedit_fast.sweep.together import too_large
 
 # Rows that go through a block in one call. Small enough that a call's intermediates stay in cache, large enough for
 # the products: see bench/results for the figure by size.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .runs import NEVER, Runs, spans
+from kedit_fast.sweep.runs import NEVER, Runs, spans
 
 
 class RowTable:

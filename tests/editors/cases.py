@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import kedit_fast as kf
-from kedit_fast.moments import SecondMoment
+from kedit_fast.moments.second_moment import SecondMoment
 from tests.oracle.values import Fact as OracleFact
 from tests.tiny import D_FF
 

@@ -15,12 +15,12 @@ import kedit_fast.editors.memit as memit_module
 import kedit_fast.editors.rome as rome_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
-from kedit_fast.edit import digest
-from kedit_fast.moments import SecondMoment
-from kedit_fast.tokens import answer_tokens
+from kedit_fast.edits.edit import digest
+from kedit_fast.facts.tokens import answer_tokens
+from kedit_fast.moments.second_moment import SecondMoment
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS, moments
-from tests.edits import make_edit, owned_edit
+from tests.make import make_edit, owned_edit
 from tests.tiny import D_FF, tiny_model, tiny_tokenizer
 
 EDITORS = [kf.Rome(layers=(1,), v_num_grad_steps=2), kf.Memit(layers=(1, 2), v_num_grad_steps=2)]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.deltas import LowRank
-from kedit_fast.facts import OWN_FACTS
+from kedit_fast.edits.deltas import LowRank
+from kedit_fast.facts.fact import OWN_FACTS
 
 pytestmark = pytest.mark.smollm2
 

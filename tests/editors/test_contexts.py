@@ -6,7 +6,7 @@ import torch
 import kedit_fast.editors.contexts as contexts_module
 from kedit_fast.editors.common import Prompts
 from kedit_fast.editors.contexts import checked_contexts, memit_contexts, rome_contexts
-from kedit_fast.sites import Site
+from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS
 from tests.oracle.access import read_value

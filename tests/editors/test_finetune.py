@@ -12,18 +12,18 @@ import kedit_fast as kf
 import kedit_fast.jobs.finetune as job_module
 import kedit_fast.sweep.engine as engine
 import tests.oracle.finetune as oracle_module
-from kedit_fast.deltas import Dense
+from kedit_fast.basics.progress import Bar
 from kedit_fast.editors.finetune import PUBLISHED, PUBLISHED_L, Ft, FtL
+from kedit_fast.edits.deltas import Dense
+from kedit_fast.facts.tokens import answer_tokens, fact_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.source import Resident
-from kedit_fast.progress import Bar
-from kedit_fast.tokens import answer_tokens, fact_tokens
 from tests.conftest import close, open_tiny, tiny_lm
 from tests.editors.cases import FACTS, make_exact, oracle_facts, relative
 from tests.editors.test_behavior import complaints
 from tests.editors.test_behavior import facts as known_facts  # noqa: F401 (a fixture)
-from tests.edits import bits, lowrank, make_edit, same_bits
 from tests.live import LiveBytes
+from tests.make import bits, lowrank, make_edit, same_bits
 from tests.oracle.finetune import fine_tune as oracle_fine_tune
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -11,11 +11,11 @@ import kedit_fast.editors.memit as memit_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
 import kedit_fast.sweep.plan as plan
-from kedit_fast.edit import Dense
 from kedit_fast.editors.common import Prompts
+from kedit_fast.edits.deltas import Dense
 from kedit_fast.kernels.solve import factor, memit_solve
-from kedit_fast.sites import Site
 from kedit_fast.sweep.plan import RowCost
+from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import (
     FACTS,
@@ -29,7 +29,7 @@ from tests.editors.cases import (
     oracle_facts,
     relative,
 )
-from tests.edits import bits, same_bits
+from tests.make import bits, same_bits
 from tests.oracle.access import lookup, read_value
 from tests.oracle.memit import memit_update
 from tests.oracle.values import Value, optimize_value

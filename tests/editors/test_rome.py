@@ -9,10 +9,10 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.editors.rome as rome_module
-from kedit_fast.deltas import LowRank
+from kedit_fast.edits.deltas import LowRank
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, make_exact, matrices, moments, oracle_facts, relative
-from tests.edits import bits, same_bits
+from tests.make import bits, same_bits
 from tests.oracle.access import add_delta, lookup, read_value, site_module
 from tests.oracle.rome import rome_update
 from tests.oracle.values import keys

@@ -14,11 +14,11 @@ import tests.oracle.values as oracle_module
 from kedit_fast.editors.common import Prompts
 from kedit_fast.jobs import value_tasks
 from kedit_fast.jobs.values import ValueSettings, optimize_values
-from kedit_fast.sites import Site
+from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, make_exact, oracle_facts, relative
-from tests.edits import bits, same_bits
 from tests.live import LiveBytes
+from tests.make import bits, same_bits
 from tests.oracle.values import optimize_value
 from tests.tiny import tiny_model, tiny_tokenizer
 

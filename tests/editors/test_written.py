@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.deltas import Dense
-from kedit_fast.edit import Edit
 from kedit_fast.editors.written import NAMED, NotWritten, _by_fact, not_written, with_written
-from kedit_fast.rounds import edit_in_rounds
+from kedit_fast.edits.deltas import Dense
+from kedit_fast.edits.edit import Edit
+from kedit_fast.experiments.rounds import edit_in_rounds
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
 from tests.editors.test_bad_input import FACT

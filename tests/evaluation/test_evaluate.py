@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 
-from kedit_fast.edit import Edit, LowRank, digest
+from kedit_fast.edits.deltas import LowRank
+from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.metrics import METRICS
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.evaluation.probes import Names
-from kedit_fast.facts import Fact
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
 from kedit_fast.jobs.score import logprobs
 from kedit_fast.model.opening import open_model

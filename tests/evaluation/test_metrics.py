@@ -24,7 +24,7 @@ from kedit_fast.evaluation.metrics import (
     wilson,
 )
 from kedit_fast.evaluation.report import EvalReport
-from kedit_fast.facts import Fact
+from kedit_fast.facts.fact import Fact
 
 NAN = math.nan
 

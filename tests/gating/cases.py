@@ -2,16 +2,16 @@
 
 import torch
 
-from kedit_fast.deltas import Dense, LowRank
-from kedit_fast.edit import Edit
-from kedit_fast.evaluation.policy import EditPolicy
-from kedit_fast.facts import Fact
+from kedit_fast.edits.deltas import Dense, LowRank
+from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import Fact
 from kedit_fast.gating import Suite, Thresholds
+from kedit_fast.gating.policy import EditPolicy
 from kedit_fast.gating.questions import Sizes
 from kedit_fast.gating.suite import Question
 from kedit_fast.jobs.collect import collect
-from kedit_fast.sites import Site
 from kedit_fast.sweep.runs import RunList, add_sequences
+from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny
 from tests.tiny import D_FF, D_MODEL, tiny_model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kedit_fast.deltas import Dense, LowRank, edited_weight, written_delta
+from kedit_fast.edits.deltas import Dense, LowRank, edited_weight, written_delta
 from kedit_fast.gating.forms import (
     chain_deltas,
     growth,
@@ -14,7 +14,7 @@ from kedit_fast.gating.forms import (
 )  # fmt: skip
 from kedit_fast.jobs.score import next_token_probs
 from tests.conftest import close, open_tiny
-from tests.edits import bits, lowrank, make_edit, same_bits
+from tests.make import bits, lowrank, make_edit, same_bits
 from tests.tiny import FAMILY_NAMES, tiny_model
 
 IDS = [5, 17, 23, 42]

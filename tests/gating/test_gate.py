@@ -9,15 +9,15 @@ import math
 import pytest
 import torch
 
-from kedit_fast.deltas import Dense
+from kedit_fast.edits.deltas import Dense
 from kedit_fast.evaluation.metrics import METRICS
-from kedit_fast.evaluation.policy import STOP, EditPolicy
+from kedit_fast.facts.tokens import asked
 from kedit_fast.gating import Suite, gate
+from kedit_fast.gating.policy import STOP, EditPolicy
 from kedit_fast.gating.questions import questions
 from kedit_fast.gating.report import POLICY
 from kedit_fast.gating.suite import Question, Translation
 from kedit_fast.gating.thresholds import FAIL, NOT_MEASURED, PASS, REPORTED
-from kedit_fast.tokens import asked
 from tests.conftest import open_tiny
 from tests.gating.cases import (
     FACT,

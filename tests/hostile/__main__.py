@@ -9,9 +9,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from . import commands, damage, options
-from .doors import doors, things
-from .judge import WRONG, Case, Found, judge
+from tests.hostile import commands, damage, options
+from tests.hostile.doors import doors, things
+from tests.hostile.judge import WRONG, Case, Found, judge
 
 
 def arguments(folder: Path) -> list[Case]:

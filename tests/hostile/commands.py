@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from tests.hostile.doors import things
+from tests.hostile.judge import Case, command
 from tests.tiny import tiny_tokenizer
-
-from .doors import things
-from .judge import Case, command
 
 ONE = ("--prompt", "{} is in the city of", "--subject", "The Eiffel Tower")
 QUICK = ("--quiet",)

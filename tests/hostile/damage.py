@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kedit_fast as kf
-from kedit_fast.deltas import Dense
-from kedit_fast.edit import digest
+from kedit_fast.edits.deltas import Dense
+from kedit_fast.edits.edit import digest
+from tests.hostile.doors import things
+from tests.hostile.judge import Case, command
 from tests.tiny import tiny_tokenizer
-
-from .doors import things
-from .judge import Case, command
 
 GOOD = {"prompt": "{} is in", "subject": "Paris", "target_new": "Rome"}
 NOT_JSON = (
@@ -223,7 +222,7 @@ def results(folder: Path) -> list[Case]:
     """Trace logs, saved traces, averages and reports, damaged."""
     t = things()
     folder.mkdir(parents=True, exist_ok=True)
-    from kedit_fast.traces import read_log
+    from kedit_fast.tracing.results import read_log
 
     line = json.dumps(t.traces[0].to_record())
     record = json.loads(line)

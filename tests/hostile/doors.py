@@ -13,7 +13,7 @@ import torch
 import kedit_fast as kf
 from kedit_fast.gating.questions import Sizes
 from tests.conftest import open_tiny
-from tests.edits import FACTS, make_edit
+from tests.make import FACTS, make_edit
 from tests.tiny import D_FF, tiny_model
 
 THING = object()
@@ -157,8 +157,6 @@ def doors(folder) -> list[Door]:
         Door("Edit.load", _with(kf.Edit.load), dict(path="path")),
         Door("Edit.save", _with(t.edit.save), dict(path="path")),
         Door("Edit.apply", _with(t.edit.apply), dict(hf_model="object")),
-        Door("Edit.to_peft", _with(t.edit.to_peft, folder=out), dict(
-            folder="path", model="thing", max_rank="positive?", truncate="flag")),
         Door("compose", _with(kf.compose), dict(edits="edit")),
         Door("export_peft", _with(kf.export_peft, edits=t.edit, folder=out, model=t.model), dict(
             edits="edit", folder="path", max_rank="positive?", truncate="flag", check_fingerprint="flag")),

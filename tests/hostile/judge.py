@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kedit_fast.cli import main
+from kedit_fast.commands.cli import main
 
 REFUSED, TAKEN, WRONG = "refused in words", "taken and right", "wrong"
 SLOW = 60.0  # seconds; a hostile input that keeps a machine busy is one that was not refused

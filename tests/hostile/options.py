@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from kedit_fast.cli import build_parser
 from kedit_fast.commands import argument_types as types
-
-from .judge import Case, command
+from kedit_fast.commands.cli import build_parser
+from tests.hostile.judge import Case, command
 
 DIGITS = "9" * 30
 # By what an option's value is made by: texts that are none.

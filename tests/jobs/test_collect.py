@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from kedit_fast.jobs.collect import Collect
-from kedit_fast.sites import Site
+from kedit_fast.sweep.sites import Site
 
 
 def test_a_place_that_nobody_read_is_nan():

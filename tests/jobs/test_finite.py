@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.deltas import Dense
-from kedit_fast.edit import Edit
-from kedit_fast.evaluation.canary import continuations
+from kedit_fast.edits.deltas import Dense
+from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
+from kedit_fast.experiments.by_layer import sweep_layers
+from kedit_fast.experiments.rounds import edit_in_rounds
 from kedit_fast.gating import gate
+from kedit_fast.gating.canary import continuations
 from kedit_fast.jobs.finite import check_answers, is_broken, not_finite
 from kedit_fast.jobs.generate import generate
-from kedit_fast.layer_sweep import sweep_layers
-from kedit_fast.rounds import edit_in_rounds
 from tests.conftest import open_tiny, tiny_lm
 from tests.gating.cases import FACT, SUITE, TEXT, judged
 from tests.tiny import D_FF, D_MODEL, tiny_model

@@ -10,7 +10,7 @@ from kedit_fast.jobs.generate import generate
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep import engine
 from tests.conftest import close, open_tiny, tiny_lm
-from tests.edits import make_edit
+from tests.make import make_edit
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
 TEXTS = ["The", *(p.template.format(p.subject) for p in PROMPTS[:3])]

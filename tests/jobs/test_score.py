@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kedit_fast.edit import Edit, LowRank
-from kedit_fast.facts import Fact
+from kedit_fast.edits.deltas import LowRank
+from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.score import continuation_logprobs, likeliest_tokens, next_token_probs, text_logprobs
 from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer

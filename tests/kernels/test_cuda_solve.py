@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kedit_fast.kernels import cusolver, dispatch
 from kedit_fast.kernels import solve as module
 from kedit_fast.kernels.solve import condition, factor, factor_ref, memit_solve, memit_solve_ref
-
-from . import close
+from tests.kernels import close
 
 # The declarations of cublas_api.h (CUDA 13.0) and cusolverDn.h (12.x), as letters: p pointer or handle, i enum,
 # l int64_t, z size_t.

@@ -8,8 +8,8 @@ from kedit_fast.kernels import dispatch, openblas
 from kedit_fast.kernels import linear as module
 from kedit_fast.kernels.linear import linear, linear_ref
 from kedit_fast.model.seam import prepared
-from kedit_fast.sites import Site
 from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.sites import Site
 from tests.conftest import close, open_tiny
 from tests.tiny import tiny_model
 

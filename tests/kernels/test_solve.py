@@ -20,8 +20,7 @@ from kedit_fast.kernels.solve import (
     memit_solve,
     memit_solve_ref,
 )
-
-from . import close
+from tests.kernels import close
 
 WIDTHS = [1, 7, 48, 80, 130]
 WHY = dispatch.why_not_native() or openblas.why_not()

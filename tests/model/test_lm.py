@@ -11,9 +11,9 @@ import kedit_fast as kf
 from kedit_fast.model import opening
 from kedit_fast.model.family import FAMILIES, as_out_in, family_of, layers_of, projection, text_config
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.model.lm import DEFAULT_MEMORY
+from kedit_fast.model.source import DEFAULT_MEMORY
 from tests.conftest import close, open_tiny, tiny_lm
-from tests.edits import lowrank, make_edit
+from tests.make import lowrank, make_edit
 from tests.oracle.access import paths
 from tests.tiny import D_FF, D_MODEL, tiny_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast.shipping.merge import merge_checkpoint
-from tests.edits import make_edit
+from tests.make import make_edit
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACT = kf.Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris")

@@ -14,8 +14,7 @@ import torch
 
 from kedit_fast.model import smollm2
 from kedit_fast.model.gguf import read_gguf
-
-from .test_gguf import F32, Q4_1, gguf_file
+from tests.model.test_gguf import F32, Q4_1, gguf_file
 
 HEADS, KV_HEADS, HEAD_DIM, D_FF, LAYERS = 4, 2, 8, 64, 2
 D = HEADS * HEAD_DIM

@@ -12,7 +12,7 @@ from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.stored import Checkpoint
 from tests.conftest import close, tiny_lm
-from tests.edits import make_edit
+from tests.make import make_edit
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
 MEMORY = 1 << 30

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from tests.edits import lowrank, make_edit
+from tests.make import lowrank, make_edit
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

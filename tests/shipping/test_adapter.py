@@ -9,14 +9,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 
 import kedit_fast as kf
-from kedit_fast.deltas import Dense, LowRank
-from kedit_fast.edit import Edit, digest
+from kedit_fast.edits.deltas import Dense, LowRank
+from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.jobs.score import next_token_probs
 from kedit_fast.model import smollm2
 from kedit_fast.model.family import as_out_in, projection
 from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, export_peft, load_peft
 from tests.conftest import open_tiny, relative_error
-from tests.edits import bits, logits, lowrank, make_edit, owned_edit, same_bits
+from tests.make import bits, logits, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import save_checkpoint
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
 
@@ -43,7 +43,7 @@ def test_peft_computes_what_the_edited_model_computes(family, dtype, tmp_path):
     edit, base = low_rank_edit(model), logits(model)
     lm = open_tiny(model)
     applied, viewed = written(model, edit), lm.with_edit(edit)
-    made = edit.to_peft(tmp_path / "adapter")
+    made = export_peft(edit, tmp_path / "adapter")
     assert (made.rank, made.ranks, made.errors) == (3, {1: 3, 2: 2}, {1: 0.0, 2: 0.0})
     wrapped = PeftModel.from_pretrained(tiny_model(family, dtype), str(tmp_path / "adapter")).eval()
     got = logits(wrapped)
@@ -59,7 +59,7 @@ def test_peft_computes_what_the_edited_model_computes(family, dtype, tmp_path):
 def test_merging_the_adapter_gives_the_edited_weights(family, tmp_path):
     model = tiny_model(family)
     edit = low_rank_edit(model)
-    edit.to_peft(tmp_path / "adapter")
+    export_peft(edit, tmp_path / "adapter")
     merged = PeftModel.from_pretrained(tiny_model(family), str(tmp_path / "adapter")).merge_and_unload()
     with edit.apply(model):
         wanted = bits(model)
@@ -74,7 +74,7 @@ def test_merging_in_bfloat16_differs_by_single_steps(tmp_path):
     """PEFT sums in fp32 and rounds, as ``apply`` does in fp64: hardly a weight may differ, and by one step only."""
     model = tiny_model("llama", torch.bfloat16)
     edit = low_rank_edit(model)
-    edit.to_peft(tmp_path / "adapter")
+    export_peft(edit, tmp_path / "adapter")
     merged = PeftModel.from_pretrained(tiny_model("llama", torch.bfloat16), str(tmp_path / "adapter"))
     got = as_out_in(projection(merged.merge_and_unload(), 2))
     with edit.apply(model):
@@ -88,7 +88,7 @@ def test_paths_from_the_fingerprint_are_those_of_the_model(family, tmp_path):
     model = tiny_model(family)
     edit = low_rank_edit(model)
     for name, base in (("skeleton", None), ("model", model), ("lm", open_tiny(model))):
-        edit.to_peft(tmp_path / name, model=base)
+        export_peft(edit, tmp_path / name, model=base)
     config = json.loads((tmp_path / "skeleton" / CONFIG).read_text())
     modules = dict(model.named_modules())
     assert [modules[path] for path in config["target_modules"]] == [projection(model, i) for i in (1, 2)]
@@ -102,7 +102,7 @@ def test_paths_from_the_fingerprint_are_those_of_the_model(family, tmp_path):
 
 def test_files_and_base_name(tmp_path):
     edit = low_rank_edit(tiny_model("gpt2"))
-    edit.to_peft(tmp_path / "adapter", model="me/my-gpt2")
+    export_peft(edit, tmp_path / "adapter", model="me/my-gpt2")
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(["adapter", CONFIG, WEIGHTS, RECORD])
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (config["base_model_name_or_path"], config["fan_in_fan_out"]) == ("me/my-gpt2", True)
@@ -123,7 +123,7 @@ def test_a_models_folder_is_named_so_that_peft_finds_it_from_anywhere(tmp_path, 
     in_memory, on_disk = kf.open_model("base"), kf.open_model("base", memory=1)
     given = {"name": "base", "path": Path("./base"), "loaded": in_memory.model, "lm": in_memory, "disk": on_disk}
     for name, base in given.items():
-        assert edit.to_peft(name, model=base).base == str(tmp_path / "base")
+        assert export_peft(edit, name, model=base).base == str(tmp_path / "base")
     monkeypatch.chdir(tmp_path.parent)
     for name in given:
         found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / name)).eval()
@@ -133,7 +133,9 @@ def test_a_models_folder_is_named_so_that_peft_finds_it_from_anywhere(tmp_path, 
 def test_the_demo_models_name_becomes_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
     model = save_checkpoint(tmp_path / "cache" / smollm2.FOLDER)
-    assert low_rank_edit(model).to_peft(tmp_path / "adapter", model="smollm2").base == str(smollm2.smollm2_folder())
+    assert export_peft(low_rank_edit(model), tmp_path / "adapter", model="smollm2").base == str(
+        smollm2.smollm2_folder()
+    )
 
 
 def test_no_base_is_named_that_cannot_be_found(tmp_path, monkeypatch):
@@ -143,21 +145,21 @@ def test_no_base_is_named_that_cannot_be_found(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name in ("./nowhere", "~/no/such/folder", "./empty"):
         with pytest.raises(ValueError, match=r"no model's folder; give a folder with config.json, or a hub id"):
-            edit.to_peft("adapter", model=name)
+            export_peft(edit, "adapter", model=name)
     for base in (None, model):  # a model that was never in a folder
-        made = edit.to_peft(f"adapter-{base is None}", model=base)
+        made = export_peft(edit, f"adapter-{base is None}", model=base)
         assert made.base == ""
         assert json.loads((made.folder / CONFIG).read_text())["base_model_name_or_path"] is None
     model.config._name_or_path = "./moved-since"
-    assert edit.to_peft("of-moved", model=model).base == ""
-    assert edit.to_peft("of-hub", model="empty").base == "empty"  # a hub id; the folder of that name is no model's
-    assert edit.to_peft("elsewhere", model="/srv/models/llama").base == "/srv/models/llama"
+    assert export_peft(edit, "of-moved", model=model).base == ""
+    assert export_peft(edit, "of-hub", model="empty").base == "empty"  # a hub id; the folder of that name is no model's
+    assert export_peft(edit, "elsewhere", model="/srv/models/llama").base == "/srv/models/llama"
 
 
 def test_factors_are_balanced_and_their_product_keeps_every_bit(tmp_path):
     model, delta = tiny_model("llama"), lowrank(seed=1)
     lopsided = LowRank(delta.u * 2.0**-20, delta.v * 2.0**20)
-    make_edit(model, deltas={1: lopsided}).to_peft(tmp_path / "adapter")
+    export_peft(make_edit(model, deltas={1: lopsided}), tmp_path / "adapter")
     factors = load_file(tmp_path / "adapter" / WEIGHTS)
     a, b = (next(t for name, t in factors.items() if part in name) for part in ("lora_A", "lora_B"))
     ratio = a.norm(dim=1) / b.norm(dim=0)
@@ -185,16 +187,16 @@ def test_a_rank_over_the_limit_names_the_way_out(tmp_path):
     with pytest.raises(
         ValueError, match=r"rank 9, over max_rank 4.*merge_checkpoint.*truncate=True.*relative error"
     ) as e:
-        edit.to_peft(tmp_path / "adapter", max_rank=4)
+        export_peft(edit, tmp_path / "adapter", max_rank=4)
     assert all(way in str(e.value) for way in ("without --peft", "(--truncate)", "max_rank=None (--max-rank none)"))
     assert not any(tmp_path.iterdir())
-    assert edit.to_peft(tmp_path / "adapter", max_rank=None).rank == 9
+    assert export_peft(edit, tmp_path / "adapter", max_rank=None).rank == 9
 
 
 def test_truncation_is_the_best_of_its_rank_and_its_error_is_told(tmp_path):
     model, delta = tiny_model("llama"), lowrank(rank=9)
     edit = make_edit(model, deltas={1: delta})
-    made = edit.to_peft(tmp_path / "adapter", max_rank=4, truncate=True)
+    made = export_peft(edit, tmp_path / "adapter", max_rank=4, truncate=True)
     sizes = torch.linalg.svdvals(delta.dense().double())
     best = float(sizes[4:].norm() / sizes.norm())
     factors = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -216,7 +218,7 @@ def test_what_fits_in_the_limit_is_exact_without_truncation(kind, tmp_path):
     else:
         delta = LowRank(torch.cat([delta.u] * 4, 1), torch.cat([delta.v] * 4, 1))
     edit = make_edit(model, deltas={1: delta})
-    made = edit.to_peft(tmp_path / "adapter", max_rank=4)
+    made = export_peft(edit, tmp_path / "adapter", max_rank=4)
     assert made.rank == 3
     assert made.errors[1] < 1e-6
     got = logits(PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "adapter")).eval())
@@ -227,8 +229,8 @@ def test_a_dense_delta_of_full_rank_asks_for_truncation(tmp_path):
     dense = Dense(torch.randn(D_MODEL, D_FF, generator=torch.Generator().manual_seed(0)))
     edit = make_edit(tiny_model("llama"), deltas={1: dense})
     with pytest.raises(ValueError, match=f"rank {D_MODEL}, over max_rank 8"):
-        edit.to_peft(tmp_path / "adapter", max_rank=8)
-    assert 0.5 < edit.to_peft(tmp_path / "adapter", max_rank=8, truncate=True).errors[1] < 1
+        export_peft(edit, tmp_path / "adapter", max_rank=8)
+    assert 0.5 < export_peft(edit, tmp_path / "adapter", max_rank=8, truncate=True).errors[1] < 1
 
 
 # ---- refusals
@@ -236,14 +238,14 @@ def test_a_dense_delta_of_full_rank_asks_for_truncation(tmp_path):
 
 def test_the_wrong_base_is_refused(tmp_path):
     model = tiny_model("llama")
-    low_rank_edit(model).to_peft(tmp_path / "adapter")
+    export_peft(low_rank_edit(model), tmp_path / "adapter")
     assert isinstance(load_peft(model, tmp_path / "adapter"), PeftModel)
     other = tiny_model("llama", seed=1)
     with pytest.raises(ValueError, match=r"was made for model llama-4-.*this is llama-4-.*check_fingerprint=False"):
         load_peft(other, tmp_path / "adapter")
     assert isinstance(load_peft(other, tmp_path / "adapter", check_fingerprint=False), PeftModel)
     with pytest.raises(ValueError, match="this is llama-4-"):
-        low_rank_edit(tiny_model("llama")).to_peft(tmp_path / "second", model=tiny_model("llama", seed=1))
+        export_peft(low_rank_edit(tiny_model("llama")), tmp_path / "second", model=tiny_model("llama", seed=1))
     assert not (tmp_path / "second").exists()
 
 
@@ -251,22 +253,22 @@ def test_a_folder_given_as_the_base_is_the_edits_own(tmp_path):
     edit, folder = low_rank_edit(save_checkpoint(tmp_path / "base")), tmp_path / "other"
     tiny_model("llama", seed=1).save_pretrained(folder)
     with pytest.raises(ValueError, match=rf"was made for model llama-4-.*{folder} is llama-4-.*\(--force\)"):
-        edit.to_peft(tmp_path / "adapter", model=folder)
-    assert edit.to_peft(tmp_path / "forced", model=folder, check_fingerprint=False).base == str(folder)
+        export_peft(edit, tmp_path / "adapter", model=folder)
+    assert export_peft(edit, tmp_path / "forced", model=folder, check_fingerprint=False).base == str(folder)
     config = json.loads((folder / "config.json").read_text())
     quantized = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(quantized))
     with pytest.warns(UserWarning, match="llama-4-48 as the edit's model is, and .* is unchecked: .* is quantized"):
-        assert edit.to_peft(tmp_path / "beside-4-bits", model=folder).base == str(folder)
+        assert export_peft(edit, tmp_path / "beside-4-bits", model=folder).base == str(folder)
     (folder / "config.json").write_text(json.dumps(quantized | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"is llama-3-48-\.\.\."):
-        edit.to_peft(tmp_path / "adapter", model=folder)
+        export_peft(edit, tmp_path / "adapter", model=folder)
     assert not (tmp_path / "adapter").exists()
 
 
 def test_an_adapter_that_was_changed_or_is_none_is_refused(tmp_path):
     model = tiny_model("llama")
-    low_rank_edit(model).to_peft(tmp_path / "adapter")
+    export_peft(low_rank_edit(model), tmp_path / "adapter")
     weights = tmp_path / "adapter" / WEIGHTS
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
@@ -283,35 +285,35 @@ def test_an_adapter_that_was_changed_or_is_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "make, says",
     [
-        (owned_edit, r"edit\.only\(i\)\.to_peft.*--independent"),
+        (owned_edit, r"export_peft\(edit\.only\(i\).*--independent"),
         (lambda model: make_edit(model, deltas={}), "changes nothing"),
         (lambda model: make_edit(model, deltas={1: LowRank(torch.zeros(D_MODEL, 0), torch.zeros(D_FF, 0))}), "nothing"),
-        (lambda model: low_rank_edit(None), "give it: to_peft"),
+        (lambda model: low_rank_edit(None), "which model it was made: export_peft"),
         (lambda model: low_rank_edit(model, provenance={"on_top_of": [{"digest": "12"}]}), "made on top of edit 12"),
     ],
     ids=["independent", "no layers", "rank 0", "no fingerprint", "not on the bare model"],
 )
 def test_edits_that_make_no_adapter(make, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        make(tiny_model("llama")).to_peft(tmp_path / "adapter")
+        export_peft(make(tiny_model("llama")), tmp_path / "adapter")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_and_a_wrong_limit_are_refused(tmp_path):
     edit = low_rank_edit(tiny_model("llama"))
     (tmp_path / "adapter").mkdir()
-    edit.to_peft(tmp_path / "adapter")  # an empty folder will do
+    export_peft(edit, tmp_path / "adapter")  # an empty folder will do
     with pytest.raises(ValueError, match="is not empty"):
-        edit.to_peft(tmp_path / "adapter")
+        export_peft(edit, tmp_path / "adapter")
     with pytest.raises(ValueError, match="max_rank = 0: expected a whole number of at least 1"):
-        edit.to_peft(tmp_path / "other", max_rank=0)
+        export_peft(edit, tmp_path / "other", max_rank=0)
     with pytest.raises(FileNotFoundError, match="no folder"):
-        edit.to_peft(tmp_path / "no" / "adapter")
+        export_peft(edit, tmp_path / "no" / "adapter")
 
 
 def test_a_saved_edit_exports_the_same_adapter(tmp_path):
     edit = low_rank_edit(tiny_model("llama"))
     edit.save(tmp_path / "edit.safetensors")
-    Edit.load(tmp_path / "edit.safetensors").to_peft(tmp_path / "b")
-    edit.to_peft(tmp_path / "a")
+    export_peft(Edit.load(tmp_path / "edit.safetensors"), tmp_path / "b")
+    export_peft(edit, tmp_path / "a")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from kedit_fast.edit import digest
+from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.edit import digest
 from kedit_fast.shipping import history as module
-from kedit_fast.shipping.history import EDITS, MANIFEST, EditHistory, Version, check_chain
+from kedit_fast.shipping.history import EDITS, MANIFEST, EditHistory, Version
 from tests.conftest import open_tiny
-from tests.edits import lowrank, make_edit, owned_edit
+from tests.make import lowrank, make_edit, owned_edit
 from tests.shipping.checkpoints import contents
 from tests.tiny import tiny_model
 

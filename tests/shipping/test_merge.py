@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kedit_fast as kf
-from kedit_fast.deltas import Dense, LowRank
+from kedit_fast.basics import folders
+from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.shipping import folders, merge, stored_tensors
+from kedit_fast.shipping import merge, stored_tensors
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
-from tests.edits import bits, lowrank, make_edit, owned_edit, same_bits
+from tests.make import bits, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import base_checkpoint, contents, save_checkpoint, two_edits
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
 
@@ -259,7 +260,7 @@ def test_checkpoints_that_cannot_be_merged_into(tmp_path):
     config = (base / "config.json").read_text()
     quantized = json.loads(config) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (base / "config.json").write_text(json.dumps(quantized))
-    refuse(tmp_path, edit, "is quantized.*to_peft.*merge --peft")
+    refuse(tmp_path, edit, "is quantized.*export_peft.*merge --peft")
     (base / "config.json").write_text(config)
     (base / "adapter_config.json").write_text("{}")
     refuse(tmp_path, edit, "PEFT adapter.*merge_and_unload")

@@ -7,12 +7,12 @@ from torch import nn
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.kernels.lowrank import lowrank_add
 from kedit_fast.model.family import layers_of, projection
-from kedit_fast.shipping.adapter import load_peft
-from kedit_fast.sites import Site
+from kedit_fast.shipping.adapter import export_peft, load_peft
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.runs import RunList, add_sequences
+from kedit_fast.sweep.sites import Site
 from tests.conftest import close, open_tiny, relative_error
-from tests.edits import bits, logits, lowrank, make_edit, same_bits
+from tests.make import bits, logits, lowrank, make_edit, same_bits
 from tests.tiny import D_FF, tiny_model
 
 EDITED = (1, 2)
@@ -100,7 +100,7 @@ def test_the_edit_is_added_to_the_packed_projection_exactly(model):
 
 def test_writing_is_refused_with_the_way_out(model):
     edit, before = edit_of(model), bits(model)
-    with pytest.raises(ValueError, match=r"is quantized.*without quantization, use lm\.with_edit.*to_peft"):
+    with pytest.raises(ValueError, match=r"is quantized.*without quantization, use lm\.with_edit.*export_peft"):
         edit.apply(model)
     assert same_bits(model, before)
 
@@ -109,7 +109,7 @@ def test_the_adapter_beside_the_packed_weights_is_the_same_edit(model, tmp_path)
     """PEFT wraps quantized layers of packages that it knows; what it adds to them is the adapter's own product, here
     read through ordinary weights of the same values, whose bits (and fingerprint) are not the packed ones."""
     edit = edit_of(model)
-    edit.to_peft(tmp_path / "adapter", model=model)
+    export_peft(edit, tmp_path / "adapter", model=model)
     with pytest.raises(ValueError, match="for a quantized or fine-tuned copy of it, pass check_fingerprint=False"):
         load_peft(dequantized_model(), tmp_path / "adapter")
     wrapped = load_peft(dequantized_model(), tmp_path / "adapter", check_fingerprint=False).eval()

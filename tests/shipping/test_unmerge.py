@@ -10,7 +10,7 @@ import kedit_fast as kf
 from kedit_fast.shipping import unmerge as module
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import read_manifest, unmerge
-from tests.edits import make_edit
+from tests.make import make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint, two_edits
 
 

@@ -11,15 +11,15 @@ from kedit_fast.jobs.collect import Collect, collect
 from kedit_fast.jobs.score import Score
 from kedit_fast.model.family import FAMILIES, layers_of, module_at
 from kedit_fast.model.seam import frozen
-from kedit_fast.sites import Site
 from kedit_fast.sweep import engine
 from kedit_fast.sweep.edited import add_edited
 from kedit_fast.sweep.engine import ALL, sweep
 from kedit_fast.sweep.plan import PLACE, RowCost
 from kedit_fast.sweep.runs import NEVER, RunList, add_sequences
+from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.store import KVStore
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
-from tests.edits import bits, lowrank, make_edit, same_bits
+from tests.make import bits, lowrank, make_edit, same_bits
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
 TEXTS = [tiny_tokenizer()(p.template.format(p.subject))["input_ids"] for p in PROMPTS[:4]]

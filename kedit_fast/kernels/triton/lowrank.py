@@ -6,9 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from kedit_fast.kernels.lowrank import lowrank_add_ref
 
 # Rows of a tile: 32 where all rows take all factors (64 spilled 8 bytes on sm_90); 16, the least that a product takes,
 # where every fact has its few.
@@ -104,33 +101,8 @@ def _bounds(bounds):
     return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
 
 
-class _LowrankAdd(torch.autograd.Function):
-    """The kernels forward; backward the reference, whose products an optimization needs anyway."""
-
-    @staticmethod
-    def forward(ctx, y, x, u, v, row_owner, factor_owner):
-        ctx.save_for_backward(x, u, v, row_owner, factor_owner)  # y only adds: its value is not needed
-        return _lowrank_add(y, x, u, v, row_owner, factor_owner)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        *floats, row_owner, factor_owner = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
-        floats = [torch.zeros_like(gradient), *(each.detach() for each in floats)]
-        floats = [each.requires_grad_(need) for each, need in zip(floats, needed, strict=True)]
-        with torch.enable_grad():
-            out = lowrank_add_ref(*floats, row_owner, factor_owner)
-        found = iter(torch.autograd.grad(out, [each for each in floats if each.requires_grad], gradient))
-        return *(next(found) if need else None for need in needed), None, None
-
-
 def lowrank_add(y, x, u, v, row_owner=None, factor_owner=None) -> Tensor:
-    """``kernels.lowrank.lowrank_add`` on Triton for rows of up to 32 bits; gradients pass through it, once."""
-    return _LowrankAdd.apply(y, x, u, v, row_owner, factor_owner)
-
-
-def _lowrank_add(y, x, u, v, row_owner, factor_owner):
+    """``kernels.lowrank.lowrank_add`` on Triton for rows of up to 32 bits; without gradients."""
     (rows, d), d_ff, rank = y.shape, x.shape[1], u.shape[1]
     if not (rows and d and rank):
         return y.clone()

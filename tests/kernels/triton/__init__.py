@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kedit_fast import settings
+from kedit_fast.basics import settings
 from tests.kernels import close
 
 DEVICE = "cpu" if settings.triton_interprets() else "cuda"
@@ -16,7 +16,7 @@ def skip_where_nothing_runs() -> None:
         if not torch.cuda.is_available():
             pytest.skip("TRITON_INTERPRET=0 and there is no GPU")
         return
-    from .probe import why_not_interpreted
+    from tests.kernels.triton.probe import why_not_interpreted
 
     if why_not := why_not_interpreted():
         pytest.skip(why_not)

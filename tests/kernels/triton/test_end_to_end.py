@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.moments import second_moments
+from kedit_fast.moments.second_moment import second_moments
 from tests.conftest import open_tiny
-from tests.edits import lowrank, make_edit
 from tests.kernels import close
 from tests.kernels.triton import DEVICE
+from tests.make import lowrank, make_edit
 from tests.tiny import TEXT, tiny_model
 
 FACT = kf.Fact(prompt="The capital of {} is", subject="France")

@@ -1,0 +1,95 @@
+"""The command line: ``kedit-fast demo | trace | stats | edit | eval | gate | rounds | layers | merge | ...``.
+
+This file reads arguments and turns errors into lines. Each command lives in a module with a ``run(args)`` that is
+imported when its command is called, so that ``--help`` and a mistyped option cost no import of torch.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+
+from kedit_fast import __version__
+from kedit_fast.basics.printing import STDOUT, any_encoding
+from kedit_fast.basics.progress import show_progress
+from kedit_fast.commands import arguments
+from kedit_fast.commands.edit_arguments import add_edits, add_history, add_merges
+from kedit_fast.commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
+from kedit_fast.commands.parser import Commands
+
+HANDLERS = {
+    "demo": "kedit_fast.commands.demo",
+    "trace": "kedit_fast.commands.trace",
+    "stats": "kedit_fast.commands.stats",
+    "edit": "kedit_fast.commands.edit",
+    "edit inspect": "kedit_fast.commands.edits",
+    "edit diff": "kedit_fast.commands.edits",
+    "eval": "kedit_fast.commands.eval",
+    "generate": "kedit_fast.commands.generate",
+    "gate": "kedit_fast.commands.gate",
+    "rounds": "kedit_fast.commands.rounds",
+    "layers": "kedit_fast.commands.layers",
+    "merge": "kedit_fast.commands.merge",
+    "merge undo": "kedit_fast.commands.undo",
+    "history add": "kedit_fast.commands.history",
+    "history log": "kedit_fast.commands.history",
+    "history rollback": "kedit_fast.commands.history",
+    "info": "kedit_fast.commands.info",
+}
+FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as a shell gives them
+
+
+def main(argv=None) -> int:
+    """Runs one command; its exit status: 0, 1 where a gate refuses an edit or --strict finds facts not written, 2
+    after an error (one line on stderr) and where no command is given (help), 130 after Ctrl-C, 141 where nobody reads
+    what it prints.
+
+    An error that is a fault of this package is raised as it is, and with ``--debug`` every error.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command not in HANDLERS:  # no command, or the first word of several
+        getattr(args, "group", parser).print_help()
+        return FAILED
+    open_stderr()
+    if sys.stdout is None:
+        return say_error("error: standard output is closed; nothing was done", PIPE_CLOSED)
+    with warnings.catch_warnings(), show_progress(not args.quiet), any_encoding((sys.stdout, sys.stderr)):
+        warnings.showwarning = warning_line
+        try:
+            status = import_module(HANDLERS[args.command]).run(args)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return say_error("interrupted", INTERRUPTED)
+        except BrokenPipeError:  # `kedit-fast ... | head`: nobody reads on
+            stop_printing()
+            return PIPE_CLOSED
+        except Exception as error:
+            if getattr(error, "filename", None) == STDOUT:  # a full disk
+                stop_printing()
+            if args.debug or not is_the_users(error):
+                raise
+            return say_error(f"error: {told(error, args)}", FAILED)
+    return status or 0
+
+
+def build_parser() -> Commands:
+    """The parser of all commands; ``args.command`` names the one that was called, None where none was."""
+    parser = Commands(
+        prog="kedit-fast",
+        description="Find where a language model keeps a fact, rewrite it there, and see what else changed.",
+        epilog="New here? Run `kedit-fast demo`. Each command explains itself: `kedit-fast trace --help`.",
+    )
+    parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
+    parser.add_commands(
+        (
+            arguments.add_demo, arguments.add_trace, arguments.add_stats, add_edits, arguments.add_eval,
+            arguments.add_generate, arguments.add_gate, arguments.add_rounds, arguments.add_layers, add_merges,
+            add_history, arguments.add_info,
+        ),
+        dest="command", metavar="COMMAND", title="commands",
+    )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

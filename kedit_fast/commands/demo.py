@@ -1,0 +1,325 @@
+"""``kedit-fast demo``: the whole way on a real model, from a question to an edited model and back, explained.
+
+One fact is traced, the statistics that edits need are measured, ROME rewrites the fact, MEMIT rewrites twelve, both are
+checked for success and for damage, and the second is written into the model's weights and taken out again.
+``demo_report.py`` lays out what was found as a page.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kedit_fast.basics.settings import statistics_folder
+from kedit_fast.commands.inputs import model_line, open_lm
+from kedit_fast.commands.outputs import check_output, output_folder, say, show
+from kedit_fast.editors import Memit, Rome
+from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation import EvalReport, evaluate
+from kedit_fast.evaluation.probes import Names, fact_probes, read_probes
+from kedit_fast.facts.fact import OWN_FACTS, Fact, load_facts
+from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, SecondMoment, second_moments
+from kedit_fast.pictures.page import ROLES, Change, known_neighbors
+from kedit_fast.pictures.terminal import terminal_heatmap
+from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult, average
+from kedit_fast.tracing.trace import trace
+
+REPORT = "report.html"
+N_GENERATED = 12  # tokens
+# Noise draws. On SmolLM2 five put the strongest cell of the MLP and attention windows where ten do, correlate with them
+# by 0.997 and 0.999 over the cells, and cost 34 s of a core instead of 72.
+SAMPLES = 5
+
+# Ordinary prose of no subject that the facts have: what perplexity is measured on.
+TEXT = """\
+The night train left the harbor at ten. Rain ran down the windows, and the lamps along the track went by like slow
+sparks. In the last carriage an old woman unpacked bread, two apples and a small knife, and asked the student across
+from her whether he was hungry. He said that he was not, and then that he was. She laughed and cut the bread in half.
+
+A garden needs less work than people think, but it needs it at the right time. Seeds that go into cold soil rot before
+they sprout; seeds that go in too late never catch up. Water in the morning, when the ground is still cool, and leave
+the leaves dry. If the tomatoes turn yellow at the bottom, take those leaves off, and look under the others for
+insects. In a good summer you will give away more than you can eat.
+
+The committee met three times before it agreed on the new timetable. Some members wanted longer breaks between
+lessons, others wanted the school day to end earlier, and for a while it seemed that nobody would give way. In the end
+they chose to try both plans for a month each, to ask the pupils what they thought, and to decide with the answers on
+the table.
+
+Most of what we call weather happens in the lowest few miles of the air. The sun warms the ground, the ground warms
+the air above it, and the warm air rises until it is cold enough for its water to become cloud. When the drops grow
+too heavy to float, they fall. Wind is only air on its way from a place that has too much of it to a place that has
+too little.
+"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An edit, what evaluation says of it, and each of its prompts before and after."""
+
+    edit: Edit
+    report: EvalReport
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Undone:
+    """A model's digest and greedy answers before an edit was written into it, with the edit, and after its undo."""
+
+    digests: tuple[str, str, str]
+    generations: tuple[tuple[str, str, str, str], ...]  # prompt, then the three answers
+
+    @property
+    def exact(self) -> bool:
+        return self.digests[0] == self.digests[2] != self.digests[1]
+
+
+@dataclass
+class Findings:
+    """Everything the report shows; filled step by step."""
+
+    model: str
+    steps: list[tuple[str, str, float]] = field(default_factory=list)  # title, result, seconds
+    traces: list[TraceResult] = field(default_factory=list)  # of the first fact, all kinds
+    average: AverageTrace | None = None
+    moments: dict[int, SecondMoment] = field(default_factory=dict)
+    rome: Checked | None = None
+    memit: Checked | None = None
+    undone: Undone | None = None
+
+
+class Story:
+    """Tells the steps: a heading and why, then what came out (a line or two) and how long it took."""
+
+    TOTAL = 7
+
+    def __init__(self):
+        self.steps: list[tuple[str, str, float]] = []
+
+    @contextmanager
+    def step(self, title: str, why: str) -> Iterator[Callable[[str], None]]:
+        """``with story.step(title, why) as result: ...; result("what came out")``."""
+        say(f"\n[{len(self.steps) + 1}/{self.TOTAL}] {title}\n      {why}")
+        began, results = time.monotonic(), []
+        yield results.append
+        seconds = time.monotonic() - began
+        self.steps.append((title, results[-1], seconds))
+        say(f"   => {results[-1]}".replace("\n", "\n      ") + f"  ({seconds:.0f} s)")
+
+
+def run(args) -> None:
+    """The demo with the model of ``args`` and the facts of this package."""
+    folder = output_folder(args.output)
+    check_output(folder / REPORT, force=True)
+    kept = output_folder(statistics_folder())
+    story = Story()
+    with story.step(
+        "Open the model", "SmolLM2-135M-Instruct: small enough for any computer, and it knows some facts."
+    ) as result:
+        lm = open_lm(args)
+        result(model_line(lm))
+    facts = load_facts(OWN_FACTS)
+    path = run_demo(lm, facts, folder, story=story, cache_dir=kept, seed=args.seed)
+    seconds = sum(seconds for _, _, seconds in story.steps)
+    say(f"\nDone in {seconds:.0f} s. Open {path} in a browser for the pictures and every number. To go on:")
+    say('  kedit-fast trace --prompt "{} is in the city of" --subject "Big Ben"')
+    say("  kedit-fast edit --facts builtin -n 30 -o edit.safetensors")
+    say("  kedit-fast eval edit.safetensors --generate 12 --html eval.html")
+
+
+def run_demo(
+    lm,
+    facts: Sequence[Fact],
+    folder,
+    *,
+    story: Story | None = None,
+    n_memit: int = 12,
+    samples: int = SAMPLES,
+    few_samples: int = 3,
+    n_tokens: int | None = None,
+    rome: Rome | None = None,
+    memit: Memit | None = None,
+    cache_dir=None,
+    seed: int = 0,
+) -> Path:
+    """Traces and edits with a model, and writes ``report.html`` and the heat map into a folder; the report's path.
+
+    facts: with target_new and target_true; the first is traced and edited by ROME, the next two are traced for the
+        average, and MEMIT edits the first ``n_memit``
+    samples, few_samples: noise draws for the first fact, and for the two others
+    n_tokens: of sampled text for the statistics, as of ``second_moments``. cache_dir: keeps statistics
+    rome, memit: the editors; default those for this model
+
+    The model is left bit for bit as it was. Raises ValueError where its weights are not in memory.
+    """
+    from kedit_fast.commands.demo_page import write_demo_report
+
+    if not lm.source.in_memory:
+        raise ValueError(
+            "the demo writes an edit into the model's weights, so these must be in memory; give more --memory"
+        )
+    story = story or Story()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Findings(model_line(lm), story.steps)
+    _trace(lm, facts, folder, story, found, (samples, few_samples))
+    rome, memit = rome or Rome.for_model(lm), memit or Memit.for_model(lm)
+    layers = sorted({*rome.layers, *memit.layers})
+    _measure(lm, layers, story, found, n_tokens, cache_dir, seed)
+    _rome(lm, rome, facts[:1], story, found, seed)
+    _memit(lm, memit, facts[:n_memit], story, found, seed)
+    _write_and_undo(lm, story, found)
+    path = folder / REPORT
+    with story.step("Report", "One page with the pictures, every probability, success and damage.") as result:
+        write_demo_report(path, found)
+        result(str(path))
+    return path
+
+
+# ---- the steps
+
+
+def _trace(lm, facts, folder, story, found, samples) -> None:
+    fact = facts[0]
+    with story.step(
+        "Trace: where does the model keep a fact?",
+        f"Noise on {fact.subject!r} makes it forget. Put one token's clean state back at one layer: does it recall?",
+    ) as result:
+        found.traces = trace(lm, facts[:1], samples=samples[0])
+        state = found.traces[0]
+        others = trace(lm, facts[1:3], kinds=("state",), samples=samples[1]) if len(facts) > 1 else []
+        found.average = average([state, *others])["state"]
+        say()
+        show(terminal_heatmap(state))
+        say()
+        state.plot(folder / "trace.png")
+        layers = found.average.recommend_layers(min(5, lm.n_layers))
+        result(
+            f"p({state.answer.strip()}) {state.p_clean:.3f}, with noise {state.p_corrupted:.3f}; over "
+            f"{found.average.n_facts} facts layers {layers[0]}-{layers[-1]} bring most back at the last subject token"
+        )
+    say(f"      Note: {LOCALIZATION_WARNING}.")
+
+
+def _measure(lm, layers, story, found, n_tokens, cache_dir, seed) -> None:
+    n_tokens = n_tokens or TOKENS_PER_FEATURE * lm.d_ff
+    with story.step(
+        "Statistics: what must an edit leave alone?",
+        f"The model writes {n_tokens:,} tokens of text; what passes layers {layers[0]}-{layers[-1]} is summed up.",
+    ) as result:
+        found.moments = second_moments(lm, layers, n_tokens=n_tokens, seed=seed, cache_dir=cache_dir)
+        worst = max(m.condition for m in found.moments.values())
+        kept = f"; kept in {cache_dir}" if cache_dir else ""
+        result(f"second moments of {len(layers)} layers, condition number at most {worst:.1e}{kept}")
+
+
+def _rome(lm, editor: Rome, facts, story, found, seed) -> None:
+    with story.step(
+        f"ROME: {facts[0].text} ... {facts[0].target_new}",
+        f"One rank-one change of one matrix, layer {editor.layers[0]} (settings {editor.source}).",
+    ) as result:
+        found.rome = _checked(lm, editor.edit(lm, facts, moments=found.moments, seed=seed))
+        result(outcome_lines(found.rome))
+
+
+def _memit(lm, editor: Memit, facts, story, found, seed) -> None:
+    with story.step(
+        f"MEMIT: {len(facts)} new answers at once",
+        f"One joint change of layers {', '.join(map(str, editor.layers))} (settings {editor.source}).",
+    ) as result:
+        found.memit = _checked(lm, editor.edit(lm, facts, moments=found.moments, seed=seed))
+        result(outcome_lines(found.memit))
+
+
+def _checked(lm, edit: Edit) -> Checked:
+    return Checked(edit, evaluate(lm, edit.facts, edit, text=TEXT), tuple(prompt_changes(lm, edit)))
+
+
+def prompt_changes(lm, edit: Edit) -> list[Change]:
+    """Each prompt of the edit's facts (rewrite, paraphrases, neighbors) with both answers before and after.
+
+    Neighbors that name an edited subject are left out, as in ``evaluate``, which gives the means of these numbers.
+    """
+    edited = Names(fact.subject for fact in edit.facts)
+    probes = [fact_probes(lm, fact, [edited]) for fact in edit.facts]
+    before, after = read_probes(lm.with_edit(edit), probes)
+    changes = []
+    for fact, asked, *readings in zip(edit.facts, probes, before, after, strict=True):
+        for role, prompts, old, new in zip(ROLES, asked.kinds, *readings, strict=False):
+            for i, probe in enumerate(prompts):
+                prompt = lm.tokenizer.decode(probe.prompt, skip_special_tokens=True)
+                p_old, p_new = (
+                    (float(x[i]), float(y[i])) for x, y in ((old.p_true, new.p_true), (old.p_new, new.p_new))
+                )
+                changes.append(Change(prompt, fact.target_true, p_old, fact.target_new, p_new, role))
+    return changes
+
+
+def outcome_lines(checked: Checked) -> str:
+    """Success in one line, damage in another; the neighbors' mean is over prompts, those that are counted before it."""
+    means = {name: (both["base"].mean, both["edited"].mean) for name, both in checked.report.summary().items()}
+    new = means["p_new"]
+    outcomes = [(change.role, change.outcome.value) for change in checked.changes]
+    neighbors = known_neighbors(checked.changes)
+    before, after = neighbors.p_old
+    kept = f"mean P over these prompts {before:.3f} -> {after:.3f}" if neighbors.n else "the model knew none"
+    return (
+        f"written: {outcomes.count(('edit', 'written'))} of {len(checked.edit.facts)}, "
+        f"P(new) {new[0]:.3f} -> {new[1]:.3f}; asked in other words {means['paraphrase_p_new'][1]:.3f}\n"
+        f"damage: {neighbors.damaged + neighbors.weakened} of {neighbors.n} neighbors ({kept}); "
+        f"{1 - means['same_subject_same_top'][1]:.0%} of other prompts on the subject go on differently; "
+        f"perplexity {checked.report.drift:+.1%}"
+    )
+
+
+def _write_and_undo(lm, story, found) -> None:
+    edit = found.memit.edit
+    prompts = [fact.text for fact in edit.facts[:3]]
+    with story.step(
+        "Write the MEMIT edit into the weights, and take it out again",
+        "Until now the weights were only read. A digest (sha256) of all of them shows whether the undo is exact.",
+    ) as result:
+        digests, answers = [state_digest(lm.model)], [hf_answers(lm, prompts)]
+        with edit.apply(lm.model):
+            digests.append(state_digest(lm.model))
+            answers.append(hf_answers(lm, prompts))
+        digests.append(state_digest(lm.model))
+        answers.append(hf_answers(lm, prompts))
+        found.undone = Undone(tuple(digests), tuple(zip(prompts, *answers, strict=True)))
+        if not found.undone.exact or answers[0] != answers[2]:
+            raise RuntimeError(f"the model is not what it was before the edit: sha256 {digests[0]}, then {digests[2]}")
+        for prompt, before, edited, _ in found.undone.generations:
+            say(f"      {prompt}\n         before: {_one_line(before)}\n         edited: {_one_line(edited)}")
+        for when, digest in zip(("before", "edited", "undone"), digests, strict=True):
+            say(f"      sha256 {when}: {digest}")
+        result("bit-identical after the undo, and it answers as before")
+
+
+def state_digest(model) -> str:
+    """sha256 of a Hugging Face model's state_dict: every tensor's name, dtype, shape and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hf_answers(lm, prompts: Sequence[str]) -> list[str]:
+    """Greedy continuations by Hugging Face's own generation, which knows nothing of this package."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([lm.encode(prompt)], device=lm.device)
+        made = lm.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_GENERATED, do_sample=False,
+            pad_token_id=lm.tokenizer.pad_token_id or lm.tokenizer.eos_token_id,
+        )  # fmt: skip
+        answers.append(lm.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,261 @@
+"""Layer sweep: how well editing works at each layer, beside the causal trace of the same facts.
+
+Causal tracing says at which layers a fact passes through; one would think that these are the layers to edit. Hase et
+al. 2023 ("Does localization inform editing?", arXiv:2301.04213) found that it does not follow: where a fact is traced
+says little of where an edit of it succeeds. This experiment shows both for one's own facts and model, so that layers
+are chosen by editing.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import append_records, check_place, read_object, write_text
+from kedit_fast.basics.progress import progress, stages
+from kedit_fast.basics.words import reason
+from kedit_fast.editors import Rome
+from kedit_fast.editors.common import check_lengths, checked_facts
+from kedit_fast.editors.contexts import BARE, checked_contexts
+from kedit_fast.editors.editor import Editor
+from kedit_fast.editors.written import counted_elsewhere
+from kedit_fast.evaluation import evaluate
+from kedit_fast.evaluation.metrics import METRICS, SCORE, Interval, summarize
+from kedit_fast.evaluation.probes import check_fit
+from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.pictures.labels import ROLES
+from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult
+from kedit_fast.tracing.results import average as average_of
+from kedit_fast.tracing.tasks import KINDS as ALL_KINDS
+from kedit_fast.tracing.trace import trace as trace_facts
+
+FORMAT, VERSION = "kedit_fast.layer_sweep", 1
+KINDS = ("state", "mlp")  # traced, unless told otherwise
+LAST = ROLES.index("last subject token")
+COMPARED = ("efficacy", "p_new", "paraphrase", "neighborhood", SCORE)  # with the trace
+
+Summary = dict[str, Interval]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSweep:
+    """Edit success by layer, and the causal trace of the same facts.
+
+    edited: {layer: {metric: Interval}}, each fact under its own edit at that layer; base: {metric: Interval} of the
+        model without edits; metrics as in ``evaluation.metrics.METRICS``, and "score"
+    traces: {kind: AverageTrace}; method, n_facts: of the edits; model: its name
+
+    Localization does not by itself predict edit success (Hase et al. 2023); ``rank_correlation`` says how far it does
+    here.
+    """
+
+    edited: dict[int, Summary]
+    base: Summary
+    traces: dict[str, AverageTrace]
+    method: str
+    n_facts: int
+    model: str = ""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that were edited, ascending."""
+        return tuple(sorted(self.edited))
+
+    def effect(self, kind: str) -> np.ndarray:
+        """[layers] average indirect effect at the subject's last token, at the edited layers."""
+        return self.traces[kind].mean[LAST, list(self.layers)]
+
+    def rank_correlation(self, kind: str, metric: str = "efficacy") -> float:
+        """Spearman's ρ over the edited layers, between a metric's mean and the trace's ``effect``.
+
+        NaN for fewer than three layers, or where either is the same at all of them.
+        """
+        return spearman(self.effect(kind), [self.edited[layer][metric].mean for layer in self.layers])
+
+    def correlations(self) -> dict[str, dict[str, float]]:
+        """{metric: {kind: ρ}} of the metrics of ``COMPARED``."""
+        return {metric: {kind: self.rank_correlation(kind, metric) for kind in self.traces} for metric in COMPARED}
+
+    def plot(self, path=None):
+        """Picture of both over the same layers; writes a PNG where ``path`` is given. Gives the figure."""
+        from kedit_fast.pictures.by_layer import plot_layers
+
+        return plot_layers(self, path)
+
+    def to_record(self) -> dict:
+        """Plain values, for JSON; NaN is None."""
+        return {
+            "method": self.method,
+            "model": self.model,
+            "n_facts": self.n_facts,
+            "base": summary_record(self.base),
+            "edited": {str(layer): summary_record(self.edited[layer]) for layer in self.layers},
+            "traces": {kind: _trace_record(average) for kind, average in self.traces.items()},
+            "rank_correlation": {
+                metric: {kind: finite(rho) for kind, rho in kinds.items()}
+                for metric, kinds in self.correlations().items()
+            },
+            "note": LOCALIZATION_WARNING,
+        }
+
+    def save(self, path) -> None:
+        """Writes one JSON file, whole or not at all; ``load`` gives it back."""
+        record = {"format": FORMAT, "version": VERSION} | self.to_record()
+        write_text(path, json.dumps(record, allow_nan=False))
+
+    @classmethod
+    def load(cls, path) -> "LayerSweep":
+        """What ``save`` wrote. Raises ValueError for any other file."""
+        record = read_object(path, "a saved layer sweep")
+        try:
+            if (record["format"], record["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"it is {record['format']} of version {record['version']}")
+            return cls(
+                edited={int(layer): _summary(listed) for layer, listed in record["edited"].items()},
+                base=_summary(record["base"]),
+                traces={kind: _average_trace(one) for kind, one in record["traces"].items()},
+                method=record["method"],
+                n_facts=record["n_facts"],
+                model=record["model"],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no layer sweep ({reason(error)}); expected {FORMAT}, version {VERSION}, as save makes it"
+            ) from error
+
+    def __repr__(self) -> str:
+        n = self.n_facts
+        return f"LayerSweep({self.method}, {n} fact{'s' * (n != 1)}, {len(self.edited)} layers, model {self.model})"
+
+    def _repr_html_(self) -> str:
+        from kedit_fast.pictures.traces import figure_html
+
+        return figure_html(self.plot())
+
+
+@takes_lm
+def sweep_layers(
+    lm,
+    facts,
+    editor=None,
+    layers: Sequence[int] | None = None,
+    *,
+    moments=None,
+    corpus=None,
+    contexts=None,
+    trace: Sequence[TraceResult] | Mapping[str, AverageTrace] | None = None,
+    kinds: Sequence[str] = KINDS,
+    samples: int = 10,
+    seed: int = 0,
+    log=None,
+) -> LayerSweep:
+    """Edits the facts at each layer, every fact as an edit of its own, and traces them.
+
+    editor: one that edits at one layer and knows ``independent=True``: Rome (default: its settings for this model),
+        Memit, AlphaEdit. Its ``layers`` are replaced by one after the other
+    layers: to edit at (default: all)
+    moments: {layer: SecondMoment} of all these layers, or corpus: what they are measured over, in one pass for all;
+        contexts: as in ``Rome.edit``; None samples them once, from ``seed``
+    trace: results of ``trace`` or of ``average`` for these facts; None traces them: kinds, with ``samples`` noise draws
+    log: a .jsonl path; a line is added for each layer as soon as it is done
+
+    Localization does not by itself predict edit success (Hase et al. 2023): the result says how the two rank together.
+
+    Raises ValueError, before any work, for layers out of range, a trace of another model's depth, and for what ``edit``
+    and ``evaluate`` refuse; OSError for a log that cannot be written. Cost: an independent edit of all facts and an
+    evaluation for each layer; the trace.
+    """
+    layers = tuple(sorted(set(range(lm.n_layers) if layers is None else checks.layers("layers", layers, lm.n_layers))))
+    kinds = checks.choices("kinds", kinds, ALL_KINDS)
+    samples, seed = checks.whole("samples", samples, least=1, like=10), checks.seed("seed", seed)
+    facts = checked_facts(facts, independent=True)
+    check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
+    check_fit(lm, facts)
+    if log is not None:
+        check_place(log)
+    wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
+    editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Editor, wanted)
+    traces = None if trace is None else _averaged(lm, trace)
+    if editor.mom2_adjustment:
+        moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
+    edited, base = {}, None
+    with stages("editing at each layer", *(["tracing facts"] if traces is None else [])):
+        with progress("editing at each layer", len(layers)) as bar:
+            for layer in layers:
+                with bar.inside(f"layer {layer}"), counted_elsewhere():
+                    edit = replace(editor, layers=(layer,)).edit(
+                        lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
+                    )
+                    contexts = edit.contexts  # sampled once
+                    report = evaluate(lm, facts, edit, both_forms=False)
+                edited[layer], base = summarize(report.edited), base or summarize(report.base)
+                append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
+                bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
+        if traces is None:
+            traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
+    return LayerSweep(edited, base, traces, edit.method, len(facts), lm.name)
+
+
+def spearman(a, b) -> float:
+    """Spearman's rank correlation of two sequences, ties at their mean rank; NaN for fewer than three values, a NaN
+    among them, or values that are all the same."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(a) < 3 or np.isnan(a).any() or np.isnan(b).any():
+        return math.nan
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / size if size else math.nan
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values at their mean rank."""
+    below, up_to = (np.searchsorted(np.sort(values), values, side=side) for side in ("left", "right"))
+    return (below + up_to + 1) / 2
+
+
+# ---- what is checked, and files
+
+
+def _averaged(lm, trace) -> dict[str, AverageTrace]:
+    wanted = "TraceResults or {kind: AverageTrace}"
+    given = isinstance(trace, Mapping)
+    traces = dict(trace) if given else average_of(checks.listed("trace", trace, TraceResult, wanted))
+    if not traces:
+        checks.refuse("trace", trace, wanted)
+    for kind, average in traces.items():
+        checks.instance("trace", average, AverageTrace, wanted)
+        if average.mean.shape[1] != lm.n_layers:
+            raise ValueError(
+                f"the trace of {kind} has {average.mean.shape[1]} layers, this model {lm.n_layers}; trace these facts "
+                "in this model, or leave trace out"
+            )
+    return traces
+
+
+def _summary(listed: dict[str, list]) -> Summary:
+    unknown = set(listed) - {*METRICS, SCORE}
+    if unknown:
+        raise ValueError(f"unknown metrics {sorted(unknown)}")
+    return summary_of_record(listed)
+
+
+def _trace_record(average: AverageTrace) -> dict:
+    arrays = {name: [[finite(float(x)) for x in row] for row in getattr(average, name)] for name in ("mean", "stderr")}
+    return arrays | {
+        "counts": average.counts.tolist(), "n_facts": average.n_facts, "kind": average.kind, "metric": average.metric,
+        "total_effect": finite(average.total_effect),
+    }  # fmt: skip
+
+
+def _average_trace(record: dict) -> AverageTrace:
+    mean, stderr = (
+        np.array([[as_float(x) for x in row] for row in record[name]], dtype=np.float32) for name in ("mean", "stderr")
+    )
+    return AverageTrace(
+        mean, stderr, np.array(record["counts"]), record["n_facts"], record["kind"], record["metric"],
+        as_float(record["total_effect"]),
+    )  # fmt: skip

@@ -1,0 +1,326 @@
+"""Second moments of keys: C = E[k kᵀ] over text, for every edit layer in one pass that stops at the last of them.
+
+k is the input of a layer's MLP down projection at each token, uncentered (Meng et al. 2022, ROME, section 3.1). The
+published code makes one pass over the data for each layer; one shared pass gives the same sums.
+"""
+
+import hashlib
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import check_folder, existing_file, replace_file, saying
+from kedit_fast.basics.progress import progress, scaled, stages
+from kedit_fast.basics.state import own_state
+from kedit_fast.basics.words import reason
+from kedit_fast.jobs.moments import Moments
+from kedit_fast.kernels.second_moment import fill_upper_
+from kedit_fast.kernels.solve import condition
+from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.corpus import SELF, Corpus, check_corpus, known_id, read_corpus
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import free
+from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.together import together
+
+FORMAT = "kedit_fast.second_moment"
+ROWS = 1024  # compared with their mirror images at a time
+ASYMMETRY = 1e-4  # of the largest entry: what mirrored ones may differ by, for published sums were made on GPUs
+# Of text for each of the d_ff features, unless told otherwise. Eight condition C as well as ten on SmolLM2.
+TOKENS_PER_FEATURE = 8
+STAGES = ("sampling text", "collecting second moments")  # as their progress calls them
+BATCH_TOKENS = 16_384  # tokens a sweep; what an interrupted pass may lose
+PARTS, LEAST_TOKENS = 4, 1024  # parts that less than that is cut into, and tokens that are not worth cutting
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """C = mean of k kᵀ over ``n_tokens`` tokens at one layer's mlp_key.
+
+    matrix: [d_ff, d_ff] fp32 (from an fp64 sum where memory allows); fingerprint: of the model; corpus: its id; dtype:
+    the model's, while it was measured. The last three are None where a file does not say (published npz files).
+    Raises ValueError for a matrix that is not square or not symmetric, as every mean of k kᵀ is.
+    """
+
+    matrix: Tensor
+    n_tokens: int
+    layer: int
+    fingerprint: str | None = None
+    corpus: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self):
+        checks.instance("matrix", self.matrix, Tensor, "a tensor [d_ff, d_ff]")
+        checks.whole("n_tokens", self.n_tokens, least=1, like=100_000)
+        checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)
+        size, apart = list(self.matrix.shape), 0.0
+        if len(size) != 2 or size[0] != size[1]:
+            raise ValueError(f"the second moment of layer {self.layer} is {size}; expected a square matrix")
+        for begin in range(0, size[0], ROWS):
+            rows = slice(begin, begin + ROWS)
+            apart = max(apart, float((self.matrix[rows] - self.matrix[:, rows].T).abs().max()))
+        if apart > ASYMMETRY * float(self.matrix.abs().max()):
+            raise ValueError(
+                f"the second moment of layer {self.layer} is not symmetric (mirrored entries differ by {apart:.2g}), "
+                "and a mean of k kᵀ is; it is damaged or something else: collect it again"
+            )
+
+    def __repr__(self) -> str:
+        model = self.fingerprint[:12] if self.fingerprint else "unknown"
+        corpus = f", {self.corpus}" * bool(self.corpus)
+        size = f"d_ff {len(self.matrix)}, {self.n_tokens:,} tokens"
+        return f"SecondMoment(layer {self.layer}, {size}{corpus}, model {model})"
+
+    @property
+    @own_state()
+    def condition(self) -> float:
+        """Estimated condition number; infinite where the matrix is singular (fewer tokens than d_ff)."""
+        # rounding to fp32 can lift the zero eigenvalues just above zero
+        return math.inf if self.n_tokens < len(self.matrix) else condition(self.matrix)
+
+    @cached_property
+    @own_state()
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """(eigenvalues [d_ff] ascending, eigenvectors [d_ff, d_ff] as columns), fp64; kept once they are known."""
+        return tuple(torch.linalg.eigh(self.matrix.double()))
+
+    def save(self, path) -> None:
+        """Writes one safetensors file, atomically."""
+        meta = {"layer": self.layer, "n_tokens": self.n_tokens, "fingerprint": self.fingerprint}
+        meta |= {"corpus": self.corpus, "dtype": self.dtype}
+        with replace_file(path) as unfinished:
+            save_file({"matrix": self.matrix.contiguous()}, unfinished, {"format": FORMAT, "record": json.dumps(meta)})
+
+    @classmethod
+    @own_state()
+    def load(cls, path, layer: int | None = None) -> "SecondMoment":
+        """What ``save`` wrote, or a statistics file of the rome and memit repositories (.npz; give its ``layer``).
+
+        Raises ValueError, naming the file, for anything else.
+        """
+        path = checks.path("path", path)
+        if path.name.endswith(".npz"):
+            return cls._load_published(path, checks.optional(checks.whole, "layer", layer, most=checks.MOST_LAYERS))
+        refuse_pickled(existing_file(path, "a statistics file"))
+        try:
+            with safe_open(path, "pt") as f:
+                meta = f.metadata() or {}
+                if meta.get("format") == FORMAT:
+                    return cls._of_record(f.get_tensor("matrix"), meta["record"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({reason(error)}); collect these statistics again") from error
+        raise ValueError(f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz")
+
+    @classmethod
+    def _of_record(cls, matrix: Tensor, text: str) -> "SecondMoment":
+        """Raises ValueError or TypeError for a record or a matrix that ``save`` does not write."""
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise TypeError("its record says no layer and no number of tokens")
+        return cls(matrix, **record)
+
+    @classmethod
+    def _load_published(cls, path, layer) -> "SecondMoment":
+        if layer is None:
+            raise ValueError(f"{path} does not say which layer it is of; give layer=")
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                missing = {"mom2.mom2", "mom2.count"} - set(data.files)
+                if missing:
+                    raise ValueError(f"it lacks {sorted(missing)}")
+                total, count = data["mom2.mom2"], int(data["mom2.count"])
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged or not a statistics file of rome or memit ({error})") from error
+        if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1:
+            raise ValueError(
+                f"{path}: expected a square sum over at least one token, got {list(total.shape)} over {count}"
+            )
+        try:
+            return cls(torch.from_numpy(total / count).float(), count, layer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def refuse_pickled(path) -> None:
+    """Raises ValueError for a file of torch's pickle format, and says why it is not needed."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(9)
+    except OSError:  # whoever reads it says so
+        return
+    is_safetensors = begin[8:] == b"{"  # behind the length of its header, which may begin as a pickle does
+    if begin[:4] == b"PK\x03\x04" or (begin[:1] == b"\x80" and not is_safetensors):
+        raise ValueError(
+            f"{path} is a pickle of torch, which runs code when it is read, so it is not. A projection published for "
+            "AlphaEdit (null_space_project.pt) is not needed: its null space is computed here from the second moments, "
+            "which kedit_fast.second_moments (kedit-fast stats) measures, or rome's and memit's .npz files hold"
+        )
+
+
+@takes_lm
+def second_moments(
+    lm, layers: Sequence[int], corpus=SELF, *, n_tokens: int | None = None, seed: int = 0, cache_dir=None
+) -> dict[int, SecondMoment]:
+    """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
+
+    n_tokens: default 8 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
+    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer);
+    ``statistics_folder()`` is the command line's and the demo's.
+
+    Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
+
+    One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens. Sums in fp64 where that fits ``lm.memory``,
+    else fp32; where those of all layers do not fit, the text is read again for each group of layers that does.
+
+    Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that is damaged
+    or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
+    """
+    lm, layers = replace(lm, edits=()), sorted(set(checks.layers("layers", layers, lm.n_layers)))
+    n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000)
+    n_tokens = n_tokens or TOKENS_PER_FEATURE * lm.d_ff
+    corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
+    if cache_dir is not None:
+        check_folder(checks.path("cache_dir", cache_dir))
+    found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
+    if found is not None:
+        return found
+    with stages(*STAGES):
+        return _measured(lm, layers, corpus, n_tokens, seed, cache_dir)
+
+
+def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[int, SecondMoment]:
+    """The statistics of all layers, of a text that has yet to be read or sampled."""
+    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=cache_dir)
+    if cache_dir is not None:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    found = _finished(lm, layers, text.id, n_tokens, cache_dir)
+    if found is not None:
+        return found
+    groups = list(together(layers, lambda layer: 4 * lm.d_ff**2, free(lm) // 4 * 3))
+    made: dict[int, SecondMoment] = {}
+    with progress("collecting second moments (tokens)", text.n_tokens * len(groups)) as bar:
+        for number, group in enumerate(groups, 1):
+            made |= _finished(lm, group, text.id, n_tokens, cache_dir) or _collected(lm, group, text, cache_dir, bar)
+            bar.advance(number * text.n_tokens - bar.done)  # where a group had been kept
+    return made
+
+
+def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMoment]:
+    """Of some layers, in one pass over the text."""
+    sums = _Sums(lm, layers, text, cache_dir)
+    held = sum(total.nbytes for total in sums.by_layer.values())
+    bar.resume(sums.n_done)
+    for batch in together(text.windows[sums.n_windows :], len, _batch_tokens(lm, text.n_tokens)):
+        runs, n = RunList(), sum(map(len, batch))
+        for window in batch:
+            runs.add(window)
+        sweep(
+            lm, runs.runs(), [Moments(lm, sums.by_layer)], last_layer=max(layers), held=held,
+            advance=scaled(bar.advance, n),
+        )  # fmt: skip
+        sums.advance(batch)
+    return sums.finish()
+
+
+def _batch_tokens(lm, n_tokens: int) -> int:
+    """Tokens a sweep. Weights in memory cost nothing to pass again: then little work is cut as well, to keep parts."""
+    if lm.source.pass_bytes:
+        return BATCH_TOKENS
+    return min(BATCH_TOKENS, max(LEAST_TOKENS, n_tokens // PARTS))
+
+
+def _name(lm, layer, corpus_id, n_tokens) -> str:
+    text = re.sub(r"[^\w.=-]+", "_", corpus_id)  # "hf:owner/name" is no file name
+    return f"moment-{lm.fingerprint}-{_dtype(lm)}-layer{layer}-{text}-{n_tokens}.safetensors"
+
+
+def _dtype(lm) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+def _finished(lm, layers, corpus_id, n_tokens, cache_dir):
+    """The statistics of all layers, if they are in the cache."""
+    if cache_dir is None or corpus_id is None:
+        return None
+    paths = {layer: Path(cache_dir, _name(lm, layer, corpus_id, n_tokens)) for layer in layers}
+    if not all(path.exists() for path in paths.values()):
+        return None
+    found = {layer: SecondMoment.load(path) for layer, path in paths.items()}
+    for layer, moment in found.items():
+        wanted = (layer, n_tokens, lm.fingerprint, corpus_id, _dtype(lm))
+        if (moment.layer, moment.n_tokens, moment.fingerprint, moment.corpus, moment.dtype) != wanted:
+            raise ValueError(f"{paths[layer]} is not what its name says; delete it")
+    return found
+
+
+class _Sums:
+    """Running sums of all layers, with a checkpoint where there is a cache."""
+
+    def __init__(self, lm, layers, text: Corpus, cache_dir):
+        self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
+        wide = 8 * lm.d_ff**2 * len(layers) <= free(lm) // 2
+        dtype = torch.float64 if wide else torch.float32
+        self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
+        self.n_windows = self.n_done = 0
+        if self._dir is not None:
+            which = hashlib.sha256(str(layers).encode()).hexdigest()[:8]  # 80 numbers are too long for a file name
+            name = _name(lm, f"s-{which}", text.id, text.n_tokens)
+            self._partial = self._dir / name.replace("moment", "partial", 1)
+            self._resume()
+
+    def _resume(self):
+        if not self._partial.exists():
+            return
+        try:
+            with safe_open(self._partial, "pt") as f:
+                meta = f.metadata() or {}
+                if meta["name"] != self._partial.name:
+                    raise ValueError("it is not what its name says")
+                self.n_windows = int(meta["windows"])
+                for layer in self.by_layer:
+                    self.by_layer[layer].copy_(f.get_tensor(str(layer)))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{self._partial} is damaged ({error}); remove it to begin anew") from error
+        self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
+
+    def advance(self, batch) -> None:
+        self.n_windows += len(batch)
+        self.n_done += sum(map(len, batch))
+        if self._dir is not None and self.n_windows < len(self._text.windows):
+            meta = {"name": self._partial.name, "windows": str(self.n_windows)}
+            with (
+                saying("the sums before it are kept, and the same call goes on"),
+                replace_file(self._partial) as unfinished,
+            ):
+                save_file({str(i): s for i, s in self.by_layer.items()}, unfinished, meta)
+
+    def finish(self) -> dict[int, SecondMoment]:
+        made = {}
+        for layer in list(self.by_layer):
+            total = self.by_layer.pop(layer)
+            matrix = fill_upper_(total.div_(self.n_done)).float().cpu()
+            made[layer] = SecondMoment(
+                matrix, self.n_done, layer, self._lm.fingerprint, self._text.id, _dtype(self._lm)
+            )
+            if self._dir is not None:
+                made[layer].save(self._dir / _name(self._lm, layer, self._text.id, self.n_done))
+        if self._dir is not None:
+            self._partial.unlink(missing_ok=True)
+            if self._text.kept is not None:
+                self._text.kept.unlink(missing_ok=True)
+        return made

@@ -1,0 +1,1 @@
+"""Causal tracing: exact, estimated, and what comes of it."""

@@ -1,0 +1,325 @@
+"""Files are written whole or not at all, with the mode of any other file, and errors name what the user named."""
+
+import json
+import os
+import resource
+import stat
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kedit_fast.basics import files
+from kedit_fast.basics.files import append_records, check_folder, check_place, file_in, holds_something, replace_file
+from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation import EvalReport
+from kedit_fast.facts.fact import Fact
+from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.pictures.page import write_report
+
+
+def write(path, text="new"):
+    with replace_file(path) as unfinished:
+        unfinished.write_text(text)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_or_replaced(tmp_path):
+    write(tmp_path / "a", "one"), write(str(tmp_path / "a"), "two")
+    assert (tmp_path / "a").read_text() == "two" and names(tmp_path) == ["a"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    write(tmp_path / "a", "old")
+    with pytest.raises(KeyError), replace_file(tmp_path / "a") as unfinished:
+        unfinished.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
+
+
+WRITERS = {
+    "text": write,
+    "tensors": lambda path: SecondMoment(torch.eye(2), 5, 1).save(path),
+    "edit": lambda path: Edit("memit", {}, "", (Fact("{} is", "It"),), {}).save(path),
+    "report": lambda path: EvalReport({}, None, (), {}).save(path),
+    "page": lambda path: write_report(path, "title", "first", []),
+}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_mode_is_that_of_any_file(writer, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").touch()
+        WRITERS[writer](tmp_path / "written")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "written").stat().st_mode) == 0o666 & ~umask
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_mode_is_given_in_one_place(tmp_path):
+    with replace_file(tmp_path / "a") as unfinished:
+        save_file({"x": torch.ones(1)}, unfinished)
+        unfinished.chmod(0o600)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "path, error, says",
+    [
+        ("none/a", FileNotFoundError, "there is no folder"),
+        ("file/a", NotADirectoryError, "is no folder"),
+        ("file/b/a", (FileNotFoundError, NotADirectoryError), "folder"),
+        ("folder", IsADirectoryError, "is a folder"),
+    ],
+)
+def test_where_no_file_can_be(path, error, says, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for act in (check_place, write):
+        with pytest.raises(error, match=says) as caught:
+            act(tmp_path / path)
+        assert str(tmp_path / path) in str(caught.value) and "unfinished" not in str(caught.value)
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == []
+
+
+def test_where_one_may_not_write(tmp_path, monkeypatch):
+    """Root may write wherever a mode is concerned, and on some file systems nobody may, whatever the mode."""
+
+    def refuse(dir):
+        raise PermissionError(1, "Operation not permitted", str(dir))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match="you may not write there"):
+        write(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_trying_whether_one_may_write_leaves_nothing(tmp_path):
+    assert files.writable(tmp_path)
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError):  # what is not about permission is told as it is
+        files.writable(tmp_path / "none")
+
+
+def test_a_file_that_one_may_write_in_a_folder_that_one_may_not(tmp_path, monkeypatch):
+    (tmp_path / "log").touch()
+    monkeypatch.setattr(files, "writable", lambda folder: False)
+    assert check_place(tmp_path / "log") == tmp_path / "log"
+    with pytest.raises(PermissionError, match="you may not write there"):
+        check_place(tmp_path / "other")
+
+
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    with pytest.raises(OSError) as caught, replace_file(tmp_path / "a") as unfinished:
+        raise OSError(28, "No space left on device", str(unfinished))
+    assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "a")
+
+    with pytest.raises(OSError) as caught, replace_file(tmp_path / "a"):
+        save_file({"x": torch.ones(1)}, tmp_path / "none" / "x")  # safetensors' own error, with a name of its own
+    assert str(tmp_path / "a") in str(caught.value) and "/none/" not in str(caught.value)
+
+    with pytest.raises(OSError, match="other") as caught, replace_file(tmp_path / "a"):
+        raise OSError(5, "not of this file", "other")
+    assert caught.value.filename == "other"
+
+    monkeypatch.setattr(files.os, "replace", lambda old, new: (_ for _ in ()).throw(OSError(1, "no", str(old))))
+    with pytest.raises(OSError) as caught:
+        write(tmp_path / "a")
+    assert caught.value.filename == str(tmp_path / "a") and names(tmp_path) == []
+
+
+def test_a_report_as_a_page_is_whole_or_not_there(tmp_path, monkeypatch):
+    report = EvalReport({}, None, (), {})
+    monkeypatch.setattr(EvalReport, "summary", lambda self: {})
+    monkeypatch.setattr(EvalReport, "_lines", lambda self: [])
+    report.to_html(tmp_path / "page.html")
+    before = (tmp_path / "page.html").read_text()
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        EvalReport({}, None, (), {"model": "another"}).to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == before and names(tmp_path) == ["page.html"]
+
+
+# ---- what is no regular file
+
+
+def read_later(pipe):
+    """Reads a named pipe to its end in a thread; join() it, then look at [0]."""
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    return reader, got
+
+
+def test_a_pipe_is_written_through(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader, got = read_later(pipe)
+    write(pipe, "through")
+    reader.join(10)
+    assert got == [b"through"] and stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["pipe"]
+
+
+def own_null(path):
+    """A device as /dev/null is, of our own: code that replaces it must not replace the system's."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        path.write_text("")
+    except OSError as error:
+        pytest.skip(f"no device can be made here: {error}")
+    return path
+
+
+def test_a_device_is_written_through(tmp_path):
+    """Neither the device nor a link to it becomes a file."""
+    device, link = own_null(tmp_path / "null"), tmp_path / "link"
+    link.symlink_to("null")
+    for path in (device, link):
+        write(path, "gone"), append_records(path, [{"a": 1}])
+    assert link.is_symlink() and stat.S_ISCHR(device.lstat().st_mode) and names(tmp_path) == ["link", "null"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    link, real = tmp_path / "a" / "link", tmp_path / "b" / "real"
+    link.symlink_to("../b/real")
+    for text in ("made", "replaced"):
+        write(link, text)
+        assert link.is_symlink() and real.read_text() == text
+    assert names(tmp_path / "a") == ["link"] and names(tmp_path / "b") == ["real"]
+    real.unlink(), append_records(link, [{"a": 1}])
+    assert link.is_symlink() and real.read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "path, error, says",
+    [
+        ("", ValueError, "give the name of a file"),
+        ("new/", ValueError, "new/ ends in a slash and so names a folder"),
+        ("a\0b", ValueError, "is no path"),
+        (3, TypeError, "3 is no path"),
+        ("loop", ValueError, "a link that leads nowhere"),
+        ("gone", FileNotFoundError, "there is no folder"),
+        ("socket", ValueError, "a block device or a socket"),
+    ],
+)
+def test_paths_that_name_no_file(path, error, says, tmp_path, monkeypatch):
+    import socket
+
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop"), os.symlink("none/here", "gone")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind("socket")
+        before = names(tmp_path)
+        for act in (check_place, write):
+            with pytest.raises(error, match=says):
+                act(path)
+        assert names(tmp_path) == before
+
+
+def test_an_empty_file_holds_nothing(tmp_path):
+    (tmp_path / "empty").touch(), (tmp_path / "full").write_text("x")
+    assert [holds_something(tmp_path / name) for name in ("empty", "full", "none", ".")] == [False, True, False, False]
+
+
+def test_folders_that_can_be_made(tmp_path):
+    (tmp_path / "file").touch(), os.symlink("nowhere", tmp_path / "link")
+    assert check_folder(f"{tmp_path}/a/b/") == tmp_path / "a" / "b" and names(tmp_path) == ["file", "link"]
+    for place in ("file", "file/deeper", "link"):
+        with pytest.raises(NotADirectoryError, match="is no folder"):
+            check_folder(tmp_path / place)
+    with pytest.raises(ValueError, match="give the name of a folder"):
+        check_folder("")
+
+
+# ---- a full disk
+
+
+@contextmanager
+def no_file_over(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_lines_before_in_a_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    append_records(log, [{"number": 1}])
+    with pytest.raises(OSError, match="the lines before are kept") as caught, no_file_over(100):
+        append_records(log, [{"number": i} for i in range(2, 50)])
+    assert caught.value.filename == str(log)
+    append_records(log, [{"number": 2}])  # no half line stands before it
+    assert [json.loads(line)["number"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_a_full_disk_is_told_of_a_file(tmp_path):
+    with pytest.raises(OSError, match="File too large") as caught, no_file_over(10):
+        write(tmp_path / "a", "x" * 100)
+    assert caught.value.filename == str(tmp_path / "a") and names(tmp_path) == []
+
+
+# ---- names in files
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", ".hidden", "a b", "Käse"])
+def test_plain_names(name, tmp_path):
+    assert file_in(tmp_path, name, "index") == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "a/b",
+        "/etc/passwd",
+        "a/../b",
+        "..\\a",
+        "C:a",
+        "c:\\a",
+        "\\\\server\\a",
+        "a\0b",
+        "a\nb",
+        3,
+        None,
+    ],
+)
+def test_names_that_lead_elsewhere(name, tmp_path):
+    with pytest.raises(ValueError, match="index names the file") as caught:
+        file_in(tmp_path, name, "index")
+    assert "\0" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_a_link(tmp_path):
+    home = tmp_path / "model"
+    home.mkdir(), (tmp_path / "victim").touch(), (home / "inside").touch()
+    os.symlink("../victim", home / "out"), os.symlink("inside", home / "in"), os.symlink(tmp_path, home / "folder")
+    assert file_in(home, "in", "index") == home / "in"
+    for name in ("out", "folder"):
+        with pytest.raises(ValueError, match="a link out of"):
+            file_in(home, name, "index")
+
+
+def test_the_hub_s_cache_is_links(tmp_path):
+    """models--x/snapshots/<revision>/name links to models--x/blobs/<digest>."""
+    home, blobs = tmp_path / "models--x" / "snapshots" / "r", tmp_path / "models--x" / "blobs"
+    home.mkdir(parents=True), blobs.mkdir(), (blobs / "d").touch(), (tmp_path / "victim").touch()
+    os.symlink("../../blobs/d", home / "model"), os.symlink("../../../victim", home / "out")
+    assert file_in(home, "model", "index") == Path(home, "model")
+    with pytest.raises(ValueError, match="a link out of"):
+        file_in(home, "out", "index")

@@ -1,0 +1,176 @@
+"""Checkpoints: a killed run goes on where it stood and ends with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kedit_fast as kf
+import kedit_fast.jobs.values as values_module
+from kedit_fast.basics.parts import Checkpoint, digest, keep_json, make_now
+from tests.conftest import tiny_lm
+from tests.editors.cases import FACTS, GROUPS, moments
+
+pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
+EDITOR = kf.Memit(layers=(0, 1, 2), mom2_update_weight=5.0, v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.4)
+
+
+def edit(lm, facts=FACTS, editor=EDITOR, **options):
+    return editor.edit(lm, facts, **{"moments": moments(), "contexts": GROUPS} | options)
+
+
+def one_by_one(monkeypatch):
+    monkeypatch.setattr(values_module, "_groups", lambda lm, tasks, settings: [[task] for task in tasks])
+
+
+def assert_same(a, b, folder):
+    for name, edit_ in (("a", a), ("b", b)):
+        edit_.save(folder / name)
+    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+
+
+# ---- parts
+
+
+def test_a_part_is_made_once_and_comes_back_bit_for_bit(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"x": torch.tensor([0.1, torch.nan, -0.0]), "n": torch.arange(3)[::2]}
+
+    for _ in range(2):
+        part = Checkpoint(tmp_path / "work", {"what": (1, 2)})("part", make)
+        assert digest(part["x"]) == digest(make()["x"]) and part["n"].tolist() == [0, 2]
+        made.pop()
+    assert len(made) == 1
+    assert make_now("part", make)["n"].tolist() == [0, 2]
+    assert keep_json(Checkpoint(tmp_path / "work", {"what": [1, 2]}), "text", lambda: [["é", 1]]) == [["é", 1]]
+
+
+def test_a_checkpoint_of_other_work_is_refused(tmp_path):
+    Checkpoint(tmp_path / "work", {"what": 1, "model": "a"})
+    with pytest.raises(ValueError, match='its model is "a", this one\'s "b"'):
+        Checkpoint(tmp_path / "work", {"what": 1, "model": "b"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="not empty and no checkpoint"):
+        Checkpoint(tmp_path / "other", {})
+    with pytest.raises(NotADirectoryError):
+        Checkpoint(tmp_path / "other" / "thesis.txt", {})
+    with pytest.raises(FileNotFoundError):
+        Checkpoint(tmp_path / "none" / "work", {})
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    keep = Checkpoint(tmp_path / "work", {})
+    keep("part", lambda: {"x": torch.ones(3)})
+    path = tmp_path / "work" / "part.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"part\.safetensors is damaged"):
+        keep("part", lambda: {})
+
+
+def test_digests_tell_things_apart():
+    x = torch.arange(6.0)
+    others = [x.view(2, 3), x.double(), x + 1, "x", None]
+    assert digest(x) == digest(x.clone()) and digest(x) not in [digest(other) for other in others]
+
+
+# ---- an edit
+
+
+@pytest.mark.parametrize("stop_at", ["contexts", "values-00002", "layer-1"])
+def test_an_interrupted_edit_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, stop_at):
+    one_by_one(monkeypatch)
+    lm = tiny_lm("llama")
+    sampled = dict(contexts=None, seed=3)
+    whole = edit(lm, **sampled)
+    call, made = Checkpoint.__call__, []
+
+    def stopping(self, name, make):
+        if name == stop_at:
+            raise KeyboardInterrupt
+        return call(self, name, lambda: made.append(name) or make())
+
+    monkeypatch.setattr(Checkpoint, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        edit(lm, checkpoint=tmp_path / "work", **sampled)
+    before, stop_at = list(made), None
+    again = edit(lm, checkpoint=tmp_path / "work", **sampled)
+    assert len(made) == len(set(made)) == 1 + len(FACTS) + 3 and made[: len(before)] == before
+    assert_same(again, whole, tmp_path)
+    assert_same(edit(lm, checkpoint=tmp_path / "work", **sampled), whole, tmp_path)
+    assert len(made) == 1 + len(FACTS) + 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"facts": FACTS[:3]},
+        {"contexts": [["{}"]]},
+        {"editor": replace(EDITOR, v_num_grad_steps=5)},
+        {"independent": True},
+        {"moments": {i: replace(m, matrix=m.matrix * 2) for i, m in moments().items()}},
+        {"previous": True},
+        {"model": True},
+        {"memory": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_the_bits_is_noticed(tmp_path, change):
+    lm = tiny_lm("llama")
+    first = edit(lm, checkpoint=tmp_path / "work")
+    if change.pop("model", False):
+        lm = tiny_lm("gpt2")
+    if change.pop("memory", False):
+        lm = replace(lm, memory=lm.memory // 2)
+    if change.get("previous"):
+        change = {"previous": first}
+    with pytest.raises(ValueError, match="holds other work"):
+        edit(lm, checkpoint=tmp_path / "work", **change)
+
+
+SCRIPT = """
+import os, sys, torch
+torch.set_num_threads(1)
+import kedit_fast.jobs.values as values
+from kedit_fast.checkpoint import Checkpoint
+from tests.test_checkpoint import FACTS, edit, tiny_lm
+values._groups = lambda lm, tasks, settings: [[task] for task in tasks]
+call = Checkpoint.__call__
+def told(self, name, make):
+    part = call(self, name, make)
+    print(name, flush=True)
+    if name == sys.argv[2]:
+        sys.stdin.readline()  # until killed
+    return part
+Checkpoint.__call__ = told
+edit(tiny_lm("llama"), checkpoint=sys.argv[1]).save(sys.argv[1] + ".edit")
+"""
+
+
+def test_a_killed_process(tmp_path, monkeypatch):
+    """kill -9, in another process, while the third value has been kept and the fourth has not."""
+    one_by_one(monkeypatch)
+    folder = str(tmp_path / "work")
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, folder]
+    child = subprocess.Popen(
+        [*command, "values-00002"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    while (line := child.stdout.readline().strip()) != "values-00002":
+        assert line, "the process ended before it was killed"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdin.close(), child.stdout.close()
+    assert not (tmp_path / "work.edit").exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_same(edit(tiny_lm("llama"), checkpoint=folder), edit(tiny_lm("llama")), tmp_path)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,275 @@
+"""What the commands do with paths and screens: refused before the work, written through, never replaced unasked."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kedit_fast as kf
+from kedit_fast.commands import cli
+from kedit_fast.commands.outputs import fresh_log
+from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import Fact
+from kedit_fast.shipping.history import EditHistory
+from kedit_fast.tracing.results import read_log
+from tests.basics.test_files import own_null
+from tests.commands.test_cli import FACTS, FAST, ONE, save_tiny
+from tests.commands.test_cli import run as run_command
+from tests.make import make_edit
+from tests.shipping.checkpoints import contents, save_checkpoint
+
+ROOT = Path(cli.__file__).parents[2]
+ESCAPE = "\x1b]0;owned\x07"
+NAMELESS = "'': expected a path that names something"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder to run in, with facts, settings and the cache beside it."""
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "facts.json").write_text(json.dumps(FACTS))
+    (tmp_path / "memit.json").write_text(json.dumps(FAST | {"layers": [1, 2]}))
+    return tmp_path / "work"
+
+
+def no_work(monkeypatch):
+    """Any model that is opened is one too many."""
+    from kedit_fast.commands import inputs
+
+    monkeypatch.setattr(inputs, "open_model", lambda *_, **__: pytest.fail("a model was opened"))
+
+
+def run(*args):
+    """The exit status of a command, also where its arguments alone are refused."""
+    try:
+        return run_command(*args)
+    except SystemExit as end:
+        return end.code
+
+
+# ---- refused before the work
+
+TRACE, EDIT = ["trace", *ONE], ["edit", *ONE, "--target", "Rome"]
+ONE_FILE = [
+    [*EDIT, "-o"],
+    ["eval", "--facts", "../facts.json", "-o"],
+    ["eval", "--facts", "../facts.json", "--html"],
+    ["eval", "--facts", "../facts.json", "--log"],
+    ["info", "-o"],
+    ["rounds", "--facts", "../facts.json", "-o"],
+    ["rounds", "--facts", "../facts.json", "--log"],
+    ["layers", "--facts", "../facts.json", "--plot"],
+]
+
+
+@pytest.mark.parametrize("command", ONE_FILE, ids=lambda command: f"{command[0]} {command[-1]}")
+def test_what_is_no_file_is_refused_by_every_command(command, work, capsys, monkeypatch):
+    no_work(monkeypatch)
+    (work / "there.png").write_text("x"), os.symlink("loop", "loop")
+    for path, says in (
+        ("", NAMELESS),
+        ("new/", "in a slash"),
+        ("there.png", "is there already"),
+        ("loop", "link"),
+    ):
+        assert run(*command, path) == 2
+        assert says in capsys.readouterr().err, path
+    assert (work / "there.png").read_text() == "x" and sorted(p.name for p in work.iterdir()) == ["loop", "there.png"]
+
+
+@pytest.mark.parametrize("command", [["trace", *ONE], ["stats"], ["demo"]], ids=lambda command: command[0])
+def test_what_is_no_folder_is_refused_by_every_command(command, work, capsys, monkeypatch):
+    no_work(monkeypatch)
+    (work / "file").write_text("x")
+    for path, says in (("", NAMELESS), ("file", "is no folder"), ("file/deeper/", "is no folder")):
+        assert run(*command, "-o", path) == 2
+        assert says in capsys.readouterr().err
+    assert [p.name for p in work.iterdir()] == ["file"]
+
+
+def test_pictures_and_averages_are_not_replaced_unasked(work, capsys, monkeypatch):
+    no_work(monkeypatch)
+    (work / "out").mkdir()
+    for name in ("average-mlp.png", "average-state.npz", "fact-0.png"):
+        (work / "out" / name).write_text("mine")
+        assert run(*TRACE, "-o", "out") == 2
+        assert f"{name} is there already" in capsys.readouterr().err
+        (work / "out" / name).unlink()
+
+
+def test_a_checkpoint_is_looked_at_before_statistics_are_measured(work, capsys, monkeypatch):
+    no_work(monkeypatch)
+    (work / "full").mkdir(), (work / "full" / "mine").touch()
+    for path, says in (
+        ("full", "not empty and no checkpoint"),
+        ("none/a", "there is no folder none"),
+        ("", NAMELESS),
+    ):
+        assert run(*EDIT, "--checkpoint", path) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_trace_s_log_is_looked_at_before_the_sweeps(model, tmp_path, monkeypatch):
+    lm = kf.open_model(model)
+    monkeypatch.setattr("kedit_fast.tracing.trace.tasks_of", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        kf.trace(lm, Fact("The capital of {} is", "France"), log=tmp_path / "none" / "log.jsonl")
+
+
+def test_folders_of_versions(work, capsys):
+    (work / "file").touch()
+    for command, says in (
+        (["history", "log", "file"], "file is a file; expected a folder of versions"),
+        (["history", "log", "typo"], "typo: no such folder; expected a folder of versions, as `kedit-fast history add"),
+        (["history", "rollback", "typo", "0"], "typo: no such folder"),
+        (["history", "log", ""], f"argument FOLDER: {NAMELESS}"),
+        (["edit", *ONE, "--target", "Rome", "--stats", "file"], "file is a file; expected a folder of statistics"),
+        (["merge", "undo", ""], f"argument FOLDER: {NAMELESS}"),
+    ):
+        assert run(*command) == 2
+        assert says in capsys.readouterr().err
+    assert [p.name for p in work.iterdir()] == ["file"]
+
+
+def test_an_undo_into_a_folder_without_a_name_is_not_one_in_place(work, capsys):
+    edit = make_edit(save_checkpoint(work / "base"))
+    edit.save("edit.safetensors")
+    assert run("merge", "--model", "base", "edit.safetensors", "-o", "") == 2
+    assert run("merge", "--model", "base", "edit.safetensors", "-o", "out") == 0
+    before = contents(work / "out")
+    assert run("merge", "undo", "out", "-o", "") == 2
+    assert NAMELESS in capsys.readouterr().err and contents(work / "out") == before
+
+
+def test_a_trace_log_that_is_none(work, model, capsys):
+    (work / "binary").write_bytes(bytes(range(256)))
+    assert run("layers", *ONE, "--target", "Rome", "--traces", "binary", "--model", model) == 2
+    assert "binary is no trace log" in capsys.readouterr().err
+
+
+# ---- written through
+
+
+def test_a_device_is_never_replaced(work, model, capsys):
+    own_null(work / "null")
+    assert run("info", "-o", "null") == 0
+    for option in ("-o", "--log"):
+        assert run("eval", "--facts", "../facts.json", "--model", model, option, "null", "--force") == 0
+    assert stat.S_ISCHR(Path("null").lstat().st_mode)
+    assert "written: null" in capsys.readouterr().out and [p.name for p in work.iterdir()] == ["null"]
+
+
+def test_a_link_stays_a_link(work, model):
+    (work / "real").write_text("old"), os.symlink("real", "link"), os.symlink("log-behind", "log")
+    assert run("eval", "--facts", "../facts.json", "--model", model, "-o", "link", "--log", "log") == 2
+    assert run("eval", "--facts", "../facts.json", "--model", model, "-o", "link", "--log", "log", "--force") == 0
+    assert Path("link").is_symlink() and Path("log").is_symlink()
+    assert json.loads(Path("real").read_text())["format"] and len(Path("log-behind").read_text().splitlines()) == len(
+        FACTS
+    )
+
+
+def test_an_empty_log_is_no_result(work, model):
+    (work / "out").mkdir(), (work / "out" / "traces.jsonl").touch()
+    assert run(*TRACE, "--kinds", "state", "--samples", "1", "--model", model, "-o", "out") == 0
+    assert len(read_log("out/traces.jsonl")) == 1
+    assert run(*TRACE, "--kinds", "state", "--samples", "1", "--model", model, "-o", "out") == 2
+
+
+def test_a_log_into_a_pipe_is_one_stream(tmp_path):
+    import threading
+
+    os.mkfifo(tmp_path / "pipe")
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    with fresh_log(tmp_path / "pipe"):
+        for number in (1, 2):
+            kf.files.append_records(tmp_path / "pipe", [{"number": number}])
+    reader.join(10)
+    assert got == ['{"number": 1}\n{"number": 2}\n']
+
+
+# ---- the screen
+
+
+def command_line(args, folder, shell="", **env):
+    script = "import sys; from kedit_fast.cli import main; sys.exit(main())"
+    made = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" "${{@:2}}" {shell}', sys.executable, script, *args],
+        cwd=folder, capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+    )  # fmt: skip
+    return made.returncode, made.stdout, made.stderr.decode(errors="replace")
+
+
+def versions(folder, message="why", who="me"):
+    EditHistory(folder).add(make_edit(fingerprint="llama-1-1-0"), message, who)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_answer_on_a_screen_that_lacks_its_letters(encoding, tmp_path):
+    versions(tmp_path / "edits", message="≥ 東京")
+    status, shown, errors = command_line(["history", "log", "edits"], tmp_path, PYTHONIOENCODING=encoding)
+    assert status == 0 and rb">= \u6771" in shown and not errors
+
+
+def test_closed_and_full_screens(tmp_path):
+    """One line, the status of a closed pipe; nothing is opened in the place of stdout or stderr."""
+    versions(tmp_path / "edits")
+    log = ["history", "log", "edits"]
+    status, _, errors = command_line(log, tmp_path, ">&-")
+    assert status == 141 and errors == "kedit-fast: error: standard output is closed; nothing was done\n"
+    assert command_line(log, tmp_path, "2>&-")[0] == 0
+    assert command_line(["history", "log", "typo"], tmp_path, "2>&-")[:2] == (2, b"")
+    if Path("/dev/full").exists():
+        status, _, errors = command_line(log, tmp_path, ">/dev/full")
+        assert status == 2 and errors == "kedit-fast: error: standard output: No space left on device\n"
+
+
+def test_files_are_written_before_the_screen_is(work, model, monkeypatch):
+    """A screen that fails takes no file with it."""
+
+    def fails(text=""):
+        raise BrokenPipeError(32, "Broken pipe", "standard output")
+
+    from kedit_fast.commands import eval as command
+
+    monkeypatch.setattr(command, "say", fails)
+    monkeypatch.setattr(cli, "stop_printing", lambda: None)
+    assert run("eval", "--facts", "../facts.json", "--model", model, "-o", "a.json", "--html", "a.html") == 141
+    assert Path("a.json").stat().st_size and Path("a.html").stat().st_size
+
+
+def test_no_order_of_a_file_reaches_the_terminal(work, capsys):
+    fact = Fact("{} is" + ESCAPE, "It" + ESCAPE, "Rome", id="1" + ESCAPE, provenance={"who": ESCAPE})
+    edit = make_edit(facts=[fact, fact], provenance={"why\n": ESCAPE, "list": [ESCAPE]}, hparams={ESCAPE: ESCAPE})
+    edit.save("edit.safetensors")
+    versions(work / "edits", message=f"why{ESCAPE}\nforged", who=ESCAPE)
+    (work / f"none{ESCAPE}").touch()
+    for command in (
+        ["edit", "inspect", "edit.safetensors"],
+        ["edit", "diff", "edit.safetensors", "edit.safetensors"],
+        ["history", "log", "edits"],
+        ["edit", "inspect", f"none{ESCAPE}"],
+    ):
+        run(*command)
+        shown = "".join(capsys.readouterr())
+        assert "\x1b" not in shown and "\x07" not in shown and "\nforged" not in shown
+        assert "\\x1b]0;owned\\x07" in shown or "diff" in command
+
+
+def test_an_edit_is_what_it_was(work):
+    """Escapes are for screens: files keep what they were given."""
+    make_edit(provenance={"why": ESCAPE}).save("edit.safetensors")
+    assert Edit.load("edit.safetensors").provenance["why"] == ESCAPE

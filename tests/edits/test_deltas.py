@@ -1,0 +1,88 @@
+"""Deltas: factors and their product, and what is left of them in the model's dtype."""
+
+import math
+
+import pytest
+import torch
+
+import kedit_fast.edits.deltas as algebra
+from kedit_fast.edits.deltas import Dense, LowRank, as_smallest, edited_weight, written_delta
+from tests.make import lowrank
+from tests.tiny import D_FF, D_MODEL
+
+
+@pytest.mark.parametrize("delta", [lowrank(rank=5), Dense(lowrank(rank=5).dense())], ids=["low rank", "dense"])
+def test_delta_is_what_it_says(delta):
+    expected = lowrank(rank=5).u @ lowrank(rank=5).v.T
+    assert delta.shape == (D_MODEL, D_FF)
+    assert torch.equal(delta.dense(), expected)
+    assert math.isclose(delta.norm(), expected.double().norm().item(), rel_tol=1e-6)
+    assert torch.allclose(delta.part(slice(3, 7)), expected[3:7].double(), rtol=1e-5)
+    assert delta.to(dtype=torch.bfloat16).dense().dtype == torch.float32
+    assert delta.to("meta").shape == delta.shape
+
+
+def test_rank_and_size():
+    assert lowrank(rank=5).rank == 5
+    assert lowrank(rank=5).nbytes == 4 * 5 * (D_MODEL + D_FF)
+    assert Dense(torch.zeros(4, 9)).rank == 4
+
+
+def test_norm_of_factors_that_cancel_is_not_nan():
+    for seed in range(20):  # rounding takes the sum below zero in 8 of these
+        pair = lowrank(rank=2, seed=seed, dtype=torch.float64)
+        u = torch.cat([pair.u, -pair.u.sum(1, keepdim=True)], 1)
+        assert LowRank(u, pair.v[:, :1].expand(-1, 3)).norm() < 1e-5
+
+
+def test_low_rank_until_it_is_larger_than_dense():
+    limit = D_MODEL * D_FF // (D_MODEL + D_FF)
+    kept = lowrank(rank=limit)
+    assert as_smallest(kept) is kept
+    dense = as_smallest(lowrank(rank=limit + 1))
+    assert isinstance(dense, Dense)
+    assert torch.equal(dense.delta, lowrank(rank=limit + 1).dense())
+    assert dense.nbytes < lowrank(rank=limit + 1).nbytes
+
+
+def test_factors_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"u \[d, r\] and v \[d_ff, r\]"):
+        LowRank(torch.zeros(4, 2), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="one floating dtype"):
+        LowRank(torch.zeros(4, 2), torch.zeros(5, 2).half())
+    with pytest.raises(ValueError, match="floating delta"):
+        Dense(torch.zeros(4, 2, dtype=torch.int8))
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", algebra.FLOATS, ids=str)
+def test_edited_weight_is_the_fp64_sum_rounded(dtype, monkeypatch):
+    monkeypatch.setattr(algebra, "_BLOCK", 3 * D_FF + 1)  # blocks of three outputs: the cut must not show
+    weight = torch.randn(D_MODEL, D_FF, generator=torch.Generator().manual_seed(5)).to(dtype)
+    delta = lowrank()
+    expected = (weight.double() + delta.u.double() @ delta.v.double().T).to(dtype)
+    assert torch.equal(edited_weight(weight, delta), expected)
+    assert torch.equal(edited_weight(weight.T.contiguous().T, delta), expected)
+
+
+def test_small_changes_are_lost_in_bf16_and_said():
+    weight = torch.randn(D_MODEL, D_FF, generator=torch.Generator().manual_seed(5)).bfloat16()
+    delta = lowrank(scale=1e-3)
+    written = written_delta(weight, delta, torch.bfloat16)
+    assert written.delta.dtype == torch.float32
+    assert torch.equal((weight.float() + written.delta).bfloat16(), edited_weight(weight, delta))
+    assert 0.01 < (written.delta == 0).float().mean() < 0.99
+    exact = written_delta(weight.double(), delta, torch.float64)
+    assert torch.allclose(exact.delta, delta.dense(), rtol=1e-5, atol=1e-9)
+
+
+def test_written_delta_leaves_out_the_rounding_of_the_weight_itself():
+    weight = torch.randn(D_MODEL, D_FF)
+    nothing = LowRank(torch.zeros(D_MODEL, 1), torch.zeros(D_FF, 1))
+    assert written_delta(weight, nothing, torch.bfloat16).norm() == 0
+    written = written_delta(weight, lowrank(), torch.bfloat16)
+    assert torch.equal(written.delta, written_delta(weight.bfloat16(), lowrank(), torch.bfloat16).delta)
+    with pytest.raises(ValueError, match="int8"):
+        written_delta(weight, nothing, torch.int8)

@@ -1,0 +1,222 @@
+"""An edit as data: its parts fit, one fact can be taken out, and its file gives every bit back or is refused."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kedit_fast.edits.deltas import Dense, LowRank
+from kedit_fast.edits.edit import Edit
+from tests.make import FACTS, lowrank, make_edit, owned_edit
+from tests.tiny import D_FF, D_MODEL, tiny_model
+
+
+def test_fields_are_kept_in_order_and_as_json_has_them():
+    edit = make_edit()
+    assert edit.layers == (1, 2)
+    assert edit.delta(0) is None
+    assert edit.delta(2) is edit.deltas[2]
+    assert edit.hparams["layers"] == [1, 2]
+    assert edit.provenance["fit"] == {"1": 0.25}
+
+
+def test_repr_says_what_it_is():
+    text = repr(make_edit(tiny_model("llama")))
+    assert text.startswith("Edit(memit, 2 facts, layers 1, 2, rank 2-48,")
+    assert "model llama-4-48" in text
+    assert "independent" in repr(owned_edit())
+    assert "model unknown" in repr(make_edit(deltas={}))
+
+
+def test_only_takes_the_factors_of_one_fact():
+    edit = owned_edit()
+    first, second = edit.only(0), edit.only(1)
+    assert first.facts == FACTS[:1]
+    assert second.facts == FACTS[1:]
+    assert first.owners is None
+    assert torch.equal(first.delta(1).u, edit.delta(1).u[:, 1:])
+    assert torch.equal(first.delta(2).v, edit.delta(2).v)
+    assert torch.equal(second.delta(1).v, edit.delta(1).v[:, :1])
+    assert second.layers == (1,)  # fact 1 owns nothing in layer 2
+    assert torch.equal(second.values, edit.values[1:])
+    assert torch.equal(second.keys[1], edit.keys[1][1:])
+    assert first.only(0) is first
+    with pytest.raises(ValueError, match=r"i = .*: expected a whole number from 0 to 1"):
+        edit.only(2)
+    with pytest.raises(ValueError, match="solved together"):
+        make_edit().only(0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(values=torch.zeros(3, D_MODEL)), r"values: expected \[2, 48\]"),
+        (dict(keys={1: torch.zeros(2, 7)}), r"keys of layer 1: expected \[2, 80\]"),
+        (dict(deltas={-1: lowrank()}), "layers from 0"),
+        (dict(deltas={1: torch.zeros(D_MODEL, D_FF)}), "LowRank | Dense"),
+        (dict(owners={1: torch.zeros(2, dtype=torch.int64)}), "expected the same"),
+        (dict(deltas={1: lowrank()}, owners={1: torch.tensor([0, 2])}), "fact indices 0 to 1"),
+        (dict(deltas={1: lowrank()}, owners={1: torch.tensor([0])}), "one a factor"),
+        (dict(deltas={1: Dense(torch.zeros(2, 80))}, values=None, owners={1: torch.tensor([0, 0])}), "one a factor"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_edit(**changes)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["u", "v", "delta"])
+def test_deltas_that_are_not_finite_are_refused(part, value):
+    delta = Dense(torch.zeros(D_MODEL, D_FF)) if part == "delta" else lowrank()
+    getattr(delta, part)[3, 1] = value
+    with pytest.raises(ValueError, match="deltas of layer 2 hold NaN or infinity"):
+        make_edit(deltas={1: lowrank(), 2: delta})
+
+
+def test_what_cannot_be_saved_is_refused_at_once():
+    with pytest.raises(TypeError, match="provenance has to be plain values"):
+        make_edit(provenance={"fit": torch.zeros(3)})
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", [make_edit(), owned_edit(), make_edit(values=None, keys={}, deltas={})], ids=repr)
+def test_round_trip_is_exact(edit, tmp_path):
+    path = tmp_path / "an edit.safetensors"
+    edit.save(path)
+    loaded = Edit.load(str(path))
+    for name in ("method", "hparams", "fingerprint", "facts", "contexts", "provenance", "layers"):
+        assert getattr(loaded, name) == getattr(edit, name), name
+    kept, found = (tensors_of(one) for one in (edit, loaded))
+    assert kept.keys() == found.keys()
+    for name, tensor in kept.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert (loaded.owners is None) == (edit.owners is None)
+    assert [type(delta) for delta in loaded.deltas.values()] == [type(delta) for delta in edit.deltas.values()]
+
+
+def tensors_of(edit):
+    tensors = {f"deltas {layer} {part}": t for layer, delta in edit.deltas.items() for part, t in vars(delta).items()}
+    tensors |= {f"keys {layer}": t for layer, t in edit.keys.items()}
+    tensors |= {f"owners {layer}": t for layer, t in (edit.owners or {}).items()}
+    return tensors | ({} if edit.values is None else {"values": edit.values})
+
+
+def test_views_and_shared_tensors_can_be_saved(tmp_path):
+    keys = torch.randn(2, D_FF)
+    edit = make_edit(deltas={1: LowRank(torch.randn(2, D_MODEL).T, keys.T)}, keys={1: keys, 3: keys})
+    edit.save(tmp_path / "edit")
+    loaded = Edit.load(tmp_path / "edit")
+    assert torch.equal(loaded.delta(1).v, keys.T)
+    assert torch.equal(loaded.keys[3], keys)
+
+
+def test_saving_over_a_file_replaces_it_whole(tmp_path, monkeypatch):
+    path = tmp_path / "edit.safetensors"
+    make_edit().save(path)
+    loaded = Edit.load(path)  # its tensors may still lie in the file
+    owned_edit().save(path)
+    assert Edit.load(path).owners is not None
+    assert torch.equal(loaded.delta(1).delta, make_edit().delta(1).delta)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_edit().save(path)
+    assert Edit.load(path).owners is not None
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_saved_edit_can_be_read_by_whom_any_new_file_can(tmp_path):
+    make_edit().save(tmp_path / "edit")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "edit").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    path = tmp_path / "edit.safetensors"
+    make_edit().save(path)
+    whole = path.read_bytes()
+    header = struct.unpack("<Q", whole[:8])[0]
+    for size in (0, 1, 7, 8, 9, 8 + header // 2, 8 + header, 9 + header, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut short or no safetensors file") as caught:
+            Edit.load(path)
+        assert str(path) in str(caught.value)
+        assert "version 1" in str(caught.value)
+
+
+def rewritten(path, tensors=None, version="1"):
+    """The saved edit with other tensors or another header."""
+    make_edit().save(path)
+    kept = load_file(path) | (tensors or {})
+    kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
+    save_file(kept, path, metadata={"format": f"kedit_fast.edit {version}"})
+    return path
+
+
+def test_equal_edits_are_equal_files(tmp_path):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(6)]  # a header in any order would show in six
+    for path in paths:
+        make_edit().save(path)
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "edit.safetensors"
+    for content in (b"PK\x03\x04" + bytes(100), b"not an edit at all, just some text\n", bytes(64)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no safetensors file"):
+            Edit.load(path)
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="but no edit"):
+        Edit.load(path)
+    with pytest.raises(ValueError, match="version 99"):
+        Edit.load(rewritten(path, version="99"))
+    with pytest.raises(FileNotFoundError):
+        Edit.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"deltas.2.v": None},
+        {"values": None},
+        {"keys.1": None},
+        {"record": None},
+        {"deltas.3.u": torch.zeros(2, 2)},
+        {"record": torch.zeros(9, dtype=torch.uint8)},
+        {"record": torch.tensor(list(b"[]"), dtype=torch.uint8)},
+        {"record": torch.tensor(list(b"3"), dtype=torch.uint8)},
+        {"deltas": torch.zeros(2, 2)},
+        {"record": torch.tensor(list(b"\xff\xfe"), dtype=torch.uint8)},
+        {"deltas.2.v": torch.zeros(5, 5)},
+    ],
+    ids=lambda tensors: next(iter(tensors)),
+)
+def test_a_damaged_edit_is_refused(tmp_path, tensors):
+    path = rewritten(tmp_path / "edit.safetensors", tensors)
+    with pytest.raises(ValueError, match="is a damaged edit") as caught:
+        Edit.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_file_is_plain_safetensors(tmp_path):
+    path = tmp_path / "edit.safetensors"
+    make_edit().save(path)
+    tensors = load_file(path)
+    record = json.loads(bytes(tensors["record"].numpy()))
+    assert record["facts"][0] == FACTS[0].to_record()
+    assert torch.equal(tensors["deltas.2.u"], lowrank(seed=2).u)
+
+
+def test_a_folder_is_no_edit_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; expected a kedit_fast.edit file"):
+        Edit.load(tmp_path)

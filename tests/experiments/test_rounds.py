@@ -1,0 +1,256 @@
+"""Editing in rounds: each round on top of those before, asked about old and new facts, written down as it goes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kedit_fast as kf
+import kedit_fast.experiments.rounds as rounds_module
+from kedit_fast.editors import AlphaEdit
+from kedit_fast.editors.finetune import Ft
+from kedit_fast.editors.hyperparameters import Hyperparameters
+from kedit_fast.edits.edit import Edit
+from kedit_fast.experiments.rounds import Round, edit_in_rounds
+from kedit_fast.pictures.rounds import plot_rounds
+from tests.conftest import tiny_lm
+from tests.editors import cases
+from tests.make import lowrank
+from tests.tiny import TEXT
+
+pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
+FACTS = tuple(
+    replace(
+        fact,
+        target_true="Paris",
+        paraphrases=(f"Today {fact.text}",),
+        neighborhood=("The capital of France is", "Big Ben is in"),
+    )
+    for fact in cases.FACTS
+)
+COMMON = dict(v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.5)
+MEMIT = kf.Memit(layers=(0, 1), mom2_update_weight=5.0, **COMMON)
+EDITORS_UNDER_TEST = {
+    "rome": kf.Rome(layers=(1,), **COMMON),
+    "memit": MEMIT,
+    "alphaedit": AlphaEdit(layers=(0, 1), nullspace_threshold=0.0, nullspace_share=0.5, L2=0.3, **COMMON),
+}
+
+
+def in_rounds(lm, editor=MEMIT, facts=FACTS, **options):
+    given = {"per_round": 1, "contexts": cases.GROUPS, "moments": cases.moments()}
+    return edit_in_rounds(lm, facts, editor, **given | options)
+
+
+@pytest.mark.parametrize("name", EDITORS_UNDER_TEST)
+def test_each_round_is_on_top_of_those_before(name):
+    lm, editor = tiny_lm("llama", torch.float64), EDITORS_UNDER_TEST[name]
+    found = list(in_rounds(lm, editor, per_round=2))
+    first = editor.edit(lm, FACTS[:2], moments=cases.moments(), contexts=cases.GROUPS)
+    second = editor.edit(lm, FACTS[2:], moments=cases.moments(), contexts=cases.GROUPS, previous=first)
+    alone = editor.edit(lm, FACTS[2:], moments=cases.moments(), contexts=cases.GROUPS)
+    assert [(r.number, r.n_facts, r.method) for r in found] == [(1, 2, name), (2, 4, name)]
+    for layer in second.layers:
+        total = first.deltas[layer].dense() + second.deltas[layer].dense()
+        assert cases.relative(found[1].edit.deltas[layer].dense(), total) < 1e-10
+        apart = first.deltas[layer].dense() + alone.deltas[layer].dense()
+        assert cases.relative(found[1].edit.deltas[layer].dense(), apart) > 1e-3  # the second saw the first
+        weight = lm.source.weight(layer, "down").detach().norm()
+        assert found[1].growth[layer] == pytest.approx(float(total.norm() / weight), rel=1e-6)
+    assert found[1].edit.facts == FACTS
+
+
+def test_what_is_asked_after_a_round():
+    lm = tiny_lm("llama")
+    found = list(in_rounds(lm, text=TEXT, max_tokens=60))
+    assert [r.old["efficacy"].n for r in found] == [0, 1, 2, 3]
+    assert all(r.new["efficacy"].n == 1 for r in found)
+    last = found[-1]
+    report = kf.evaluate(lm, FACTS, last.edit, text=TEXT, max_tokens=60)
+    assert last.new["p_new"].mean == pytest.approx(float(report.edited["p_new"][3]), rel=1e-4)
+    for metric in ("p_new", "paraphrase_p_new", "neighborhood_p_true"):
+        assert last.old[metric].mean == pytest.approx(float(report.edited[metric][:3].mean()), rel=1e-4)
+        assert last.base[metric].mean == pytest.approx(float(report.base[metric].mean()), rel=1e-4)
+    assert last.perplexity == pytest.approx(report.perplexity, rel=1e-5)
+    assert last.drift == pytest.approx(report.drift, rel=1e-4)
+    assert last.new["p_new"].mean != pytest.approx(last.base["p_new"].mean, rel=1e-2)
+    assert min(r.edit_s for r in found) > 0 and min(r.evaluate_s for r in found) > 0
+
+
+class Nothing(Hyperparameters):
+    """An editor that writes edits of nothing."""
+
+    layers, mom2_adjustment = (1,), False
+
+    def check_layers(self, lm):
+        pass
+
+    def edit(self, lm, facts, **given):
+        nothing = lowrank(seed=FACTS.index(facts[0]), scale=0.0)  # no two rounds write the same
+        return Edit("nothing", {}, lm.fingerprint, tuple(facts), {1: nothing})
+
+
+def test_earlier_facts_are_sampled_with_the_seed(monkeypatch):
+    lm, asked = tiny_lm("gpt2"), []
+    report = kf.evaluate(lm.with_edit(Nothing().edit(lm, FACTS)), FACTS)
+
+    def evaluate(lm, facts, *args, **options):
+        asked.append([fact.subject for fact in facts])
+        return report
+
+    monkeypatch.setattr(rounds_module, "evaluate", evaluate)
+    subjects, drawn = [fact.subject for fact in FACTS], []
+    for seed in (0, 0, 1, 2):
+        asked.clear()
+        list(edit_in_rounds(lm, FACTS, Nothing(), per_round=1, old=1, seed=seed))
+        assert [len(each) for each in asked] == [1, 2, 2, 2]
+        assert all(each[0] == subjects[i] and each[1] in subjects[:i] for i, each in enumerate(asked[1:], 1))
+        drawn.append([each[1:] for each in asked])
+    assert drawn[0] == drawn[1] and len({str(each) for each in drawn}) > 1
+    asked.clear()
+    list(edit_in_rounds(lm, FACTS, Nothing(), per_round=3, old=0))
+    assert asked == [subjects[:3], subjects[3:]]
+
+
+def test_contexts_are_sampled_and_statistics_measured_once(monkeypatch):
+    lm, counts = tiny_lm("llama"), {"contexts": 0, "moments": 0}
+
+    def contexts(self, lm, seed):
+        counts["contexts"] += 1
+        return cases.GROUPS
+
+    def measured(lm, layers, corpus):
+        counts["moments"] += 1
+        assert not lm.edits
+        return cases.moments()
+
+    monkeypatch.setattr(kf.Memit, "_contexts", contexts)
+    monkeypatch.setattr("kedit_fast.moments.second_moment.given.second_moments", measured)
+    found = list(in_rounds(lm, contexts=None, moments=None, corpus="self", per_round=2))
+    assert counts == {"contexts": 1, "moments": 1}
+    given = list(in_rounds(lm, per_round=2))
+    for layer in MEMIT.layers:
+        assert torch.equal(found[1].edit.deltas[layer].u, given[1].edit.deltas[layer].u)
+
+
+def test_editors_without_statistics_and_contexts():
+    """Fine-tuning refuses both; rounds hand it neither."""
+    lm = tiny_lm("llama")
+    found = list(edit_in_rounds(lm, FACTS, Ft(layers=(1,), num_steps=3, lr=1e-3), per_round=2))
+    assert [r.n_facts for r in found] == [2, 4] and found[1].growth[1] > found[0].growth[1] * 0.5
+    plain = list(in_rounds(lm, replace(MEMIT, mom2_adjustment=False), moments=None, per_round=2))
+    assert len(plain) == 2
+
+
+def test_edits_that_the_model_carries_come_first():
+    lm = tiny_lm("llama", torch.float64)
+    below = MEMIT.edit(lm, FACTS[:2], moments=cases.moments(), contexts=cases.GROUPS)
+    (on_it,) = in_rounds(lm.with_edit(below), facts=FACTS[2:], per_round=2)
+    through = list(in_rounds(lm, per_round=2))[1]
+    assert on_it.n_facts == 2 and on_it.growth == pytest.approx(through.growth, rel=1e-8)
+    assert on_it.new["p_new"].mean == pytest.approx(through.new["p_new"].mean, rel=1e-6)
+
+
+def test_rounds_come_one_by_one_and_are_logged(tmp_path):
+    log = tmp_path / "rounds.jsonl"
+    made = in_rounds(tiny_lm("llama"), text=TEXT, max_tokens=60, log=log)
+    assert not log.exists()
+    first = next(made)
+    assert len(log.read_text().splitlines()) == 1
+    found = [first, *made]
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert records == [r.to_record() for r in found]
+    assert records[0]["old"]["efficacy"] == [None, None, None, 0]  # NaN is not JSON
+    for record, r in zip(records, found, strict=True):
+        read = Round.from_record(record)
+        assert read.to_record() == record and read.edit is None
+        assert (read.number, read.n_facts, read.growth, read.perplexity) == (
+            r.number,
+            r.n_facts,
+            r.growth,
+            r.perplexity,
+        )
+
+
+def test_a_ruined_model_is_reported_not_hidden(monkeypatch):
+    """Perplexity without bound and norms that are no number are None in the record, and the picture leaves them out."""
+    (found,) = in_rounds(tiny_lm("llama"), per_round=4, text=TEXT, max_tokens=60)
+    ruined = replace(found, perplexity=(found.perplexity[0], math.inf), growth={0: math.nan})
+    record = json.loads(json.dumps(ruined.to_record(), allow_nan=False))
+    assert record["perplexity"][1] is None and record["growth"] == {"0": None}
+    read = Round.from_record(record)
+    assert math.isnan(read.perplexity[1]) and math.isnan(read.drift)
+    assert "perplexity +" not in plot_rounds({"memit": [ruined]}).get_label()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"per_round": 0}, "per_round = 0"),
+        ({"per_round": 1.5}, "per_round = 1.5"),
+        ({"old": -1}, "old = -1"),
+        ({"facts": []}, "facts is empty"),
+        ({"facts": [*FACTS, replace(FACTS[0], target_new="Oslo")]}, "contradict"),
+        ({"facts": [*FACTS, replace(FACTS[0], subject="Io", target_new=None)]}, "no target_new"),
+        ({"facts": [*FACTS, replace(FACTS[0], subject="x y " * 200)]}, "in context"),
+        ({"editor": replace(MEMIT, layers=())}, "needs layers"),
+        ({"editor": replace(MEMIT, layers=(0, 9))}, "layers = 0, 9: this model has layers 0 to 3"),
+        ({"moments": None}, "second moments"),
+        ({"corpus": "self"}, "both given"),
+        ({"text": "a", "max_tokens": 1}, "max_tokens = 1: expected a whole number of at least 2"),
+        ({"text": "a", "max_tokens": 2}, "no token to predict"),
+        ({"contexts": ["no place"]}, "bare prompt"),
+    ],
+)
+def test_errors_come_before_work(options, says, monkeypatch):
+    monkeypatch.setattr(kf.Memit, "edit", lambda *args, **given: pytest.fail("work had begun"))
+    with pytest.raises(ValueError, match=says):
+        in_rounds(tiny_lm("gpt2"), **options)  # whose positions have an end
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        in_rounds(tiny_lm("llama"), log=tmp_path / "no" / "log.jsonl")
+
+
+# ---- the picture
+
+
+def test_the_picture(tmp_path):
+    lm = tiny_lm("llama")
+    rounds = {
+        name: list(in_rounds(lm, editor, text=TEXT, max_tokens=60, per_round=2))
+        for name, editor in EDITORS_UNDER_TEST.items()
+    }
+    figure = plot_rounds(rounds, tmp_path / "rounds.png", model="tiny")
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
+    efficacy, neighborhood, perplexity, growth = figure.axes
+    lines = {line.get_label(): line for line in efficacy.lines}
+    assert set(lines) == {f"{name}, {side}" for name in rounds for side in ("new", "earlier")}
+    drawn = lines["rome, new"]
+    assert list(drawn.get_xdata()) == [2, 4]
+    assert list(drawn.get_ydata()) == [r.new["efficacy"].mean for r in rounds["rome"]]
+    assert {line.get_label() for line in perplexity.lines} == {*rounds, "without edits"}
+    edited = next(line for line in perplexity.lines if line.get_label() == "memit")
+    assert list(edited.get_ydata()) == [r.perplexity[1] for r in rounds["memit"]]
+    moved = next(line for line in growth.lines if line.get_label() == "memit")
+    assert list(moved.get_ydata()) == [max(r.growth.values()) for r in rounds["memit"]]
+    assert len(neighborhood.lines) == len(rounds) + 1
+    assert "memit after 4 facts: efficacy of new facts" in figure.get_label()
+
+
+def test_the_picture_of_few_figures():
+    (alone,) = in_rounds(tiny_lm("llama"), per_round=4)  # no text, no earlier facts
+    figure = plot_rounds({"memit": [alone], "rome": []})
+    assert figure.axes[2].texts[0].get_text() == "no text given"
+    assert figure.axes[3].get_yscale() == "linear"
+    with pytest.raises(ValueError, match="no rounds to plot"):
+        plot_rounds({"rome": []})
+
+
+def test_a_collapse_is_drawn_on_a_log_scale():
+    (alone,) = in_rounds(tiny_lm("llama"), per_round=4)
+    later = replace(alone, n_facts=8, growth={0: 100 * alone.growth[0], 1: 100 * alone.growth[1]})
+    assert plot_rounds({"memit": [alone, later]}).axes[3].get_yscale() == "log"

@@ -1,0 +1,168 @@
+"""Facts: validation and checks before an edit."""
+
+import json
+
+import pytest
+
+from kedit_fast.facts.fact import Fact, Question, check_facts
+
+TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
+
+
+# ---- Fact
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "It is in Paris"}, r"subject 'Paris' not in prompt 'It is in Paris'; Fact.prompt needs one \{\}"),
+        ({"prompt": "{} and {}"}, r"in several places of prompt .* it has 2"),
+        ({"prompt": " "}, r"Fact.prompt is empty"),
+        ({"subject": None}, r"prompt '\{\} lies in' has a place for a subject .* and Fact.subject is None"),
+        ({"subject": " "}, r"Fact.subject is empty"),
+        ({"subject": 3}, r"Fact.subject: expected a string, got 3"),
+        ({"target_new": ""}, r"Fact.target_new is empty"),
+        ({"target_true": ["Rome"]}, r"Fact.target_true: expected a string, got \['Rome'\]"),
+        ({"paraphrases": "one prompt"}, r"Fact.paraphrases: expected a tuple of prompts"),
+        ({"neighborhood": ["a", None]}, r"Fact.neighborhood: expected a string, got None"),
+        ({"neighborhood": [("a", " ")]}, r"Fact.neighborhood: the answer to 'a' is empty"),
+        ({"neighborhood": ("a", ("b",))}, r"Fact.neighborhood: expected a string, got \('b',\)"),
+        ({"neighborhood": Question("a", "b")}, r"Fact.neighborhood: expected a tuple of prompts"),
+        ({"paraphrases": [("a", "b")]}, r"Fact.paraphrases: expected a string, got \('a', 'b'\)"),
+        ({"same_subject": 7}, r"Fact.same_subject: expected a tuple of prompts, got 7"),
+        ({"id": 4}, r"Fact.id = 4: expected a text"),
+        ({"provenance": "me"}, r"Fact.provenance: expected a mapping"),
+    ],
+)
+def test_fact_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Fact(**{"prompt": "{} lies in", "subject": "Paris"} | fields)
+
+
+def test_fact_text_keeps_braces():
+    assert Fact(prompt="In {}, as {0} says,", subject="{x} {}").text == "In {x} {}, as {0} says,"
+
+
+def test_fact_is_a_value():
+    fact = Fact(prompt="{} lies in", subject="Paris", paraphrases=["a", "b"], provenance={"who": "me"})
+    assert fact.paraphrases == ("a", "b")
+    assert hash(fact) == hash(Fact(prompt="{} lies in", subject="Paris", paraphrases=("a", "b")))
+    assert fact != Fact(prompt="{} lies in", subject="Paris", paraphrases=("a", "b"))
+
+
+def test_prompts_that_differ_in_white_space_count_once():
+    lists = dict.fromkeys(("paraphrases", "neighborhood", "same_subject"), ("a b", " a  b", "A b", "a\tb\n"))
+    fact = Fact("{} lies in", "Paris", **lists)
+    assert fact.paraphrases == fact.neighborhood == fact.same_subject == ("a b", "A b")
+
+
+def test_answers_of_their_own():
+    fact = Fact(
+        "{} lies in", "Paris", "Italy", "France",
+        neighborhood=["Lyon lies in", ("Bonn is in", "Germany"), ("Nice is in", " France"), ("Lyon lies  in", "Gaul")],
+        same_subject=("Paris has", ("Paris is a", "city")),
+    )  # fmt: skip
+    bonn, lyon = Question("Bonn is in", "Germany"), Question("Lyon lies  in", "Gaul")
+    assert fact.neighborhood == (lyon, bonn, "Nice is in")
+    assert fact.questions("neighborhood") == (lyon, bonn, Question("Nice is in", "France"))
+    assert fact.questions("same_subject") == (Question("Paris has"), Question("Paris is a", "city"))
+    assert Fact.from_record(json.loads(json.dumps(fact.to_record()))) == fact
+
+
+def test_a_fact_may_have_no_subject():
+    fact = Fact("Water boils at", target_new="90 degrees", paraphrases=("The boiling point of water is",))
+    assert fact.text == "Water boils at" and fact.label == "'Water boils at'"
+    assert Fact.from_record(json.loads(json.dumps(fact.to_record()))) == fact
+    assert check_facts([fact], need_new=True) == [fact]
+    with pytest.raises(ValueError, match=r"fact 'Water boils at' has no subject: .* or edit by fine-tuning"):
+        check_facts([TOWER, fact], need_subject=True)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact(prompt="{} lies in", subject="Čapek {}"),
+        Fact(
+            prompt="Where is {}? In",
+            subject="Paris",
+            target_new="Italy",
+            target_true="France",
+            paraphrases=("p", "q"),
+            neighborhood=("n",),
+            same_subject=("s",),
+            id="7",
+            provenance={"relation_id": "P17", "who": "me", "why": ["test"]},
+        ),
+    ],
+)
+def test_record_round_trip(fact):
+    record = json.loads(json.dumps(fact.to_record()))
+    assert Fact.from_record(record) == fact
+    if fact.id:
+        assert record["requested_rewrite"]["relation_id"] == "P17"
+        assert record["provenance"] == {"who": "me", "why": ["test"]}
+
+
+def test_from_record_wants_one_fact():
+    rewrite = {"prompt": "{} is", "subject": "x", "target_new": {"str": "y"}}
+    with pytest.raises(ValueError, match="record holds 2 facts"):
+        Fact.from_record({"requested_rewrite": [rewrite, rewrite]})
+
+
+# ---- check_facts
+
+
+def test_check_facts_gives_facts_back():
+    facts = [TOWER, Fact(prompt="{} lies in", subject="Paris")]
+    assert check_facts(facts) == facts
+
+
+def test_duplicates_are_warned_of_and_left_out():
+    twin = Fact(prompt="{}  is in the CITY of", subject="the eiffel tower", target_new="Rome", id="u")
+    with pytest.warns(UserWarning, match=r"^1 fact: left out.*: u \("):
+        assert check_facts([TOWER, twin]) == [TOWER]
+
+
+@pytest.mark.parametrize("between", [[], [Fact(prompt=TOWER.prompt, subject=TOWER.subject)]])
+def test_contradiction_names_both(between):
+    other = Fact(prompt="{} is in the city of ", subject="The Eiffel  tower", target_new="Oslo", id="v")
+    with pytest.raises(ValueError, match=r"facts t \(.*\) and v \(.*\) contradict each other: .*'Rome' and 'Oslo'"):
+        check_facts([*between, TOWER, other])
+
+
+def test_pointless_edit_is_warned_of():
+    with pytest.warns(UserWarning, match="target_new equals target_true"):
+        check_facts([Fact(prompt="{} is in", subject="Lyon", target_new="France", target_true="France")])
+
+
+def test_other_target_for_one_relation_is_warned_of():
+    facts = [
+        Fact(prompt=prompt, subject="Lyon", target_new=target, provenance={"relation_id": "P17"})
+        for prompt, target in [("{} is in", "Italy"), ("{} belongs to", "Spain")]
+    ]
+    with pytest.warns(UserWarning, match="same subject and relation_id"):
+        assert check_facts(facts) == facts
+
+
+def test_a_relation_may_be_any_json_value():
+    facts = [
+        Fact(prompt=prompt, subject="Lyon", target_new="Italy", provenance={"relation_id": ["P17", "P131"]})
+        for prompt in ("{} is in", "{} belongs to")
+    ]
+    assert check_facts(facts) == facts
+
+
+def test_facts_that_lack_what_is_needed_can_be_left_out():
+    facts = [TOWER, Fact("{} is in", "Lyon"), Fact("Water is", target_new="dry")]
+    with pytest.warns(UserWarning, match="2 facts: left out: no target_new, or no subject: 'Lyon is in', 'Water is'"):
+        assert check_facts(facts, need_new=True, need_subject=True, skip_bad=True) == [TOWER]
+
+
+def test_check_facts_refuses():
+    with pytest.raises(ValueError, match="has no target_new"):
+        check_facts([Fact(prompt="{} is in", subject="Lyon")], need_new=True)
+    with pytest.raises(ValueError, match="facts is empty"):
+        check_facts([])
+    assert check_facts(TOWER) == [TOWER]
+    with pytest.raises(TypeError, match=r"facts = .*: expected Facts.* or what load_facts gives"):
+        check_facts([TOWER.to_record()])

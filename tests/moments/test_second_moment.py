@@ -1,0 +1,484 @@
+"""Second moments of keys against sums over Hugging Face's own forward, and the files that keep them."""
+
+import copy
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import kedit_fast as kf
+import kedit_fast.moments.second_moment as moments_module
+from kedit_fast.commands.inputs import find_moments
+from kedit_fast.moments.second_moment import SecondMoment, second_moments
+from kedit_fast.sweep.plan import RowCost
+from kedit_fast.sweep.together import together
+from tests.conftest import close, open_tiny, relative_error, tiny_lm
+from tests.make import bits, make_edit, same_bits
+from tests.oracle.access import site_module
+from tests.tiny import D_FF, FAMILY_NAMES, TEXT, tiny_model, tiny_tokenizer
+
+LINES = [line for line in TEXT.splitlines() if line]
+N_TOKENS = 200  # cuts the last line
+LAYERS = (0, 2)
+
+
+def by_hooks(model, layer, texts=LINES, n_tokens=N_TOKENS):
+    """(mean of k kᵀ in float64, tokens): one forward a text, the input of the layer's down projection."""
+    seen, left = [], n_tokens
+    down = site_module(model, layer, "mlp_out")
+    handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].detach().double()))
+    with torch.no_grad():
+        for text in texts:
+            ids = tiny_tokenizer()(text)["input_ids"][:left]
+            left -= len(ids)
+            if ids:
+                model(torch.tensor([ids]))
+    handle.remove()
+    keys = torch.cat(seen)
+    return keys.T @ keys / len(keys), len(keys)
+
+
+def equal(a: dict, b: dict) -> bool:
+    """The same layers and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[i].matrix, b[i].matrix) for i in a)
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_several_layers_in_one_pass_equal_the_hooks(family, monkeypatch):
+    sweeps, sweep = [], moments_module.sweep
+    monkeypatch.setattr(moments_module, "sweep", lambda *a, **k: sweeps.append(k["last_layer"]) or sweep(*a, **k))
+    model = tiny_model(family)
+    before = bits(model)
+    made = second_moments(open_tiny(model), LAYERS, LINES, n_tokens=N_TOKENS)
+    assert sweeps == [2], "one pass, which stops at the last of the layers"
+    assert same_bits(model, before)
+    assert tuple(made) == LAYERS
+    for layer in LAYERS:
+        expected, n = by_hooks(model, layer)
+        moment = made[layer]
+        close("second moment", moment.matrix, expected.float())
+        assert torch.equal(moment.matrix, moment.matrix.T)
+        assert moment.n_tokens == n == N_TOKENS and moment.layer == layer
+        assert moment.matrix.dtype == torch.float32
+
+
+def test_what_a_moment_says_of_itself():
+    lm = tiny_lm("gpt2")
+    moment = second_moments(lm, [1], LINES, n_tokens=N_TOKENS)[1]
+    assert moment.fingerprint == lm.fingerprint and moment.dtype == "float32" and moment.corpus.startswith("texts-")
+    assert second_moments(lm, [1], "self", n_tokens=N_TOKENS, seed=7)[1].corpus == "self-seed7"
+    assert second_moments(lm, [1], LINES * 20)[1].n_tokens == 8 * D_FF
+
+
+def test_a_float64_model():
+    model = tiny_model("llama", torch.float64)
+    made = second_moments(open_tiny(model), LAYERS, LINES, n_tokens=N_TOKENS)
+    for layer in LAYERS:
+        close("second moment", made[layer].matrix, by_hooks(model, layer)[0].float())
+        assert made[layer].dtype == "float64"
+
+
+def test_a_bfloat16_model():
+    """As near to the same weights in float64 as Hugging Face's own bfloat16 forward."""
+    model = tiny_model("llama", torch.bfloat16)
+    made = second_moments(open_tiny(model), LAYERS, LINES, n_tokens=N_TOKENS)
+    exact = copy.deepcopy(model).double()
+    for layer in LAYERS:
+        truth, own = by_hooks(exact, layer)[0], by_hooks(model, layer)[0]
+        error = relative_error(made[layer].matrix, truth)
+        assert error < 1.5 * relative_error(own, truth) < 0.1
+        assert made[layer].dtype == "bfloat16" and made[layer].matrix.dtype == torch.float32
+
+
+def test_a_layer_alone_is_as_with_others():
+    lm = tiny_lm("gemma2")
+    made = second_moments(lm, (0, 1, 3), LINES, n_tokens=N_TOKENS)
+    for layer in (0, 1, 3):
+        close("alone", second_moments(lm, [layer], LINES, n_tokens=N_TOKENS)[layer].matrix, made[layer].matrix)
+    assert equal(second_moments(lm, (3, 0, 1, 3), LINES, n_tokens=N_TOKENS), made)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 10**6])
+def test_batches_and_packs_do_not_change_the_sum(batch_tokens, monkeypatch):
+    lm = tiny_lm("mistral")
+    whole = second_moments(lm, LAYERS, LINES, n_tokens=N_TOKENS)
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", batch_tokens)
+    cost = RowCost.of(lm)
+    sums = 8 * D_FF**2 * len(LAYERS)
+    small = replace(lm, memory=cost.call + 40 * cost.kept + sums)
+    for cut in (lm, small):
+        made = second_moments(cut, LAYERS, LINES, n_tokens=N_TOKENS)
+        for layer in LAYERS:
+            close("cut", made[layer].matrix, whole[layer].matrix)
+
+
+def test_sums_that_do_not_fit_in_float64_are_float32(monkeypatch):
+    dtypes, job = [], moments_module.Moments
+    monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: dtypes.append(sums[0].dtype) or job(lm, sums))
+    lm = tiny_lm("gpt2", layers=60)
+    cost = RowCost.of(lm)
+    small = replace(lm, memory=cost.call + 100 * cost.kept + 4 * D_FF**2 * 60 * 4 // 3)
+    wide, narrow = (second_moments(x, range(60), LINES, n_tokens=N_TOKENS) for x in (lm, small))
+    assert dtypes == [torch.float64, torch.float32]
+    for layer in range(60):
+        close("float32", narrow[layer].matrix, wide[layer].matrix)
+
+
+def test_sums_of_layers_that_do_not_fit_take_passes_of_their_own(monkeypatch):
+    """The text is read again for each group of layers; what is found is the same."""
+    lm, layers, job = tiny_lm("llama"), [], moments_module.Moments
+    monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: layers.append(sorted(sums)) or job(lm, sums))
+    cost = RowCost.of(lm)
+    small = replace(lm, memory=cost.call + 40 * cost.kept + 2 * 4 * D_FF**2 * 4 // 3)
+    whole, cut = (second_moments(x, range(4), LINES, n_tokens=N_TOKENS) for x in (lm, small))
+    assert [0, 1] in layers and [2, 3] in layers
+    for layer in range(4):
+        close("in groups", cut[layer].matrix, whole[layer].matrix)
+
+
+def test_edits_are_left_out():
+    """The statistics are the base model's, as their fingerprint says."""
+    model = tiny_model("gpt2")
+    lm = open_tiny(model)
+    edited = lm.with_edit(make_edit(model))
+    base, made = (second_moments(x, [2], LINES, n_tokens=N_TOKENS) for x in (lm, edited))
+    assert equal(base, made)
+    assert made[2].fingerprint == lm.fingerprint
+
+
+def test_nan_in_the_keys_is_an_error(tmp_path):
+    lm = open_tiny(tiny_model("gpt2"))
+    with torch.no_grad():
+        lm.model.transformer.h[0].mlp.c_fc.bias[3] = torch.nan
+    with pytest.raises(ValueError, match="is nan"):
+        second_moments(lm, [0], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_from_disk_give_the_same_bits(tmp_path):
+    tiny_model("olmo2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    disk, resident = kf.open_model(tmp_path, memory=1), kf.open_model(tmp_path)
+    assert disk.source.name == "disk"
+    disk = replace(disk, memory=resident.memory)
+    assert equal(*(second_moments(lm, LAYERS, LINES, n_tokens=N_TOKENS) for lm in (disk, resident)))
+
+
+# --- condition -------------------------------------------------------------------------------------------------------
+
+
+def test_the_condition_of_a_moment():
+    lm = tiny_lm("gpt2")
+    moment = second_moments(lm, [1], LINES * 3, n_tokens=600)[1]
+    exact = torch.linalg.cond(moment.matrix.double(), 1).item()
+    assert exact / 3 <= moment.condition <= exact * 1.0001
+
+
+@pytest.mark.parametrize("n_tokens", [1, D_FF // 2, D_FF - 1])
+def test_too_few_tokens_are_singular(n_tokens):
+    moment = second_moments(tiny_lm("llama"), [1], LINES, n_tokens=n_tokens)[1]
+    assert moment.condition == float("inf")
+
+
+def test_rounding_does_not_make_a_moment_regular():
+    """A zero eigenvalue that fp32 turned into a small positive one."""
+    matrix = torch.diag(torch.linspace(1.0, 2.0, D_FF))
+    matrix[0, 0] = 1e-8
+    assert SecondMoment(matrix, D_FF - 1, 0).condition == float("inf")
+    assert SecondMoment(matrix, D_FF, 0).condition == pytest.approx(2e8)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """What a test throws."""
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
+    lm, sweep, calls = tiny_lm("llama"), moments_module.sweep, []
+    expected = second_moments(lm, LAYERS, LINES, n_tokens=N_TOKENS)
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        sweep(*args, **kwargs)
+        if len(calls) == after + 1:  # in the middle of a batch: its sums are there, its checkpoint is not
+            raise Interrupted
+
+    monkeypatch.setattr(moments_module, "sweep", stopping)
+    collect = dict(n_tokens=N_TOKENS, cache_dir=tmp_path / "made" / "here")
+    with pytest.raises(Interrupted):
+        second_moments(lm, LAYERS, LINES, **collect)
+    (partial,) = collect["cache_dir"].iterdir()
+    assert partial.name.startswith("partial-")
+    before = len(calls)
+    made = second_moments(lm, LAYERS, LINES, **collect)
+    total = before - 1 + len(calls) - before
+    monkeypatch.setattr(moments_module, "sweep", sweep)
+    assert equal(made, expected)
+    assert total == len(list(together(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, len, 40)))
+    assert sorted(p.name.split("-")[0] for p in collect["cache_dir"].iterdir()) == ["moment", "moment"]
+
+
+def test_an_interrupted_pass_of_other_layers_or_text_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
+    lm, sweep = tiny_lm("llama"), moments_module.sweep
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Interrupted
+        sweep(*args, **kwargs)
+
+    monkeypatch.setattr(moments_module, "sweep", stopping)
+    with pytest.raises(Interrupted):
+        second_moments(lm, LAYERS, LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+    monkeypatch.setattr(moments_module, "sweep", sweep)
+    for layers, texts, n_tokens in (((0, 1), LINES, N_TOKENS), (LAYERS, LINES[1:], N_TOKENS), (LAYERS, LINES, 190)):
+        made = second_moments(lm, layers, texts, n_tokens=n_tokens, cache_dir=tmp_path)
+        assert equal(made, second_moments(lm, layers, texts, n_tokens=n_tokens))
+
+
+@pytest.mark.parametrize("corpus", ["self", LINES, "file"])
+def test_finished_statistics_are_found_again(corpus, tmp_path, monkeypatch):
+    if corpus == "file":
+        corpus = tmp_path / "text.txt"
+        corpus.write_text(TEXT)
+    lm, cache = tiny_lm("gpt2"), tmp_path / "cache"
+    made = second_moments(lm, LAYERS, corpus, n_tokens=N_TOKENS, cache_dir=cache)
+    monkeypatch.setattr(moments_module, "sweep", None)
+    if corpus == "self":
+        monkeypatch.setattr(moments_module, "read_corpus", None)
+    again = second_moments(lm, LAYERS, corpus, n_tokens=N_TOKENS, cache_dir=cache)
+    assert equal(again, made)
+    for layer in LAYERS:
+        assert {**vars(again[layer]), "matrix": 0} == {**vars(made[layer]), "matrix": 0}
+    assert equal(second_moments(lm, [2], corpus, n_tokens=N_TOKENS, cache_dir=cache), {2: made[2]})
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_cache_that_is_a_file_is_refused_before_any_work(below, tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setattr(moments_module, "read_corpus", lambda *a, **k: pytest.fail("text was read"))
+    monkeypatch.setattr(moments_module, "sweep", None)
+    place = tmp_path / "cache" / below
+    with pytest.raises(OSError, match=f"{place} cannot be written: .* is no folder"):
+        second_moments(tiny_lm("gpt2"), LAYERS, LINES, n_tokens=N_TOKENS, cache_dir=place)
+
+
+@pytest.mark.parametrize("change", ["layer", "model", "corpus", "n_tokens", "dtype"])
+def test_a_file_under_another_ones_name_is_not_taken(change, tmp_path):
+    """As after two files were swapped, or one copied over another."""
+    lm, collect = tiny_lm("gpt2"), dict(n_tokens=N_TOKENS, cache_dir=tmp_path)
+    second_moments(lm, [1], LINES, **collect)
+    (path,) = tmp_path.iterdir()
+    other, layer, lines = lm, 1, LINES
+    if change == "layer":
+        layer = 2
+    elif change == "model":
+        other = open_tiny(tiny_model("gpt2", seed=1))
+    elif change == "corpus":
+        lines = LINES[1:]
+    elif change == "n_tokens":
+        collect["n_tokens"] = 100
+    else:
+        other = tiny_lm("gpt2", torch.bfloat16)
+    second_moments(other, [layer], lines, **collect)
+    (foreign,) = set(tmp_path.iterdir()) - {path}
+    foreign.replace(path)
+    with pytest.raises(ValueError, match=f"{path} is not what its name says; delete it"):
+        second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+
+
+def test_what_is_in_the_cache_is_not_taken_for_something_else(tmp_path):
+    lm = tiny_lm("gpt2")
+    made = [
+        second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
+        second_moments(lm, [1], LINES, n_tokens=100, cache_dir=tmp_path),
+        second_moments(lm, [1], LINES[1:], n_tokens=N_TOKENS, cache_dir=tmp_path),
+        second_moments(lm, [1], "self", n_tokens=N_TOKENS, cache_dir=tmp_path),
+        second_moments(lm, [1], "self", n_tokens=N_TOKENS, cache_dir=tmp_path, seed=1),
+        second_moments(tiny_lm("gpt2", torch.bfloat16), [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
+        second_moments(open_tiny(tiny_model("gpt2", seed=1)), [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path),
+    ]
+    assert len(list(tmp_path.iterdir())) == len(made)
+    assert not any(equal(a, b) for a, b in itertools.combinations(made, 2))
+
+
+def test_names_of_data_sets_and_of_many_layers_make_file_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
+    lm = tiny_lm("gpt2", layers=20)
+    monkeypatch.setattr("kedit_fast.moments.corpus._data_set", lambda name: iter(LINES))
+    made = second_moments(lm, range(20), "hf:owner/data set#part", n_tokens=80, cache_dir=tmp_path)
+    assert len(made) == len(list(tmp_path.iterdir())) == 20
+    assert made[0].corpus == "hf:owner/data set#part"
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
+    lm, sweep, calls = tiny_lm("gpt2"), moments_module.sweep, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Interrupted
+        sweep(*args, **kwargs)
+
+    monkeypatch.setattr(moments_module, "sweep", stopping)
+    with pytest.raises(Interrupted):
+        second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+    (partial,) = tmp_path.iterdir()
+    whole = partial.read_bytes()
+    for content in (whole[:-8], whole.replace(b"layers-", b"layerz-")):  # cut short; another one's
+        partial.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged.*remove it to begin anew") as error:
+            second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+        assert str(partial) in str(error.value)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"fingerprint": "gpt2-4-48-0", "corpus": "texts-Zürich", "dtype": "bfloat16"}])
+def test_a_saved_moment_is_the_moment(fields, tmp_path):
+    moment = SecondMoment(torch.randn(D_FF, D_FF).fill_diagonal_(9.0).cov(), 123, 4, **fields)
+    moment.save(tmp_path / "m.safetensors")
+    loaded = SecondMoment.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded.matrix, moment.matrix)
+    assert {**vars(loaded), "matrix": 0} == {**vars(moment), "matrix": 0}
+
+
+def published(path, **changes):
+    """A file as the rome and memit repositories write it: the SUM of k kᵀ and the count. -> the sum."""
+    keys = torch.randn(300, D_FF, generator=torch.Generator().manual_seed(0))
+    total = (keys.T @ keys).numpy()
+    fields = {
+        "mom2.constructor": np.array("util.runningstats.SecondMoment()"),
+        "mom2.count": np.array(300),
+        "mom2.mom2": total,
+        "sample_size": np.array(100_000),
+    }
+    np.savez(path, **{name: value for name, value in (fields | changes).items() if value is not None})
+    return torch.from_numpy(total)
+
+
+def test_published_statistics_are_sums(tmp_path):
+    total = published(tmp_path / "stats.npz")
+    moment = SecondMoment.load(tmp_path / "stats.npz", layer=3)
+    close("mean", moment.matrix, total / 300)
+    assert (moment.n_tokens, moment.layer, moment.fingerprint, moment.corpus) == (300, 3, None, None)
+    editor = kf.Rome(layers=(3,), v_num_grad_steps=1)
+    fact = kf.Fact(prompt="{} is in", subject="Big Ben", target_new="Rome")
+    with pytest.warns(UserWarning, match="unchecked"):
+        editor.edit(tiny_lm("gpt2"), fact, moments={3: moment}, contexts=["{}"])
+
+
+def test_a_published_file_does_not_say_its_layer(tmp_path):
+    published(tmp_path / "stats.npz")
+    with pytest.raises(ValueError, match="give layer="):
+        SecondMoment.load(tmp_path / "stats.npz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mom2.count": None}, r"lacks \['mom2.count'\]"),
+        ({"mom2.mom2": None}, r"lacks \['mom2.mom2'\]"),
+        ({"mom2.count": np.array(0)}, "over at least one token"),
+        ({"mom2.mom2": np.zeros((80, 79))}, r"expected a square sum.*\[80, 79\]"),
+        ({"mom2.mom2": np.zeros(80)}, r"expected a square sum.*\[80\]"),
+        ({"mom2.mom2": np.tri(80)}, "layer 0 is not symmetric"),
+        ({"mom2.mom2": np.array([{}], dtype=object)}, "damaged or not a statistics file"),
+    ],
+)
+def test_npz_files_that_hold_something_else(changes, says, tmp_path):
+    published(tmp_path / "stats.npz", **changes)
+    with pytest.raises(ValueError, match=says) as error:
+        SecondMoment.load(tmp_path / "stats.npz", layer=0)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (79, 0), (70, 3)])
+def test_what_is_not_symmetric_is_no_second_moment(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "ROWS", 32)
+    matrix = 2 * torch.eye(D_FF)
+    matrix[place] = 1e-5  # as sums made on a GPU may be
+    SecondMoment(matrix, 100, 5)
+    matrix[place] = 1e-3
+    with pytest.raises(ValueError, match=r"layer 5 is not symmetric \(mirrored entries differ by 0.001\)"):
+        SecondMoment(matrix, 100, 5)
+    with pytest.raises(ValueError, match=r"layer 5 is \[80, 79\]; expected a square matrix"):
+        SecondMoment(matrix[:, 1:], 100, 5)
+    path, record = tmp_path / "m.safetensors", json.dumps({"layer": 5, "n_tokens": 100})
+    save_file({"matrix": matrix}, path, {"format": moments_module.FORMAT, "record": record})
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*not symmetric"):
+        SecondMoment.load(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_published_projection_is_named_and_not_read(legacy, tmp_path):
+    path = tmp_path / "null_space_project.pt"
+    torch.save(torch.eye(3)[None], path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"null_space_project.pt is a pickle of torch.*AlphaEdit.*is not needed"):
+        SecondMoment.load(path)
+    for place in (tmp_path, path):
+        with pytest.raises(ValueError, match="is not needed"):
+            find_moments(tiny_lm("gpt2"), place, [1])
+    with pytest.raises(TypeError, match=r"expected \{layer: SecondMoment\}; a projection is not needed"):
+        kf.Rome(layers=(1,)).edit(tiny_lm("gpt2"), kf.Fact("{} is", "Big Ben", "Rome"), moments=torch.eye(3)[None])
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.npz"])
+@pytest.mark.parametrize("length", [0, 5, 100, -3])
+def test_truncated_files(name, length, tmp_path):
+    path = tmp_path / name
+    if name.endswith("npz"):
+        published(path)
+    else:
+        SecondMoment(torch.eye(D_FF), 100, 0).save(path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="damaged") as error:
+        SecondMoment.load(path, layer=0)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("record", ["3", "[]", "{", '{"layer": 1}', '{"n_tokens": 9}', '{"layer": "1", "n_tokens": 9}'])
+def test_records_that_say_too_little(record, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"matrix": torch.eye(3)}, path, {"format": "kedit_fast.second_moment", "record": record})
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        SecondMoment.load(path)
+    save_file({"matrix": torch.eye(3)}, path, {"format": "kedit_fast.second_moment"})
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        SecondMoment.load(path)
+    said = {"format": "kedit_fast.second_moment", "record": '{"layer": 1, "n_tokens": 9}'}
+    save_file({"matrix": torch.zeros(3, 4)}, path, said)
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*layer 1 is \[3, 4\]; expected a square matrix"):
+        SecondMoment.load(path)
+
+
+def test_saving_where_that_cannot_be_names_the_file_asked_for(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "absent" / "m.safetensors", tmp_path, tmp_path / "file" / "m.safetensors"):
+        with pytest.raises(OSError, match=str(place)) as error:
+            SecondMoment(torch.eye(3), 9, 1).save(place)
+        assert "unfinished" not in str(error.value)
+
+
+def test_files_that_are_no_statistics(tmp_path):
+    make_edit(tiny_model("gpt2")).save(tmp_path / "edit.safetensors")
+    with pytest.raises(ValueError, match=r"is not a second moment; expected what SecondMoment.save wrote"):
+        SecondMoment.load(tmp_path / "edit.safetensors")
+    for name in ("absent.safetensors", "absent.npz"):
+        with pytest.raises(FileNotFoundError, match="absent"):
+            SecondMoment.load(tmp_path / name, layer=0)

@@ -206,7 +206,7 @@ def _check_layer_loop(ground: Ground, facts: list[Fact], values: list[Value]) ->
 
     def ours(lm) -> list[Tensor]:
         made = ground.memit.edit(lm, some, moments=moments, contexts=ground.groups)
-        return [made.delta(layer).dense().cpu() for layer in layers]
+        return [made.deltas[layer].dense().cpu() for layer in layers]
 
     def loops(lm, values: list[Value]) -> list[Tensor]:
         made = memit_update(

@@ -2,6 +2,7 @@
 
 import torch
 
+from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
@@ -30,14 +31,16 @@ def lowrank(d=D_MODEL, d_ff=D_FF, rank=2, seed=0, scale=0.3, dtype=torch.float32
     return LowRank((u * scale).to(dtype), v.to(dtype))
 
 
-def make_edit(model=None, deltas=None, **changes):
+def make_edit(model=None, deltas=None, owners=None, **changes):
     n = len(FACTS)
+    deltas = {2: lowrank(seed=2), 1: Dense(lowrank(seed=1).dense())} if deltas is None else deltas
+    owned = deltas if owners is None else [WeightChange(i, delta, owners=owners.get(i)) for i, delta in deltas.items()]
     fields = dict(
         method="memit",
         hparams={"layers": (1, 2), "mom2_update_weight": 15_000, "v_lr": 0.1},
         fingerprint=fingerprint(model) if model is not None else "",
         facts=FACTS,
-        deltas={2: lowrank(seed=2), 1: Dense(lowrank(seed=1).dense())} if deltas is None else deltas,
+        changes=owned,
         values=torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(3)),
         keys={1: torch.randn(n, D_FF, generator=torch.Generator().manual_seed(4)).bfloat16()},
         contexts=[["{}"], ["So. {}", "Nö. {}"]],

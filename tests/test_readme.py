@@ -48,7 +48,7 @@ def test_the_examples_run(work, monkeypatch, capsys):
     assert "edited by memit" in capsys.readouterr().out
     assert (work / "eiffel.png").exists()
     assert kf.Edit.load(work / "edit.safetensors").facts[0].target_new == "Rome"
-    assert names["singles"].owners and len(names["singles"].facts) == 8
+    assert names["singles"].independent and len(names["singles"].facts) == 8
     assert (work / "adapter" / "adapter_config.json").exists()
     assert names["question"].chat is True
 

@@ -42,11 +42,11 @@ def _inspect(args) -> None:
 
 def _say_size(path: Path, edit: Edit) -> None:
     whole = f"; the file, with keys, values and facts: {_mb(path.stat().st_size)}" if path.is_file() else ""
-    say(f"size: {_mb(sum(delta.nbytes for delta in edit.deltas.values()))} are changes of weights{whole}")
+    say(f"size: {_mb(sum(change.nbytes for change in edit.changes))} are what it changes{whole}")
 
 
 def _say_edit(edit: Edit, lm) -> None:
-    _say_facts(edit.facts, edit.owners is not None)
+    _say_facts(edit.facts, edit.independent)
     say()
     say(_layer_table(edit, lm))
     _say_values("settings", edit.hparams)
@@ -66,14 +66,16 @@ def _opened(args, edits: list[Edit]):
 
 
 def _layer_table(edit: Edit, lm) -> str:
-    headers = ["layer", "kind", "rank", "|change|"] + (["|W|", "change / W"] if lm else [])
+    headers = ["layer", "matrix", "kind", "rank", "|change|"] + (["|W|", "change / W"] if lm else [])
     rows = []
-    for layer, delta in edit.deltas.items():
-        row = [str(layer), type(delta).__name__, str(delta.rank), f"{delta.norm():.4g}"]
+    for (layer, role), delta in edit.weights.items():
+        row = [str(layer), role, type(delta).__name__, str(delta.rank), f"{delta.norm():.4g}"]
         if lm:
-            size = float(lm.source.weight(layer, "down").detach().float().norm())
+            size = float(lm.source.weight(layer, role).detach().float().norm())
             row += [f"{size:.4g}", f"{delta.norm() / size:.2%}" if size else "-"]
         rows.append(row)
+    others = [change for change in edit.changes if (change.layer, getattr(change, "role", None)) not in edit.weights]
+    rows += [[str(c.layer), "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
     return table(headers, rows)
 
 
@@ -92,10 +94,10 @@ def _diff(args) -> None:
         say("same model, method, settings and facts")
     say()
     rows = [
-        (str(at.layer), f"{at.norm_a:.4g}", f"{at.norm_b:.4g}", f"{at.difference:.4g}", _number(at.cosine))
+        (str(at.layer), at.role, f"{at.norm_a:.4g}", f"{at.norm_b:.4g}", f"{at.difference:.4g}", _number(at.cosine))
         for at in found.layers
     ]
-    say(table(("layer", "|A|", "|B|", "|A - B|", "cosine"), rows))
+    say(table(("layer", "matrix", "|A|", "|B|", "|A - B|", "cosine"), rows))
 
 
 # ---- words

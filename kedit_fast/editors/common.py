@@ -73,8 +73,7 @@ class Prompts:
 
     def _fact_bytes(self, lm, averaged: dict, bare: dict) -> int:
         """Bytes of the rows that are read of a fact."""
-        width = {Site.mlp_key: lm.d_ff}
-        of_all, of_bare = (sum(width.get(site, lm.d_model) for site in sites) for sites in (averaged, bare))
+        of_all, of_bare = (sum(map(lm.width_of, sites)) for sites in (averaged, bare))
         return (of_all * self.n_contexts + of_bare) * lm.dtype.itemsize
 
     def _read(self, lm, facts: range, averaged: dict, bare: dict) -> tuple[dict, dict]:

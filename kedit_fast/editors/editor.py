@@ -13,6 +13,7 @@ from kedit_fast.basics.progress import stages
 from kedit_fast.editors.hyperparameters import Settings
 from kedit_fast.editors.written import ASKING, with_written
 from kedit_fast.edits.chain import chain
+from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta
 from kedit_fast.edits.edit import Edit
 from kedit_fast.model.lm import takes_lm
@@ -89,9 +90,8 @@ class Editor(Settings):
             written = self._write(lm, facts, groups, moments, independent, keep)
             edit = Edit(
                 method=self.METHOD, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
-                deltas=written.deltas,
+                changes=weight_changes(written.deltas, written.owner),
                 values=written.values.cpu(), keys=written.keys, contexts=groups,
-                owners=None if written.owner is None else dict.fromkeys(written.deltas, written.owner),
                 provenance={"version": __version__, "layers": written.notes} | written.about | chain(lm),
             )  # fmt: skip
             return with_written(lm, edit)

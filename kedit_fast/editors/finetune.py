@@ -24,6 +24,7 @@ from kedit_fast.editors.contexts import BARE
 from kedit_fast.editors.hyperparameters import Hyperparameters, published
 from kedit_fast.editors.written import with_written
 from kedit_fast.edits.chain import chain, under
+from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
@@ -141,7 +142,8 @@ class Ft(Hyperparameters):
         tuned = fine_tune(lm, [_task(lm, fact) for fact in facts], self._tune_settings())
         edit = Edit(
             method="ft-l" if self.norm_constraint else "ft", hparams=asdict(self), fingerprint=lm.fingerprint,
-            facts=tuple(facts), deltas={i: Dense(storable(lm, delta)) for i, delta in tuned.deltas.items()},
+            facts=tuple(facts),
+            changes=weight_changes({i: Dense(storable(lm, delta)) for i, delta in tuned.deltas.items()}),
             provenance={"version": __version__} | self._notes(tuned) | chain(lm),
         )  # fmt: skip
         return with_written(lm, edit)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kedit_fast.basics.state import own_state
-from kedit_fast.edits.deltas import FLOATS, edited_weight
+from kedit_fast.edits.changes import only_weights
+from kedit_fast.edits.deltas import FLOATS, Delta, edited_weight
 from kedit_fast.model.family import as_out_in, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.loaded import defined_in, is_offloaded, is_shard, refuse_peft
@@ -75,7 +76,7 @@ class Applied:
 class _Kept:
     """What undo needs of one weight: its copy [out, in] on the CPU, and the digest of what was written over it."""
 
-    layer: int
+    name: str
     module: nn.Module
     original: Tensor
     written: bytes
@@ -86,7 +87,7 @@ class _Kept:
         # written over this one may by itself lead back to the original bits.
         if found != self.written and not (begun and found == _digest(self.original)):
             raise ValueError(
-                f"layer {self.layer}'s down projection no longer holds what this edit wrote, so nothing was undone. "
+                f"{self.name} no longer holds what this edit wrote, so nothing was undone. "
                 "Undo the edits that were applied after this one first; if the weight was changed otherwise "
                 "(training, a cast to another dtype), reload the model"
             )
@@ -97,7 +98,7 @@ class _Kept:
 
 @own_state()
 def apply_edit(edit: Edit, model: nn.Module, *, check_fingerprint: bool = True) -> Applied:
-    """Write W + Δ into the down projections of a Hugging Face model, in place; -> handle with ``undo()``.
+    """Write W + Δ into the projections of a Hugging Face model, in place; -> handle with ``undo()``.
 
     The sum is made in fp64 and rounded to the weight's dtype (what that costs: ``written_delta``). Flags, hooks and
     storage of the parameters stay as they are. Cost: a host copy of each touched weight, kept until undone.
@@ -109,18 +110,18 @@ def apply_edit(edit: Edit, model: nn.Module, *, check_fingerprint: bool = True) 
     offloaded or meta, DTensor, quantized, PEFT-wrapped, parametrized, sharing memory with another weight.
     An exception or interrupt while writing restores what was written, then goes on up.
     """
-    modules = _checked(edit, model, check_fingerprint)
+    places = _checked(edit, model, check_fingerprint)
     kept: list[_Kept] = []
     with ExitStack() as restoring:  # goes on to the next weight where restoring one is interrupted in its turn
-        for layer, module in modules.items():
+        for name, (module, delta) in places.items():
             weight = as_out_in(module)
-            edited = edited_weight(weight, edit.deltas[layer])
+            edited = edited_weight(weight, delta)
             if not torch.isfinite(edited).all():
                 raise ValueError(
-                    f"layer {layer}: W + Δ is beyond the range of {weight.dtype}; load the model in bfloat16 or float32"
+                    f"{name}: W + Δ is beyond the range of {weight.dtype}; load the model in bfloat16 or float32"
                 )
             # Kept before it is written: an interrupt between the two restores equal bits.
-            kept.append(_Kept(layer, module, weight.detach().to("cpu", copy=True), _digest(edited)))
+            kept.append(_Kept(name, module, weight.detach().to("cpu", copy=True), _digest(edited)))
             restoring.callback(kept[-1].restore)
             _write(module, edited)
         applied = Applied(edit, kept)
@@ -128,41 +129,40 @@ def apply_edit(edit: Edit, model: nn.Module, *, check_fingerprint: bool = True) 
     return applied
 
 
-def _checked(edit, model, check_fingerprint) -> dict[int, nn.Module]:
-    """{layer: down projection}, after every check that needs no write."""
-    if edit.owners is not None:
-        raise ValueError(
-            f"this edit holds {len(edit.facts)} independent edits, each for its own fact: apply one, "
-            "edit.only(i).apply(model), or evaluate them all with lm.with_edit(edit)"
-        )
+def _checked(edit, model, check_fingerprint) -> dict[str, tuple[nn.Module, Delta]]:
+    """{what people call it: (projection, its Δ)}, after every check that needs no write."""
+    changes = only_weights(edit, "weights that are written act on every text")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"apply writes into a Hugging Face model (torch.nn.Module), got {type(model).__name__}; "
             "lm.with_edit(edit) shows an LM edited without writing"
         )
     refuse_peft(model, "the model", BENEATH)
-    modules = {layer: projection(model, layer) for layer in edit.layers}
-    for layer, module in modules.items():
-        _check_writable(module, f"layer {layer}'s down projection")
-    _check_unshared(model, modules)
-    for layer, module in modules.items():
-        _check_values(layer, as_out_in(module).detach(), edit.deltas[layer])
+    places = {
+        f"layer {c.layer}'s {c.role.replace('_', ' and ')} projection": (projection(model, c.layer, c.role), c.delta)
+        for c in changes
+    }
+    for name, (module, _) in places.items():
+        _check_writable(module, name)
+    _check_unshared(model, places)
+    for name, (module, delta) in places.items():
+        _check_values(name, as_out_in(module).detach(), delta)
     if check_fingerprint and (found := fingerprint(model)) != edit.fingerprint:
         raise ValueError(
             f"the edit was made for model {edit.fingerprint or '(not said)'}, this is {found}; "
             "if that is meant (another edit is applied already, or a fine-tuned copy), pass check_fingerprint=False"
         )
-    return modules
+    return places
 
 
-def _check_values(layer, weight, delta):
+def _check_values(name, weight, delta):
     if tuple(weight.shape) != delta.shape:
         raise ValueError(
-            f"layer {layer}: the edit changes a weight of {list(delta.shape)}, this model's is "
+            f"{name}: the edit changes a weight of {list(delta.shape)}, this model's is "
             f"{list(weight.shape)} ([out, in]); it was made for another model"
         )
     if not torch.isfinite(weight).all():  # of the edit, Edit itself has seen to it
-        raise ValueError(f"layer {layer}: the model's weight holds NaN or infinity; nothing was written")
+        raise ValueError(f"{name}: the model's weight holds NaN or infinity; nothing was written")
 
 
 def _check_writable(module, name):
@@ -197,20 +197,20 @@ def _check_writable(module, name):
         )
 
 
-def _check_unshared(model, modules):
+def _check_unshared(model, places):
     """Raises ValueError if an edited weight lies in memory that another parameter reads too."""
     plain = [
         (name, parameter.device, *_span(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if type(parameter) is nn.Parameter and not parameter.is_meta
     ]
-    for layer, module in modules.items():
+    for name, (module, _) in places.items():
         begin, end = _span(module.weight)
         device = module.weight.device
-        names = [name for name, where, first, last in plain if where == device and first < end and begin < last]
+        names = [each for each, where, first, last in plain if where == device and first < end and begin < last]
         if len(names) > 1:
             raise ValueError(
-                f"layer {layer}'s down projection shares its memory: {', '.join(names)} would change together. "
+                f"{name} shares its memory: {', '.join(names)} would change together. "
                 "Give it its own first: module.weight = torch.nn.Parameter(module.weight.detach().clone())"
             )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from kedit_fast.basics.words import counted
+from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta
 from kedit_fast.edits.edit import Edit, check_once, digest, edit_list
 from kedit_fast.facts.fact import Fact, place
@@ -96,9 +97,8 @@ def edited_so_far(lm, deltas: dict[int, Delta], facts: Sequence[Fact], owner: Te
     """The model with the layers that the edit in making has done; owner: as in ``Written``."""
     if not deltas:
         return lm
-    owners = None if owner is None else dict.fromkeys(deltas, owner)
     # Not with_edit: it asks whether the edit fits this model and is there already.
-    return replace(lm, edits=(*lm.edits, Edit("in making", {}, "", tuple(facts), deltas, owners=owners)))
+    return replace(lm, edits=(*lm.edits, Edit("in making", {}, "", tuple(facts), weight_changes(deltas, owner))))
 
 
 def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:

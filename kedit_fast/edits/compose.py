@@ -8,6 +8,7 @@ from torch import Tensor
 from kedit_fast import __version__
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.changes import WeightChange, only_weights
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
 from kedit_fast.edits.edit import PARTS, Edit, digest, edit_list
 
@@ -16,7 +17,7 @@ _BLOCK = 2**24  # elements of a dense sum held in fp64 at a time: 128 MiB
 
 @own_state()
 def compose(edits: Sequence[Edit]) -> Edit:
-    """One edit that does what ``edits`` do in order: Δ = Σ Δ_i of each layer. One edit alone is returned as it is.
+    """One edit that does what ``edits`` do in order: Δ = Σ Δ_i of each matrix. One edit alone is returned as it is.
 
     Low-rank factors are joined while that is smaller than the dense delta, else summed in fp64 and rounded once to the
     widest dtype among them, fp32 at least. The result is on the CPU. Facts are joined in order, also where a later edit
@@ -33,14 +34,19 @@ def compose(edits: Sequence[Edit]) -> Edit:
     edits = _checked(edits)
     if len(edits) == 1:
         return edits[0]
-    layers = sorted({layer for edit in edits for layer in edit.deltas})
+    places = sorted({place for edit in edits for place in edit.weights})
     in_common = set.intersection(*(set(edit.keys) for edit in edits))
     return Edit(
         method=" + ".join(dict.fromkeys(name for edit in edits for name in edit.method.split(" + "))),
         hparams=_agreed([edit.hparams for edit in edits], {}),
         fingerprint=edits[0].fingerprint,
         facts=tuple(fact for edit in edits for fact in edit.facts),
-        deltas={i: _sum(i, [edit.deltas[i] for edit in edits if i in edit.deltas]) for i in layers},
+        changes=tuple(
+            WeightChange(
+                layer, _sum(layer, [e.weights[layer, role] for e in edits if (layer, role) in e.weights]), role
+            )
+            for layer, role in places
+        ),
         values=_values(edits),
         keys={layer: _rows([edit.keys[layer] for edit in edits]) for layer in sorted(in_common)},
         contexts=_agreed([edit.contexts for edit in edits], []),
@@ -51,12 +57,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
 def _checked(edits) -> list[Edit]:
     edits = edit_list(edits)
     for place, edit in enumerate(edits, 1):
-        if edit.owners is not None:
-            raise ValueError(
-                f"edit {place} holds {len(edit.facts)} independent edits, each for its own fact, and would become one "
-                "that acts on all; compose edits of one fact each, edit.only(i), or make it without independent=True "
-                "(--independent)"
-            )
+        only_weights(edit, f"their sum acts on all (edit {place} of {len(edits)})")
         if edit.fingerprint != edits[0].fingerprint:
             raise ValueError(
                 f"edit {place} was made for model {edit.fingerprint or '(not said)'}, the first one for "

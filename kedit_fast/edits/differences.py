@@ -12,9 +12,13 @@ from kedit_fast.facts.fact import Fact
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """‖ΔA‖, ‖ΔB‖, ‖ΔA - ΔB‖ (Frobenius) and the cosine ⟨ΔA, ΔB⟩ / ‖ΔA‖‖ΔB‖ at one layer; NaN where one is zero."""
+    """‖ΔA‖, ‖ΔB‖, ‖ΔA - ΔB‖ (Frobenius) and the cosine ⟨ΔA, ΔB⟩ / ‖ΔA‖‖ΔB‖ of one matrix; NaN where one is zero.
+
+    role: which matrix of the layer, see ``Family.roles``
+    """
 
     layer: int
+    role: str
     norm_a: float
     norm_b: float
     difference: float
@@ -47,7 +51,7 @@ def compare(a: Edit, b: Edit) -> EditDifference:
         hparams=_differing(a.hparams, b.hparams),
         only_a=tuple(fact for written, fact in of_a.items() if written not in of_b),
         only_b=tuple(fact for written, fact in of_b.items() if written not in of_a),
-        layers=tuple(_at_layer(layer, a, b) for layer in sorted({*a.layers, *b.layers})),
+        layers=tuple(_at(*place, a, b) for place in sorted({*a.weights, *b.weights})),
     )
 
 
@@ -59,11 +63,11 @@ def _written(fact: Fact) -> tuple:
     return fact.prompt, fact.subject, fact.chat, (fact.target_new or "").strip()
 
 
-def _at_layer(layer: int, a: Edit, b: Edit) -> LayerDifference:
-    delta_a, delta_b = a.delta(layer), b.delta(layer)
+def _at(layer: int, role: str, a: Edit, b: Edit) -> LayerDifference:
+    delta_a, delta_b = (edit.weights.get((layer, role)) for edit in (a, b))
     norm_a, norm_b = (0.0 if delta is None else delta.norm() for delta in (delta_a, delta_b))
     if delta_a is None or delta_b is None:
-        return LayerDifference(layer, norm_a, norm_b, norm_a + norm_b, math.nan)
+        return LayerDifference(layer, role, norm_a, norm_b, norm_a + norm_b, math.nan)
     if delta_a.shape != delta_b.shape:
         raise ValueError(
             f"layer {layer}: deltas of {list(delta_a.shape)} and {list(delta_b.shape)}; these are edits of models of "
@@ -71,7 +75,7 @@ def _at_layer(layer: int, a: Edit, b: Edit) -> LayerDifference:
         )
     size = norm_a * norm_b
     cosine = _inner(delta_a, delta_b) / size if size else math.nan
-    return LayerDifference(layer, norm_a, norm_b, _distance(delta_a, delta_b), cosine)
+    return LayerDifference(layer, role, norm_a, norm_b, _distance(delta_a, delta_b), cosine)
 
 
 def _inner(a: Delta, b: Delta) -> float:

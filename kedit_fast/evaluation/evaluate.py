@@ -111,7 +111,7 @@ def _checked(facts, generate, max_tokens, both_forms, log) -> list[Fact]:
 
 def _owners(lm, facts: Sequence[Fact]) -> list[int] | None:
     """For each fact its number in the model's independent edits; None where edits are shared."""
-    owned = [edit for edit in lm.edits if edit.owners is not None]
+    owned = [edit for edit in lm.edits if edit.independent]
     if not owned:
         return None
     if len(owned) > 1:
@@ -131,7 +131,7 @@ def _place(fact: Fact) -> tuple:
 
 
 def _probes(lm, facts: Sequence[Fact], owners: list[int] | None) -> list[FactProbes]:
-    shared = Names(fact.subject for edit in lm.edits if edit.owners is None for fact in edit.facts)
+    shared = Names(fact.subject for edit in lm.edits if not edit.independent for fact in edit.facts)
     if owners is not None:
         return [
             fact_probes(lm, fact, [shared, Names([fact.subject])], owner)
@@ -168,7 +168,7 @@ def _read_all(lm, facts, chunks, turned: list[FactProbes], generations, log) -> 
 
 
 def _values(lm, chunk: list[FactProbes], advance) -> list[Values]:
-    base, edited = read_probes(lm, chunk, any(edit.owners is not None for edit in lm.edits), advance)
+    base, edited = read_probes(lm, chunk, any(edit.independent for edit in lm.edits), advance)
     values = []
     for i, fact in enumerate(chunk):
         known = knew(base[i])
@@ -200,7 +200,7 @@ def _generations(lm, facts, chunks, owners, n: int) -> list[tuple[str, str, str 
 
 def _alone(lm, owner: int):
     """The model with one fact's own of the independent edits."""
-    edits = tuple(edit if edit.owners is None else edit.only(owner) for edit in lm.edits)
+    edits = tuple(edit.only(owner) if edit.independent else edit for edit in lm.edits)
     return dataclasses.replace(lm, edits=edits)
 
 
@@ -232,8 +232,8 @@ def _meta(lm, facts, windows, max_tokens) -> dict:
         "backend": {op: backend_for(op, lm.device, lm.dtype) for op in OPS},
         "note": lm.note,
         "method": " + ".join(edit.method for edit in lm.edits) or None,
-        "layers": sorted({layer for edit in lm.edits for layer in edit.deltas}),
-        "independent": any(edit.owners is not None for edit in lm.edits),
+        "layers": sorted({layer for edit in lm.edits for layer in edit.layers}),
+        "independent": any(edit.independent for edit in lm.edits),
         "n": len(facts),
         "version": __version__,
     }

@@ -197,9 +197,11 @@ def _summary(columns: dict[str, Tensor], facts: slice) -> Summary:
 
 
 @own_state()
-def _growth(lm, edit: Edit, weights: dict[int, float]) -> dict[int, float]:
-    """{layer: ‖Δ‖ / ‖W‖}; weights: {layer: ‖W‖}, those known, and added to."""
-    for layer in edit.layers:
-        if layer not in weights:
-            weights[layer] = Dense(lm.source.weight(layer, "down").detach()).norm()
-    return {layer: delta.norm() / weights[layer] for layer, delta in edit.deltas.items()}
+def _growth(lm, edit: Edit, weights: dict[tuple[int, str], float]) -> dict[int, float]:
+    """{layer: ‖Δ‖ / ‖W‖} of its matrix that grew most; weights: {(layer, role): ‖W‖}, those known, and added to."""
+    grown: dict[int, float] = {}
+    for place, delta in edit.weights.items():
+        if place not in weights:
+            weights[place] = Dense(lm.source.weight(*place).detach()).norm()
+        grown[place[0]] = max(delta.norm() / weights[place], grown.get(place[0], 0.0))
+    return grown

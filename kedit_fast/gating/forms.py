@@ -10,9 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kedit_fast.edits.changes import WeightChange, only_weights
 from kedit_fast.edits.deltas import FLOATS, Delta, Dense, difference, edited_weight
 from kedit_fast.edits.edit import Edit
 from kedit_fast.model.overlaid import Overlaid
+
+Weights = dict[tuple[int, str], tuple[Tensor, Tensor]]  # {(layer, role): (before, after)}
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # weights that share a scale: what AWQ, GPTQ and llama.cpp's larger formats use, or a multiple of it
@@ -50,34 +53,36 @@ def requantized_delta(weight: Tensor, delta: Delta, bits: int, group: int = GROU
 
 
 @torch.no_grad()
-def chain_deltas(lm, edits, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
-    """{layer: (W, W after all edits in order)} [d, d_ff] in dtype; each edit is rounded before the next is written."""
-    weights: dict[int, tuple[Tensor, Tensor]] = {}
+def chain_deltas(lm, edits, dtype: torch.dtype) -> Weights:
+    """{(layer, role): (W, W after all edits in order)} [out, in] in dtype; each edit is rounded before the next is
+    written."""
+    weights: Weights = {}
     for edit in edits:
-        for layer, delta in edit.deltas.items():
-            if layer not in weights:
-                weight = lm.source.weight(layer, "down").detach().to(dtype)
-                weights[layer] = weight, weight
-            weight, now = weights[layer]
-            weights[layer] = weight, edited_weight(now, delta)
+        for place, delta in edit.weights.items():
+            if place not in weights:
+                weight = lm.source.weight(*place).detach().to(dtype)
+                weights[place] = weight, weight
+            weight, now = weights[place]
+            weights[place] = weight, edited_weight(now, delta)
     return weights
 
 
-def growth(weights: dict[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
-    """{layer: ‖W' - W‖ / ‖W‖}, Frobenius norms summed in fp64, of pairs as ``chain_deltas`` gives them."""
-    return {
-        layer: difference(edited, weight).norm() / max(Dense(weight).norm(), torch.finfo(torch.float32).tiny)
-        for layer, (weight, edited) in sorted(weights.items())
-    }
+def growth(weights: Weights) -> dict[int, float]:
+    """{layer: ‖W' - W‖ / ‖W‖} of its matrix that grew most; Frobenius norms summed in fp64."""
+    grown: dict[int, float] = {}
+    for (layer, _), (weight, edited) in sorted(weights.items(), key=lambda item: item[0]):
+        share = difference(edited, weight).norm() / max(Dense(weight).norm(), torch.finfo(torch.float32).tiny)
+        grown[layer] = max(share, grown.get(layer, 0.0))
+    return grown
 
 
-def view_of_written(lm, edits, weights: dict[int, tuple[Tensor, Tensor]]):
+def view_of_written(lm, edits, weights: Weights):
     """``lm`` with the whole chain as one edit, whose deltas are what was really written."""
-    return lm.with_edit(_as_one(edits, {i: difference(after, before) for i, (before, after) in weights.items()}))
+    return lm.with_edit(_as_one(edits, {at: difference(after, before) for at, (before, after) in weights.items()}))
 
 
-def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits: int, group: int = GROUP):
-    """``lm`` whose edited layers' down projections are Q(W), with Q(W') - Q(W) as the edit.
+def view_of_quantized(lm, edits, weights: Weights, bits: int, group: int = GROUP):
+    """``lm`` whose edited matrices are Q(W), with Q(W') - Q(W) as the edit.
 
     The base compared with is quantized too, as the model in service is: against the unquantized one the quantization's
     own damage would be counted as the edit's. All other weights stay as they are; the edit does not touch them.
@@ -86,34 +91,31 @@ def view_of_quantized(lm, edits, weights: dict[int, tuple[Tensor, Tensor]], bits
     if not lm.source.in_memory:
         raise ValueError("a requantized edit is judged with the weights in memory; open the model without memory=")
     before, deltas = {}, {}
-    for layer, pair in weights.items():
-        before[layer], after = (quantized_weight(weight, bits, group) for weight in pair)
-        deltas[layer] = difference(after, before[layer])
+    for place, pair in weights.items():
+        before[place], after = (quantized_weight(weight, bits, group) for weight in pair)
+        deltas[place] = difference(after, before[place])
     # with_edit compares fingerprints, which read the weights: the edit was made for the unquantized ones
     view = lm.with_edit(_as_one(edits, deltas))
-    return replace(view, source=Overlaid(lm.source, {(layer, "down"): weight for layer, weight in before.items()}))
+    return replace(view, source=Overlaid(lm.source, before))
 
 
 def check_form(lm, edits, written: torch.dtype | None) -> None:
     """Raises ValueError for edits that cannot be judged as one model: independent ones, a base whose weights are not
     plain floats, an edit of another model."""
     for edit in edits:
-        if edit.owners is not None:
-            raise ValueError(
-                f"{edit!r} holds independent edits, each for its own fact, and the gate judges one model: make the "
-                "edit without --independent, or in Python take one of them with edit.only(i)"
-            )
+        only_weights(edit, "the gate judges one model in the form in which it ships")
         lm.with_edit(edit)  # of this model, layers that it has
-        for layer, delta in edit.deltas.items():
-            weight = lm.source.weight(layer, "down")
+        for (layer, role), delta in edit.weights.items():
+            weight = lm.source.weight(layer, role)
             if written is not None and (weight.dtype not in FLOATS or tuple(weight.shape) != delta.shape):
                 raise ValueError(
-                    f"layer {layer}'s down projection holds {list(weight.shape)} {weight.dtype}, where an edit of "
+                    f"layer {layer}'s {role} projection holds {list(weight.shape)} {weight.dtype}, where an edit of "
                     f"{list(delta.shape)} cannot be written; judge it as an adapter: written=None (--written none)"
                 )
 
 
-def _as_one(edits, deltas: dict[int, Dense]) -> Edit:
+def _as_one(edits, deltas: dict[tuple[int, str], Dense]) -> Edit:
     last = edits[-1]
     facts = tuple(fact for edit in edits for fact in edit.facts)
-    return Edit(" + ".join(dict.fromkeys(edit.method for edit in edits)), {}, last.fingerprint, facts, deltas)
+    changes = tuple(WeightChange(layer, delta, role) for (layer, role), delta in deltas.items())
+    return Edit(" + ".join(dict.fromkeys(edit.method for edit in edits)), {}, last.fingerprint, facts, changes)

@@ -129,7 +129,7 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
         view = lm
         for e in edits:
             view = view.with_edit(e)
-        plain = all(lm.source.weight(layer, "down").is_floating_point() for e in edits for layer in e.deltas)
+        plain = all(lm.source.weight(*place).is_floating_point() for e in edits for place in e.weights)
         return {"adapter": view}, forms.growth(forms.chain_deltas(lm, edits, torch.float32)) if plain else {}
     weights = forms.chain_deltas(lm, edits, dtype)
     views = {f"written {str(dtype).removeprefix('torch.')}": forms.view_of_written(lm, edits, weights)}

@@ -62,7 +62,6 @@ class GraphRows:
 def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor, advance=None) -> dict[int, Tensor]:
     """One sweep up to the last of ``layers``: {layer: [k, width]}; advance: as in ``sweep``."""
     job = Collect(site, layers, run, pos)
-    width = lm.d_ff if site is Site.mlp_key else lm.d_model
-    held = len(run) * (len(layers) * width * lm.dtype.itemsize + PLACE)
+    held = len(run) * (len(layers) * lm.width_of(site) * lm.dtype.itemsize + PLACE)
     sweep(lm, runs, [job], last_layer=max(layers), held=held, advance=advance)
     return job.values

@@ -273,8 +273,8 @@ def _weight(lm, layer: int) -> Tensor:
     """The down projection's weight [d, d_ff] with the edits that the model carries, wide."""
     weight = lm.source.weight(layer, "down").detach().to(_wide(lm.dtype))
     for edit in lm.edits:
-        if layer in edit.deltas:
-            weight = weight + edit.deltas[layer].dense().to(weight)
+        if (layer, "down") in edit.weights:
+            weight = weight + edit.weights[layer, "down"].dense().to(weight)
     return weight
 
 

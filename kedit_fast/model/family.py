@@ -31,6 +31,11 @@ class Family:
     stored_as: tuple[tuple[str, str], ...] = ()  # beginnings of parameter names, and what checkpoint files have there
 
     @property
+    def mlp(self) -> str:
+        """Path in a layer of the MLP, which holds the down projection."""
+        return self.mlp_down.rpartition(".")[0]
+
+    @property
     def roles(self) -> dict[str, str]:
         """{role: path in a layer} of the MLP's projections: "down", and those of "up", "gate" and "gate_up" that the
         family has."""

@@ -63,6 +63,20 @@ class LM:
             return down.weight.shape[0]
         return getattr(down, "in_features", None) or down.weight.shape[1]  # a packed weight has another shape
 
+    def shape_of(self, role: str) -> tuple[int, int]:
+        """[out, in] of the projection that plays a role (``Family.roles``); ValueError where the family has none."""
+        if role not in self.family.roles:
+            raise ValueError(
+                f"a {self.model.config.model_type} model has no {role!r} projection; it has "
+                f"{', '.join(map(repr, self.family.roles))}"
+            )
+        wide = self.d_ff * (1 + (role == "gate_up"))
+        return (self.d_model, wide) if role == "down" else (wide, self.d_model)
+
+    def width_of(self, site: str) -> int:
+        """Width of the rows at a site (``sweep.sites.Site``)."""
+        return {"mlp_key": 1, "mlp_up": 1, "mlp_gate": 1, "mlp_gate_up": 2}.get(site, 0) * self.d_ff or self.d_model
+
     @property
     def n_key_heads(self) -> int:
         return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
@@ -112,12 +126,17 @@ class LM:
 
         Raises ValueError for independent edits, which belong to one fact each.
         """
-        if any(edit.owners is not None for edit in self.edits):
+        if any(edit.independent for edit in self.edits):
             raise ValueError(
                 "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)), "
                 "or give evaluate the facts"
             )
         return 0 if self.edits else -1
+
+    @property
+    def acting(self) -> list:
+        """The jobs by which the edits that this view carries act in a sweep."""
+        return [change.job() for edit in self.edits for change in edit.changes]
 
     # ---- what lies around the blocks
 

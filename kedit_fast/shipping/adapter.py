@@ -27,6 +27,7 @@ from kedit_fast.basics.files import named, read_object
 from kedit_fast.basics.folders import check_new_folder, new_folder, sha256_of, write_json
 from kedit_fast.basics.state import own_state
 from kedit_fast.basics.words import reason
+from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
 from kedit_fast.edits.edit import Edit, digest, edit_list
@@ -47,15 +48,16 @@ FORMAT, VERSION = "kedit_fast.peft", "1"
 class Adapter:
     """What ``export_peft`` wrote.
 
-    folder: where; rank: r, the same for all layers; ranks: {layer: factors that are not padding};
-    errors: {layer: ‖Δ - what is kept of it‖ / ‖Δ‖}, 0.0 where nothing was left out
+    folder: where; rank: r, the same for all layers; ranks: {layer: factors that are not padding}, of another matrix
+    than the down projection {"5 up": ...}; errors: {layer: ‖Δ - what is kept of it‖ / ‖Δ‖}, 0.0 where nothing was left
+    out
     base: the model that the adapter names as its base, "" for none
     """
 
     folder: Path
     rank: int
-    ranks: dict[int, int]
-    errors: dict[int, float]
+    ranks: dict[int | str, int]
+    errors: dict[int | str, float]
     base: str = ""
 
 
@@ -96,18 +98,18 @@ def export_peft(
     total = compose(edits)
     base, name = _base_of(total, model, checks.flag("check_fingerprint", check_fingerprint))
     family = family_of(base.config)
-    cut = {layer: _within(layer, delta, max_rank, truncate) for layer, delta in total.deltas.items()}
+    cut = {place: _within(place[0], delta, max_rank, truncate) for place, delta in total.weights.items()}
     rank = max(delta.rank for delta, _ in cut.values())
     if not rank:
         raise ValueError("this edit changes nothing: its deltas have no factors, and an adapter needs a rank")
     tensors, paths = {}, {}
-    for layer, (delta, _) in cut.items():
-        paths[layer] = f"{family.layers}.{layer}.{family.mlp_down}"
+    for (layer, role), (delta, _) in cut.items():
+        path = paths[layer, role] = f"{family.layers}.{layer}.{family.roles[role]}"
         u, v = _balanced(delta)
-        tensors[f"base_model.model.{paths[layer]}.lora_A.weight"] = _padded(v, rank).T.contiguous()
-        tensors[f"base_model.model.{paths[layer]}.lora_B.weight"] = _padded(u, rank)
-    ranks = {layer: delta.rank for layer, (delta, _) in cut.items()}
-    errors = {layer: error for layer, (_, error) in cut.items()}
+        tensors[f"base_model.model.{path}.lora_A.weight"] = _padded(v, rank).T.contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = _padded(u, rank)
+    ranks = {_named(place): delta.rank for place, (delta, _) in cut.items()}
+    errors = {_named(place): error for place, (_, error) in cut.items()}
     with new_folder(folder) as unfinished:
         with named(unfinished / WEIGHTS):  # save_file would tell its failures in an error of its own, without errno
             (unfinished / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -161,17 +163,18 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
     return record
 
 
+def _named(place: tuple[int, str]) -> int | str:
+    """A matrix by its layer, and by its role where that is not the usual one."""
+    layer, role = place
+    return layer if role == "down" else f"{layer} {role}"
+
+
 # ---- the base model
 
 
 def _check_edits(edits):
     for edit in edits:
-        if edit.owners is not None:
-            raise ValueError(
-                f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and an adapter acts on "
-                "every text: export one of them, export_peft(edit.only(i), folder), or make the edit without "
-                "independent=True (--independent)"
-            )
+        only_weights(edit, "an adapter acts on every text")
     if not any(edit.layers for edit in edits):
         raise ValueError("this edit changes nothing: it has no deltas")
 
@@ -190,8 +193,8 @@ def _base_of(edit: Edit, model, check: bool) -> tuple[nn.Module, str]:
     found = fingerprint(base) if isinstance(model, nn.Module) else model.fingerprint
     if check and edit.fingerprint and found != edit.fingerprint:
         raise ValueError(_another(edit.fingerprint, "this", found))
-    for layer in edit.layers:
-        projection(base, layer)
+    for layer, role in edit.weights:
+        projection(base, layer, role)
     return base, _loadable(getattr(base.config, "_name_or_path", None) or "") or ""
 
 

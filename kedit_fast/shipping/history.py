@@ -25,6 +25,7 @@ from kedit_fast.basics.files import existing_folder, file_in, given_path, named_
 from kedit_fast.basics.folders import sha256_of, write_json
 from kedit_fast.basics.words import reason
 from kedit_fast.edits.chain import check_follows
+from kedit_fast.edits.changes import refuse_independent
 from kedit_fast.edits.edit import Edit, check_once
 
 FORMAT, VERSION = "kedit_fast.history", "1"
@@ -90,11 +91,7 @@ class EditHistory:
         checks.instance("edit", edit, Edit, "an Edit; Edit.load reads a file")
         check_words(message, who)
         check_chain = checks.flag("check_chain", check_chain)
-        if edit.owners is not None:
-            raise ValueError(
-                f"this edit holds {len(edit.facts)} independent edits, each for its own fact; add one, edit.only(i), "
-                "or make the edit without independent=True (--independent)"
-            )
+        refuse_independent(edit, "a version is in force for every text")
         if not edit.fingerprint:
             raise ValueError("this edit does not say for which model it was made, so nobody could tell where it fits")
         self._make()

@@ -21,6 +21,7 @@ from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, 
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.deltas import edited_weight
 from kedit_fast.edits.edit import Edit, check_once, digest, edit_list
 from kedit_fast.model.disk import Disk, open_on_disk
@@ -58,6 +59,7 @@ class _Place:
     """Where an edited weight lies: its layer, its bytes, whether it is stored [in, out]."""
 
     layer: int
+    role: str
     stored: StoredTensor
     transposed: bool
 
@@ -126,11 +128,7 @@ def checkpoint_fingerprint(folder) -> str:
 
 def _check_edits(edits, force):
     for edit in edits:
-        if edit.owners is not None:
-            raise ValueError(
-                f"this edit holds {len(edit.facts)} independent edits, each for its own fact, and a checkpoint answers "
-                "for all: merge one of them, edit.only(i), or make the edit without independent=True (--independent)"
-            )
+        only_weights(edit, "a checkpoint answers for all")
     if not any(edit.layers for edit in edits):
         raise ValueError("nothing to merge: the edits have no deltas")
     (check_once if force else check_chain)(edits)
@@ -192,9 +190,9 @@ class _Checkpoint(Checkpoint):
 def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
     """Where the edited weights lie, in file order; ValueError where a delta does not fit or a weight is packed."""
     family, parts, places = family_of(model.config), checkpoint.parts(), []
-    for layer in sorted({layer for edit in edits for layer in edit.layers}):
-        transposed = is_conv1d(projection(model, layer))
-        stored = parts[checkpoint.stored_name(f"{family.layers}.{layer}.{family.mlp_down}.weight")]
+    for layer, role in sorted({place for edit in edits for place in edit.weights}):
+        transposed = is_conv1d(projection(model, layer, role))
+        stored = parts[checkpoint.stored_name(f"{family.layers}.{layer}.{family.roles[role]}.weight")]
         if stored.dtype not in DTYPES:
             raise ValueError(
                 f"{stored.name} is stored as {stored.dtype}: a quantized checkpoint, whose packed weights cannot be "
@@ -202,12 +200,13 @@ def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
             )
         shape = stored.shape[::-1] if transposed else stored.shape
         for edit in edits:
-            if layer in edit.deltas and edit.deltas[layer].shape != shape:
+            delta = edit.weights.get((layer, role))
+            if delta is not None and delta.shape != shape:
                 raise ValueError(
-                    f"layer {layer}: the edit changes a weight of {list(edit.deltas[layer].shape)}, the checkpoint's "
+                    f"layer {layer}: the edit changes a weight of {list(delta.shape)}, the checkpoint's "
                     f"is {list(shape)} ([out, in]); it was made for another model"
                 )
-        places.append(_Place(layer, stored, transposed))
+        places.append(_Place(layer, role, stored, transposed))
     return sorted(places, key=lambda place: (place.stored.file.name, place.stored.begin))
 
 
@@ -241,8 +240,8 @@ def _write_merged(place: _Place, edits, folder: Path) -> str:
     stored = target.read()
     weight = stored.T if place.transposed else stored
     for edit in edits:
-        if place.layer in edit.deltas:
-            weight = edited_weight(weight, edit.deltas[place.layer])
+        delta = edit.weights.get((place.layer, place.role))
+        weight = weight if delta is None else edited_weight(weight, delta)
     if not torch.isfinite(weight).all():
         raise ValueError(
             f"layer {place.layer}: the checkpoint's weight holds NaN or infinity, or W + Δ is beyond the range of "

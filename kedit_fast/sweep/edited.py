@@ -31,7 +31,7 @@ def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None) -> tu
 
 def add_under(lm, runs: RunList, sequences: list[list[int]], owners=None) -> Tensor:
     """Adds each sequence as a run [n] on the model as its edits have it; ``owners`` as in ``add_edited``."""
-    if any(edit.owners is not None for edit in lm.edits):
+    if any(edit.independent for edit in lm.edits):
         return add_edited(lm, runs, sequences, owners)[1]
     return add_sequences(runs, sequences, owner=lm.run_owner)
 
@@ -40,4 +40,4 @@ def first_edited(lm, owners=None) -> int | None:
     """The lowest layer that the model's edits change; None where none does."""
     if owners is None and lm.run_owner < 0:
         return None
-    return min((layer for edit in lm.edits for layer in edit.deltas), default=None)
+    return min((change.layer for edit in lm.edits for change in edit.changes), default=None)

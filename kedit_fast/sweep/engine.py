@@ -19,7 +19,7 @@ from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
 from kedit_fast.sweep.rows import Call, RowTable
 from kedit_fast.sweep.runs import Runs
-from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.sites import INSIDE, Site
 from kedit_fast.sweep.store import KVStore
 
 ALL = object()  # what ``Job.reads`` gives for every row
@@ -89,6 +89,7 @@ def sweep(
         return runs if len(which) == len(runs) else runs.take(which)
 
     work = sum(taken(which).row_layers(first_layer, last_layer) for which in cuts)
+    jobs = [*lm.acting, *jobs]  # an edit acts first, and others see what it made
     with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):
         for which in cuts:
             number = torch.full((len(runs),), -1)
@@ -241,40 +242,37 @@ class _Pack:
 
     @contextmanager
     def _hooks(self, layer: int, call: Call, leave_early: bool):
-        """Hooks on the layer's projections, only where an edit acts or a job asked."""
+        """Hooks on the layer's modules, only where a job asked."""
         wanted = {site for job in self.jobs for site in job.sites(layer)}
-        edits = [edit for edit in self.lm.edits if layer in edit.deltas]
-        block, family = self.lm.source.layers[layer], self.lm.family
-        order = [Site.attn_out, Site.mlp_key, Site.mlp_out]
-        seen = [s for s in order if s in wanted]
-        final = seen[-1] if leave_early and seen and Site.layer_out not in wanted else None
+        final = self._last_read(layer) if leave_early and Site.layer_out not in wanted else None
 
         def see(site, x):
-            out = _through(self.jobs, site, layer, x[0], call)
+            rows = x[0]
+            out = _through(self.jobs, site, layer, rows, call)
             if site is final:
                 raise _Enough
-            return None if out is x[0] else out[None]
+            return None if out is rows else out[None]
 
-        def after_down(module, args, out):
-            for edit in edits:
-                out = _edited(out, args[0], edit, layer, call)
-            seen_out = see(Site.mlp_out, out) if Site.mlp_out in wanted else None
-            return out if seen_out is None else seen_out
+        def before(site):
+            return lambda module, args: None if (x := see(site, args[0])) is None else (x, *args[1:])
+
+        def behind(site):
+            return lambda module, args, out: see(site, out)
 
         with ExitStack() as stack:
-            if Site.attn_out in wanted:
-                hook = module_at(block, family.attn_proj).register_forward_hook(
-                    lambda m, a, out: see(Site.attn_out, out)
+            for site in (site for site in INSIDE if site in wanted):
+                name, is_input = INSIDE[site]
+                module = module_at(self.lm.source.layers[layer], getattr(self.lm.family, name))
+                add, hook = (
+                    (module.register_forward_pre_hook, before) if is_input else (module.register_forward_hook, behind)
                 )
-                stack.callback(hook.remove)
-            if Site.mlp_key in wanted:
-                hook = module_at(block, family.mlp_down).register_forward_pre_hook(
-                    lambda m, args: None if (x := see(Site.mlp_key, args[0])) is None else (x, *args[1:])
-                )
-                stack.callback(hook.remove)
-            if Site.mlp_out in wanted or edits:
-                stack.callback(module_at(block, family.mlp_down).register_forward_hook(after_down).remove)
+                stack.callback(add(hook(site)).remove)
             yield
+
+    def _last_read(self, layer: int) -> Site | None:
+        """The last site inside the layer at which a job reads that wants rows of it: nobody looks at what follows."""
+        read = {site for job in self.jobs if job.reads(layer) is not None for site in job.sites(layer)}
+        return next((site for site in reversed(INSIDE) if site in read), None)
 
 
 class _Attend:
@@ -312,20 +310,6 @@ def _pick(h: Tensor, index: Tensor) -> Tensor:
     """h[index] for ascending rows; a view where they stand together."""
     first, n = int(index[0]), len(index)
     return h[first : first + n] if int(index[-1]) == first + n - 1 else h[index.to(h.device)]
-
-
-def _edited(out: Tensor, x: Tensor, edit, layer: int, call: Call) -> Tensor:
-    """The down projection's output [1, rows, d] with an edit added on the rows it acts on."""
-    owner = call.owner
-    acted = (owner >= 0).nonzero()[:, 0].to(out.device)
-    if not len(acted):
-        return out
-    delta = edit.deltas[layer].to(out.device)
-    rows = None if edit.owners is None else owner[acted.cpu()]
-    factors = None if edit.owners is None else edit.owners[layer]
-    y, keys = (out[0], x[0]) if len(acted) == len(owner) else (out[0, acted], x[0, acted])
-    y = delta.add_to(y, keys, rows, factors)
-    return y[None] if len(acted) == len(owner) else out.index_copy(1, acted, y[None])
 
 
 def _through(jobs, site: Site, layer: int, x: Tensor, call: Call) -> Tensor:

@@ -458,7 +458,7 @@ def test_from_statistics_to_a_report(model, work, capsys):
     moments = {layer: SecondMoment.load(p) for layer, p in enumerate(sorted((work / "stats").iterdir()), 1)}
     want = kf.Memit.from_json(hparams).edit(lm, facts, moments=moments)
     for layer in (1, 2):
-        assert torch.equal(edit.delta(layer).dense(), want.delta(layer).dense())
+        assert torch.equal(edit.deltas[layer].dense(), want.deltas[layer].dense())
     assert run(*args, "-o", "deep/edit.safetensors") == 2  # not replaced
     assert run(*args, "-o", "deep/edit.safetensors", "--force") == 0
     capsys.readouterr()
@@ -565,7 +565,7 @@ def test_rome_with_statistics_from_the_cache(model, work, capsys, monkeypatch):
     assert len(files(work.parent / "cache" / "statistics")) == 1
     monkeypatch.setattr("kedit_fast.moments.corpus._sampled", raising(AssertionError("sampled again")))
     assert run(*args, "--model", model, "-o", "b.safetensors") == 0
-    assert torch.equal(Edit.load("a.safetensors").delta(1).dense(), Edit.load("b.safetensors").delta(1).dense())
+    assert torch.equal(Edit.load("a.safetensors").deltas[1].dense(), Edit.load("b.safetensors").deltas[1].dense())
     assert run(*args, "--layers", "2", "--tokens", "20", "--model", model) == 2  # other statistics are asked for
 
 

@@ -133,5 +133,5 @@ HARM = {"other facts lost", "neighbors lost", "language lost"}
 def test_what_is_no_good_edit_is_found(method, change, found, smollm2, facts, edits):
     """Each complaint is heard at least once, so none of them is deaf."""
     edit = edits[method]
-    wrecked = replace(edit, deltas=dict(change(layer, delta) for layer, delta in edit.deltas.items()), keys={})
+    wrecked = replace(edit, changes=dict(change(layer, delta) for layer, delta in edit.deltas.items()), keys={})
     assert found <= complaints(smollm2, facts, wrecked)

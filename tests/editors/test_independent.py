@@ -31,7 +31,7 @@ def edit(editor, lm, facts=FACTS, **options):
 def test_each_is_the_edit_of_its_fact_alone(family, name):
     lm, editor = tiny_lm(family, torch.float64), EDITORS[name]
     together = edit(editor, lm, independent=True)
-    assert together.owners is not None and len(together.facts) == len(FACTS)
+    assert together.independent and len(together.facts) == len(FACTS)
     for i, fact in enumerate(FACTS):
         mine, alone = together.only(i), edit(editor, lm, [fact])
         assert mine.facts == alone.facts and mine.layers == alone.layers

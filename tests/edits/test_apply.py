@@ -55,7 +55,7 @@ def test_the_edited_layer_computes_with_the_delta():
     edit, module, x = make_edit(model), projection(model, 2), torch.randn(3, D_FF)
     base = module(x)
     with edit.apply(model):
-        torch.testing.assert_close(module(x), base + x @ edit.delta(2).dense().T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module(x), base + x @ edit.deltas[2].dense().T, rtol=1e-4, atol=1e-4)
 
 
 @each_model
@@ -251,7 +251,7 @@ def test_apply_writes_what_written_delta_says(model):
     before = {layer: as_out_in(projection(model, layer)).detach().clone() for layer in edit.layers}
     with edit.apply(model):
         for layer, weight in before.items():
-            written = written_delta(weight, edit.delta(layer), weight.dtype)
+            written = written_delta(weight, edit.deltas[layer], weight.dtype)
             now = as_out_in(projection(model, layer))
             # fp32: the difference of two fp32 numbers may need more digits than fp32 has.
             assert torch.allclose(now.float(), weight.float() + written.delta, rtol=1e-6, atol=1e-6)

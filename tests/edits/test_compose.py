@@ -111,7 +111,7 @@ def test_it_says_what_it_is_made_of():
     one = make_edit(provenance={"who": "Ana"})
     other, third = ({1: lowrank(seed=seed), 2: lowrank(seed=seed + 1)} for seed in (11, 21))
     two = make_edit(
-        deltas=other, method="rome", hparams={"layers": [2]}, contexts=[["{}"]], facts=FACTS[:1], values=None, keys={}
+        changes=other, method="rome", hparams={"layers": [2]}, contexts=[["{}"]], facts=FACTS[:1], values=None, keys={}
     )
     three = make_edit(deltas=third)
     made = compose([compose([one, two]), three])
@@ -146,7 +146,7 @@ def test_a_composition_is_saved_and_is_built_on(tmp_path):
     [
         ([], ValueError, "edits is empty; expected Edits"),
         (["edit.safetensors"], TypeError, "Edit.load reads a file"),
-        ([make_edit(), owned_edit()], ValueError, r"edit 2 holds 2 independent edits.*edit.only\(i\).*--independent"),
+        ([make_edit(), owned_edit()], ValueError, r"2 independent edits.*edit 2 of 2.*edit.only\(i\).*--independent"),
         ([owned_edit()], ValueError, r"edit.only\(i\)"),
         ([make_edit(fingerprint="a"), make_edit(fingerprint="b")], ValueError, "made for model b, the first one for a"),
         (
@@ -165,7 +165,7 @@ def test_the_order_is_checked():
     one = make_edit()
     two = make_edit(deltas={2: lowrank(seed=9)}, provenance={"on_top_of": [{"digest": digest(one)}]})
     assert len(compose([one, two]).facts) == 4
-    for wrong in ([two, one], [replace(one, deltas={1: lowrank(seed=8)}), two]):
+    for wrong in ([two, one], [replace(one, changes={1: lowrank(seed=8)}), two]):
         with pytest.raises(ValueError, match="was made on top of"):
             compose(wrong)
 

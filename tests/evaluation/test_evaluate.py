@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport, evaluate
@@ -245,7 +246,7 @@ def test_what_is_no_edit_or_lacks_what_it_stands_on_is_refused(lm):
         evaluate(lm, facts, "edit.safetensors")
     first = Edit("test", {}, lm.fingerprint, tuple(facts), {0: LowRank(torch.zeros(D_MODEL, 1), torch.zeros(D_FF, 1))})
     below = {"on_top_of": [{"digest": digest(first)}]}
-    second = dataclasses.replace(first, deltas={1: first.deltas[0]}, provenance=below)
+    second = dataclasses.replace(first, changes={1: first.deltas[0]}, provenance=below)
     with pytest.raises(ValueError, match=r"made on top of edit .* no edit; give the whole chain"):
         evaluate(lm, facts, second)
     assert evaluate(lm.with_edit(first), facts, second).edited is not None
@@ -383,7 +384,7 @@ def make_owned(lm, facts):
     """Each fact owns one factor in layers 1 and 2."""
     n = len(facts)
     deltas = {layer: lowrank(layer, scale=0.6, rank=n) for layer in (1, 2)}
-    return make_edit(lm, facts, deltas, owners={layer: torch.arange(n).flip(0) for layer in deltas})
+    return make_edit(lm, facts, weight_changes(deltas, torch.arange(n).flip(0)))
 
 
 def test_independent_edits_are_each_facts_own(lm):

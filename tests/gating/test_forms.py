@@ -58,14 +58,14 @@ def test_a_chain_is_rounded_edit_by_edit():
     model = tiny_model("llama", torch.bfloat16)
     lm = open_tiny(model)
     edits = [make_edit(model, {2: lowrank(seed=s, scale=0.01)}) for s in (1, 2)]
-    before, after = chain_deltas(lm, edits, torch.bfloat16)[2]
+    before, after = chain_deltas(lm, edits, torch.bfloat16)[2, "down"]
     want = lm.source.weight(2, "down").detach()
     for edit in edits:
         want = edited_weight(want, edit.deltas[2])
     assert torch.equal(after, want) and torch.equal(before, lm.source.weight(2, "down").detach())
     both = LowRank(*(torch.cat([getattr(e.deltas[2], p) for e in edits], 1) for p in "uv"))
     assert not torch.equal(after, edited_weight(before, both))  # rounded once, it is another matrix
-    assert growth({2: (before, after)})[2] == pytest.approx(
+    assert growth({(2, "down"): (before, after)})[2] == pytest.approx(
         float((after.double() - before.double()).norm() / before.double().norm())
     )
 

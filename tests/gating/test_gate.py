@@ -51,7 +51,8 @@ def passed(lm):
 
 def independent(edit):
     """The edit, said to be of facts that do not see each other."""
-    return dataclasses.replace(edit, owners={layer: torch.zeros(1, dtype=torch.int64) for layer in edit.deltas})
+    owners = torch.zeros(1, dtype=torch.int64)
+    return dataclasses.replace(edit, changes=[dataclasses.replace(change, owners=owners) for change in edit.changes])
 
 
 def verdicts(report):
@@ -353,7 +354,7 @@ def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
         (lambda lm, e: dict(requantize="int3"), ValueError, "expected one of int8, int4"),
         (lambda lm, e: dict(requantize="int8", written=None), ValueError, "after it was written"),
         (lambda lm, e: dict(edit=dataclasses.replace(e, facts=())), ValueError, "no fact with a target_new"),
-        (lambda lm, e: dict(edit=independent(e)), ValueError, r"without --independent, or .* edit\.only\(i\)"),
+        (lambda lm, e: dict(edit=independent(e)), ValueError, r"edit\.only\(i\).*--independent"),
         (lambda lm, e: dict(suite=Suite(facts=(dataclasses.replace(FACT, target_new="Oslo"),))), ValueError, "'Oslo'"),
     ],
 )

@@ -152,7 +152,7 @@ def edit_files(folder: Path) -> list[Case]:
     for version in ("kedit_fast.edit 9", "kedit_fast.moment 1", "", "x"):
         save_file(tensors, folder / f"v{version[-1:]}{len(version)}.safetensors", {"format": version})
         made.append(_read(kf.Edit.load, folder / f"v{version[-1:]}{len(version)}.safetensors"))
-    flat = dataclasses.replace(edit, deltas={1: Dense(torch.ones(3, 5))}, values=None)
+    flat = dataclasses.replace(edit, changes={1: Dense(torch.ones(3, 5))}, values=None)
     for name, use in {"with_edit": things().lm.with_edit, "apply": lambda e: e.apply(things().model)}.items():
         made.append(Case(f"{name} of an edit of another shape", lambda use=use: use(flat)))
     bad = str(folder / "nan.safetensors")

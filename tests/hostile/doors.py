@@ -150,8 +150,8 @@ def doors(folder) -> list[Door]:
         Door("EvalReport.load", _with(kf.EvalReport.load), dict(path="path")),
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),
-        Door("Edit", _with(kf.Edit, method="m", hparams={}, fingerprint="", facts=(), deltas={}), dict(
-            method="words", hparams="dict", fingerprint="words", facts="dict", deltas="dict",
+        Door("Edit", _with(kf.Edit, method="m", hparams={}, fingerprint="", facts=(), changes={}), dict(
+            method="words", hparams="dict", fingerprint="words", facts="dict", changes="dict",
             provenance="dict", keys="dict")),
         Door("Edit.only", _with(t.edit.only), dict(i="whole")),
         Door("Edit.load", _with(kf.Edit.load), dict(path="path")),

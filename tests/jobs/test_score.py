@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
@@ -73,7 +74,7 @@ def test_independent_edits_need_an_owner(lm):
     generator = torch.Generator().manual_seed(0)
     delta = LowRank(*(torch.randn(n, 1, generator=generator) for n in (D_MODEL, D_FF)))
     fact = Fact("{} is", "Big Ben", "Rome")
-    owned = Edit("by hand", {}, lm.fingerprint, (fact,), {2: delta}, owners={2: torch.tensor([0])})
+    owned = Edit("by hand", {}, lm.fingerprint, (fact,), [WeightChange(2, delta, owners=torch.tensor([0]))])
     for read in (next_token_probs, text_logprobs):
         with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
             read(lm.with_edit(owned), [TOKENS[:5]])

@@ -83,7 +83,7 @@ def test_an_edit_of_another_model_is_refused():
     edit = make_edit(tiny_model("llama", seed=1))
     with pytest.raises(ValueError, match=r"was made on llama-4-48-\w+ and the model is llama-4-48-"):
         tiny_lm("llama").with_edit(edit)
-    deep = replace(make_edit(), deltas={9: make_edit().deltas[2]}, keys={})
+    deep = replace(make_edit(), changes={9: make_edit().deltas[2]}, keys={})
     with pytest.raises(ValueError, match="layer 9 is out of range: this model has layers 0 to 3"):
         tiny_lm("llama").with_edit(deep)
 

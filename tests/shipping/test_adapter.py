@@ -285,7 +285,7 @@ def test_an_adapter_that_was_changed_or_is_none_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "make, says",
     [
-        (owned_edit, r"export_peft\(edit\.only\(i\).*--independent"),
+        (owned_edit, r"edit\.only\(i\).*--independent"),
         (lambda model: make_edit(model, deltas={}), "changes nothing"),
         (lambda model: make_edit(model, deltas={1: LowRank(torch.zeros(D_MODEL, 0), torch.zeros(D_FF, 0))}), "nothing"),
         (lambda model: low_rank_edit(None), "which model it was made: export_peft"),

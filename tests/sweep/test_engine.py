@@ -16,7 +16,7 @@ from kedit_fast.sweep.edited import add_edited
 from kedit_fast.sweep.engine import ALL, sweep
 from kedit_fast.sweep.plan import PLACE, RowCost
 from kedit_fast.sweep.runs import NEVER, RunList, add_sequences
-from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.sites import IN, OUT, Site, sites_of
 from kedit_fast.sweep.store import KVStore
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.make import bits, lowrank, make_edit, same_bits
@@ -99,8 +99,8 @@ def test_model_is_left_as_it_was(family, site):
 
     model = disturbed(family)
     lm, before, weights = open_tiny(model), state(model), bits(model)
-    with contextlib.nullcontext() if site is None else pytest.raises(ZeroDivisionError):
-        sweep(lm, packed()[0], [Watch(fail, *Site)])
+    with pytest.raises(ZeroDivisionError) if site in sites_of(lm.family) else contextlib.nullcontext():
+        sweep(lm, packed()[0], [Watch(fail, *sites_of(lm.family))])
     assert state(model) == before and same_bits(model, weights)
     close("a sweep after it", logits(lm), hugging_faces(tiny_lm(family).model))
 
@@ -317,7 +317,7 @@ def test_a_block_is_left_when_all_has_been_seen():
         close("mlp_out", down(got), collect(tiny_lm("llama"), runs, Site.mlp_out, [2], *places)[2])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "llama", "gemma3", "phi3"])
 def test_sites_are_hugging_faces_modules(family):
     lm, ids = tiny_lm(family), TEXTS[0]
     runs = RunList()
@@ -328,7 +328,9 @@ def test_sites_are_hugging_faces_modules(family):
     modules = {
         Site.embed: lm.model.get_input_embeddings(), Site.layer_out: block,
         Site.attn_out: module_at(block, entry.attn_proj), Site.mlp_out: module_at(block, entry.mlp_down),
+        **{OUT[role]: module_at(block, path) for role, path in entry.roles.items()},
     }  # fmt: skip
+    into = {IN[role]: OUT[role] for role in entry.roles}  # whose input it is
 
     def keep(site):
         return lambda module, args, out: seen.update({site: (args, out[0] if isinstance(out, tuple) else out)})
@@ -337,9 +339,10 @@ def test_sites_are_hugging_faces_modules(family):
     hugging_faces(lm.model, [ids])
     for hook in hooks:
         hook.remove()
-    for site in Site:
+    for site in (*modules, *into):
         layer = 0 if site is Site.embed else 1
-        wanted = seen[Site.mlp_out][0][0] if site is Site.mlp_key else seen[site][1]
+        wanted = seen[into[site]][0][0] if site in into else seen[site][1]
+        assert wanted.shape[-1] == lm.width_of(site)
         close(f"{family} {site}", collect(lm, runs.runs(), site, [layer], *places)[layer], wanted[0])
 
 

@@ -1,0 +1,315 @@
+"""What an edit changes: each kind of change says where it acts, and gives the job that acts in a sweep.
+
+    WeightChange(5, LowRank(u, v))                        # Δ of a down projection, what ROME and MEMIT make
+    WeightChange(5, Dense(delta), role="up")              # of another matrix of the MLP (Family.roles)
+    MemoryChange(5, keys, values, radius)                 # rows near a key become its value (GRACE, WISE)
+
+The engine knows jobs only, and an edit's file names the kinds only: a new kind is a class here and its entry in KINDS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from kedit_fast.basics.words import counted
+from kedit_fast.edits.deltas import FLOATS, Delta, Dense, LowRank
+from kedit_fast.model.family import check_layer
+from kedit_fast.sweep.rows import Call
+from kedit_fast.sweep.sites import IN, OUT, Site
+
+
+class Change(Protocol):
+    """One thing that an edit changes. Acts on rows of edited runs alone, those whose owner is 0 or more.
+
+    kind: as files call it; layer: the first whose rows it changes
+    owners: None, or [r] int64: the fact that each of its r parts belongs to (independent edits)
+    """
+
+    kind: ClassVar[str]
+    layer: int
+    owners: Tensor | None
+
+    def job(self):
+        """The job that makes the change in a sweep."""
+
+    def check(self, lm) -> None:
+        """Raises ValueError where the change does not fit a model."""
+
+    def only(self, fact: int) -> "Change | None":
+        """What belongs to one fact, which nobody owns any more; None where nothing does."""
+
+    def record(self) -> dict:
+        """What a file says of it, ready for JSON, beside ``tensors``."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+
+    @classmethod
+    def of(cls, record: dict, tensors: dict[str, Tensor]) -> "Change":
+        """The change of a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightChange:
+    """Δ [out, in] of one matrix of a layer's MLP: y + x Δᵀ for its input x and output y.
+
+    role: which matrix, a name of ``Family.roles``; owners: [r] of a low-rank Δ's factors. Raises ValueError where these
+    do not fit each other or Δ is not finite.
+    """
+
+    layer: int
+    delta: Delta
+    role: str = "down"
+    owners: Tensor | None = None
+    kind: ClassVar[str] = "weight"
+
+    def __post_init__(self):
+        _check_layer(self.layer)
+        if not isinstance(self.delta, LowRank | Dense) or self.role not in OUT:
+            raise ValueError(
+                f"layer {self.layer}: expected a LowRank or Dense and one of the roles {', '.join(OUT)}, got "
+                f"{self.delta!r} and {self.role!r}"
+            )
+        _check_finite(f"deltas of layer {self.layer}", vars(self.delta).values())
+        if self.owners is not None and not isinstance(self.delta, LowRank):
+            raise ValueError(f"owners of layer {self.layer}: a LowRank has factors to own; delta is {self.delta!r}")
+        _check_owners(self, "factor", 0 if self.owners is None else self.delta.rank)
+
+    @property
+    def nbytes(self) -> int:
+        return self.delta.nbytes
+
+    def job(self) -> "Adding":
+        """Adds x Δᵀ to the matrix's output."""
+        return Adding(self)
+
+    def check(self, lm) -> None:
+        """Raises ValueError for a layer or a role that the model does not have, and for another shape."""
+        check_layer(self.layer, lm.n_layers)
+        expected = lm.shape_of(self.role)
+        if self.delta.shape != expected:
+            raise ValueError(
+                f"layer {self.layer}: the edit changes a weight of {list(self.delta.shape)}, this model's is "
+                f"{list(expected)} ([out, in]); it was made for another model"
+            )
+
+    def only(self, fact: int) -> "WeightChange | None":
+        """The factors of one fact."""
+        mine = self.owners == fact
+        if not mine.any():
+            return None
+        return replace(self, delta=LowRank(self.delta.u[:, mine], self.delta.v[:, mine]), owners=None)
+
+    def record(self) -> dict:
+        """Layer and role."""
+        return {"layer": self.layer, "role": self.role}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """u and v, or delta; and owners."""
+        return vars(self.delta) | ({} if self.owners is None else {"owners": self.owners})
+
+    @classmethod
+    def of(cls, record: dict, tensors: dict[str, Tensor]) -> "WeightChange":
+        """The change of a file."""
+        owners = tensors.pop("owners", None)
+        return cls(**record, delta=(Dense if "delta" in tensors else LowRank)(**tensors), owners=owners)
+
+
+class Adding:
+    """The job of a WeightChange: keeps the matrix's input, and adds x Δᵀ to its output in the same call."""
+
+    def __init__(self, change: WeightChange):
+        self.change, self.enter, self.leave = change, IN[change.role], OUT[change.role]
+        self._x: Tensor | None = None
+
+    def sites(self, layer: int) -> tuple[Site, ...]:
+        return (self.enter, self.leave) if layer == self.change.layer else ()
+
+    def reads(self, layer: int) -> None:
+        return None
+
+    def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
+        if site is self.enter:
+            self._x = x
+            return None
+        x, self._x, y = self._x, None, x
+        rows, owner = _acted(call, y)
+        if rows is None:
+            return None
+        delta, owners = self.change.delta.to(y.device), self.change.owners
+        every = len(rows) == len(y)
+        chosen = (y, x) if every else (y[rows], x[rows])
+        changed = delta.add_to(*chosen, None if owners is None else owner, owners)
+        return changed if every else y.index_copy(0, rows, changed)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryChange:
+    """Rows at a site become a remembered value where they come within the radius of its key; else they stay.
+
+    keys, values: [n, width] of the site; radius: [n], in the Euclidean distance of fp32 rows; of several keys that are
+    near, the nearest counts. owners: [n]. Raises ValueError where these do not fit each other or are not finite.
+    """
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    radius: Tensor
+    site: Site = Site.layer_out
+    owners: Tensor | None = None
+    kind: ClassVar[str] = "memory"
+
+    def __post_init__(self):
+        _check_layer(self.layer)
+        object.__setattr__(self, "site", Site(self.site))
+        n, tensors = len(self.keys), (self.keys, self.values, self.radius)
+        if self.keys.ndim != 2 or self.values.shape != self.keys.shape or self.radius.shape != (n,):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise ValueError(f"a memory's keys, values, radius: expected [n, width] twice and [n], got {shapes}")
+        if not all(tensor.dtype in FLOATS for tensor in tensors):
+            raise ValueError(f"a memory holds floats, got {', '.join(str(tensor.dtype) for tensor in tensors)}")
+        _check_finite(f"the memory at layer {self.layer}", tensors)
+        _check_owners(self, "key", n)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.radius))
+
+    def job(self) -> "Remembering":
+        """Puts values in the place of rows that are near their keys."""
+        return Remembering(self)
+
+    def check(self, lm) -> None:
+        """Raises ValueError for a layer that the model does not have, and for another width than the site's."""
+        check_layer(self.layer, lm.n_layers)
+        width = lm.width_of(self.site)
+        if self.keys.shape[1] != width:
+            raise ValueError(
+                f"layer {self.layer}: the memory's keys are {self.keys.shape[1]} wide, this model's {self.site.value} "
+                f"{width}; it was made for another model"
+            )
+
+    def only(self, fact: int) -> "MemoryChange | None":
+        """The keys of one fact."""
+        mine = self.owners == fact
+        if not mine.any():
+            return None
+        chosen = {name: getattr(self, name)[mine] for name in ("keys", "values", "radius")}
+        return replace(self, **chosen, owners=None)
+
+    def record(self) -> dict:
+        """Layer and site."""
+        return {"layer": self.layer, "site": self.site.value}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """keys, values and radius; and owners."""
+        found = {"keys": self.keys, "values": self.values, "radius": self.radius}
+        return found | ({} if self.owners is None else {"owners": self.owners})
+
+    @classmethod
+    def of(cls, record: dict, tensors: dict[str, Tensor]) -> "MemoryChange":
+        """The change of a file."""
+        return cls(**record, **tensors)
+
+
+class Remembering:
+    """The job of a MemoryChange."""
+
+    def __init__(self, change: MemoryChange):
+        self.change = change
+
+    def sites(self, layer: int) -> tuple[Site, ...]:
+        return (self.change.site,) if layer == self.change.layer else ()
+
+    def reads(self, layer: int) -> None:
+        return None
+
+    def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
+        rows, owner = _acted(call, x)
+        if rows is None or not len(self.change.keys):
+            return None
+        keys, values, radius = (
+            tensor.to(x.device, torch.float32) for tensor in (self.change.keys, self.change.values, self.change.radius)
+        )
+        distance = torch.cdist(x[rows].float(), keys, compute_mode="donot_use_mm_for_euclid_dist")
+        if self.change.owners is not None:
+            distance.masked_fill_((owner[:, None] != self.change.owners).to(x.device), torch.inf)
+        least, nearest = distance.min(1)
+        near = least <= radius[nearest]
+        return x.index_copy(0, rows[near], values[nearest[near]].to(x.dtype))
+
+
+KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange)}
+
+
+def weight_changes(deltas: dict[int, Delta], owner: Tensor | None = None) -> tuple[WeightChange, ...]:
+    """Changes of down projections, a layer each, ascending; owner: [r], whose factors these are, the same for all."""
+    return tuple(WeightChange(layer, delta, owners=owner) for layer, delta in sorted(deltas.items()))
+
+
+def only_weights(edit, what: str) -> list[WeightChange]:
+    """The changes of an edit, where each is one of weights and acts on every text.
+
+    what: is done with them, for the refusal: "a checkpoint answers for all facts". Raises ValueError, with the way out,
+    for independent edits, and for changes of other kinds.
+    """
+    refuse_independent(edit, what)
+    other = next((change for change in edit.changes if not isinstance(change, WeightChange)), None)
+    if other is not None:
+        raise ValueError(
+            f"this edit holds a {other.kind} at layer {other.layer}, which is no change of weights, and {what}: serve "
+            "it with lm.with_edit(edit) (kedit-fast generate --edit), which acts in every sweep"
+        )
+    return list(edit.changes)
+
+
+def refuse_independent(edit, what: str) -> None:
+    """Raises ValueError, with the way out, for independent edits; what: as in ``only_weights``."""
+    if edit.independent:
+        raise ValueError(
+            f"this edit holds {counted(len(edit.facts), 'independent edit')}, each for its own fact, and {what}: take "
+            "one, edit.only(i), or make the edit without independent=True (--independent)"
+        )
+
+
+def _acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(rows [k] of a call that edits act on, whose each is [k]); None where there is none."""
+    owner = call.owner
+    acted = (owner >= 0).nonzero()[:, 0]
+    return (acted.to(x.device), owner[acted]) if len(acted) else (None, None)
+
+
+# ---- checks
+
+
+def _check_layer(layer) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"a change's layer: expected a whole number from 0 on, got {layer!r}")
+
+
+def _check_finite(what: str, tensors) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ValueError(f"{what} hold NaN or infinity; such an edit would spoil every answer")
+
+
+def _check_owners(change: Change, what: str, n: int) -> None:
+    owners = change.owners
+    if owners is not None and (owners.dtype != torch.int64 or owners.shape != (n,)):
+        raise ValueError(
+            f"owners of layer {change.layer}: expected int64, one for each of {n} {what}s; got {owners.dtype} "
+            f"{list(owners.shape)}"
+        )
+
+
+def check_owners(changes: Sequence[Change], n_facts: int) -> None:
+    """Raises ValueError where only some of an edit's changes have owners, or one is no fact of it."""
+    owned = [change.owners for change in changes if change.owners is not None]
+    if owned and len(owned) < len(changes):
+        raise ValueError(f"{len(owned)} of {len(changes)} changes have owners; expected all of them, or none")
+    for change in changes:
+        owners = change.owners
+        if owners is not None and owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < n_facts:
+            raise ValueError(f"owners of layer {change.layer}: expected fact indices 0 to {n_facts - 1}")

@@ -48,10 +48,8 @@ FORMAT, VERSION = "kedit_fast.peft", "1"
 class Adapter:
     """What ``export_peft`` wrote.
 
-    folder: where; rank: r, the same for all layers; ranks: {layer: factors that are not padding}, of another matrix
-    than the down projection {"5 up": ...}; errors: {layer: ‖Δ - what is kept of it‖ / ‖Δ‖}, 0.0 where nothing was left
-    out
-    base: the model that the adapter names as its base, "" for none
+    folder: where; rank: r, the same for all; ranks: {layer: factors that are not padding}, {"5 up": ...} of another
+    matrix than the down projection; errors: {layer: ‖Δ - what is kept of it‖ / ‖Δ‖}; base: its name, "" for none
     """
 
     folder: Path
@@ -108,8 +106,8 @@ def export_peft(
         u, v = _balanced(delta)
         tensors[f"base_model.model.{path}.lora_A.weight"] = _padded(v, rank).T.contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = _padded(u, rank)
-    ranks = {_named(place): delta.rank for place, (delta, _) in cut.items()}
-    errors = {_named(place): error for place, (_, error) in cut.items()}
+    ranks = {_named(*place): delta.rank for place, (delta, _) in cut.items()}
+    errors = {_named(*place): error for place, (_, error) in cut.items()}
     with new_folder(folder) as unfinished:
         with named(unfinished / WEIGHTS):  # save_file would tell its failures in an error of its own, without errno
             (unfinished / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -163,9 +161,8 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
     return record
 
 
-def _named(place: tuple[int, str]) -> int | str:
+def _named(layer: int, role: str) -> int | str:
     """A matrix by its layer, and by its role where that is not the usual one."""
-    layer, role = place
     return layer if role == "down" else f"{layer} {role}"
 
 

@@ -127,7 +127,7 @@ def test_contexts_are_sampled_and_statistics_measured_once(monkeypatch):
         return cases.moments()
 
     monkeypatch.setattr(kf.Memit, "_contexts", contexts)
-    monkeypatch.setattr("kedit_fast.moments.second_moment.given.second_moments", measured)
+    monkeypatch.setattr("kedit_fast.moments.given.second_moments", measured)
     found = list(in_rounds(lm, contexts=None, moments=None, corpus="self", per_round=2))
     assert counts == {"contexts": 1, "moments": 1}
     given = list(in_rounds(lm, per_round=2))

@@ -173,7 +173,7 @@ def memit_part(ground: Ground, n: int) -> Measured:
     with phase_times() as phases:
         ours = timed(ground.memit.edit, lm, facts, moments=moments, contexts=ground.groups)
     rivals += [loop.value(fact, layers[-1], "layer_out", twice=True) for fact in facts[1 : ground.measured]]
-    made, steps = ours.result, torch.tensor(ours.result.provenance["values"]["steps"])
+    made, steps = ours.result, torch.tensor(ours.result.provenance["found"]["steps"])
     in_fp64 = ground.in_fp64(loop, ground.memit._value_settings(lm))
     agreed = check_values(facts, [r.result for r in rivals], made.values.to(lm.device), steps, in_fp64)
     delta = _check_layer_loop(ground, facts, [r.result for r in rivals])
@@ -233,7 +233,7 @@ def _check_layer_loop(ground: Ground, facts: list[Fact], values: list[Value]) ->
 def _loop_phases(ground: Ground, loop: Loop, facts, made: kf.Edit, rivals: list[Timing]) -> dict[str, Timing]:
     """Seconds of each phase of the published procedure for all facts."""
     layers, some, n = ground.memit.layers, facts[: _key_facts(ground, len(facts))], len(facts)
-    steps = made.provenance["values"]["steps"]
+    steps = made.provenance["found"]["steps"]
     reads = [timed(loop.keys, some, layers[0]), timed(loop.current, some, layers[-1])]
     parts, whole = loop.read_slots(some), loop.read_slots(facts)
     factors = [len(layers) * w / p for p, w in zip(parts, whole, strict=True)]

@@ -24,7 +24,7 @@ def make_now(name: str, make: Make) -> dict[str, Tensor]:
 
 
 def check_checkpoint(folder) -> Path:
-    """The folder, if it is a checkpoint or can become one; raises as ``Checkpoint``, which also knows of what work."""
+    """The folder, if it is a checkpoint or can become one; raises as ``Parts``, which also knows of what work."""
     folder = check_folder(folder)
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"{folder} cannot be made: there is no folder {folder.parent}; make it first")
@@ -34,7 +34,7 @@ def check_checkpoint(folder) -> Path:
     return folder
 
 
-class Checkpoint:
+class Parts:
     """A ``Keep`` over a folder: a part that is there is read, one that is not is made and written, whole or not at all.
 
     folder: made if need be; its parent must exist

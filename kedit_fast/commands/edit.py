@@ -73,13 +73,17 @@ def run(args) -> int:
 def say_layers(edit: Edit, d_ff: int) -> None:
     """g and fit of each layer: how much of what is asked the layer can give."""
     weight = edit.hparams.get("L2", edit.hparams.get("mom2_update_weight"))
-    rows = []
-    for layer, notes in edit.provenance["layers"].items():
-        notes = notes if isinstance(notes, list) else [notes]  # ROME: one a fact
-        if not all("g" in each for each in notes):  # without statistics
-            continue
-        g, fit = mean(each["g"] for each in notes), mean(each.get("fit", 1.0) for each in notes)
-        rows.append((layer, f"{g:,.0f}", f"{g / d_ff:.2f}", f"{fit:.2f}", f"{notes[0]['condition']:.2g}"))
+    rows = [
+        (
+            layer,
+            f"{notes['g']:,.0f}",
+            f"{notes['g'] / d_ff:.2f}",
+            f"{notes.get('fit', 1):.2f}",
+            f"{notes['condition']:.2g}",
+        )
+        for layer, notes in edit.provenance["layers"].items()
+        if "g" in notes  # with statistics
+    ]
     if rows:
         say(table(("layer", "g", "g / d_ff", "fit", "condition of C"), rows))
         why = f"g / (g + {weight:,.0f})" if weight else "1: ROME writes the value exactly"
@@ -91,10 +95,11 @@ def say_facts(edit: Edit) -> None:
     """How the value of each fact was found (steps, and the probability of the new answer with it in place), and what
     the model with the edit says: P(new), its likeliest answer."""
     asked = edit.provenance["written"]
+    found = edit.provenance["found"]
     rows = [
         (fact.label, fact.target_new or "", str(steps), f"{at_value:.3f}", f"{p_new:.3f}", repr(says))
-        for fact, (steps, at_value), p_new, says in zip(
-            edit.facts, found_values(edit), asked["p_new"], asked["says"], strict=True
+        for fact, steps, at_value, p_new, says in zip(
+            edit.facts, found["steps"], found["p_new"], asked["p_new"], asked["says"], strict=True
         )
     ]
     say(table(("fact", "new answer", "steps", "P(new) at the value", "P(new)", "it says"), rows[:SHOWN]))
@@ -103,12 +108,3 @@ def say_facts(edit: Edit) -> None:
         say(f"... and {len(rows) - SHOWN} more; P(new) of all: mean {mean(p_new):.3f}, least {min(p_new):.3f}")
     written = sum(asked["written"])
     say(f"written: {written} of {len(rows)} facts; P(new), it says: of the model with the edit")
-
-
-def found_values(edit: Edit) -> list[tuple[int, float]]:
-    """(steps, P(new) at the value found) of each fact."""
-    values = edit.provenance.get("values") or edit.provenance.get("facts")
-    if values:  # MEMIT: one value a fact; fine-tuning: where each fact ended
-        return list(zip(values["steps"], values["p_new"], strict=True))
-    last = list(edit.provenance["layers"].values())[-1]
-    return [(notes["steps"], notes["p_new"]) for notes in last]

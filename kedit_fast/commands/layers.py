@@ -7,7 +7,7 @@ from kedit_fast.commands.experiments import check_method, check_picture
 from kedit_fast.commands.inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, statistics
 from kedit_fast.commands.outputs import check_distinct, check_output, fresh_log, say, say_written, table, write_reports
 from kedit_fast.editors import EDITORS
-from kedit_fast.editors.common import check_lengths
+from kedit_fast.editors.checks import check_lengths
 from kedit_fast.editors.contexts import BARE
 from kedit_fast.experiments.by_layer import LayerSweep, sweep_layers
 from kedit_fast.facts.fact import check_facts

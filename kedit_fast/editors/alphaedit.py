@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
+from kedit_fast.editors.contexts import memit_contexts
+from kedit_fast.editors.editor import Work, Written
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.memit import Memit, early_middle, solved, with_kept
+from kedit_fast.editors.located import Located
+from kedit_fast.editors.memit import check_order, early_middle, kept_keys, solved, spread, with_kept
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.given import described
 from kedit_fast.moments.second_moment import SecondMoment
 
 
 @dataclass(frozen=True)
-class AlphaEdit(Memit):
-    """MEMIT's hyper-parameters, and
+class AlphaEdit(Located):
+    """MEMIT's hyper-parameters (see ``Memit`` and ``Located``), and
 
     nullspace_threshold: eigenvalues of C below it are the null space; in units of C, so it fits one kind of model.
         0: take ``nullspace_share`` instead
@@ -37,20 +41,25 @@ class AlphaEdit(Memit):
     coordinates in fp64, which is the same Δ.
     """
 
+    mom2_update_weight: float = 15_000
+    keep_previous: bool = True
     nullspace_threshold: float = 2e-2
     nullspace_share: float = 0.9
     L2: float = 10.0
 
     METHOD: ClassVar = "alphaedit"
+    STAGES: ClassVar = ("optimizing values", "solving layers")
     ALG_NAMES: ClassVar = {"AlphaEdit": {}}
-    POSITIVE: ClassVar = (*Memit.POSITIVE, "L2")
+    POSITIVE: ClassVar = (*Located.POSITIVE, "mom2_update_weight", "L2")
 
     def __post_init__(self):
         super().__post_init__()
         checks.number("nullspace_share", self.nullspace_share, above=0, most=1, like=0.9)
 
-    def _check(self, lm) -> None:
-        super()._check(lm)
+    def check(self, lm) -> None:
+        """Raises ValueError for layers that do not fit, and without second moments."""
+        super().check(lm)
+        check_order(self.layers)
         if not self.mom2_adjustment:
             raise ValueError("mom2_adjustment False: AlphaEdit needs second moments, for its null space is theirs")
 
@@ -66,20 +75,30 @@ class AlphaEdit(Memit):
         derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source)
         return published(PUBLISHED, lm) or derived
 
-    def _check_moments(self, moments) -> None:
+    def check_moments(self, moments) -> None:
+        """Raises ValueError where a null space is empty."""
         for moment in moments.values():
             self._null_space(moment)  # an empty one is an error before any work
 
-    def _update(self, lm, moment: SecondMoment, k: Tensor, residual: Tensor, earlier: list[Tensor], alone: bool):
-        space = self._null_space(moment).to(lm.device)
+    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+        """As MEMIT's."""
+        return memit_contexts(lm, self.context_template_length_params, seed=seed)
+
+    def write(self, work: Work) -> Written:
+        """MEMIT's algorithm 1 with the system above."""
+        return spread(work, self, self._update)
+
+    def _update(self, work: Work, layer: int, k: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """(u, v, notes) of Δ = u vᵀ, solved in the null space's coordinates x = k U."""
+        moment = work.moments[layer]
+        space = self._null_space(moment).to(work.lm.device)
+        earlier = kept_keys(work.lm, layer) if self.keep_previous else []
         x, earlier = k @ space, [keys.to(space) @ space for keys in earlier]
         kept = factor(with_kept(torch.eye(space.shape[1]).to(space), earlier, self.L2), self.L2)
-        u, v = solved(kept, x, residual, alone)
-        used = x.square().sum(1).mean().item()
-        return u, space @ v, {
-            "null_space": space.shape[1] / len(space), "g": used, "fit": used / (used + self.L2),
-            "condition": kept.condition,
-        }  # fmt: skip
+        u, v = solved(kept, x, residual, work.independent)
+        g = x.square().sum(1).mean().item()
+        notes = {"null_space": space.shape[1] / len(space), "g": g, "fit": g / (g + self.L2)}
+        return u, space @ v, notes | {"condition": kept.condition} | described(moment)
 
     def _null_space(self, moment: SecondMoment) -> Tensor:
         """U [d_ff, r] fp64, orthonormal columns."""

@@ -1,56 +1,97 @@
-"""What an editor does around its paper's algorithm: checks before any work, contexts, statistics, the Edit."""
+"""What every editor is, and what is done around its paper's algorithm: checks before any work, contexts, statistics,
+parts that are kept, the Edit.
+
+A new editor is one file: a frozen dataclass of its hyper-parameters whose ``write`` gives what it changes, and an entry
+in ``EDITORS``. What it needs it says in class variables; what it checks besides, in ``check`` and ``check_moments``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
-from kedit_fast.basics.parts import Checkpoint, Keep, check_checkpoint, digest, keep_json, make_now
+from kedit_fast.basics.parts import Keep, Parts, check_checkpoint, digest, keep_json, make_now
 from kedit_fast.basics.progress import stages
-from kedit_fast.editors.hyperparameters import Settings
+from kedit_fast.editors.checks import check_lengths, checked_facts
+from kedit_fast.editors.contexts import BARE, checked_contexts
+from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.editors.written import ASKING, with_written
-from kedit_fast.edits.chain import chain
-from kedit_fast.edits.changes import weight_changes
-from kedit_fast.edits.deltas import Delta
+from kedit_fast.edits.chain import chain, under
+from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import Fact
 from kedit_fast.model.lm import takes_lm
+from kedit_fast.moments.given import moments_for
 from kedit_fast.moments.second_moment import STAGES as MEASURING
+
+
+class Work(NamedTuple):
+    """What an editor is given. lm: with the edits below on it; contexts: groups of templates, the bare prompt first;
+    moments: {layer: SecondMoment}, none where the editor reads none; independent: each fact as an edit of its own;
+    keep: makes a part of the work, or finds it"""
+
+    lm: object
+    facts: tuple[Fact, ...]
+    contexts: list[list[str]]
+    moments: dict
+    independent: bool
+    keep: Keep
+
+
+class Found(NamedTuple):
+    """How each fact's value, or weight, was found: [n] lists of steps, last loss, and P(new) with it in place."""
+
+    steps: list[int]
+    loss: list[float]
+    p_new: list[float]
+
+    @classmethod
+    def of(cls, steps, loss: Tensor, nll: Tensor) -> "Found":
+        """Rounded as people read it. steps, loss, nll: [n]"""
+        p_new = (-nll.double()).exp()
+        return cls([int(n) for n in steps], *([round(x, 5) for x in each.tolist()] for each in (loss.double(), p_new)))
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an editor computed for n facts; the fields of ``Edit`` that are its own.
+    """What an editor gives: the fields of ``Edit`` that are its own.
 
-    notes: for the provenance, of each layer; about: further entries of it
-    owner: [r] the fact that each factor of each delta belongs to, for independent edits
+    layers: {layer: what is to be noted of it}; about: further entries of the provenance
     """
 
-    deltas: dict[int, Delta]
-    values: Tensor
-    keys: dict[int, Tensor]
-    notes: dict[int, object]
+    changes: Sequence[Change]
+    found: Found
+    values: Tensor | None = None
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    layers: dict[int, dict] = field(default_factory=dict)
     about: dict = field(default_factory=dict)
-    owner: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Editor(Settings):
-    """An editor that locates facts at the subject's last token: ROME, MEMIT and their kin.
+class Editor(Hyperparameters):
+    """An editor: its fields are its hyper-parameters, under their published names.
 
-    A subclass names its ``METHOD`` and says how contexts are made (``_contexts``) and facts written (``_write``).
+    METHOD: its name in files; STAGES: what ``write`` does, as its progress calls it
+    NEEDS_SUBJECT: facts without one are refused; NEEDS_CONTEXTS: prompts are set in contexts
+    UNREAD: {argument of ``edit``: why it is refused}, for what would have no effect
+    mom2_adjustment: whether second moments are read (a field, where that can be chosen)
     """
 
     METHOD: ClassVar[str] = ""
     STAGES: ClassVar[tuple[str, ...]] = ()
+    NEEDS_SUBJECT: ClassVar[bool] = True
+    NEEDS_CONTEXTS: ClassVar[bool] = True
+    FLAT_CONTEXTS: ClassVar[bool] = False  # every context weighs the same, whatever group it was given in
+    UNREAD: ClassVar[dict[str, str]] = {}
 
     @takes_lm
     def edit(
         self,
         lm,
-        facts: Sequence,
+        facts: Sequence[Fact],
         *,
         moments=None,
         corpus=None,
@@ -64,6 +105,7 @@ class Editor(Settings):
 
         In the end the edited model is asked for each fact: ``provenance["written"]`` has P(new), what the model says
         and whether that is the new answer; facts that are not written are warned of (``written.with_written``).
+        ``provenance["found"]``: steps, loss and P(new) of each fact where it was optimized.
 
         moments: {layer: SecondMoment}, or corpus: text to measure them over ("self": sampled from the model); neither
             is read with mom2_adjustment=False
@@ -76,47 +118,89 @@ class Editor(Settings):
             same arguments, and ends with the same bits. To be deleted once the edit is saved
 
         Raises ValueError, before any work, for facts that contradict each other, lack a target or are too long for the
-        model, layers out of range, missing or foreign statistics, a checkpoint of other work; later, naming the fact,
-        where a loss or a residual turns NaN.
+        model, layers out of range, missing or foreign statistics, a checkpoint of other work, and for what this editor
+        does not read; later, naming the fact, where a loss or a residual turns NaN.
         """
-        seed = checks.seed("seed", seed)
+        seed, independent = checks.seed("seed", seed), checks.flag("independent", independent)
+        self._refuse(moments=moments, corpus=corpus, contexts=contexts, independent=independent, checkpoint=checkpoint)
         if checkpoint is not None:
             check_checkpoint(checkpoint)
-        lm, facts, groups = self._prepared(lm, facts, contexts, previous, independent)
+        self.check(lm)
+        facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
+        groups = self._groups(contexts)
+        check_lengths(lm, facts, groups or [[BARE]])
+        lm = under(lm, previous, facts)
         with stages(*(MEASURING if moments is None and self.mom2_adjustment else ()), *self.stages(groups)):
             moments = self.moments_of(lm, moments, corpus)
             keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
-            groups = groups or keep_json(keep, "contexts", lambda: self._contexts(lm, seed))
-            written = self._write(lm, facts, groups, moments, independent, keep)
+            groups = groups or keep_json(keep, "contexts", lambda: self.sampled_contexts(lm, seed))
+            written = self.write(Work(lm, tuple(facts), groups, moments, independent, keep))
+            about = {"version": __version__, "layers": written.layers, "found": written.found._asdict()}
             edit = Edit(
-                method=self.METHOD, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
-                changes=weight_changes(written.deltas, written.owner),
-                values=written.values.cpu(), keys=written.keys, contexts=groups,
-                provenance={"version": __version__, "layers": written.notes} | written.about | chain(lm),
+                method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
+                changes=written.changes, values=None if written.values is None else written.values.cpu(),
+                keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
+                provenance=about | written.about | chain(lm),
             )  # fmt: skip
             return with_written(lm, edit)
+
+    @property
+    def method(self) -> str:
+        """The editor's name, as files have it."""
+        return self.METHOD
 
     @classmethod
     def stages(cls, contexts=None) -> tuple[str, ...]:
         """What ``edit`` does once it has statistics, as its progress calls it."""
-        return (*(("sampling contexts",) if contexts is None else ()), *cls.STAGES, ASKING)
+        return (*(("sampling contexts",) if cls.NEEDS_CONTEXTS and contexts is None else ()), *cls.STAGES, ASKING)
+
+    def moments_of(self, lm, moments, corpus) -> dict:
+        """The statistics of each layer; none without ``mom2_adjustment``."""
+        regularizer = getattr(self, "regularizer", 0.0)
+        found = moments_for(lm, self.layers, moments, corpus, regularizer) if self.mom2_adjustment else {}
+        self.check_moments(found)
+        return found
+
+    # ---- what an editor says of itself
+
+    def check(self, lm) -> None:
+        """Raises ValueError, before any work, for settings that do not fit the model."""
+        self.check_layers(lm)
+
+    def check_moments(self, moments) -> None:
+        """Raises ValueError for statistics that this editor cannot work with."""
+
+    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+        """Groups of templates, sampled from the model."""
+        raise NotImplementedError
+
+    def write(self, work: Work) -> Written:
+        """The paper."""
+        raise NotImplementedError
+
+    # ---- around it
+
+    def _refuse(self, **given) -> None:
+        """A setting without effect would look like one."""
+        for name, why in self.UNREAD.items():
+            if given[name] is not None and given[name] is not False:
+                raise ValueError(f"{name} = {checks.shown(given[name])}: {why}")
+
+    def _groups(self, contexts) -> list[list[str]] | None:
+        """Contexts as groups; None where they are to be sampled."""
+        if not self.NEEDS_CONTEXTS:
+            return [[BARE]]
+        groups = None if contexts is None else checked_contexts(contexts)
+        return [[t for group in groups for t in group]] if groups and self.FLAT_CONTEXTS else groups
 
     def _keep(self, folder, lm, facts, contexts, moments, independent) -> Keep:
         """The checkpoint's folder, or none."""
         if folder is None:
             return make_now
-        return Checkpoint(folder, {
-            "method": self.METHOD, "hparams": asdict(self), "version": __version__, "model": lm.fingerprint,
+        return Parts(folder, {
+            "method": self.method, "hparams": asdict(self), "version": __version__, "model": lm.fingerprint,
             "dtype": str(lm.dtype), "device": lm.device.type, "memory": lm.memory, "weights": lm.source.name,
             "independent": independent, "number of facts": len(facts),
             "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
             "statistics": {layer: digest(moment.matrix) for layer, moment in moments.items()}, **chain(lm),
         })  # fmt: skip
-
-    def _contexts(self, lm, seed: int) -> list[list[str]]:
-        """Groups of templates, sampled from the model."""
-        raise NotImplementedError
-
-    def _write(self, lm, facts, groups, moments, independent: bool, keep: Keep) -> Written:
-        """The paper."""
-        raise NotImplementedError

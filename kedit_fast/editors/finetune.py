@@ -11,25 +11,19 @@ in 2022 all of them were read after the prompt alone, which makes an answer of s
 ``objective_optimization="prompt_last"``.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from kedit_fast import __version__
 from kedit_fast.basics import checks
-from kedit_fast.editors.common import check_lengths, checked_facts, storable
-from kedit_fast.editors.contexts import BARE
-from kedit_fast.editors.hyperparameters import Hyperparameters, published
-from kedit_fast.editors.written import with_written
-from kedit_fast.edits.chain import chain, under
+from kedit_fast.editors.editor import Editor, Found, Work, Written
+from kedit_fast.editors.hyperparameters import published
 from kedit_fast.edits.changes import weight_changes
-from kedit_fast.edits.deltas import Dense
-from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.deltas import Dense, storable
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
-from kedit_fast.jobs.finetune import Tuned, TuneSettings, TuneTask, fine_tune
+from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.model.lm import takes_lm
 
@@ -37,7 +31,7 @@ OBJECTIVES = ("target_new", "prompt_last")
 
 
 @dataclass(frozen=True)
-class Ft(Hyperparameters):
+class Ft(Editor):
     """Hyper-parameters under their published names; ``edit`` does the work.
 
     layers: tuned together; num_steps: passes over all facts, an Adam step for each ``batch_size`` of them in each
@@ -59,8 +53,17 @@ class Ft(Hyperparameters):
 
     POSITIVE: ClassVar = ("num_steps", "lr", "batch_size")
     ALG_NAMES: ClassVar = {"FT": {}, "FT-L": {}, "FT-M": {}}
+    STAGES: ClassVar = ("fine-tuning",)
     NEEDS_SUBJECT: ClassVar = False  # it reads prompts and targets alone
-    mom2_adjustment: ClassVar = False  # no editor's statistics are read
+    NEEDS_CONTEXTS: ClassVar = False
+    mom2_adjustment: ClassVar = False
+    UNREAD: ClassVar = dict.fromkeys(
+        ("moments", "corpus", "contexts"), "fine-tuning reads prompts and targets alone; leave it out"
+    ) | {
+        "independent": "a fine-tuned delta is dense, no part of it belongs to one fact; edit the facts one at a time, "
+        "each as an edit of its own",
+        "checkpoint": "fine-tuning has no finished parts to keep; leave it out",
+    }
 
     def __post_init__(self):
         if self.norm_constraint is False:  # published files have it so
@@ -82,11 +85,6 @@ class Ft(Hyperparameters):
             )
 
     @classmethod
-    def stages(cls, contexts=None) -> tuple[str, ...]:
-        """What ``edit`` does, as its progress calls it."""
-        return ("fine-tuning",)
-
-    @classmethod
     @takes_lm
     def for_model(cls, lm) -> "Ft":
         """Published layer where there is one for this model, else derived settings; ``source`` says which.
@@ -100,60 +98,28 @@ class Ft(Hyperparameters):
             return cls(layers=(known.layer,), source=f"published for {known.name}")
         return cls(layers=(lm.n_layers // 6,), lr=_rate(lm), source=_derived(lm))
 
-    @takes_lm
-    def edit(
-        self,
-        lm,
-        facts: Sequence,
-        *,
-        moments=None,
-        corpus=None,
-        contexts=None,
-        previous: Edit | Sequence[Edit] | None = None,
-        independent: bool = False,
-        checkpoint=None,
-        seed: int = 0,
-    ) -> Edit:
-        """One Edit that writes all facts together, a Dense delta a layer. Nothing is changed and nothing is random.
-        In the end the edited model is asked for each fact, as other editors do.
+    @property
+    def method(self) -> str:
+        """With a bound it is FT-L."""
+        return "ft-l" if self.norm_constraint else "ft"
 
-        moments, corpus, contexts: fine-tuning reads prompts and targets alone, so they must be None; seed: not read
-        previous: as in ``Memit.edit``; ε is counted from the model with it
-        independent, checkpoint: as other editors have them; refused here
+    def write(self, work: Work) -> Written:
+        """All facts together: a dense Δ of each layer; nothing is random. ε is counted from the model with the edits
+        below.
 
-        Raises ValueError, before any work, for facts that contradict each other, lack a target or are too long for the
-        model, layers out of range, and the arguments above; later, naming the fact, where a loss turns NaN.
         Differs: Δ and Adam's state are fp32 beside a narrower model, where the published code trains W in the model's
         own dtype; the down projection's bias, where there is one, is not trained, because an edit is a Δ of the weight;
         padding cannot enter a loss (the published mask is by the unknown token, which most tokenizers do not pad with).
         """
-        _check_unread(moments=moments, corpus=corpus, contexts=contexts)
-        checks.seed("seed", seed)
-        if checks.flag("independent", independent):
-            raise ValueError(
-                "independent=True: a fine-tuned delta is dense, no part of it belongs to one fact; edit the facts one "
-                "at a time, each as an edit of its own"
-            )
-        if checkpoint is not None:
-            raise ValueError(
-                f"checkpoint = {checks.shown(checkpoint)}: fine-tuning has no finished parts to keep; leave it out"
-            )
-        lm, facts = self._prepared(lm, facts, previous)
-        tuned = fine_tune(lm, [_task(lm, fact) for fact in facts], self._tune_settings())
-        edit = Edit(
-            method="ft-l" if self.norm_constraint else "ft", hparams=asdict(self), fingerprint=lm.fingerprint,
-            facts=tuple(facts),
-            changes=weight_changes({i: Dense(storable(lm, delta)) for i, delta in tuned.deltas.items()}),
-            provenance={"version": __version__} | self._notes(tuned) | chain(lm),
-        )  # fmt: skip
-        return with_written(lm, edit)
-
-    def _prepared(self, lm, facts, previous):
-        """(model with ``previous`` on it, facts), checked before any work."""
-        self.check_layers(lm)
-        facts = checked_facts(facts, need_subject=self.NEEDS_SUBJECT)
-        check_lengths(lm, facts, [[BARE]])
-        return under(lm, previous, facts), facts
+        lm = work.lm
+        tuned = fine_tune(lm, [_task(lm, fact) for fact in work.facts], self._tune_settings())
+        steps = len(tuned.losses)
+        return Written(
+            weight_changes({layer: Dense(storable(delta, lm.dtype)) for layer, delta in tuned.deltas.items()}),
+            Found.of([steps] * len(work.facts), tuned.nll, tuned.nll),
+            layers={layer: self._described(delta) for layer, delta in sorted(tuned.deltas.items())},
+            about={"steps": steps, "losses": [round(loss, 5) for loss in tuned.losses]},
+        )
 
     def _tune_settings(self) -> TuneSettings:
         return TuneSettings(
@@ -161,21 +127,6 @@ class Ft(Hyperparameters):
             limit=self.norm_constraint or None, batch_size=self.batch_size,
             teacher_forced=self.objective_optimization == "target_new",
         )  # fmt: skip
-
-    def _notes(self, tuned: Tuned) -> dict:
-        """Of the work: loss of each step; of each layer: how far its weight moved; of each fact: where it ended."""
-        layers = {layer: self._described(delta) for layer, delta in sorted(tuned.deltas.items())}
-        nll, steps = tuned.nll.double(), len(tuned.losses)
-        return {
-            "layers": layers,
-            "steps": steps,
-            "losses": [round(loss, 5) for loss in tuned.losses],
-            "facts": {
-                "steps": [steps] * len(nll),
-                "loss": [round(x, 5) for x in nll.tolist()],
-                "p_new": [round(x, 5) for x in (-nll).exp().tolist()],
-            },
-        }
 
     def _described(self, delta: Tensor) -> dict:
         size = delta.abs()
@@ -216,13 +167,6 @@ def _rate(lm) -> float:
 
 def _derived(lm) -> str:
     return f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
-
-
-def _check_unread(**given) -> None:
-    """A setting without effect would look like one."""
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise ValueError(f"{named[0]}= is given, and fine-tuning reads prompts and targets alone; leave it out")
 
 
 def _task(lm, fact: Fact) -> TuneTask:

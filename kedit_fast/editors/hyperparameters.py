@@ -1,15 +1,11 @@
-"""Hyper-parameters as ROME and MEMIT share them: read from published files, checked one by one, derived for a model."""
+"""An editor's hyper-parameters: read from published files, checked one by one, looked up for a published model."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 from kedit_fast.basics import checks
-from kedit_fast.editors.common import check_lengths, checked_facts
-from kedit_fast.editors.contexts import BARE, checked_contexts
 from kedit_fast.editors.settings_files import as_number, check_known, is_yaml, read_settings
-from kedit_fast.edits.chain import under
-from kedit_fast.moments.given import moments_for
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,6 @@ class Hyperparameters:
 
     POSITIVE: ClassVar = ()
     ALG_NAMES: ClassVar[dict[str, dict]] = {}  # what files call the method, and the fields that this sets
-    NEEDS_SUBJECT: ClassVar = True  # whether facts without a subject are refused
 
     def __post_init__(self):
         for field in fields(self):
@@ -75,66 +70,6 @@ class Hyperparameters:
 
     def _check_rest(self, given: dict) -> None:
         """Raises ValueError where the rest of a file says something that this editor does not do."""
-
-
-@dataclass(frozen=True)
-class Settings(Hyperparameters):
-    """The hyper-parameters that ROME and MEMIT share, under their published names, and how they are read.
-
-    layers: edited
-    v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of the optimization of a fact's value (jobs/values.py);
-    clamp_norm_factor: ||value - start|| <= this times ||start||
-    v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
-    there the field is only read
-    context_template_length_params: (length, n) of generated contexts
-    mom2_adjustment: whether second moments are used; regularizer: added to C's diagonal, relative to its mean; 0 is the
-    published form
-    source: where these settings come from, for whoever reads the edit
-    """
-
-    layers: tuple[int, ...] = ()
-    fact_token: str = "subject_last"
-    v_num_grad_steps: int = 20
-    v_lr: float = 0.5
-    v_loss_layer: int | None = None
-    v_weight_decay: float = 0.5
-    clamp_norm_factor: float = 0.75
-    kl_factor: float = 0.0625
-    mom2_adjustment: bool = True
-    context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
-    regularizer: float = 0.0
-    source: str = "given"
-
-    POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
-    FLAT_CONTEXTS: ClassVar = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        checks.choice("fact_token", self.fact_token, ["subject_last"])  # the only one that carries the fact
-
-    def _prepared(self, lm, facts, contexts, previous, independent):
-        """(model with ``previous`` on it, facts, groups of contexts or None), checked before any work."""
-        self._check(lm)
-        facts = checked_facts(facts, checks.flag("independent", independent))
-        groups = None if contexts is None else checked_contexts(contexts)
-        if groups and self.FLAT_CONTEXTS:
-            groups = [[template for group in groups for template in group]]
-        check_lengths(lm, facts, groups or [[BARE]])
-        return under(lm, previous, facts), facts, groups
-
-    def moments_of(self, lm, moments, corpus) -> dict:
-        """The statistics of each layer; none without ``mom2_adjustment``."""
-        found = moments_for(lm, self.layers, moments, corpus, self.regularizer) if self.mom2_adjustment else {}
-        self._check_moments(found)
-        return found
-
-    def _check_moments(self, moments) -> None:
-        """Raises ValueError for statistics that this editor cannot work with."""
-
-    def _check(self, lm) -> None:
-        self.check_layers(lm)
-        if self.v_loss_layer is not None:
-            checks.layers("v_loss_layer", [self.v_loss_layer], lm.n_layers)
 
 
 def _pairs(name: str, value, _positive: bool) -> tuple[tuple[int, int], ...]:

@@ -10,21 +10,26 @@ of what is still missing:
 What an earlier edit wrote belongs to what is to be kept, so λ C then holds KₚᵀKₚ of its keys as well.
 """
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kedit_fast.basics.parts import Keep
 from kedit_fast.basics.progress import progress
-from kedit_fast.editors.common import Prompts, check_finite, storable
+from kedit_fast.editors.checks import check_finite
 from kedit_fast.editors.contexts import memit_contexts
-from kedit_fast.editors.editor import Editor, Written
-from kedit_fast.editors.hyperparameters import Settings, published
+from kedit_fast.editors.editor import Found, Work, Written
+from kedit_fast.editors.hyperparameters import published
+from kedit_fast.editors.located import Located
+from kedit_fast.editors.prompts import Prompts
 from kedit_fast.edits.chain import edited_so_far
-from kedit_fast.edits.deltas import LowRank, as_smallest
-from kedit_fast.jobs.values import Values, ValueSettings, optimize_values
+from kedit_fast.edits.changes import weight_changes
+from kedit_fast.edits.deltas import LowRank, as_smallest, storable
+from kedit_fast.jobs.values import Values, optimize_values
 from kedit_fast.kernels.solve import MomentFactor, factor, memit_solve
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.moments.given import described, gains
@@ -33,8 +38,8 @@ from kedit_fast.sweep.sites import Site
 
 
 @dataclass(frozen=True)
-class Memit(Editor):
-    """Hyper-parameters under their published names (see ``Settings``); ``edit`` does the work.
+class Memit(Located):
+    """Hyper-parameters under their published names (see ``Located``); ``edit`` does the work.
 
     layers: lowest first; the last one is where z lives
     mom2_update_weight: λ, the weight of C against the new keys (published 15,000 to 20,000; d_ff fits small models)
@@ -50,12 +55,12 @@ class Memit(Editor):
     METHOD: ClassVar = "memit"
     STAGES: ClassVar = ("optimizing values", "solving layers")
     ALG_NAMES: ClassVar = {"MEMIT": {}}
-    POSITIVE: ClassVar = (*Settings.POSITIVE, "mom2_update_weight")
+    POSITIVE: ClassVar = (*Located.POSITIVE, "mom2_update_weight")
 
-    def _check(self, lm) -> None:
-        super()._check(lm)
-        if list(self.layers) != sorted(self.layers):
-            raise ValueError(f"layers {self.layers}: expected lowest first; z lives at the last one, above all others")
+    def check(self, lm) -> None:
+        """Raises ValueError for layers that the model does not have, or that are not in order."""
+        super().check(lm)
+        check_order(self.layers)
 
     @classmethod
     @takes_lm
@@ -71,73 +76,91 @@ class Memit(Editor):
         )
         return published(PUBLISHED, lm) or derived
 
-    def _contexts(self, lm, seed):
+    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+        """Two groups, see ``memit_contexts``."""
         return memit_contexts(lm, self.context_template_length_params, seed=seed)
 
-    def _write(self, lm, facts, groups, moments, independent: bool, keep: Keep) -> Written:
-        """z of all facts, then the layer loop."""
-        prompts = Prompts.of(lm, facts, groups)
-        z = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm), keep)
-        owner = torch.arange(len(facts)) if independent else None
-        deltas, keys, notes = {}, {}, {}
-        with progress("solving layers", len(self.layers)) as bar:
-            for i, layer in enumerate(self.layers):
-                below = edited_so_far(lm, deltas, facts, owner)
-                moment = moments[layer] if moments else _identity(lm, layer)
-                share = 1 / (len(self.layers) - i)
-                step = _Step(below, prompts, layer, z.values.double(), share, moment, independent)
-                made = keep(f"layer-{layer}", lambda step=step: self._solved(step))
-                delta = LowRank(made.pop("u"), made.pop("v"))
-                deltas[layer] = delta if independent else as_smallest(delta)
-                keys[layer] = made.pop("keys")
-                # sorted: a part that was read again has its names in another order, and equal edits are equal files
-                notes[layer] = {name: made[name].item() for name in sorted(made)} | described(moment)
-                bar.advance(1, f"layer {layer}: missing {notes[layer]['missing']:.2f}")
-        return Written(deltas, z.values, keys, notes, {"values": _value_notes(z)}, owner)
+    def write(self, work: Work) -> Written:
+        """Algorithm 1: z of all facts, then the layers."""
+        return spread(work, self, self._update)
 
-    def _value_settings(self, lm) -> ValueSettings:
-        last = lm.n_layers - 1
-        return ValueSettings(
-            layer=self.layers[-1], site=Site.layer_out, lr=self.v_lr, steps=self.v_num_grad_steps,
-            weight_decay=self.v_weight_decay, kl_factor=self.kl_factor, clamp=self.clamp_norm_factor,
-            loss_layer=last if self.v_loss_layer is None else max(self.v_loss_layer, self.layers[-1]),
-        )  # fmt: skip
-
-    def _solved(self, step: "_Step") -> dict[str, Tensor]:
-        """Δ = u vᵀ of one layer, the keys it stands on, and what there is to note of it."""
-        lm, layer, top = step.lm, step.layer, self.layers[-1]
-        read = step.prompts.read(lm, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
-        k, missing = read.averaged[Site.mlp_key], step.z - read.bare[Site.layer_out]
-        residual = through_post_norm(lm, layer, read.bare[Site.mlp_out], missing * step.share)
-        check_finite(lm, k, step.prompts.facts, f"key at layer {layer}")
-        check_finite(lm, residual, step.prompts.facts, f"residual at layer {layer}")
-        earlier = [edit.keys[layer] for edit in lm.edits if layer in edit.keys] if self.keep_previous else []
-        u, v, notes = self._update(lm, step.moment, k, residual, earlier, step.independent)
-        notes["missing"] = missing.norm(dim=1).mean().item()
-        return {name: storable(lm, x) for name, x in {"u": u, "v": v, "keys": k}.items()} | {
-            name: torch.tensor(x, dtype=torch.float64) for name, x in notes.items()
-        }
-
-    def _update(self, lm, moment: SecondMoment, k: Tensor, residual: Tensor, earlier: list[Tensor], alone: bool):
-        """(u, v, notes) of Δ = u vᵀ by eq. 14; earlier: keys to be kept; alone: a K of one row for each fact."""
-        weight = self.mom2_update_weight
-        matrix = with_kept(moment.matrix.to(lm.device), earlier, weight)
+    def _update(self, work: Work, layer: int, k: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """(u, v, notes) of Δ = u vᵀ = Rᵀ K (λ C + Kᵀ K)⁻¹, eq. 14."""
+        weight, moment = self.mom2_update_weight, work.moments.get(layer) or _identity(work.lm, layer)
+        earlier = kept_keys(work.lm, layer) if self.keep_previous else []
+        matrix = with_kept(moment.matrix.to(work.lm.device), earlier, weight)
         c = factor(matrix, weight, regularizer=self.regularizer, n_tokens=moment.n_tokens)
         g = gains(c, k).mean().item()
-        return *solved(c, k, residual, alone), {"g": g, "fit": g / (g + weight), "condition": c.condition}
+        u, v = solved(c, k, residual, work.independent)
+        return u, v, {"g": g, "fit": g / (g + weight), "condition": c.condition} | described(moment)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One turn of the layer loop. z: [n, d] fp64; share: of what is missing; lm: with the layers below edited."""
+def spread(work: Work, editor, update: Callable) -> Written:
+    """MEMIT's algorithm 1 for any system: each layer, from the lowest on, writes an equal share of what is missing.
 
-    lm: object
-    prompts: Prompts
-    layer: int
-    z: Tensor
-    share: float
-    moment: SecondMoment
-    independent: bool
+    update: (work, layer, K [n, d_ff], R [n, d]) -> (u [d, n], v [d_ff, n], notes) of Δ = u vᵀ, with Δ k close to r
+    """
+    lm, layers, top = work.lm, editor.layers, editor.layers[-1]
+    prompts = Prompts.of(lm, work.facts, work.contexts)
+    last = lm.n_layers - 1 if editor.v_loss_layer is None else max(editor.v_loss_layer, top)
+    z = optimize_values(lm, prompts.value_tasks(lm), editor.optimization(top, Site.layer_out, last), work.keep)
+    solving = _Layers(work, z)
+
+    def share(lm, layer: int, left: int) -> tuple[dict[str, Tensor], dict]:
+        """One layer's Δ; lm: with the layers below edited."""
+        read = prompts.read(lm, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
+        k, m, h = read.averaged[Site.mlp_key], read.bare[Site.mlp_out], read.bare[Site.layer_out]
+        missing = z.values.double() - h
+        residual = through_post_norm(lm, layer, m, missing / left)
+        check_finite(lm, k, work.facts, f"key at layer {layer}")
+        check_finite(lm, residual, work.facts, f"residual at layer {layer}")
+        u, v, notes = update(work, layer, k, residual)
+        return {"u": u, "v": v, "keys": k}, notes | {"missing": missing.norm(dim=1).mean().item()}
+
+    with progress("solving layers", len(layers)) as bar:
+        for done, layer in enumerate(layers):
+            solving.add(layer, partial(share, left=len(layers) - done))
+            bar.advance(1, f"layer {layer}: missing {solving.notes[layer]['missing']:.2f}")
+    return solving.written()
+
+
+class _Layers:
+    """The layers that are solved so far: kept as parts of the work, and in place for those above."""
+
+    def __init__(self, work: Work, z: Values):
+        self.work, self.z = work, z
+        self.owner = torch.arange(len(work.facts)) if work.independent else None
+        self.deltas, self.keys, self.notes = {}, {}, {}
+
+    def add(self, layer: int, share: Callable) -> None:
+        """Solves a layer, or finds it where an interrupted run had."""
+        below = edited_so_far(self.work.lm, self.deltas, self.work.facts, self.owner)
+
+        def make() -> dict[str, Tensor]:
+            tensors, notes = share(below, layer)
+            kept = {name: storable(tensor, below.dtype) for name, tensor in tensors.items()}
+            return kept | {"notes": torch.tensor(list(json.dumps(notes).encode()), dtype=torch.uint8)}
+
+        made = self.work.keep(f"layer-{layer}", make)
+        delta = LowRank(made["u"], made["v"])
+        self.deltas[layer] = delta if self.work.independent else as_smallest(delta)
+        self.keys[layer], self.notes[layer] = made["keys"], json.loads(bytes(made["notes"].tolist()))
+
+    def written(self) -> Written:
+        """What the editor gives."""
+        found = Found.of(self.z.steps.tolist(), self.z.loss, self.z.nll)
+        return Written(weight_changes(self.deltas, self.owner), found, self.z.values, self.keys, self.notes)
+
+
+def check_order(layers: Sequence[int]) -> None:
+    """Raises ValueError unless the layers stand lowest first."""
+    if list(layers) != sorted(layers):
+        raise ValueError(f"layers {layers}: expected lowest first; z lives at the last one, above all others")
+
+
+def kept_keys(lm, layer: int) -> list[Tensor]:
+    """Keys [nₚ, d_ff] that the edits below wrote at a layer."""
+    return [edit.keys[layer] for edit in lm.edits if layer in edit.keys]
 
 
 def with_kept(matrix: Tensor, keys: list[Tensor], weight: float) -> Tensor:
@@ -182,14 +205,6 @@ def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     with torch.no_grad():
         normed = lm.source.part(layer, lm.family.post_norm, out.to(lm.dtype)).double()
     return torch.where(normed == 0, 0.0, residual * out / normed)
-
-
-def _value_notes(z: Values) -> dict:
-    return {
-        "steps": z.steps.tolist(),
-        "loss": [round(x, 5) for x in z.loss.tolist()],
-        "p_new": [round(x, 5) for x in (-z.nll).exp().tolist()],
-    }
 
 
 _COMMON = {"v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}

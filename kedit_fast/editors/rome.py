@@ -19,21 +19,24 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.parts import Keep
 from kedit_fast.basics.progress import progress
-from kedit_fast.editors.common import Prompts, check_finite, storable
+from kedit_fast.editors.checks import check_finite
 from kedit_fast.editors.contexts import rome_contexts
-from kedit_fast.editors.editor import Editor, Written
+from kedit_fast.editors.editor import Found, Work, Written
 from kedit_fast.editors.hyperparameters import published
+from kedit_fast.editors.located import Located
+from kedit_fast.editors.prompts import Prompts
 from kedit_fast.edits.chain import edited_so_far
-from kedit_fast.edits.deltas import LowRank, as_smallest
-from kedit_fast.jobs.values import ValueSettings, optimize_values
+from kedit_fast.edits.changes import weight_changes
+from kedit_fast.edits.deltas import LowRank, as_smallest, storable
+from kedit_fast.jobs.values import Values, optimize_values
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.moments.given import described, factored, gains
 from kedit_fast.sweep.sites import Site
 
 
 @dataclass(frozen=True)
-class Rome(Editor):
-    """Hyper-parameters under their published names (see ``Settings``); ``edit`` does the work.
+class Rome(Located):
+    """Hyper-parameters under their published names (see ``Located``); ``edit`` does the work.
 
     Several facts are written one after the other, each computed with those before it in place, unless independent.
 
@@ -50,7 +53,7 @@ class Rome(Editor):
     METHOD: ClassVar = "rome"
     STAGES: ClassVar = ("optimizing values",)
     ALG_NAMES: ClassVar = {"ROME": {}, "R-ROME": {"key": "averaged"}}
-    FLAT_CONTEXTS: ClassVar = True  # every one weighs the same, whatever group it was given in
+    FLAT_CONTEXTS: ClassVar = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,34 +66,36 @@ class Rome(Editor):
         derived = cls(layers=(lm.n_layers // 6,), source=f"derived for {lm.n_layers} layers")
         return published(PUBLISHED, lm) or derived
 
-    def _contexts(self, lm, seed):
+    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+        """One group, see ``rome_contexts``."""
         return rome_contexts(lm, self.context_template_length_params, seed=seed)
 
-    def _write(self, lm, facts, groups, moments, independent: bool, keep: Keep) -> Written:
+    def write(self, work: Work) -> Written:
         """Fact by fact and layer by layer; independent facts together, for none sees another."""
-        factors = {layer: factored(lm, moment, 1.0, self.regularizer) for layer, moment in moments.items()}
-        owner = torch.arange(len(facts)) if independent else None
+        lm, facts = work.lm, work.facts
+        factors = {layer: factored(lm, moment, 1.0, self.regularizer) for layer, moment in work.moments.items()}
+        owner = torch.arange(len(facts)) if work.independent else None
         made: dict[int, list[_Update]] = {layer: [] for layer in self.layers}
-        turns, label = [facts] if independent else [[fact] for fact in facts], "optimizing values, fact by fact"
+        turns, label = [facts] if work.independent else [[fact] for fact in facts], "optimizing values, fact by fact"
         with progress(label, len(turns)) as bar:
             for number, some in enumerate(turns):
                 with bar.inside(label) if len(turns) > 1 else nullcontext():
-                    prompts = Prompts.of(lm, some, groups)
+                    prompts = Prompts.of(lm, some, work.contexts)
                     for layer in self.layers:
                         below = edited_so_far(lm, {i: _joined(ups) for i, ups in made.items() if ups}, facts, owner)
                         name = f"values-{number}-layer-{layer}"
-                        made[layer].append(self._update(below, prompts, layer, factors.get(layer), keep, name))
+                        made[layer].append(self._update(below, prompts, layer, factors.get(layer), work.keep, name))
                 bar.advance()
         joined = {layer: _joined(ups) for layer, ups in made.items()}
-        about = {layer: described(moment) for layer, moment in moments.items()}
+        last = made[self.layers[-1]]
         return Written(
-            deltas={layer: delta if independent else as_smallest(delta) for layer, delta in joined.items()},
-            values=torch.cat([update.values for update in made[self.layers[-1]]]),
+            weight_changes({i: d if work.independent else as_smallest(d) for i, d in joined.items()}, owner),
+            Found.of(*(torch.cat([getattr(up.found, name) for up in last]) for name in ("steps", "loss", "nll"))),
+            values=torch.cat([update.found.values for update in last]),
             keys={layer: torch.cat([update.keys for update in ups]) for layer, ups in made.items()},
-            notes={
-                i: [n | about.get(i, {}) for update in ups for n in update.notes] for i, ups in sorted(made.items())
+            layers={
+                layer: _noted(work.moments.get(layer), factors.get(layer), ups) for layer, ups in sorted(made.items())
             },
-            owner=owner,
         )
 
     def _update(self, lm, prompts: Prompts, layer: int, moment, keep: Keep, name: str) -> "_Update":
@@ -100,36 +105,34 @@ class Rome(Editor):
         k_star = averaged[Site.mlp_key]
         left = k_star if moment is None else moment.solve(k_star.T).T
         left = left / left.norm(dim=1, keepdim=True)
-        v = optimize_values(lm, prompts.value_tasks(lm), self._value_settings(lm, layer), keep, name)
+        how = self.optimization(layer, Site.mlp_out, lm.n_layers - 1)
+        v = optimize_values(lm, prompts.value_tasks(lm), how, keep, name)
         at = bare if self.key == "published" else averaged
         divisor = (at[Site.mlp_key] * left).sum(1, keepdim=True)
         right = (v.values.double() - at[Site.mlp_out]) / divisor
         check_finite(lm, right, prompts.facts, f"change of the output of layer {layer}")
-        notes = [
-            {"steps": steps, "loss": loss, "p_new": p_new}
-            for steps, loss, p_new in zip(v.steps.tolist(), v.loss.tolist(), (-v.nll).exp().tolist(), strict=True)
-        ]
-        if moment is not None:
-            g = gains(moment, k_star).tolist()
-            notes = [note | {"g": g[i], "condition": moment.condition} for i, note in enumerate(notes)]
-        return _Update(storable(lm, right.T), storable(lm, left.T), v.values, storable(lm, k_star), notes)
-
-    def _value_settings(self, lm, layer: int) -> ValueSettings:
-        return ValueSettings(
-            layer=layer, site=Site.mlp_out, lr=self.v_lr, steps=self.v_num_grad_steps, weight_decay=self.v_weight_decay,
-            kl_factor=self.kl_factor, clamp=self.clamp_norm_factor, loss_layer=lm.n_layers - 1,
-        )  # fmt: skip
+        g = torch.zeros(0) if moment is None else gains(moment, k_star)
+        right, left, keys = (storable(x, lm.dtype) for x in (right.T, left.T, k_star))
+        return _Update(right, left, keys, v, g)
 
 
 @dataclass(frozen=True)
 class _Update:
-    """Δ = u vᵀ of some facts at one layer, u [d, n], v [d_ff, n], and what it was made of; notes: of each fact."""
+    """Δ = u vᵀ of some facts at one layer, u [d, n], v [d_ff, n], and what it was made of; g: [n] kᵀ C⁻¹ k of their
+    keys, none without statistics."""
 
     u: Tensor
     v: Tensor
-    values: Tensor
     keys: Tensor
-    notes: list[dict]
+    found: Values
+    g: Tensor
+
+
+def _noted(moment, factor, updates: list["_Update"]) -> dict:
+    """What there is to say of a layer: of its statistics, where it has some; g: the mean over the facts."""
+    if moment is None:
+        return {}
+    return {"g": torch.cat([up.g for up in updates]).mean().item(), "condition": factor.condition} | described(moment)
 
 
 def _joined(updates: list[_Update]) -> LowRank:

@@ -112,7 +112,7 @@ def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
             pairs.append(f"{other.label} -> {other.target_new!r} by {fact.label} -> {fact.target_new!r}")
     if pairs:
         shown = "; ".join(pairs[:5]) + ("; ..." if len(pairs) > 5 else "")
-        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=6)
+        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=5)
 
 
 def _places(fact: Fact) -> list[tuple[str, str]]:

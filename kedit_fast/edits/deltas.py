@@ -173,3 +173,9 @@ def _fp64_device(device):
 
 def _widen(tensor):
     return tensor.to(_fp64_device(tensor.device)).double()
+
+
+def storable(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factors as an Edit keeps them, for a model of this dtype: fp32, or fp64 for an fp64 model; contiguous, as they
+    come back from a file, for a product's last bits depend on the strides."""
+    return factors.to(torch.promote_types(dtype, torch.float32)).cpu().contiguous()

@@ -18,9 +18,9 @@ from kedit_fast.basics.files import append_records, check_place, read_object, wr
 from kedit_fast.basics.progress import progress, stages
 from kedit_fast.basics.words import reason
 from kedit_fast.editors import Rome
-from kedit_fast.editors.common import check_lengths, checked_facts
+from kedit_fast.editors.checks import check_lengths, checked_facts
 from kedit_fast.editors.contexts import BARE, checked_contexts
-from kedit_fast.editors.editor import Editor
+from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation import evaluate
 from kedit_fast.evaluation.metrics import METRICS, SCORE, Interval, summarize
@@ -178,7 +178,7 @@ def sweep_layers(
     if log is not None:
         check_place(log)
     wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
-    editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Editor, wanted)
+    editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Located, wanted)
     traces = None if trace is None else _averaged(lm, trace)
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)

@@ -19,9 +19,9 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.progress import Bar
 from kedit_fast.basics.state import own_state
-from kedit_fast.editors.common import check_lengths, checked_facts
+from kedit_fast.editors.checks import check_lengths, checked_facts
 from kedit_fast.editors.contexts import BARE, checked_contexts
-from kedit_fast.editors.hyperparameters import Hyperparameters
+from kedit_fast.editors.editor import Editor
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Dense
@@ -143,11 +143,11 @@ def check_rounds(
 ) -> list[Fact]:
     """What ``edit_in_rounds`` refuses but for statistics, which take time to measure; gives the facts without
     duplicates."""
-    checks.instance("editor", editor, Hyperparameters, "an editor, e.g. kf.Memit.for_model(lm)")
+    checks.instance("editor", editor, Editor, "an editor, e.g. kf.Memit.for_model(lm)")
     checks.whole("per_round", per_round, least=1, like=10)
     checks.whole("old", old, like=100)
     checks.whole("max_tokens", max_tokens, least=2, like=5_120)
-    editor.check_layers(lm)
+    editor.check(lm)
     if text is not None:
         text_windows(lm, text, max_tokens)
     if log is not None:

@@ -11,7 +11,7 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
-from kedit_fast.basics.parts import Checkpoint, digest, keep_json, make_now
+from kedit_fast.basics.parts import Parts, digest, keep_json, make_now
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
 
@@ -44,30 +44,30 @@ def test_a_part_is_made_once_and_comes_back_bit_for_bit(tmp_path):
         return {"x": torch.tensor([0.1, torch.nan, -0.0]), "n": torch.arange(3)[::2]}
 
     for _ in range(2):
-        part = Checkpoint(tmp_path / "work", {"what": (1, 2)})("part", make)
+        part = Parts(tmp_path / "work", {"what": (1, 2)})("part", make)
         assert digest(part["x"]) == digest(make()["x"]) and part["n"].tolist() == [0, 2]
         made.pop()
     assert len(made) == 1
     assert make_now("part", make)["n"].tolist() == [0, 2]
-    assert keep_json(Checkpoint(tmp_path / "work", {"what": [1, 2]}), "text", lambda: [["é", 1]]) == [["é", 1]]
+    assert keep_json(Parts(tmp_path / "work", {"what": [1, 2]}), "text", lambda: [["é", 1]]) == [["é", 1]]
 
 
 def test_a_checkpoint_of_other_work_is_refused(tmp_path):
-    Checkpoint(tmp_path / "work", {"what": 1, "model": "a"})
+    Parts(tmp_path / "work", {"what": 1, "model": "a"})
     with pytest.raises(ValueError, match='its model is "a", this one\'s "b"'):
-        Checkpoint(tmp_path / "work", {"what": 1, "model": "b"})
+        Parts(tmp_path / "work", {"what": 1, "model": "b"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="not empty and no checkpoint"):
-        Checkpoint(tmp_path / "other", {})
+        Parts(tmp_path / "other", {})
     with pytest.raises(NotADirectoryError):
-        Checkpoint(tmp_path / "other" / "thesis.txt", {})
+        Parts(tmp_path / "other" / "thesis.txt", {})
     with pytest.raises(FileNotFoundError):
-        Checkpoint(tmp_path / "none" / "work", {})
+        Parts(tmp_path / "none" / "work", {})
 
 
 def test_a_damaged_part_is_named(tmp_path):
-    keep = Checkpoint(tmp_path / "work", {})
+    keep = Parts(tmp_path / "work", {})
     keep("part", lambda: {"x": torch.ones(3)})
     path = tmp_path / "work" / "part.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
@@ -90,14 +90,14 @@ def test_an_interrupted_edit_goes_on_and_ends_with_the_same_bits(tmp_path, monke
     lm = tiny_lm("llama")
     sampled = dict(contexts=None, seed=3)
     whole = edit(lm, **sampled)
-    call, made = Checkpoint.__call__, []
+    call, made = Parts.__call__, []
 
     def stopping(self, name, make):
         if name == stop_at:
             raise KeyboardInterrupt
         return call(self, name, lambda: made.append(name) or make())
 
-    monkeypatch.setattr(Checkpoint, "__call__", stopping)
+    monkeypatch.setattr(Parts, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
         edit(lm, checkpoint=tmp_path / "work", **sampled)
     before, stop_at = list(made), None
@@ -139,17 +139,17 @@ SCRIPT = """
 import os, sys, torch
 torch.set_num_threads(1)
 import kedit_fast.jobs.values as values
-from kedit_fast.checkpoint import Checkpoint
+from kedit_fast.checkpoint import Parts
 from tests.test_checkpoint import FACTS, edit, tiny_lm
 values._groups = lambda lm, tasks, settings: [[task] for task in tasks]
-call = Checkpoint.__call__
+call = Parts.__call__
 def told(self, name, make):
     part = call(self, name, make)
     print(name, flush=True)
     if name == sys.argv[2]:
         sys.stdin.readline()  # until killed
     return part
-Checkpoint.__call__ = told
+Parts.__call__ = told
 edit(tiny_lm("llama"), checkpoint=sys.argv[1]).save(sys.argv[1] + ".edit")
 """
 

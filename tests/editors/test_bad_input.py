@@ -343,8 +343,7 @@ def test_statistics_that_do_not_say_whose_they_are(editor, recwarn):
 
 def told_of(edit) -> set[tuple]:
     """(fingerprint, corpus, tokens) of the statistics, as the edit's notes say."""
-    notes = [n for layer in edit.provenance["layers"].values() for n in (layer if isinstance(layer, list) else [layer])]
-    return {(n["fingerprint"], n["corpus"], n["n_tokens"]) for n in notes}
+    return {(n["fingerprint"], n["corpus"], n["n_tokens"]) for n in edit.provenance["layers"].values()}
 
 
 @both

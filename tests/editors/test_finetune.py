@@ -227,7 +227,7 @@ def test_the_edit_says_what_was_done():
     assert edit.facts == FACTS and edit.provenance["version"] == kf.__version__
     assert edit.provenance["steps"] == len(edit.provenance["losses"]) == FAST["num_steps"]
     report = kf.evaluate(lm, FACTS, edit)
-    at_end = edit.provenance["facts"]
+    at_end = edit.provenance["found"]
     assert at_end["steps"] == [FAST["num_steps"]] * len(FACTS)
     assert at_end["p_new"] == pytest.approx(report.edited["p_new"].tolist(), abs=2e-5)
     assert at_end["p_new"] == pytest.approx([math.exp(-loss) for loss in at_end["loss"]], abs=2e-5)
@@ -518,9 +518,9 @@ def test_what_was_published_tells_the_depth_of_its_model():
 @pytest.mark.parametrize(
     ("facts", "changes", "given", "says"),
     [
-        (FACTS, {}, {"moments": {}}, "moments= is given, and fine-tuning reads prompts and targets alone"),
-        (FACTS, {}, {"corpus": "self"}, "corpus= is given"),
-        (FACTS, {}, {"contexts": [["{}"]]}, "contexts= is given"),
+        (FACTS, {}, {"moments": {}}, "moments = {}: fine-tuning reads prompts and targets alone"),
+        (FACTS, {}, {"corpus": "self"}, "corpus = 'self': fine-tuning reads"),
+        (FACTS, {}, {"contexts": [["{}"]]}, "contexts = .*: fine-tuning reads"),
         (FACTS, {}, {"independent": True}, "dense, no part of it belongs to one fact; edit the facts one"),
         (FACTS, {}, {"checkpoint": "there"}, "checkpoint = 'there': fine-tuning has no finished parts"),
         (FACTS, {"layers": ()}, {}, r"Ft needs layers; Ft.for_model\(lm\) derives them"),

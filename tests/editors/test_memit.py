@@ -11,7 +11,7 @@ import kedit_fast.editors.memit as memit_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
 import kedit_fast.sweep.plan as plan
-from kedit_fast.editors.common import Prompts
+from kedit_fast.editors.prompts import Prompts
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.kernels.solve import factor, memit_solve
 from kedit_fast.sweep.plan import RowCost
@@ -70,7 +70,7 @@ def residuals(model, made) -> torch.Tensor:
 def test_memit_equals_the_oracle(family):
     lm = tiny_lm(family)
     made, expected = edit(lm), oracle(lm.model, family)
-    assert made.provenance["values"]["steps"] == [value.n_iterations for value in expected.values]
+    assert made.provenance["found"]["steps"] == [value.n_iterations for value in expected.values]
     assert relative(made.values, expected.z) < 1e-4
     for layer in LAYERS:
         assert relative(made.keys[layer], expected.keys[layer]) < 1e-5
@@ -325,7 +325,7 @@ def test_the_notes_give_each_fact_s_probability_at_its_value(monkeypatch):
 
     monkeypatch.setattr(memit_module, "optimize_values", optimize)
     made = edit(tiny_lm("llama"), editor=replace(EDITOR, v_lr=2.0, clamp_norm_factor=1.2, kl_factor=0.2))
-    notes, z = made.provenance["values"], found[0]
+    notes, z = made.provenance["found"], found[0]
     assert notes["p_new"] == pytest.approx((-z.nll).exp().tolist(), abs=1e-5)
     assert notes["loss"] == pytest.approx(z.loss.tolist(), abs=1e-5)
     assert ((-z.nll).exp() - (-z.loss).exp()).max() > 1e-2

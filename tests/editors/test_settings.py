@@ -129,7 +129,7 @@ def test_a_name_alone_makes_no_published_model(layers):
     lm = named("/models/gpt2-xl", layers=layers)
     for editor in (kf.Rome.for_model(lm), kf.Memit.for_model(lm)):
         assert editor.source.startswith(f"derived for {layers} layers")
-        editor._check(lm)
+        editor.check(lm)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 12])
@@ -142,7 +142,7 @@ def test_for_model_derives_the_rest_and_says_so(layers):
     assert 1 <= len(memit.layers) <= 5 and memit.layers == tuple(range(memit.layers[0], memit.layers[-1] + 1))
     for editor in (rome, memit):
         assert editor.v_loss_layer is None
-        editor._check(lm)
+        editor.check(lm)
 
 
 def test_the_source_is_kept_with_an_edit():

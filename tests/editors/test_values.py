@@ -11,7 +11,7 @@ import torch
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
 import tests.oracle.values as oracle_module
-from kedit_fast.editors.common import Prompts
+from kedit_fast.editors.prompts import Prompts
 from kedit_fast.jobs import value_tasks
 from kedit_fast.jobs.values import ValueSettings, optimize_values
 from kedit_fast.sweep.sites import Site

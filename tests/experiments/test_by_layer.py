@@ -85,7 +85,7 @@ def test_statistics_and_contexts_are_made_once_for_all_layers(monkeypatch):
         assert tuple(layers) == (0, 1, 2, 3)
         return cases.moments()
 
-    monkeypatch.setattr(kf.Rome, "_contexts", contexts)
+    monkeypatch.setattr(kf.Rome, "sampled_contexts", contexts)
     monkeypatch.setattr("kedit_fast.moments.given.second_moments", measured)
     found = sweep_layers(tiny_lm("gpt2"), FACTS[:1], EDITOR, corpus="self", trace=TRACE)
     assert found.layers == (0, 1, 2, 3) and counts == {"contexts": 1, "moments": 1}

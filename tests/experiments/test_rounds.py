@@ -10,8 +10,8 @@ import torch
 import kedit_fast as kf
 import kedit_fast.experiments.rounds as rounds_module
 from kedit_fast.editors import AlphaEdit
+from kedit_fast.editors.editor import Editor
 from kedit_fast.editors.finetune import Ft
-from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.edits.edit import Edit
 from kedit_fast.experiments.rounds import Round, edit_in_rounds
 from kedit_fast.pictures.rounds import plot_rounds
@@ -79,12 +79,12 @@ def test_what_is_asked_after_a_round():
     assert min(r.edit_s for r in found) > 0 and min(r.evaluate_s for r in found) > 0
 
 
-class Nothing(Hyperparameters):
+class Nothing(Editor):
     """An editor that writes edits of nothing."""
 
     layers, mom2_adjustment = (1,), False
 
-    def check_layers(self, lm):
+    def check(self, lm):
         pass
 
     def edit(self, lm, facts, **given):
@@ -126,7 +126,7 @@ def test_contexts_are_sampled_and_statistics_measured_once(monkeypatch):
         assert not lm.edits
         return cases.moments()
 
-    monkeypatch.setattr(kf.Memit, "_contexts", contexts)
+    monkeypatch.setattr(kf.Memit, "sampled_contexts", contexts)
     monkeypatch.setattr("kedit_fast.moments.given.second_moments", measured)
     found = list(in_rounds(lm, contexts=None, moments=None, corpus="self", per_round=2))
     assert counts == {"contexts": 1, "moments": 1}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kedit_fast as kf
 from kedit_fast.editors import finetune
-from kedit_fast.editors.common import Prompts
+from kedit_fast.editors.prompts import Prompts
 from kedit_fast.evaluation.probes import fact_probes
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import (

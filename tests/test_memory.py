@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.edits.deltas import LowRank
 from kedit_fast.evaluation.perplexity import perplexity
 from kedit_fast.gating.canary import continuations
 from kedit_fast.jobs import finetune, generate, values
@@ -33,7 +34,7 @@ WINDOWS = [list(range(100))] * 20
 def edited(lm):
     generator = torch.Generator().manual_seed(0)
     u, v = (0.01 * torch.randn(width, 2, generator=generator) for width in (lm.d_model, lm.d_ff))
-    return lm.with_edit(kf.Edit("made up", {}, lm.fingerprint, (), {1: kf.edit.LowRank(u, v)}))
+    return lm.with_edit(kf.Edit("made up", {}, lm.fingerprint, (), {1: LowRank(u, v)}))
 
 
 FLOWS = {

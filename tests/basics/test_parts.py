@@ -139,8 +139,8 @@ SCRIPT = """
 import os, sys, torch
 torch.set_num_threads(1)
 import kedit_fast.jobs.values as values
-from kedit_fast.checkpoint import Parts
-from tests.test_checkpoint import FACTS, edit, tiny_lm
+from kedit_fast.basics.parts import Parts
+from tests.basics.test_parts import FACTS, edit, tiny_lm
 values._groups = lambda lm, tasks, settings: [[task] for task in tasks]
 call = Parts.__call__
 def told(self, name, make):

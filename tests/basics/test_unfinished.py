@@ -33,7 +33,7 @@ def killed_while_writing(code, folder):
 
 def test_a_killed_write_leaves_nothing_behind_the_next_one(tmp_path):
     (left,) = killed_while_writing(
-        f"from kedit_fast.files import replace_file\nwith replace_file('a.json') as path:\n"
+        f"from kedit_fast.basics.files import replace_file\nwith replace_file('a.json') as path:\n"
         f"    path.write_text('half')\n    {KILLED}",
         tmp_path,
     )
@@ -108,7 +108,7 @@ def test_a_folder_that_was_filled_meanwhile(tmp_path):
 
 
 def test_a_killed_run_s_folder_is_taken_over(tmp_path):
-    code = f"from kedit_fast.shipping.folders import new_folder\nwith new_folder('out') as path:\n" \
+    code = f"from kedit_fast.basics.folders import new_folder\nwith new_folder('out') as path:\n" \
            f"    (path / 'deep').mkdir(); (path / 'deep' / 'half').write_text('x')\n    {KILLED}"  # fmt: skip
     assert killed_while_writing(code, tmp_path) == [".out.unfinished"]
     with new_folder(tmp_path / "out") as path:
@@ -148,7 +148,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 def test_a_temporary_folder_of_a_killed_run_is_deleted(tmp_path):
     code = f"""
 from pathlib import Path
-from kedit_fast.unfinished import temporary_folder
+from kedit_fast.basics.unfinished import temporary_folder
 with temporary_folder(Path("model")) as path:
     (path / "half").write_text("x")
     {KILLED}"""
@@ -159,7 +159,7 @@ with temporary_folder(Path("model")) as path:
 
 
 def test_a_killed_run_s_folder_of_another_name_is_warned_of(tmp_path):
-    code = f"from kedit_fast.shipping.folders import new_folder\nwith new_folder('out') as path:\n    {KILLED}"
+    code = f"from kedit_fast.basics.folders import new_folder\nwith new_folder('out') as path:\n    {KILLED}"
     killed_while_writing(code, tmp_path)
     says = r"\.out\.unfinished is what a killed run left; delete it"
     with pytest.warns(UserWarning, match=says) as warned, new_folder(tmp_path / "a"), new_folder(tmp_path / "b"):

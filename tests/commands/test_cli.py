@@ -72,7 +72,7 @@ def files(folder):
 
 def test_help_imports_no_torch_and_is_quick():
     script = (
-        "import sys, kedit_fast.cli as cli\n"
+        "import sys, kedit_fast.commands.cli as cli\n"
         "for name in (None, *cli.HANDLERS):\n"
         "    try: cli.main([*(name or '').split(), '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
@@ -215,7 +215,7 @@ def test_interrupt(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_is_quiet():
-    script = "import sys; from kedit_fast.cli import main; sys.exit(main(['info']))"
+    script = "import sys; from kedit_fast.commands.cli import main; sys.exit(main(['info']))"
     command = f"{sys.executable} -c {script!r} | head -c 1"
     done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
     assert done.stderr == "" and done.returncode in (0, 141)

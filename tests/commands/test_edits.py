@@ -58,7 +58,7 @@ def test_each_action_explains_itself_and_its_example_is_accepted(action, capsys)
 
 def test_help_of_the_actions_imports_no_torch():
     script = (
-        "import sys, kedit_fast.cli as cli\n"
+        "import sys, kedit_fast.commands.cli as cli\n"
         f"for action in {ACTIONS}:\n"
         "    try: cli.main([*action.split(), '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
@@ -190,7 +190,7 @@ def test_inspect_shows_what_an_edit_holds(work, capsys):
         assert text in shown
     lines = [line.split() for line in shown.splitlines()]
     for layer in (1, 2):
-        assert [str(layer), "LowRank", "2", f"{edit.deltas[layer].norm():.4g}"] in lines
+        assert [str(layer), "down", "LowRank", "2", f"{edit.deltas[layer].norm():.4g}"] in lines
     assert "|W|" not in shown
     counts = {"The Eiffel Tower": ["1", "1"], "Miles Davis": ["0", "0"]}
     for subject, (paraphrases, neighborhood) in counts.items():
@@ -198,7 +198,7 @@ def test_inspect_shows_what_an_edit_holds(work, capsys):
         assert line.split()[-2:] == [paraphrases, neighborhood]
     assert next(line for line in shown.splitlines() if "instead of" in line).endswith("paraphrases  neighborhood")
     changes, size = sum(delta.nbytes for delta in edit.deltas.values()), (work / "one.safetensors").stat().st_size
-    assert f"size: {changes / 1e6:.3g} MB are changes of weights" in shown
+    assert f"size: {changes / 1e6:.3g} MB are what it changes" in shown
     assert f"facts: {size / 1e6:.3g} MB" in shown
 
 
@@ -207,8 +207,8 @@ def test_inspect_compares_with_the_model(work, capsys):
     shown, edit = capsys.readouterr().out, Edit.load("one.safetensors")
     weight = kf.open_model("base").source.weight(1, "down")
     share = edit.deltas[1].norm() / float(weight.norm())
-    line = next(line.split() for line in shown.splitlines() if line.split()[:2] == ["1", "LowRank"])
-    assert line[4:] == [f"{float(weight.norm()):.4g}", f"{share:.2%}"]
+    line = next(line.split() for line in shown.splitlines() if line.split()[:3] == ["1", "down", "LowRank"])
+    assert line[5:] == [f"{float(weight.norm()):.4g}", f"{share:.2%}"]
     tiny_model("llama", seed=1).save_pretrained("other")
     assert run("edit", "inspect", "one.safetensors", "--model", "other") == 2
 
@@ -240,9 +240,9 @@ def test_diff_shows_what_differs(work, capsys):
     assert "only in A" not in shown
     norm = f"{edit.deltas[2].norm():.4g}"
     line = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["2"])
-    assert line[:3] == ["2", norm, norm]
-    assert float(line[3]) < 1e-10
-    assert line[4] == "1.0000"
+    assert line[:4] == ["2", "down", norm, norm]
+    assert float(line[4]) < 1e-10
+    assert line[5] == "1.0000"
 
 
 def test_inspect_and_diff_take_what_eval_takes(work, capsys):
@@ -258,7 +258,7 @@ def test_inspect_and_diff_take_what_eval_takes(work, capsys):
     assert "; the file, with keys" in both and "; the file, with keys" not in shown
     assert run("edit", "diff", "one.safetensors", "edits") == 0
     layers = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("1 ", "2 "))]
-    assert layers[0][1] == layers[0][2] and layers[1][1] != layers[1][2]  # the second edit changes layer 2 alone
+    assert layers[0][2] == layers[0][3] and layers[1][2] != layers[1][3]  # the second edit changes layer 2 alone
 
 
 # ---- eval of a chain

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import kedit_fast as kf
+from kedit_fast.basics.files import append_records
 from kedit_fast.commands import cli
 from kedit_fast.commands.outputs import fresh_log
 from kedit_fast.edits.edit import Edit
@@ -196,7 +197,7 @@ def test_a_log_into_a_pipe_is_one_stream(tmp_path):
     reader.start()
     with fresh_log(tmp_path / "pipe"):
         for number in (1, 2):
-            kf.files.append_records(tmp_path / "pipe", [{"number": number}])
+            append_records(tmp_path / "pipe", [{"number": number}])
     reader.join(10)
     assert got == ['{"number": 1}\n{"number": 2}\n']
 
@@ -205,7 +206,7 @@ def test_a_log_into_a_pipe_is_one_stream(tmp_path):
 
 
 def command_line(args, folder, shell="", **env):
-    script = "import sys; from kedit_fast.cli import main; sys.exit(main())"
+    script = "import sys; from kedit_fast.commands.cli import main; sys.exit(main())"
     made = subprocess.run(
         ["bash", "-c", f'"$0" -c "$1" "${{@:2}}" {shell}', sys.executable, script, *args],
         cwd=folder, capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)} | env,

@@ -121,19 +121,19 @@ def edit_files(folder: Path) -> list[Case]:
     tensors = load_file(folder / "good.safetensors")
     del tensors["sha256"]  # as files of before are, so that what is looked at is each part
     record = json.loads(bytes(tensors["record"].tolist()))
-    delta = next(name for name in tensors if name.startswith("deltas"))
+    delta = next(name for name in tensors if name.startswith("changes"))
     changed = {
         "no record": lambda t: t.pop("record"),
         "no delta": lambda t: t.pop(delta),
         "nan": lambda t: t[delta].fill_(torch.nan),
-        "another": lambda t: t.update({"deltas.x.y": torch.ones(2)}),
+        "another": lambda t: t.update({"changes.x.y": torch.ones(2)}),
         "not a layer": lambda t: t.update({"keys.-1": torch.ones(2)}),
         "integers": lambda t: t.update({delta: torch.ones(3, 3, dtype=torch.int64)}),
     }
     for name, change in changed.items():
         mine = {key: tensor.clone() for key, tensor in tensors.items()}
         change(mine)
-        save_file(mine, folder / f"{name}.safetensors", {"format": "kedit_fast.edit 1"})
+        save_file(mine, folder / f"{name}.safetensors", {"format": "kedit_fast.edit 2"})
         made.append(_read(kf.Edit.load, folder / f"{name}.safetensors"))
     for name in record:
         for i, value in enumerate((None, 3, [3], {"a": 1}, "x")):
@@ -146,7 +146,7 @@ def edit_files(folder: Path) -> list[Case]:
             said = json.dumps(record | {name: value}).encode()
             save_file(
                 tensors | {"record": torch.tensor(list(said), dtype=torch.uint8)},
-                folder / f"{name}-{i}.safetensors", {"format": "kedit_fast.edit 1"},
+                folder / f"{name}-{i}.safetensors", {"format": "kedit_fast.edit 2"},
             )  # fmt: skip
             made.append(_read(kf.Edit.load, folder / f"{name}-{i}.safetensors"))
     for version in ("kedit_fast.edit 9", "kedit_fast.moment 1", "", "x"):

@@ -151,7 +151,7 @@ def doors(folder) -> list[Door]:
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),
         Door("Edit", _with(kf.Edit, method="m", hparams={}, fingerprint="", facts=(), changes={}), dict(
-            method="words", hparams="dict", fingerprint="words", facts="dict", changes="dict",
+            method="words", hparams="dict", fingerprint="words", facts="dict", changes="object",
             provenance="dict", keys="dict")),
         Door("Edit.only", _with(t.edit.only), dict(i="whole")),
         Door("Edit.load", _with(kf.Edit.load), dict(path="path")),

@@ -232,7 +232,7 @@ def test_a_figure_from_elsewhere_is_described_by_its_titles():
 
 def test_pyplot_is_never_imported():
     code = (
-        "import sys, tests.test_plots as t; from kedit_fast import plots; r = t.make();"
+        "import sys, tests.pictures.test_traces as t; from kedit_fast.pictures import traces as plots; r = t.make();"
         " plots.figure_html(plots.plot_trace(r)); plots.plot_kinds([r]); plots.plot_average(t.averaged());"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

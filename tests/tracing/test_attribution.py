@@ -15,6 +15,7 @@ from kedit_fast.tracing import attribution
 from kedit_fast.tracing import tasks as trace_tasks
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.attribution import most
+from kedit_fast.tracing.results import read_log
 from kedit_fast.tracing.tasks import KINDS, tasks_of
 from tests import tiny
 from tests.conftest import close, open_tiny, tiny_lm
@@ -206,7 +207,7 @@ def test_a_screen_of_everything_is_the_exact_trace():
 def test_what_is_exact_is_kept_in_files(tmp_path):
     (got,) = kf.trace(tiny_lm("gpt2"), CAPITAL, kinds="state", method="screen", top=3, log=tmp_path / "log", **HOW)
     got.save(tmp_path / "trace.npz")
-    (logged,) = kf.tracing.read_log(tmp_path / "log")
+    (logged,) = read_log(tmp_path / "log")
     for read in (kf.TraceResult.load(tmp_path / "trace.npz"), logged):
         assert read.exact.dtype == bool and (read.exact == got.exact).all()
 

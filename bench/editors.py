@@ -24,7 +24,8 @@ from bench.common import Figure, Measured, peak_matmul
 from bench.values import asked
 from kedit_fast.editors import memit, rome
 from kedit_fast.editors.contexts import memit_contexts
-from kedit_fast.evaluation.metrics import METRICS, SCORE_OF, SHARE, Interval, harmonic_mean, interval
+from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
+from kedit_fast.evaluation.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values
 
@@ -230,7 +231,7 @@ def table(
 def score(columns: dict[str, Tensor]) -> Interval:
     """S, the harmonic mean of the means of ES, PS and NS, and a bootstrap interval of it: facts drawn with replacement,
     ``RESAMPLES`` times from ``SEED``. n is 0 where the facts lack one of the three."""
-    three = torch.stack([columns[name] for name in SCORE_OF]).double()
+    three = torch.stack([columns[name] for name in COUNTERFACT.score_of]).double()
     n = three.shape[1]
     generator = torch.Generator().manual_seed(SEED)
     drawn = three[:, torch.randint(n, (RESAMPLES, n), generator=generator)].nanmean(2)  # [3, resamples]

@@ -12,7 +12,7 @@ import torch
 import kedit_fast as kf
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.evaluation.perplexity import perplexity
-from kedit_fast.gating.canary import continuations
+from kedit_fast.evaluation.probes import probe, write_probes
 from kedit_fast.jobs import finetune, generate, values
 from kedit_fast.sweep import engine, plan
 from kedit_fast.tracing import attribution
@@ -46,7 +46,9 @@ FLOWS = {
     "independent": lambda lm, facts: MEMIT.edit(lm, facts, contexts=CONTEXTS, independent=True),
     "ft": lambda lm, facts: kf.Ft(layers=(0,), num_steps=2).edit(lm, facts),
     "evaluate": lambda lm, facts: kf.evaluate(edited(lm), facts, generate=4, text=TEXT * 40),
-    "continuations": lambda lm, facts: continuations(edited(lm), [fact.text for fact in facts * 2], 6),
+    "write_probes": lambda lm, facts: write_probes(
+        edited(lm), [probe(lm, fact.text, n_written=6) for fact in facts * 2]
+    ),
     "perplexity": lambda lm, facts: perplexity(edited(lm), WINDOWS[: 20 * len(facts)]),
     "lens": lambda lm, facts: kf.logit_lens(edited(lm), facts),
     "statistics": lambda lm, facts: kf.second_moments(lm, [0, 1], [fact.text for fact in facts * 40], n_tokens=1500),

@@ -7,21 +7,13 @@ is another matter (a ridge gives a share, facts edited together pull at each oth
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
-
-import torch
+from itertools import takewhile
 
 from kedit_fast.basics.progress import progress
 from kedit_fast.edits.edit import Edit
-from kedit_fast.evaluation.probes import fact_probes
+from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
 from kedit_fast.facts.fact import Fact
-from kedit_fast.facts.tokens import fact_tokens
-from kedit_fast.jobs.collect import Collect
-from kedit_fast.jobs.score import continuation_places, likeliest_tokens
-from kedit_fast.kernels.target_logprob import target_logprob
-from kedit_fast.sweep.edited import add_under
-from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.runs import RunList
-from kedit_fast.sweep.sites import Site
+from kedit_fast.facts.tokens import asked, fact_tokens
 
 ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names
@@ -73,30 +65,23 @@ def not_written(edit: Edit) -> list[Fact]:
     return [fact for fact, found in zip(edit.facts, edit.provenance["written"]["written"], strict=True) if not found]
 
 
-@torch.no_grad()
 def _asked(lm, edit: Edit) -> dict[str, list]:
-    view, last = replace(lm, edits=(*lm.edits, edit)), lm.n_layers - 1
-    probes = [fact_probes(lm, replace(f, paraphrases=(), neighborhood=(), same_subject=()), []) for f in edit.facts]
-    pairs = [(rewrite.prompt, rewrite.targets[0]) for rewrite in (probe.kinds[0][0] for probe in probes)]
-    places, runs = continuation_places(pairs), RunList()
-    number = add_under(view, runs, places.sequences, torch.arange(len(pairs)))[places.pair]
-    top = Collect(Site.layer_out, [last], number, places.pos)
+    probes = [
+        probe(lm, asked(lm.tokenizer, fact.text, fact.chat), [fact.target_new], fact.attached, owner=i)
+        for i, fact in enumerate(edit.facts)
+    ]
     with progress(ASKING, 1) as bar:
-        sweep(view, runs.runs(), [top], advance=bar.advance)
-    h = top.values[last]
-    log_p = target_logprob(h, view.fusable_head, places.targets, lm.n_vocab).cpu().double().split(places.lengths)
-    likeliest = likeliest_tokens(view, h).cpu().split(places.lengths)
-    return _by_fact(lm, [target for _, target in pairs], log_p, likeliest)
+        answers = read_edited(replace(lm, edits=(*lm.edits, edit)), probes, bar.advance)
+    return _by_fact(lm, probes, answers)
 
 
-def _by_fact(lm, targets, log_p, likeliest) -> dict[str, list]:
-    """What ``with_written`` notes, of each fact's target tokens: their log-probabilities and the likeliest tokens."""
+def _by_fact(lm, probes: list[Probe], answers: list[Answer]) -> dict[str, list]:
+    """What ``with_written`` notes of each fact, by what the model with the edit answers to its prompt."""
     found: dict[str, list] = {"written": [], "p_new": [], "says": []}
-    for target, values, tokens in zip(targets, log_p, likeliest, strict=True):
-        broken = bool(values.isnan().any())
-        right = [int(token) == wanted for token, wanted in zip(tokens, target, strict=True)]
-        said = tokens[: right.index(False) + 1] if False in right else tokens
-        found["written"].append(all(right) and not broken)
-        found["p_new"].append(0.0 if broken else round(float(values.mean().exp()), 5))
-        found["says"].append("" if broken else lm.tokenizer.decode(said.tolist()))
+    for one, answer in zip(probes, answers, strict=True):
+        both = zip(one.answers[0], answer.said[0], strict=False)  # nothing is said where the model answers NaN
+        n_right = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], both)))
+        found["written"].append(answer.exact[0] == 1)
+        found["p_new"].append(round(answer.p[0], 5))
+        found["says"].append(lm.tokenizer.decode(answer.said[0][: n_right + 1]))
     return found

@@ -5,6 +5,7 @@ The model without and with the edit goes through the same sweeps; below the firs
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,19 +14,21 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
-from kedit_fast.evaluation.metrics import METRICS, fact_columns, knew
+from kedit_fast.evaluation.benchmark import Benchmark, Case, check_lengths
+from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
-from kedit_fast.evaluation.probes import FactProbes, Names, check_fit, fact_probes, read_probes
-from kedit_fast.evaluation.report import EvalReport, fact_record
+from kedit_fast.evaluation.probes import Probe, independent, read_probes, write_probes
+from kedit_fast.evaluation.report import EvalReport, case_record
 from kedit_fast.facts.fact import Fact, fact_list
-from kedit_fast.facts.tokens import asked, has_template, other_form
+from kedit_fast.facts.subjects import Names
+from kedit_fast.facts.tokens import has_template
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.sweep.plan import RowCost, free
 from kedit_fast.sweep.together import together
 
 OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation runs
-CHUNK = 64  # facts a sweep when the weights are in memory: progress moves and the log grows
+CHUNK = 64  # cases a sweep when the weights are in memory: progress moves and the log grows
 
 
 @takes_lm
@@ -34,79 +37,105 @@ def evaluate(
     facts,
     edit=None,
     *,
+    benchmark: Benchmark = COUNTERFACT,
     text=None,
     generate: int = 0,
     max_tokens: int = MAX_TOKENS,
     log=None,
     both_forms: bool = True,
 ) -> EvalReport:
-    """CounterFact's metrics of facts for the model and, in the same sweeps, for the model with its edits.
+    """What facts are worth by a benchmark, for the model and, in the same sweeps, for the model with its edits.
 
     edit: an Edit, or several in their order, on top of those that ``lm`` carries; base is the model without any of
         them. To judge an edit as it will be once written in some dtype: ``evaluate(lm.with_edit(edit,
         written=torch.bfloat16), facts)``. Under independent edits each fact is asked under its own.
+    benchmark: what is asked of a case, a fact or several of them, and how its answers become metrics: CounterFact's
+        (``counterfact.METRICS``) unless told otherwise
     text: a string or several, for perplexity and its drift; of it max_tokens tokens at most
     generate: tokens to continue each fact's prompt by, greedily, without and with the edits
-    log: a .jsonl path; each fact's record is added to it as soon as its chunk is done
+    log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
 
-    A fact needs target_new or target_true, same_subject prompts, or neighbors with answers of their own; a metric is
-    NaN where the fact lacks what it compares. A prompt whose answer is NaN (an edit that overflows) has probability 0
-    and is no success, and a text that is continued ends there; NaN of the base model is an error. Neighborhood prompts
-    that name a subject edited together with the fact (those of ``facts`` and of the edits' own facts; with independent
-    edits only the fact's own) are left out and counted.
+    CounterFact needs facts with target_new or target_true, same_subject prompts, or neighbors with answers of their
+    own; a metric is NaN where a fact lacks what it compares. Neighborhood prompts that name a subject edited together
+    with the fact (those of ``facts`` and of the edits' own facts; with independent edits only the fact's own) are left
+    out and counted. A prompt whose answer is NaN (an edit that overflows) has probability 0 and is no success, and a
+    text that is continued ends there; NaN of the base model is an error.
 
     Raises ValueError where the base model gives NaN; all else before the first sweep: ValueError for no facts, nothing
     to compare, text too short, an edit for another model or without those that it stands on, independent edits that do
-    not hold a fact, or text together with them; TypeError for anything but Facts or an Edit; OSError for a log that
-    cannot be written.
-    One weight pass for each chunk of facts (64, or as many as memory holds when weights are streamed) and for the text.
+    not hold a fact, or text or cases of several facts together with them; TypeError for anything but Facts or an Edit;
+    OSError for a log that cannot be written.
+    One weight pass for each chunk of cases (64, or as many as memory holds when weights are streamed) and for the text.
     """
-    facts = _checked(facts, generate, max_tokens, both_forms, log)
+    grouped = _checked(benchmark, facts, generate, max_tokens, both_forms, log)
     lm = with_edits(lm, edit, "edit")
-    owners = _owners(lm, facts)
-    if owners is not None and text is not None:
-        raise ValueError(
-            "text= with independent edits: perplexity is of one model, and these are as many as facts; "
-            "evaluate edit.only(i) with the text"
-        )
+    cases = _cases(lm, grouped, text)
     windows = None if text is None else text_windows(lm, text, max_tokens)
-    turned = [other_form(fact) for fact in facts] if both_forms and has_template(lm.tokenizer) else []
-    probes, in_turn = _probes(lm, facts, owners), _probes(lm, turned, owners) if turned else []
-    check_fit(lm, [*facts, *turned], [*probes, *in_turn], generate)
-    chunks = list(_chunks(lm, probes))
-    meta = _meta(lm, facts, windows, max_tokens)
-    with stages(*["generating"][: generate > 0], "evaluating facts", *["measuring perplexity"][: windows is not None]):
-        generations = _generations(lm, facts, chunks, owners, generate)
-        rows, others = _read_all(lm, facts, chunks, in_turn, generations, log)
+    twice = both_forms and has_template(lm.tokenizer)
+    asked = [_asked(lm, benchmark, case, generate, twice) for case in cases]
+    everything = [probe for one in asked for probe in one.everything]
+    check_lengths(lm, cases, everything)
+    writing = ["generating"] * any(probe.n_written for probe in everything)
+    meta = _meta(lm, benchmark, cases, windows, max_tokens)
+    with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
+        rows = _read_all(lm, benchmark, asked, log)
         drift = None if windows is None else perplexity(lm, windows)
-    return EvalReport(
-        **_both_columns(rows),
-        facts=tuple(facts),
-        meta=meta,
-        perplexity=drift,
-        generations=tuple(generations),
-        other=EvalReport(**_both_columns(others), facts=tuple(turned), meta=meta | {"note": ""}) if turned else None,
-    )
+    return _report(benchmark, asked, rows, meta, drift)
 
 
 # ---- what is asked
 
 
-def _checked(facts, generate, max_tokens, both_forms, log) -> list[Fact]:
+class Asked(NamedTuple):
+    """A case and what is asked of it. own: its facts' prompts, where they are to be written on; other: the case in the
+    other form, or None"""
+
+    case: Case
+    own: list[Probe]
+    probes: list[Probe]
+    other: "Asked | None"
+
+    @property
+    def everything(self) -> list[Probe]:
+        return [*self.own, *self.probes, *(self.other.everything if self.other else ())]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows at most in a sweep: base and edited, nothing shared."""
+        return 2 * sum(sum(probe.lengths) for probe in self.probes)
+
+
+def _checked(benchmark, facts, generate, max_tokens, both_forms, log) -> list[tuple[Fact, ...]]:
+    """The facts that are judged together."""
+    checks.instance("benchmark", benchmark, Benchmark, "a Benchmark, e.g. kf.BENCHMARKS['counterfact']")
     checks.flag("both_forms", both_forms)
     checks.optional(lambda _, path: check_place(path), "log", log)
     checks.whole("generate", generate, like=20)
     checks.whole("max_tokens", max_tokens, least=2, like=5_120)
-    facts = fact_list(facts)
-    for fact in facts:
-        with_answers = any(question.answer for question in fact.questions("neighborhood"))
-        if not (fact.target_new or fact.target_true or fact.same_subject or with_answers):
-            raise ValueError(
-                f"fact {fact.label} has neither target_new nor target_true nor same_subject prompts: nothing to compare"
-            )
-    return facts
+    return [tuple(some) for some in benchmark.cases(fact_list(facts))]
+
+
+def _cases(lm, grouped: list[tuple[Fact, ...]], text) -> list[Case]:
+    """Facts that are judged together as cases, each with the subjects that are edited beside it."""
+    owners = _owners(lm, [fact for facts in grouped for fact in facts])
+    shared = Names(fact.subject for edit in lm.edits if not edit.independent for fact in edit.facts)
+    if owners is None:
+        edited = (shared, Names(fact.subject for facts in grouped for fact in facts))
+        return [Case(facts, i, edited) for i, facts in enumerate(grouped)]
+    if text is not None:
+        raise ValueError(
+            "text= with independent edits: perplexity is of one model, and these are as many as facts; "
+            "evaluate edit.only(i) with the text"
+        )
+    if len(owners) > len(grouped):
+        raise ValueError(
+            "cases of several facts with independent edits, each of which knows of one fact alone; write the facts "
+            "into one model (independent=False)"
+        )
+    each = enumerate(zip(grouped, owners, strict=True))
+    return [Case(facts, i, (shared, Names([facts[0].subject])), owner) for i, (facts, owner) in each]
 
 
 def _owners(lm, facts: Sequence[Fact]) -> list[int] | None:
@@ -130,100 +159,99 @@ def _place(fact: Fact) -> tuple:
     return fact.prompt, fact.subject, fact.target_new
 
 
-def _probes(lm, facts: Sequence[Fact], owners: list[int] | None) -> list[FactProbes]:
-    shared = Names(fact.subject for edit in lm.edits if not edit.independent for fact in edit.facts)
-    if owners is not None:
-        return [
-            fact_probes(lm, fact, [shared, Names([fact.subject])], owner)
-            for fact, owner in zip(facts, owners, strict=True)
-        ]
-    edited = [shared, Names(fact.subject for fact in facts)]
-    return [fact_probes(lm, fact, edited) for fact in facts]
+def _asked(lm, benchmark: Benchmark, case: Case, generate: int, twice: bool) -> Asked:
+    own = [case.probe(lm, fact, fact.text, n_written=generate) for fact in case.facts] if generate else []
+    other = _asked(lm, benchmark, case.in_other_form(), 0, False) if twice else None
+    return Asked(case, own, benchmark.probes(lm, case), other)
 
 
-def _chunks(lm, probes: list[FactProbes]) -> Iterator[list[FactProbes]]:
-    """Consecutive facts for one sweep; one that is too large is cut by the sweep's plan."""
+def _chunks(lm, asked: list[Asked]) -> Iterator[list[Asked]]:
+    """Consecutive cases for one sweep; one that is too large is cut by the sweep's plan."""
     kept = RowCost.of(lm).kept + lm.d_model * lm.dtype.itemsize  # the rows that are read
     most = CHUNK if not lm.source.pass_bytes else None
-    return together(probes, lambda one: one.n_rows, free(lm) // kept, most)
+    return together(asked, lambda one: one.n_rows, free(lm) // kept, most)
 
 
 # ---- what is answered
 
-Values = tuple[dict, dict | None]  # {metric: value} of one fact, by the base and the edited model
+Values = tuple[dict, dict | None]  # {metric: value} of one case, by the base and the edited model
+Texts = Iterator[tuple[str, str | None]]  # what the base and the edited model write
 
 
-def _read_all(lm, facts, chunks, turned: list[FactProbes], generations, log) -> tuple[list[Values], list[Values]]:
-    """(values of each fact, its values in the other form). turned: the probes in that form, or none."""
-    rows: list[Values] = []
-    others: list[Values] = []
-    with progress("evaluating facts", len(facts)) as bar:
-        for chunk in chunks:
-            done = slice(len(rows), len(rows) + len(chunk))
+class Row(NamedTuple):
+    """What came of a case: its values, those in the other form (or None), and (prompt, before, after) of its facts
+    where these are written on."""
+
+    values: Values
+    other: Values | None
+    generations: list[tuple[str, str, str | None]]
+
+
+def _read_all(lm, benchmark: Benchmark, asked: list[Asked], log) -> list[Row]:
+    turned = [one.other for one in asked if one.other]
+    own = _written(lm, [probe for one in asked for probe in one.own])
+    texts, other_texts = (_written(lm, [probe for one in form for probe in one.probes]) for form in (asked, turned))
+    rows: list[Row] = []
+    with progress("evaluating facts", len(asked)) as bar:
+        for chunk in _chunks(lm, asked):
             advance = scaled(bar.advance, len(chunk) / 2 if turned else len(chunk))
-            rows += _values(lm, chunk, advance)
-            others += _values(lm, turned[done], advance) if turned else []
-            _append(log, facts[done], rows[done], generations[done], others[done])
-    return rows, others
+            values = _values(lm, benchmark, chunk, texts, advance)
+            others = [one.other for one in chunk if one.other]
+            others = _values(lm, benchmark, others, other_texts, advance) if others else [None] * len(chunk)
+            told = [[(fact.text, *next(own)) for fact in one.case.facts] if one.own else [] for one in chunk]
+            new = list(map(Row, values, others, told))
+            append_records(log, (case_record(one.case.facts, *row) for one, row in zip(chunk, new, strict=True)))
+            rows += new
+    return rows
 
 
-def _values(lm, chunk: list[FactProbes], advance) -> list[Values]:
-    base, edited = read_probes(lm, chunk, any(edit.independent for edit in lm.edits), advance)
-    values = []
-    for i, fact in enumerate(chunk):
-        known = knew(base[i])
-        after = None if edited is None else fact_columns(edited[i], known, fact.left_out)
-        values.append((fact_columns(base[i], known, fact.left_out), after))
+def _written(lm, probes: list[Probe]) -> Texts:
+    """What the models write, of the probes that are to be written on, in order."""
+    probes = [probe for probe in probes if probe.n_written]
+    before = write_probes(dataclasses.replace(lm, edits=()), probes)
+    return zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True)
+
+
+def _values(lm, benchmark: Benchmark, chunk: list[Asked], texts: Texts, advance) -> list[Values]:
+    probes = [probe for one in chunk for probe in one.probes]
+    base, edited = read_probes(lm, probes, advance)
+    written = [next(texts) if probe.n_written else (None, None) for probe in probes]
+    base, edited = (
+        None if side is None else [answer._replace(text=both[i]) for answer, both in zip(side, written, strict=True)]
+        for i, side in enumerate((base, edited))
+    )
+    values, end = [], 0
+    for one in chunk:
+        mine = slice(end, end := end + len(one.probes))
+        sides = (
+            None if side is None else benchmark.values(one.probes, side[mine], base[mine]) for side in (base, edited)
+        )
+        values.append(tuple(sides))
     return values
-
-
-def _generations(lm, facts, chunks, owners, n: int) -> list[tuple[str, str, str | None]]:
-    """(prompt, continuation before, after or None) for each fact; nothing for n = 0."""
-    if n == 0:
-        return []
-    base = dataclasses.replace(lm, edits=())
-    made: list[tuple[str, str, str | None]] = []
-    for chunk in chunks:
-        mine = facts[len(made) : len(made) + len(chunk)]
-        prompts = [asked(lm.tokenizer, fact.text, fact.chat) for fact in mine]
-        after: list[str | None] = [None] * len(prompts)
-        if owners is not None:
-            after = [
-                _alone(lm, fact.owner).generate(prompt, n, nan_ends=True)
-                for fact, prompt in zip(chunk, prompts, strict=True)
-            ]
-        elif lm.edits:
-            after = lm.generate(prompts, n, nan_ends=True)
-        made += zip((fact.text for fact in mine), base.generate(prompts, n), after, strict=True)
-    return made
-
-
-def _alone(lm, owner: int):
-    """The model with one fact's own of the independent edits."""
-    edits = tuple(edit.only(owner) if edit.independent else edit for edit in lm.edits)
-    return dataclasses.replace(lm, edits=edits)
 
 
 # ---- what is reported
 
 
-def _append(log, facts, values, generations, others) -> None:
-    nothing = [None] * len(facts)
-    rows = zip(facts, values, generations or nothing, others or nothing, strict=True)
-    append_records(log, (fact_record(fact, *both, generation, other) for fact, both, generation, other in rows))
+def _report(benchmark: Benchmark, asked: list[Asked], rows: list[Row], meta: dict, drift) -> EvalReport:
+    def of(asked, values, meta, **rest):
+        facts = tuple(fact for one in asked for fact in one.case.facts)
+        columns = (_columns(benchmark, side) for side in zip(*values, strict=True))
+        return EvalReport.of(benchmark, *columns, facts, meta, cases=sizes if set(sizes) != {1} else (), **rest)
+
+    sizes, turned = tuple(len(one.case.facts) for one in asked), [one.other for one in asked if one.other]
+    other = of(turned, (row.other for row in rows), meta | {"note": ""}) if turned else None
+    generations = tuple(told for row in rows for told in row.generations)
+    return of(asked, (row.values for row in rows), meta, perplexity=drift, generations=generations, other=other)
 
 
-def _both_columns(rows: list[Values]) -> dict:
-    """{"base", "edited"} columns of the facts' values."""
-    edited = None if rows[0][1] is None else _columns([after for _, after in rows])
-    return {"base": _columns([before for before, _ in rows]), "edited": edited}
+def _columns(benchmark: Benchmark, side: Sequence[dict | None]) -> dict[str, torch.Tensor] | None:
+    if side[0] is None:
+        return None
+    return {name: torch.tensor([values[name] for values in side], dtype=torch.float32) for name in benchmark.metrics}
 
 
-def _columns(rows: list[dict]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in METRICS}
-
-
-def _meta(lm, facts, windows, max_tokens) -> dict:
+def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> dict:
     meta = {
         "model": lm.name,
         "fingerprint": lm.fingerprint,
@@ -233,8 +261,9 @@ def _meta(lm, facts, windows, max_tokens) -> dict:
         "note": lm.note,
         "method": " + ".join(edit.method for edit in lm.edits) or None,
         "layers": sorted({layer for edit in lm.edits for layer in edit.layers}),
-        "independent": any(edit.independent for edit in lm.edits),
-        "n": len(facts),
+        "independent": independent(lm),
+        "n": sum(len(case.facts) for case in cases),
+        "benchmark": benchmark.name,
         "version": __version__,
     }
     if windows is not None:

@@ -1,209 +1,228 @@
-"""The probes of facts as tokens, and what a model and its edited view answer to them in one sweep."""
+"""Probes: what is asked of a model, and what it and its edited view answer to many of them in shared sweeps.
+
+There are two ways to ask. Read (``read_probes``): the answers stand behind the prompt, and the model says how likely
+each of their tokens is and which one it would say instead. Written (``write_probes``): the model goes on by itself.
+"""
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kedit_fast.evaluation.metrics import Answers, Reading
-from kedit_fast.facts.fact import Fact, Question, folded
-from kedit_fast.facts.tokens import answer_tokens, asked, encode
+from kedit_fast.facts.tokens import answer_tokens, encode
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
-from kedit_fast.jobs.score import continuation_places, likeliest_tokens, logprobs
-from kedit_fast.sweep.edited import add_edited
+from kedit_fast.jobs.generate import generate
+from kedit_fast.jobs.score import Places, continuation_places, likeliest_tokens, logprobs
+from kedit_fast.sweep.edited import add_edited, add_under
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 
 
 class Probe(NamedTuple):
-    """A prompt's token ids, and those of target_new and target_true as they continue it (None: not known)."""
+    """A prompt that a model is asked, and the answers that are looked for behind it.
 
-    prompt: list[int]
-    targets: tuple[list[int] | None, list[int] | None]
-
-
-class FactProbes(NamedTuple):
-    """All that is asked about one fact.
-
-    kinds: probes of the rewrite prompt (one), of the paraphrases, of the neighborhood prompts that are scored, and of
-        the subject's other prompts whose answer is known
-    same_subject: token ids of all the subject's other prompts, whose next token is read
-    left_out: number of neighborhood prompts that name an edited subject, which are not scored
-    owner: the fact whose independent edit acts here; 0 where edits are shared
+    prompt: token ids, as the model reads it; text: the same as text
+    answers: token ids of each as it continues the prompt; None: not known
+    kind: what it is to whoever asks, for instance "paraphrase"; case: the number of the case that it belongs to
+    owner: the fact whose independent edit acts on it; 0 where edits are shared
+    likeliest: whether the likeliest token after the prompt is read too
+    n_written: tokens to go on by, greedily; 0: none
     """
 
-    kinds: tuple[list[Probe], list[Probe], list[Probe], list[Probe]]
-    same_subject: list[list[int]]
-    left_out: int
-    owner: int
+    prompt: list[int]
+    text: str
+    answers: tuple[list[int] | None, ...] = ()
+    kind: str = ""
+    case: int = 0
+    owner: int = 0
+    likeliest: bool = False
+    n_written: int = 0
 
     @property
-    def n_rows(self) -> int:
-        """Rows at most in a sweep: base and edited, nothing shared."""
-        of_probes = (
-            len(probe.prompt) + len(target or ()) for kind in self.kinds for probe in kind for target in probe.targets
-        )
-        return 2 * (sum(of_probes) + sum(map(len, self.same_subject)))
+    def lengths(self) -> list[int]:
+        """Tokens of each text that is read; an answer's last token is predicted, not read."""
+        behind = [len(answer) - 1 for answer in self.answers if answer is not None]
+        return [len(self.prompt) + n for n in (*behind, *[0] * self.likeliest)]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text that is read; an answer's last token is predicted, not read."""
-        of_probes = (
-            len(probe.prompt) + len(target or "0") - 1
-            for kind in self.kinds
-            for probe in kind
-            for target in probe.targets
-        )
-        return max([*of_probes, *map(len, self.same_subject)], default=0)
+        """Tokens of the longest text that is read, or written on; 0 where nothing is asked."""
+        return max([*self.lengths, *[len(self.prompt) + self.n_written - 1] * (self.n_written > 0)], default=0)
 
 
-class Names:
-    """Finds which texts name one of many subjects: they hold it as a whole, whatever the case.
+class Answer(NamedTuple):
+    """What one model answers to a probe.
 
-    Not bound to word ends, which not every script has: "Io" is found in "Iowa". Subjects are looked up by their first
-    letters, so 10,000 of them cost a text no more than 10.
+    p: of each of the probe's answers, exp of the mean log-probability of its tokens; exact: 1 where each of them is the
+        likeliest behind those before it, else 0; both NaN where the answer is not known
+    said: of each, the likeliest token at the place of each of its tokens
+    top: the likeliest token after the prompt; p_top: the probability there of the one that the base model finds
+        likeliest; None and NaN where that is not read
+    text: what the model wrote; None where it is not asked to
+
+    Of a model that answers NaN (its activations overflow) p, exact and p_top are 0, said is empty and top None: such a
+    prompt counts against it and is not left out.
     """
 
-    def __init__(self, subjects: Iterable[str | None]):
-        folded = {subject.strip().casefold() for subject in subjects if subject is not None}
-        self._n_letters = min((3, *map(len, folded)))
-        self._by_start: dict[str, list[str]] = {}
-        for subject in folded:
-            self._by_start.setdefault(subject[: self._n_letters], []).append(subject)
-
-    def in_text(self, text: str) -> bool:
-        """Whether the text names any of the subjects."""
-        text = text.casefold()
-        return any(
-            text.startswith(subject, at)
-            for at in range(len(text))
-            for subject in self._by_start.get(text[at : at + self._n_letters], ())
-        )
+    p: tuple[float, ...] = ()
+    exact: tuple[float, ...] = ()
+    said: tuple[tuple[int, ...], ...] = ()
+    top: int | None = None
+    p_top: float = math.nan
+    text: str | None = None
 
 
-def fact_probes(lm, fact: Fact, edited: list[Names], owner: int = 0) -> FactProbes:
-    """The fact's probes as tokens. edited: the subjects that are edited together with this fact."""
-    neighbors, others = fact.questions("neighborhood"), fact.questions("same_subject")
-    clean = [question for question in neighbors if not any(names.in_text(question.prompt) for names in edited)]
-    own = [Question(prompt, fact.target_true) for prompt in (fact.text, *fact.paraphrases)]
-    known = [Question(question.prompt, question.answer) for question in others if question.answer]
-    return FactProbes(
-        kinds=(
-            [_probe(lm, fact, question, fact.target_new) for question in own[:1]],
-            [_probe(lm, fact, question, fact.target_new) for question in own[1:]],
-            [_probe(lm, fact, question, _other(fact.target_new, question.answer)) for question in clean],
-            [_probe(lm, fact, question, None) for question in known],
-        ),
-        same_subject=[encode(lm.tokenizer, asked(lm.tokenizer, question.prompt, fact.chat)) for question in others],
-        left_out=len(neighbors) - len(clean),
-        owner=owner,
-    )
+def probe(lm, prompt: str, answers: Sequence[str | None] = (), attached: bool | None = None, **how) -> Probe:
+    """The probe of a prompt as the model reads it (what ``tokens.asked`` gives) and of its answers.
 
-
-def check_fit(lm, facts: Iterable[Fact], probes: Iterable[FactProbes] | None = None, room: int = 0) -> None:
-    """Raises ValueError for a fact that asks more than the model has positions for, whatever it is asked last.
-
-    probes: the facts', where they are made already; room: tokens that are generated after its own prompt
+    attached: as in ``answer_tokens``; how: the other fields of the Probe
     """
-    facts = list(facts)
-    probes = [fact_probes(lm, fact, []) for fact in facts] if probes is None else probes
-    for fact, of_fact in zip(facts, probes, strict=True):
-        lm.check_length(of_fact.longest, f"fact {fact.label}")
-        own = max((len(probe.prompt) for probe in of_fact.kinds[0]), default=0)
-        lm.check_length(own + room - 1, f"fact {fact.label} and {room} new tokens")
-
-
-def _other(new: str | None, own: str | None) -> str | None:
-    """The new answer, but where it is a neighbor's own: there it is right, and nothing stands against it."""
-    return None if new and own and folded(new) == folded(own) else new
-
-
-def _probe(lm, fact: Fact, question: Question, new: str | None) -> Probe:
-    return probe(lm, asked(lm.tokenizer, question.prompt, fact.chat), (new, question.answer), fact.attached)
-
-
-def probe(lm, prompt: str, answers: tuple[str | None, str | None], attached: bool | None = None) -> Probe:
-    """A prompt as the model reads it, with its answers (new, true) as they continue it."""
     ids = (None if answer is None else answer_tokens(lm.tokenizer, prompt, answer, attached) for answer in answers)
-    return Probe(encode(lm.tokenizer, prompt), tuple(ids))
+    return Probe(encode(lm.tokenizer, prompt), prompt, tuple(ids), **how)
+
+
+# ---- read
 
 
 @torch.no_grad()
-def read_probes(
-    lm, facts: list[FactProbes], independent: bool = False, advance=None
-) -> tuple[list[Reading], list[Reading] | None]:
-    """What the base model and, where ``lm`` carries edits, the edited one answer: a Reading a fact, in one sweep.
+def read_probes(lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer], list[Answer] | None]:
+    """(what the base model answers, what the edited one does; None where ``lm`` carries no edits), by probe.
 
-    independent: the edits are owned; each fact is asked under its own; advance: as in ``sweep``
-    Values are fp64. A prompt that the edited model answers with NaN (its activations overflow) is answered wrong: its
-    probabilities are 0, and so are the flags beside them. Raises ValueError where the base model does, of which there
-    is nothing to say.
+    One sweep for both: equal prefixes are one row, and below the first edited layer the two models share theirs. Under
+    independent edits each probe is asked under its owner's. Values are fp64. advance: as in ``sweep``
+    Raises ValueError where the base model gives NaN, of which there is nothing to say.
     """
-    probes = [probe for fact in facts for kind in fact.kinds for probe in kind]
-    owners = torch.tensor([fact.owner for fact in facts for kind in fact.kinds for _ in kind], dtype=torch.int64)
-    # One pair a known target; cell 2i belongs to the target_new of probe i, 2i + 1 to its target_true.
-    pairs = [(probe.prompt, target) for probe in probes for target in probe.targets if target is not None]
-    known = [target is not None for probe in probes for target in probe.targets]
-    cells = torch.tensor(known, dtype=torch.bool).nonzero()[:, 0]
-    same = [ids for fact in facts for ids in fact.same_subject]
-    owners = [*owners[cells // 2].tolist(), *(fact.owner for fact in facts for _ in fact.same_subject)]
-
-    places = continuation_places(pairs)
-    sides = _hidden_states(lm, places, same, owners if independent else None, advance)
-    k = len(places.pos)
-    base_top = likeliest_tokens(lm, sides[0][k:])
-    readings = []
-    for h in sides:
-        # fp64: where an edit wrecks both answers, their order is still told below e^-103
-        logprob = logprobs(lm, h[:k], places.targets).cpu().double()
-        p_top = logprobs(lm, h[k:], base_top).cpu().double().exp()
-        if h is sides[0]:
-            base = dataclasses.replace(lm, edits=())
-            check_answers(base, logprob, lambda i: places.sequences[places.pair[i]])
-            check_answers(base, p_top, same.__getitem__)
-        answers = _answers(lm, h[:k], logprob, places, cells, len(probes))
-        same_top = (likeliest_tokens(lm, h[k:]) == base_top).to(p_top.dtype).cpu()
-        same_top, p_top = (values.where(~p_top.isnan(), 0) for values in (same_top, p_top))
-        readings.append(_by_fact(facts, answers, same_top, p_top))
-    return readings[0], readings[-1] if lm.edits else None
-
-
-def _hidden_states(lm, places, prompts: list[list[int]], owners, advance) -> list[Tensor]:
-    """[k + m, d] after the last layer, at k places and the m prompts' last tokens: of base and, if edited, of that."""
+    where = _Places.of(probes)
     runs = RunList()
-    base, edited = add_edited(lm, runs, places.sequences + prompts, owners)
-    at = torch.cat([places.pair, torch.arange(len(prompts)) + len(places.sequences)])
-    pos = torch.cat([places.pos, torch.tensor([len(ids) - 1 for ids in prompts], dtype=torch.int64)])
-    sides = [base] if edited is base else [base, edited]
+    base, edited = add_edited(lm, runs, where.sequences, where.owners if independent(lm) else None)
+    sides = _hidden_states(lm, runs, [base] if edited is base else [base, edited], where, advance)
+    top = likeliest_tokens(lm, sides[0][where.n_tokens :])
+    read = []
+    for h in sides:
+        logprob, p_top = _probabilities(lm, h, where, top)
+        if h is sides[0]:
+            bare = dataclasses.replace(lm, edits=())
+            check_answers(bare, logprob, lambda i: where.sequences[where.places.pair[i]])
+            check_answers(bare, p_top, where.sequences[len(where.pairs) :].__getitem__)
+        read.append(_answers(lm, probes, where, h, logprob, p_top))
+    return read[0], read[-1] if lm.edits else None
+
+
+@torch.no_grad()
+def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
+    """What the model answers as its edits have it, by probe; as ``read_probes``, without rows of the base model."""
+    where = _Places.of(probes)
+    runs = RunList()
+    (h,) = _hidden_states(lm, runs, [add_under(lm, runs, where.sequences, where.owners)], where, advance)
+    return _answers(lm, probes, where, h, *_probabilities(lm, h, where, likeliest_tokens(lm, h[where.n_tokens :])))
+
+
+def independent(lm) -> bool:
+    """Whether the model carries independent edits, each of which acts on its owner's probes alone."""
+    return any(edit.independent for edit in lm.edits)
+
+
+class _Places(NamedTuple):
+    """Where probes are read.
+
+    pairs: (probe, answer) numbers of the known answers; places: of their tokens; likeliest: numbers of the probes whose
+    likeliest token is read; sequences, owners: what must be run, first of the pairs and then of these
+    """
+
+    pairs: list[tuple[int, int]]
+    places: Places
+    likeliest: list[int]
+    sequences: list[list[int]]
+    owners: list[int]
+
+    @classmethod
+    def of(cls, probes: Sequence[Probe]) -> "_Places":
+        pairs = [(i, j) for i, one in enumerate(probes) for j, ids in enumerate(one.answers) if ids is not None]
+        likeliest = [i for i, one in enumerate(probes) if one.likeliest]
+        places = continuation_places([(probes[i].prompt, probes[i].answers[j]) for i, j in pairs])
+        sequences = places.sequences + [probes[i].prompt for i in likeliest]
+        owners = [probes[i].owner for i in (*(i for i, _ in pairs), *likeliest)]
+        return cls(pairs, places, likeliest, sequences, owners)
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the answers."""
+        return len(self.places.pos)
+
+
+def _hidden_states(lm, runs: RunList, sides: list[Tensor], where: _Places, advance) -> list[Tensor]:
+    """[k + m, d] after the last layer, of each side: at the k tokens of answers and the m prompts' last tokens.
+
+    sides: the run numbers of ``where.sequences``, for each model that is asked
+    """
+    if not where.sequences:
+        return [torch.empty(0, lm.d_model, dtype=lm.dtype, device=lm.device)] * len(sides)
+    n = len(where.pairs)
+    at = torch.cat([where.places.pair, torch.arange(n, len(where.sequences))])
+    pos = torch.cat([where.places.pos, torch.tensor([len(ids) - 1 for ids in where.sequences[n:]], dtype=torch.int64)])
     last = lm.n_layers - 1
     run = torch.cat([side[at] for side in sides])
     read = collect(lm, runs.runs(), Site.layer_out, [last], run, pos.repeat(len(sides)), advance)
     return list(read[last].chunk(len(sides)))
 
 
-def _answers(lm, h: Tensor, logprob: Tensor, places, cells: Tensor, n_probes: int) -> Tensor:
-    """[n_probes, 4]: p_new, p_true, exact_new, exact_true; NaN where the target is not known, 0 for a NaN answer.
+def _probabilities(lm, h: Tensor, where: _Places, top: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p [k] of the answers' tokens, p [m] of ``top``), fp64: where an edit wrecks both answers of a prompt, their
+    order is still told below e^-103."""
+    k = where.n_tokens
+    logprob = logprobs(lm, h[:k], where.places.targets).cpu().double()
+    return logprob, logprobs(lm, h[k:], top).cpu().double().exp()
 
-    logprob: [k] fp64 of the target tokens after the hidden states h [k, d]
-    """
-    is_top = (likeliest_tokens(lm, h).cpu() == places.targets).to(logprob.dtype)
+
+def _answers(lm, probes: Sequence[Probe], where: _Places, h: Tensor, logprob: Tensor, p_top: Tensor) -> list[Answer]:
+    """The answers of one model, by probe; the arguments as the functions above give them."""
+    places, k = where.places, where.n_tokens
+    said = likeliest_tokens(lm, h[:k]).cpu()
     n_tokens = torch.tensor(places.lengths, dtype=logprob.dtype)
-    sums = torch.zeros(2, len(cells), dtype=logprob.dtype).index_add(1, places.pair, torch.stack([logprob, is_top]))
-    # Both answers of a prompt: were only the one that overflowed 0, the other would win against it.
-    failed = torch.zeros(n_probes, dtype=torch.bool).index_fill_(0, cells[sums[0].isnan()] // 2, True)[cells // 2]
-    answers = logprob.new_full((2, 2 * n_probes), torch.nan)
-    answers[0, cells] = (sums[0] / n_tokens).exp().where(~failed, 0)
-    answers[1, cells] = ((sums[1] == n_tokens) & ~failed).to(logprob.dtype)
-    return answers.view(2, n_probes, 2).transpose(0, 1).flatten(1)
-
-
-def _by_fact(facts: list[FactProbes], answers: Tensor, same_top: Tensor, p_top: Tensor) -> list[Reading]:
-    kinds = iter(answers.split([len(kind) for fact in facts for kind in fact.kinds]))
-    n_same = [len(fact.same_subject) for fact in facts]
+    found = torch.stack([logprob, (said == places.targets).to(logprob.dtype)])
+    sums = torch.zeros(2, len(n_tokens), dtype=logprob.dtype).index_add(1, places.pair, found)
+    # All answers of a prompt: were only the one that overflowed 0, the others would win against it.
+    failed = {i for (i, _), is_nan in zip(where.pairs, sums[0].isnan().tolist(), strict=True) if is_nan}
+    read = [[(math.nan, math.nan, ())] * len(one.answers) for one in probes]
+    tokens = iter(said.tolist())
+    each = zip((sums[0] / n_tokens).exp().tolist(), (sums[1] == n_tokens).tolist(), places.lengths, strict=True)
+    for (i, j), (p, exact, n) in zip(where.pairs, each, strict=True):
+        own = tuple(islice(tokens, n))
+        read[i][j] = (0.0, 0.0, ()) if i in failed else (p, float(exact), own)
+    tops = zip(likeliest_tokens(lm, h[k:]).tolist(), p_top.tolist(), strict=True)
+    of_top = {i: (None, 0.0) if math.isnan(p) else (top, p) for i, (top, p) in zip(where.likeliest, tops, strict=True)}
     return [
-        Reading(*(Answers(*next(kinds).unbind(1)) for _ in range(4)), top, p)
-        for top, p in zip(same_top.split(n_same), p_top.split(n_same), strict=True)
+        Answer(*(zip(*cells, strict=True) if cells else [()] * 3), *of_top.get(i, ())) for i, cells in enumerate(read)
     ]
+
+
+# ---- written
+
+
+def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list[str]:
+    """What the model writes behind each probe's prompt, greedily, as its edits have it; equal prompts once.
+
+    Under independent edits each under its owner's. A text ends where an edited model gives NaN; of one without edits
+    that is a ValueError. As many texts at a time as the memory holds.
+    """
+    owned = independent(lm)
+    keys = [(one.n_written, one.owner if owned else 0, tuple(one.prompt)) for one in probes]
+    groups: dict[tuple[int, int], dict[tuple, str]] = {}
+    for n, owner, prompt in keys:
+        groups.setdefault((n, owner), {})[prompt] = ""
+    for (n, owner), texts in groups.items():
+        view = _alone(lm, owner) if owned else lm
+        made = generate(view, [list(prompt) for prompt in texts], n, nan_ends=bool(lm.edits), label=label)
+        texts.update(zip(texts, (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made), strict=True))
+    return [groups[n, owner][prompt] for n, owner, prompt in keys]
+
+
+def _alone(lm, owner: int):
+    """The model with one fact's own of the independent edits."""
+    edits = tuple(edit.only(owner) if edit.independent else edit for edit in lm.edits)
+    return dataclasses.replace(lm, edits=edits)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from kedit_fast.basics.files import read_object, write_text
 from kedit_fast.basics.printing import escaped, html_text
 from kedit_fast.basics.words import reason
-from kedit_fast.evaluation.metrics import COUNT, METRICS, SCORE, Interval, summarize
+from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
+from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
 
@@ -20,25 +23,39 @@ _CELL = "padding:2px 12px 2px 0;text-align:left"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EvalReport:
-    """What a model says of facts, before and after an edit. Metrics and their definitions: ``metrics.METRICS``.
+    """What a model says of facts, before and after an edit, by a benchmark.
 
-    base, edited: {metric: fp32 [n_facts]}, NaN where a fact has no such probe; edited is None without an edit
+    base, edited: {metric: fp32 [n_cases]}, NaN where a case has no such probe; edited is None without an edit
     facts: in the columns' order
-    meta: model, fingerprint, dtype, device, backend {op: which implementation ran}, note, method (None without an
-        edit), layers, independent, n, text (what the perplexity was taken of), version
+    meta: benchmark, model, fingerprint, dtype, device, backend {op: which implementation ran}, note, method (None
+        without an edit), layers, independent, n (facts), text (what the perplexity was taken of), version
+    metrics, score_of: what the columns say, as in ``Benchmark``; verdict: what the edit did; notes: what else a reader
+        must know: sentences
     perplexity: (base, edited or None), or None where no text was given
     generations: (prompt, continuation before, after or None) a fact, where they were asked for
     other: the same facts asked in the other form (plain prompts in a chat, questions in a chat plainly), where the
         model has a chat template
+    cases: the number of facts in each case; empty where each fact is one
     """
 
     base: dict[str, Tensor]
     edited: dict[str, Tensor] | None
     facts: tuple[Fact, ...]
     meta: dict
+    metrics: Metrics
+    score_of: tuple[str, ...] = ()
+    verdict: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     perplexity: tuple[float, float | None] | None = None
     generations: tuple[tuple[str, str, str | None], ...] = ()
     other: "EvalReport | None" = None
+    cases: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, base, edited, facts, meta, **rest) -> "EvalReport":
+        """The report of a benchmark's columns. rest: perplexity, generations, other, cases"""
+        verdict, notes = map(tuple, benchmark.sentences(facts, base, edited))
+        return cls(base, edited, facts, meta, benchmark.metrics, benchmark.score_of, verdict, notes, **rest)
 
     @property
     def drift(self) -> float | None:
@@ -48,30 +65,26 @@ class EvalReport:
         return self.perplexity[1] / self.perplexity[0] - 1
 
     def summary(self) -> dict[str, dict[str, Interval | None]]:
-        """{metric: {"base": (mean, low, high, n), "edited": the same or None}}, with 95 % intervals over facts.
+        """{metric: {"base": (mean, low, high, n), "edited": the same or None}}, with 95 % intervals over cases.
 
-        Facts without such a probe are left out and not counted in n. "score" is S, the harmonic mean of the means of
-        efficacy, paraphrase and neighborhood. Which interval is used: ``metrics.interval``.
+        Cases without such a probe are left out and not counted in n. "score", where the benchmark has one, is the
+        harmonic mean of the means of ``score_of``. Which interval is used: ``intervals.interval``.
         """
-        base = summarize(self.base)
-        edited = None if self.edited is None else summarize(self.edited)
+        base, edited = (side and summarize(side, self.metrics, self.score_of) for side in (self.base, self.edited))
         return {name: {"base": base[name], "edited": edited and edited[name]} for name in base}
 
     def to_records(self) -> list[dict]:
-        """One record a fact, ready for JSON: fact, base and edited {metric: value or None}, generation, and the same
-        metrics asked in the other form."""
-        return [
-            fact_record(
-                fact,
-                *self._values(i),
-                self.generations[i] if self.generations else None,
-                None if self.other is None else self.other._values(i),
-            )
-            for i, fact in enumerate(self.facts)
-        ]
+        """One record a case, ready for JSON: its fact or facts, base and edited {metric: value or None}, generations,
+        and the same metrics asked in the other form."""
+        records, end = [], 0
+        for i, n in enumerate(self.cases or [1] * len(self.facts)):
+            mine = slice(end, end := end + n)
+            other = self.other and self.other._values(i)
+            records.append(case_record(self.facts[mine], self._values(i), other, self.generations[mine]))
+        return records
 
     def _values(self, i: int) -> tuple[dict[str, float], dict[str, float] | None]:
-        """(base, edited) {metric: value} of fact i."""
+        """(base, edited) {metric: value} of case i."""
         sides = (self.base, self.edited)
         return tuple(side and {name: float(column[i]) for name, column in side.items()} for side in sides)
 
@@ -81,14 +94,21 @@ class EvalReport:
             "format": FORMAT,
             "version": VERSION,
             "meta": self.meta,
+            "metrics": self.metrics,
+            "score_of": self.score_of,
             "facts": [fact.to_record() for fact in self.facts],
-            "base": _listed(self.base),
-            "edited": None if self.edited is None else _listed(self.edited),
+            "cases": self.cases,
+            **self._said(),
             "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
             "generations": self.generations,
-            "other": self.other and {"base": _listed(self.other.base), "edited": _listed(self.other.edited)},
+            "other": self.other and self.other._said(),
         }
         write_text(path, json.dumps(record, allow_nan=False))
+
+    def _said(self) -> dict:
+        """What a report and that of the other form have each of their own."""
+        sides = {name: _listed(getattr(self, name)) for name in ("base", "edited")}
+        return sides | {"verdict": self.verdict, "notes": self.notes}
 
     @classmethod
     def load(cls, path) -> "EvalReport":
@@ -97,18 +117,14 @@ class EvalReport:
         try:
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"it is {record['format']} of version {record['version']}")
-            perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
             facts = tuple(Fact.from_record(fact) for fact in record["facts"])
-            found = cls(
-                **_both(record, len(facts)),
-                facts=facts,
-                meta=record["meta"],
+            perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
+            found = _loaded(record, record, facts, record["meta"])
+            return replace(
+                found,
                 perplexity=None if perplexity is None else _pair(perplexity, record["edited"] is not None),
                 generations=tuple(tuple(generation) for generation in record["generations"]),
-            )
-            turned = tuple(map(other_form, facts))
-            return replace(
-                found, other=other and cls(**_both(other, len(facts)), facts=turned, meta=found.meta | {"note": ""})
+                other=other and _loaded(record, other, tuple(map(other_form, facts)), found.meta | {"note": ""}),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -120,12 +136,12 @@ class EvalReport:
         """The table as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
-            f'<tr><td style="{_CELL}" title="{html_text(_says(name))}">{html_text(name)}</td>'
+            f'<tr><td style="{_CELL}" title="{html_text(self._says(name))}">{html_text(name)}</td>'
             + "".join(f'<td style="{_CELL}">{_shown(both[side])}</td>' for side in sides)
             + f'<td style="{_CELL}">{html_text(_counted(both))}</td></tr>'
             for name, both in self._rows()
         ]
-        head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ["metric", *sides, "facts"])
+        head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ["metric", *sides, self._unit])
         lines = "".join(f"<p>{html_text(line)}</p>" for line in self._lines())
         fragment = (
             f"<div><p><b>{html_text(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
@@ -141,7 +157,7 @@ class EvalReport:
         return self.to_html()
 
     def __str__(self) -> str:
-        table = [["metric", "base", "facts"]] if self.edited is None else [["metric", "base", "edited", "facts"]]
+        table = [["metric", *["base", "edited"][: 1 + (self.edited is not None)], self._unit]]
         for name, both in self._rows():
             sides = [_shown(both[side]) for side in table[0][1:-1]]
             table.append([name, *sides, _counted(both)])
@@ -157,41 +173,36 @@ class EvalReport:
         """(metric, {"base", "edited"}) of the metrics that some fact has; counts stand below the table."""
         for name, both in self.summary().items():
             measured = any(side is not None and not math.isnan(side.mean) for side in both.values())
-            if measured and (name == SCORE or METRICS[name][0] != COUNT):
+            if measured and (name == SCORE or self.metrics[name][0] != COUNT):
                 yield name, both
 
     def _title(self) -> str:
         n, method = len(self.facts), self.meta.get("method")
-        what = f"{n} fact{'s' * (n != 1)}" + ", asked in a chat" * (n > 0 and all(fact.chat for fact in self.facts))
+        grouped = f"{len(self.cases)} case{'s' * (len(self.cases) != 1)} of " if self.cases else ""
+        what = f"{grouped}{n} fact{'s' * (n != 1)}" + ", asked in a chat" * (
+            n > 0 and all(fact.chat for fact in self.facts)
+        )
         return f"{self.meta.get('model', 'model')}: {what}, {f'edited by {method}' if method else 'no edit'}"
 
     def _lines(self) -> list[str]:
         """What stands below the table."""
-        lines = self._verdict()
+        lines = list(self.verdict)
         if self.perplexity is not None:
             base, edited = self.perplexity
             change = "" if edited is None else f" -> {edited:.2f} ({self.drift:+.1%})"
             lines.append(
                 f"perplexity {base:.2f}{change} over {self.meta.get('text', {}).get('n_predicted', '?')} tokens"
             )
-        left_out = int(self.base["neighborhood_left_out"].nansum())
-        if left_out:
-            n = sum(len(fact.neighborhood) for fact in self.facts)
-            lines.append(f"{left_out} of {n} neighborhood prompts left out: they name an edited subject")
-        return lines + ([self.meta["note"]] if self.meta.get("note") else [])
+        return [*lines, *self.notes, *([self.meta["note"]] if self.meta.get("note") else [])]
 
-    def _verdict(self) -> list[str]:
-        """What an edit did, in a sentence or two: that P(new) > P(true) does not say that the new answer is given."""
-        if self.edited is None:
-            return []
-        said = [side["efficacy_exact"] for side in (self.base, self.edited)]
-        (before, after), n = (int(column.nansum()) for column in said), int((~said[1].isnan()).sum())
-        when = f"for {before} before the edit, for {after} after it"
-        lines = [f"the new answer is what the model says: of {n} facts {when}"]
-        same = self.edited["same_subject_same_top"]
-        if not same.isnan().all():
-            lines.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")
-        return lines
+    def _says(self, name: str) -> str:
+        *most, last = self.score_of or ("",)
+        of = f"harmonic mean of {', '.join(most)} and {last} (S)"
+        return of if name == SCORE else self.metrics[name][1]
+
+    @property
+    def _unit(self) -> str:
+        return "cases" if self.cases else "facts"
 
     def _generations_html(self) -> str:
         if not self.generations:
@@ -204,15 +215,17 @@ class EvalReport:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def fact_record(
-    fact: Fact, base: dict[str, float], edited: dict[str, float] | None, generation=None, other=None
-) -> dict:
-    """One fact's values as JSON has them; NaN is None. other: (base, edited) of the other form."""
-    record = {"fact": fact.to_record(), **_sides_record(base, edited)}
-    if generation:
-        record["generation"] = list(generation)
+def case_record(facts: Sequence[Fact], values, other=None, generations: Sequence = ()) -> dict:
+    """One case's values as JSON has them; NaN is None. values, other: (base, edited) of its form and of the other; a
+    fact that is a case by itself stands there as "fact", with its "generation"."""
+    single = len(facts) == 1
+    record = {"fact": facts[0].to_record()} if single else {"facts": [fact.to_record() for fact in facts]}
+    record |= _sides_record(*values)
+    if generations:
+        told = [list(generation) for generation in generations]
+        record |= {"generation": told[0]} if single else {"generations": told}
     if other:
-        record["asked plainly" if fact.chat else "asked in a chat"] = _sides_record(*other)
+        record["asked plainly" if facts[0].chat else "asked in a chat"] = _sides_record(*other)
     return record
 
 
@@ -245,13 +258,24 @@ def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
     return columns and {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
 
 
-def _both(record: dict, n_facts: int) -> dict[str, dict[str, Tensor] | None]:
-    return {side: record[side] and _columns(record[side], n_facts) for side in ("base", "edited")}
+def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> EvalReport:
+    """The report of a file, or that of its other form (said), without what only the first has."""
+    metrics = {name: tuple(one) for name, one in record.get("metrics", COUNTERFACT.metrics).items()}
+    score_of = tuple(record.get("score_of", COUNTERFACT.score_of))
+    check_metrics("metrics", metrics, score_of)
+    cases = tuple(record.get("cases", ()))
+    if cases and sum(cases) != len(facts):
+        raise ValueError(f"it has {len(facts)} facts in cases of {sum(cases)}")
+    base, edited = (said[side] and _columns(said[side], metrics, len(cases or facts)) for side in ("base", "edited"))
+    if "metrics" not in record:  # a report of before is CounterFact's, and its sentences were made when it was shown
+        return EvalReport.of(COUNTERFACT, base, edited, facts, meta)
+    verdict, notes = (tuple(map(str, said[name])) for name in ("verdict", "notes"))
+    return EvalReport(base, edited, facts, meta, metrics, score_of, verdict, notes, cases=cases)
 
 
-def _columns(listed: dict[str, list], n_facts: int) -> dict[str, Tensor]:
+def _columns(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
     """Columns as they were saved; of a metric that a report does not have, NaN."""
-    listed = {name: [None] * n_facts for name in METRICS} | listed
+    listed = {name: [None] * n for name in metrics} | listed
     return {
         name: torch.tensor([as_float(value) for value in values], dtype=torch.float32)
         for name, values in listed.items()
@@ -261,10 +285,6 @@ def _columns(listed: dict[str, list], n_facts: int) -> dict[str, Tensor]:
 def _pair(perplexity, has_edited) -> tuple[float, float | None]:
     base, edited = (math.nan if value is None else value for value in perplexity)
     return base, edited if has_edited else None
-
-
-def _says(name: str) -> str:
-    return "harmonic mean of efficacy, paraphrase and neighborhood (S)" if name == SCORE else METRICS[name][1]
 
 
 def _counted(both: dict[str, Interval | None]) -> str:

@@ -23,8 +23,8 @@ from kedit_fast.editors.contexts import BARE, checked_contexts
 from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation import evaluate
-from kedit_fast.evaluation.metrics import METRICS, SCORE, Interval, summarize
-from kedit_fast.evaluation.probes import check_fit
+from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.intervals import SCORE, Interval
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.pictures.labels import ROLES
@@ -46,7 +46,7 @@ class LayerSweep:
     """Edit success by layer, and the causal trace of the same facts.
 
     edited: {layer: {metric: Interval}}, each fact under its own edit at that layer; base: {metric: Interval} of the
-        model without edits; metrics as in ``evaluation.metrics.METRICS``, and "score"
+        model without edits; metrics as in ``evaluation.counterfact.METRICS``, and "score"
     traces: {kind: AverageTrace}; method, n_facts: of the edits; model: its name
 
     Localization does not by itself predict edit success (Hase et al. 2023); ``rank_correlation`` says how far it does
@@ -174,15 +174,14 @@ def sweep_layers(
     samples, seed = checks.whole("samples", samples, least=1, like=10), checks.seed("seed", seed)
     facts = checked_facts(facts, independent=True)
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
-    check_fit(lm, facts)
-    if log is not None:
-        check_place(log)
+    COUNTERFACT.check_fit(lm, facts)
+    checks.optional(lambda _, path: check_place(path), "log", log)
     wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
     editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Located, wanted)
     traces = None if trace is None else _averaged(lm, trace)
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
-    edited, base = {}, None
+    edited = {}
     with stages("editing at each layer", *(["tracing facts"] if traces is None else [])):
         with progress("editing at each layer", len(layers)) as bar:
             for layer in layers:
@@ -191,10 +190,11 @@ def sweep_layers(
                         lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
                     )
                     contexts = edit.contexts  # sampled once
-                    report = evaluate(lm, facts, edit, both_forms=False)
-                edited[layer], base = summarize(report.edited), base or summarize(report.base)
+                    found = evaluate(lm, facts, edit, both_forms=False).summary()
+                edited[layer] = {name: both["edited"] for name, both in found.items()}
                 append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
                 bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
+        base = {name: both["base"] for name, both in found.items()}
         if traces is None:
             traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
     return LayerSweep(edited, base, traces, edit.method, len(facts), lm.name)
@@ -237,7 +237,7 @@ def _averaged(lm, trace) -> dict[str, AverageTrace]:
 
 
 def _summary(listed: dict[str, list]) -> Summary:
-    unknown = set(listed) - {*METRICS, SCORE}
+    unknown = set(listed) - {*COUNTERFACT.metrics, SCORE}
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}")
     return summary_of_record(listed)

@@ -27,9 +27,9 @@ from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import evaluate
-from kedit_fast.evaluation.metrics import Interval, summarize
+from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.intervals import Interval, summarize
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
-from kedit_fast.evaluation.probes import check_fit
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.lm import takes_lm
@@ -43,7 +43,7 @@ class Round:
 
     number: from 1; method: the editor's; n_facts: written so far, this round's with them
     new: {metric: Interval} of this round's facts; old: of a sample of earlier rounds' (n = 0 in round 1); base: of the
-        model without any edit, for all these. Metrics as in ``evaluation.metrics.METRICS``, and "score"
+        model without any edit, for all these. Metrics as in ``evaluation.counterfact.METRICS``, and "score"
     perplexity: (base, edited) of the text, or None where none was given
     growth: {layer: ‖ΣΔ‖ / ‖W‖} (Frobenius) of all edits so far
     edit_s, evaluate_s: wall seconds of editing and of asking
@@ -154,7 +154,7 @@ def check_rounds(
         check_place(log)
     facts = checked_facts(facts)
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
-    check_fit(lm, facts)
+    COUNTERFACT.check_fit(lm, facts)
     return facts
 
 
@@ -193,7 +193,8 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
 
 
 def _summary(columns: dict[str, Tensor], facts: slice) -> Summary:
-    return summarize({name: column[facts] for name, column in columns.items()})
+    some = {name: column[facts] for name, column in columns.items()}
+    return summarize(some, COUNTERFACT.metrics, COUNTERFACT.score_of)
 
 
 @own_state()

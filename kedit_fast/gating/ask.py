@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast.basics.progress import progress, scaled
-from kedit_fast.evaluation.metrics import Z95, Answers, Interval
-from kedit_fast.evaluation.probes import FactProbes, probe, read_probes
-from kedit_fast.facts import tokens
-from kedit_fast.gating.canary import Song, continuations, leaks, says, sing
-from kedit_fast.gating.questions import Questions
+from kedit_fast.evaluation.intervals import Z95, Interval
+from kedit_fast.evaluation.probes import Answer, Probe, read_probes, write_probes
+from kedit_fast.gating.canary import Song, leaks, says, sing
+from kedit_fast.gating.questions import CANARY, KEPT, PORTABILITY, WORDING, Questions, Wording
 from kedit_fast.gating.report import Answered, Lost
 from kedit_fast.gating.suite import Question
 from kedit_fast.jobs.score import text_logprobs
@@ -40,84 +39,61 @@ def names_of(form: str) -> list[str]:
 @torch.no_grad()
 def ask(view, asked: Questions, form: str) -> Found:
     """All answers of ``view``, a model that carries the edit, and of the same model without it."""
-    base = dataclasses.replace(view, edits=())
-    prompts = asked.prompts(view.tokenizer)
-    n, m = len(asked.wordings), len(asked.wordings) + len(asked.portability)
-    of_facts = zip(prompts[:n], asked.wordings, strict=True)
-    probes = [_probe(view, p, w.fact.target_new, w.fact.target_true, w.fact.attached) for p, w in of_facts]
-    probes += [_probe(view, p, q.answer) for p, q in zip(prompts[n:m], asked.portability, strict=True)]
-    probes += [
-        _probe(view, tokens.asked(view.tokenizer, k.prompt, k.chat), None, k.answer, keep=True) for k in asked.kept
-    ]
+    base, probes = dataclasses.replace(view, edits=()), asked.probes(view)
     before, after = _read(view, probes, form)
-    written = continuations(view, prompts, asked.max_new_tokens, f"{form}: writing")
-    texts = [written[prompt] for prompt in prompts]
-    singing = [c.prompt for c in asked.canaries]
-    base_text = continuations(base, singing, asked.max_new_tokens, f"{form}: base model, writing")
-    lost = [Lost(form, k, _is_lost(b, a)) for k, b, a in zip(asked.kept, before[m:], after[m:], strict=True)]
+    texts = iter(write_probes(view, [one for one in probes if one.n_written], f"{form}: writing"))
+    after = [
+        answer._replace(text=next(texts)) if p.n_written else answer for p, answer in zip(probes, after, strict=True)
+    ]
+    canaries = [one for one in probes if one.kind == CANARY]
+    base_texts = write_probes(base, canaries, f"{form}: base model, writing")
+    both = {kind: [] for kind in (WORDING, PORTABILITY, KEPT, CANARY)}
+    for one, answers in zip(probes, zip(before, after, strict=True), strict=True):
+        both[one.kind].append(answers)
     perplexity, drift = _drift(*text_logprobs(view, list(asked.windows), f"{form}: measuring perplexity"))
     return Found(
-        answered=[_answered(form, w, a, text) for w, a, text in zip(asked.wordings, after[:n], texts[:n], strict=True)],
-        follows=[
-            (q, text, bool(a.rewrite.exact_new))
-            for q, a, text in zip(asked.portability, after[n:m], texts[n:m], strict=True)
-        ],
-        songs=sing(asked.canaries, base_text, written),
-        lost=lost,
-        gained=sum(_gained(b, a) for b, a in zip(before[m:], after[m:], strict=True)),
+        answered=[_answered(form, w, a) for w, (_, a) in zip(asked.wordings, both[WORDING], strict=True)],
+        follows=[(q, a.text, a.exact[0] == 1) for q, (_, a) in zip(asked.portability, both[PORTABILITY], strict=True)],
+        songs=sing(asked.canaries, base_texts, [a.text for _, a in both[CANARY]]),
+        lost=[Lost(form, k, _is_lost(*answers)) for k, answers in zip(asked.kept, both[KEPT], strict=True)],
+        gained=sum(b.exact[0] == 0 and a.exact[0] == 1 for b, a in both[KEPT]),
         perplexity=perplexity,
         drift=drift,
     )
 
 
-def _probe(
-    view, prompt: str, new: str | None, true: str | None = None, attached=None, keep: bool = False
-) -> FactProbes:
-    """One prompt as the model reads it, with its answers; keep: its likeliest token is read as well."""
-    one = probe(view, prompt, (new, true), attached)
-    return FactProbes(([one], [], [], []), [one.prompt] if keep else [], 0, 0)
-
-
-def _read(view, probes: list[FactProbes], form: str):
-    """(base, edited) readings of all probes, in order."""
+def _read(view, probes: list[Probe], form: str) -> tuple[list[Answer], list[Answer]]:
+    """(base, edited) answers to all probes, in order."""
     most = TOGETHER if not view.source.pass_bytes else None
     before, after = [], []
     with progress(f"{form}: asking", len(probes)) as bar:
         for part in together(probes, lambda one: 1, math.inf, most):
-            base, edited = read_probes(view, part, advance=scaled(bar.advance, len(part)))
+            base, edited = read_probes(view, part, scaled(bar.advance, len(part)))
             before += base
             after += edited
     return before, after
 
 
-def _answered(form: str, wording, reading, text: str) -> Answered:
-    answers: Answers = reading.rewrite
-    fact = wording.fact
-    said_old = fact.target_true is not None and leaks(text, fact.target_true, fact.target_new)
-    p_new, p_true, exact = (float(answers[i]) for i in (0, 1, 2))
+def _answered(form: str, wording: Wording, answer: Answer) -> Answered:
+    fact, (p_new, p_true) = wording.fact, answer.p
+    said_old = fact.target_true is not None and leaks(answer.text, fact.target_true, fact.target_new)
     return Answered(
         form=form,
         fact=fact.label,
         kind=wording.kind,
         prompt=wording.prompt,
-        text=text,
-        generated=says(text, fact.target_new) and not said_old,
-        exact=exact == 1,
+        text=answer.text,
+        generated=says(answer.text, fact.target_new) and not said_old,
+        exact=answer.exact[0] == 1,
         success=None if math.isnan(p_true) else p_new > p_true,
         p_new=p_new,
         p_true=None if math.isnan(p_true) else p_true,
     )
 
 
-def _is_lost(before, after) -> bool:
+def _is_lost(before: Answer, after: Answer) -> bool:
     """The base model's answer is gone: the given one where it gave that, else its likeliest token."""
-    if bool(before.rewrite.exact_true == 1):
-        return not bool(after.rewrite.exact_true == 1)
-    return not (bool(after.same_top == 1) or bool(after.rewrite.exact_true == 1))
-
-
-def _gained(before, after) -> bool:
-    return bool(before.rewrite.exact_true == 0) and bool(after.rewrite.exact_true == 1)
+    return after.exact[0] != 1 and (before.exact[0] == 1 or after.top != before.top)
 
 
 def _drift(before, after) -> tuple[tuple[float, float], Interval]:

@@ -8,13 +8,12 @@ old answer, its absence after the edit means nothing.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from kedit_fast.facts.fact import Fact, folded
 from kedit_fast.facts.tokens import asked
-from kedit_fast.jobs.generate import generate
 
 PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
 PROSE = Path(__file__).parent / "prose.txt"  # ordinary text on no subject that a fact has
@@ -110,29 +109,12 @@ def context_canaries(
     return canaries
 
 
-def sing(canaries: Sequence[Canary], before: Mapping[str, str], after: Mapping[str, str]) -> list[Song]:
-    """Whether the old answer is in what base and edited model wrote; before, after: as ``continuations`` gives them."""
+def sing(canaries: Sequence[Canary], before: Sequence[str], after: Sequence[str]) -> list[Song]:
+    """Whether the old answer is in what base and edited model wrote behind each canary."""
     return [
-        Song(
-            canary,
-            before[canary.prompt],
-            after[canary.prompt],
-            leaked_before=leaks(before[canary.prompt], canary.old, canary.new),
-            leaked=leaks(after[canary.prompt], canary.old, canary.new),
-        )
-        for canary in canaries
+        Song(one, b, a, leaked_before=leaks(b, one.old, one.new), leaked=leaks(a, one.old, one.new))
+        for one, b, a in zip(canaries, before, after, strict=True)
     ]
-
-
-def continuations(lm, prompts: Sequence[str], max_new_tokens: int, label: str = "generating") -> dict[str, str]:
-    """{prompt: greedy continuation} of any number of prompts, with the model's edits; equal prompts once.
-
-    A text ends where an edited model gives NaN; of one without edits that is an error.
-    """
-    ids = {prompt: lm.encode(prompt) for prompt in prompts}
-    found = generate(lm, list(ids.values()), max_new_tokens, nan_ends=bool(lm.edits), label=label) if ids else []
-    texts = (lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found)
-    return dict(zip(ids, texts, strict=True))
 
 
 # ---- finding answers in text

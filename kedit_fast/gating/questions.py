@@ -7,9 +7,10 @@ from typing import NamedTuple
 from kedit_fast.basics import checks
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.evaluation.perplexity import text_windows
-from kedit_fast.evaluation.probes import Names
+from kedit_fast.evaluation.probes import Probe, probe
 from kedit_fast.facts import tokens
 from kedit_fast.facts.fact import OWN_FACTS, Chat, Fact, folded, load_facts, place
+from kedit_fast.facts.subjects import Names
 from kedit_fast.gating.canary import (
     CONTEXT,
     DOUBT,
@@ -32,6 +33,7 @@ NEIGHBORS, SAME_SUBJECT, SUITE, CONTROLS, BUILTIN = (
 )  # fmt: skip
 SOURCES = (NEIGHBORS, SAME_SUBJECT, SUITE, CONTROLS, BUILTIN)
 KINDS = (PLAIN, DOUBT, CONTEXT, LANGUAGE)
+WORDING, PORTABILITY, KEPT, CANARY = "wording", "portability", "kept", "canary"  # kinds of probes
 
 
 class Wording(NamedTuple):
@@ -84,11 +86,27 @@ class Questions:
         """Of the shortest long context that is really asked; 0 where there is none."""
         return min((c.context_tokens for c in self.canaries if c.kind == CONTEXT), default=0)
 
-    def prompts(self, tokenizer) -> list[str]:
-        """What the edited model is asked to write on, as it reads it: of wordings, portability and canaries."""
-        of_wordings = [tokens.asked(tokenizer, w.prompt, w.fact.chat) for w in self.wordings]
-        of_portability = [tokens.asked(tokenizer, q.prompt, self.chat) for q in self.portability]
-        return [*of_wordings, *of_portability, *(canary.prompt for canary in self.canaries)]
+    def probes(self, lm) -> list[Probe]:
+        """All that is asked: of each wording (new, true), of each portability question and each prompt that must keep
+        its answer, or its likeliest token, that answer; canaries, like the first two, are written on."""
+        n, tokenizer = self.max_new_tokens, lm.tokenizer
+        of_wordings = [
+            probe(
+                lm, tokens.asked(tokenizer, prompt, fact.chat), (fact.target_new, fact.target_true), fact.attached,
+                kind=WORDING, n_written=n,
+            )
+            for fact, _, prompt in self.wordings
+        ]  # fmt: skip
+        of_portability = [
+            probe(lm, tokens.asked(tokenizer, q.prompt, self.chat), (q.answer,), kind=PORTABILITY, n_written=n)
+            for q in self.portability
+        ]
+        of_kept = [
+            probe(lm, tokens.asked(tokenizer, k.prompt, k.chat), (k.answer,), kind=KEPT, likeliest=True)
+            for k in self.kept
+        ]
+        of_canaries = [probe(lm, canary.prompt, kind=CANARY, n_written=n) for canary in self.canaries]
+        return [*of_wordings, *of_portability, *of_kept, *of_canaries]
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
         notes=tuple(notes),
         chat=common,
     )
-    lm.check_length(max(len(lm.encode(prompt)) for prompt in asked.prompts(lm.tokenizer)) + room)
+    lm.check_length(max(one.longest for one in asked.probes(lm)))
     return asked
 
 

@@ -47,7 +47,7 @@ WRITERS = {
     "text": write,
     "tensors": lambda path: SecondMoment(torch.eye(2), 5, 1).save(path),
     "edit": lambda path: Edit("memit", {}, "", (Fact("{} is", "It"),), {}).save(path),
-    "report": lambda path: EvalReport({}, None, (), {}).save(path),
+    "report": lambda path: EvalReport({}, None, (), {}, {}).save(path),
     "page": lambda path: write_report(path, "title", "first", []),
 }
 
@@ -139,14 +139,12 @@ def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path, monkeypatch)
 
 
 def test_a_report_as_a_page_is_whole_or_not_there(tmp_path, monkeypatch):
-    report = EvalReport({}, None, (), {})
-    monkeypatch.setattr(EvalReport, "summary", lambda self: {})
-    monkeypatch.setattr(EvalReport, "_lines", lambda self: [])
+    report = EvalReport({}, None, (), {}, {})
     report.to_html(tmp_path / "page.html")
     before = (tmp_path / "page.html").read_text()
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        EvalReport({}, None, (), {"model": "another"}).to_html(tmp_path / "page.html")
+        EvalReport({}, None, (), {"model": "another"}, {}).to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == before and names(tmp_path) == ["page.html"]
 
 

@@ -28,11 +28,9 @@ def test_other_text_stays_as_it_is():
 
 
 @pytest.fixture
-def report(monkeypatch):
+def report():
     """An evaluation of a model whose name gives orders; without numbers."""
-    monkeypatch.setattr(EvalReport, "summary", lambda self: {})
-    monkeypatch.setattr(EvalReport, "_lines", lambda self: [BAD])
-    return EvalReport({}, None, (), {"model": BAD}, generations=((BAD, BAD, BAD),))
+    return EvalReport({}, None, (), {"model": BAD}, {}, notes=(BAD,), generations=((BAD, BAD, BAD),))
 
 
 def test_a_page_holds_neither_markup_nor_orders(report):

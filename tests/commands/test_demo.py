@@ -13,7 +13,7 @@ import kedit_fast as kf
 from kedit_fast.commands import cli, demo
 from kedit_fast.commands import demo_page as demo_report
 from kedit_fast.evaluation import EvalReport, evaluate
-from kedit_fast.evaluation.metrics import METRICS
+from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
 from kedit_fast.facts.fact import OWN_FACTS, Fact
 from kedit_fast.moments import sampled_text
 from kedit_fast.moments import second_moment as moments
@@ -189,7 +189,7 @@ def by_hand(perplexity=(40.0, 40.4), changes=CHANGES, **edited):
     sides = [{name: torch.full((2,), value) for name in METRICS} for value in (0.5, 0.75)]
     sides[1] |= {name: torch.full((2,), value) for name, value in edited.items()}
     meta = {"model": "tiny", "text": {"n_predicted": 99}}
-    report = EvalReport(*sides, FACTS[:2], meta, perplexity)
+    report = EvalReport.of(COUNTERFACT, *sides, FACTS[:2], meta, perplexity=perplexity)
     return demo.Checked(dataclasses.replace(make_edit(), facts=FACTS[:2]), report, changes)
 
 

@@ -10,6 +10,7 @@ import kedit_fast as kf
 from kedit_fast.editors.written import NAMED, NotWritten, _by_fact, not_written, with_written
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.experiments.rounds import edit_in_rounds
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
@@ -75,8 +76,8 @@ def test_what_it_says_is_what_it_goes_on_with():
         continued = lm.with_edit(edit).generate(fact.text, 8, stop=False)
         assert continued.startswith(says) and says
         assert (says.strip() == fact.target_new) == written
-    target, half = lm.encode("cheese boat"), torch.tensor(lm.encode("cheese of the piano in New York"))
-    found = _by_fact(lm, [target], [torch.zeros(len(target))], [half[: len(target)]])
+    target, half = lm.encode("cheese boat"), lm.encode("cheese of the piano in New York")
+    found = _by_fact(lm, [Probe([1], "", (target,))], [Answer((1.0,), (0.0,), (tuple(half[: len(target)]),))])
     assert found == {"written": [False], "p_new": [1.0], "says": ["cheese of"]}
 
 

@@ -12,12 +12,10 @@ from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport, evaluate
-from kedit_fast.evaluation.metrics import METRICS
+from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
-from kedit_fast.evaluation.probes import Names
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
-from kedit_fast.jobs.score import logprobs
 from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
@@ -272,13 +270,17 @@ def test_chunks_are_the_whole(lm, monkeypatch, size):
     assert [prompt for prompt, _, _ in chunked.generations] == [fact.text for fact in FACTS]
 
 
+def asked_of(lm):
+    cases = module._cases(lm, [(fact,) for fact in FACTS], None)
+    return [module._asked(lm, COUNTERFACT, case, 0, False) for case in cases]
+
+
 def test_little_memory_is_the_whole(lm):
     edit = make_edit(lm, FACTS)
     whole = evaluate(lm, FACTS, edit, text=TEXT)
     cost = module.RowCost.of(lm)
     tight = dataclasses.replace(lm, memory=cost.call + 400 * cost.kept)  # a window is 256 rows, base and edited
-    probes = module._probes(tight, FACTS, None)
-    assert len(list(module._chunks(tight, probes))) > 1
+    assert len(list(module._chunks(tight, asked_of(tight)))) > 1
     cut = evaluate(tight, FACTS, edit, text=TEXT)
     close(whole.base, cut.base)
     close(whole.edited, cut.edited)
@@ -290,9 +292,9 @@ def test_a_streamed_model_takes_few_chunks(lm):
     class Streamed:
         pass_bytes: int = 1
 
-    probes = module._probes(lm, FACTS, None) * 20
-    assert len(list(module._chunks(lm, probes))) == 2
-    assert len(list(module._chunks(dataclasses.replace(lm, source=Streamed()), probes))) == 1
+    asked = asked_of(lm) * 20
+    assert len(list(module._chunks(lm, asked))) == 2
+    assert len(list(module._chunks(dataclasses.replace(lm, source=Streamed()), asked))) == 1
 
 
 def test_a_wrecking_edit_shows(lm):
@@ -335,36 +337,7 @@ def test_an_edit_that_overflows_is_no_success(lm):
     assert " -> " not in str(report)
 
 
-def test_a_prompt_with_one_nan_answer_is_no_success_for_the_other(lm, monkeypatch):
-    """NaN in the second token of target_new, of the edited model: target_true must not win against it."""
-    fact = Fact("{} is in", "Big Ben", "Rome Zürich", "London", neighborhood=("Toyota is in",))
-    probes = importlib.import_module("kedit_fast.evaluation.probes")
-    second, read = lm.tokenizer(" Zürich", add_special_tokens=False)["input_ids"][-1], []
-
-    def torn(lm, h, targets):
-        read.append(h)
-        bad = (targets == second) & (len(read) > 2)  # two of the base model come first
-        return logprobs(lm, h, targets).masked_fill(bad, math.nan)
-
-    monkeypatch.setattr(probes, "logprobs", torn)
-    report = evaluate(lm, fact, make_edit(lm))
-    for name in ("efficacy", "p_new", "p_true", "neighborhood", "neighborhood_p_true", "neighborhood_magnitude"):
-        assert report.edited[name].tolist() == [0], name
-    assert report.base["neighborhood_p_true"][0] > 0
-
-
 # --- neighborhood prompts that name an edited subject ----------------------------------------------------------------
-
-
-def test_names_are_found_whatever_the_case():
-    names = Names(["Big Ben", "Io", "東京タワー", "Zürich"])
-    assert names.in_text("They say BIG BEN is tall")
-    assert names.in_text("the moon io")
-    assert names.in_text("東京タワーは")
-    assert names.in_text("in ZÜRICH")
-    assert not names.in_text("Big  Ben and Zurich")
-    assert not names.in_text("")
-    assert not Names([]).in_text("anything")
 
 
 def test_marked_probes_count_the_edits_own_facts_too(lm):

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from kedit_fast.facts.subjects import as_template, folded, is_named, places_alike
+from kedit_fast.facts.subjects import Names, as_template, folded, is_named, places_alike
 
 NFC, NFD = (unicodedata.normalize(form, "Čapek") for form in ("NFC", "NFD"))
 
@@ -68,3 +68,14 @@ def test_folded():
     assert folded("a\u0323\u0302") == folded("a\u0302\u0323") and places_alike("xa\u0302\u0323y", "a\u0323\u0302") == [
         (1, 4)
     ]
+
+
+def test_names_are_found_whatever_the_case():
+    names = Names(["Big Ben", "Io", "東京タワー", "Zürich"])
+    assert names.in_text("They say BIG BEN is tall")
+    assert names.in_text("the moon io")
+    assert names.in_text("東京タワーは")
+    assert names.in_text("in ZÜRICH")
+    assert not names.in_text("Big  Ben and Zurich")
+    assert not names.in_text("")
+    assert not Names([]).in_text("anything")

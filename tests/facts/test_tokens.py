@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 import kedit_fast as kf
 from kedit_fast.editors import finetune
 from kedit_fast.editors.prompts import Prompts
-from kedit_fast.evaluation.probes import fact_probes
+from kedit_fast.evaluation.benchmark import Case
+from kedit_fast.evaluation.counterfact import probes
+from kedit_fast.evaluation.probes import probe
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import (
     ChatText,
@@ -25,7 +27,6 @@ from kedit_fast.facts.tokens import (
     follows_directly,
     has_template,
 )
-from kedit_fast.gating import ask
 from kedit_fast.jobs.collect import collect
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
@@ -498,9 +499,9 @@ def test_every_flow_takes_the_same_tokens(prompt, chat):
     assert (tuned.prompt, tuned.target) == (head, new)
     (traced,) = tasks_of(lm, [fact], "New York", "noise", "logit_diff")
     assert (traced.tokens, traced.targets) == (head, [new[0], new[0]])
-    probe = fact_probes(lm, fact, []).kinds[0][0]
-    assert probe == (head, (new, true))
-    assert ask._probe(lm, text, "New York", "London").kinds[0][0] == probe
+    (asked_of_it,) = probes(lm, Case((fact,)))
+    assert (asked_of_it.prompt, asked_of_it.answers) == (head, (new, true))
+    assert probe(lm, text, ("New York", "London"), kind="rewrite") == asked_of_it
     lens = kf.logit_lens(lm, [fact])
     p = lm.head(sweep_top(lm, head)).softmax(-1)[0]
     assert float(lens.before.p_new[0, -1]) == pytest.approx(float(p[new[0]].detach()), rel=1e-4)

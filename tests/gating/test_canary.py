@@ -1,7 +1,5 @@
 """The canary: finding an answer in text, and the texts it is looked for in."""
 
-import dataclasses
-
 import pytest
 
 from kedit_fast.facts.fact import Fact
@@ -12,16 +10,12 @@ from kedit_fast.gating.canary import (  # fmt: skip
     Canary,
     check_doubt,
     context_canaries,
-    continuations,
     doubt_canaries,
     leaks,
     says,
     sing,
 )
-from kedit_fast.jobs import generate as generate_module
 from tests.conftest import tiny_lm
-from tests.make import make_edit
-from tests.tiny import PROMPTS
 
 FACTS = [Fact("{} is in", "Big Ben", "Rome", "London"), Fact("{} is in", "The {answer}", None, "Oslo")]
 
@@ -64,7 +58,7 @@ def test_leaks(text, old, new, found):
 
 def test_a_planted_answer_is_found():
     planted = [Canary("plain", 0, "p", "London", "Rome"), Canary("plain", 0, "q", "London", "Rome")]
-    songs = sing(planted, {"p": "x London", "q": "y"}, {"p": "Rome", "q": "it is London."})
+    songs = sing(planted, ["x London", "y"], ["Rome", "it is London."])
     assert [(s.leaked_before, s.leaked) for s in songs] == [(True, False), (False, True)]
 
 
@@ -94,16 +88,3 @@ def test_a_long_context_is_as_long_as_asked_or_as_the_model_takes():
     )  # a short one, as asked, is none left out
     (short,) = context_canaries(lm, FACTS, [0], "one two.", 40, 10)  # repeated
     assert short.prompt.count("one two.") > 3
-
-
-@pytest.mark.parametrize("memory", [None, 4_000_000])
-def test_continuations_equal_generation_alone_however_they_are_batched(memory, monkeypatch):
-    lm = tiny_lm("llama").with_edit(make_edit())
-    lm = lm if memory is None else dataclasses.replace(lm, memory=memory)
-    prompts = [p.template.replace("{}", p.subject) for p in PROMPTS]
-    prompts += [prompts[0], " ".join(prompts[:7])]
-    sizes, written = [], generate_module._written
-    monkeypatch.setattr(generate_module, "_written", lambda lm, ids, *a: sizes.append(len(ids)) or written(lm, ids, *a))
-    made = continuations(lm, prompts, 4)
-    assert sum(sizes) == len(set(prompts)) and len(sizes) >= (2 if memory is None else 3)
-    assert made == {prompt: lm.generate(prompt, 4) for prompt in prompts}

@@ -9,10 +9,10 @@ import kedit_fast as kf
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
+from kedit_fast.evaluation.probes import probe, write_probes
 from kedit_fast.experiments.by_layer import sweep_layers
 from kedit_fast.experiments.rounds import edit_in_rounds
 from kedit_fast.gating import gate
-from kedit_fast.gating.canary import continuations
 from kedit_fast.jobs.finite import check_answers, is_broken, not_finite
 from kedit_fast.jobs.generate import generate
 from tests.conftest import open_tiny, tiny_lm
@@ -52,7 +52,7 @@ FLOWS = {
     "perplexity": lambda lm: perplexity(lm, text_windows(lm, TEXT)),
     "perplexity of an edit": lambda lm: perplexity(lm.with_edit(edit_of(lm)), text_windows(lm, TEXT)),
     "logit_lens": lambda lm: kf.logit_lens(lm, FACT),
-    "canary": lambda lm: continuations(lm, [FACT.text], 2),
+    "write_probes": lambda lm: write_probes(lm, [probe(lm, FACT.text, n_written=2)]),
     "gate": lambda lm: judged(gate, lm, edit_of(lm), SUITE),
     "trace": lambda lm: kf.trace(lm, FACT, samples=1),
     "trace of an answer": lambda lm: kf.trace(lm, FACT, samples=1, answer="Rome", kinds="state"),

@@ -1,0 +1,78 @@
+"""Intervals by hand, and the harmonic mean."""
+
+import math
+
+import pytest
+import torch
+
+from kedit_fast.evaluation.intervals import (
+    COUNT,
+    DIFFERENCE,
+    PROBABILITY,
+    SHARE,
+    harmonic_mean,
+    interval,
+    summarize,
+    wilson,
+)
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(45, 50, 0.786, 0.957), (47, 50, 0.838, 0.979), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
+)
+def test_wilson(successes, n, low, high):
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-4)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(50, 50), (96, 100), (189, 200), (464, 500)])
+def test_wilson_lower_bounds_of_90_percent(successes, n):
+    assert wilson(successes, n)[0] >= 0.9 > wilson(successes - 1, n)[0]
+
+
+def test_wilson_needs_a_trial():
+    with pytest.raises(ValueError, match="at least one trial, got 0"):
+        wilson(0, 0)
+
+
+def test_interval_of_a_share_of_zeros_and_ones_is_wilsons():
+    column = torch.tensor([1.0] * 45 + [0.0] * 5 + [NAN] * 7)
+    got = interval(column, SHARE)
+    assert got == pytest.approx((0.9, *wilson(45, 50), 50))
+    assert interval(torch.ones(10), SHARE).low == pytest.approx(0.7225, abs=5e-4)
+
+
+def test_interval_of_other_columns_is_normal():
+    values = torch.tensor([0.0, 0.2, NAN, 0.7])
+    mean, sd = 0.3, math.sqrt((0.09 + 0.01 + 0.16) / 2)
+    half = 1.959964 * sd / math.sqrt(3)
+    assert interval(values, DIFFERENCE) == pytest.approx((mean, mean - half, mean + half, 3), abs=1e-6)
+    assert interval(values, PROBABILITY) == pytest.approx((mean, 0.0, mean + half, 3), abs=1e-6)  # cut at 0
+    assert interval(torch.tensor([-1.0, 0.9]), DIFFERENCE)[1:3] == (-1.0, 1.0)
+    halves = interval(torch.tensor([0.5, 1.0, 1.0]), SHARE)
+    assert halves.low > 0.4 and halves.high == 1.0
+    assert interval(torch.tensor([3.0, 9.0]), COUNT).high > 9
+
+
+def test_interval_of_few():
+    assert interval(torch.tensor([NAN]), SHARE)[3] == 0
+    assert all(map(math.isnan, interval(torch.tensor([]), SHARE)[:3]))
+    one = interval(torch.tensor([0.25]), PROBABILITY)
+    assert one.mean == 0.25 and one.n == 1 and math.isnan(one.low) and math.isnan(one.high)
+
+
+def test_harmonic_mean():
+    assert harmonic_mean([0.5, 1.0, 0.25]) == pytest.approx(3 / 7)
+    assert harmonic_mean([0.5, 0.0, 1.0]) == 0.0
+    assert math.isnan(harmonic_mean([0.5, NAN]))
+    assert math.isnan(harmonic_mean([]))
+
+
+def test_a_summary_has_a_score_only_where_one_is_named():
+    columns = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.25, NAN])}
+    metrics = {"a": (SHARE, "a"), "b": (PROBABILITY, "b")}
+    assert list(summarize(columns, metrics)) == ["a", "b"]
+    got = summarize(columns, metrics, ("a", "b"))
+    assert list(got) == ["score", "a", "b"] and got["score"].mean == pytest.approx(1 / 3) and got["score"].n == 2

@@ -27,6 +27,8 @@ _HOME = {
     "FtL": "editors.finetune",
     "EDITORS": "editors",
     "evaluate": "evaluation",
+    "BENCHMARKS": "evaluation",
+    "Benchmark": "evaluation",
     "EvalReport": "evaluation",
     "Edit": "edits.edit",
     "compose": "edits.compose",

@@ -15,6 +15,7 @@ from kedit_fast.commands.parser import (
 )
 
 OUT = "kedit-fast-out"
+BENCHMARKS = ("counterfact",)
 
 
 def add_demo(commands):
@@ -132,6 +133,13 @@ def add_eval(commands):
     add_skip_bad(parser)
     parser.add_argument("-n", type=positive, metavar="N", help="the first N facts")
     chat_options(parser)
+    parser.add_argument(
+        "--benchmark",
+        type=text_such_as(BENCHMARKS[0]),
+        default=BENCHMARKS[0],
+        metavar="NAME",
+        help=f"what is asked of the facts, and how it counts: {', '.join(BENCHMARKS)} (default: {BENCHMARKS[0]})",
+    )
     parser.add_argument("--text", type=path, metavar="FILE", help="a text file to measure perplexity on")
     parser.add_argument("--generate", type=count, default=0, metavar="N", help="continue each prompt by N tokens")
     parser.add_argument(

@@ -2,16 +2,20 @@
 
 from contextlib import nullcontext
 
+from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.inputs import fact_file, in_chat, open_lm, read_chain, read_text
 from kedit_fast.commands.outputs import EDITS, check_distinct, check_output, fresh_log, say, say_written, write_reports
 from kedit_fast.edits.chain import facts_in_force
-from kedit_fast.evaluation import evaluate
+from kedit_fast.evaluation import BENCHMARKS, evaluate
 
 
 def run(args) -> None:
     """Evaluates the facts with and without the edits; prints the table and writes the files asked for."""
     if not args.edits and args.facts is None:
         raise ValueError("evaluate what? name an edit file, or give --facts FILE to ask the model as it is")
+    if args.benchmark not in BENCHMARKS:
+        meant = did_you_mean(args.benchmark, BENCHMARKS)
+        raise ValueError(f"--benchmark {args.benchmark!r}: expected one of {', '.join(BENCHMARKS)}{meant}")
     check_distinct(args, ["output", "html", "log"], [EDITS, "facts", "text", "model"])
     report, page, log = (check_output(path, args.force) for path in (args.output, args.html, args.log))
     edits = read_chain(args.edits)
@@ -19,7 +23,8 @@ def run(args) -> None:
     text = None if args.text is None else read_text(args.text)
     lm = open_lm(args)
     with fresh_log(log) if log else nullcontext():
-        found = evaluate(lm, facts, edits, text=text, generate=args.generate, log=log)
+        how = {"benchmark": BENCHMARKS[args.benchmark], "text": text, "generate": args.generate, "log": log}
+        found = evaluate(lm, facts, edits, **how)
     written = write_reports((report, found.save), (page, found.to_html))
     say(str(found))
     for prompt, before, after in found.generations:

@@ -61,8 +61,8 @@ class Benchmark:
 
     metrics: {name: (kind, what it says of a case)}, in the order reports show them; kinds: ``intervals.SHARE``, ...
     probes(lm, case): what is asked of a case; ``case.probe`` makes one
-    columns(probes, answers, base): {metric: value} of a case, by one model's answers to its probes; base: those of the
-        model without edits, the same list where it is judged itself. A metric that is left out is NaN: nothing to say
+    columns(case, probes, answers, base): {metric: value} of a case, by one model's answers to its probes; base: those
+        of the model without edits, the same list where it is judged itself. A metric that is left out is NaN
     cases(facts): the facts that are judged together, a tuple a case; ValueError for a fact of which nothing is asked
     score_of: metrics the harmonic mean of whose means is the score; none: no score
     sentences(facts, base, edited): (what the edit did, what a reader must know), below the table; base and edited
@@ -72,7 +72,7 @@ class Benchmark:
     name: str
     metrics: Metrics
     probes: Callable[[object, Case], list[Probe]]
-    columns: Callable[[list[Probe], list[Answer], list[Answer]], Mapping[str, float]]
+    columns: Callable[[Case, list[Probe], list[Answer], list[Answer]], Mapping[str, float]]
     cases: Callable[[Sequence[Fact]], Iterable[tuple[Fact, ...]]] = one_by_one
     score_of: tuple[str, ...] = ()
     sentences: Callable[..., tuple[list[str], list[str]]] = no_sentences
@@ -80,9 +80,9 @@ class Benchmark:
     def __post_init__(self):
         check_metrics(f"benchmark {self.name!r}", self.metrics, self.score_of)
 
-    def values(self, probes: list[Probe], answers: list[Answer], base: list[Answer]) -> dict[str, float]:
+    def values(self, case: Case, probes: list[Probe], answers: list[Answer], base: list[Answer]) -> dict[str, float]:
         """{metric: value} of a case, of every metric."""
-        found = self.columns(probes, answers, base)
+        found = self.columns(case, probes, answers, base)
         unknown = set(found) - set(self.metrics)
         if unknown:
             raise ValueError(f"benchmark {self.name!r} gives {sorted(unknown)}, which its metrics do not name")

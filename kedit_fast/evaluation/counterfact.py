@@ -92,7 +92,7 @@ def probes(lm, case: Case) -> list[Probe]:
     return made
 
 
-def columns(probes: list[Probe], answers: list[Answer], base: list[Answer]) -> dict[str, float]:
+def columns(case: Case, probes: list[Probe], answers: list[Answer], base: list[Answer]) -> dict[str, float]:
     """{metric: value} of one fact; NaN where it has no such probe or target."""
     kinds = (REWRITE, PARAPHRASE, NEIGHBORHOOD, SAME_SUBJECT)
     rewrite, paraphrases, neighbors, others = (_of_kind(kind, probes, answers) for kind in kinds)

@@ -224,7 +224,8 @@ def _values(lm, benchmark: Benchmark, chunk: list[Asked], texts: Texts, advance)
     for one in chunk:
         mine = slice(end, end := end + len(one.probes))
         sides = (
-            None if side is None else benchmark.values(one.probes, side[mine], base[mine]) for side in (base, edited)
+            None if side is None else benchmark.values(one.case, one.probes, side[mine], base[mine])
+            for side in (base, edited)
         )
         values.append(tuple(sides))
     return values

@@ -17,6 +17,7 @@ import kedit_fast as kf
 from kedit_fast.basics import progress
 from kedit_fast.commands import cli, info
 from kedit_fast.commands import edit as edit_command
+from kedit_fast.commands.arguments import BENCHMARKS
 from kedit_fast.commands.inputs import fact_file, find_moments, read_edits
 from kedit_fast.commands.outputs import fresh_log
 from kedit_fast.editors import EDITORS
@@ -133,6 +134,7 @@ def test_the_parser_knows_what_the_package_knows():
     assert cli.build_parser().parse_args(["trace"]).kinds == KINDS
     for metric in METRICS:
         assert cli.build_parser().parse_args(["trace", "--metric", metric]).metric == metric
+    assert tuple(kf.BENCHMARKS) == BENCHMARKS
     for method in EDITORS:
         assert cli.build_parser().parse_args(["edit", "--method", method]).method == method
 
@@ -278,6 +280,7 @@ def test_progress_is_on_unless_quiet(monkeypatch):
         (["edit", "--facts", "clash.json"], "France"),
         (["edit", "--facts", "known.json"], "target_new"),
         (["eval"], "evaluate what?"),
+        (["eval", "--facts", "../facts.json", "--benchmark", "counterfacts"], "did you mean counterfact?"),
         (["eval", "cut.safetensors"], "cut.safetensors is cut short"),
         (["eval", "bad.jsonl"], "bad.jsonl"),
         (["eval", "clash.json"], "clash.json: an edit is a safetensors file"),

@@ -43,7 +43,7 @@ def columns(one, base=None):
     before = [
         answer._replace(top=TOP if probe.likeliest else None) for probe, answer in zip(*(base or one), strict=True)
     ]
-    return COUNTERFACT.values(probes, answers, before)
+    return COUNTERFACT.values(None, probes, answers, before)
 
 
 def test_columns_by_hand():

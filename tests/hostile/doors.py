@@ -145,8 +145,8 @@ def doors(folder) -> list[Door]:
         Door("Ft.edit", _with(kf.Ft(layers=(1,), num_steps=1).edit, t.lm, facts=t.facts[:1]), dict(
             facts="facts", previous="edit?", independent="flag", seed="seed")),
         Door("evaluate", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(
-            facts="facts", edit="edit", text="corpus", generate="whole", max_tokens="positive", log="path?",
-            both_forms="flag")),
+            facts="facts", edit="edit", benchmark="object", text="corpus", generate="whole", max_tokens="positive",
+            log="path?", both_forms="flag")),
         Door("EvalReport.load", _with(kf.EvalReport.load), dict(path="path")),
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),

@@ -59,7 +59,8 @@ class Benchmark:
     """How facts are asked and judged. ``kf.evaluate(lm, facts, edit, benchmark=...)`` runs it; one that stands in
     ``kf.BENCHMARKS`` goes by its name on the command line.
 
-    metrics: {name: (kind, what it says of a case)}, in the order reports show them; kinds: ``intervals.SHARE``, ...
+    metrics: {name: (kind, what it says of a case)}, in the order reports show them; kinds: ``intervals.SHARE``,
+        PROBABILITY, DIFFERENCE, and COUNT, which stands in no table: ``sentences`` may say it
     probes(lm, case): what is asked of a case; ``case.probe`` makes one
     columns(case, probes, answers, base): {metric: value} of a case, by one model's answers to its probes; base: those
         of the model without edits, the same list where it is judged itself. A metric that is left out is NaN

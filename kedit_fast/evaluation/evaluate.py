@@ -4,7 +4,7 @@ The model without and with the edit goes through the same sweeps; below the firs
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,33 +73,33 @@ def evaluate(
     lm = with_edits(lm, edit, "edit")
     cases = _cases(lm, grouped, text)
     windows = None if text is None else text_windows(lm, text, max_tokens)
-    twice = both_forms and has_template(lm.tokenizer)
-    asked = [_asked(lm, benchmark, case, generate, twice) for case in cases]
-    everything = [probe for one in asked for probe in one.everything]
-    check_lengths(lm, cases, everything)
-    writing = ["generating"] * any(probe.n_written for probe in everything)
+    forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
+    if both_forms and has_template(lm.tokenizer):
+        forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
+    probes = [probe for form in forms for one in form for probe in one.everything]
+    check_lengths(lm, cases, probes)
+    writing = ["generating"] * any(probe.n_written for probe in probes)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
-        rows = _read_all(lm, benchmark, asked, log)
+        said = _read_all(lm, benchmark, forms, log)
         drift = None if windows is None else perplexity(lm, windows)
-    return _report(benchmark, asked, rows, meta, drift)
+    other = _report(benchmark, forms[1], said[1], meta | {"note": ""}) if len(forms) > 1 else None
+    return _report(benchmark, forms[0], said[0], meta, perplexity=drift, other=other)
 
 
 # ---- what is asked
 
 
 class Asked(NamedTuple):
-    """A case and what is asked of it. own: its facts' prompts, where they are to be written on; other: the case in the
-    other form, or None"""
+    """A case in one form, and what is asked of it. own: its facts' prompts, where they are to be written on"""
 
     case: Case
     own: list[Probe]
     probes: list[Probe]
-    other: "Asked | None"
 
     @property
     def everything(self) -> list[Probe]:
-        return [*self.own, *self.probes, *(self.other.everything if self.other else ())]
+        return [*self.own, *self.probes]
 
     @property
     def n_rows(self) -> int:
@@ -159,97 +159,90 @@ def _place(fact: Fact) -> tuple:
     return fact.prompt, fact.subject, fact.target_new
 
 
-def _asked(lm, benchmark: Benchmark, case: Case, generate: int, twice: bool) -> Asked:
+def _asked(lm, benchmark: Benchmark, case: Case, generate: int = 0) -> Asked:
     own = [case.probe(lm, fact, fact.text, n_written=generate) for fact in case.facts] if generate else []
-    other = _asked(lm, benchmark, case.in_other_form(), 0, False) if twice else None
-    return Asked(case, own, benchmark.probes(lm, case), other)
+    return Asked(case, own, benchmark.probes(lm, case))
 
 
-def _chunks(lm, asked: list[Asked]) -> Iterator[list[Asked]]:
-    """Consecutive cases for one sweep; one that is too large is cut by the sweep's plan."""
+def _chunks(lm, cases: Iterable[tuple[Asked, ...]]) -> Iterator[list[tuple[Asked, ...]]]:
+    """Consecutive cases, each in all its forms, for one sweep a form; one that is too large is cut by the plan."""
     kept = RowCost.of(lm).kept + lm.d_model * lm.dtype.itemsize  # the rows that are read
     most = CHUNK if not lm.source.pass_bytes else None
-    return together(asked, lambda one: one.n_rows, free(lm) // kept, most)
+    return together(cases, lambda forms: forms[0].n_rows, free(lm) // kept, most)
 
 
 # ---- what is answered
 
-Values = tuple[dict, dict | None]  # {metric: value} of one case, by the base and the edited model
-Texts = Iterator[tuple[str, str | None]]  # what the base and the edited model write
 
+class Said(NamedTuple):
+    """What came of a case in one form: {metric: value} by the base and by the edited model (None without an edit), and
+    (prompt, before, after) of its facts where these are written on."""
 
-class Row(NamedTuple):
-    """What came of a case: its values, those in the other form (or None), and (prompt, before, after) of its facts
-    where these are written on."""
-
-    values: Values
-    other: Values | None
+    base: dict[str, float]
+    edited: dict[str, float] | None
     generations: list[tuple[str, str, str | None]]
 
 
-def _read_all(lm, benchmark: Benchmark, asked: list[Asked], log) -> list[Row]:
-    turned = [one.other for one in asked if one.other]
-    own = _written(lm, [probe for one in asked for probe in one.own])
-    texts, other_texts = (_written(lm, [probe for one in form for probe in one.probes]) for form in (asked, turned))
-    rows: list[Row] = []
-    with progress("evaluating facts", len(asked)) as bar:
-        for chunk in _chunks(lm, asked):
-            advance = scaled(bar.advance, len(chunk) / 2 if turned else len(chunk))
-            values = _values(lm, benchmark, chunk, texts, advance)
-            others = [one.other for one in chunk if one.other]
-            others = _values(lm, benchmark, others, other_texts, advance) if others else [None] * len(chunk)
-            told = [[(fact.text, *next(own)) for fact in one.case.facts] if one.own else [] for one in chunk]
-            new = list(map(Row, values, others, told))
-            append_records(log, (case_record(one.case.facts, *row) for one, row in zip(chunk, new, strict=True)))
-            rows += new
-    return rows
+def _read_all(lm, benchmark: Benchmark, forms: list[list[Asked]], log) -> list[list[Said]]:
+    """What came of the cases, in each form."""
+    texts = [_written(lm, [probe for one in form for probe in one.everything]) for form in forms]
+    said: list[list[Said]] = [[] for _ in forms]
+    with progress("evaluating facts", len(forms[0])) as bar:
+        for chunk in _chunks(lm, zip(*forms, strict=True)):
+            advance = scaled(bar.advance, len(chunk) / len(forms))
+            by_form = zip(zip(*chunk, strict=True), texts, strict=True)
+            new = [_said(lm, benchmark, some, written, advance) for some, written in by_form]
+            rows = zip(chunk, zip(*new, strict=True), strict=True)
+            append_records(
+                log, (case_record(one[0].case.facts, *row[0], *(r[:2] for r in row[1:])) for one, row in rows)
+            )
+            for before, more in zip(said, new, strict=True):
+                before += more
+    return said
 
 
-def _written(lm, probes: list[Probe]) -> Texts:
-    """What the models write, of the probes that are to be written on, in order."""
+def _written(lm, probes: list[Probe]) -> Iterator[tuple[str, str | None]]:
+    """What base and edited model write behind the probes that are to be written on, in order."""
     probes = [probe for probe in probes if probe.n_written]
     before = write_probes(dataclasses.replace(lm, edits=()), probes)
     return zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True)
 
 
-def _values(lm, benchmark: Benchmark, chunk: list[Asked], texts: Texts, advance) -> list[Values]:
-    probes = [probe for one in chunk for probe in one.probes]
-    base, edited = read_probes(lm, probes, advance)
+def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], texts: Iterator, advance) -> list[Said]:
+    probes = [probe for one in chunk for probe in one.everything]
     written = [next(texts) if probe.n_written else (None, None) for probe in probes]
     base, edited = (
-        None if side is None else [answer._replace(text=both[i]) for answer, both in zip(side, written, strict=True)]
-        for i, side in enumerate((base, edited))
+        side and [answer._replace(text=both[i]) for answer, both in zip(side, written, strict=True)]
+        for i, side in enumerate(read_probes(lm, probes, advance))
     )
-    values, end = [], 0
+    said, end = [], 0
     for one in chunk:
+        own = slice(end, end := end + len(one.own))
+        told = zip((fact.text for fact in one.case.facts), written[own], strict=False)
         mine = slice(end, end := end + len(one.probes))
-        sides = (
-            None if side is None else benchmark.values(one.case, one.probes, side[mine], base[mine])
+        both = (
+            side if side is None else benchmark.values(one.case, one.probes, side[mine], base[mine])
             for side in (base, edited)
         )
-        values.append(tuple(sides))
-    return values
+        said.append(Said(*both, [(prompt, *both) for prompt, both in told]))
+    return said
 
 
 # ---- what is reported
 
 
-def _report(benchmark: Benchmark, asked: list[Asked], rows: list[Row], meta: dict, drift) -> EvalReport:
-    def of(asked, values, meta, **rest):
-        facts = tuple(fact for one in asked for fact in one.case.facts)
-        columns = (_columns(benchmark, side) for side in zip(*values, strict=True))
-        return EvalReport.of(benchmark, *columns, facts, meta, cases=sizes if set(sizes) != {1} else (), **rest)
-
-    sizes, turned = tuple(len(one.case.facts) for one in asked), [one.other for one in asked if one.other]
-    other = of(turned, (row.other for row in rows), meta | {"note": ""}) if turned else None
-    generations = tuple(told for row in rows for told in row.generations)
-    return of(asked, (row.values for row in rows), meta, perplexity=drift, generations=generations, other=other)
-
-
-def _columns(benchmark: Benchmark, side: Sequence[dict | None]) -> dict[str, torch.Tensor] | None:
-    if side[0] is None:
-        return None
-    return {name: torch.tensor([values[name] for values in side], dtype=torch.float32) for name in benchmark.metrics}
+def _report(benchmark: Benchmark, form: list[Asked], said: list[Said], meta: dict, **rest) -> EvalReport:
+    facts, sizes = [fact for one in form for fact in one.case.facts], [len(one.case.facts) for one in form]
+    columns = (
+        None
+        if side[0] is None
+        else {name: torch.tensor([values[name] for values in side], dtype=torch.float32) for name in benchmark.metrics}
+        for side in ([one.base for one in said], [one.edited for one in said])
+    )
+    rest |= {"generations": tuple(told for one in said for told in one.generations)}
+    return EvalReport.of(
+        benchmark, *columns, tuple(facts), meta, cases=tuple(sizes) if set(sizes) != {1} else (), **rest
+    )
 
 
 def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> dict:

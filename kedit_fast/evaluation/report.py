@@ -80,7 +80,7 @@ class EvalReport:
         for i, n in enumerate(self.cases or [1] * len(self.facts)):
             mine = slice(end, end := end + n)
             other = self.other and self.other._values(i)
-            records.append(case_record(self.facts[mine], self._values(i), other, self.generations[mine]))
+            records.append(case_record(self.facts[mine], *self._values(i), self.generations[mine], other))
         return records
 
     def _values(self, i: int) -> tuple[dict[str, float], dict[str, float] | None]:
@@ -178,10 +178,9 @@ class EvalReport:
 
     def _title(self) -> str:
         n, method = len(self.facts), self.meta.get("method")
-        grouped = f"{len(self.cases)} case{'s' * (len(self.cases) != 1)} of " if self.cases else ""
-        what = f"{grouped}{n} fact{'s' * (n != 1)}" + ", asked in a chat" * (
-            n > 0 and all(fact.chat for fact in self.facts)
-        )
+        what = f"{n} fact{'s' * (n != 1)}" + ", asked in a chat" * (n > 0 and all(fact.chat for fact in self.facts))
+        if self.cases:
+            what = f"{len(self.cases)} case{'s' * (len(self.cases) != 1)} of {what}"
         return f"{self.meta.get('model', 'model')}: {what}, {f'edited by {method}' if method else 'no edit'}"
 
     def _lines(self) -> list[str]:
@@ -196,9 +195,9 @@ class EvalReport:
         return [*lines, *self.notes, *([self.meta["note"]] if self.meta.get("note") else [])]
 
     def _says(self, name: str) -> str:
-        *most, last = self.score_of or ("",)
-        of = f"harmonic mean of {', '.join(most)} and {last} (S)"
-        return of if name == SCORE else self.metrics[name][1]
+        if name != SCORE:
+            return self.metrics[name][1]
+        return f"harmonic mean of {' and '.join(filter(None, [', '.join(self.score_of[:-1]), self.score_of[-1]]))} (S)"
 
     @property
     def _unit(self) -> str:
@@ -215,12 +214,12 @@ class EvalReport:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def case_record(facts: Sequence[Fact], values, other=None, generations: Sequence = ()) -> dict:
-    """One case's values as JSON has them; NaN is None. values, other: (base, edited) of its form and of the other; a
-    fact that is a case by itself stands there as "fact", with its "generation"."""
+def case_record(facts: Sequence[Fact], base, edited, generations: Sequence = (), other=None) -> dict:
+    """One case's values as JSON has them; NaN is None. other: (base, edited) of the other form. A fact that is a case
+    by itself stands there as "fact", with its "generation"."""
     single = len(facts) == 1
     record = {"fact": facts[0].to_record()} if single else {"facts": [fact.to_record() for fact in facts]}
-    record |= _sides_record(*values)
+    record |= _sides_record(base, edited)
     if generations:
         told = [list(generation) for generation in generations]
         record |= {"generation": told[0]} if single else {"generations": told}

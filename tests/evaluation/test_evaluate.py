@@ -272,7 +272,7 @@ def test_chunks_are_the_whole(lm, monkeypatch, size):
 
 def asked_of(lm):
     cases = module._cases(lm, [(fact,) for fact in FACTS], None)
-    return [module._asked(lm, COUNTERFACT, case, 0, False) for case in cases]
+    return [(module._asked(lm, COUNTERFACT, case),) for case in cases]
 
 
 def test_little_memory_is_the_whole(lm):

@@ -91,15 +91,15 @@ class Benchmark:
 
     def check_fit(self, lm, facts: Sequence[Fact]) -> None:
         """Raises ValueError for facts that ask more than the model has positions for, whatever is asked last."""
-        cases = [Case(tuple(some), i) for i, some in enumerate(self.cases(facts))]
-        check_lengths(lm, cases, [one for case in cases for one in self.probes(lm, case)])
+        for case in (Case(tuple(some)) for some in self.cases(facts)):
+            check_lengths(lm, case, self.probes(lm, case))
 
 
-def check_lengths(lm, cases: Sequence[Case], probes: Iterable[Probe]) -> None:
-    """Raises ValueError for a probe that is longer than the model reads, with what it is written on by."""
+def check_lengths(lm, case: Case, probes: Iterable[Probe]) -> None:
+    """Raises ValueError for a probe of a case that is longer than the model reads, with what it is written on by."""
     for one in probes:
         written = f" and {one.n_written} new tokens" if one.n_written else ""
-        lm.check_length(one.longest, f"{cases[one.case].label}{written}")
+        lm.check_length(one.longest, f"{case.label}{written}")
 
 
 def check_metrics(whose: str, metrics: Metrics, score_of: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ The model without and with the edit goes through the same sweeps; below the firs
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -76,9 +77,10 @@ def evaluate(
     forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
     if both_forms and has_template(lm.tokenizer):
         forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
-    probes = [probe for form in forms for one in form for probe in one.everything]
-    check_lengths(lm, cases, probes)
-    writing = ["generating"] * any(probe.n_written for probe in probes)
+    asked = [one for form in forms for one in form]
+    for one in asked:
+        check_lengths(lm, one.case, one.everything)
+    writing = ["generating"] * any(probe.n_written for one in asked for probe in one.everything)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
         said = _read_all(lm, benchmark, forms, log)
@@ -201,16 +203,15 @@ def _read_all(lm, benchmark: Benchmark, forms: list[list[Asked]], log) -> list[l
     return said
 
 
-def _written(lm, probes: list[Probe]) -> Iterator[tuple[str, str | None]]:
-    """What base and edited model write behind the probes that are to be written on, in order."""
-    probes = [probe for probe in probes if probe.n_written]
+def _written(lm, probes: list[Probe]) -> Iterator[tuple[str | None, str | None]]:
+    """What base and edited model write behind each probe that asks for it."""
     before = write_probes(dataclasses.replace(lm, edits=()), probes)
     return zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True)
 
 
 def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], texts: Iterator, advance) -> list[Said]:
     probes = [probe for one in chunk for probe in one.everything]
-    written = [next(texts) if probe.n_written else (None, None) for probe in probes]
+    written = list(islice(texts, len(probes)))
     base, edited = (
         side and [answer._replace(text=both[i]) for answer, both in zip(side, written, strict=True)]
         for i, side in enumerate(read_probes(lm, probes, advance))

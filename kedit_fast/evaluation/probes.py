@@ -204,21 +204,22 @@ def _answers(lm, probes: Sequence[Probe], where: _Places, h: Tensor, logprob: Te
 # ---- written
 
 
-def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list[str]:
-    """What the model writes behind each probe's prompt, greedily, as its edits have it; equal prompts once.
+def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list[str | None]:
+    """What the model, as its edits have it, writes behind each prompt, greedily; None where no text is asked for.
 
-    Under independent edits each under its owner's. A text ends where an edited model gives NaN; of one without edits
-    that is a ValueError. As many texts at a time as the memory holds.
+    Equal prompts are written on once; under independent edits each under its owner's. A text ends where an edited model
+    gives NaN; of one without edits that is a ValueError. As many texts at a time as the memory holds.
     """
     owned = independent(lm)
     keys = [(one.n_written, one.owner if owned else 0, tuple(one.prompt)) for one in probes]
-    groups: dict[tuple[int, int], dict[tuple, str]] = {}
+    groups: dict[tuple[int, int], dict[tuple, str | None]] = {}
     for n, owner, prompt in keys:
-        groups.setdefault((n, owner), {})[prompt] = ""
+        groups.setdefault((n, owner), {})[prompt] = None
     for (n, owner), texts in groups.items():
-        view = _alone(lm, owner) if owned else lm
-        made = generate(view, [list(prompt) for prompt in texts], n, nan_ends=bool(lm.edits), label=label)
-        texts.update(zip(texts, (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made), strict=True))
+        if n:
+            view = _alone(lm, owner) if owned else lm
+            made = generate(view, [list(prompt) for prompt in texts], n, nan_ends=bool(lm.edits), label=label)
+            texts.update(zip(texts, (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made), strict=True))
     return [groups[n, owner][prompt] for n, owner, prompt in keys]
 
 

@@ -41,10 +41,8 @@ def ask(view, asked: Questions, form: str) -> Found:
     """All answers of ``view``, a model that carries the edit, and of the same model without it."""
     base, probes = dataclasses.replace(view, edits=()), asked.probes(view)
     before, after = _read(view, probes, form)
-    texts = iter(write_probes(view, [one for one in probes if one.n_written], f"{form}: writing"))
-    after = [
-        answer._replace(text=next(texts)) if p.n_written else answer for p, answer in zip(probes, after, strict=True)
-    ]
+    texts = write_probes(view, probes, f"{form}: writing")
+    after = [answer._replace(text=text) for answer, text in zip(after, texts, strict=True)]
     canaries = [one for one in probes if one.kind == CANARY]
     base_texts = write_probes(base, canaries, f"{form}: base model, writing")
     both = {kind: [] for kind in (WORDING, PORTABILITY, KEPT, CANARY)}

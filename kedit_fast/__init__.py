@@ -28,7 +28,6 @@ _HOME = {
     "EDITORS": "editors",
     "evaluate": "evaluation",
     "BENCHMARKS": "evaluation",
-    "Benchmark": "evaluation",
     "EvalReport": "evaluation",
     "Edit": "edits.edit",
     "compose": "edits.compose",

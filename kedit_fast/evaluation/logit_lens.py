@@ -100,7 +100,7 @@ class LogitLens:
         return plot_lens(self, path, fact, model)
 
     def _repr_html_(self) -> str:
-        from kedit_fast.pictures.traces import figure_html
+        from kedit_fast.pictures.figure import figure_html
 
         lines = "".join(f"<p>{html_text(self.where(i))}</p>" for i in range(min(len(self.facts), TOP)))
         return figure_html(self.plot()) + lines

@@ -132,7 +132,7 @@ class LayerSweep:
         return f"LayerSweep({self.method}, {n} fact{'s' * (n != 1)}, {len(self.edited)} layers, model {self.model})"
 
     def _repr_html_(self) -> str:
-        from kedit_fast.pictures.traces import figure_html
+        from kedit_fast.pictures.figure import figure_html
 
         return figure_html(self.plot())
 

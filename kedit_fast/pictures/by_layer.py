@@ -2,18 +2,9 @@
 
 import numpy as np
 
+from kedit_fast.pictures.figure import GRAY, add_title, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import KIND_NAME, METRIC_NAME, within
-from kedit_fast.pictures.traces import (
-    _GRAY,
-    _INK,
-    _draw_band,
-    _figure,
-    _finish,
-    _layer_ticks,
-    _layers_width,
-    _style,
-    _title,
-)
+from kedit_fast.pictures.traces import INK, draw_band
 
 _INKS = {"efficacy": "#1b6ca8", "p_new": "#7fb2d9", "paraphrase": "#e08a1e", "neighborhood": "#444444"}
 _NAMES = {"p_new": "P(new)"}
@@ -29,8 +20,8 @@ def plot_layers(sweep, path=None):
     """
     averages = list(sweep.traces.values())
     n_layers = averages[0].mean.shape[1] if averages else max(sweep.layers) + 1
-    with _style():
-        figure = _figure(2.2 + 1.4 * _layers_width(n_layers), 4.9)
+    with style():
+        figure = new_figure(2.2 + 1.4 * layers_width(n_layers), 4.9)
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 5))
         for metric, ink in _INKS.items():
             _draw_metric(top, sweep, metric, ink)
@@ -40,23 +31,23 @@ def plot_layers(sweep, path=None):
         top.set_ylim(-0.03, 1.03)
         top.set_ylabel("share of prompts; probability")
         facts = f"{sweep.n_facts:,} fact{'s' * (sweep.n_facts != 1)}, each edited alone"
-        _title(top, f"Editing at each layer ({sweep.method})", f"{facts}; 95 % bands")
+        add_title(top, f"Editing at each layer ({sweep.method})", f"{facts}; 95 % bands")
         for average in averages:
             n_lines = len(below.lines)
-            _draw_band(below, average, "last subject token", _INK[average.kind], "-")
+            draw_band(below, average, "last subject token", INK[average.kind], "-")
             for line in below.lines[n_lines:]:  # none where nothing was traced
                 line.set_label("\n".join([KIND_NAME[average.kind], *_correlations(sweep, average.kind)]))
-        below.axhline(0, color=_GRAY, linewidth=0.6)
+        below.axhline(0, color=GRAY, linewidth=0.6)
         if averages:
             below.set_ylabel(f"AIE on {METRIC_NAME[averages[0].metric].format('answer')}")
-            _title(below, "Causal trace of the same facts, last subject token", WARNING)
+            add_title(below, "Causal trace of the same facts, last subject token", WARNING)
         for axes in (top, below):
             axes.spines[["top", "right"]].set_visible(False)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        _layer_ticks(below, n_layers)
+        layer_ticks(below, n_layers)
         below.set_xlabel(within("layer", sweep.model))
-    return _finish(figure, path, _alt(sweep))
+    return finish(figure, path, _alt(sweep))
 
 
 def _draw_metric(axes, sweep, metric: str, ink: str) -> None:

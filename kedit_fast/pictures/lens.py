@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from kedit_fast.pictures.figure import GRAY, add_title, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import readable, within
-from kedit_fast.pictures.traces import _GRAY, _figure, _finish, _layer_ticks, _layers_width, _style, _title
 
-_INK = {"old": "#a50f15", "new": "#006d2c"}
+INK = {"old": "#a50f15", "new": "#006d2c"}
 _LINE = {"before": "--", "after": "-"}
 
 
@@ -20,8 +20,8 @@ def plot_lens(lens, path=None, fact: int | None = None, model: str = ""):
     what = f"Rank of the answers of {n:,} fact{'s' * (n != 1)} (median)"
     if fact is not None:
         what = f"Rank of the answers to {readable(lens.facts[fact].text)!r}"
-    with _style():
-        figure = _figure(1.2 + 1.4 * _layers_width(n_layers), 2.9)
+    with style():
+        figure = new_figure(1.2 + 1.4 * layers_width(n_layers), 2.9)
         axes = figure.subplots()
         for side in ("before", "after"):
             values = getattr(lens, side)
@@ -29,22 +29,22 @@ def plot_lens(lens, path=None, fact: int | None = None, model: str = ""):
                 ranks = None if values is None else _middle(getattr(values, f"rank_{name}").numpy(), fact)
                 if ranks is not None:
                     label = f"{name} answer, {side}" if lens.after is not None else f"{name} answer"
-                    axes.plot(np.arange(n_layers) + 0.5, ranks, _LINE[side], color=_INK[name], lw=1.4, label=label)
+                    axes.plot(np.arange(n_layers) + 0.5, ranks, _LINE[side], color=INK[name], lw=1.4, label=label)
         axes.set_yscale("log")
         axes.invert_yaxis()
         axes.set_ylabel("rank among all tokens")
         axes.spines[["top", "right"]].set_visible(False)
-        _layer_ticks(axes, n_layers)
+        layer_ticks(axes, n_layers)
         axes.set_xlabel(within("layer", model))
         edited = ""
         if lens.first_layer is not None:
-            axes.axvline(lens.first_layer + 0.5, color=_GRAY, linewidth=0.6)
+            axes.axvline(lens.first_layer + 0.5, color=GRAY, linewidth=0.6)
             edited = f"; edited from layer {lens.first_layer} on (gray line)"
-        _title(axes, what, f"logit lens at the last token of the prompt{edited}")
+        add_title(axes, what, f"logit lens at the last token of the prompt{edited}")
         if axes.lines:
             axes.legend(frameon=False, loc="best")
     where = lens.where(fact) if fact is not None else f"{lens.summary()}"
-    return _finish(figure, path, f"{what} by layer, before and after an edit. {where}.")
+    return finish(figure, path, f"{what} by layer, before and after an edit. {where}.")
 
 
 def _middle(ranks: np.ndarray, fact: int | None) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.printing import html_text
-from kedit_fast.pictures.traces import figure_alt, figure_png, png_html
+from kedit_fast.pictures.figure import figure_alt, figure_png, png_html
 
 TONES = ("", "good", "bad", "neutral")
 ROLES = ("edit", "paraphrase", "neighbor")

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from kedit_fast.basics import checks
+from kedit_fast.pictures.figure import GRAY, finish, new_figure, style
 from kedit_fast.pictures.labels import model_label
-from kedit_fast.pictures.traces import _GRAY, _figure, _finish, _style
 
 _INKS = ("#1b6ca8", "#c44536", "#2a9d5c", "#8a4fbf", "#b8860b", "#555555")
 _GUARD = 1e-9  # on a log scale zero has no place
@@ -23,8 +23,8 @@ def plot_rounds(rounds: Mapping[str, Sequence], path=None, model: str = ""):
     rounds = {name: list(of_one) for name, of_one in rounds.items() if of_one}
     if not rounds:
         raise ValueError("no rounds to plot; expected {method: [Round, ...]} as edit_in_rounds gives them")
-    with _style():
-        figure = _figure(7.2, 5.2)
+    with style():
+        figure = new_figure(7.2, 5.2)
         (efficacy, neighborhood), (perplexity, growth) = figure.subplots(2, 2, sharex=True)
         for (name, of_one), ink in zip(rounds.items(), _inks(len(rounds)), strict=True):
             _draw(efficacy, of_one, lambda r: r.new["efficacy"], ink, "-", f"{name}, new")
@@ -33,11 +33,11 @@ def plot_rounds(rounds: Mapping[str, Sequence], path=None, model: str = ""):
             _line(perplexity, of_one, lambda r: r.perplexity and r.perplexity[1], ink, name)
             _line(growth, of_one, lambda r: max(r.growth.values(), default=math.nan), ink, name)
         longest = max(rounds.values(), key=len)
-        _line(neighborhood, longest, lambda r: r.base["neighborhood"].mean, _GRAY, "without edits", ":")
-        _line(perplexity, longest, lambda r: r.perplexity and r.perplexity[0], _GRAY, "without edits", ":")
+        _line(neighborhood, longest, lambda r: r.base["neighborhood"].mean, GRAY, "without edits", ":")
+        _line(perplexity, longest, lambda r: r.perplexity and r.perplexity[0], GRAY, "without edits", ":")
         _finish_panels(efficacy, neighborhood, perplexity, growth)
-        figure.suptitle(_title(rounds, model), fontsize=9.5, x=0.01, ha="left", parse_math=False)
-    return _finish(figure, path, _alt(rounds))
+        figure.suptitle(add_title(rounds, model), fontsize=9.5, x=0.01, ha="left", parse_math=False)
+    return finish(figure, path, _alt(rounds))
 
 
 def _inks(n: int) -> list[str]:
@@ -85,7 +85,7 @@ def _finish_panels(efficacy, neighborhood, perplexity, growth) -> None:
             axes.set_yscale("log")
         axes.set_xlabel("facts edited")
     if not perplexity.lines:
-        perplexity.text(0.5, 0.5, "no text given", ha="center", color=_GRAY, transform=perplexity.transAxes)
+        perplexity.text(0.5, 0.5, "no text given", ha="center", color=GRAY, transform=perplexity.transAxes)
     for axes in (efficacy, neighborhood, perplexity, growth):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
@@ -93,7 +93,7 @@ def _finish_panels(efficacy, neighborhood, perplexity, growth) -> None:
             axes.legend(frameon=False, loc="best", fontsize=6.5)
 
 
-def _title(rounds, model: str) -> str:
+def add_title(rounds, model: str) -> str:
     last = max((of_one[-1] for of_one in rounds.values()), key=lambda r: r.n_facts)
     per_round = next(iter(rounds.values()))[0].n_facts
     within = f" in {model_label(model)}" if model else ""

@@ -8,20 +8,13 @@ registered, and a caller's own style changes nothing.
 
 from __future__ import annotations
 
-import base64
-import io
-import struct
 import textwrap
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kedit_fast.basics import checks
-from kedit_fast.basics.files import replace_file
-from kedit_fast.basics.printing import html_text
+from kedit_fast.pictures.figure import GRAY, NO_DATA, add_title, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import (
     KIND_NAME,
     METRIC_NAME,
@@ -44,22 +37,10 @@ from kedit_fast.pictures.labels import (
 if TYPE_CHECKING:
     from kedit_fast.tracing.results import AverageTrace, TraceResult
 
-DPI = 200
-TICK_EVERY = 5  # layers
 Z95 = 1.96  # standard errors on either side in a 95 % band
 
 _COLORMAP = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}
-_INK = {"state": "#54278f", "mlp": "#006d2c", "attn": "#a50f15"}
-_GRAY, _NO_DATA = "#666666", "#eeeeee"
-_STYLE = {
-    "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 8, "axes.linewidth": 0.6,
-    "axes.titlesize": 9.5, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7.5,
-}  # fmt: skip
-# Tokens come in all scripts; the default font has Latin, Greek, Cyrillic and some Arabic.
-_WIDE_FONTS = (
-    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Devanagari", "Noto Sans Hebrew", "Noto Sans Thai",
-    "Arial Unicode MS", "Hiragino Sans", "PingFang SC", "Malgun Gothic", "Yu Gothic", "Microsoft YaHei",
-)  # fmt: skip
+INK = {"state": "#54278f", "mlp": "#006d2c", "attn": "#a50f15"}
 
 
 # ---- figures
@@ -76,13 +57,13 @@ def plot_trace(result: TraceResult, path=None, normalized: bool = False, model: 
     Raises ValueError where ``normalized`` is asked for and corruption changed nothing.
     """
     values, low, high = scale([result], normalized)
-    with _style():
-        figure = _figure(_label_width(result) + _map_width(result) + 1.0, 1.05 + _map_height(result))
+    with style():
+        figure = new_figure(_label_width(result) + _map_width(result) + 1.0, 1.05 + _map_height(result))
         axes = figure.subplots()
         _draw_trace(axes, result, values[0], low, high, normalized)
-        _title(axes, impact(result), runs_line(result))
+        add_title(axes, impact(result), runs_line(result))
         axes.set_xlabel(layer_label(result, model))
-    return _finish(figure, path, trace_alt(result))
+    return finish(figure, path, trace_alt(result))
 
 
 def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = False, model: str = ""):
@@ -100,8 +81,8 @@ def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = Fal
     first = results[0]
     values, low, high = scale(results, normalized)
     width = _label_width(first) + len(results) * (_map_width(first) + 0.85)
-    with _style():
-        figure = _figure(width, 1.35 + _map_height(first))
+    with style():
+        figure = new_figure(width, 1.35 + _map_height(first))
         panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
         for axes, result, cells in zip(panels, results, values, strict=True):
             _draw_trace(axes, result, cells, low, high, normalized)
@@ -110,7 +91,7 @@ def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = Fal
             axes.tick_params(axis="y", length=0)
         text = textwrap.shorten(" ".join(readable(first.fact.text).split()), int(11 * width), placeholder=" …")
         figure.suptitle(f"{text}\n{runs_line(first)}", fontsize=9.5, x=0.01, ha="left", parse_math=False)
-    return _finish(figure, path, " ".join(trace_alt(r) for r in results))
+    return finish(figure, path, " ".join(trace_alt(r) for r in results))
 
 
 def plot_average(average: AverageTrace, path=None, model: str = ""):
@@ -124,118 +105,35 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
     labels = [f"{role} (n = {n:,})" for role, n in zip(ROLES, average.counts, strict=True)]
     facts = f"{average.n_facts:,} fact{'s' * (average.n_facts != 1)}"
     metric = METRIC_NAME[average.metric].format("answer")
-    with _style():
-        figure = _figure(2.9 + _layers_width(n_layers), 4.3)
+    with style():
+        figure = new_figure(2.9 + layers_width(n_layers), 4.3)
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 5))
         high = float(np.nan_to_num(effect).max())
         _heat_map(top, effect, average.kind, 0.0, above(0.0, high), f"AIE on {metric}")
         top.set_yticks(np.arange(len(ROLES)) + 0.5, labels)
         top.tick_params(length=0)
-        _title(
+        add_title(
             top,
             f"Average indirect effect (AIE) of restoring {KIND_NAME[average.kind]}",
             f"{facts}, average total effect {number(average.total_effect, average.metric)}",
         )
-        _draw_band(below, average, "last subject token", _INK[average.kind], "-")
-        _draw_band(below, average, "last token", _GRAY, "--")
-        below.axhline(0, color=_GRAY, linewidth=0.6)
+        draw_band(below, average, "last subject token", INK[average.kind], "-")
+        draw_band(below, average, "last token", GRAY, "--")
+        below.axhline(0, color=GRAY, linewidth=0.6)
         below.set_ylabel(f"AIE on {metric}")
         below.spines[["top", "right"]].set_visible(False)
         bands = "with 95 % bands" if np.isfinite(average.stderr).any() else None
         below.legend(frameon=False, title=bands, title_fontsize=7.5, alignment="left", loc="best")
-        _layer_ticks(below, n_layers)
+        layer_ticks(below, n_layers)
         below.set_xlabel(within("center of the restored interval" if average.kind != "state" else "layer", model))
-    return _finish(figure, path, average_alt(average))
-
-
-def figure_png(figure) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    with _style():
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def figure_html(figure) -> str:
-    """The figure as one <img> element that holds its own PNG data and an alt text."""
-    return png_html(figure_png(figure), figure_alt(figure))
-
-
-def figure_alt(figure) -> str:
-    """What the figure shows, in words: its label (set by the functions above), else its titles."""
-    titles = [figure.get_suptitle(), *(axes.get_title(loc) for axes in figure.axes for loc in ("left", "center"))]
-    return str(figure.get_label()) or ". ".join(t for t in titles if t) or "figure"
-
-
-def png_html(png: bytes, alt: str) -> str:
-    """An <img> element that holds the PNG, at half its pixels (made for dense screens), never wider than the page.
-
-    Raises ValueError for bytes that are no PNG.
-    """
-    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
-        raise ValueError(f"{png[:8]!r}… is no PNG; make the bytes with figure_png(figure)")
-    width, height = struct.unpack(">II", png[16:24])
-    data = base64.b64encode(png).decode()
-    return (
-        f'<img alt="{html_text(alt)}" width="{width // 2}" height="{height // 2}" '
-        f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
-    )
+    return finish(figure, path, average_alt(average))
 
 
 # ---- parts of figures
 
 
-def _style():
-    """The style of all figures, whatever the caller's own; put back on leaving."""
-    from matplotlib import style
-
-    return style.context(["default", _STYLE | {"font.family": _font_families()}])
-
-
-@cache
-def _font_families() -> list[str]:
-    from matplotlib.font_manager import fontManager
-
-    installed = {font.name for font in fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # inches
-    return figure
-
-
-def _finish(figure, path, alt: str):
-    path = checks.optional(checks.path, "path", path)
-    figure.set_label(alt)
-    with _style():
-        figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out twice, it moves: the second drawing gave other bytes
-    if path is not None:
-        _write(figure, path)
-    return figure
-
-
-def _write(figure, path) -> None:
-    """The figure in the format that the path's suffix names (none: PNG), whole or not at all."""
-    suffix = Path(path).suffix.lower().removeprefix(".") or "png"
-    with replace_file(path) as unfinished:
-        if suffix == "png":
-            unfinished.write_bytes(figure_png(figure))
-        else:
-            with _style():
-                figure.savefig(unfinished, format=suffix)
-
-
-def _layers_width(n_layers: int) -> float:
-    return max(3.0, n_layers * (0.11 if n_layers <= 48 else 0.085))  # inches
-
-
 def _map_width(result: TraceResult) -> float:
-    return _layers_width(result.p_restored.shape[1])
+    return layers_width(result.p_restored.shape[1])
 
 
 def _map_height(result: TraceResult) -> float:
@@ -255,12 +153,12 @@ def _draw_trace(axes, result: TraceResult, values, low, high, normalized):
     begin, end = result.subject_span
     for label in axes.get_yticklabels()[begin:end]:
         label.set_fontweight("bold")
-    _layer_ticks(axes, values.shape[1])
+    layer_ticks(axes, values.shape[1])
 
 
 def _heat_map(axes, values, kind, low, high, name):
     mesh = axes.pcolor(np.ma.masked_invalid(values), cmap=_COLORMAP[kind], vmin=low, vmax=high)
-    axes.set_facecolor(_NO_DATA)
+    axes.set_facecolor(NO_DATA)
     axes.set_ylim(len(values), 0)
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=max(18, 1.8 * len(values)))
     bar.outline.set_linewidth(0.4)
@@ -268,21 +166,7 @@ def _heat_map(axes, values, kind, low, high, name):
     bar.ax.set_title(textwrap.fill(name, 12, break_long_words=False), fontsize=7.5, parse_math=False)
 
 
-def _layer_ticks(axes, n_layers: int):
-    layers = np.arange(0, n_layers, TICK_EVERY)
-    axes.set_xlim(0, n_layers)
-    axes.set_xticks(layers + 0.5, layers)
-
-
-def _title(axes, title: str, subtitle: str):
-    axes.set_title(title, loc="left", pad=16)
-    axes.annotate(
-        subtitle, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=7.5, color=_GRAY,
-        parse_math=False,
-    )  # fmt: skip
-
-
-def _draw_band(axes, average: AverageTrace, role: str, color: str, line: str):
+def draw_band(axes, average: AverageTrace, role: str, color: str, line: str):
     mean, stderr = average.mean[ROLES.index(role)], average.stderr[ROLES.index(role)]
     if not np.isfinite(mean).any():
         return

@@ -126,7 +126,7 @@ class TraceResult:
         )
 
     def _repr_html_(self) -> str:
-        from kedit_fast.pictures.traces import figure_html
+        from kedit_fast.pictures.figure import figure_html
 
         return figure_html(self.plot())
 
@@ -193,7 +193,7 @@ class AverageTrace:
         return f"AverageTrace({self.kind}, {facts}, {n_layers} layers, {effect})"
 
     def _repr_html_(self) -> str:
-        from kedit_fast.pictures.traces import figure_html
+        from kedit_fast.pictures.figure import figure_html
 
         return figure_html(self.plot())
 

@@ -82,6 +82,7 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
     )
     for fact, prompt in zip(facts, prompts, strict=True):
         lm.check_length(len(prompt.ids), f"fact {fact.label}")
+    foils = [metric == "logit_diff" and o is None and _foil(lm, fact) for fact, o in zip(facts, others, strict=True)]
     texts = [list(p.ids) for p in prompts] + [o for o in others if o is not None]
     top = next_tokens(lm, texts).tolist()
     answers = top[: len(facts)] if answer is None else [fact_answer(lm.tokenizer, f, answer)[0] for f in facts]
@@ -89,7 +90,7 @@ def tasks_of(lm, facts, answer, corrupt, metric) -> list[Task]:
     for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True)):
         targets = [answers[i]]
         if metric == "logit_diff":
-            targets.append(top[len(facts) + i] if others[i] is not None else _foil(lm, fact))
+            targets.append(top[len(facts) + i] if others[i] is not None else foils[i])
         tasks.append(Task(fact, list(prompt.ids), tuple(prompt.span), others[i] or list(prompt.ids), targets))
     return tasks
 

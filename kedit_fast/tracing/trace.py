@@ -9,7 +9,7 @@ All tokens, layers, noise draws and kinds of many facts go up the model in one s
 below and before its restoration with its corrupted run, which is exact in a causal model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,30 +18,14 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.progress import logger, progress, scaled
 from kedit_fast.facts.fact import check_subject, fact_list
-from kedit_fast.jobs.restore import Restore
-from kedit_fast.jobs.score import Score
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import takes_lm
-from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import CALL_ROWS, TABLES, RowCost, free
-from kedit_fast.sweep.runs import RunList
-from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.plan import CALL_ROWS, RowCost, free
 from kedit_fast.sweep.together import together
 from kedit_fast.tracing.attribution import estimate, most
+from kedit_fast.tracing.exact import all_cells, restored_cells
 from kedit_fast.tracing.results import AverageTrace, TraceResult, average, read_log
-from kedit_fast.tracing.tasks import (
-    KINDS,
-    METRICS,
-    SITE,
-    Found,
-    Settings,
-    Task,
-    add_runs,
-    check_draws,
-    noise_job,
-    noise_level,
-    tasks_of,
-)
+from kedit_fast.tracing.tasks import KINDS, METRICS, SITE, Found, Settings, Task, check_draws, noise_level, tasks_of
 
 __all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "read_log", "trace"]
 
@@ -154,7 +138,7 @@ def _announce(lm, tasks: list[Task], how: Settings) -> None:
 def _trace_group(lm, tasks, how: Settings, method, top, backend, advance) -> list[TraceResult]:
     """Results of some facts: estimated, exact, or the one where the other says."""
     if method == "exact":
-        found, exact = _in_parts(lm, tasks, how, advance), None
+        found, exact = all_cells(lm, tasks, how, advance), None
     else:
         found = estimate(lm, tasks, how, scaled(advance, 1 / 4 if method == "screen" else 1))
         exact = [{kind: _known(kind, effect) for kind, effect in each.restored.items()} for each in found]
@@ -162,7 +146,7 @@ def _trace_group(lm, tasks, how: Settings, method, top, backend, advance) -> lis
             for each, known in zip(found, exact, strict=True):
                 for kind, cells in known.items():
                     cells |= most(each.restored[kind] - each.p_corrupted, top, ~cells)
-            computed = _restored(lm, tasks, how, exact, scaled(advance, 3 / 4))
+            computed = restored_cells(lm, tasks, how, exact, scaled(advance, 3 / 4))
             for each, other, known in zip(found, computed, exact, strict=True):
                 for kind, cells in known.items():
                     each.restored[kind][cells] = other.restored[kind][cells]
@@ -185,141 +169,7 @@ def _known(kind: str, restored: Tensor) -> Tensor:
 # ---- restored runs of a group of facts
 
 
-class _Cells:
-    """Restored runs of one kind, fact by fact, and what has to be written into them."""
-
-    def __init__(self, site: Site | None):
-        self.site = site
-        self.runs: list[Tensor] = []  # by fact: [cells, draws]
-        self.places: list[tuple[Tensor, Tensor]] = []  # by fact: (position, layer) of each cell
-        self.writes: list[tuple[Tensor, ...]] = []  # run, pos, from_run, begin, end
-
-    def write(self, run, pos, from_run, begin, end):
-        self.writes.append(tuple(x.flatten() for x in torch.broadcast_tensors(run, pos, from_run, begin, end)))
-
-    def jobs(self) -> list[Restore]:
-        return [Restore(self.site, *(torch.cat(c) for c in zip(*self.writes, strict=True)))] if self.writes else []
-
-
-def _in_parts(lm, tasks, how: Settings, advance: Callable[[float], None]) -> list[Found]:
-    """Every cell of every fact; a fact with many tokens takes several sweeps, of some positions each, for the tables of
-    all its runs (tokens, and where each key lies) would not fit beside their rows."""
-    task = tasks[0]
-    length, first = len(task.tokens), task.span[0]
-    of_a_position = len(how.kinds) * lm.n_layers * how.draws * length * TABLES
-    parts = torch.arange(first, length).split(max(1, lm.memory // 4 // of_a_position))
-    if len(tasks) > 1 or len(parts) == 1:
-        return _restored(lm, tasks, how, None, advance)
-    found, work = None, (length - first) * (length - first + 1) / 2
-    for part in parts:
-        cells = torch.zeros(length, lm.n_layers, dtype=torch.bool)
-        cells[part] = True
-        share = float((length - part).sum() / work)
-        (made,) = _restored(lm, tasks, how, [dict.fromkeys(how.kinds, cells)], scaled(advance, share))
-        found = found or made
-        for kind, table in found.restored.items():
-            table[part] = made.restored[kind][part]
-    return [found]
-
-
-def _restored(lm, tasks, how: Settings, only, advance: Callable[[float], None]) -> list[Found]:
-    """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
-    runs = RunList()
-    clean, corrupted = add_runs(runs, tasks, how.draws)
-    cells = {kind: _Cells(SITE.get(how.sever if kind == "state" else kind)) for kind in how.kinds}
-    for i, task in enumerate(tasks):
-        for kind, of_kind in cells.items():
-            wanted = torch.ones(len(task.tokens), lm.n_layers, dtype=torch.bool) if only is None else only[i][kind]
-            wanted = wanted[task.span[0] :]  # before the subject nothing differs
-            add = _add_states if kind == "state" else _add_windows
-            add(runs, of_kind, task, clean[i], corrupted[i], wanted, how)
-    jobs = [job for c in cells.values() for job in c.jobs()]
-    noise = [] if how.level is None else [noise_job(lm, tasks, corrupted, how)]
-    score = _score(lm, tasks, clean, corrupted, cells)
-    held = sum(job.noise.nbytes for job in noise)
-    sweep(lm, runs.runs(), [*jobs, *noise, score], held=held, advance=advance)
-    return _read(lm, tasks, how, METRICS[how.metric](score.logprob), cells)
-
-
-def _add_states(runs, cells, task, clean, corrupted, wanted, how):
-    """A restored state (layer l, position p): from layer l + 1 on, from position p on, beginning with the clean row.
-
-    The last layer has no layer above it: its cells are the clean or the corrupted answer, see ``_read``.
-    """
-    n_layers, draws = wanted.shape[1], len(corrupted)
-    layer, pos = wanted[:, :-1].T.nonzero().unbind(1)
-    pos = pos + task.span[0]
-    many_layers, many_pos, parent = (
-        layer.repeat_interleave(draws),
-        pos.repeat_interleave(draws),
-        corrupted.repeat(len(pos)),
-    )
-    made = runs.add(
-        task.corrupted, parent=parent, branch_layer=many_layers + 1, first_pos=many_pos, graft=clean.expand(len(parent))
-    )
-    cells.runs.append(made.view(-1, draws))
-    cells.places.append((pos, layer))
-    if how.sever is not None:
-        cells.write(made, many_pos, parent, many_layers + 1, torch.tensor(n_layers))
-
-
-def _add_windows(runs, cells, task, clean, corrupted, wanted, how):
-    """Contributions restored at (p, layers [lo, hi)): the run branches at lo and owns one row there.
-
-    Windows clamped at layer 0 share their start: each branches from the next shorter one at that one's end.
-    """
-    (n, n_layers), draws = wanted.shape, len(corrupted)
-    shorter, shorter_end = corrupted.repeat(n, 1), torch.zeros(n, dtype=torch.int64)
-    found, places = [], []
-    for layer in range(n_layers):
-        begin, end = max(0, layer - how.window // 2), min(n_layers, layer + (how.window + 1) // 2)
-        cell = wanted[:, layer].nonzero()[:, 0]
-        new = cell if begin else cell[shorter_end[cell] < end]  # else the same window as a layer below has
-        start = shorter_end[new] if begin == 0 else torch.full((len(new),), begin)
-        parent = shorter[new] if begin == 0 else corrupted.expand(len(new), draws)
-        pos = (new + task.span[0]).repeat_interleave(draws)
-        start = start.repeat_interleave(draws)
-        made = runs.add(task.corrupted, parent=parent.flatten(), branch_layer=start, first_pos=pos, narrow=True)
-        cells.write(made, pos, clean, start, torch.tensor(end))
-        if begin == 0:
-            shorter[new], shorter_end[new] = made.view(-1, draws), end
-        found.append(shorter[cell] if begin == 0 else made.view(-1, draws))
-        places.append((cell + task.span[0], torch.full_like(cell, layer)))
-    cells.runs.append(torch.cat(found))
-    cells.places.append(tuple(torch.cat(x) for x in zip(*places, strict=True)))
-
-
-def _score(lm, tasks, clean, corrupted, cells) -> Score:
-    """The answer read at the last token: fact by fact clean, corrupted, then every kind's cells."""
-    run, pos, targets = [], [], []
-    for i, task in enumerate(tasks):
-        mine = torch.cat([clean[i], corrupted[i], *(c.runs[i].flatten() for c in cells.values())])
-        run.append(mine)
-        pos.append(torch.full_like(mine, len(task.tokens) - 1))
-        targets.append(torch.tensor(task.targets).expand(len(mine), -1))
-    return Score(lm, torch.cat(run), torch.cat(pos), torch.cat(targets))
-
-
 # ---- results
-
-
-def _read(lm, tasks, how: Settings, value: Tensor, cells) -> list[Found]:
-    """By fact, from the answer's value [k] at the places of ``_score``."""
-    found, at = [], 0
-    for i, task in enumerate(tasks):
-        p_clean, p_corrupted = value[at], value[at + 1 : at + 1 + how.draws].mean()
-        at += 1 + how.draws
-        restored = {}
-        for kind, of_kind in cells.items():
-            (pos, layer), count = of_kind.places[i], of_kind.runs[i].numel()
-            table = p_corrupted.repeat(len(task.tokens), lm.n_layers)  # before the subject nothing differs
-            table[pos, layer] = value[at : at + count].view(-1, how.draws).mean(1)
-            at += count
-            if kind == "state":  # nothing stands above the last layer: only the last token's state is read
-                table[-1, -1] = p_clean
-            restored[kind] = table
-        found.append(Found(p_clean, p_corrupted, restored))
-    return found
 
 
 def _result(lm, task, how: Settings, kind, found: Found, restored, exact, backend) -> TraceResult:

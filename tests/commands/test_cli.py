@@ -530,15 +530,11 @@ def test_an_edit_that_needs_no_statistics_measures_none(model, work, capsys):
     assert not (work.parent / "cache").exists() and "condition of C" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["rome", "memit"])
-def test_the_table_of_an_edit_shows_steps_and_probability(method, capsys):
+def test_the_table_of_an_edit_shows_steps_and_probability(capsys):
     fact = kf.Fact("The capital of {} is", "France", "Rome")
-    provenance = {
-        "memit": {"layers": {}, "values": {"steps": [7], "p_new": [0.25]}},
-        "rome": {"layers": {1: [{"steps": 7, "p_new": 0.25}]}},
-    }[method]
+    provenance = {"layers": {}, "found": {"steps": [7], "loss": [1.5], "p_new": [0.25]}}
     asked = {"written": {"written": [False], "p_new": [0.125], "says": [" Paris"]}}
-    edit_command.say_facts(Edit(method, {}, "", (fact,), {}, provenance=provenance | asked))
+    edit_command.say_facts(Edit("memit", {}, "", (fact,), {}, provenance=provenance | asked))
     header, row, written = capsys.readouterr().out.splitlines()
     assert header.split() == ["fact", "new", "answer", "steps", "P(new)", "at", "the", "value", "P(new)", "it", "says"]
     assert row.split()[-6:] == ["Rome", "7", "0.250", "0.125", "'", "Paris'"]

@@ -7,7 +7,7 @@ import torch
 
 from kedit_fast.evaluation.logit_lens import LogitLens, logit_lens
 from kedit_fast.facts.fact import Fact
-from kedit_fast.pictures.traces import figure_alt, figure_png
+from kedit_fast.pictures.figure import figure_alt, figure_png
 from tests.conftest import close, open_tiny
 from tests.make import bits, make_edit, owned_edit, same_bits
 from tests.tiny import tiny_model

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from kedit_fast.pictures.figure import figure_png
 from kedit_fast.pictures.page import (
     Cell,
     Change,
@@ -19,7 +20,6 @@ from kedit_fast.pictures.page import (
     known_neighbors,
     write_report,
 )
-from kedit_fast.pictures.traces import figure_png
 
 FIRST = "This model is SmolLM2-135M-Instruct de-quantised from a 4-bit file"
 VOID = {"meta", "img"}

@@ -15,6 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from kedit_fast.facts.fact import Fact
+from kedit_fast.pictures import figure as drawing
 from kedit_fast.pictures import traces as plots
 from kedit_fast.pictures.labels import ROLES, model_label, within
 from kedit_fast.pictures.terminal import terminal_heatmap
@@ -116,7 +117,7 @@ def test_a_trace_without_effect_is_all_of_the_lightest_color(rounding):
     flat = make(p_restored=np.full((5, 12), 0.2 + rounding))
     low, high = map_of(plots.plot_trace(flat)).get_clim()
     assert low == 0.2 and high == pytest.approx(0.21)
-    assert png_size(plots.figure_png(plots.plot_trace(flat)))
+    assert png_size(drawing.figure_png(plots.plot_trace(flat)))
 
 
 def test_hostile_tokens_are_readable_and_never_taken_for_mathematics():
@@ -124,7 +125,7 @@ def test_hostile_tokens_are_readable_and_never_taken_for_mathematics():
     figure = plots.plot_trace(make(tokens=tokens, span=(2, 4), answer=" $a_b$"))
     labels = texts(figure.axes[0].get_yticklabels())
     assert labels == ["↵", "·⇥", "·$x_1$*", "$\\frac{$*", "a\\u200bb", "(empty)", "é", "·longlonglonglonglon.."]
-    assert png_size(plots.figure_png(figure))  # "$\frac{$" would not parse
+    assert png_size(drawing.figure_png(figure))  # "$\frac{$" would not parse
 
 
 def test_kinds_share_one_scale_and_name_the_tokens_once():
@@ -179,7 +180,7 @@ def test_the_band_of_the_last_subject_token_is_95_percent_wide():
 
 def test_the_average_of_one_trace_is_drawn_without_bands():
     figure = plots.plot_average(average([make(span=(4, 5))])["state"])
-    assert png_size(plots.figure_png(figure))
+    assert png_size(drawing.figure_png(figure))
     assert figure.axes[1].get_legend().get_title().get_text() == ""
 
 
@@ -188,20 +189,20 @@ def test_the_average_of_one_trace_is_drawn_without_bands():
 
 def test_png_has_the_size_of_the_figure_and_the_same_bytes_whatever_the_callers_style():
     figure = plots.plot_trace(make())
-    png = plots.figure_png(figure)
-    assert png_size(png) == tuple(round(side * plots.DPI) for side in figure.get_size_inches())
+    png = drawing.figure_png(figure)
+    assert png_size(png) == tuple(round(side * drawing.DPI) for side in figure.get_size_inches())
     with matplotlib.rc_context({"savefig.bbox": "tight", "text.color": "red", "axes.facecolor": "black"}):
         before = dict(matplotlib.rcParams)
-        assert plots.figure_png(plots.plot_trace(make())) == png
+        assert drawing.figure_png(plots.plot_trace(make())) == png
         assert dict(matplotlib.rcParams) == before
 
 
 def test_files_are_written_by_their_suffix(tmp_path):
     result = make()
     figure = plots.plot_trace(result, tmp_path / "trace.png")
-    assert (tmp_path / "trace.png").read_bytes() == plots.figure_png(figure)
+    assert (tmp_path / "trace.png").read_bytes() == drawing.figure_png(figure)
     for drawn in (plots.plot_kinds([result] * 3), plots.plot_average(averaged())):
-        assert plots.figure_png(drawn) == plots.figure_png(drawn)
+        assert drawing.figure_png(drawn) == drawing.figure_png(drawn)
     plots.plot_kinds([result], tmp_path / "trace.pdf")
     assert (tmp_path / "trace.pdf").read_bytes().startswith(b"%PDF")
     plots.plot_average(averaged(), str(tmp_path / "average.svg"))
@@ -212,7 +213,7 @@ def test_files_are_written_by_their_suffix(tmp_path):
 
 def test_html_is_one_image_that_holds_its_data_and_says_what_it_shows():
     result = make(fact=Fact('{} "is" in <a & b>', "The Eiffel Tower"))
-    page = plots.figure_html(plots.plot_trace(result))
+    page = drawing.figure_html(plots.plot_trace(result))
     alt, data = re.fullmatch(r'<img alt="([^"<>]*)" .*src="data:image/png;base64,([^"]*)">', page).groups()
     assert "&lt;a &amp; b&gt;" in alt and "5 tokens by 12 layers" in alt
     assert "highest 0.600 at token &#x27; Tower&#x27;, layer 4" in alt
@@ -223,17 +224,17 @@ def test_html_is_one_image_that_holds_its_data_and_says_what_it_shows():
 
 def test_a_figure_from_elsewhere_is_described_by_its_titles():
     figure = Figure()
-    assert plots.figure_alt(figure) == "figure"
+    assert drawing.figure_alt(figure) == "figure"
     figure.subplots().set_title("Loss by step")
-    assert plots.figure_alt(figure) == "Loss by step"
+    assert drawing.figure_alt(figure) == "Loss by step"
     with pytest.raises(ValueError, match="is no PNG"):
-        plots.png_html(b"GIF89a", "alt")
+        drawing.png_html(b"GIF89a", "alt")
 
 
 def test_pyplot_is_never_imported():
     code = (
         "import sys, tests.pictures.test_traces as t; from kedit_fast.pictures import traces as plots; r = t.make();"
-        " plots.figure_html(plots.plot_trace(r)); plots.plot_kinds([r]); plots.plot_average(t.averaged());"
+        " t.drawing.figure_html(plots.plot_trace(r)); plots.plot_kinds([r]); plots.plot_average(t.averaged());"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -12,6 +12,7 @@ import torch
 import kedit_fast as kf
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.family import FAMILIES
+from kedit_fast.sweep import engine
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from kedit_fast.tracing import tasks as trace_tasks
 from kedit_fast.tracing import trace as tracing
@@ -248,10 +249,8 @@ def test_cut_into_packs_equals_whole(three, rows, monkeypatch):
     lm = tiny_lm("gpt2")
     cost, packs = RowCost.of(lm), []
     lm = replace(lm, memory=CALL_ROWS * cost.passing + rows * cost.kept)
-    run = tracing.sweep.__globals__["_Pack"].run
-    monkeypatch.setattr(
-        tracing.sweep.__globals__["_Pack"], "run", lambda self, *a: packs.append(len(self.runs)) or run(self, *a)
-    )
+    run = engine._Pack.run
+    monkeypatch.setattr(engine._Pack, "run", lambda self, *a: packs.append(len(self.runs)) or run(self, *a))
     for got, want in zip(traced("gpt2", [EIFFEL, BEN, CAPITAL], lm), three, strict=True):
         alike(got, want)
     assert len(packs) > {110: 20, 150: 10, 1000: 3}[rows]
@@ -364,7 +363,7 @@ def test_model_is_left_as_it_was():
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_any_work(options, message, monkeypatch):
-    monkeypatch.setattr(tracing, "sweep", lambda *a, **k: pytest.fail("a sweep ran"))
+    monkeypatch.setattr(engine, "prepared", lambda *a, **k: pytest.fail("a sweep ran"))
     with pytest.raises(ValueError, match=message):
         traced("gpt2", CAPITAL, **options)
 

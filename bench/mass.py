@@ -96,7 +96,7 @@ class Bed:
         """z of the facts."""
         editor = replace(self.editor, v_num_grad_steps=steps or self.editor.v_num_grad_steps)
         tasks = Prompts.of(self.lm, facts, self.contexts.result).value_tasks(self.lm)
-        return optimize_values(self.lm, tasks, editor._value_settings(self.lm))
+        return optimize_values(self.lm, tasks, editor.z_settings(self.lm))
 
     def statistics(self) -> dict[int, kf.SecondMoment]:
         """Second moments over random words, twice as many as a key is wide."""

@@ -101,7 +101,7 @@ class Ground:
     def ours(self, facts: Sequence[Fact], steps: int | None = None) -> Values:
         """z of the facts."""
         editor = dataclasses.replace(self.memit, v_num_grad_steps=steps or self.memit.v_num_grad_steps)
-        return our_values(self.lm, facts, self.groups, editor._value_settings(self.lm))
+        return our_values(self.lm, facts, self.groups, editor.z_settings(self.lm))
 
 
 # ---- z
@@ -119,7 +119,7 @@ def z(ground: Ground, n: int) -> Measured:
     rivals += [loop.value(fact, layer, "layer_out", twice=True) for fact in facts[1 : ground.measured]]
     once = loop.value(facts[0], layer, "layer_out")
     alone.append(timed(ground.ours, one))
-    in_fp64 = ground.in_fp64(loop, ground.memit._value_settings(ground.lm))
+    in_fp64 = ground.in_fp64(loop, ground.memit.z_settings(ground.lm))
     agreed = check_values(facts, [r.result for r in rivals], ours.result.values, ours.result.steps, in_fp64)
     steps, single = ours.result.steps.tolist(), sorted(alone, key=lambda t: t.seconds)[1]
     agreed_alone = check_values(one, [rivals[0].result], single.result.values, single.result.steps, in_fp64)
@@ -174,7 +174,7 @@ def memit_part(ground: Ground, n: int) -> Measured:
         ours = timed(ground.memit.edit, lm, facts, moments=moments, contexts=ground.groups)
     rivals += [loop.value(fact, layers[-1], "layer_out", twice=True) for fact in facts[1 : ground.measured]]
     made, steps = ours.result, torch.tensor(ours.result.provenance["found"]["steps"])
-    in_fp64 = ground.in_fp64(loop, ground.memit._value_settings(lm))
+    in_fp64 = ground.in_fp64(loop, ground.memit.z_settings(lm))
     agreed = check_values(facts, [r.result for r in rivals], made.values.to(lm.device), steps, in_fp64)
     delta = _check_layer_loop(ground, facts, [r.result for r in rivals])
     spent = _loop_phases(ground, loop, facts, made, rivals)
@@ -265,9 +265,9 @@ def rome_part(ground: Ground, n: int) -> Measured:
     made = timed(ground.rome.edit, lm, facts, moments=ground.moments, contexts=groups, independent=True)
     judged = timed(kf.evaluate, lm, facts, made.result)
     rivals += [_one_by_one(ground, loop, fact) for fact in measured[1:]]
-    steps = [note["steps"] for note in made.result.provenance["layers"][str(layer)]]
+    steps = made.result.provenance["found"]["steps"]
     values = [rival.edit.result.value for rival in rivals]
-    in_fp64 = ground.in_fp64(loop, ground.rome._value_settings(lm, layer))
+    in_fp64 = ground.in_fp64(loop, ground.rome.v_settings(lm, layer))
     agreed = check_values(facts, values, made.result.values.to(lm.device), torch.tensor(steps), in_fp64)
     moved = max(_check_probabilities(judged.result, i, rival.after) for i, rival in enumerate(rivals))
     edits = scaled([r.edit for r in rivals], lambda i: loop.value_slots(facts[i]) * steps[i], n)

@@ -86,7 +86,7 @@ def _flows(lm: kf.LM) -> dict[str, np.ndarray]:
     editor = kf.Memit(layers=(0, 1), mom2_update_weight=80.0, v_num_grad_steps=4)
     traced = kf.trace(lm, FACTS, kinds=("state", "mlp"), samples=2, noise=0.5, window=2)
     tasks = Prompts.of(lm, FACTS, CONTEXTS).value_tasks(lm)
-    z = optimize_values(lm, tasks, editor._value_settings(lm))
+    z = optimize_values(lm, tasks, editor.z_settings(lm))
     moments = kf.second_moments(lm, editor.layers, [line for line in TEXT.splitlines() if line], n_tokens=200)
     edit = replace(editor, v_num_grad_steps=2).edit(lm, FACTS, moments=moments, contexts=CONTEXTS)
     answers = kf.evaluate(lm, FACTS, edit).edited["p_new"]

@@ -21,13 +21,14 @@ from kedit_fast.jobs.score import Score
 from kedit_fast.jobs.values import _Group
 from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.rows import RowTable
+from kedit_fast.tracing import exact
 from kedit_fast.tracing import trace as tracing
 
 LARGEST = 15_000_000  # bytes of a kept trace: what a visit brings back is limited
 QUICKLY = 1  # level of gzip: a tenth of the time of the usual one
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch warns of
 PHASES = {  # (where a phase's work is called from, its name there): what it is called here
-    (tracing, "_add_states"): "runs declared",
+    (exact, "_add_states"): "runs declared",
     (engine, "cut"): "packs cut",
     (RowTable, "grow"): "row table",
     (engine, "branch_rows"): "branch rows",

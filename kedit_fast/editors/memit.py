@@ -102,8 +102,7 @@ def spread(work: Work, editor, update: Callable) -> Written:
     """
     lm, layers, top = work.lm, editor.layers, editor.layers[-1]
     prompts = Prompts.of(lm, work.facts, work.contexts)
-    last = lm.n_layers - 1 if editor.v_loss_layer is None else max(editor.v_loss_layer, top)
-    z = optimize_values(lm, prompts.value_tasks(lm), editor.optimization(top, Site.layer_out, last), work.keep)
+    z = optimize_values(lm, prompts.value_tasks(lm), editor.z_settings(lm), work.keep)
     solving = _Layers(work, z)
 
     def share(lm, layer: int, left: int) -> tuple[dict[str, Tensor], dict]:

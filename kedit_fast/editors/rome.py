@@ -105,8 +105,7 @@ class Rome(Located):
         k_star = averaged[Site.mlp_key]
         left = k_star if moment is None else moment.solve(k_star.T).T
         left = left / left.norm(dim=1, keepdim=True)
-        how = self.optimization(layer, Site.mlp_out, lm.n_layers - 1)
-        v = optimize_values(lm, prompts.value_tasks(lm), how, keep, name)
+        v = optimize_values(lm, prompts.value_tasks(lm), self.v_settings(lm, layer), keep, name)
         at = bare if self.key == "published" else averaged
         divisor = (at[Site.mlp_key] * left).sum(1, keepdim=True)
         right = (v.values.double() - at[Site.mlp_out]) / divisor

@@ -393,7 +393,7 @@ def test_values_that_rounding_drove_apart_are_judged_in_fp64(ground, monkeypatch
 
 
 def test_an_fp32_value_that_is_off_by_more_than_rounding_is_not_reported(ground):
-    loop, settings = ground.loop(ground.memit), ground.memit._value_settings(ground.lm)
+    loop, settings = ground.loop(ground.memit), ground.memit.z_settings(ground.lm)
     rival = loop.value(PROBED[0], 2, "layer_out").result
     steps = torch.tensor([rival.n_iterations])
     for ours, told in ((1.001 * rival.value, "is not rounding"), (torch.nan * rival.value, "is not finite")):

@@ -22,10 +22,10 @@ import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import Figure, Measured, peak_matmul
 from bench.values import asked
+from kedit_fast.basics.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.editors import memit, rome
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
-from kedit_fast.evaluation.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values
 

@@ -13,7 +13,7 @@ import torch
 import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import Figure, Measured, peak_matmul
-from kedit_fast.evaluation.intervals import PROBABILITY, SHARE, interval
+from kedit_fast.basics.intervals import PROBABILITY, SHARE, interval
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import asked
 from kedit_fast.gating.canary import says

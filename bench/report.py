@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from bench.common import RESULTS, ROOT, Figure, read_rows
+from kedit_fast.basics.printing import columns
 
 TABLES = ROOT / "bench" / "RESULTS.md"
 HEAD = """# Figures
@@ -68,9 +69,7 @@ def _shown(figure: Figure) -> str:
 
 def as_text(figures: list[Figure]) -> str:
     """The table in aligned columns."""
-    table = pivot(figures)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+    return columns(pivot(figures))
 
 
 def as_markdown(figures: list[Figure]) -> str:

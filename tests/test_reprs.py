@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.evaluation.intervals import Interval
+from kedit_fast.basics.intervals import Interval
 from kedit_fast.experiments.rounds import Round
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.tracing.results import average

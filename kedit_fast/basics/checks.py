@@ -111,12 +111,13 @@ def choices(name: str, value, known: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(given))
 
 
-def path(name: str, value) -> Path:
-    """The path of a text or a Path that names something, with ~ left as it is."""
-    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
-        refuse(name, value, "a path")
-    if not os.fspath(value).strip() or "\0" in os.fspath(value):
-        refuse(name, value, "a path that names something")
+def path(name: str, value, wanted: str = "a path that names something", *, slash: bool = True) -> Path:
+    """The path of a text or a Path, with ~ left as it is. slash: whether it may end in one, and so name a folder"""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        refuse(name, value, wanted)
+    if not slash and text.endswith(("/", os.sep)):
+        refuse(name, value, f"{wanted}; what ends in a slash is a folder's")
     return Path(value)
 
 

@@ -31,7 +31,7 @@ def check_place(path, make_folders: bool = False) -> Path:
     its folder does not exist, NotADirectoryError where that is no folder, IsADirectoryError where ``path`` itself is
     one, PermissionError where writing is not allowed, TypeError for what is no path.
     """
-    path = given_path(path, "a file to write")
+    path = checks.path("", path, "the name of a file to write", slash=False)
     target = written_file(path)
     if make_folders:
         check_folder(target.parent, path)
@@ -55,7 +55,7 @@ def check_folder(folder, path=None) -> Path:
     Raises ValueError for an empty path, NotADirectoryError where a file is in the way, PermissionError where writing is
     not allowed.
     """
-    folder = given_path(folder, "a folder to write to", slash=True)
+    folder = checks.path("", folder, "the name of a folder to write to")
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise NotADirectoryError(f"{path or folder} cannot be written: {there} is no folder")
@@ -70,7 +70,7 @@ def existing_folder(path, what: str, way_out: str = "") -> Path:
 
     Raises FileNotFoundError where nothing is there, NotADirectoryError for a file.
     """
-    path = given_path(path, what, slash=True)
+    path = checks.path("", path, f"the name of {what}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder; expected {what}" + (f", {way_out}" if way_out else ""))
     if not path.is_dir():
@@ -107,18 +107,6 @@ def read_object(path, what: str) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {json_kind(found)}; expected {what}, an object")
     return found
-
-
-def given_path(path, what: str, slash: bool = False) -> Path:
-    """A path from outside; ValueError where it cannot name what it should. slash: whether it may end in one"""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{path!r} is no path; expected the name of {what}")
-    text = os.fspath(path)
-    if not text or "\0" in text:
-        raise ValueError(f"{text!r} is no path; give the name of {what}")
-    if not slash and text.endswith(("/", os.sep)):
-        raise ValueError(f"{text} ends in a slash and so names a folder; expected the name of {what}")
-    return Path(path)
 
 
 def is_file(path: Path) -> bool:

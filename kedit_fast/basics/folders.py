@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kedit_fast.basics.files import check_folder, given_path, named, named_instead
+from kedit_fast.basics import checks
+from kedit_fast.basics.files import check_folder, named, named_instead
 from kedit_fast.basics.unfinished import unfinished_folder
 
 PIECE = 8 << 20  # bytes of a file held at a time
@@ -41,7 +42,7 @@ def _sync(file: Path) -> None:
 
 def check_new_folder(path) -> Path:
     """The path, if ``new_folder`` can make a folder there; raises as it does."""
-    path = given_path(path, "a folder to make", slash=True)
+    path = checks.path("", path, "the name of a folder to make")
     if path.is_symlink():
         raise ValueError(f"{path} is a link; expected a folder that is new or empty")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -3,7 +3,7 @@
 import codecs
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 
 # What moves a cursor, sets colors or titles (C0 and C1), turns the order of letters, ends a line unseen, is half a
@@ -24,6 +24,14 @@ def escaped(text: str, one_line: bool = False) -> str:
     one_line: also line ends and tabs; elsewhere they stay
     """
     return (_ON_ONE_LINE if one_line else _CONTROLS).sub(lambda found: _written_out(found[0]), text)
+
+
+def columns(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Rows of text as lines of aligned columns. right: all but the first column stand on the right"""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    side = str.rjust if right else str.ljust
+    aligned = ([row[0].ljust(widths[0]), *map(side, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def html_text(text) -> str:

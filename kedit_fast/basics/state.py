@@ -1,8 +1,13 @@
-"""Torch's state as this package computes in it, whatever its callers have set: the one guard of every public door."""
+"""How this package computes, whatever its callers have set: the guard of every public door, and the dtype of sums."""
 
 from contextlib import ExitStack, contextmanager
 
 import torch
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of a dtype's values have: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kedit_fast.basics.files import check_folder, check_place, holds_something, named, written_file, written_through
-from kedit_fast.basics.printing import STDOUT, escaped
+from kedit_fast.basics.printing import STDOUT, columns, escaped
 from kedit_fast.facts.fact import BUILTIN
 from kedit_fast.moments.corpus import SELF
 
@@ -40,10 +40,7 @@ def note(text: str) -> None:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first on the left, the others on the right; a row is one line, whatever its cells hold."""
-    rows = [list(headers), *([escaped(cell, one_line=True) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    return columns([headers, *([escaped(cell, one_line=True) for cell in row] for row in rows)], right=True)
 
 
 # ---- files

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.state import wide
 from kedit_fast.kernels.lowrank import lowrank_add
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,8 +46,7 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """Δ [d, d_ff], fp32 (fp64 from fp64 factors)."""
-        wide = torch.promote_types(self.u.dtype, torch.float32)
-        return self.u.to(wide) @ self.v.to(wide).T
+        return self.u.to(wide(self.u.dtype)) @ self.v.to(wide(self.v.dtype)).T
 
     def part(self, outputs: slice) -> Tensor:
         """Δ[outputs], fp64: what this slice of the outputs gets."""
@@ -93,7 +93,7 @@ class Dense:
 
     def dense(self) -> Tensor:
         """Δ [d, d_ff], fp32 (fp64 from an fp64 delta)."""
-        return self.delta.to(torch.promote_types(self.delta.dtype, torch.float32))
+        return self.delta.to(wide(self.delta.dtype))
 
     def part(self, outputs: slice) -> Tensor:
         """Δ[outputs], fp64: what this slice of the outputs gets."""
@@ -162,8 +162,8 @@ def written_delta(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Dense:
 
 def difference(after: Tensor, before: Tensor) -> Dense:
     """after - before, fp32, of two weights of one dtype [d, d_ff]."""
-    wide = torch.promote_types(after.dtype, torch.float32)
-    return Dense((after.detach().to(wide) - before.detach().to(wide)).float())
+    after, before = (weight.detach().to(wide(weight.dtype)) for weight in (after, before))
+    return Dense((after - before).float())
 
 
 def _fp64_device(device):
@@ -178,4 +178,4 @@ def _widen(tensor):
 def storable(factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Factors as an Edit keeps them, for a model of this dtype: fp32, or fp64 for an fp64 model; contiguous, as they
     come back from a file, for a product's last bits depend on the strides."""
-    return factors.to(torch.promote_types(dtype, torch.float32)).cpu().contiguous()
+    return factors.to(wide(dtype)).cpu().contiguous()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kedit_fast.evaluation.intervals import HIGHEST, SCORE, Metrics
+from kedit_fast.basics.intervals import HIGHEST, SCORE, Metrics
 from kedit_fast.evaluation.probes import Answer, Probe, probe
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import Names

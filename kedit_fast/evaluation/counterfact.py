@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.intervals import COUNT, DIFFERENCE, PROBABILITY, SHARE
 from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
-from kedit_fast.evaluation.intervals import COUNT, DIFFERENCE, PROBABILITY, SHARE
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import folded

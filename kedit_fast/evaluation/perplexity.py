@@ -18,7 +18,7 @@ def text_windows(lm, text: str | list[str], max_tokens: int = MAX_TOKENS) -> lis
     """
     texts = checks.listed("text", text, str, "a text or a list of texts")
     start = [i for i in lm.encode("")[:1] if i == lm.tokenizer.bos_token_id]
-    size = min(WINDOW, getattr(lm.config, "max_position_embeddings", None) or WINDOW) - len(start)
+    size = lm.window(WINDOW) - len(start)
     windows, left = [], max_tokens
     for one in texts:
         if left < 2:

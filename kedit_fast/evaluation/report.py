@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.files import read_object, write_text
-from kedit_fast.basics.printing import escaped, html_text
+from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
+from kedit_fast.basics.printing import columns, escaped, html_text
 from kedit_fast.basics.words import reason
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
 from kedit_fast.evaluation.counterfact import COUNTERFACT
-from kedit_fast.evaluation.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
 
@@ -161,10 +161,8 @@ class EvalReport:
         for name, both in self._rows():
             sides = [_shown(both[side]) for side in table[0][1:-1]]
             table.append([name, *sides, _counted(both)])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         other = [] if self.other is None else ["", str(self.other)]
-        return escaped("\n".join([self._title(), *lines, *self._lines(), *other]))
+        return escaped("\n".join([self._title(), columns(table), *self._lines(), *other]))
 
     def __repr__(self) -> str:
         return f"EvalReport({self._title()})"

@@ -15,6 +15,7 @@ import numpy as np
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place, read_object, write_text
+from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.progress import progress, stages
 from kedit_fast.basics.words import reason
 from kedit_fast.editors import Rome
@@ -24,7 +25,6 @@ from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation import evaluate
 from kedit_fast.evaluation.counterfact import COUNTERFACT
-from kedit_fast.evaluation.intervals import SCORE, Interval
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.pictures.labels import ROLES

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
+from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.progress import Bar
 from kedit_fast.basics.state import own_state
 from kedit_fast.editors.checks import check_lengths, checked_facts
@@ -28,7 +29,6 @@ from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import evaluate
 from kedit_fast.evaluation.counterfact import COUNTERFACT
-from kedit_fast.evaluation.intervals import Interval, summarize
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
 from kedit_fast.facts.fact import Fact

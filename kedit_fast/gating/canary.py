@@ -82,11 +82,6 @@ def _filled(template: str, fact: Fact) -> str:
     return re.sub(r"\{(prompt|answer|subject)\}", lambda match: parts[match[0]], template)
 
 
-def positions(lm) -> int | None:
-    """Tokens that the model reads at once; None where its configuration names no limit."""
-    return getattr(lm.config, "max_position_embeddings", None)
-
-
 def context_canaries(
     lm, facts: Sequence[Fact], numbers: Sequence[int], text: str, n_tokens: int, room: int
 ) -> list[Canary]:
@@ -100,8 +95,7 @@ def context_canaries(
     canaries = []
     for i in numbers:
         around = room + len(lm.encode(asked(lm.tokenizer, facts[i].text, facts[i].chat))) + MARGIN
-        longest = positions(lm) or n_tokens + around
-        length = min(n_tokens, longest - around)
+        length = lm.window(n_tokens + around) - around
         if length >= min(n_tokens, MARGIN):
             # Its own line: the text may end in the middle of a sentence.
             prompt = lm.tokenizer.decode(ids[:length]) + "\n\n" + facts[i].text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.edits.changes import WeightChange, only_weights
-from kedit_fast.edits.deltas import FLOATS, Delta, Dense, difference, edited_weight
+from kedit_fast.edits.deltas import FLOATS, Dense, difference, edited_weight
 from kedit_fast.edits.edit import Edit
 from kedit_fast.model.overlaid import Overlaid
 
@@ -39,17 +39,6 @@ def quantized_weight(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
         scale = scale.where(scale > 0, 1.0)  # a group of zeros stays one
         parts.append((part / scale).round() * scale)
     return torch.cat(parts, 1).to(weight.dtype)
-
-
-def requantized_delta(weight: Tensor, delta: Delta, bits: int, group: int = GROUP) -> Dense:
-    """Q(W + Δ) - Q(W), fp32 [d, d_ff]: what is left of an edit once its layer is quantized again.
-
-    weight: [d, d_ff], [out, in]; W + Δ is rounded to its dtype first, as a merge does. Added to Q(W), not to W: the
-    quantization's own error is in both and is not the edit's.
-    """
-    return difference(
-        quantized_weight(edited_weight(weight, delta), bits, group), quantized_weight(weight, bits, group)
-    )
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ import torch
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
+from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
 from kedit_fast.edits.chain import check_chain
 from kedit_fast.edits.edit import edit_list
 from kedit_fast.evaluation.evaluate import OPS
-from kedit_fast.evaluation.intervals import SHARE, Interval, interval
 from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
 from kedit_fast.facts.fact import Chat
 from kedit_fast.gating import forms

@@ -21,7 +21,6 @@ from kedit_fast.gating.canary import (
     canary,
     context_canaries,
     doubt_canaries,
-    positions,
 )
 from kedit_fast.gating.suite import Question, Suite, merged, portability_of
 from kedit_fast.gating.thresholds import Thresholds
@@ -283,12 +282,12 @@ def _context_notes(lm, contexts: Sequence[Canary], n_facts: int, wanted: int) ->
         some = "" if len(lengths) == n_facts else f" for {len(lengths)} of {n_facts} facts"
         notes.append(
             f"the long context was shortened from {wanted:,} to {length} tokens{some}: the model reads "
-            f"{positions(lm):,}, the prompt and what it writes among them"
+            f"{lm.positions:,}, the prompt and what it writes among them"
         )
     if len(contexts) < n_facts:
         notes.append(
             f"no long context for {n_facts - len(contexts)} of {n_facts} facts: their prompts leave no place for it in "
-            f"the {positions(lm):,} tokens that the model reads"
+            f"the {lm.positions:,} tokens that the model reads"
         )
     return notes
 

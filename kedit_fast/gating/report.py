@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from kedit_fast.basics.files import write_text
-from kedit_fast.basics.printing import escaped
+from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.evaluation.logit_lens import LogitLens
 from kedit_fast.evaluation.report import finite
 from kedit_fast.facts.tokens import spoken
@@ -120,9 +120,7 @@ class GateReport:
 
     def __str__(self) -> str:
         rows = [_HEADERS, *((*_row(c), _verdict(c)) for c in self.checks)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return escaped("\n".join([*lines, self.advice.sentence, *self.notes, self._sentence()]))
+        return escaped("\n".join([columns(rows), self.advice.sentence, *self.notes, self._sentence()]))
 
     def __repr__(self) -> str:
         n = self.meta.get("facts", 0)

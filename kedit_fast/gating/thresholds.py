@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import read_object
+from kedit_fast.basics.intervals import Interval
 from kedit_fast.basics.words import reason
-from kedit_fast.evaluation.intervals import Interval
 from kedit_fast.gating.policy import EditPolicy
 
 MEASURES = ("generated", "exact", "success")

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.progress import progress
-from kedit_fast.basics.state import own_state
+from kedit_fast.basics.state import own_state, wide
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.jobs.collect import GraphRows, collect
-from kedit_fast.jobs.finite import HIGH_RATE, not_finite
+from kedit_fast.jobs.finite import check_losses
 from kedit_fast.jobs.score import continuation_places
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import graph_bytes
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes
 from kedit_fast.sweep.runs import RunList, Runs, add_sequences, spans
 from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.together import together, too_large
@@ -92,14 +92,12 @@ def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = Fa
     By layer: what autograd keeps of a row, its attention weights, keys and values as attention gathers them. Once: the
     rows that enter the first layer, and logits of target rows.
     """
-    itemsize, wide = lm.dtype.itemsize, _wide(lm.dtype).itemsize
     rows = len(task.prompt) + len(task.target) - 1
     by_layer = graph_bytes(
         lm, rows, rows, rows**2, lm.n_layers - min(layers), recomputes=recompute or not lm.source.in_memory
     )
-    tuned = len(layers) * rows * (lm.d_ff + lm.d_model) * wide  # keys and what Δ makes of them
-    logits = LOGITS * len(task.target) * lm.n_vocab * wide
-    return by_layer + tuned + lm.d_model * itemsize * rows + logits
+    tuned = len(layers) * rows * (lm.d_ff + lm.d_model) * wide(lm.dtype).itemsize  # keys and what Δ makes of them
+    return by_layer + tuned + lm.d_model * lm.dtype.itemsize * rows + logit_bytes(lm, LOGITS * len(task.target))
 
 
 class _Tuning:
@@ -205,12 +203,9 @@ class _Pack:
 
         step: None for the loss at the end
         """
-        bad = (~torch.isfinite(nll)).nonzero()[:, 0].tolist()
-        if bad:
-            name = self.tasks[bad[0]].name or self.which[bad[0]]
-            became = "NaN" if nll[bad[0]].isnan() else "infinite"
-            when = f"at step {step} of {self.settings.steps}" if step else f"after {self.settings.steps} steps"
-            raise not_finite(self.lm, f"the loss of fact {name} became {became} {when}", HIGH_RATE)
+        when = f"at step {step} of {self.settings.steps}" if step else f"after {self.settings.steps} steps"
+        names = [task.name or which for task, which in zip(self.tasks, self.which, strict=True)]
+        check_losses(self.lm, nll, names, when)
 
 
 class _Tune:
@@ -237,7 +232,7 @@ class _Tune:
 def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int]:
     """(bytes that a pack may hold, bytes of the rows that enter the first tuned layer, kept for all steps: 0 where they
     are too many). Raises ValueError where the largest task does not fit, its layers computed again."""
-    state = 4 * len(settings.layers) * lm.d_model * lm.d_ff * _wide(lm.dtype).itemsize
+    state = 4 * len(settings.layers) * lm.d_model * lm.d_ff * wide(lm.dtype).itemsize
     left = lm.memory - state
     rows = sum(len(task.prompt) + len(task.target) - 1 for task in tasks) * lm.d_model * lm.dtype.itemsize
     rows = rows if rows <= left // 2 else 0
@@ -266,17 +261,13 @@ def _on(device: torch.device, h: Tensor | None) -> Tensor | None:
 
 
 def _zeros(lm) -> Tensor:
-    return torch.zeros(lm.d_model, lm.d_ff, dtype=_wide(lm.dtype), device=lm.device)
+    return torch.zeros(lm.d_model, lm.d_ff, dtype=wide(lm.dtype), device=lm.device)
 
 
 def _weight(lm, layer: int) -> Tensor:
     """The down projection's weight [d, d_ff] with the edits that the model carries, wide."""
-    weight = lm.source.weight(layer, "down").detach().to(_wide(lm.dtype))
+    weight = lm.source.weight(layer, "down").detach().to(wide(lm.dtype))
     for edit in lm.edits:
         if (layer, "down") in edit.weights:
             weight = weight + edit.weights[layer, "down"].dense().to(weight)
     return weight
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

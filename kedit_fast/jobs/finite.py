@@ -1,11 +1,10 @@
 """What is said of a model that gives NaN, and the check of its answers: no figure is made of them in silence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, isfinite
 
 SHOWN = 80  # characters of a prompt
-HIGH_RATE = "a learning rate that is too high (lower it)"
 
 
 def not_finite(lm, said: str, *causes: str) -> ValueError:
@@ -38,3 +37,12 @@ def check_answers(lm, answers: Tensor, prompt: Callable[[int], list[int]]) -> No
         text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
         more = f" ({len(bad)} of {len(answers)} answers)" * (len(answers) > 1)
         raise not_finite(lm, f"{lm.name} gives NaN after {text!r}{more}")
+
+
+def check_losses(lm, loss: Tensor, names: Sequence, when: str) -> None:
+    """Raises ValueError, naming the first fact, where its loss is not finite. when: "at step 2 of 25" """
+    bad = (~isfinite(loss)).nonzero()[:, 0].tolist()
+    if bad:
+        became = "NaN" if loss[bad[0]].isnan() else "infinite"
+        said = f"the loss of fact {names[bad[0]]} became {became} {when} ({len(bad)} of {len(loss)} facts)"
+        raise not_finite(lm, said, "a learning rate that is too high (lower it)")

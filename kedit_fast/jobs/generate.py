@@ -11,7 +11,7 @@ from kedit_fast.basics.progress import progress
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.jobs.finite import check_answers, is_broken
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import RowCost, free
+from kedit_fast.sweep.plan import RowCost, free, logit_bytes
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.store import KVStore
@@ -102,9 +102,9 @@ def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, aft
 def _batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
     """Numbers of the texts of each batch, ascending. Keys and values of a batch stay for all layers, in a slab of the
     longest prompt's length for each text; and each text has a row of logits."""
-    cost, wide = RowCost.of(lm), max(4, lm.dtype.itemsize)
+    cost = RowCost.of(lm)
     slot = 2 * lm.n_layers * lm.n_key_heads * lm.head_dim * lm.dtype.itemsize + cost.kept + cost.position
-    logits = LOGITS * lm.n_vocab * wide
+    logits = logit_bytes(lm, LOGITS)
     batch: list[int] = []
     shortest = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.progress import progress, scaled
+from kedit_fast.basics.state import wide
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
 from kedit_fast.kernels.target_logprob import target_logprob
@@ -25,7 +26,7 @@ class Score:
 
     def __init__(self, lm, run: Tensor, pos: Tensor, targets: Tensor):
         self._lm, self.run, self.pos, self.targets = lm, run, pos, targets
-        self.logprob = torch.full(targets.shape, torch.nan, dtype=torch.promote_types(lm.dtype, torch.float32))
+        self.logprob = torch.full(targets.shape, torch.nan, dtype=wide(lm.dtype))
 
     def sites(self, layer):
         return (Site.layer_out,) if layer == self._lm.n_layers - 1 else ()
@@ -83,18 +84,6 @@ def continuation_places(pairs: list[tuple[list[int], list[int]]]) -> Places:
     )
 
 
-def continuation_logprobs(lm, pairs: list[tuple[list[int], list[int]]]) -> tuple[list[Tensor], list[Tensor]]:
-    """log p of each target token given what stands before it, for (prompt ids, target ids) pairs: (base, edited).
-
-    Each a list of [len(target)] fp32 nats. One sweep for all pairs, both models; equal prefixes are one row.
-    Raises ValueError where the base model gives NaN; the edited one may.
-    """
-    places = continuation_places(pairs)
-    runs = RunList()
-    base, edited = add_edited(lm, runs, places.sequences)
-    return _scored(lm, runs, base, edited, places)
-
-
 def text_logprobs(
     lm, sequences: list[list[int]], label: str = "measuring perplexity"
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,16 +99,11 @@ def text_logprobs(
     if first is not None:
         edited = runs.add(tokens, length=length, branch_layer=first, source=base)
     places, n = continuation_places([(s[:1], s[1:]) for s in sequences]), sum(map(len, sequences))
-    with progress(f"{label} (tokens)", n) as bar:
-        return _scored(lm, runs, base, edited, places, scaled(bar.advance, n))
-
-
-def _scored(lm, runs, base, edited, places: Places, advance=None) -> tuple[list[Tensor], list[Tensor]]:
-    """One sweep; the log-probabilities at the places of the base runs and of the edited runs."""
     sides = [base] if base is edited else [base, edited]
     run = torch.cat([side[places.pair] for side in sides])
     job = Score(lm, run, places.pos.repeat(len(sides)), places.targets.repeat(len(sides)))
-    sweep(lm, runs.runs(), [job], held=PLACE * len(run), advance=advance)
+    with progress(f"{label} (tokens)", n) as bar:
+        sweep(lm, runs.runs(), [job], held=PLACE * len(run), advance=scaled(bar.advance, n))
     check_answers(replace(lm, edits=()), job.logprob[: len(places.pos)], lambda i: places.sequences[places.pair[i]])
     read = [list(half.split(places.lengths)) for half in job.logprob.chunk(len(sides))]
     return read[0], read[-1]
@@ -129,7 +113,7 @@ def _scored(lm, runs, base, edited, places: Places, advance=None) -> tuple[list[
 def next_token_probs(lm, prompts: list[list[int]]) -> Tensor:
     """[n, V] probabilities of the next token after each prompt, with the model's edits. Raises ValueError for NaN."""
     h = _last_rows(lm, prompts)
-    probs = lm.head(h).to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
+    probs = lm.head(h).to(wide(h.dtype)).softmax(-1)
     check_answers(lm, probs.amax(-1), prompts.__getitem__)
     return probs
 

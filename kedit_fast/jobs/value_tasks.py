@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kedit_fast.sweep.plan import graph_bytes
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes
 from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.together import too_large
 
@@ -56,10 +56,10 @@ def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
 
 def _stored_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     """Of one fact's prefixes, for all steps; and p_0."""
-    itemsize, wide = lm.dtype.itemsize, max(4, lm.dtype.itemsize)
+    itemsize = lm.dtype.itemsize
     rows = sum(len(s) + len(task.target) - 1 for s in task.sequences) + len(task.essence)
     by_layer = 2 * lm.n_key_heads * lm.head_dim * itemsize
-    return ((lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize) * rows + 2 * lm.n_vocab * wide
+    return ((lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize) * rows + logit_bytes(lm, 2)
 
 
 def _step_bytes(lm, task: ValueTask, settings: ValueSettings, some: Sequence[int], recompute: bool = False) -> int:
@@ -71,8 +71,7 @@ def _step_bytes(lm, task: ValueTask, settings: ValueSettings, some: Sequence[int
         lm, rows, len(some) * longest, rows * longest, lm.n_layers - settings.layer,
         recomputes=recompute or not lm.source.in_memory,
     )  # fmt: skip
-    logits = LOGITS * len(some) * len(task.target) + KL_LOGITS
-    return layers + logits * lm.n_vocab * max(4, lm.dtype.itemsize)
+    return layers + logit_bytes(lm, LOGITS * len(some) * len(task.target) + KL_LOGITS)
 
 
 def parts(lm, tasks: list[ValueTask], settings: ValueSettings) -> tuple[list[range], bool]:

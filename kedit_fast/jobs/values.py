@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kedit_fast.basics.parts import Keep, make_now
 from kedit_fast.basics.progress import progress
-from kedit_fast.basics.state import own_state
+from kedit_fast.basics.state import own_state, wide
 from kedit_fast.jobs.collect import Collect, GraphRows
-from kedit_fast.jobs.finite import HIGH_RATE, check_answers, not_finite
+from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
 from kedit_fast.jobs.value_tasks import ValueSettings, ValueTask, held_bytes, parts
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
@@ -141,10 +141,10 @@ class _Group:
         initial = Collect(settings.site, [settings.layer], self.number[self.bare], self.lookup[self.bare])
         essence = Collect(Site.layer_out, [lm.n_layers - 1], self.number[self.is_essence], self.lookup[self.is_essence])
         sweep(lm, self.base, [initial, essence], keep=self.store)
-        self.initial = initial.values[settings.layer].to(_wide(lm.dtype))
+        self.initial = initial.values[settings.layer].to(wide(lm.dtype))
         essence_h = essence.values[lm.n_layers - 1]
         with torch.no_grad():
-            self.log_p0 = lm.head(essence_h).to(_wide(lm.dtype)).log_softmax(-1)  # [n, V]
+            self.log_p0 = lm.head(essence_h).to(wide(lm.dtype)).log_softmax(-1)  # [n, V]
         if not (torch.isfinite(self.initial).all() and torch.isfinite(essence_h).all()):
             raise not_finite(lm, f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts")
         check_answers(lm, self.log_p0.amax(-1), lambda i: self.tasks[i].essence)
@@ -183,17 +183,8 @@ class _Group:
 
     def _check_losses(self, active: Tensor, loss: Tensor, step: int) -> None:
         """A value that is NaN would go into the edit, and from there into every row."""
-        loss = loss.cpu()
-        bad = (~torch.isfinite(loss)).nonzero()[:, 0]
-        if len(bad):
-            i = int(active.nonzero()[bad[0], 0])
-            became = "NaN" if loss[bad[0]].isnan() else "infinite"
-            raise not_finite(
-                self.lm,
-                f"the loss of fact {self.tasks[i].name or self.first + i} became {became} at step {step + 1} of "
-                f"{self.settings.steps} ({len(bad)} of {len(loss)} facts)",
-                HIGH_RATE,
-            )
+        names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
+        check_losses(self.lm, loss, names, f"at step {step + 1} of {self.settings.steps}")
 
     def _all_losses(self, active: Tensor, delta: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """(-log p of the target, whole loss) [active facts] in nats: with their graph, or, where the sequences are cut
@@ -279,7 +270,3 @@ class _Group:
         """KL(p_δ || p_0) in nats for each active fact."""
         log_p = self.lm.head(h).to(self.log_p0.dtype).log_softmax(-1)
         return (log_p.exp() * (log_p - self.log_p0[active.to(h.device)])).sum(-1)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -170,6 +170,15 @@ class LM:
             )
 
     @property
+    def positions(self) -> int | None:
+        """Positions that the model was made for; None where its configuration names none. A sweep may take more."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def window(self, n_tokens: int) -> int:
+        """So many tokens, or as many as the model was made for where those are fewer."""
+        return min(n_tokens, self.positions or n_tokens)
+
+    @property
     def longest(self) -> int | None:
         """Tokens of the longest text that a sweep takes; None where there is no limit."""
         return self._longest[0]
@@ -177,11 +186,11 @@ class LM:
     @cached_property
     def _longest(self) -> tuple[int | None, str]:
         if self.family.rotary is None:
-            return self.config.max_position_embeddings, "its position table ends there"
+            return self.positions, "its position table ends there"
         rope = getattr(self.config, "rope_parameters", None) or {}
         for scaling in (rope, *(v for v in rope.values() if isinstance(v, dict))):
             if scaling.get("rope_type") in ("dynamic", "longrope"):
-                longest = scaling.get("original_max_position_embeddings") or self.config.max_position_embeddings
+                longest = scaling.get("original_max_position_embeddings") or self.positions
                 return longest, "beyond it rotary frequencies depend on the longest text of a call"
         return None, ""
 

@@ -77,7 +77,7 @@ def known_id(corpus, seed: int) -> str | None:
 def windows_of(lm, text: str, size: int = WINDOW) -> list[list[int]]:
     """A text's tokens cut into windows of at most ``size``, and of what the model has positions for (special tokens
     only at the text's start)."""
-    size = _longest(lm, size)
+    size = lm.window(size)
     ids = lm.tokenizer(text, truncation=False, verbose=False)["input_ids"]
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
@@ -88,12 +88,8 @@ def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
     folder = None if keep_dir is None else Path(keep_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    windows, kept = sampled_windows(lm, n_tokens, _longest(lm, LENGTH), seed, folder)
+    windows, kept = sampled_windows(lm, n_tokens, lm.window(LENGTH), seed, folder)
     return Corpus(known_id(SELF, seed), windows, kept)
-
-
-def _longest(lm, size: int) -> int:
-    return min(size, getattr(lm.config, "max_position_embeddings", None) or size)
 
 
 def _texts(corpus) -> tuple[str, Iterable[str]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kedit_fast.basics.intervals import Z95
 from kedit_fast.pictures.figure import GRAY, NO_DATA, add_title, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import (
     KIND_NAME,
@@ -36,8 +37,6 @@ from kedit_fast.pictures.labels import (
 
 if TYPE_CHECKING:
     from kedit_fast.tracing.results import AverageTrace, TraceResult
-
-Z95 = 1.96  # standard errors on either side in a 95 % band
 
 _COLORMAP = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}
 INK = {"state": "#54278f", "mlp": "#006d2c", "attn": "#a50f15"}

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import existing_folder, file_in, given_path, named_instead, read_object, replace_file
+from kedit_fast.basics.files import existing_folder, file_in, named_instead, read_object, replace_file
 from kedit_fast.basics.folders import sha256_of, write_json
 from kedit_fast.basics.words import reason
 from kedit_fast.edits.chain import check_follows
@@ -56,7 +56,7 @@ class EditHistory:
     """
 
     def __init__(self, folder):
-        self.folder = given_path(folder, "a folder of versions", slash=True)
+        self.folder = checks.path("", folder, "the name of a folder of versions")
         if os.path.lexists(folder):
             existing_folder(folder, "a folder of versions")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.state import wide
 from kedit_fast.kernels.target_logprob import LOGITS
 from kedit_fast.sweep.runs import Runs
 from kedit_fast.sweep.together import too_large
@@ -56,7 +57,12 @@ def free(lm) -> int:
 def room(lm) -> int:
     """Numbers (fp32; fp64 for an fp64 model) that attention or head may gather at once, so that all they make of them
     takes no more than a call's share."""
-    return RowCost.of(lm).call // (COPIES * max(4, lm.dtype.itemsize))
+    return RowCost.of(lm).call // (COPIES * wide(lm.dtype).itemsize)
+
+
+def logit_bytes(lm, rows: int) -> int:
+    """Bytes of so many rows of logits, as they are worked with."""
+    return rows * lm.n_vocab * wide(lm.dtype).itemsize
 
 
 def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, extra: int = 0, recomputes: bool) -> int:
@@ -65,10 +71,10 @@ def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, ext
     rows: that pass; gathered: keys that attention copies (runs times the longest one's positions); scores: rows times
         those positions; extra: bytes of a row in a layer that jobs keep; recomputes: see ``sweep``
     """
-    itemsize, wide = lm.dtype.itemsize, max(4, lm.dtype.itemsize)
+    itemsize, sums = lm.dtype.itemsize, wide(lm.dtype).itemsize
     heads, key_width = lm.config.num_attention_heads, 2 * lm.n_key_heads * lm.head_dim
-    of_a_row = SAVED * max(lm.d_model, heads * lm.head_dim) * wide + (SAVED_FF * lm.d_ff + key_width) * itemsize + extra
-    by_layer = of_a_row * rows + 2 * heads * scores * wide + key_width * gathered * wide
+    of_a_row = SAVED * max(lm.d_model, heads * lm.head_dim) * sums + (SAVED_FF * lm.d_ff + key_width) * itemsize + extra
+    by_layer = of_a_row * rows + 2 * heads * scores * sums + key_width * gathered * sums
     if not recomputes:
         return n_layers * by_layer
     return n_layers * (lm.d_model * itemsize + extra) * rows + min(2, n_layers) * by_layer

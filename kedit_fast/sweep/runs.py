@@ -44,11 +44,6 @@ class Runs:
         return len(self.length)
 
     @property
-    def last_pos(self) -> Tensor:
-        """[R] position of each run's last token."""
-        return self.length - 1
-
-    @property
     def n_rows(self) -> Tensor:
         """[R] rows each run owns once it is fully grown."""
         return torch.where(self.branch_layer == NEVER, 0, self.length - self.first_pos)

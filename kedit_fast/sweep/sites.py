@@ -30,8 +30,3 @@ INSIDE = {
 # {role of a projection (Family.roles): the site of its input}, and of its output.
 IN = {"down": Site.mlp_key, "up": Site.mlp_in, "gate": Site.mlp_in, "gate_up": Site.mlp_in}
 OUT = {"down": Site.mlp_out, "up": Site.mlp_up, "gate": Site.mlp_gate, "gate_up": Site.mlp_gate_up}
-
-
-def sites_of(family) -> tuple[Site, ...]:
-    """The sites that a model of this family has."""
-    return tuple(site for site in Site if site not in INSIDE or getattr(family, INSIDE[site][0]))

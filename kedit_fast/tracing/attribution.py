@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.progress import scaled
+from kedit_fast.basics.state import wide
 from kedit_fast.jobs.attribute import Attribute
 from kedit_fast.jobs.restore import Toward
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import graph_bytes
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.together import together, too_large
@@ -62,15 +63,14 @@ def held_bytes(lm, task: Task, ways: int, kinds: Sequence[str], recomputes: bool
     clean run, from above."""
     length = len(task.tokens)
     rows = length + ways * (length - task.span[0])
-    itemsize, sites = lm.dtype.itemsize, len(_sites(kinds))
+    sites = len(_sites(kinds))
     layers = graph_bytes(
         lm, rows, (1 + ways) * length, rows * length, lm.n_layers,
-        extra=2 * sites * lm.d_model * itemsize,  # values at the sites, and their gradients
+        extra=2 * sites * lm.d_model * lm.dtype.itemsize,  # values at the sites, and their gradients
         recomputes=recomputes or not lm.source.in_memory,
     )  # fmt: skip
-    logits = LOGITS * (1 + ways) * lm.n_vocab * max(4, itemsize)
     noise = 8 * ways * (task.span[1] - task.span[0]) * lm.d_model
-    return layers + logits + noise + rows * PLACES * lm.d_model * max(4, itemsize)
+    return layers + logit_bytes(lm, LOGITS * (1 + ways)) + noise + rows * PLACES * lm.d_model * wide(lm.dtype).itemsize
 
 
 def _cut(lm, task: Task, n: int, kinds) -> tuple[list[Tensor], bool]:

@@ -202,10 +202,10 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
 @pytest.mark.parametrize(
     "path, error, says",
     [
-        ("", ValueError, "give the name of a file"),
-        ("new/", ValueError, "new/ ends in a slash and so names a folder"),
-        ("a\0b", ValueError, "is no path"),
-        (3, TypeError, "3 is no path"),
+        ("", ValueError, "expected the name of a file to write"),
+        ("new/", ValueError, "'new/': expected the name of a file to write; what ends in a slash"),
+        ("a\0b", ValueError, "expected the name of a file to write"),
+        (3, TypeError, "3: expected the name of a file to write"),
         ("loop", ValueError, "a link that leads nowhere"),
         ("gone", FileNotFoundError, "there is no folder"),
         ("socket", ValueError, "a block device or a socket"),
@@ -236,7 +236,7 @@ def test_folders_that_can_be_made(tmp_path):
     for place in ("file", "file/deeper", "link"):
         with pytest.raises(NotADirectoryError, match="is no folder"):
             check_folder(tmp_path / place)
-    with pytest.raises(ValueError, match="give the name of a folder"):
+    with pytest.raises(ValueError, match="expected the name of a folder"):
         check_folder("")
 
 

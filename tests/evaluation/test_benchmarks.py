@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 
 import kedit_fast as kf
+from kedit_fast.basics.intervals import PROBABILITY, SHARE, wilson
 from kedit_fast.commands import cli
 from kedit_fast.evaluation import Benchmark, EvalReport
-from kedit_fast.evaluation.intervals import PROBABILITY, SHARE, wilson
 from tests.evaluation.test_evaluate import ask, make_edit, make_lm, make_owned
 from tests.tiny import tiny_model, tiny_tokenizer
 

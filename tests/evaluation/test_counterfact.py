@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kedit_fast.basics.intervals import summarize
 from kedit_fast.evaluation.counterfact import (
     COUNTERFACT,
     LEFT_OUT,
@@ -14,7 +15,6 @@ from kedit_fast.evaluation.counterfact import (
     REWRITE,
     SAME_SUBJECT,
 )
-from kedit_fast.evaluation.intervals import summarize
 from kedit_fast.evaluation.probes import Answer, Probe
 
 NAN = math.nan

@@ -9,7 +9,7 @@ import pytest
 
 import kedit_fast as kf
 import kedit_fast.experiments.by_layer as sweep_module
-from kedit_fast.evaluation.intervals import Interval
+from kedit_fast.basics.intervals import Interval
 from kedit_fast.experiments.by_layer import LAST, LayerSweep, spearman, sweep_layers
 from kedit_fast.tracing.results import AverageTrace
 from tests.conftest import tiny_lm

@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from kedit_fast.edits.deltas import Dense, LowRank, edited_weight, written_delta
-from kedit_fast.gating.forms import (
-    chain_deltas,
-    growth,
-    quantized_weight,
-    requantized_delta,
-    view_of_quantized,
-    view_of_written,
-)  # fmt: skip
+from kedit_fast.gating.forms import chain_deltas, growth, quantized_weight, view_of_quantized, view_of_written
 from kedit_fast.jobs.score import next_token_probs
 from tests.conftest import close, open_tiny
 from tests.make import bits, lowrank, make_edit, same_bits
@@ -42,16 +35,6 @@ def test_quantization_against_a_loop(n_bits, group, dtype):
     assert levels <= 5 and not torch.equal(got, weight)
     with pytest.raises(ValueError, match="2 to 8 bits"):
         quantized_weight(weight, 16, group)
-
-
-def test_requantized_delta_is_what_the_layer_really_moves():
-    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    large, small = lowrank(6, 32, scale=1.0), lowrank(6, 32, scale=1e-5)
-    got = requantized_delta(weight, large, 4, 8)
-    want = loop_quantized(edited_weight(weight, large), 4, 8) - loop_quantized(weight, 4, 8)
-    assert torch.equal(got.delta, want)
-    # A change far under a step moves no weight to another level: only the scales follow it.
-    assert requantized_delta(weight, small, 4, 8).norm() < 2e-4 and small.norm() > 0
 
 
 def test_a_chain_is_rounded_edit_by_edit():

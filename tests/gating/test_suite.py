@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from kedit_fast.evaluation.intervals import Interval
+from kedit_fast.basics.intervals import Interval
 from kedit_fast.facts.fact import Fact
 from kedit_fast.gating import Check, Suite, Thresholds, load_suite
 from kedit_fast.gating.suite import Question, Translation, merged

@@ -7,7 +7,7 @@ from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
-from kedit_fast.jobs.score import continuation_logprobs, likeliest_tokens, next_token_probs, text_logprobs
+from kedit_fast.jobs.score import likeliest_tokens, next_token_probs, text_logprobs
 from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
@@ -46,21 +46,13 @@ def assert_equal(got, want):
         torch.testing.assert_close(torch.cat(side), torch.cat(expected), rtol=0, atol=1e-4)
 
 
-def test_continuations(lm, edit):
-    # Shared prefixes, a target that begins as another, equal pairs, a one-token prompt, one that is another's text.
-    pairs = [(TOKENS[:5], TOKENS[5:6]), (TOKENS[:5], TOKENS[5:9]), (TOKENS[:5], [7, 8]), (TOKENS[:5], TOKENS[5:6])]
-    pairs += [(TOKENS[:1], [9]), (TOKENS[:7], TOKENS[7:8]), (TOKENS[30:40], TOKENS[40:43])]
-    want = both(lm, edit, [(prompt + target, len(prompt)) for prompt, target in pairs])
-    assert_equal(continuation_logprobs(lm.with_edit(edit), pairs), want)
-    base, same = continuation_logprobs(lm, pairs)
-    assert_equal((base, same), (want[0], want[0]))
-    assert (torch.cat(want[0]) - torch.cat(want[1])).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("length", [100, 20])  # dense and gathered attention
 def test_texts(lm, edit, length):
     texts = [TOKENS[:length], TOKENS[: length // 2], TOKENS[50 : 50 + length], TOKENS[:2]]
-    assert_equal(text_logprobs(lm.with_edit(edit), texts), both(lm, edit, [(ids, 1) for ids in texts]))
+    want = both(lm, edit, [(ids, 1) for ids in texts])
+    assert_equal(text_logprobs(lm.with_edit(edit), texts), want)
+    assert_equal(text_logprobs(lm, texts), (want[0], want[0]))
+    assert (torch.cat(want[0]) - torch.cat(want[1])).abs().max() > 0.1
 
 
 def test_likeliest_tokens(lm):

@@ -30,7 +30,7 @@ def test_a_block_of_runs():
     assert root.tolist() == [0] and made.tolist() == [1, 2] and len(runs) == 3
     got = runs.runs()
     assert got.tokens.tolist() == [[5, 6, 7, 0], [5, 6, 9, 9], [5, 6, 9, 9]]
-    assert got.length.tolist() == [3, 4, 4] and got.last_pos.tolist() == [2, 3, 3]
+    assert got.length.tolist() == [3, 4, 4]
     assert got.parent.tolist() == [-1, 0, 0] and got.source.tolist() == [-1, 0, 0] and got.graft.tolist() == [-1, 0, 0]
     assert got.n_rows.tolist() == [3, 2, 1] and got.owner.tolist() == [0, 7, 7]
 

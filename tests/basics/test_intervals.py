@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kedit_fast.evaluation.intervals import (
+from kedit_fast.basics.intervals import (
     COUNT,
     DIFFERENCE,
     PROBABILITY,

@@ -26,7 +26,7 @@ _HOME = {
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",
     "EDITORS": "editors",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "BENCHMARKS": "evaluation",
     "EvalReport": "evaluation",
     "Edit": "edits.edit",

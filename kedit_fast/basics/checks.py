@@ -22,6 +22,7 @@ from kedit_fast.basics.words import ranges
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # short and whole
 SEEDS = 2**32 - 1  # the largest that numpy's RandomState takes; torch takes it too
 LARGEST = 2**53  # of a whole number without another bound: what JSON keeps exactly, and no tensor has more of anything
+AnyPath = str | os.PathLike[str]  # what names a file, see ``path``
 MOST_LAYERS = 10_000  # no model has more; a range is looked at before it becomes a list
 
 

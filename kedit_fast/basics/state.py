@@ -1,5 +1,6 @@
 """How this package computes, whatever its callers have set: the guard of every public door, and the dtype of sums."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,7 +12,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def own_state():
+def own_state() -> Iterator[None]:
     """Inside, torch is as it begins: autograd records, no inference mode, no autocast, new tensors are float32 on the
     CPU. All of it is put back at the end. Also a decorator: ``@own_state()``.
 

@@ -9,6 +9,7 @@ In the coordinates x = k U this is MEMIT's own system with C = I and λ = L2, an
 kept, so edits in sequence disturb neither what text needs nor each other.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.located import Located
 from kedit_fast.editors.memit import check_order, early_middle, kept_keys, solved, spread, with_kept
 from kedit_fast.kernels.solve import factor
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described
 from kedit_fast.moments.second_moment import SecondMoment
 
@@ -56,7 +57,7 @@ class AlphaEdit(Located):
         super().__post_init__()
         checks.number("nullspace_share", self.nullspace_share, above=0, most=1, like=0.9)
 
-    def check(self, lm) -> None:
+    def check(self, lm: LM) -> None:
         """Raises ValueError for layers that do not fit, and without second moments."""
         super().check(lm)
         check_order(self.layers)
@@ -65,7 +66,7 @@ class AlphaEdit(Located):
 
     @classmethod
     @takes_lm
-    def for_model(cls, lm):
+    def for_model(cls, lm: LM) -> "AlphaEdit":
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 
         Derived: MEMIT's layers and the smallest 90 % of C's directions; an absolute threshold does not carry over, for
@@ -75,12 +76,12 @@ class AlphaEdit(Located):
         derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source)
         return published(PUBLISHED, lm) or derived
 
-    def check_moments(self, moments) -> None:
+    def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:
         """Raises ValueError where a null space is empty."""
         for moment in moments.values():
             self._null_space(moment)  # an empty one is an error before any work
 
-    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
         """As MEMIT's."""
         return memit_contexts(lm, self.context_template_length_params, seed=seed)
 

@@ -1,8 +1,11 @@
 """Contexts: short texts put before a prompt, over which keys and values are averaged."""
 
+from collections.abc import Sequence
+
 from kedit_fast.basics import checks
 from kedit_fast.jobs.generate import generate
 
+AnyContexts = Sequence[Sequence[str]] | Sequence[str]  # groups of templates; templates alone are one group
 BARE = "{}"
 TOP_K = 5  # published: the samples are drawn among the five likeliest tokens
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")

@@ -5,7 +5,7 @@ A new editor is one file: a frozen dataclass of its hyper-parameters whose ``wri
 in ``EDITORS``. What it needs it says in class variables; what it checks besides, in ``check`` and ``check_moments``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -16,16 +16,18 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.parts import Keep, Parts, check_checkpoint, digest, keep_json, make_now
 from kedit_fast.basics.progress import stages
 from kedit_fast.editors.checks import check_lengths, checked_facts
-from kedit_fast.editors.contexts import BARE, checked_contexts
+from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.editors.written import ASKING, with_written
 from kedit_fast.edits.chain import chain, under
 from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
+from kedit_fast.moments.corpus import AnyCorpus
 from kedit_fast.moments.given import moments_for
 from kedit_fast.moments.second_moment import STAGES as MEASURING
+from kedit_fast.moments.second_moment import SecondMoment
 
 
 class Work(NamedTuple):
@@ -33,10 +35,10 @@ class Work(NamedTuple):
     moments: {layer: SecondMoment}, none where the editor reads none; independent: each fact as an edit of its own;
     keep: makes a part of the work, or finds it"""
 
-    lm: object
+    lm: LM
     facts: tuple[Fact, ...]
     contexts: list[list[str]]
-    moments: dict
+    moments: dict[int, SecondMoment]
     independent: bool
     keep: Keep
 
@@ -90,15 +92,15 @@ class Editor(Hyperparameters):
     @takes_lm
     def edit(
         self,
-        lm,
-        facts: Sequence[Fact],
+        lm: LM,
+        facts: Fact | Iterable[Fact],
         *,
-        moments=None,
-        corpus=None,
-        contexts=None,
-        previous: Edit | Sequence[Edit] | None = None,
+        moments: Mapping[int, SecondMoment] | None = None,
+        corpus: AnyCorpus | None = None,
+        contexts: AnyContexts | None = None,
+        previous: Edit | Iterable[Edit] | None = None,
         independent: bool = False,
-        checkpoint=None,
+        checkpoint: checks.AnyPath | None = None,
         seed: int = 0,
     ) -> Edit:
         """One Edit that writes all facts. Nothing is changed: use ``lm.with_edit(edit)`` or ``edit.apply(model)``.
@@ -150,11 +152,13 @@ class Editor(Hyperparameters):
         return self.METHOD
 
     @classmethod
-    def stages(cls, contexts=None) -> tuple[str, ...]:
+    def stages(cls, contexts: AnyContexts | None = None) -> tuple[str, ...]:
         """What ``edit`` does once it has statistics, as its progress calls it."""
         return (*(("sampling contexts",) if cls.NEEDS_CONTEXTS and contexts is None else ()), *cls.STAGES, ASKING)
 
-    def moments_of(self, lm, moments, corpus) -> dict:
+    def moments_of(
+        self, lm: LM, moments: Mapping[int, SecondMoment] | None, corpus: AnyCorpus | None
+    ) -> dict[int, SecondMoment]:
         """The statistics of each layer; none without ``mom2_adjustment``."""
         regularizer = getattr(self, "regularizer", 0.0)
         found = moments_for(lm, self.layers, moments, corpus, regularizer) if self.mom2_adjustment else {}
@@ -163,14 +167,14 @@ class Editor(Hyperparameters):
 
     # ---- what an editor says of itself
 
-    def check(self, lm) -> None:
+    def check(self, lm: LM) -> None:
         """Raises ValueError, before any work, for settings that do not fit the model."""
         self.check_layers(lm)
 
-    def check_moments(self, moments) -> None:
+    def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:
         """Raises ValueError for statistics that this editor cannot work with."""
 
-    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
         """Groups of templates, sampled from the model."""
         raise NotImplementedError
 

@@ -25,7 +25,7 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.family import FAMILIES
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 
 OBJECTIVES = ("target_new", "prompt_last")
 
@@ -86,7 +86,7 @@ class Ft(Editor):
 
     @classmethod
     @takes_lm
-    def for_model(cls, lm) -> "Ft":
+    def for_model(cls, lm: LM) -> "Ft":
         """Published layer where there is one for this model, else derived settings; ``source`` says which.
 
         Derived: the layer that ROME takes, and a rate that narrow models can learn by. On SmolLM2-135M, ten facts in
@@ -147,7 +147,7 @@ class FtL(Ft):
 
     @classmethod
     @takes_lm
-    def for_model(cls, lm) -> "FtL":
+    def for_model(cls, lm: LM) -> "FtL":
         """Published layer and ε where there are some for this model, else derived ones; ``source`` says which.
 
         Derived: layer 0 as for all published models, ε as wide as gpt2-medium's in proportion to 1 / d_ff. On

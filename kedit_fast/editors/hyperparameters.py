@@ -1,11 +1,16 @@
 """An editor's hyper-parameters: read from published files, checked one by one, looked up for a published model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.editors.settings_files import as_number, check_known, is_yaml, read_settings
+from kedit_fast.model.lm import LM
+
+_Own = TypeVar("_Own", bound="Hyperparameters")
+_Known = TypeVar("_Known")
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,14 @@ class Hyperparameters:
         if len(set(layers)) < len(layers):
             checks.refuse("layers", layers, "each layer once")
 
-    def check_layers(self, lm) -> None:
+    def check_layers(self, lm: LM) -> None:
         """Raises ValueError where there are no layers to edit, or the model lacks one."""
         if not self.layers:
             raise ValueError(f"{type(self).__name__} needs layers; {type(self).__name__}.for_model(lm) derives them")
         checks.layers("layers", self.layers, lm.n_layers)
 
     @classmethod
-    def from_file(cls, path):
+    def from_file(cls: type[_Own], path: checks.AnyPath) -> _Own:
         """The editor of a published hyper-parameter file, JSON or EasyEdit's YAML, or of one of the same form.
 
         What it holds besides (module paths, the model's name, device, P_loc) is not used, and a warning says so in one
@@ -92,7 +97,7 @@ _KINDS = {
 }
 
 
-def published(table: dict, lm):
+def published(table: Mapping[str, _Known], lm: LM) -> _Known | None:
     """The editor published for this very model, or None: its name is known and its depth is that model's.
 
     The name alone says little: any folder can be called "gpt2-xl".

@@ -6,6 +6,7 @@ from typing import ClassVar
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Editor
 from kedit_fast.jobs.values import ValueSettings
+from kedit_fast.model.lm import LM
 from kedit_fast.sweep.sites import Site
 
 
@@ -43,7 +44,7 @@ class Located(Editor):
         super().__post_init__()
         checks.choice("fact_token", self.fact_token, ["subject_last"])  # the only one that carries the fact
 
-    def check(self, lm) -> None:
+    def check(self, lm: LM) -> None:
         """Raises ValueError for layers that the model does not have."""
         super().check(lm)
         if self.v_loss_layer is not None:

@@ -31,7 +31,7 @@ from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank, as_smallest, storable
 from kedit_fast.jobs.values import Values, optimize_values
 from kedit_fast.kernels.solve import MomentFactor, factor, memit_solve
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, gains
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.sites import Site
@@ -57,14 +57,14 @@ class Memit(Located):
     ALG_NAMES: ClassVar = {"MEMIT": {}}
     POSITIVE: ClassVar = (*Located.POSITIVE, "mom2_update_weight")
 
-    def check(self, lm) -> None:
+    def check(self, lm: LM) -> None:
         """Raises ValueError for layers that the model does not have, or that are not in order."""
         super().check(lm)
         check_order(self.layers)
 
     @classmethod
     @takes_lm
-    def for_model(cls, lm):
+    def for_model(cls, lm: LM) -> "Memit":
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 
         Derived: five early-middle layers from a tenth of the depth on, λ = d_ff, clamp 0.75. On SmolLM2-135M later
@@ -76,7 +76,7 @@ class Memit(Located):
         )
         return published(PUBLISHED, lm) or derived
 
-    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
         """Two groups, see ``memit_contexts``."""
         return memit_contexts(lm, self.context_template_length_params, seed=seed)
 

@@ -29,7 +29,7 @@ from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank, as_smallest, storable
 from kedit_fast.jobs.values import Values, optimize_values
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
 from kedit_fast.sweep.sites import Site
 
@@ -61,12 +61,12 @@ class Rome(Located):
 
     @classmethod
     @takes_lm
-    def for_model(cls, lm) -> "Rome":
+    def for_model(cls, lm: LM) -> "Rome":
         """Published settings where there are some for this model, else a derived layer at a sixth of the depth."""
         derived = cls(layers=(lm.n_layers // 6,), source=f"derived for {lm.n_layers} layers")
         return published(PUBLISHED, lm) or derived
 
-    def sampled_contexts(self, lm, seed: int) -> list[list[str]]:
+    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
         """One group, see ``rome_contexts``."""
         return rome_contexts(lm, self.context_template_length_params, seed=seed)
 

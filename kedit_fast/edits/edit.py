@@ -14,18 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.parts import digest as digest_of
 from kedit_fast.basics.printing import escaped
 from kedit_fast.basics.state import own_state
-from kedit_fast.edits.apply import apply_edit
+from kedit_fast.edits.apply import Applied, apply_edit
 from kedit_fast.edits.changes import KINDS, Change, WeightChange, check_owners, only_weights
 from kedit_fast.edits.deltas import Delta, written_delta
 from kedit_fast.edits.format import read_edit, write_edit
 from kedit_fast.facts.fact import Fact, fact_list
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 
 _CONTEXTS = 'groups of templates, e.g. [["{}"], ["So. {}"]]'
 PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
@@ -119,12 +119,12 @@ class Edit:
             provenance=self.provenance | ({"written": written} if written else {}),
         )
 
-    def apply(self, hf_model, *, check_fingerprint: bool = True):
+    def apply(self, hf_model: nn.Module, *, check_fingerprint: bool = True) -> Applied:
         """Write W + Δ into a Hugging Face model; see ``kedit_fast.apply.apply_edit``. -> Applied, with ``undo()``."""
         return apply_edit(self, hf_model, check_fingerprint=check_fingerprint)
 
     @takes_lm
-    def acting_on(self, lm, written: torch.dtype | None = None) -> "Edit":
+    def acting_on(self, lm: LM, written: torch.dtype | None = None) -> "Edit":
         """The edit as it acts on a model, see ``LM.with_edit``. Raises ValueError where it does not fit it."""
         if self.fingerprint and self.fingerprint != lm.fingerprint:
             raise ValueError(
@@ -136,7 +136,7 @@ class Edit:
         check_once((*lm.edits, self))
         return self if written is None else written_form(self, lm.source.weight, written)
 
-    def save(self, path) -> None:
+    def save(self, path: checks.AnyPath) -> None:
         """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``.
 
         Equal edits make equal files, byte for byte.
@@ -145,7 +145,7 @@ class Edit:
 
     @classmethod
     @own_state()
-    def load(cls, path) -> "Edit":
+    def load(cls, path: checks.AnyPath) -> "Edit":
         """The edit that ``save`` wrote, bit for bit, on the CPU.
 
         Raises ValueError, naming the file, if it is cut short, no edit, of another version or lacks a tensor.

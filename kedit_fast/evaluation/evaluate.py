@@ -15,6 +15,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
+from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.benchmark import Benchmark, Case, check_lengths
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
@@ -24,7 +25,7 @@ from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import has_template
 from kedit_fast.kernels.dispatch import backend_for
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.sweep.plan import RowCost, free
 from kedit_fast.sweep.together import together
 
@@ -34,15 +35,15 @@ CHUNK = 64  # cases a sweep when the weights are in memory: progress moves and t
 
 @takes_lm
 def evaluate(
-    lm,
-    facts,
-    edit=None,
+    lm: LM,
+    facts: Fact | Iterable[Fact],
+    edit: Edit | Iterable[Edit] | None = None,
     *,
     benchmark: Benchmark = COUNTERFACT,
-    text=None,
+    text: str | Iterable[str] | None = None,
     generate: int = 0,
     max_tokens: int = MAX_TOKENS,
-    log=None,
+    log: checks.AnyPath | None = None,
     both_forms: bool = True,
 ) -> EvalReport:
     """What facts are worth by a benchmark, for the model and, in the same sweeps, for the model with its edits.

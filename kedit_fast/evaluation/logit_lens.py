@@ -6,25 +6,31 @@ new answer should be on top at the end. Whether the old one is gone, or only out
 decides how easily it comes back under other wordings, quantization or further training.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.printing import html_text
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.words import ranges
 from kedit_fast.edits.chain import with_edits
+from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.facts.tokens import answer_tokens, asked, encode
 from kedit_fast.jobs.finite import check_answers
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.sweep.edited import add_edited, first_edited
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import logit_rows
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TOP = 10  # up to this rank an answer counts as present in a layer
 
@@ -93,7 +99,7 @@ class LogitLens:
             }
         return found
 
-    def plot(self, path=None, fact: int | None = None, model: str = ""):
+    def plot(self, path: AnyPath | None = None, fact: int | None = None, model: str = "") -> "Figure":
         """Median rank by layer, or one fact's, before and after; see ``lens_plot.plot_lens``. -> a Figure"""
         from kedit_fast.pictures.lens import plot_lens
 
@@ -151,7 +157,7 @@ class ReadLens:
 
 @takes_lm
 @torch.no_grad()
-def logit_lens(lm, facts, edit=None) -> LogitLens:
+def logit_lens(lm: LM, facts: Fact | Iterable[Fact], edit: Edit | None = None) -> LogitLens:
     """The first tokens of each fact's old and new answer after every layer, at the last token of its prompt.
 
     edit: an Edit on top of those that ``lm`` carries; "before" is the model without any of them. To see the edit as it

@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import read_object, write_text
 from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.basics.printing import columns, escaped, html_text
@@ -52,7 +54,15 @@ class EvalReport:
     cases: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, benchmark: Benchmark, base, edited, facts, meta, **rest) -> "EvalReport":
+    def of(
+        cls,
+        benchmark: Benchmark,
+        base: dict[str, Tensor],
+        edited: dict[str, Tensor] | None,
+        facts: tuple[Fact, ...],
+        meta: dict,
+        **rest: Any,
+    ) -> "EvalReport":
         """The report of a benchmark's columns. rest: perplexity, generations, other, cases"""
         verdict, notes = map(tuple, benchmark.sentences(facts, base, edited))
         return cls(base, edited, facts, meta, benchmark.metrics, benchmark.score_of, verdict, notes, **rest)
@@ -88,7 +98,7 @@ class EvalReport:
         sides = (self.base, self.edited)
         return tuple(side and {name: float(column[i]) for name, column in side.items()} for side in sides)
 
-    def save(self, path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes one JSON file, whole or not at all; NaN and infinity are null in it, and NaN once loaded."""
         record = {
             "format": FORMAT,
@@ -111,7 +121,7 @@ class EvalReport:
         return sides | {"verdict": self.verdict, "notes": self.notes}
 
     @classmethod
-    def load(cls, path) -> "EvalReport":
+    def load(cls, path: AnyPath) -> "EvalReport":
         """The report that ``save`` wrote, columns bit for bit. Raises ValueError for any other file."""
         record = read_object(path, "a saved report")
         try:
@@ -132,7 +142,7 @@ class EvalReport:
                 "as EvalReport.save writes it"
             ) from error
 
-    def to_html(self, path=None) -> str:
+    def to_html(self, path: AnyPath | None = None) -> str:
         """The table as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [

@@ -8,8 +8,9 @@ are chosen by editing.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,18 +21,24 @@ from kedit_fast.basics.progress import progress, stages
 from kedit_fast.basics.words import reason
 from kedit_fast.editors import Rome
 from kedit_fast.editors.checks import check_lengths, checked_facts
-from kedit_fast.editors.contexts import BARE, checked_contexts
+from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
-from kedit_fast.evaluation import evaluate
 from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.facts.fact import Fact
+from kedit_fast.model.lm import LM, takes_lm
+from kedit_fast.moments.corpus import AnyCorpus
+from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.pictures.labels import ROLES
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult
 from kedit_fast.tracing.results import average as average_of
 from kedit_fast.tracing.tasks import KINDS as ALL_KINDS
 from kedit_fast.tracing.trace import trace as trace_facts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT, VERSION = "kedit_fast.layer_sweep", 1
 KINDS = ("state", "mlp")  # traced, unless told otherwise
@@ -80,7 +87,7 @@ class LayerSweep:
         """{metric: {kind: ρ}} of the metrics of ``COMPARED``."""
         return {metric: {kind: self.rank_correlation(kind, metric) for kind in self.traces} for metric in COMPARED}
 
-    def plot(self, path=None):
+    def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Picture of both over the same layers; writes a PNG where ``path`` is given. Gives the figure."""
         from kedit_fast.pictures.by_layer import plot_layers
 
@@ -102,13 +109,13 @@ class LayerSweep:
             "note": LOCALIZATION_WARNING,
         }
 
-    def save(self, path) -> None:
+    def save(self, path: checks.AnyPath) -> None:
         """Writes one JSON file, whole or not at all; ``load`` gives it back."""
         record = {"format": FORMAT, "version": VERSION} | self.to_record()
         write_text(path, json.dumps(record, allow_nan=False))
 
     @classmethod
-    def load(cls, path) -> "LayerSweep":
+    def load(cls, path: checks.AnyPath) -> "LayerSweep":
         """What ``save`` wrote. Raises ValueError for any other file."""
         record = read_object(path, "a saved layer sweep")
         try:
@@ -139,19 +146,19 @@ class LayerSweep:
 
 @takes_lm
 def sweep_layers(
-    lm,
-    facts,
-    editor=None,
+    lm: LM,
+    facts: Fact | Iterable[Fact],
+    editor: Located | None = None,
     layers: Sequence[int] | None = None,
     *,
-    moments=None,
-    corpus=None,
-    contexts=None,
+    moments: Mapping[int, SecondMoment] | None = None,
+    corpus: AnyCorpus | None = None,
+    contexts: AnyContexts | None = None,
     trace: Sequence[TraceResult] | Mapping[str, AverageTrace] | None = None,
     kinds: Sequence[str] = KINDS,
     samples: int = 10,
     seed: int = 0,
-    log=None,
+    log: checks.AnyPath | None = None,
 ) -> LayerSweep:
     """Edits the facts at each layer, every fact as an edit of its own, and traces them.
 

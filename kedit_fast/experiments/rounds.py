@@ -10,7 +10,7 @@ facts 0.50, then 0.12; its layer has moved by 2, then 3.5 times its weight's nor
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
@@ -21,18 +21,20 @@ from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.progress import Bar
 from kedit_fast.basics.state import own_state
 from kedit_fast.editors.checks import check_lengths, checked_facts
-from kedit_fast.editors.contexts import BARE, checked_contexts
+from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import Editor
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
-from kedit_fast.evaluation import evaluate
 from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
 from kedit_fast.facts.fact import Fact
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
+from kedit_fast.moments.corpus import AnyCorpus
+from kedit_fast.moments.second_moment import SecondMoment
 
 Summary = dict[str, Interval]
 
@@ -92,19 +94,19 @@ class Round:
 
 @takes_lm
 def edit_in_rounds(
-    lm,
-    facts: Sequence[Fact],
-    editor,
+    lm: LM,
+    facts: Fact | Iterable[Fact],
+    editor: Editor,
     *,
     per_round: int,
-    moments=None,
-    corpus=None,
-    contexts=None,
-    text=None,
+    moments: Mapping[int, SecondMoment] | None = None,
+    corpus: AnyCorpus | None = None,
+    contexts: AnyContexts | None = None,
+    text: str | Iterable[str] | None = None,
     max_tokens: int = MAX_TOKENS,
     old: int = 100,
     seed: int = 0,
-    log=None,
+    log: checks.AnyPath | None = None,
 ) -> Iterator[Round]:
     """Edits facts in rounds of ``per_round``, each on top of those before; a Round as soon as it is done and judged.
 

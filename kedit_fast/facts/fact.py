@@ -216,7 +216,7 @@ def _record_of(entry: str | Question) -> str | dict:
     return {"prompt": entry.prompt, "answer": entry.answer} if isinstance(entry, Question) else entry
 
 
-def load_facts(path, n: int | None = None, *, skip_bad: bool = False) -> list[Fact]:
+def load_facts(path: checks.AnyPath, n: int | None = None, *, skip_bad: bool = False) -> list[Fact]:
     """The facts of a file, in its order, the first n of them where n is given.
 
     path: .json, .jsonl, .json.gz or .jsonl.gz in any format of :mod:`kedit_fast.fact_formats`: CounterFact and

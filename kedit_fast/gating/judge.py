@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
 from kedit_fast.edits.chain import check_chain
-from kedit_fast.edits.edit import edit_list
+from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.evaluate import OPS
 from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
 from kedit_fast.facts.fact import Chat
@@ -36,15 +36,15 @@ from kedit_fast.gating.report import POLICY, Answered, GateReport
 from kedit_fast.gating.suite import Question, Suite
 from kedit_fast.gating.thresholds import Check, Thresholds
 from kedit_fast.kernels.dispatch import backend_for
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 
 MODEL_DTYPE = "model"
 
 
 @takes_lm
 def gate(
-    lm,
-    edit,
+    lm: LM,
+    edit: Edit | Iterable[Edit],
     suite: Suite | None = None,
     *,
     thresholds: Thresholds | None = None,

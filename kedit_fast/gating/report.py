@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.evaluation.logit_lens import LogitLens
@@ -95,7 +96,7 @@ class GateReport:
                 return check
         raise KeyError(f"no check {name!r}; there are {'; '.join(dict.fromkeys(c.name for c in self.checks))}")
 
-    def to_json(self, path=None) -> str:
+    def to_json(self, path: AnyPath | None = None) -> str:
         """The whole report as JSON text; NaN and infinity are null. With ``path`` also a file, whole or not at all."""
         record = {
             "format": FORMAT,
@@ -112,7 +113,7 @@ class GateReport:
         text = json.dumps(record, allow_nan=False, indent=1, ensure_ascii=False)
         return _write(path, text + "\n")
 
-    def to_html(self, path=None) -> str:
+    def to_html(self, path: AnyPath | None = None) -> str:
         """The report as one page without scripts or outside files; with ``path`` also a file, whole or not at all."""
         title = f"Gate: {'passed' if self.passed else 'refused'}"
         sections = [self._verdict(), self._wordings(), self._canaries(), *self._layers(), self._specificity()]

@@ -82,7 +82,7 @@ class Suite:
         return Suite(**parts, name=", ".join(filter(None, (self.name, other.name))))
 
 
-def load_suite(*paths, skip_bad: bool = False) -> Suite:
+def load_suite(*paths: checks.AnyPath, skip_bad: bool = False) -> Suite:
     """The suite of one or several files: suite files (.json) and fact files in any format of ``load_facts``.
 
     A suite file is one JSON object; every field but ``format`` may be absent, and an unknown field is an error:

@@ -65,7 +65,7 @@ class Thresholds:
             checks.optional(checks.share, f"threshold {name}", getattr(self, name))
 
     @classmethod
-    def from_json(cls, path) -> "Thresholds":
+    def from_json(cls, path: checks.AnyPath) -> "Thresholds":
         """The thresholds of a JSON object with some of these fields ("policy" an object too); others keep their
         defaults. Raises ValueError, naming the file, for an unknown field or a limit that makes no sense."""
         record = read_object(path, "an object with named thresholds")

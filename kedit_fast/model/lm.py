@@ -1,9 +1,10 @@
 """A language model as the package sees it: the Hugging Face model, its tokenizer, and where its layers come from."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from kedit_fast.model.family import Family, family_of, module_at, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import DEFAULT_MEMORY, Source
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from kedit_fast.edits.edit import Edit
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 @dataclass(frozen=True, eq=False)
 class LM:
@@ -29,10 +38,10 @@ class LM:
     """
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerBase"
     source: Source
     memory: int = DEFAULT_MEMORY
-    edits: tuple = ()
+    edits: "tuple[Edit, ...]" = ()
     note: str = ""
     opened_as: str = ""
     _cache: dict = field(default_factory=dict, repr=False)
@@ -44,7 +53,7 @@ class LM:
         return family_of(self.model.config)
 
     @property
-    def config(self):
+    def config(self) -> "PreTrainedConfig":
         """The text model's config."""
         return text_config(self.model.config)
 
@@ -233,8 +242,14 @@ class LM:
             (self.tokenizer.decode([i]), p) for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
         ]
 
+    @overload
+    def generate(self, prompts: str, max_new_tokens: int = 20, **sampling: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Iterable[str], max_new_tokens: int = 20, **sampling: Any) -> list[str]: ...
+
     @own_state()
-    def generate(self, prompts, max_new_tokens: int = 20, **sampling) -> list[str]:
+    def generate(self, prompts: str | Iterable[str], max_new_tokens: int = 20, **sampling: Any) -> str | list[str]:
         """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts. A text
         ends at any of ``stop_tokens``."""
         from kedit_fast.jobs.generate import generate
@@ -246,7 +261,7 @@ class LM:
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
         return texts[0] if single else texts
 
-    def chat(self, messages, max_new_tokens: int = 64, **sampling) -> str:
+    def chat(self, messages: str | Sequence[Mapping[str, str]], max_new_tokens: int = 64, **sampling: Any) -> str:
         """The reply to messages ({"role", "content"}, the question last), or to one question, asked in the model's own
         chat template; sampling as in ``generate``. Raises ValueError for a model without a template."""
         if isinstance(messages, str):
@@ -261,7 +276,7 @@ class LM:
         return frozenset(end for end in [*ends, self.tokenizer.eos_token_id] if end is not None)
 
     @own_state()
-    def with_edit(self, edit, written: torch.dtype | None = None) -> "LM":
+    def with_edit(self, edit: "Edit", written: torch.dtype | str | None = None) -> "LM":
         """A view of this model with an edit on top; the weights stay as they are.
 
         written: a dtype; the edit then acts as it would once written into weights of that dtype (in bf16 a small
@@ -275,7 +290,7 @@ class LM:
         return replace(self, edits=(*self.edits, edit.acting_on(self, written)))
 
 
-def checked_lm(lm) -> LM:
+def checked_lm(lm: object) -> LM:
     """The argument, where it is what ``open_model`` gives; else BadArgument, which says how to come by one."""
     if isinstance(lm, LM):
         return lm
@@ -283,12 +298,12 @@ def checked_lm(lm) -> LM:
     checks.refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
 
 
-def takes_lm(function):
+def takes_lm(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A public function whose argument ``lm`` is checked first, and that computes in ``own_state``."""
     place = list(inspect.signature(function).parameters).index("lm")
 
     @wraps(function)
-    def door(*args, **kwargs):
+    def door(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if len(args) > place or "lm" in kwargs:  # else Python says what is missing
             checked_lm(args[place] if len(args) > place else kwargs["lm"])
         with own_state():

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,11 +19,21 @@ from kedit_fast.model.loaded import check_loaded, make_ordinary
 from kedit_fast.model.source import DEFAULT_MEMORY, Resident
 from kedit_fast.model.stored import Checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
 
 
 @own_state()
-def open_model(model, *, memory=None, device=None, dtype=None, tokenizer=None) -> LM:
+def open_model(
+    model: str | Path | nn.Module,
+    *,
+    memory: int | str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> LM:
     """Opens a model: a folder, a hub id, a loaded Hugging Face model, or "smollm2" (the demo model).
 
     memory: bytes (or "8GB") for weights and sweeps together. A checkpoint larger than half of it stays on disk and is

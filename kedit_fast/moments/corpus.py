@@ -13,6 +13,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.words import not_text
 
 SELF = "self"
+AnyCorpus = str | Path | Iterable[str]  # what ``read_corpus`` takes
 WINDOW = 256  # tokens a text is cut into; attention over longer windows changes C little and costs more
 
 

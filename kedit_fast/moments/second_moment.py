@@ -29,8 +29,8 @@ from kedit_fast.basics.words import reason
 from kedit_fast.jobs.moments import Moments
 from kedit_fast.kernels.second_moment import fill_upper_
 from kedit_fast.kernels.solve import condition
-from kedit_fast.model.lm import takes_lm
-from kedit_fast.moments.corpus import SELF, Corpus, check_corpus, known_id, read_corpus
+from kedit_fast.model.lm import LM, takes_lm
+from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, known_id, read_corpus
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import free
 from kedit_fast.sweep.runs import RunList
@@ -97,7 +97,7 @@ class SecondMoment:
         """(eigenvalues [d_ff] ascending, eigenvectors [d_ff, d_ff] as columns), fp64; kept once they are known."""
         return tuple(torch.linalg.eigh(self.matrix.double()))
 
-    def save(self, path) -> None:
+    def save(self, path: checks.AnyPath) -> None:
         """Writes one safetensors file, atomically."""
         meta = {"layer": self.layer, "n_tokens": self.n_tokens, "fingerprint": self.fingerprint}
         meta |= {"corpus": self.corpus, "dtype": self.dtype}
@@ -106,7 +106,7 @@ class SecondMoment:
 
     @classmethod
     @own_state()
-    def load(cls, path, layer: int | None = None) -> "SecondMoment":
+    def load(cls, path: checks.AnyPath, layer: int | None = None) -> "SecondMoment":
         """What ``save`` wrote, or a statistics file of the rome and memit repositories (.npz; give its ``layer``).
 
         Raises ValueError, naming the file, for anything else.
@@ -174,7 +174,13 @@ def refuse_pickled(path) -> None:
 
 @takes_lm
 def second_moments(
-    lm, layers: Sequence[int], corpus=SELF, *, n_tokens: int | None = None, seed: int = 0, cache_dir=None
+    lm: LM,
+    layers: Sequence[int],
+    corpus: AnyCorpus = SELF,
+    *,
+    n_tokens: int | None = None,
+    seed: int = 0,
+    cache_dir: checks.AnyPath | None = None,
 ) -> dict[int, SecondMoment]:
     """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
 

@@ -2,16 +2,24 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from kedit_fast.basics import checks
 from kedit_fast.pictures.figure import GRAY, finish, new_figure, style
 from kedit_fast.pictures.labels import model_label
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from kedit_fast.experiments.rounds import Round
+
 _INKS = ("#1b6ca8", "#c44536", "#2a9d5c", "#8a4fbf", "#b8860b", "#555555")
 _GUARD = 1e-9  # on a log scale zero has no place
 
 
-def plot_rounds(rounds: Mapping[str, Sequence], path=None, model: str = ""):
+def plot_rounds(
+    rounds: "Mapping[str, Sequence[Round]]", path: checks.AnyPath | None = None, model: str = ""
+) -> "Figure":
     """Four panels over the number of edited facts, a color for each method: efficacy of the round's facts (solid) and
     of earlier ones (dashed), with 95 % bands; neighborhood; perplexity; ‖ΣΔ‖ / ‖W‖ of the most changed layer.
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -37,6 +38,9 @@ from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.shipping.merge import checkpoint_fingerprint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
@@ -62,9 +66,9 @@ class Adapter:
 @own_state()
 def export_peft(
     edits: Edit | Sequence[Edit],
-    folder,
+    folder: checks.AnyPath,
     *,
-    model=None,
+    model: LM | nn.Module | str | Path | None = None,
     max_rank: int | None = MAX_RANK,
     truncate: bool = False,
     check_fingerprint: bool = True,
@@ -117,7 +121,7 @@ def export_peft(
 
 
 @own_state()
-def load_peft(hf_model: nn.Module, folder, *, check_fingerprint: bool = True):
+def load_peft(hf_model: nn.Module, folder: checks.AnyPath, *, check_fingerprint: bool = True) -> "PeftModel":
     """``PeftModel.from_pretrained(hf_model, folder)`` for the model that the edit was made for; needs the peft package.
 
     Load the adapter of a base in 4 bits (bitsandbytes NF4) before the model's first forward. Measured with
@@ -319,13 +323,9 @@ def _config(base: str, rank: int, paths: list[str], transposed: bool) -> dict:
         "lora_alpha": rank,
         "target_modules": paths,
         "fan_in_fan_out": transposed,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
+        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False, "modules_to_save": None,
         "inference_mode": True,
-    }
+    }  # fmt: skip
 
 
 def _record(edits, weights: Path, ranks: dict, errors: dict) -> dict:

@@ -55,7 +55,7 @@ class EditHistory:
     Raises ValueError, naming the file, where something in the folder is damaged or missing.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: checks.AnyPath) -> None:
         self.folder = checks.path("", folder, "the name of a folder of versions")
         if os.path.lexists(folder):
             existing_folder(folder, "a folder of versions")

@@ -66,7 +66,13 @@ class _Place:
 
 @own_state()
 def merge_checkpoint(
-    source, edits: Edit | Sequence[Edit], out, *, who: str = "", message: str = "", force: bool = False
+    source: checks.AnyPath,
+    edits: Edit | Sequence[Edit],
+    out: checks.AnyPath,
+    *,
+    who: str = "",
+    message: str = "",
+    force: bool = False,
 ) -> Merged:
     """Writes a copy of the checkpoint folder ``source`` with W + Δ in its edited layers; whole or not at all.
 

@@ -33,7 +33,7 @@ Patch = tuple[StoredTensor, StoredTensor]  # a place in the merged shard, and wh
 
 
 @own_state()
-def unmerge(folder, out=None) -> Path:
+def unmerge(folder: checks.AnyPath, out: checks.AnyPath | None = None) -> Path:
     """Takes the last merge out of a folder that ``merge_checkpoint`` wrote; -> the folder restored.
 
     out: a folder, new or empty, for the restored checkpoint; None: in place. An undo in place that was interrupted may

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from kedit_fast.basics.files import existing_file, replace_file
 from kedit_fast.basics.words import not_text, reason
 from kedit_fast.facts.fact import Fact
 from kedit_fast.pictures.labels import ROLES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOCALIZATION_WARNING = (
     "where a fact is traced does not by itself predict where editing it works best (Hase et al. 2023); "
@@ -77,7 +81,7 @@ class TraceResult:
         total = self.p_clean - self.p_corrupted
         return self.indirect_effect / np.float32(total if total else np.nan)
 
-    def plot(self, path=None):
+    def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map in the published conventions; writes a PNG where ``path`` is given. Gives the figure."""
         from kedit_fast.pictures.traces import plot_trace
 
@@ -103,14 +107,14 @@ class TraceResult:
             "exact": None if record.get("exact") is None else np.array(record["exact"], dtype=bool),
         })  # fmt: skip
 
-    def save(self, path) -> None:
+    def save(self, path: checks.AnyPath) -> None:
         """Writes an .npz file without pickle; ``load`` gives it back."""
         record = self.to_record()
         del record["p_restored"]
         _write_npz(path, p_restored=self.p_restored, record=json.dumps(record))
 
     @classmethod
-    def load(cls, path) -> "TraceResult":
+    def load(cls, path: checks.AnyPath) -> "TraceResult":
         """Raises ValueError for a file that ``save`` did not write."""
         return _npz(path, cls._of_arrays, "p_restored", "record")
 
@@ -167,19 +171,19 @@ class AverageTrace:
         first = int(sums.argmax())
         return tuple(range(first, first + n))
 
-    def plot(self, path=None):
+    def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map of the six roles; writes a PNG where ``path`` is given. Gives the figure."""
         from kedit_fast.pictures.traces import plot_average
 
         return plot_average(self, path)
 
-    def save(self, path) -> None:
+    def save(self, path: checks.AnyPath) -> None:
         """Writes an .npz file without pickle; ``load`` gives it back."""
         record = {k: v for k, v in asdict(self).items() if not isinstance(v, np.ndarray)}
         _write_npz(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
 
     @classmethod
-    def load(cls, path) -> "AverageTrace":
+    def load(cls, path: checks.AnyPath) -> "AverageTrace":
         """Raises ValueError for a file that ``save`` did not write."""
         return _npz(path, cls._of_arrays, "mean", "stderr", "counts", "record")
 

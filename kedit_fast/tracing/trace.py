@@ -9,7 +9,7 @@ All tokens, layers, noise draws and kinds of many facts go up the model in one s
 below and before its restoration with its corrupted run, which is exact in a causal model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.progress import logger, progress, scaled
-from kedit_fast.facts.fact import check_subject, fact_list
+from kedit_fast.facts.fact import Fact, check_subject, fact_list
 from kedit_fast.kernels.dispatch import backend_for
-from kedit_fast.model.lm import takes_lm
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, free
 from kedit_fast.sweep.together import together
 from kedit_fast.tracing.attribution import estimate, most
@@ -39,21 +39,21 @@ LONG = 100_000  # rows from which an exact trace says how many there are, before
 
 @takes_lm
 def trace(
-    lm,
-    facts,
+    lm: LM,
+    facts: Fact | Iterable[Fact],
     *,
     kinds: Sequence[str] = KINDS,
     window: int = 10,
     samples: int = 10,
-    noise="s3",
+    noise: float | str = "s3",
     seed: int = 1,
     answer: str | None = None,
-    corrupt="noise",
+    corrupt: str | Sequence[str] = "noise",
     metric: str = "prob",
     sever: str | None = None,
     method: str = "exact",
     top: int = 20,
-    log=None,
+    log: checks.AnyPath | None = None,
 ) -> list[TraceResult]:
     """Indirect effects of every (token, layer) for facts: a result for each fact and kind, facts in order.
 

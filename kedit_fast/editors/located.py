@@ -50,11 +50,11 @@ class Located(Editor):
         if self.v_loss_layer is not None:
             checks.layers("v_loss_layer", [self.v_loss_layer], lm.n_layers)
 
-    def v_settings(self, lm, layer: int) -> ValueSettings:
+    def v_settings(self, lm: LM, layer: int) -> ValueSettings:
         """How v* (ROME) is optimized: at a layer's mlp_out, for the loss of the model's own output."""
         return self._values_at(layer, Site.mlp_out, lm.n_layers - 1)
 
-    def z_settings(self, lm) -> ValueSettings:
+    def z_settings(self, lm: LM) -> ValueSettings:
         """How z (MEMIT) is optimized: at the output of the last edit layer, for the loss at ``v_loss_layer``."""
         top, last = self.layers[-1], lm.n_layers - 1 if self.v_loss_layer is None else self.v_loss_layer
         return self._values_at(top, Site.layer_out, max(last, top))

@@ -5,7 +5,7 @@ PYTHON ?= python
 install:
 	$(PYTHON) -m pip install -c constraints.txt -e '.[test]'
 check:
-	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
 test:
 	$(PYTHON) -m pytest
 bench:

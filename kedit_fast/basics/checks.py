@@ -15,7 +15,8 @@ from itertools import islice
 from numbers import Integral, Number, Real
 from pathlib import Path, PurePath
 from reprlib import Repr
-from typing import Any
+from types import UnionType
+from typing import Any, NoReturn
 
 from kedit_fast.basics.words import ranges
 
@@ -122,7 +123,7 @@ def path(name: str, value, wanted: str = "a path that names something", *, slash
     return Path(value)
 
 
-def instance(name: str, value, kinds: type | tuple[type, ...], wanted: str):
+def instance(name: str, value, kinds: type | UnionType | tuple[type, ...], wanted: str):
     """An object of a class. wanted: what it is and where one gets it, "an Edit; Edit.load reads a file"."""
     if not isinstance(value, kinds):
         refuse(name, value, wanted)
@@ -137,7 +138,13 @@ def items(name: str, value, wanted: str) -> list:
 
 
 def listed(
-    name: str, value, kinds: type | tuple[type, ...], wanted: str, *, empty: bool = False, alone: bool = True
+    name: str,
+    value,
+    kinds: type | UnionType | tuple[type, ...],
+    wanted: str,
+    *,
+    empty: bool = False,
+    alone: bool = True,
 ) -> list:
     """Objects of a class, as a list; one object alone is a list of one, unless not ``alone``.
 
@@ -234,7 +241,7 @@ def optional(check: Callable, name: str, value, *rest, **limits) -> Any:
         raise BadArgument(f"{error}, or None") from None
 
 
-def refuse(name: str, value, wanted: str):
+def refuse(name: str, value, wanted: str) -> NoReturn:
     """Raises BadArgument: of this name, this value is not ``wanted``."""
     raise BadArgument(_said(name, "= " * bool(name) + f"{shown(value)}: expected {wanted}"))
 

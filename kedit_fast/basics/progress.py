@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 logger = logging.getLogger("kedit_fast")
 logger.addHandler(logging.NullHandler())  # silent, unless show_progress or whoever uses the package asks
@@ -74,7 +75,8 @@ class Bar:
     def __init__(self, label: str, total: float | None):
         self.label, self.total, self.done, self.note = label, total, 0.0, ""
         self._skipped, self._began, self._told = 0.0, time.monotonic(), 0.0
-        self._display = self._task = None
+        self._display: Any = None  # rich's, which is loaded when a bar is drawn
+        self._task: Any = None
 
     def advance(self, n: float = 1, note: str = "") -> None:
         self.done += n

@@ -51,7 +51,7 @@ class AlphaEdit(Located):
     METHOD: ClassVar = "alphaedit"
     STAGES: ClassVar = ("optimizing values", "solving layers")
     ALG_NAMES: ClassVar = {"AlphaEdit": {}}
-    POSITIVE: ClassVar = (*Located.POSITIVE, "mom2_update_weight", "L2")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*Located.POSITIVE, "mom2_update_weight", "L2")
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,7 +7,7 @@ in ``EDITORS``. What it needs it says in class variables; what it checks besides
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -88,6 +88,13 @@ class Editor(Hyperparameters):
     NEEDS_CONTEXTS: ClassVar[bool] = True
     FLAT_CONTEXTS: ClassVar[bool] = False  # every context weighs the same, whatever group it was given in
     UNREAD: ClassVar[dict[str, str]] = {}
+    if TYPE_CHECKING:  # fields, or class variables
+
+        @property
+        def mom2_adjustment(self) -> bool: ...
+
+        @property
+        def source(self) -> str: ...
 
     @takes_lm
     def edit(
@@ -140,7 +147,7 @@ class Editor(Hyperparameters):
             about = {"version": __version__, "layers": written.layers, "found": written.found._asdict()}
             edit = Edit(
                 method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
-                changes=written.changes, values=None if written.values is None else written.values.cpu(),
+                changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
                 keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
                 provenance=about | written.about | chain(lm),
             )  # fmt: skip
@@ -166,6 +173,11 @@ class Editor(Hyperparameters):
         return found
 
     # ---- what an editor says of itself
+
+    @classmethod
+    def for_model(cls, lm: LM) -> "Editor":
+        """Settings for a model, published ones where there are some; its ``source`` says which."""
+        raise NotImplementedError
 
     def check(self, lm: LM) -> None:
         """Raises ValueError, before any work, for settings that do not fit the model."""

@@ -51,7 +51,7 @@ class Ft(Editor):
     objective_optimization: str = "target_new"
     source: str = "given"
 
-    POSITIVE: ClassVar = ("num_steps", "lr", "batch_size")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("num_steps", "lr", "batch_size")
     ALG_NAMES: ClassVar = {"FT": {}, "FT-L": {}, "FT-M": {}}
     STAGES: ClassVar = ("fine-tuning",)
     NEEDS_SUBJECT: ClassVar = False  # it reads prompts and targets alone
@@ -143,7 +143,7 @@ class FtL(Ft):
 
     norm_constraint: float = 5e-4
 
-    POSITIVE: ClassVar = (*Ft.POSITIVE, "norm_constraint")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*Ft.POSITIVE, "norm_constraint")
 
     @classmethod
     @takes_lm

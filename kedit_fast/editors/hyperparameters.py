@@ -2,15 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.editors.settings_files import as_number, check_known, is_yaml, read_settings
 from kedit_fast.model.lm import LM
 
 _Own = TypeVar("_Own", bound="Hyperparameters")
-_Known = TypeVar("_Known")
+_Known = TypeVar("_Known", bound="_OfDepth")
+
+
+class _OfDepth(Protocol):
+    """What was published for a model; v_loss_layer: its last layer."""
+
+    @property
+    def v_loss_layer(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -20,8 +28,12 @@ class Hyperparameters:
     Raises ValueError, naming the field and its value, for a value of another kind than the field's.
     """
 
-    POSITIVE: ClassVar = ()
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
     ALG_NAMES: ClassVar[dict[str, dict]] = {}  # what files call the method, and the fields that this sets
+    if TYPE_CHECKING:  # a field of every editor
+
+        @property
+        def layers(self) -> tuple[int, ...]: ...
 
     def __post_init__(self):
         for field in fields(self):
@@ -82,7 +94,8 @@ def _pairs(name: str, value, _positive: bool) -> tuple[tuple[int, int], ...]:
     pairs = [checks.items(name, pair, wanted) for pair in checks.items(name, value, wanted)]
     if not all(len(pair) == 2 for pair in pairs):
         checks.refuse(name, value, wanted)
-    return tuple(tuple(checks.whole(name, x, least=1, most=10_000, like=10) for x in pair) for pair in pairs)
+    whole = partial(checks.whole, name, least=1, most=10_000, like=10)
+    return tuple((whole(length), whole(n)) for length, n in pairs)
 
 
 # By a field's annotation: the check that its value passes; the last argument says whether it must be above 0.

@@ -38,7 +38,7 @@ class Located(Editor):
     regularizer: float = 0.0
     source: str = "given"
 
-    POSITIVE: ClassVar = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from kedit_fast.editors.located import Located
 from kedit_fast.editors.prompts import Prompts
 from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
-from kedit_fast.edits.deltas import LowRank, as_smallest, storable
+from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
 from kedit_fast.jobs.values import Values, optimize_values
 from kedit_fast.kernels.solve import MomentFactor, factor, memit_solve
 from kedit_fast.model.lm import LM, takes_lm
@@ -55,7 +55,7 @@ class Memit(Located):
     METHOD: ClassVar = "memit"
     STAGES: ClassVar = ("optimizing values", "solving layers")
     ALG_NAMES: ClassVar = {"MEMIT": {}}
-    POSITIVE: ClassVar = (*Located.POSITIVE, "mom2_update_weight")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*Located.POSITIVE, "mom2_update_weight")
 
     def check(self, lm: LM) -> None:
         """Raises ValueError for layers that the model does not have, or that are not in order."""
@@ -129,7 +129,9 @@ class _Layers:
     def __init__(self, work: Work, z: Values):
         self.work, self.z = work, z
         self.owner = torch.arange(len(work.facts)) if work.independent else None
-        self.deltas, self.keys, self.notes = {}, {}, {}
+        self.deltas: dict[int, Delta] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.notes: dict[int, dict] = {}
 
     def add(self, layer: int, share: Callable) -> None:
         """Solves a layer, or finds it where an interrupted run had."""
@@ -206,7 +208,7 @@ def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     return torch.where(normed == 0, 0.0, residual * out / normed)
 
 
-_COMMON = {"v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}
+_COMMON: dict[str, Any] = {"v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}
 PUBLISHED = {
     "gpt2-xl": Memit(
         layers=(13, 14, 15, 16, 17), v_num_grad_steps=20, v_loss_layer=47, mom2_update_weight=20_000,

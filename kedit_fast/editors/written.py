@@ -79,7 +79,7 @@ def _by_fact(lm, probes: list[Probe], answers: list[Answer]) -> dict[str, list]:
     """What ``with_written`` notes of each fact, by what the model with the edit answers to its prompt."""
     found: dict[str, list] = {"written": [], "p_new": [], "says": []}
     for one, answer in zip(probes, answers, strict=True):
-        both = zip(one.answers[0], answer.said[0], strict=False)  # nothing is said where the model answers NaN
+        both = zip(one.answers[0] or (), answer.said[0], strict=False)  # nothing is said where the model answers NaN
         n_right = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], both)))
         found["written"].append(answer.exact[0] == 1)
         found["p_new"].append(round(answer.p[0], 5))

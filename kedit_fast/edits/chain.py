@@ -1,7 +1,7 @@
 """Edits on top of each other: what may stand where, what is in force, what a new edit must know of those below."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -59,7 +59,7 @@ def facts_in_force(edits: Sequence[Edit]) -> list[Fact]:
     return facts
 
 
-def with_edits(lm, edits: Edit | Sequence[Edit] | None, name: str):
+def with_edits(lm, edits: Edit | Iterable[Edit] | None, name: str):
     """The model with edits on top (an Edit, or several in their order); what they were made on top of must be there.
 
     name: of the argument that they were given as, for messages

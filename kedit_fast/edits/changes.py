@@ -29,8 +29,12 @@ class Change(Protocol):
     """
 
     kind: ClassVar[str]
-    layer: int
-    owners: Tensor | None
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def owners(self) -> Tensor | None: ...
 
     def job(self):
         """The job that makes the change in a sweep."""

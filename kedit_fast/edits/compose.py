@@ -77,10 +77,9 @@ def _sum(layer: int, deltas: list[Delta]) -> Delta:
     (d, d_ff), dtype = deltas[0].shape, _widest([t.dtype for delta in deltas for t in vars(delta).values()])
     deltas = [delta.to("cpu") for delta in deltas]
     rank = sum(delta.rank for delta in deltas)
-    if all(isinstance(delta, LowRank) for delta in deltas) and rank * (d + d_ff) <= d * d_ff:
-        return LowRank(
-            torch.cat([delta.u.to(dtype) for delta in deltas], 1), torch.cat([delta.v.to(dtype) for delta in deltas], 1)
-        )
+    thin = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(thin) == len(deltas) and rank * (d + d_ff) <= d * d_ff:
+        return LowRank(torch.cat([x.u.to(dtype) for x in thin], 1), torch.cat([x.v.to(dtype) for x in thin], 1))
     total = torch.empty(d, d_ff, dtype=dtype)
     height = max(1, _BLOCK // max(1, d_ff))
     for begin in range(0, d, height):
@@ -104,9 +103,8 @@ def _rows(parts: list[Tensor]) -> Tensor:
 def _values(edits: list[Edit]) -> Tensor | None:
     """v* or z of all facts, where they stand for the same thing."""
     kinds = {(edit.method, edit.layers) for edit in edits}
-    if len(kinds) > 1 or any(edit.values is None for edit in edits):
-        return None
-    return _rows([edit.values for edit in edits])
+    values = [edit.values for edit in edits if edit.values is not None]
+    return None if len(kinds) > 1 or len(values) < len(edits) else _rows(values)
 
 
 def _agreed(values: list, otherwise):

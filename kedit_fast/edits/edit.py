@@ -176,8 +176,9 @@ def digest(edit: Edit) -> str:
     """16 hex digits of the sha256 of what an edit changes, bit for bit: the same before and after it is saved."""
     parts = []
     for change in edit.changes:
-        is_delta = isinstance(change, WeightChange) and change.role == "down"  # told as files of version 1 have it
-        tensors = vars(change.delta) if is_delta else {json.dumps(change.record()): None} | change.tensors()
+        tensors: dict[str, Tensor | None] = {json.dumps(change.record()): None, **change.tensors()}
+        if isinstance(change, WeightChange) and change.role == "down":  # told as files of version 1 have it
+            tensors = vars(change.delta)
         parts += [x for name, tensor in tensors.items() for x in (change.layer, name, tensor)]
     return digest_of(*parts)
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
@@ -213,20 +214,18 @@ def _written(lm, probes: list[Probe]) -> Iterator[tuple[str | None, str | None]]
 def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], texts: Iterator, advance) -> list[Said]:
     probes = [probe for one in chunk for probe in one.everything]
     written = list(islice(texts, len(probes)))
-    base, edited = (
-        side and [answer._replace(text=both[i]) for answer, both in zip(side, written, strict=True)]
-        for i, side in enumerate(read_probes(lm, probes, advance))
-    )
+    base, edited = read_probes(lm, probes, advance)
+    base = [answer._replace(text=before) for answer, (before, _) in zip(base, written, strict=True)]
+    if edited is not None:
+        edited = [answer._replace(text=after) for answer, (_, after) in zip(edited, written, strict=True)]
     said, end = [], 0
     for one in chunk:
         own = slice(end, end := end + len(one.own))
         told = zip((fact.text for fact in one.case.facts), written[own], strict=False)
         mine = slice(end, end := end + len(one.probes))
-        both = (
-            side if side is None else benchmark.values(one.case, one.probes, side[mine], base[mine])
-            for side in (base, edited)
-        )
-        said.append(Said(*both, [(prompt, *both) for prompt, both in told]))
+        before = benchmark.values(one.case, one.probes, base[mine], base[mine])
+        after = None if edited is None else benchmark.values(one.case, one.probes, edited[mine], base[mine])
+        said.append(Said(before, after, [(prompt, *both) for prompt, both in told]))
     return said
 
 
@@ -235,16 +234,16 @@ def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], texts: Iterator, adv
 
 def _report(benchmark: Benchmark, form: list[Asked], said: list[Said], meta: dict, **rest) -> EvalReport:
     facts, sizes = [fact for one in form for fact in one.case.facts], [len(one.case.facts) for one in form]
-    columns = (
-        None
-        if side[0] is None
-        else {name: torch.tensor([values[name] for values in side], dtype=torch.float32) for name in benchmark.metrics}
-        for side in ([one.base for one in said], [one.edited for one in said])
-    )
+    base, after = [one.base for one in said], [one.edited for one in said if one.edited is not None]
+    edited = _columns(benchmark, after) if after else None
     rest |= {"generations": tuple(told for one in said for told in one.generations)}
-    return EvalReport.of(
-        benchmark, *columns, tuple(facts), meta, cases=tuple(sizes) if set(sizes) != {1} else (), **rest
-    )
+    rest |= {"cases": tuple(sizes) if set(sizes) != {1} else ()}
+    return EvalReport.of(benchmark, _columns(benchmark, base), edited, tuple(facts), meta, **rest)
+
+
+def _columns(benchmark: Benchmark, values: list[dict[str, float]]) -> dict[str, Tensor]:
+    """{metric: fp32 [n_cases]} of the cases' values."""
+    return {name: torch.tensor([one[name] for one in values], dtype=torch.float32) for name in benchmark.metrics}
 
 
 def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> dict:

@@ -1,6 +1,7 @@
 """Perplexity of a text before and after an edit: how far general language drifted."""
 
 import math
+from collections.abc import Iterable
 
 from kedit_fast.basics import checks
 from kedit_fast.jobs.score import text_logprobs
@@ -9,7 +10,7 @@ WINDOW = 256  # tokens; a model with fewer positions takes as many as it has
 MAX_TOKENS = 5_120
 
 
-def text_windows(lm, text: str | list[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+def text_windows(lm, text: str | Iterable[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
     """The first ``max_tokens`` tokens of a text, or of several, cut into windows of 256; texts share no window.
 
     Each window's first token is given, the others are predicted. A tokenizer's start token stands before each window,

@@ -80,8 +80,9 @@ class EvalReport:
         Cases without such a probe are left out and not counted in n. "score", where the benchmark has one, is the
         harmonic mean of the means of ``score_of``. Which interval is used: ``intervals.interval``.
         """
-        base, edited = (side and summarize(side, self.metrics, self.score_of) for side in (self.base, self.edited))
-        return {name: {"base": base[name], "edited": edited and edited[name]} for name in base}
+        base = summarize(self.base, self.metrics, self.score_of)
+        edited = None if self.edited is None else summarize(self.edited, self.metrics, self.score_of)
+        return {name: {"base": base[name], "edited": None if edited is None else edited[name]} for name in base}
 
     def to_records(self) -> list[dict]:
         """One record a case, ready for JSON: its fact or facts, base and edited {metric: value or None}, generations,
@@ -95,8 +96,10 @@ class EvalReport:
 
     def _values(self, i: int) -> tuple[dict[str, float], dict[str, float] | None]:
         """(base, edited) {metric: value} of case i."""
-        sides = (self.base, self.edited)
-        return tuple(side and {name: float(column[i]) for name, column in side.items()} for side in sides)
+        base = {name: float(column[i]) for name, column in self.base.items()}
+        if self.edited is None:
+            return base, None
+        return base, {name: float(column[i]) for name, column in self.edited.items()}
 
     def save(self, path: AnyPath) -> None:
         """Writes one JSON file, whole or not at all; NaN and infinity are null in it, and NaN once loaded."""
@@ -226,7 +229,9 @@ def case_record(facts: Sequence[Fact], base, edited, generations: Sequence = (),
     """One case's values as JSON has them; NaN is None. other: (base, edited) of the other form. A fact that is a case
     by itself stands there as "fact", with its "generation"."""
     single = len(facts) == 1
-    record = {"fact": facts[0].to_record()} if single else {"facts": [fact.to_record() for fact in facts]}
+    record: dict[str, Any] = (
+        {"fact": facts[0].to_record()} if single else {"facts": [fact.to_record() for fact in facts]}
+    )
     record |= _sides_record(base, edited)
     if generations:
         told = [list(generation) for generation in generations]
@@ -253,7 +258,7 @@ def summary_record(summary: dict[str, Interval]) -> dict[str, list]:
 
 def summary_of_record(record: dict[str, list]) -> dict[str, Interval]:
     """The summary that ``summary_record`` gave; infinity has become NaN."""
-    return {name: Interval(*map(as_float, one)) for name, one in record.items()}
+    return {name: Interval._make(map(as_float, one)) for name, one in record.items()}
 
 
 def as_float(value: float | None) -> float:
@@ -262,7 +267,11 @@ def as_float(value: float | None) -> float:
 
 
 def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
-    return columns and {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
+    return (
+        None
+        if columns is None
+        else {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
+    )
 
 
 def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> EvalReport:
@@ -296,8 +305,8 @@ def _pair(perplexity, has_edited) -> tuple[float, float | None]:
 
 def _counted(both: dict[str, Interval | None]) -> str:
     """Facts behind a row; "6 -> 5" where fewer or more of them have a value after the edit."""
-    base, edited = both["base"].n, both["base" if both["edited"] is None else "edited"].n
-    return str(base) if edited == base else f"{base} -> {edited}"
+    before, *after = [one.n for one in (both["base"], both["edited"]) if one is not None]
+    return f"{before} -> {after[0]}" if after and after[0] != before else str(before)
 
 
 def _shown(value: Interval) -> str:

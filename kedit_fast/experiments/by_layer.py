@@ -188,7 +188,7 @@ def sweep_layers(
     traces = None if trace is None else _averaged(lm, trace)
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
-    edited = {}
+    edited: dict[int, Summary] = {}
     with stages("editing at each layer", *(["tracing facts"] if traces is None else [])):
         with progress("editing at each layer", len(layers)) as bar:
             for layer in layers:
@@ -198,10 +198,10 @@ def sweep_layers(
                     )
                     contexts = edit.contexts  # sampled once
                     found = evaluate(lm, facts, edit, both_forms=False).summary()
-                edited[layer] = {name: both["edited"] for name, both in found.items()}
+                edited[layer] = {name: one for name, both in found.items() if (one := both["edited"]) is not None}
                 append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
                 bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
-        base = {name: both["base"] for name, both in found.items()}
+        base = {name: one for name, both in found.items() if (one := both["base"]) is not None}
         if traces is None:
             traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
     return LayerSweep(edited, base, traces, edit.method, len(facts), lm.name)

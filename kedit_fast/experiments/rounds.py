@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -135,8 +136,8 @@ def edit_in_rounds(
     below = compose(lm.edits) if lm.edits else None
     if editor.mom2_adjustment:
         moments, corpus = editor.moments_of(bare, moments, corpus), None
-    given = {"moments": moments, "corpus": corpus, "contexts": contexts, "seed": seed}
-    asked = {"text": text, "max_tokens": max_tokens}
+    given: dict[str, Any] = {"moments": moments, "corpus": corpus, "contexts": contexts, "seed": seed}
+    asked: dict[str, Any] = {"text": text, "max_tokens": max_tokens}
     return _rounds(bare, facts, editor, per_round, below, given, asked, old, random.Random(seed), log)
 
 
@@ -162,7 +163,7 @@ def check_rounds(
 
 def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -> Iterator[Round]:
     """The work of ``edit_in_rounds``. lm: without edits; so_far: all that was written, as one edit."""
-    weights: dict[int, float] = {}
+    weights: dict[tuple[int, str], float] = {}
     bar = Bar("editing in rounds", -(-len(facts) // per_round))
     for number, first in enumerate(range(0, len(facts), per_round), 1):
         new, earlier = facts[first : first + per_round], facts[:first]
@@ -184,7 +185,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
             new=_summary(report.edited, slice(0, len(new))),
             old=_summary(report.edited, slice(len(new), None)),
             base=_summary(report.base, slice(None)),
-            perplexity=report.perplexity,
+            perplexity=cast(tuple[float, float] | None, report.perplexity),
             growth=_growth(lm, so_far, weights),
             edit_s=edited - began,
             evaluate_s=time.perf_counter() - edited,
@@ -194,7 +195,8 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
         yield found
 
 
-def _summary(columns: dict[str, Tensor], facts: slice) -> Summary:
+def _summary(columns: dict[str, Tensor] | None, facts: slice) -> Summary:
+    assert columns is not None  # a round has an edit
     some = {name: column[facts] for name, column in columns.items()}
     return summarize(some, COUNTERFACT.metrics, COUNTERFACT.score_of)
 

@@ -120,9 +120,9 @@ class Fact:
     def to_record(self) -> dict:
         """The fact in CounterFact's field names, ready for JSON; ``from_record`` gives the same fact again."""
         provenance = dict(self.provenance)
-        asked = {"chat": True if self.chat is True else [list(turn) for turn in self.chat]} if self.chat else {}
-        asked |= {} if self.attached is None else {"attached": self.attached}
-        rewrite = {"prompt": self.prompt} | ({} if self.subject is None else {"subject": self.subject})
+        turns = self.chat if isinstance(self.chat, bool) else [list(turn) for turn in self.chat]
+        asked = ({"chat": turns} if turns else {}) | ({} if self.attached is None else {"attached": self.attached})
+        rewrite: dict[str, Any] = {"prompt": self.prompt} | ({} if self.subject is None else {"subject": self.subject})
         for name in ("target_new", "target_true"):
             if getattr(self, name) is not None:
                 rewrite[name] = {"str": getattr(self, name)}
@@ -306,7 +306,7 @@ def check_facts(
                 raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
             continue
         first = places.setdefault(at, fact)
-        if together and first.target_new.strip() != target:
+        if together and (first.target_new or "").strip() != target:
             raise ValueError(
                 f"facts {first.label} and {fact.label} contradict each other: target_new {first.target_new!r} and "
                 f"{fact.target_new!r} for one subject and prompt; keep one of them"
@@ -314,7 +314,8 @@ def check_facts(
         if fact.target_true and fact.target_true.strip() == target:
             pointless.append(fact)
         relation = fact.provenance.get("relation_id") if together else None
-        if relation and relations.setdefault((at[0], str(relation)), fact).target_new.strip() != target:
+        other = relations.setdefault((at[0], str(relation)), fact) if relation else fact
+        if (other.target_new or "").strip() != target:
             clashes.append(fact)
     _warn(unfit, "left out: no target_new, or no subject")
     _warn(repeated, "left out: the same subject, prompt and target_new as a fact before")

@@ -10,7 +10,7 @@ each part.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -80,7 +80,7 @@ def _adds_special(tokenizer, text: str) -> bool:
     return not isinstance(text, ChatText) and not (start and text.startswith(start))
 
 
-def chat_text(tokenizer, messages: Sequence[dict]) -> ChatText:
+def chat_text(tokenizer, messages: Sequence[Mapping[str, str]]) -> ChatText:
     """Messages ({"role", "content"}) in the model's own chat template, with its generation prompt behind them.
 
     Raises ValueError for a tokenizer without a template, and for messages that its template refuses.

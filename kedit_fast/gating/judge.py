@@ -5,6 +5,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 
@@ -255,7 +256,7 @@ def _share(outcomes) -> Interval:
 
 def _follows(answer: tuple[Question, str, bool], measure: str) -> bool:
     question, text, exact = answer
-    return says(text, question.answer) if measure == "generated" else exact
+    return says(text, cast(str, question.answer)) if measure == "generated" else exact
 
 
 def _beside(answers: Sequence[Answered], measure: str) -> str:

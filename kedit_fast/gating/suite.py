@@ -226,12 +226,13 @@ def merged(edited: Sequence[Fact], suite: Suite) -> tuple[list[Fact], list[Fact]
                 f"the suite expects {fact.target_new!r} for {fact.label}, and the edit writes {mine.target_new!r}; "
                 "is it the suite of another edit?"
             )
+        asked: dict[str, Any] = {name: mine.questions(name) + fact.questions(name) for name in ANSWERED}
         facts[place(fact)] = replace(
             mine,
             target_new=mine.target_new or fact.target_new,
             target_true=mine.target_true or fact.target_true,
             paraphrases=mine.paraphrases + fact.paraphrases,
-            **{name: mine.questions(name) + fact.questions(name) for name in ANSWERED},
+            **asked,
             id=mine.id or fact.id,
             provenance={**fact.provenance, **mine.provenance},
         )

@@ -159,6 +159,7 @@ class Check:
 
     def _missed(self) -> str:
         """How the value misses the limit; "" where it does not."""
+        assert self.limit is not None  # else nobody asks
         judged = (self.low if self.rises else self.high) if self.confident else self.value
         # Not the other way round: NaN fails.
         if judged >= self.limit if self.rises else judged <= self.limit:

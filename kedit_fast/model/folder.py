@@ -7,12 +7,15 @@ name the file and the way out.
 import json
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from torch import nn
 
 from kedit_fast.basics.words import json_kind
 from kedit_fast.model.stored import check_complete, check_index, open_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG, ADAPTER, TOKENIZER = "config.json", "adapter_config.json", "tokenizer.json"
 OWN_CODE = (
@@ -74,7 +77,7 @@ def read_tokenizer(name):
     return tokenizer
 
 
-def read_model(name, classes, dtype) -> nn.Module:
+def read_model(name, classes, dtype) -> "PreTrainedModel":
     """The model with every weight from its checkpoint: transformers only logs those it had to make up."""
     check_index(Path(name))
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are told to us, and refused below

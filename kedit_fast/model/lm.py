@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import DEFAULT_MEMORY, Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from kedit_fast.edits.edit import Edit
 
@@ -37,7 +37,7 @@ class LM:
     was given, where that was a name
     """
 
-    model: nn.Module
+    model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     source: Source
     memory: int = DEFAULT_MEMORY
@@ -62,15 +62,20 @@ class LM:
         return len(self.source.layers)
 
     @property
+    def _embedding(self) -> Tensor:
+        """The embedding's weight [V, d]."""
+        return cast(Tensor, self.model.get_input_embeddings().weight)
+
+    @property
     def d_model(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[1]
+        return self._embedding.shape[1]
 
     @cached_property
     def d_ff(self) -> int:
         down = fam.projection(self.model, 0)
         if fam.is_conv1d(down):
-            return down.weight.shape[0]
-        return getattr(down, "in_features", None) or down.weight.shape[1]  # a packed weight has another shape
+            return cast(Tensor, down.weight).shape[0]
+        return getattr(down, "in_features", None) or cast(Tensor, down.weight).shape[1]  # packed, it has another
 
     def shape_of(self, role: str) -> tuple[int, int]:
         """[out, in] of the projection that plays a role (``Family.roles``); ValueError where the family has none."""
@@ -100,11 +105,11 @@ class LM:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+        return self._embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self._embedding.device
 
     @property
     def name(self) -> str:
@@ -239,7 +244,8 @@ class LM:
         k = checks.whole("k", k, least=1, most=self.n_vocab, like=5)
         probs = next_token_probs(self, [self.encode(prompt)])[0].topk(k)
         return [
-            (self.tokenizer.decode([i]), p) for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
+            (str(self.tokenizer.decode([i])), p)
+            for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
         ]
 
     @overload
@@ -258,7 +264,7 @@ class LM:
         prompts = checks.listed("prompts", prompts, str, "a text or a list of texts")
         ids = [self.encode(checks.text("prompts", p, blank=True)) for p in prompts]
         made = generate(self, ids, max_new_tokens, **sampling)
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
+        texts = [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in made]
         return texts[0] if single else texts
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], max_new_tokens: int = 64, **sampling: Any) -> str:

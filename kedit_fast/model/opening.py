@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
 
 
 def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
-    about = {"opened_as": str(name)}
+    about: dict[str, Any] = {"opened_as": str(name)}
     if str(name) == DEMO_MODEL:
         from kedit_fast.model.smollm2 import NOTE, smollm2_folder
 

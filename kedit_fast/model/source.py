@@ -20,7 +20,9 @@ class Source(Protocol):
     name: str
     layers: nn.ModuleList
     in_memory: bool
-    pass_bytes: int
+
+    @property
+    def pass_bytes(self) -> int: ...
 
     def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
         """Runs one decoder block on packed rows [1, rows, d]."""

@@ -90,7 +90,7 @@ def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     windows, kept = sampled_windows(lm, n_tokens, lm.window(LENGTH), seed, folder)
-    return Corpus(known_id(SELF, seed), windows, kept)
+    return Corpus(str(known_id(SELF, seed)), windows, kept)
 
 
 def _texts(corpus) -> tuple[str, Iterable[str]]:

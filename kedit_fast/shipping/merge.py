@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def merge_checkpoint(
             copy_folder(source / KEPT, kept / BEFORE)
         original = _keep_originals(kept / ORIGINALS, places)
         written = {place.stored.name: _write_merged(place, edits, unfinished) for place in places}
-        record = {
+        record: dict[str, Any] = {
             "format": FORMAT, "version": VERSION, "when": now(), "who": who, "message": message,
             "base": {"folder": source.absolute().name, "fingerprint": base},
             "fingerprint": checkpoint_fingerprint(unfinished),
@@ -218,7 +219,8 @@ def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
 
 def files_of(folder: Path, shards: list[str]) -> tuple[list[str], list[str]]:
     """(names to copy, names to leave out) of a checkpoint's files, folders within it included."""
-    copied, left_out = [], []
+    copied: list[str] = []
+    left_out: list[str] = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         parts = Path(name).parts
@@ -259,7 +261,7 @@ def _write_merged(place: _Place, edits, folder: Path) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _noted(place: _Place, original: dict[str, str], written: dict[str, str]) -> dict:

@@ -122,7 +122,7 @@ def _checked_patches(folder: Path, record: dict) -> dict[str, list[Patch]]:
         target = next((tensor for tensor in stored_tensors(shard) if tensor.name == name), None)
         found = target and sha256_of(shard, target.begin, target.size)
         # An undo in place that was interrupted has restored some of them already.
-        if found not in (notes["merged"], notes["original"]):
+        if target is None or found not in (notes["merged"], notes["original"]):
             raise ValueError(
                 f"{shard}: tensor {name!r} is not what the merge wrote (trained on, quantized, or merged by another "
                 "tool since), so nothing was undone"

@@ -31,7 +31,7 @@ class _Cells:
         return [Restore(self.site, *(torch.cat(c) for c in zip(*self.writes, strict=True)))] if self.writes else []
 
 
-def all_cells(lm, tasks, how: Settings, advance: Callable[[float], None]) -> list[Found]:
+def all_cells(lm, tasks, how: Settings, advance: Callable[[float], None] | None) -> list[Found]:
     """Every cell of every fact; a fact with many tokens takes several sweeps, of some positions each, for the tables of
     all its runs (tokens, and where each key lies) would not fit beside their rows."""
     task = tasks[0]
@@ -52,7 +52,7 @@ def all_cells(lm, tasks, how: Settings, advance: Callable[[float], None]) -> lis
     return [found]
 
 
-def restored_cells(lm, tasks, how: Settings, only, advance: Callable[[float], None]) -> list[Found]:
+def restored_cells(lm, tasks, how: Settings, only, advance: Callable[[float], None] | None) -> list[Found]:
     """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
     runs = RunList()
     clean, corrupted = add_runs(runs, tasks, how.draws)

@@ -1,4 +1,4 @@
-"""What the tests share: one tolerance for each dtype, one thread, tiny models as the package sees them."""
+"""What the tests share: one thread, tiny models as the package sees them, memory that is not written to."""
 
 import functools
 import os
@@ -11,27 +11,10 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.model.smollm2 import smollm2_folder
+from tests.compare import TOLERANCE, close, relative_error  # noqa: F401 (for the tests)
 from tests.tiny import tiny_model, tiny_tokenizer
 
-# Relative RMS error, set here once. float64 serves where two exact ways to one number meet.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
 torch.set_num_threads(1)  # tiny products: a second thread costs more than it brings, and rounding stays put
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """RMS of the difference over the RMS of what is wanted; infinite where a value is not finite."""
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    error, size = (x.square().mean().sqrt().item() if x.numel() else 0.0 for x in (got - want, want))
-    return float("inf") if error != error else error / max(size, 1e-300)
-
-
-def close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Asserts that two tensors agree within the tolerance of ``dtype`` (default: that of ``got``)."""
-    assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
-    tolerance = TOLERANCE[dtype or got.dtype]
-    error = relative_error(got, want)
-    assert error <= tolerance, f"{name}: relative RMS error {error:.2e}, allowed {tolerance:.0e}"
 
 
 def open_tiny(model, **options) -> kf.LM:
@@ -59,9 +42,14 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Memory that is not written to is NaN, so that reading it shows."""
+    """Floating memory that is not written to is NaN, so that reading it shows."""
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+
+    def poisoned(*args, **kwargs):
+        out = new_empty(*args, **kwargs)  # Triton's interpreter makes byte tensors of its own
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.model.fingerprint import fingerprint
 from tests.tiny import D_FF, D_MODEL
 
+TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
 FACTS = (
     Fact(
         prompt="{} is in the city of",

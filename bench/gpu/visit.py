@@ -223,7 +223,7 @@ def tests_command(dry: bool) -> list[str]:
     """pytest on the tests that take their device from TRITON_INTERPRET; the compile tests need no device."""
     command = [sys.executable, "-m", "pytest", "-vv", "-rN", "-p", "no:cacheprovider", "--color=no", "--tb=short"]
     if dry:
-        return [*command, "tests/kernels/test_cuda_solve.py", "-k", "prototypes or whole_names"]
+        return [*command, "tests/kernels/test_cusolver.py", "-k", "prototypes or whole_names"]
     command += [str(path.relative_to(ROOT)) for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
     command += ["--ignore", f"{TESTS[0]}/test_compile.py"]
     return [*command, *(["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else [])]

@@ -2,7 +2,6 @@
 
 import errno
 import stat
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,11 @@ from kedit_fast.shipping.adapter import WEIGHTS, export_peft
 from kedit_fast.shipping.history import EditHistory
 from kedit_fast.shipping.merge import merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
+from tests.basics.test_files import no_file_over
 from tests.make import lowrank, make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint
 
 LIMIT = 4096  # bytes: less than any weights
-
-
-@contextmanager
-def small_files_only():
-    """The system refuses to write files past ``LIMIT``, as a full disk does, with EFBIG."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WRITERS = {
@@ -53,14 +41,14 @@ def edit(tmp_path, monkeypatch):
 def test_a_full_disk_is_told_with_the_users_path(name, edit, tmp_path):
     write, path = WRITERS[name]
     before = contents(tmp_path)
-    with pytest.raises(OSError, match="File too large") as caught, small_files_only():
+    with pytest.raises(OSError, match="File too large") as caught, no_file_over(LIMIT):
         write(edit)
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, path)
     assert contents(tmp_path) == before
 
 
 def test_a_full_disk_adds_no_version_and_is_told_with_the_folder(edit, tmp_path):
-    with pytest.raises(OSError, match="File too large") as caught, small_files_only():
+    with pytest.raises(OSError, match="File too large") as caught, no_file_over(LIMIT):
         EditHistory("edits").add(edit)
     assert "edits/edits" in str(caught.value)
     assert "unfinished" not in str(caught.value)
@@ -91,7 +79,7 @@ def test_reading_that_fails_names_the_file_that_is_read():
 
 
 def test_a_record_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OSError, match="File too large") as caught, small_files_only():
+    with pytest.raises(OSError, match="File too large") as caught, no_file_over(LIMIT):
         write_json(tmp_path / "record.json", {"x": "y" * LIMIT})
     assert caught.value.filename == str(tmp_path / "record.json")
 

@@ -183,7 +183,7 @@ def test_the_end_of_the_tests_is_read(text, status, how):
 
 def test_the_tests_are_those_that_take_a_device():
     command = visit.tests_command(dry=False)
-    assert "tests/kernels/triton" in command and "tests/kernels/test_cuda_solve.py" in command
+    assert "tests/kernels/triton" in command and "tests/kernels/test_cusolver.py" in command
     assert visit.environment()["TRITON_INTERPRET"] == "0" and visit.environment()["HF_HUB_OFFLINE"] == "1"
 
 

@@ -9,8 +9,7 @@ from kedit_fast.basics.printing import escaped
 from kedit_fast.commands import cli
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.tokens import asked
-from tests.commands.test_cli import FAST, model, work  # noqa: F401 (fixtures)
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.commands.cases import FAST, save_tiny
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
 FACT = ["--prompt", "{} is in the city of", "--subject", "Big Ben"]
@@ -20,14 +19,13 @@ FACT = ["--prompt", "{} is in the city of", "--subject", "Big Ben"]
 def chatty(tmp_path_factory):
     """A model's folder with a chat template."""
     folder = tmp_path_factory.mktemp("chatty")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tiny(folder)
     named = folder / "tokenizer_config.json"
     named.write_text(json.dumps(json.loads(named.read_text()) | {"chat_template": TEMPLATE}))
     return str(folder)
 
 
-def test_a_fact_in_a_chat_from_edit_to_gate(chatty, work, capsys):  # noqa: F811
+def test_a_fact_in_a_chat_from_edit_to_gate(chatty, work, capsys):
     (work / "memit.json").write_text(json.dumps(FAST | {"layers": [1, 2], "mom2_adjustment": False}))
     options = ["--model", chatty, "--quiet"]
     how = ["--hparams", "memit.json", "--chat", "--system", "Be brief."]
@@ -48,7 +46,7 @@ def test_a_fact_in_a_chat_from_edit_to_gate(chatty, work, capsys):  # noqa: F811
     assert json.loads((work / "again.json").read_text())["answers"][0]["kind"] == "rewrite prompt"
 
 
-def test_a_question_is_traced_and_answered(chatty, work, capsys):  # noqa: F811
+def test_a_question_is_traced_and_answered(chatty, work, capsys):
     options = ["--model", chatty, "--quiet"]
     assert cli.main(["trace", *FACT, "--chat", "--kinds", "state", "--samples", "1", *options]) == 0
     lm = kf.open_model(chatty)
@@ -60,7 +58,7 @@ def test_a_question_is_traced_and_answered(chatty, work, capsys):  # noqa: F811
     assert capsys.readouterr().out.rstrip("\n") == escaped(lm.chat("Where is Big Ben?", 5)).rstrip("\n")
 
 
-def test_what_is_refused(model, chatty, work, capsys):  # noqa: F811
+def test_what_is_refused(model, chatty, work, capsys):
     for args, message in (
         (["generate", "--prompt", "x", "--system", "Be brief.", "--model", chatty], "--system is a message of a chat"),
         (["generate", "--prompt", "x", "--chat", "--model", model], "has no chat template"),

@@ -16,16 +16,13 @@ from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.model.smollm2 import FOLDER
 from kedit_fast.shipping.history import EditHistory
+from tests.commands.cases import run
 from tests.conftest import relative_error
 from tests.make import FACTS, bits, logits, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import contents, save_checkpoint
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ACTIONS = ("edit inspect", "edit diff", "merge undo", "history add", "history log", "history rollback")
-
-
-def run(*args):
-    return cli.main([str(arg) for arg in args])
 
 
 @pytest.fixture

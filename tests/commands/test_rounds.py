@@ -10,7 +10,7 @@ from kedit_fast.commands import rounds as rounds_command
 from kedit_fast.experiments.by_layer import LayerSweep
 from kedit_fast.experiments.rounds import Round
 from kedit_fast.gating.canary import PROSE
-from tests.commands.test_cli import FACTS, FAST, save_tiny
+from tests.commands.cases import FACTS, FAST, run
 from tests.tiny import TEXT
 
 FACTS = [
@@ -19,29 +19,15 @@ FACTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("model")))
-
-
 @pytest.fixture
-def work(tmp_path, monkeypatch):
-    """An empty folder to run in, with facts, settings, a text and the cache beside it."""
-    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+def work(work, tmp_path):
+    """With facts of more fields, settings of ROME, a text and what a run before left."""
     (tmp_path / "facts.json").write_text(json.dumps(FACTS))
-    (tmp_path / "memit.json").write_text(json.dumps(FAST | {"layers": [1, 2]}))
     rome = {name: value for name, value in FAST.items() if name != "mom2_update_weight"}
     (tmp_path / "rome.json").write_text(json.dumps(rome | {"layers": [1]}))
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "there.txt").write_text("of a run before")
-    return folder
-
-
-def run(*args):
-    return cli.main([str(arg) for arg in args])
+    return work
 
 
 # The statistics need more tokens than d_ff = 80.

@@ -8,7 +8,9 @@ import kedit_fast as kf
 from kedit_fast.commands import cli
 from kedit_fast.commands.edit_arguments import METHODS
 from kedit_fast.edits.edit import Edit, digest
-from tests.tiny import D_FF, tiny_model, tiny_tokenizer
+from tests.commands.cases import run as run_command
+from tests.commands.cases import save_tiny
+from tests.tiny import D_FF
 
 FACTS = [
     {"prompt": "{} is in the city of", "subject": "The Eiffel Tower", "target_new": "Rome"},
@@ -26,10 +28,7 @@ FAST = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def run(model, tmp_path, monkeypatch):
     def edit(method, facts, *options):
         (tmp_path / "facts.json").write_text(json.dumps(facts))
         common = ["--facts", "facts.json", "--hparams", f"{method}.json", "--model", model, "--quiet"]
-        return cli.main([str(x) for x in ["edit", "--method", method, *common, *options]])
+        return run_command("edit", "--method", method, *common, *options)
 
     return edit
 

@@ -1,6 +1,7 @@
 """Facts, contexts and statistics for the tests of the editors, and tiny models that are float64 all through."""
 
 import functools
+from contextlib import contextmanager
 
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -10,8 +11,10 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import kedit_fast as kf
 from kedit_fast.moments.second_moment import SecondMoment
+from tests.conftest import open_tiny
+from tests.make import bits, same_bits
 from tests.oracle.values import Fact as OracleFact
-from tests.tiny import D_FF
+from tests.tiny import D_FF, tiny_model
 
 FAMILIES = ("gpt2", "gptj", "llama", "gemma2", "olmo2")
 POST_NORM = ("gemma2", "olmo2")
@@ -54,6 +57,22 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     assert got.shape == want.shape
     return ((got - want).norm() / want.norm()).item()
+
+
+@contextmanager
+def left_as_it_was():
+    """Gives an opened model in training mode, some of it frozen; after the block it is the same, and bears no trace."""
+    model = tiny_model("llama").train()
+    flags = {name: i % 3 > 0 for i, (name, _) in enumerate(model.named_parameters())}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+    before = bits(model)
+    yield open_tiny(model)
+    assert same_bits(model, before)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def make_exact(monkeypatch) -> None:

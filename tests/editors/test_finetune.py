@@ -19,9 +19,9 @@ from kedit_fast.facts.tokens import answer_tokens, fact_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.source import Resident
 from tests.conftest import close, open_tiny, tiny_lm
-from tests.editors.cases import FACTS, make_exact, oracle_facts, relative
-from tests.editors.test_behavior import complaints
-from tests.editors.test_behavior import facts as known_facts  # noqa: F401 (a fixture)
+from tests.editors.cases import FACTS, left_as_it_was, make_exact, oracle_facts, relative
+from tests.editors.test_editor import complaints
+from tests.editors.test_editor import facts as known_facts  # noqa: F401 (a fixture)
 from tests.live import LiveBytes
 from tests.make import bits, lowrank, make_edit, same_bits
 from tests.oracle.finetune import fine_tune as oracle_fine_tune
@@ -352,18 +352,9 @@ def test_the_caller_s_modes_do_not_matter(around):
 
 
 def test_the_model_is_left_as_it_was():
-    model = tiny_model("llama").train()
-    flags = {name: i % 3 > 0 for i, (name, _) in enumerate(model.named_parameters())}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
-    before, lm = bits(model), open_tiny(model)
-    made = Ft(layers=(1,), num_steps=3).edit(lm, FACTS)
+    with left_as_it_was() as lm:
+        made = Ft(layers=(1,), num_steps=3).edit(lm, FACTS)
     assert torch.equal(made.deltas[1].delta, Ft(layers=(1,), num_steps=3).edit(tiny_lm("llama"), FACTS).deltas[1].delta)
-    assert same_bits(model, before)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -143,7 +143,7 @@ def test_woodbury_equals_dense():
 
 @pytest.mark.parametrize(("family", "clamp"), [("gemma2", 0.05), ("gemma3_text", 0.05), ("olmo2", 0.05), ("gpt2", 0.4)])
 def test_what_is_missing_shrinks_layer_by_layer(family, clamp):
-    """For values near the model's own: the layers above answer a large change with anything (test_behavior.py has a
+    """For values near the model's own: the layers above answer a large change with anything (test_editor.py has a
     trained Llama, whose layers do not).
     """
     model = tiny_model(family)

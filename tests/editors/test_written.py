@@ -14,7 +14,7 @@ from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.experiments.rounds import edit_in_rounds
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
-from tests.editors.test_bad_input import FACT
+from tests.editors.test_checks import FACT
 from tests.tiny import D_FF, D_MODEL
 
 GOOD = {"v_num_grad_steps": 12, "mom2_adjustment": False}

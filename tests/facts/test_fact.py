@@ -5,9 +5,7 @@ import json
 import pytest
 
 from kedit_fast.facts.fact import Fact, Question, check_facts
-
-TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
-
+from tests.make import TOWER
 
 # ---- Fact
 

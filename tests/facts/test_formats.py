@@ -12,9 +12,9 @@ import pytest
 from kedit_fast.facts.fact import OWN_FACTS as OWN
 from kedit_fast.facts.fact import Fact, check_facts, load_facts
 from kedit_fast.facts.tokens import answer_tokens, fact_tokens
+from tests.make import TOWER
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "data"
-TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
 
 RECORDS = {
     "counterfact": (

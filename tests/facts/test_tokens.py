@@ -31,9 +31,9 @@ from kedit_fast.jobs.collect import collect
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from kedit_fast.tracing.tasks import tasks_of
+from tests.make import TOWER
 from tests.tiny import tiny_model, tiny_tokenizer
 
-TOWER = Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris", id="t")
 CORPUS = ["Paris Paris is in Rome", "The tower of Paris in Rome", "Karel Čapek is in Paris"] * 3
 START = "<s>"
 

@@ -1,16 +1,32 @@
-"""What the kernel tests share: one tolerance for each dtype."""
+"""What the kernel tests share: random matrices, and the check of a solve against its reference."""
 
+import pytest
 import torch
 
-# Relative RMS error. fp64 is for algebra that has two exact ways to the same matrix.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+from kedit_fast.kernels.solve import factor, factor_ref, memit_solve, memit_solve_ref
+from tests.compare import close
 
 
-def close(name: str, got: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype) -> None:
-    """Asserts that ``got`` equals ``ref`` within the relative RMS error that ``dtype`` allows."""
-    assert got.shape == ref.shape, f"{name}: shape {list(got.shape)}, expected {list(ref.shape)}"
-    got, ref = got.detach().double(), ref.detach().double()
-    assert torch.isfinite(got).all(), f"{name}: not finite"
-    size = ref.square().mean().sqrt().item() if ref.numel() else 0.0
-    error = (got - ref).square().mean().sqrt().item() if ref.numel() else 0.0
-    assert error <= TOLERANCE[dtype] * size, f"{name}: relative RMS error {error / max(size, 1e-300):.2e}"
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_moment(d, seed=0):
+    """A well conditioned second moment with unequal variances."""
+    samples = normal(4 * d + 8, d, seed=seed) * torch.linspace(0.3, 2, d, dtype=torch.float64)
+    return samples.T @ samples / len(samples)
+
+
+def check_solve(n, d_ff, way):
+    """Factor and solve equal their references, and a factor serves both, whoever made it."""
+    keys, residual, moment = normal(n, d_ff).float(), normal(n, 3, seed=1), random_moment(d_ff).float()
+    kept, kept_ref = factor(moment, 5.0, regularizer=1e-3), factor_ref(moment, 5.0, regularizer=1e-3)
+    close("L", kept.lower, kept_ref.lower, torch.float64)
+    assert torch.equal(kept.lower, kept.lower.tril())
+    assert kept.condition == pytest.approx(kept_ref.condition, rel=1e-10)
+    close("C⁻¹k", kept.solve(keys.T), kept_ref.solve(keys.T), torch.float64)
+    for matrix in (moment, kept, kept_ref):
+        got = memit_solve(keys, residual, matrix, 5.0, way=way)
+        want = memit_solve_ref(keys, residual, matrix, 5.0, way=way)
+        close("u", got[0], want[0], torch.float64)
+        close("v", got[1], want[1], torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kedit_fast.kernels.lowrank import lowrank_add, lowrank_add_ref
-from tests.kernels import TOLERANCE, close
+from tests.compare import TOLERANCE, close
 
 D, D_FF = 19, 33
 

@@ -5,7 +5,7 @@ import torch
 
 from kedit_fast.kernels import dispatch
 from kedit_fast.kernels.second_moment import fill_upper_, second_moment_, second_moment_ref
-from tests.kernels import close
+from tests.compare import close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [1, 17, 129, 600]  # 600: three blocks of 256 rows, the last one short

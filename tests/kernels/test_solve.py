@@ -20,7 +20,8 @@ from kedit_fast.kernels.solve import (
     memit_solve,
     memit_solve_ref,
 )
-from tests.kernels import close
+from tests.compare import close
+from tests.kernels import check_solve, normal, random_moment
 
 WIDTHS = [1, 7, 48, 80, 130]
 WHY = dispatch.why_not_native() or openblas.why_not()
@@ -39,16 +40,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def random_moment(d, seed=0):
-    """A well conditioned second moment with unequal variances."""
-    samples = normal(4 * d + 8, d, seed=seed) * torch.linspace(0.3, 2, d, dtype=torch.float64)
-    return samples.T @ samples / len(samples)
 
 
 def moment_with(eigenvalues, seed=0):
@@ -297,16 +288,7 @@ def test_wrong_right_sides():
 @pytest.mark.parametrize("way", ["dense", "woodbury"])
 @pytest.mark.parametrize("n, d_ff", [(1, 1), (5, 64), (17, 7), (129, 130), (40, 301)])
 def test_equals_the_reference(n, d_ff, way):
-    keys, residual, moment = normal(n, d_ff).float(), normal(n, 3, seed=1), random_moment(d_ff).float()
-    kept, kept_ref = factor(moment, 5.0, regularizer=1e-3), factor_ref(moment, 5.0, regularizer=1e-3)
-    close("L", kept.lower, kept_ref.lower, torch.float64)
-    assert kept.condition == pytest.approx(kept_ref.condition, rel=1e-10)
-    close("C⁻¹k", kept.solve(keys.T), kept_ref.solve(keys.T), torch.float64)
-    for matrix in (moment, kept, kept_ref):  # a factor serves both, whoever made it
-        got = memit_solve(keys, residual, matrix, 5.0, way=way)
-        want = memit_solve_ref(keys, residual, matrix, 5.0, way=way)
-        close("u", got[0], want[0], torch.float64)
-        close("v", got[1], want[1], torch.float64)
+    check_solve(n, d_ff, way)
 
 
 @pytest.mark.parametrize("op", [factor, factor_ref])

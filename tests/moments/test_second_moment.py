@@ -202,6 +202,21 @@ class Interrupted(Exception):
     """What a test throws."""
 
 
+def interrupt(lm, layers, folder):
+    """A pass that stops in its third sweep."""
+    sweep, calls = moments_module.sweep, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Interrupted
+        sweep(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(moments_module, "sweep", stopping)
+        second_moments(lm, layers, LINES, n_tokens=N_TOKENS, cache_dir=folder)
+
+
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
@@ -231,19 +246,8 @@ def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeyp
 
 def test_an_interrupted_pass_of_other_layers_or_text_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
-    lm, sweep = tiny_lm("llama"), moments_module.sweep
-    calls = []
-
-    def stopping(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise Interrupted
-        sweep(*args, **kwargs)
-
-    monkeypatch.setattr(moments_module, "sweep", stopping)
-    with pytest.raises(Interrupted):
-        second_moments(lm, LAYERS, LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
-    monkeypatch.setattr(moments_module, "sweep", sweep)
+    lm = tiny_lm("llama")
+    interrupt(lm, LAYERS, tmp_path)
     for layers, texts, n_tokens in (((0, 1), LINES, N_TOKENS), (LAYERS, LINES[1:], N_TOKENS), (LAYERS, LINES, 190)):
         made = second_moments(lm, layers, texts, n_tokens=n_tokens, cache_dir=tmp_path)
         assert equal(made, second_moments(lm, layers, texts, n_tokens=n_tokens))
@@ -326,17 +330,8 @@ def test_names_of_data_sets_and_of_many_layers_make_file_names(tmp_path, monkeyp
 
 def test_a_damaged_checkpoint_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
-    lm, sweep, calls = tiny_lm("gpt2"), moments_module.sweep, []
-
-    def stopping(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise Interrupted
-        sweep(*args, **kwargs)
-
-    monkeypatch.setattr(moments_module, "sweep", stopping)
-    with pytest.raises(Interrupted):
-        second_moments(lm, [1], LINES, n_tokens=N_TOKENS, cache_dir=tmp_path)
+    lm = tiny_lm("gpt2")
+    interrupt(lm, [1], tmp_path)
     (partial,) = tmp_path.iterdir()
     whole = partial.read_bytes()
     for content in (whole[:-8], whole.replace(b"layers-", b"layerz-")):  # cut short; another one's

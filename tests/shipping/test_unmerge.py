@@ -35,13 +35,16 @@ def test_undo_restores_every_file_bit_for_bit(merged, tmp_path):
         unmerge(out)
 
 
+def merged_twice(folder):
+    """Merges an edit into folder/base, to folder/one, and another on top, to folder/two; gives what "one" holds."""
+    first = make_edit(save_checkpoint(folder / "base"))
+    merge_checkpoint(folder / "base", first, folder / "one")
+    merge_checkpoint(folder / "one", make_edit(kf.open_model(folder / "one").model), folder / "two")
+    return contents(folder / "one")
+
+
 def test_a_merge_on_a_merge_is_undone_one_by_one(tmp_path):
-    first = make_edit(save_checkpoint(tmp_path / "base"))
-    merge_checkpoint(tmp_path / "base", first, tmp_path / "one")
-    lm = kf.open_model(tmp_path / "one")
-    merge_checkpoint(tmp_path / "one", make_edit(lm.model), tmp_path / "two")
-    del lm
-    one = contents(tmp_path / "one")
+    one = merged_twice(tmp_path)
     unmerge(tmp_path / "two", tmp_path / "back")
     assert contents(tmp_path / "back") == one
     unmerge(tmp_path / "two")
@@ -207,12 +210,7 @@ def test_the_restored_model_is_the_base_or_it_is_said(merged):
 @pytest.mark.parametrize("killed_at", [0, 1])
 def test_an_undo_that_was_killed_at_its_end_can_be_run_again(killed_at, tmp_path, monkeypatch):
     """After the record's first renaming, and before the earlier record takes its place."""
-    first = make_edit(save_checkpoint(tmp_path / "base"))
-    merge_checkpoint(tmp_path / "base", first, tmp_path / "one")
-    lm = kf.open_model(tmp_path / "one")
-    merge_checkpoint(tmp_path / "one", make_edit(lm.model), tmp_path / "two")
-    del lm
-    one = contents(tmp_path / "one")
+    one = merged_twice(tmp_path)
     rename, calls = module.Path.rename, []
 
     def killed(path, target):

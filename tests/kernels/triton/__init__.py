@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kedit_fast.basics import settings
-from tests.kernels import close
+from tests.compare import close
 
 DEVICE = "cpu" if settings.triton_interprets() else "cuda"
 

@@ -1,7 +1,6 @@
 """Triton may be absent, and a kernel runs only where it is asked for."""
 
 import pytest
-import torch
 
 from tests.kernels.triton import skip_where_nothing_runs
 
@@ -19,15 +18,3 @@ def triton(request):
 def on_triton(monkeypatch):
     """The public ops run on Triton, where they have a kernel."""
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "triton")
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch):
-    """Floating memory that no program writes to is NaN (the interpreter makes byte tensors of its own)."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        out = new_empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

@@ -9,8 +9,7 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.moments.second_moment import second_moments
-from tests.conftest import open_tiny
-from tests.kernels import close
+from tests.conftest import close, open_tiny
 from tests.kernels.triton import DEVICE
 from tests.make import lowrank, make_edit
 from tests.tiny import TEXT, tiny_model

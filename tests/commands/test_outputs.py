@@ -18,30 +18,14 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.shipping.history import EditHistory
 from kedit_fast.tracing.results import read_log
 from tests.basics.test_files import own_null
-from tests.commands.test_cli import FACTS, FAST, ONE, save_tiny
-from tests.commands.test_cli import run as run_command
+from tests.commands.cases import FACTS, ONE, files
+from tests.commands.cases import run as run_command
 from tests.make import make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint
 
 ROOT = Path(cli.__file__).parents[2]
 ESCAPE = "\x1b]0;owned\x07"
 NAMELESS = "'': expected a path that names something"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """An empty folder to run in, with facts, settings and the cache beside it."""
-    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    (tmp_path / "facts.json").write_text(json.dumps(FACTS))
-    (tmp_path / "memit.json").write_text(json.dumps(FAST | {"layers": [1, 2]}))
-    return tmp_path / "work"
 
 
 def no_work(monkeypatch):
@@ -274,3 +258,59 @@ def test_an_edit_is_what_it_was(work):
     """Escapes are for screens: files keep what they were given."""
     make_edit(provenance={"why": ESCAPE}).save("edit.safetensors")
     assert Edit.load("edit.safetensors").provenance["why"] == ESCAPE
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["eval", "-o", "new", "--html", "new"], "--output and --html both name new"),
+        (["eval", "-o", "new", "--log", "../work/new"], "--output and --log both name ../work/new"),
+        (["eval", "--html", "new", "--log", "linked/new"], "--html and --log both name"),
+        (["eval", "--html", "edit.safetensors"], "--html edit.safetensors would replace an edit that is read"),
+        (["eval", "-o", "linked/edit.safetensors"], "would replace an edit that is read"),
+        (["eval", "-o", "hard"], "would replace an edit that is read"),
+        (["eval", "--log", "facts.json"], "would replace what --facts reads"),
+        (["eval", "--html", "text.txt"], "would replace what --text reads"),
+        (["eval", "-o", "model/config.json"], "would replace what --model reads"),
+        (["edit", "-o", "facts.json"], "would replace what --facts reads"),
+        (["edit", "-o", "hparams.json"], "would replace what --hparams reads"),
+        (["edit", "-o", "text.txt", "--corpus", "text.txt"], "would replace what --corpus reads"),
+        (["edit", "-o", "stats/one.safetensors", "--stats", "stats"], "would replace what --stats reads"),
+        (["edit", "-o", "model/config.json"], "would replace what --model reads"),
+        (["trace", "-o", "traced"], "is the log that these traces would replace"),
+    ],
+)
+def test_outputs_spare_each_other_and_what_is_read(args, says, work, capsys):
+    for name in ("edit.safetensors", "facts.json", "text.txt", "hparams.json"):
+        (work / name).write_text(name)
+    for name in ("stats/one.safetensors", "model/config.json", "traced/traces.jsonl"):
+        (work / name).parent.mkdir()
+        (work / name).write_text(name)
+    (work / "linked").symlink_to(work)
+    (work / "hard").hardlink_to(work / "edit.safetensors")
+    (work / "facts.json").write_text(json.dumps(FACTS))
+    (work / "traced" / "traces.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    command, *rest = args
+    given = {
+        "eval": ["edit.safetensors", "--facts", "facts.json", "--text", "text.txt"],
+        "edit": ["--facts", "facts.json"] + ["--hparams", "hparams.json"] * (rest[1] == "hparams.json"),
+        "trace": ["--facts", "traced/traces.jsonl"],
+    }[command]
+    before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
+    assert run(command, *rest, *given, "--force", "--model", "model") == 2
+    assert says in capsys.readouterr().err
+    assert before == {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
+
+
+def test_a_log_that_gets_no_line_gives_the_older_one_back(tmp_path):
+    log = tmp_path / "a" / "log.jsonl"
+    with fresh_log(log):
+        assert files(tmp_path / "a") == []
+        log.write_text("first")
+    with pytest.raises(RuntimeError), fresh_log(log):
+        raise RuntimeError
+    assert log.read_text() == "first"
+    with pytest.raises(RuntimeError), fresh_log(log):
+        log.write_text("begun")
+        raise RuntimeError
+    assert log.read_text() == "begun" and files(tmp_path / "a") == ["log.jsonl"]

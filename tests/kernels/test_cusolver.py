@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kedit_fast.kernels import cusolver, dispatch
 from kedit_fast.kernels import solve as module
 from kedit_fast.kernels.solve import condition, factor, factor_ref, memit_solve, memit_solve_ref
-from tests.kernels import close
+from tests.compare import close
+from tests.kernels import check_solve, normal, random_moment
 
 # The declarations of cublas_api.h (CUDA 13.0) and cusolverDn.h (12.x), as letters: p pointer or handle, i enum,
 # l int64_t, z size_t.
@@ -171,16 +172,6 @@ def libraries(monkeypatch):
         cached.cache_clear()
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def random_moment(d, seed=0):
-    """A well conditioned second moment with unequal variances."""
-    samples = normal(4 * d + 8, d, seed=seed) * torch.linspace(0.3, 2, d, dtype=torch.float64)
-    return samples.T @ samples / len(samples)
-
-
 def with_nan_above(matrix):
     return matrix.tril() + torch.full_like(matrix, math.nan).triu(1)
 
@@ -261,17 +252,7 @@ def test_a_handle_for_each_thread_and_no_more(libraries):
 @pytest.mark.parametrize("way", ["dense", "woodbury"])
 @pytest.mark.parametrize("n, d_ff", [(1, 1), (5, 64), (17, 7), (60, 61), (40, 301)])
 def test_equals_the_reference(libraries, n, d_ff, way):
-    keys, residual, moment = normal(n, d_ff).float(), normal(n, 3, seed=1), random_moment(d_ff).float()
-    kept, kept_ref = factor(moment, 5.0, regularizer=1e-3), factor_ref(moment, 5.0, regularizer=1e-3)
-    close("L", kept.lower, kept_ref.lower, torch.float64)
-    assert torch.equal(kept.lower, kept.lower.tril())
-    assert kept.condition == pytest.approx(kept_ref.condition, rel=1e-10)
-    close("C⁻¹k", kept.solve(keys.T), kept_ref.solve(keys.T), torch.float64)
-    for matrix in (moment, kept, kept_ref):  # a factor serves both, whoever made it
-        got = memit_solve(keys, residual, matrix, 5.0, way=way)
-        want = memit_solve_ref(keys, residual, matrix, 5.0, way=way)
-        close("u", got[0], want[0], torch.float64)
-        close("v", got[1], want[1], torch.float64)
+    check_solve(n, d_ff, way)
     assert libraries.named("cusolverDnXpotrf")
 
 

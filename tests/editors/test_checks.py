@@ -230,7 +230,7 @@ def test_an_update_that_is_no_number(editor, monkeypatch):
     refused(says, editor, tiny_lm("gpt2"), list(FACTS[:3]), contexts=["{}"])
 
 
-# --- settings (their values: test_settings.py) -----------------------------------------------------------------------
+# --- settings (their values: test_hyperparameters.py) ---------------------------------------------------------------
 
 
 @both

@@ -16,9 +16,8 @@ from kedit_fast.jobs import value_tasks
 from kedit_fast.jobs.values import ValueSettings, optimize_values
 from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny, tiny_lm
-from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, make_exact, oracle_facts, relative
+from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, left_as_it_was, make_exact, oracle_facts, relative
 from tests.live import LiveBytes
-from tests.make import bits, same_bits
 from tests.oracle.values import optimize_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -294,19 +293,10 @@ def test_the_caller_s_autocast_does_not_matter():
 
 
 def test_the_model_is_left_as_it_was():
-    model = tiny_model("llama").train()
-    flags = {name: i % 3 > 0 for i, (name, _) in enumerate(model.named_parameters())}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])
-    before, lm = bits(model), open_tiny(model)
-    got = optimize_values(lm, tasks(lm), settings(lm, steps=3))
+    with left_as_it_was() as lm:
+        got = optimize_values(lm, tasks(lm), settings(lm, steps=3))
     frozen = tiny_lm("llama")
     assert torch.equal(got.values, optimize_values(frozen, tasks(frozen), settings(frozen, steps=3)).values)
-    assert same_bits(model, before)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_damaged_weights_are_found_before_the_first_step(monkeypatch):

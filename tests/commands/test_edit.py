@@ -1,0 +1,136 @@
+"""``kedit-fast stats``, ``edit`` and ``eval``: from statistics to a report."""
+
+import json
+
+import torch
+
+import kedit_fast as kf
+from kedit_fast.commands import edit as edit_command
+from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation import EvalReport
+from kedit_fast.moments.second_moment import SecondMoment
+from tests.commands.cases import FAST, ONE, files, raising, run
+from tests.tiny import D_FF, TEXT
+
+
+def test_from_statistics_to_a_report(model, work, capsys):
+    assert run("stats", "--layers", "1-2", "--tokens", "600", "--model", model, "-o", "stats") == 0
+    shown = capsys.readouterr().out
+    assert "600" in shown and "condition number" in shown and len(files(work / "stats")) == 2
+
+    hparams = work.parent / "memit.json"
+    args = ["edit", "--facts", "../facts.json", "--hparams", hparams, "--stats", "stats", "--model", model]
+    assert run(*args, "-o", "deep/edit.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert f"read from {hparams}" in shown and "g / d_ff" in shown and "P(new) at the value" in shown
+    lm = kf.open_model(model)
+    edit = Edit.load(work / "deep" / "edit.safetensors")
+    facts = kf.load_facts(work.parent / "facts.json")
+    moments = {layer: SecondMoment.load(p) for layer, p in enumerate(sorted((work / "stats").iterdir()), 1)}
+    want = kf.Memit.from_json(hparams).edit(lm, facts, moments=moments)
+    for layer in (1, 2):
+        assert torch.equal(edit.deltas[layer].dense(), want.deltas[layer].dense())
+    assert run(*args, "-o", "deep/edit.safetensors") == 2  # not replaced
+    assert run(*args, "-o", "deep/edit.safetensors", "--force") == 0
+    capsys.readouterr()
+
+    (work / "text.txt").write_text(TEXT)
+    files_ = ["-o", "report.json", "--html", "report.html", "--log", "log.jsonl"]
+    args = ["deep/edit.safetensors", "--text", "text.txt", "--generate", "3", "--model", model, *files_]
+    assert run("eval", *args) == 0
+    shown = capsys.readouterr().out
+    assert "efficacy" in shown and "perplexity" in shown and "before:" in shown and "after:" in shown
+    report = EvalReport.load(work / "report.json")
+    expected = kf.evaluate(lm, facts, edit)
+    assert torch.equal(report.edited["p_new"], expected.edited["p_new"]) and report.perplexity is not None
+    assert "<table" in (work / "report.html").read_text()
+    assert [json.loads(line)["edited"]["p_new"] for line in (work / "log.jsonl").read_text().splitlines()]
+
+    assert run("eval", "--facts", "../facts.json", "-n", "1", "--model", model) == 0  # the model as it is
+    assert "no edit" in capsys.readouterr().out
+    some = ["deep/edit.safetensors", "-n", "1", "-o", "some.json"]
+    assert run("eval", *some, "--model", model) == 0
+    assert EvalReport.load(work / "some.json").facts == tuple(facts[:1])
+
+
+def test_the_seed_and_the_corpus_of_statistics_arrive(model, work):
+    (work / "text.txt").write_text(TEXT)
+    layer = ["--layers", "1", "--tokens", "90", "--model", model, "-o", "stats"]
+    assert run("stats", *layer, "--seed", "5") == run("stats", *layer, "--corpus", "text.txt") == 0
+    corpora = {SecondMoment.load(path).corpus for path in (work / "stats").iterdir()}
+    assert "self-seed5" in corpora and any(corpus.startswith("text.txt-") for corpus in corpora) and len(corpora) == 2
+
+
+def test_the_seed_and_the_corpus_of_an_edit_arrive(model, work):
+    (work / "text.txt").write_text(TEXT)
+    args = ["edit", *ONE, "--target", "Rome", "--hparams", "../memit.json", "--tokens", "90", "--model", model]
+    kept = work.parent / "cache" / "statistics"
+    assert run(*args, "--seed", "5", "-o", "a.safetensors") == 0
+    assert {SecondMoment.load(path).corpus for path in kept.iterdir()} == {"self-seed5"}
+    lm = kf.open_model(model)
+    moments = {i: SecondMoment(torch.eye(D_FF), 90, i, lm.fingerprint) for i in (1, 2)}
+    editor, fact = kf.Memit.from_json(work.parent / "memit.json"), kf.Fact("The capital of {} is", "France", "Rome")
+    contexts = [editor.edit(lm, [fact], moments=moments, seed=seed).contexts for seed in (5, 0)]
+    assert Edit.load("a.safetensors").contexts == contexts[0] != contexts[1]
+
+    for path in kept.iterdir():
+        path.unlink()
+    assert run(*args, "--corpus", "text.txt", "-o", "b.safetensors") == 0
+    assert [SecondMoment.load(path).corpus.split("-")[0] for path in kept.iterdir()] == ["text.txt"] * 2
+
+
+def test_statistics_without_layers_are_of_both_editors(model, work, capsys, monkeypatch):
+    for editor, layers in ((kf.Rome, (3,)), (kf.Memit, (0, 2)), (kf.AlphaEdit, (2,))):
+        monkeypatch.setattr(editor, "for_model", classmethod(lambda cls, lm, layers=layers: cls(layers=layers)))
+    assert run("stats", "--tokens", "20", "--model", model, "-o", "stats") == 0
+    assert sorted(SecondMoment.load(path).layer for path in (work / "stats").iterdir()) == [0, 2, 3]
+    assert f"20 tokens are fewer than d_ff = {D_FF}" in capsys.readouterr().out
+    assert run("stats", "--tokens", str(D_FF), "--layers", "1", "--model", model, "-o", "enough") == 0
+    assert "fewer than" not in capsys.readouterr().out
+
+
+def test_an_edit_that_needs_no_statistics_measures_none(model, work, capsys):
+    hparams = work.parent / "rome.json"
+    fields = {k: v for k, v in FAST.items() if k != "mom2_update_weight"}
+    hparams.write_text(json.dumps(fields | {"layers": [1], "mom2_adjustment": False}))
+    args = ["edit", *ONE, "--target", "Rome", "--method", "rome", "--hparams", hparams, "--model", model]
+    assert run(*args) == 0
+    assert not (work.parent / "cache").exists() and "condition of C" not in capsys.readouterr().out
+
+
+def test_the_table_of_an_edit_shows_steps_and_probability(capsys):
+    fact = kf.Fact("The capital of {} is", "France", "Rome")
+    provenance = {"layers": {}, "found": {"steps": [7], "loss": [1.5], "p_new": [0.25]}}
+    asked = {"written": {"written": [False], "p_new": [0.125], "says": [" Paris"]}}
+    edit_command.say_facts(Edit("memit", {}, "", (fact,), {}, provenance=provenance | asked))
+    header, row, written = capsys.readouterr().out.splitlines()
+    assert header.split() == ["fact", "new", "answer", "steps", "P(new)", "at", "the", "value", "P(new)", "it", "says"]
+    assert row.split()[-6:] == ["Rome", "7", "0.250", "0.125", "'", "Paris'"]
+    assert written.startswith("written: 0 of 1 facts")
+
+
+def test_strict_refuses_what_is_not_written(model, work, capsys):
+    """The file is there all the same: what to do about it is asked of a person."""
+    hparams = work.parent / "ft.json"
+    args = ["edit", *ONE, "--target", "Rome", "--method", "ft", "--hparams", hparams, "--model", model, "--force"]
+    for steps, lr, written in ((1, 1e-6, False), (25, 1e-2, True)):
+        hparams.write_text(json.dumps({"layers": [1], "num_steps": steps, "lr": lr}))
+        assert run(*args) == 0
+        assert run(*args, "--strict") == (0 if written else 1)
+        out, err = capsys.readouterr()
+        assert f"written: {int(written)} of 1 facts" in out
+        assert ("warning: facts not written: 1 of 1: 'The capital of France is' -> 'Rome' (P 0.0" in err) != written
+        assert Edit.load("edit.safetensors").provenance["written"]["written"] == [written]
+
+
+def test_rome_with_statistics_from_the_cache(model, work, capsys, monkeypatch):
+    hparams = work.parent / "rome.json"
+    hparams.write_text(json.dumps({k: v for k, v in FAST.items() if k != "mom2_update_weight"} | {"layers": [1]}))
+    args = ["edit", *ONE, "--target", "Rome", "--method", "rome", "--hparams", hparams, "--tokens", "200"]
+    assert run(*args, "--model", model, "-o", "a.safetensors") == 0
+    assert "ROME writes the value exactly" in capsys.readouterr().out
+    assert len(files(work.parent / "cache" / "statistics")) == 1
+    monkeypatch.setattr("kedit_fast.moments.corpus._sampled", raising(AssertionError("sampled again")))
+    assert run(*args, "--model", model, "-o", "b.safetensors") == 0
+    assert torch.equal(Edit.load("a.safetensors").deltas[1].dense(), Edit.load("b.safetensors").deltas[1].dense())
+    assert run(*args, "--layers", "2", "--tokens", "20", "--model", model) == 2  # other statistics are asked for

@@ -1,0 +1,50 @@
+"""``kedit-fast trace``: what it says, draws and logs."""
+
+import kedit_fast as kf
+from kedit_fast.tracing.trace import KINDS, read_log
+from tests.commands.cases import FACTS, ONE, files, run
+
+
+def test_trace_a_file(model, work, capsys):
+    args = ["trace", "--facts", "../facts.json", "--model", model, "--samples", "2", "--window", "2", "-o", "out"]
+    assert run(*args) == 0
+    shown = capsys.readouterr().out
+    logged = read_log(work / "out" / "traces.jsonl")
+    assert [(r.fact.subject, r.kind) for r in logged] == [(f["subject"], kind) for f in FACTS for kind in KINDS]
+    lm = kf.open_model(model)
+    expected = kf.trace(lm, kf.load_facts(work.parent / "facts.json"), samples=2, window=2)
+    for got, want in zip(logged, expected, strict=True):
+        assert (got.p_restored == want.p_restored).all() and got.window == want.window
+    pictures = {f"average-{kind}.{suffix}" for kind in KINDS for suffix in ("png", "npz")}
+    assert set(files(work / "out")) == pictures | {"fact-0.png", "fact-1.png", "traces.jsonl"}
+    assert "mlp: layers 0-3 carry most" in shown and "does not by itself predict" in shown and "2 facts" in shown
+    assert (kf.AverageTrace.load(work / "out" / "average-mlp.npz")).n_facts == 2
+
+    assert run(*args) == 2  # what is there stays
+    assert run(*args, "--force", "-n", "1", "--kinds", "mlp", "--plots", "0") == 0
+    assert len(read_log(work / "out" / "traces.jsonl")) == 1
+
+
+def test_trace_one_fact_is_drawn_in_the_terminal(model, work, capsys):
+    # a prompt with the subject in it does as well as one with {}
+    assert run("trace", "--prompt", "The capital of France is", "--subject", "France", "--model", model) == 0
+    shown = capsys.readouterr().out
+    assert "Impact of restoring state" in shown and "Impact of restoring MLP" in shown and "ance*" in shown
+    assert (work / "kedit-fast-out" / "trace" / "fact-0.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_trace_options_arrive(model, work):
+    args = ["--kinds", "state", "--sever", "attn", "--metric", "logprob", "--noise", "u0.5", "--answer", "Rome"]
+    assert run("trace", *ONE, *args, "--seed", "5", "--samples", "3", "--model", model, "-o", "a") == 0
+    lm = kf.open_model(model)
+    fact = kf.Fact("The capital of {} is", "France")
+    want = kf.trace(
+        lm, fact, kinds=("state",), sever="attn", metric="logprob", noise="u0.5", answer="Rome", seed=5, samples=3
+    )
+    got = read_log(work / "a" / "traces.jsonl")
+    assert (got[0].p_restored == want[0].p_restored).all() and got[0].answer == want[0].answer
+    assert run("trace", *ONE, "--method", "screen", "--top", "3", "--model", model, "-o", "c") == 0
+    screened = read_log(work / "c" / "traces.jsonl")
+    assert screened[0].exact[:, :-1].sum() == screened[1].exact.sum() == 3
+    assert run("trace", *ONE, "--corrupt", "England", "--model", model, "-o", "b") == 0
+    assert read_log(work / "b" / "traces.jsonl")[0].noise is None

@@ -45,6 +45,44 @@ DEVICE_NAMES = {
 }
 TALKING = ("commands",)  # rooms that print
 
+TESTS = PACKAGE.parent / "tests"
+# Modules without a test file of their own name, by the one that tests them.
+TESTED_IN = {
+    "commands/test_chat.py": "commands/generate",
+    "commands/test_cli.py": "commands/arguments commands/errors",
+    "commands/test_demo.py": "commands/demo_page",
+    "commands/test_edit.py": "commands/edit_arguments commands/eval commands/stats",
+    "commands/test_edits.py": "commands/history commands/merge commands/undo",
+    "commands/test_gate.py": "commands/gate_arguments gating/draft",
+    "commands/test_parser.py": "__main__ commands/argument_types",
+    "commands/test_rounds.py": "commands/experiment_arguments commands/experiments commands/layers",
+    "editors/test_checks.py": "edits/chain moments/given",
+    "editors/test_contexts.py": "editors/prompts",
+    "editors/test_finetune.py": "jobs/finetune",
+    "editors/test_memit.py": "editors/located",
+    "edits/test_edit.py": "edits/format",
+    "evaluation/test_evaluate.py": "evaluation/perplexity",
+    "evaluation/test_logit_lens.py": "pictures/lens",
+    "experiments/test_by_layer.py": "pictures/by_layer",
+    "experiments/test_rounds.py": "pictures/rounds",
+    "facts/test_formats.py": "facts/files",
+    "gating/test_forms.py": "model/overlaid",
+    "gating/test_judge.py": "gating/ask gating/questions gating/report gating/thresholds",
+    "jobs/test_values.py": "jobs/value_tasks",
+    "kernels/test_dispatch.py": "basics/settings",
+    "kernels/test_linear.py": "kernels/openblas",
+    "model/test_opening.py": "model/folder",
+    "model/test_source.py": "model/disk model/fingerprint model/stored",
+    "moments/test_second_moment.py": "jobs/moments sweep/together",
+    "pictures/test_traces.py": "pictures/figure pictures/labels pictures/terminal",
+    "shipping/test_merge.py": "shipping/stored_tensors",
+    "sweep/test_engine.py": "model/seam sweep/sites sweep/store",
+    "sweep/test_parity.py": "model/family",
+    "sweep/test_rows.py": "sweep/edited sweep/runs",
+    "tracing/test_attribution.py": "jobs/attribute",
+    "tracing/test_trace.py": "jobs/restore tracing/exact tracing/tasks",
+}
+
 
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
@@ -268,6 +306,14 @@ def test_exceptions_are_needed():
 def test_every_file_says_what_it_is(name):
     tree = tree_of(PACKAGE / name)
     assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
+
+
+def test_every_module_has_its_test():
+    """One of its own name, or a line that says where else it is tested."""
+    modules = [Path(name) for name in NAMES if not name.endswith("__init__.py")]
+    without = [m for m in modules if not (TESTS / m.parent / f"test_{m.name}").exists()]
+    assert sorted(f"{m}.py" for line in TESTED_IN.values() for m in line.split()) == sorted(map(str, without))
+    assert all((TESTS / name).exists() for name in TESTED_IN)
 
 
 def modules_after(code: str) -> set[str]:

@@ -36,6 +36,7 @@ WRONG = {
     "edit": (3, "edit.safetensors", {}, THING, [3], [None], b"x"),
     "object": (3, "x", [3], {}, THING, 0.5),
     "dict": (3, "x", [3], THING, 0.5),
+    "changes": (None, 3, "x", [3], [None], THING, 0.5, {1: 3}, {"a": None}, {None: 1}),
     "any layers": (1, "1", "0-1", [-1], [1.5], ["a"], [True], [None], {1: 2}, range(10**12), [10**30], THING),
     "thing": (3, [3], {}, THING, 0.5, b"x"),
     "chat": (3, "yes", [3], [{"role": "user"}], {}, THING, [("a",)]),
@@ -151,7 +152,7 @@ def doors(folder) -> list[Door]:
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),
         Door("Edit", _with(kf.Edit, method="m", hparams={}, fingerprint="", facts=(), changes={}), dict(
-            method="words", hparams="dict", fingerprint="words", facts="dict", changes="object",
+            method="words", hparams="dict", fingerprint="words", facts="dict", changes="changes",
             provenance="dict", keys="dict")),
         Door("Edit.only", _with(t.edit.only), dict(i="whole")),
         Door("Edit.load", _with(kf.Edit.load), dict(path="path")),

@@ -60,7 +60,6 @@ TESTED_IN = {
     "editors/test_contexts.py": "editors/prompts",
     "editors/test_finetune.py": "jobs/finetune",
     "editors/test_memit.py": "editors/located",
-    "edits/test_edit.py": "edits/format",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_logit_lens.py": "pictures/lens",
     "experiments/test_by_layer.py": "pictures/by_layer",

@@ -1,5 +1,6 @@
 """The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
 
+from kedit_fast.basics import catalog
 from kedit_fast.commands import experiment_arguments as experiments
 from kedit_fast.commands.argument_types import count, layers, list_of, noise, path, positive, text_such_as
 from kedit_fast.commands.gate_arguments import add_gate_arguments
@@ -15,7 +16,7 @@ from kedit_fast.commands.parser import (
 )
 
 OUT = "kedit-fast-out"
-BENCHMARKS = ("counterfact",)
+BENCHMARKS = tuple(catalog.BENCHMARKS)
 
 
 def add_demo(commands):

@@ -6,6 +6,7 @@ imported when its command is called, so that ``--help`` and a mistyped option co
 
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 
 from kedit_fast import __version__
@@ -16,25 +17,22 @@ from kedit_fast.commands.edit_arguments import add_edits, add_history, add_merge
 from kedit_fast.commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
 from kedit_fast.commands.parser import Commands
 
-HANDLERS = {
-    "demo": "kedit_fast.commands.demo",
-    "trace": "kedit_fast.commands.trace",
-    "stats": "kedit_fast.commands.stats",
-    "edit": "kedit_fast.commands.edit",
-    "edit inspect": "kedit_fast.commands.edits",
-    "edit diff": "kedit_fast.commands.edits",
-    "eval": "kedit_fast.commands.eval",
-    "generate": "kedit_fast.commands.generate",
-    "gate": "kedit_fast.commands.gate",
-    "rounds": "kedit_fast.commands.rounds",
-    "layers": "kedit_fast.commands.layers",
-    "merge": "kedit_fast.commands.merge",
-    "merge undo": "kedit_fast.commands.undo",
-    "history add": "kedit_fast.commands.history",
-    "history log": "kedit_fast.commands.history",
-    "history rollback": "kedit_fast.commands.history",
-    "info": "kedit_fast.commands.info",
-}
+# In the order of --help: what declares its arguments, and {command: the module here whose ``run`` does it}.
+COMMANDS: tuple[tuple[Callable, dict[str, str]], ...] = (
+    (arguments.add_demo, {"demo": "demo"}),
+    (arguments.add_trace, {"trace": "trace"}),
+    (arguments.add_stats, {"stats": "stats"}),
+    (add_edits, {"edit": "edit", "edit inspect": "edits", "edit diff": "edits"}),
+    (arguments.add_eval, {"eval": "eval"}),
+    (arguments.add_generate, {"generate": "generate"}),
+    (arguments.add_gate, {"gate": "gate"}),
+    (arguments.add_rounds, {"rounds": "rounds"}),
+    (arguments.add_layers, {"layers": "layers"}),
+    (add_merges, {"merge": "merge", "merge undo": "undo"}),
+    (add_history, {"history add": "history", "history log": "history", "history rollback": "history"}),
+    (arguments.add_info, {"info": "info"}),
+)
+HANDLERS = {name: f"kedit_fast.commands.{module}" for _, names in COMMANDS for name, module in names.items()}
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as a shell gives them
 
 
@@ -80,14 +78,8 @@ def build_parser() -> Commands:
         epilog="New here? Run `kedit-fast demo`. Each command explains itself: `kedit-fast trace --help`.",
     )
     parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
-    parser.add_commands(
-        (
-            arguments.add_demo, arguments.add_trace, arguments.add_stats, add_edits, arguments.add_eval,
-            arguments.add_generate, arguments.add_gate, arguments.add_rounds, arguments.add_layers, add_merges,
-            add_history, arguments.add_info,
-        ),
-        dest="command", metavar="COMMAND", title="commands",
-    )  # fmt: skip
+    adders = [add for add, _ in COMMANDS]
+    parser.add_commands(adders, dest="command", metavar="COMMAND", title="commands")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentTypeError
 
+from kedit_fast.basics import catalog
 from kedit_fast.commands.argument_types import count, layers, path, positive, size
 from kedit_fast.commands.parser import (
     EDIT,
@@ -15,7 +16,7 @@ from kedit_fast.commands.parser import (
     signed,
 )
 
-METHODS = ("rome", "memit", "alphaedit", "ft", "ft-l")
+METHODS = tuple(catalog.EDITORS)
 
 
 def add_edits(commands) -> None:

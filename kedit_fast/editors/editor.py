@@ -1,8 +1,9 @@
 """What every editor is, and what is done around its paper's algorithm: checks before any work, contexts, statistics,
 parts that are kept, the Edit.
 
-A new editor is one file: a frozen dataclass of its hyper-parameters whose ``write`` gives what it changes, and an entry
-in ``EDITORS``. What it needs it says in class variables; what it checks besides, in ``check`` and ``check_moments``.
+A new editor is one file: a frozen dataclass of its hyper-parameters whose ``write`` gives what it changes, and a line
+in ``basics/catalog.py``. What it needs it says in class variables; what it checks besides, in ``check`` and
+``check_moments``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,10 +1,10 @@
 """Evaluation: what an edit changed, and what it should not have changed."""
 
+from kedit_fast.basics import catalog
 from kedit_fast.evaluation.benchmark import Benchmark, Case
-from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.report import EvalReport
 
-BENCHMARKS: dict[str, Benchmark] = {"counterfact": COUNTERFACT}
+BENCHMARKS: dict[str, Benchmark] = catalog.loaded(catalog.BENCHMARKS)
 
 __all__ = ["BENCHMARKS", "Benchmark", "Case", "EvalReport", "evaluate"]

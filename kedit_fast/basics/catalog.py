@@ -1,0 +1,27 @@
+"""What goes by a name on the command line, and where in the package it stands: a new one is its file and a line here.
+
+The parser reads the names and may not load torch; the dicts ``EDITORS`` and ``BENCHMARKS`` are made of the same lines.
+"""
+
+from importlib import import_module
+from typing import Any
+
+EDITORS = {
+    "rome": "editors.rome.Rome",
+    "memit": "editors.memit.Memit",
+    "alphaedit": "editors.alphaedit.AlphaEdit",
+    "ft": "editors.finetune.Ft",
+    "ft-l": "editors.finetune.FtL",
+}
+BENCHMARKS = {
+    "counterfact": "evaluation.counterfact.COUNTERFACT",
+}
+
+
+def loaded(catalog: dict[str, str]) -> dict[str, Any]:
+    """{name: what stands there}, in their order; imports the modules."""
+    found = {}
+    for name, place in catalog.items():
+        module, _, attribute = place.rpartition(".")
+        found[name] = getattr(import_module(f"kedit_fast.{module}"), attribute)
+    return found

@@ -48,8 +48,8 @@ _HOME = {
     "edit_in_rounds": "experiments.rounds",
     "Round": "experiments.rounds",
     "plot_rounds": "pictures.rounds",
-    "sweep_layers": "experiments.by_layer",
-    "LayerSweep": "experiments.by_layer",
+    "edit_by_layer": "experiments.by_layer",
+    "LayerStudy": "experiments.by_layer",
     "show_progress": "basics.progress",
 }
 

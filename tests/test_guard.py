@@ -20,7 +20,7 @@ ELSEWHERE = {
     "tokenizer": "any object of transformers; a slow one is refused", "messages": "LM.chat: those of the template",
     "hf_model": "apply says what it writes into", "on": "of a context manager",
 }  # fmt: skip
-MADE_BY_US = {"EvalReport", "GateReport", "LogitLens", "Round", "LayerSweep", "TraceResult", "AverageTrace"}
+MADE_BY_US = {"EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ ELSEWHERE_BY_NAME = {
     "Fact": {"chat", "attached"}, "SecondMoment": {"fingerprint", "corpus", "dtype"}, "advise": {"drift", "retention"},
     "Edit": {"values"}, "Suite": {"text", "context", "doubt"},
     "edit_in_rounds": {"text", "moments", "corpus"},
-    "sweep_layers": {"moments", "corpus"}, "plot_rounds": {"model"}, "open_model": {"tokenizer"},
+    "edit_by_layer": {"moments", "corpus"}, "plot_rounds": {"model"}, "open_model": {"tokenizer"},
 }  # fmt: skip
 
 ODD = st.one_of(

@@ -32,7 +32,7 @@ FLOWS = {
     "top_tokens": lambda lm: lm.top_tokens(LONG),
     "lens": lambda lm: kf.logit_lens(lm, [FACT, WORDY]),
     "rounds": lambda lm: kf.edit_in_rounds(lm, [FACT, ASKED], EDITOR, per_round=1, contexts=["{}"]),
-    "layers": lambda lm: kf.sweep_layers(lm, [FACT, ASKED], EDITOR, contexts=["{}"]),
+    "layers": lambda lm: kf.edit_by_layer(lm, [FACT, ASKED], EDITOR, contexts=["{}"]),
 }
 
 

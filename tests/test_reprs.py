@@ -25,7 +25,7 @@ SHOWN = {
         lambda: SecondMoment(torch.eye(8), 12_000, 3, "llama-0123456789", "self-seed0")
     ),
     "SecondMoment(layer 3, d_ff 8, 9 tokens, model unknown)": lambda: SecondMoment(torch.eye(8), 9, 3),
-    "LayerSweep(rome, 4 facts, 3 layers, model tiny)": lambda: made_up([0.1, 0.2, 0.3]),
+    "LayerStudy(rome, 4 facts, 3 layers, model tiny)": lambda: made_up([0.1, 0.2, 0.3]),
     "Round(2, memit, 1,000 facts, efficacy of the new 0.750, perplexity 41)": (
         lambda: Round(2, "memit", 1_000, ONE, ONE, ONE, (40.0, 41.0), {}, 1.0, 1.0)
     ),

@@ -65,9 +65,9 @@ def judged(lm: kf.LM, edit: kf.Edit, facts: list[kf.Fact]) -> bool:
     rounds = kf.edit_in_rounds(lm, facts, kf.AlphaEdit.for_model(lm), per_round=4, corpus="self")
     assert_type(rounds, Iterator[kf.Round])
     assert_type(kf.plot_rounds({"alphaedit": list(rounds)}, "rounds.png"), Figure)
-    sweep = kf.sweep_layers(lm, facts, layers=[2, 3], corpus="self")
-    assert_type(sweep, kf.LayerSweep)
-    assert_type(sweep.effect("mlp"), np.ndarray)
+    study = kf.edit_by_layer(lm, facts, layers=[2, 3], corpus="self")
+    assert_type(study, kf.LayerStudy)
+    assert_type(study.effect("mlp"), np.ndarray)
     for name, editor_class in kf.EDITORS.items():
         editor = editor_class.for_model(lm)
         assert_type(name, str)

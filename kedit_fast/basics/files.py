@@ -109,6 +109,12 @@ def read_object(path, what: str) -> dict:
     return found
 
 
+def check_format(record: dict, *formats: str, version: int) -> None:
+    """Raises ValueError for a record of another format than these, or of another version, which once was a text."""
+    if record["format"] not in formats or str(record["version"]) != str(version):
+        raise ValueError(f"it is {record['format']!r} of version {record['version']!r}")
+
+
 def is_file(path: Path) -> bool:
     """Whether a regular file is there, or a link leads to one."""
     return path.is_file()

@@ -53,7 +53,7 @@ def run(args) -> int:
         sizes=Sizes(max_new_tokens=args.generate, context_tokens=args.context),
         chat=chat,
     )
-    written = write_reports((report, found.to_json), (page, found.to_html))
+    written = write_reports((report, found.save), (page, found.to_html))
     say(str(found))
     say_written(written)
     if lacking := [_FEWER[check.name] for check in found.failed if check.n < check.required and check.name in _FEWER]:

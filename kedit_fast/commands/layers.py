@@ -9,7 +9,7 @@ from kedit_fast.commands.outputs import check_distinct, check_output, fresh_log,
 from kedit_fast.editors import EDITORS
 from kedit_fast.editors.checks import check_lengths
 from kedit_fast.editors.contexts import BARE
-from kedit_fast.experiments.by_layer import LayerSweep, sweep_layers
+from kedit_fast.experiments.by_layer import LayerStudy, edit_by_layer
 from kedit_fast.facts.fact import check_facts
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, read_log
 
@@ -34,7 +34,7 @@ def run(args) -> None:
     check_lengths(lm, facts, [[BARE]])
     moments = statistics(args, lm, [editor], layers, corpus)
     with fresh_log(log) if log else nullcontext():
-        found = sweep_layers(
+        found = edit_by_layer(
             lm, facts, editor, layers, moments=moments, trace=traces, samples=args.samples, seed=args.seed, log=log
         )
     written = write_reports((output, found.save), (picture, found.plot))
@@ -56,7 +56,7 @@ def _traces_of(path: str, facts):
     return traces
 
 
-def say_layers(found: LayerSweep) -> None:
+def say_layers(found: LayerStudy) -> None:
     """A row a layer, and how far trace and edits rank together."""
     kinds = list(found.traces)
     rows = [
@@ -73,7 +73,7 @@ def say_layers(found: LayerSweep) -> None:
     say(f"note: {LOCALIZATION_WARNING}")
 
 
-def _effects(found: LayerSweep, kinds: list[str]) -> list[tuple[str, ...]]:
+def _effects(found: LayerStudy, kinds: list[str]) -> list[tuple[str, ...]]:
     """For each layer, the effect of each kind."""
     columns = [[_share(float(value)) for value in found.effect(kind)] for kind in kinds]
     return list(zip(*columns, strict=True)) if columns else [() for _ in found.layers]

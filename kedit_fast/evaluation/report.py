@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.checks import AnyPath
-from kedit_fast.basics.files import read_object, write_text
+from kedit_fast.basics.files import check_format, read_object, write_text
 from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.basics.printing import columns, escaped, html_text
 from kedit_fast.basics.words import reason
@@ -128,8 +128,7 @@ class EvalReport:
         """The report that ``save`` wrote, columns bit for bit. Raises ValueError for any other file."""
         record = read_object(path, "a saved report")
         try:
-            if (record["format"], record["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"it is {record['format']} of version {record['version']}")
+            check_format(record, FORMAT, version=VERSION)
             facts = tuple(Fact.from_record(fact) for fact in record["facts"])
             perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
             found = _loaded(record, record, facts, record["meta"])

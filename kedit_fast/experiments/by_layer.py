@@ -1,4 +1,4 @@
-"""Layer sweep: how well editing works at each layer, beside the causal trace of the same facts.
+"""A study of the layers: how well editing works at each layer, beside the causal trace of the same facts.
 
 Causal tracing says at which layers a fact passes through; one would think that these are the layers to edit. Hase et
 al. 2023 ("Does localization inform editing?", arXiv:2301.04213) found that it does not follow: where a fact is traced
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import append_records, check_place, read_object, write_text
+from kedit_fast.basics.files import append_records, check_format, check_place, read_object, write_text
 from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.progress import progress, stages
 from kedit_fast.basics.words import reason
@@ -40,7 +40,8 @@ from kedit_fast.tracing.trace import trace as trace_facts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT, VERSION = "kedit_fast.layer_sweep", 1
+FORMAT, VERSION = "kedit_fast.layer_study", 1
+BEFORE = "kedit_fast.layer_sweep"  # the format's name in older files
 KINDS = ("state", "mlp")  # traced, unless told otherwise
 LAST = ROLES.index("last subject token")
 COMPARED = ("efficacy", "p_new", "paraphrase", "neighborhood", SCORE)  # with the trace
@@ -49,7 +50,7 @@ Summary = dict[str, Interval]
 
 
 @dataclass(frozen=True, eq=False)
-class LayerSweep:
+class LayerStudy:
     """Edit success by layer, and the causal trace of the same facts.
 
     edited: {layer: {metric: Interval}}, each fact under its own edit at that layer; base: {metric: Interval} of the
@@ -115,12 +116,11 @@ class LayerSweep:
         write_text(path, json.dumps(record, allow_nan=False))
 
     @classmethod
-    def load(cls, path: checks.AnyPath) -> "LayerSweep":
+    def load(cls, path: checks.AnyPath) -> "LayerStudy":
         """What ``save`` wrote. Raises ValueError for any other file."""
-        record = read_object(path, "a saved layer sweep")
+        record = read_object(path, "a saved study of layers")
         try:
-            if (record["format"], record["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"it is {record['format']} of version {record['version']}")
+            check_format(record, FORMAT, BEFORE, version=VERSION)
             return cls(
                 edited={int(layer): _summary(listed) for layer, listed in record["edited"].items()},
                 base=_summary(record["base"]),
@@ -131,12 +131,12 @@ class LayerSweep:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no layer sweep ({reason(error)}); expected {FORMAT}, version {VERSION}, as save makes it"
+                f"{path} is no study of layers ({reason(error)}); expected {FORMAT}, version {VERSION}, by save"
             ) from error
 
     def __repr__(self) -> str:
         n = self.n_facts
-        return f"LayerSweep({self.method}, {n} fact{'s' * (n != 1)}, {len(self.edited)} layers, model {self.model})"
+        return f"LayerStudy({self.method}, {n} fact{'s' * (n != 1)}, {len(self.edited)} layers, model {self.model})"
 
     def _repr_html_(self) -> str:
         from kedit_fast.pictures.figure import figure_html
@@ -145,7 +145,7 @@ class LayerSweep:
 
 
 @takes_lm
-def sweep_layers(
+def edit_by_layer(
     lm: LM,
     facts: Fact | Iterable[Fact],
     editor: Located | None = None,
@@ -159,7 +159,7 @@ def sweep_layers(
     samples: int = 10,
     seed: int = 0,
     log: checks.AnyPath | None = None,
-) -> LayerSweep:
+) -> LayerStudy:
     """Edits the facts at each layer, every fact as an edit of its own, and traces them.
 
     editor: one that edits at one layer and knows ``independent=True``: Rome (default: its settings for this model),
@@ -204,7 +204,7 @@ def sweep_layers(
         base = {name: one for name, both in found.items() if (one := both["base"]) is not None}
         if traces is None:
             traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
-    return LayerSweep(edited, base, traces, edit.method, len(facts), lm.name)
+    return LayerStudy(edited, base, traces, edit.method, len(facts), lm.name)
 
 
 def spearman(a, b) -> float:

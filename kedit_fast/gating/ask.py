@@ -19,7 +19,7 @@ from kedit_fast.sweep.together import together
 TOGETHER = 64  # prompts a sweep when the weights are in memory, so that progress moves
 
 
-class Found(NamedTuple):
+class FormAnswers(NamedTuple):
     """What one form of the edit answered."""
 
     answered: list[Answered]
@@ -37,7 +37,7 @@ def names_of(form: str) -> list[str]:
 
 
 @torch.no_grad()
-def ask(view, asked: Questions, form: str) -> Found:
+def ask(view, asked: Questions, form: str) -> FormAnswers:
     """All answers of ``view``, a model that carries the edit, and of the same model without it."""
     base, probes = dataclasses.replace(view, edits=()), asked.probes(view)
     before, after = _read(view, probes, form)
@@ -49,7 +49,7 @@ def ask(view, asked: Questions, form: str) -> Found:
     for one, answers in zip(probes, zip(before, after, strict=True), strict=True):
         both[one.kind].append(answers)
     perplexity, drift = _drift(*text_logprobs(view, list(asked.windows), f"{form}: measuring perplexity"))
-    return Found(
+    return FormAnswers(
         answered=[_answered(form, w, a) for w, (_, a) in zip(asked.wordings, both[WORDING], strict=True)],
         follows=[(q, a.text, a.exact[0] == 1) for q, (_, a) in zip(asked.portability, both[PORTABILITY], strict=True)],
         songs=sing(asked.canaries, base_texts, [a.text for _, a in both[CANARY]]),

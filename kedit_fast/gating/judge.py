@@ -19,7 +19,7 @@ from kedit_fast.evaluation.evaluate import OPS
 from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
 from kedit_fast.facts.fact import Chat
 from kedit_fast.gating import forms
-from kedit_fast.gating.ask import Found, ask, names_of
+from kedit_fast.gating.ask import FormAnswers, ask, names_of
 from kedit_fast.gating.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, says
 from kedit_fast.gating.policy import Advice, advise
 from kedit_fast.gating.questions import (
@@ -144,7 +144,7 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
 # ---- judging one form
 
 
-def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> list[Check]:
+def _checks(form: str, found: FormAnswers, asked: Questions, limits: Thresholds) -> list[Check]:
     """Every measured value of one form, in the order they are shown."""
     direct = [a for a in found.answered if a.kind in (REWRITE, PARAPHRASE)]
     paraphrases = [a for a in direct if a.kind == PARAPHRASE]
@@ -185,7 +185,7 @@ def _checks(form: str, found: Found, asked: Questions, limits: Thresholds) -> li
     return checks + [_canary_check(form, found, kind, name, limits) for kind, name in _LEAKS.items()]
 
 
-def _other_form_checks(form: str, found: Found, limits: Thresholds) -> list[Check]:
+def _other_form_checks(form: str, found: FormAnswers, limits: Thresholds) -> list[Check]:
     """The share of wordings answered in a chat, or plainly, where that is not the form of their facts."""
     made = []
     for kind in (IN_CHAT, PLAINLY):
@@ -202,7 +202,7 @@ _LEAKS = {
 }  # fmt: skip
 
 
-def _canary_check(form: str, found: Found, kind: str, limit: str, limits: Thresholds) -> Check:
+def _canary_check(form: str, found: FormAnswers, kind: str, limit: str, limits: Thresholds) -> Check:
     songs = [song for song in found.songs if song.canary.kind == kind]
     before, after = (sum(getattr(song, name) for song in songs) for name in ("leaked_before", "leaked"))
     note = f"the old answer was written {before} times before, {after} times after" if songs else _NO_CANARY[kind]
@@ -266,7 +266,7 @@ def _beside(answers: Sequence[Answered], measure: str) -> str:
     return f"counted as {measure!r}" + (f"; {', '.join(parts)}" if parts else "")
 
 
-def _specificity_note(found: Found, asked: Questions) -> str:
+def _specificity_note(found: FormAnswers, asked: Questions) -> str:
     lost: list[Kept] = [x.asked for x in found.lost if x.is_lost]
     by_source = Counter(kept.source for kept in lost)
     parts = [f"{len(lost)} lost" + "".join(f", {n} of {source}" for source, n in by_source.items())]

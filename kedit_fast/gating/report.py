@@ -96,9 +96,13 @@ class GateReport:
                 return check
         raise KeyError(f"no check {name!r}; there are {'; '.join(dict.fromkeys(c.name for c in self.checks))}")
 
-    def to_json(self, path: AnyPath | None = None) -> str:
-        """The whole report as JSON text; NaN and infinity are null. With ``path`` also a file, whole or not at all."""
-        record = {
+    def save(self, path: AnyPath) -> None:
+        """Writes the whole report as one JSON file, whole or not at all; NaN and infinity are null."""
+        write_text(path, json.dumps(self.to_record(), allow_nan=False, indent=1, ensure_ascii=False) + "\n")
+
+    def to_record(self) -> dict:
+        """Plain values, for JSON; NaN and infinity are None."""
+        return {
             "format": FORMAT,
             "version": VERSION,
             "passed": self.passed,
@@ -110,14 +114,15 @@ class GateReport:
             "lens": None if self.lens is None else _finite(self.lens.summary()),
             "meta": _finite(self.meta),
         }
-        text = json.dumps(record, allow_nan=False, indent=1, ensure_ascii=False)
-        return _write(path, text + "\n")
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The report as one page without scripts or outside files; with ``path`` also a file, whole or not at all."""
         title = f"Gate: {'passed' if self.passed else 'refused'}"
         sections = [self._verdict(), self._wordings(), self._canaries(), *self._layers(), self._specificity()]
-        return _write(path, render_report(title, self._first_line(), [*sections, _method(self.meta)]))
+        page = render_report(title, self._first_line(), [*sections, _method(self.meta)])
+        if path is not None:
+            write_text(path, page)
+        return page
 
     def __str__(self) -> str:
         rows = [_HEADERS, *((*_row(c), _verdict(c)) for c in self.checks)]
@@ -296,9 +301,3 @@ def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return finite(value) if isinstance(value, float) else value
-
-
-def _write(path, text: str) -> str:
-    if path is not None:
-        write_text(path, text)
-    return text

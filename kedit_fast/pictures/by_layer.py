@@ -1,4 +1,4 @@
-"""Picture of a layer sweep: edit success by layer, and below it the causal trace of the same facts."""
+"""Picture of a study of layers: edit success by layer, and below it the causal trace of the same facts."""
 
 import numpy as np
 
@@ -11,32 +11,32 @@ _NAMES = {"p_new": "P(new)"}
 WARNING = "where a fact is traced does not by itself predict where editing it works (Hase et al. 2023)"
 
 
-def plot_layers(sweep, path=None):
+def plot_layers(study, path=None):
     """Efficacy, P(new), paraphrase and neighborhood by layer with 95 % bands; below, on the same layers, the average
     indirect effect (AIE) at the subject's last token, with its bands and its rank correlations with the edits' success.
 
-    sweep: a ``LayerSweep``; path: where to write the figure too, PNG or what its suffix says. Dotted: the neighborhood
+    study: a ``LayerStudy``; path: where to write the figure too, PNG or what its suffix says. Dotted: the neighborhood
     without edits. Gives a ``matplotlib.figure.Figure``, whose label is its alt text.
     """
-    averages = list(sweep.traces.values())
-    n_layers = averages[0].mean.shape[1] if averages else max(sweep.layers) + 1
+    averages = list(study.traces.values())
+    n_layers = averages[0].mean.shape[1] if averages else max(study.layers) + 1
     with style():
         figure = new_figure(2.2 + 1.4 * layers_width(n_layers), 4.9)
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 5))
         for metric, ink in _INKS.items():
-            _draw_metric(top, sweep, metric, ink)
-        base = sweep.base["neighborhood"].mean
+            _draw_metric(top, study, metric, ink)
+        base = study.base["neighborhood"].mean
         if np.isfinite(base):
             top.axhline(base, color=_INKS["neighborhood"], linestyle=":", linewidth=0.9, label="neighborhood, no edit")
         top.set_ylim(-0.03, 1.03)
         top.set_ylabel("share of prompts; probability")
-        facts = f"{sweep.n_facts:,} fact{'s' * (sweep.n_facts != 1)}, each edited alone"
-        add_title(top, f"Editing at each layer ({sweep.method})", f"{facts}; 95 % bands")
+        facts = f"{study.n_facts:,} fact{'s' * (study.n_facts != 1)}, each edited alone"
+        add_title(top, f"Editing at each layer ({study.method})", f"{facts}; 95 % bands")
         for average in averages:
             n_lines = len(below.lines)
             draw_band(below, average, "last subject token", INK[average.kind], "-")
             for line in below.lines[n_lines:]:  # none where nothing was traced
-                line.set_label("\n".join([KIND_NAME[average.kind], *_correlations(sweep, average.kind)]))
+                line.set_label("\n".join([KIND_NAME[average.kind], *_correlations(study, average.kind)]))
         below.axhline(0, color=GRAY, linewidth=0.6)
         if averages:
             below.set_ylabel(f"AIE on {METRIC_NAME[averages[0].metric].format('answer')}")
@@ -46,15 +46,15 @@ def plot_layers(sweep, path=None):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         layer_ticks(below, n_layers)
-        below.set_xlabel(within("layer", sweep.model))
-    return finish(figure, path, _alt(sweep))
+        below.set_xlabel(within("layer", study.model))
+    return finish(figure, path, _alt(study))
 
 
-def _draw_metric(axes, sweep, metric: str, ink: str) -> None:
-    values = [sweep.edited[layer][metric] for layer in sweep.layers]
+def _draw_metric(axes, study, metric: str, ink: str) -> None:
+    values = [study.edited[layer][metric] for layer in study.layers]
     if not any(np.isfinite(value.mean) for value in values):
         return
-    x = np.array(sweep.layers) + 0.5
+    x = np.array(study.layers) + 0.5
     axes.fill_between(x, [v.low for v in values], [v.high for v in values], color=ink, alpha=0.14, linewidth=0)
     axes.plot(
         x,
@@ -68,24 +68,24 @@ def _draw_metric(axes, sweep, metric: str, ink: str) -> None:
     )
 
 
-def _correlations(sweep, kind: str) -> list[str]:
+def _correlations(study, kind: str) -> list[str]:
     """Of efficacy and, because that is often the same at many layers, of P(new)."""
-    found = {metric: sweep.rank_correlation(kind, metric) for metric in ("efficacy", "p_new")}
+    found = {metric: study.rank_correlation(kind, metric) for metric in ("efficacy", "p_new")}
     return [f"ρ with {_NAMES.get(metric, metric)} {rho:+.2f}" for metric, rho in found.items() if np.isfinite(rho)]
 
 
-def _alt(sweep) -> str:
-    text = f"Edit success by layer ({sweep.method}, {sweep.n_facts} facts)."
+def _alt(study) -> str:
+    text = f"Edit success by layer ({study.method}, {study.n_facts} facts)."
     for metric in ("efficacy", "p_new"):
-        means = {layer: sweep.edited[layer][metric].mean for layer in sweep.layers}
+        means = {layer: study.edited[layer][metric].mean for layer in study.layers}
         finite = {layer: mean for layer, mean in means.items() if np.isfinite(mean)}
         if finite:
             best = max(finite, key=finite.get)
             text += f" Highest {_NAMES.get(metric, metric)} {finite[best]:.2f} at layer {best}."
-    for kind in sweep.traces:
-        effect = sweep.effect(kind)
+    for kind in study.traces:
+        effect = study.effect(kind)
         if np.isfinite(effect).any():
-            where = sweep.layers[int(np.nanargmax(effect))]
-            said = ", ".join([f"strongest at layer {where}", *_correlations(sweep, kind)])
+            where = study.layers[int(np.nanargmax(effect))]
+            said = ", ".join([f"strongest at layer {where}", *_correlations(study, kind)])
             text += f" Trace of {KIND_NAME[kind]}: {said}."
     return f"{text} Note: {WARNING}."

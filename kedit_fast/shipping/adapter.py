@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import named, read_object
+from kedit_fast.basics.files import check_format, named, read_object
 from kedit_fast.basics.folders import check_new_folder, new_folder, sha256_of, write_json
 from kedit_fast.basics.state import own_state
 from kedit_fast.basics.words import reason
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "kedit_fast.json"
-FORMAT, VERSION = "kedit_fast.peft", "1"
+FORMAT, VERSION = "kedit_fast.peft", 1
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
     path = folder / RECORD
     try:
         record = read_object(path, "what export_peft writes")
-        if (record["format"], record["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+        check_format(record, FORMAT, version=VERSION)
         expected, made_for = record["sha256"], record["fingerprint"]
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that export_peft wrote") from None

@@ -21,14 +21,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import existing_folder, file_in, named_instead, read_object, replace_file
+from kedit_fast.basics.files import check_format, existing_folder, file_in, named_instead, read_object, replace_file
 from kedit_fast.basics.folders import sha256_of, write_json
 from kedit_fast.basics.words import reason
 from kedit_fast.edits.chain import check_follows
 from kedit_fast.edits.changes import refuse_independent
 from kedit_fast.edits.edit import Edit, check_once
 
-FORMAT, VERSION = "kedit_fast.history", "1"
+FORMAT, VERSION = "kedit_fast.history", 1
 MANIFEST, EDITS = "history.json", "edits"
 
 
@@ -156,8 +156,7 @@ class EditHistory:
             return "", (Version(0, message="the model as it is"),)
         try:
             record = read_object(path, "what EditHistory writes")
-            if (record["format"], record["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+            check_format(record, FORMAT, version=VERSION)
             if record["sha256"] != _sha256_of_list(record["fingerprint"], record["versions"]):
                 raise ValueError("its digest does not fit its contents; was it edited by hand?")
             versions = tuple(Version(**(each | {"edits": tuple(each["edits"])})) for each in record["versions"])

@@ -33,7 +33,7 @@ from kedit_fast.model.stored import INDEX, Checkpoint
 from kedit_fast.shipping.history import check_words, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 
-FORMAT, VERSION = "kedit_fast.merge", "1"
+FORMAT, VERSION = "kedit_fast.merge", 1
 KEPT, MANIFEST, ORIGINALS, BEFORE = "kedit_fast_merge", "manifest.json", "original.safetensors", "before"
 # Weights in other files than those the checkpoint is read from: left as they are they would be the unedited model's.
 OTHER_WEIGHTS = (

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import file_in, read_object, replace_file
+from kedit_fast.basics.files import check_format, file_in, read_object, replace_file
 from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state
@@ -74,8 +74,7 @@ def read_manifest(folder) -> dict:
         )
     try:
         record = read_object(path, "what merge_checkpoint writes")
-        if (record["format"], record["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {record['format']!r}, version {record['version']!r}")
+        check_format(record, FORMAT, version=VERSION)
         _check_record(record, Path(folder))
         return record
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

@@ -27,14 +27,16 @@ from kedit_fast.sweep.plan import graph_bytes, logit_bytes
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.together import together, too_large
-from kedit_fast.tracing.tasks import METRICS, SITE, Found, Settings, Task, add_runs, noise_job
+from kedit_fast.tracing.tasks import METRICS, SITE, Task, Traced, TraceSettings, add_runs, noise_job
 
 STEPS = tuple(i / 8 for i in range(7))  # shares of the way from corrupted to clean; the first is the corrupted run
 LOGITS = 4  # logits that a run's last row holds until the backward pass
 PLACES = 8  # rows of fp32 that the effects at one site of one layer take, for each place
 
 
-def estimate(lm, tasks: Sequence[Task], how: Settings, advance: Callable[[float], None] | None = None) -> list[Found]:
+def estimate(
+    lm, tasks: Sequence[Task], how: TraceSettings, advance: Callable[[float], None] | None = None
+) -> list[Traced]:
     """The estimate of every cell of every fact. One weight pass forward and one back for facts that fit the memory; of
     a fact that does not, draws and steps are cut into groups that do, and the clean run is repeated in each.
 
@@ -95,7 +97,7 @@ def _sites(kinds: Sequence[str]) -> tuple[Site, ...]:
     return tuple(dict.fromkeys(SITE.get(kind, Site.layer_out) for kind in kinds))
 
 
-def _effects(lm, tasks, how: Settings, ways: Tensor, advance, recompute: bool) -> tuple[Tensor, list[dict]]:
+def _effects(lm, tasks, how: TraceSettings, ways: Tensor, advance, recompute: bool) -> tuple[Tensor, list[dict]]:
     """(value [tasks, 1 + ways], of the clean run and of those on the way; by fact {site: [L, ways * positions]}).
 
     ways: which of the runs, of len(STEPS) * draws: step by step, each with all draws
@@ -117,7 +119,7 @@ def _effects(lm, tasks, how: Settings, ways: Tensor, advance, recompute: bool) -
     return value.detach(), [dict(zip(effects, mine, strict=True)) for mine in by_fact]
 
 
-def _embeddings(lm, tasks, on_the_way: list[Tensor], how: Settings, ways: Tensor) -> list:
+def _embeddings(lm, tasks, on_the_way: list[Tensor], how: TraceSettings, ways: Tensor) -> list:
     """Jobs that make the runs' embeddings: the noise of each run's draw, then its step's share of the way."""
     noise = [] if how.level is None else [noise_job(lm, tasks, on_the_way, how, ways % how.draws)]
     step = ways // how.draws
@@ -143,7 +145,7 @@ def _places(task: Task, clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tenso
     return run, pos.repeat(len(corrupted)), clean.expand(len(run))
 
 
-def _found(lm, task, how: Settings, value, effects: dict[Site, Tensor]) -> Found:
+def _found(lm, task, how: TraceSettings, value, effects: dict[Site, Tensor]) -> Traced:
     """One fact's estimates. value: [1 + steps * draws] of the clean run and those on the way; effects: {site: [L, steps
     * draws * positions]}."""
     value = value[: 1 + how.draws]  # the first step's are the corrupted ones
@@ -163,7 +165,7 @@ def _found(lm, task, how: Settings, value, effects: dict[Site, Tensor]) -> Found
             table[:, -1] = p_corrupted
             table[-1, -1] = p_clean
         restored[kind] = table
-    return Found(p_clean, p_corrupted, restored)
+    return Traced(p_clean, p_corrupted, restored)
 
 
 def _windows(effect: Tensor, window: int) -> Tensor:

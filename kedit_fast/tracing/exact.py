@@ -12,7 +12,7 @@ from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import TABLES
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
-from kedit_fast.tracing.tasks import METRICS, SITE, Found, Settings, add_runs, noise_job
+from kedit_fast.tracing.tasks import METRICS, SITE, Traced, TraceSettings, add_runs, noise_job
 
 
 class _Cells:
@@ -31,7 +31,7 @@ class _Cells:
         return [Restore(self.site, *(torch.cat(c) for c in zip(*self.writes, strict=True)))] if self.writes else []
 
 
-def all_cells(lm, tasks, how: Settings, advance: Callable[[float], None] | None) -> list[Found]:
+def all_cells(lm, tasks, how: TraceSettings, advance: Callable[[float], None] | None) -> list[Traced]:
     """Every cell of every fact; a fact with many tokens takes several sweeps, of some positions each, for the tables of
     all its runs (tokens, and where each key lies) would not fit beside their rows."""
     task = tasks[0]
@@ -52,7 +52,7 @@ def all_cells(lm, tasks, how: Settings, advance: Callable[[float], None] | None)
     return [found]
 
 
-def restored_cells(lm, tasks, how: Settings, only, advance: Callable[[float], None] | None) -> list[Found]:
+def restored_cells(lm, tasks, how: TraceSettings, only, advance: Callable[[float], None] | None) -> list[Traced]:
     """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
     runs = RunList()
     clean, corrupted = add_runs(runs, tasks, how.draws)
@@ -130,7 +130,7 @@ def _score(lm, tasks, clean, corrupted, cells) -> Score:
     return Score(lm, torch.cat(run), torch.cat(pos), torch.cat(targets))
 
 
-def _read(lm, tasks, how: Settings, value: Tensor, cells) -> list[Found]:
+def _read(lm, tasks, how: TraceSettings, value: Tensor, cells) -> list[Traced]:
     """By fact, from the answer's value [k] at the places of ``_score``."""
     found, at = [], 0
     for i, task in enumerate(tasks):
@@ -145,5 +145,5 @@ def _read(lm, tasks, how: Settings, value: Tensor, cells) -> list[Found]:
             if kind == "state":  # nothing stands above the last layer: only the last token's state is read
                 table[-1, -1] = p_clean
             restored[kind] = table
-        found.append(Found(p_clean, p_corrupted, restored))
+        found.append(Traced(p_clean, p_corrupted, restored))
     return found

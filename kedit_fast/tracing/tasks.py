@@ -28,7 +28,7 @@ METRICS = {  # of log-probabilities [k, m] of the answer and, for the last one, 
 
 
 @dataclass(frozen=True)
-class Settings:
+class TraceSettings:
     """How facts are traced: the arguments of ``trace`` that its steps need.
 
     draws: corrupted runs a fact; level: what ``noise_level`` gave, None where another subject corrupts
@@ -158,7 +158,7 @@ def add_runs(runs: RunList, tasks: Sequence[Task], draws: int) -> tuple[list[Ten
 
 
 def noise_job(
-    lm, tasks: Sequence[Task], corrupted: list[Tensor], how: Settings, draw: Tensor | None = None
+    lm, tasks: Sequence[Task], corrupted: list[Tensor], how: TraceSettings, draw: Tensor | None = None
 ) -> AddNoise:
     """Published noise: one fp64 draw [draws, subject tokens, d] a fact, the generator restarted for each fact.
 
@@ -178,7 +178,7 @@ def noise_job(
 
 
 @dataclass(frozen=True)
-class Found:
+class Traced:
     """What was read of one fact, in its metric: p_clean, p_corrupted []; restored: {kind: [T, L]}."""
 
     p_clean: Tensor

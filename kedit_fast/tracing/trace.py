@@ -25,7 +25,17 @@ from kedit_fast.sweep.together import together
 from kedit_fast.tracing.attribution import estimate, most
 from kedit_fast.tracing.exact import all_cells, restored_cells
 from kedit_fast.tracing.results import AverageTrace, TraceResult, average, read_log
-from kedit_fast.tracing.tasks import KINDS, METRICS, SITE, Found, Settings, Task, check_draws, noise_level, tasks_of
+from kedit_fast.tracing.tasks import (
+    KINDS,
+    METRICS,
+    SITE,
+    Task,
+    Traced,
+    TraceSettings,
+    check_draws,
+    noise_level,
+    tasks_of,
+)
 
 __all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "read_log", "trace"]
 
@@ -86,7 +96,7 @@ def trace(
     log = None if log is None else check_place(log)
     noisy = isinstance(corrupt, str) and corrupt == "noise"
     level, draws = (noise_level(lm, facts, noise), check_draws(lm, facts, kinds, samples)) if noisy else (None, 1)
-    how = Settings(kinds, window, metric, sever, draws, level, seed)
+    how = TraceSettings(kinds, window, metric, sever, draws, level, seed)
     backend = ", ".join(f"{op} {backend_for(op, lm.device, lm.dtype)}" for op in _OPS)
     tasks = tasks_of(lm, facts, answer, corrupt, metric)
     if method == "exact":
@@ -108,7 +118,7 @@ def _check_severed(kinds, sever, method):
         )
 
 
-def _groups(lm, tasks: list[Task], how: Settings) -> Iterator[list[Task]]:
+def _groups(lm, tasks: list[Task], how: TraceSettings) -> Iterator[list[Task]]:
     """Consecutive facts whose runs fit the memory together; one that is too large is cut further."""
     budget = free(lm) // RowCost.of(lm).kept
     if not lm.source.pass_bytes:
@@ -116,13 +126,13 @@ def _groups(lm, tasks: list[Task], how: Settings) -> Iterator[list[Task]]:
     return together(tasks, lambda task: n_rows(lm, task, how), budget)
 
 
-def n_rows(lm, task: Task, how: Settings) -> int:
+def n_rows(lm, task: Task, how: TraceSettings) -> int:
     """Rows of all cells of one fact, at the height of an exact trace."""
     n = len(task.tokens) - task.span[0]
     return len(task.tokens) + how.draws * n + len(how.kinds) * how.draws * lm.n_layers * n * (n + 1) // 2
 
 
-def _announce(lm, tasks: list[Task], how: Settings) -> None:
+def _announce(lm, tasks: list[Task], how: TraceSettings) -> None:
     """How large an exact trace is, before it begins. How long it takes is said once its first layers are done."""
     rows = sum(n_rows(lm, task, how) for task in tasks)
     if rows >= LONG:
@@ -135,7 +145,7 @@ def _announce(lm, tasks: list[Task], how: Settings) -> None:
         )  # fmt: skip
 
 
-def _trace_group(lm, tasks, how: Settings, method, top, backend, advance) -> list[TraceResult]:
+def _trace_group(lm, tasks, how: TraceSettings, method, top, backend, advance) -> list[TraceResult]:
     """Results of some facts: estimated, exact, or the one where the other says."""
     if method == "exact":
         found, exact = all_cells(lm, tasks, how, advance), None
@@ -172,7 +182,7 @@ def _known(kind: str, restored: Tensor) -> Tensor:
 # ---- results
 
 
-def _result(lm, task, how: Settings, kind, found: Found, restored, exact, backend) -> TraceResult:
+def _result(lm, task, how: TraceSettings, kind, found: Traced, restored, exact, backend) -> TraceResult:
     return TraceResult(
         fact=task.fact,
         tokens=tuple(lm.tokenizer.decode([i]) for i in task.tokens),

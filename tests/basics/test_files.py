@@ -5,7 +5,7 @@ import os
 import resource
 import stat
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from kedit_fast.basics import files
-from kedit_fast.basics.files import append_records, check_folder, check_place, file_in, holds_something, replace_file
+from kedit_fast.basics.files import (
+    append_records,
+    check_folder,
+    check_format,
+    check_place,
+    file_in,
+    holds_something,
+    replace_file,
+)
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.facts.fact import Fact
@@ -223,6 +231,14 @@ def test_paths_that_name_no_file(path, error, says, tmp_path, monkeypatch):
             with pytest.raises(error, match=says):
                 act(path)
         assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name, version, fits", [("new", 1, True), ("old", "1", True), ("new", 2, False), ("x", 1, False)]
+)
+def test_formats_and_versions(name, version, fits):
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"it is '{name}' of version {version}"):
+        check_format({"format": name, "version": version}, "new", "old", version=1)
 
 
 def test_an_empty_file_holds_nothing(tmp_path):

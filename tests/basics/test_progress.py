@@ -11,7 +11,7 @@ import kedit_fast as kf
 from kedit_fast.basics import progress as module
 from kedit_fast.basics.progress import Bar, duration, logger, progress, scaled, show_progress, stages
 from kedit_fast.editors import Memit, Rome
-from kedit_fast.experiments.by_layer import sweep_layers
+from kedit_fast.experiments.by_layer import edit_by_layer
 from kedit_fast.gating.ask import names_of
 from tests.conftest import tiny_lm
 
@@ -166,7 +166,7 @@ def test_every_flow_says_its_stages(at_once, capsys):
         "stage 3 of 3: measuring perplexity (tokens)",
     ]
     assert said_by(lambda: kf.trace(lm, FACTS, samples=1), capsys) == ["tracing facts"]
-    heads = said_by(lambda: sweep_layers(lm, FACTS[:1], rome, [1, 2], contexts=["{}"], samples=1), capsys)
+    heads = said_by(lambda: edit_by_layer(lm, FACTS[:1], rome, [1, 2], contexts=["{}"], samples=1), capsys)
     assert heads[-1] == "stage 2 of 2: tracing facts" and any(h.startswith("layer 2 (1 of 2 done") for h in heads)
     rounds = kf.edit_in_rounds(lm, FACTS, memit, per_round=1, contexts=["{}"])
     heads = said_by(lambda: list(rounds), capsys)

@@ -164,7 +164,7 @@ FLOWS = {
     "lens": lambda folder: kf.logit_lens(lm(), FACTS, made()),
     "rounds": lambda folder: [r.to_record() | {"edit_s": 0, "evaluate_s": 0} for r in kf.edit_in_rounds(
         lm(), FACTS, kf.Ft(layers=(1,), num_steps=2), per_round=1)],
-    "layers": lambda folder: kf.sweep_layers(
+    "layers": lambda folder: kf.edit_by_layer(
         lm(), FACTS, settings(kf.Rome, mom2_adjustment=False), contexts=CONTEXTS, samples=2).to_record(),
     "folders": reopened,
     "apply": applied,

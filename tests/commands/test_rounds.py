@@ -7,7 +7,7 @@ import pytest
 import kedit_fast as kf
 from kedit_fast.commands import cli
 from kedit_fast.commands import rounds as rounds_command
-from kedit_fast.experiments.by_layer import LayerSweep
+from kedit_fast.experiments.by_layer import LayerStudy
 from kedit_fast.experiments.rounds import Round
 from kedit_fast.gating.canary import PROSE
 from tests.commands.cases import FACTS, FAST, run
@@ -104,7 +104,7 @@ def test_layers(model, work, capsys):
     outputs = ("-o", "out/layers.json", "--log", "out/log.jsonl", "--plot", "out/layers.png")
     assert run(*LAYERS, "--model", model, "--layers", "0-3:2", *outputs) == 0
     said = capsys.readouterr().out
-    found = LayerSweep.load(work / "out/layers.json")
+    found = LayerStudy.load(work / "out/layers.json")
     assert found.layers == (0, 2) and found.n_facts == 2 and list(found.traces) == ["state", "mlp"]
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line[:1].isdigit()}
     assert list(rows) == ["0", "2"] and rows["2"][2] == f"{found.edited[2]['p_new'].mean:.3f}"
@@ -124,7 +124,7 @@ def test_layers_beside_traces_that_are_there(model, work, capsys):
     assert run(*LAYERS, "--model", model, *given) == 2
     assert "lacks 1 of 2 facts, for instance 'The capital of France is'" in capsys.readouterr().err
     assert run(*LAYERS, "--model", model, *given, "-n", 1) == 0
-    assert list(LayerSweep.load(work / "layers.json").traces) == ["mlp"]
+    assert list(LayerStudy.load(work / "layers.json").traces) == ["mlp"]
 
 
 @pytest.mark.parametrize(

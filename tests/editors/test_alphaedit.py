@@ -123,4 +123,4 @@ def test_experiments_find_an_empty_null_space_before_any_work(monkeypatch):
     with pytest.raises(ValueError, match="no eigenvalue"):
         kf.edit_in_rounds(lm, FACTS, editor, per_round=2, **given)
     with pytest.raises(ValueError, match="no eigenvalue"):
-        kf.sweep_layers(lm, FACTS, editor, layers=(1, 2), log=None, **given)
+        kf.edit_by_layer(lm, FACTS, editor, layers=(1, 2), log=None, **given)

@@ -10,7 +10,7 @@ import pytest
 import kedit_fast as kf
 import kedit_fast.experiments.by_layer as sweep_module
 from kedit_fast.basics.intervals import Interval
-from kedit_fast.experiments.by_layer import LAST, LayerSweep, spearman, sweep_layers
+from kedit_fast.experiments.by_layer import LAST, LayerStudy, edit_by_layer, spearman
 from kedit_fast.tracing.results import AverageTrace
 from tests.conftest import tiny_lm
 from tests.editors import cases
@@ -39,7 +39,7 @@ def made_up(efficacies, traces=None, layers=None):
         layer: dict.fromkeys(names, Interval(value, value - 0.1, value + 0.1, 4))
         for layer, value in zip(layers, efficacies, strict=True)
     }
-    return LayerSweep(
+    return LayerStudy(
         edited, dict.fromkeys(names, Interval(0.5, 0.4, 0.6, 4)), traces or TRACE, "rome", 4, model="tiny"
     )
 
@@ -47,7 +47,7 @@ def made_up(efficacies, traces=None, layers=None):
 @pytest.mark.parametrize("editor", [EDITOR, kf.Memit(layers=(0, 1), mom2_update_weight=5.0, v_num_grad_steps=4)])
 def test_each_fact_is_edited_alone_at_each_layer(editor):
     lm = tiny_lm("llama")
-    found = sweep_layers(lm, FACTS, editor, (2, 0), trace=TRACE, **GIVEN)
+    found = edit_by_layer(lm, FACTS, editor, (2, 0), trace=TRACE, **GIVEN)
     assert found.layers == (0, 2) and found.method == editor.METHOD and found.n_facts == 4
     for layer in found.layers:
         alone = []
@@ -62,14 +62,14 @@ def test_each_fact_is_edited_alone_at_each_layer(editor):
 
 def test_the_same_facts_are_traced():
     lm = tiny_lm("llama")
-    found = sweep_layers(lm, FACTS, EDITOR, (1,), samples=2, **GIVEN)
+    found = edit_by_layer(lm, FACTS, EDITOR, (1,), samples=2, **GIVEN)
     expected = kf.average(kf.trace(lm, FACTS, kinds=("state", "mlp"), samples=2))
     assert list(found.traces) == ["state", "mlp"]
     for kind, average in expected.items():
         np.testing.assert_allclose(found.traces[kind].mean, average.mean, atol=1e-6)
         assert found.effect(kind) == pytest.approx(average.mean[LAST, [1]], abs=1e-6)
     results = kf.trace(lm, FACTS, kinds=("state",), samples=2)
-    given = sweep_layers(lm, FACTS, EDITOR, (1,), trace=results, **GIVEN)
+    given = edit_by_layer(lm, FACTS, EDITOR, (1,), trace=results, **GIVEN)
     np.testing.assert_allclose(given.traces["state"].mean, expected["state"].mean, atol=1e-6)
 
 
@@ -87,13 +87,13 @@ def test_statistics_and_contexts_are_made_once_for_all_layers(monkeypatch):
 
     monkeypatch.setattr(kf.Rome, "sampled_contexts", contexts)
     monkeypatch.setattr("kedit_fast.moments.given.second_moments", measured)
-    found = sweep_layers(tiny_lm("gpt2"), FACTS[:1], EDITOR, corpus="self", trace=TRACE)
+    found = edit_by_layer(tiny_lm("gpt2"), FACTS[:1], EDITOR, corpus="self", trace=TRACE)
     assert found.layers == (0, 1, 2, 3) and counts == {"contexts": 1, "moments": 1}
 
 
 def test_a_line_for_each_layer(tmp_path):
     log = tmp_path / "log.jsonl"
-    found = sweep_layers(tiny_lm("llama"), FACTS[:2], EDITOR, (0, 3), trace=TRACE, log=log, **GIVEN)
+    found = edit_by_layer(tiny_lm("llama"), FACTS[:2], EDITOR, (0, 3), trace=TRACE, log=log, **GIVEN)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["layer"] for line in lines] == [0, 3]
     assert lines[1]["edited"]["p_new"][0] == found.edited[3]["p_new"].mean
@@ -118,12 +118,12 @@ def test_errors_come_before_work(options, says, monkeypatch):
     monkeypatch.setattr(sweep_module, "trace_facts", lambda *args, **given: pytest.fail("work had begun"))
     arguments = {"facts": FACTS, "editor": EDITOR} | GIVEN | options
     with pytest.raises(ValueError, match=says):
-        sweep_layers(tiny_lm("llama"), **arguments)
+        edit_by_layer(tiny_lm("llama"), **arguments)
 
 
 def test_a_trace_of_something_else():
     with pytest.raises(TypeError, match="AverageTrace"):
-        sweep_layers(tiny_lm("llama"), FACTS, EDITOR, trace={"state": [1, 2]}, **GIVEN)
+        edit_by_layer(tiny_lm("llama"), FACTS, EDITOR, trace={"state": [1, 2]}, **GIVEN)
 
 
 # ---- rank correlation
@@ -156,7 +156,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     found.save(tmp_path / "layers.json")
     text = (tmp_path / "layers.json").read_text()
     assert "NaN" not in text and "Hase et al. 2023" in text
-    read = LayerSweep.load(tmp_path / "layers.json")
+    (tmp_path / "older.json").write_text(text.replace("layer_study", "layer_sweep"))
+    assert LayerStudy.load(tmp_path / "older.json").to_record() == found.to_record()
+    read = LayerStudy.load(tmp_path / "layers.json")
     assert read.to_record() == found.to_record() and read.model == "tiny"
     np.testing.assert_array_equal(read.traces["mlp"].mean, TRACE["mlp"].mean)
     assert math.isnan(read.edited[1]["efficacy"].mean)
@@ -165,16 +167,16 @@ def test_what_is_saved_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("{}", "is no layer sweep"),
-        ("[]", "holds an array; expected a saved layer sweep"),
-        ("x", r"is not JSON \(line 1, column 1.*expected a saved layer sweep"),
-        ('{"format": "kedit_fast.layer_sweep", "version": 2}', "is no layer sweep"),
+        ("{}", "is no study of layers"),
+        ("[]", "holds an array; expected a saved study of layers"),
+        ("x", r"is not JSON \(line 1, column 1.*expected a saved study of layers"),
+        ('{"format": "kedit_fast.layer_study", "version": 2}', "is no study of layers"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, says):
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(ValueError, match=f"other.json {says}"):
-        LayerSweep.load(tmp_path / "other.json")
+        LayerStudy.load(tmp_path / "other.json")
 
 
 def test_the_picture(tmp_path):

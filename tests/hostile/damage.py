@@ -247,7 +247,7 @@ def results(folder: Path) -> list[Case]:
         paths = [path for path in cut(mine / name, mine, 6) if "turned" not in path.name or name.endswith("npz")]
         made += [_read(load, path, right) for path in paths]
     made += [_read(kf.EvalReport.load, _wrote(folder / f"report-{i}.json", text)) for i, text in enumerate(NOT_JSON)]
-    made += [_read(kf.LayerSweep.load, _wrote(folder / f"sweep-{i}.json", text)) for i, text in enumerate(NOT_JSON)]
+    made += [_read(kf.LayerStudy.load, _wrote(folder / f"study-{i}.json", text)) for i, text in enumerate(NOT_JSON)]
     return made
 
 

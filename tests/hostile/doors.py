@@ -188,10 +188,10 @@ def doors(folder) -> list[Door]:
         Door("edit_in_rounds", _with(kf.edit_in_rounds, t.lm, facts=t.facts, editor=t.rome, **rounds), dict(
             facts="facts", editor="object", per_round="positive", contexts="contexts?", max_tokens="positive",
             old="whole", seed="seed", log="path?")),
-        Door("sweep_layers", _with(kf.sweep_layers, t.lm, facts=t.facts, editor=t.rome, contexts=["{}"]), dict(
+        Door("edit_by_layer", _with(kf.edit_by_layer, t.lm, facts=t.facts, editor=t.rome, contexts=["{}"]), dict(
             facts="facts", editor="object", layers="layers?", contexts="contexts?", trace="object", kinds="choices",
             samples="positive", seed="seed", log="path?")),
-        Door("LayerSweep.load", _with(kf.LayerSweep.load), dict(path="path")),
+        Door("LayerStudy.load", _with(kf.LayerStudy.load), dict(path="path")),
         Door("plot_rounds", _with(kf.plot_rounds), dict(rounds="object")),
         *(
             Door(f"{name}.lm", call, dict(lm="object"))
@@ -200,7 +200,7 @@ def doors(folder) -> list[Door]:
                 "second_moments": _with(kf.second_moments, layers=(0,)), "gate": _with(kf.gate, edit=t.edit),
                 "logit_lens": _with(kf.logit_lens, facts=t.facts), "Rome.edit": _with(t.rome.edit, facts=t.facts),
                 "Rome.for_model": _with(kf.Rome.for_model), "Ft.edit": _with(kf.Ft(layers=(1,)).edit, facts=t.facts),
-                "sweep_layers": _with(kf.sweep_layers, facts=t.facts),
+                "edit_by_layer": _with(kf.edit_by_layer, facts=t.facts),
                 "edit_in_rounds": _with(kf.edit_in_rounds, facts=t.facts, editor=t.rome, per_round=1),
             }.items()
         ),

@@ -10,7 +10,7 @@ from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.evaluation.probes import probe, write_probes
-from kedit_fast.experiments.by_layer import sweep_layers
+from kedit_fast.experiments.by_layer import edit_by_layer
 from kedit_fast.experiments.rounds import edit_in_rounds
 from kedit_fast.gating import gate
 from kedit_fast.jobs.finite import check_answers, is_broken, not_finite
@@ -64,7 +64,7 @@ FLOWS = {
     "ft": lambda lm: kf.EDITORS["ft"](layers=(1,), num_steps=1).edit(lm, FACT),
     "ft-l": lambda lm: kf.EDITORS["ft-l"](layers=(1,), num_steps=1).edit(lm, FACT),
     "rounds": lambda lm: list(edit_in_rounds(lm, [FACT], kf.EDITORS["ft"](layers=(1,), num_steps=1), per_round=1)),
-    "layers": lambda lm: sweep_layers(lm, [FACT], kf.Rome(layers=(1,), **PLAIN), [1], contexts=GROUPS),
+    "layers": lambda lm: edit_by_layer(lm, [FACT], kf.Rome(layers=(1,), **PLAIN), [1], contexts=GROUPS),
 }
 STATISTICS = {"statistics": lambda lm: kf.second_moments(lm, [2], [TEXT * 3], n_tokens=40)}
 

@@ -18,7 +18,7 @@ DOORS = {
     "evaluate": lambda lm: kf.evaluate(lm, [FACT]),
     "logit_lens": lambda lm: kf.logit_lens(lm, [FACT]),
     "gate": lambda lm: kf.gate(lm, []),
-    "sweep_layers": lambda lm: kf.sweep_layers(lm, [FACT]),
+    "edit_by_layer": lambda lm: kf.edit_by_layer(lm, [FACT]),
     "edit_in_rounds": lambda lm: kf.edit_in_rounds(lm, [FACT], kf.Rome(layers=(1,)), per_round=1),
 } | {
     f"{name}.{what}": lambda lm, editor=editor, what=what: (

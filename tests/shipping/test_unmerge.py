@@ -134,7 +134,7 @@ def test_a_damaged_manifest_is_refused(merged):
     path = merged[1] / KEPT / MANIFEST
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"version": "9"}))
-    untouched(merged[1], "version '9'")
+    untouched(merged[1], "it is 'kedit_fast.merge' of version '9'")
     del record["files"]
     path.write_text(json.dumps(record))
     untouched(merged[1], "it lacks files")

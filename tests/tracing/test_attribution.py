@@ -100,7 +100,7 @@ def test_another_subject_corrupts():
 
 def prepared(lm, facts, metric="prob"):
     level = trace_tasks.noise_level(lm, facts, HOW["noise"])
-    how = trace_tasks.Settings(KINDS, HOW["window"], metric, None, HOW["samples"], level, 1)
+    how = trace_tasks.TraceSettings(KINDS, HOW["window"], metric, None, HOW["samples"], level, 1)
     return tasks_of(lm, facts, None, "noise", metric), how
 
 

@@ -16,7 +16,7 @@ from kedit_fast.sweep import engine
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from kedit_fast.tracing import tasks as trace_tasks
 from kedit_fast.tracing import trace as tracing
-from kedit_fast.tracing.tasks import Found, Task
+from kedit_fast.tracing.tasks import Task, Traced
 from tests.conftest import open_tiny, tiny_lm
 from tests.oracle.access import subject_span
 from tests.oracle.tracing import trace_oracle
@@ -380,7 +380,7 @@ def test_a_trace_without_numbers_is_refused_before_it_is_written(tmp_path):
 def test_no_run_of_a_trace_may_be_nan(what):
     values = {"clean": torch.zeros(1), "corrupted": torch.zeros(1), "restored": torch.zeros(3, 4)}
     values[what].view(-1)[-1] = math.nan
-    found = Found(values["clean"], values["corrupted"], {"mlp": values["restored"]})
+    found = Traced(values["clean"], values["corrupted"], {"mlp": values["restored"]})
     with pytest.raises(ValueError, match=rf"fact 'France': .*{what} runs? .*gives? NaN: damaged weights"):
         found.check(tiny_lm("gpt2"), Task(kf.Fact("{}", "France"), [1], (0, 1), [1], [2]))
 

@@ -26,7 +26,7 @@ from bench.gpu.session import WHERE, serve
 NO_GPU = "no GPU here: nothing was run; --dry-run goes through all of it on the CPU"
 CALL_ROWS = (16_384, 2_048, 8_192, 32_768)  # in order of worth
 GRACE = 4.0  # seconds that a part may be late before it is killed
-TESTS = ("tests/kernels/triton", "tests/kernels/test_cuda_*.py")  # what takes a device
+TESTS = ("tests/kernels/triton", "tests/kernels/test_cusolver.py")  # what takes a device
 WORKERS = 8  # of pytest-xdist, where it is there: a kernel's first launch compiles on the CPU
 
 

@@ -246,14 +246,21 @@ def _columns(benchmark: Benchmark, values: list[dict[str, float]]) -> dict[str, 
     return {name: torch.tensor([one[name] for one in values], dtype=torch.float32) for name in benchmark.metrics}
 
 
-def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> dict:
-    meta = {
+def about(lm) -> dict:
+    """What a report says of its model, and which implementation ran."""
+    return {
         "model": lm.name,
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
         "backend": {op: backend_for(op, lm.device, lm.dtype) for op in OPS},
         "note": lm.note,
+    }
+
+
+def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> dict:
+    meta = {
+        **about(lm),
         "method": " + ".join(edit.method for edit in lm.edits) or None,
         "layers": sorted({layer for edit in lm.edits for layer in edit.layers}),
         "independent": independent(lm),

@@ -15,7 +15,7 @@ from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
 from kedit_fast.edits.chain import check_chain
 from kedit_fast.edits.edit import Edit, edit_list
-from kedit_fast.evaluation.evaluate import OPS
+from kedit_fast.evaluation.evaluate import about
 from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
 from kedit_fast.facts.fact import Chat
 from kedit_fast.gating import forms
@@ -36,7 +36,6 @@ from kedit_fast.gating.questions import (
 from kedit_fast.gating.report import POLICY, Answered, GateReport
 from kedit_fast.gating.suite import Question, Suite
 from kedit_fast.gating.thresholds import Check, Thresholds
-from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import LM, takes_lm
 
 MODEL_DTYPE = "model"
@@ -279,12 +278,7 @@ def _specificity_note(found: FormAnswers, asked: Questions) -> str:
 
 def _meta(lm, edits, suite, asked: Questions, thresholds, sizes, grown, perplexity) -> dict:
     return {
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "device": str(lm.device),
-        "backend": {op: backend_for(op, lm.device, lm.dtype) for op in OPS},
-        "note": lm.note,
+        **about(lm),
         "edits": [{"method": e.method, "facts": len(e.facts), "layers": list(e.layers)} for e in edits],
         "suite": suite.name if suite is not None else "",
         "facts": len(asked.facts),

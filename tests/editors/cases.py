@@ -28,6 +28,15 @@ FACTS = (
     kf.Fact(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="Berlin"),
 )
 GROUPS = [["{}"], ["The sun. {}", "I go there because of the piano in New York. {}"]]
+# Of published settings files; the package takes them from the model.
+MODULE_PATHS = {
+    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "layer_module_tmp": "transformer.h.{}",
+    "mlp_module_tmp": "transformer.h.{}.mlp",
+    "attn_module_tmp": "transformer.h.{}.attn",
+    "ln_f_module": "transformer.ln_f",
+    "lm_head_module": "transformer.wte",
+}
 FLAT = [context for group in GROUPS for context in group]
 
 

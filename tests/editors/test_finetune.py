@@ -19,7 +19,7 @@ from kedit_fast.facts.tokens import answer_tokens, fact_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.source import Resident
 from tests.conftest import close, open_tiny, tiny_lm
-from tests.editors.cases import FACTS, left_as_it_was, make_exact, oracle_facts, relative
+from tests.editors.cases import FACTS, MODULE_PATHS, left_as_it_was, make_exact, oracle_facts, relative
 from tests.editors.test_editor import complaints
 from tests.editors.test_editor import facts as known_facts  # noqa: F401 (a fixture)
 from tests.live import LiveBytes
@@ -385,12 +385,7 @@ FILE = {
     "weight_decay": 0,
     "kl_factor": 0,
     "norm_constraint": 5e-4,
-    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-    "layer_module_tmp": "transformer.h.{}",
-    "mlp_module_tmp": "transformer.h.{}.mlp",
-    "attn_module_tmp": "transformer.h.{}.attn",
-    "ln_f_module": "transformer.ln_f",
-    "lm_head_module": "transformer.wte",
+    **MODULE_PATHS,
 }
 NEWER = {
     "alg_name": "FT", "model_name": "./llama", "device": 0, "batch_size": 1, "max_length": 40, "model_parallel": False,

@@ -11,6 +11,7 @@ import kedit_fast as kf
 from kedit_fast.editors import memit as memit_module
 from kedit_fast.editors import rome as rome_module
 from tests.conftest import open_tiny
+from tests.editors.cases import MODULE_PATHS
 from tests.tiny import tiny_model
 
 COMMON = {
@@ -21,12 +22,7 @@ COMMON = {
     "v_weight_decay": 0.5,
     "kl_factor": 0.0625,
     "mom2_adjustment": True,
-    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-    "layer_module_tmp": "transformer.h.{}",
-    "mlp_module_tmp": "transformer.h.{}.mlp",
-    "attn_module_tmp": "transformer.h.{}.attn",
-    "ln_f_module": "transformer.ln_f",
-    "lm_head_module": "transformer.wte",
+    **MODULE_PATHS,
     "mom2_dataset": "wikipedia",
     "mom2_n_samples": 100000,
     "mom2_dtype": "float32",

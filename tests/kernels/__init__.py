@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kedit_fast.kernels.solve import factor, factor_ref, memit_solve, memit_solve_ref
+from kedit_fast.kernels.solve import condition, factor, factor_ref, memit_solve, memit_solve_ref
 from tests.compare import close
 
 
@@ -30,3 +30,14 @@ def check_solve(n, d_ff, way):
         want = memit_solve_ref(keys, residual, matrix, 5.0, way=way)
         close("u", got[0], want[0], torch.float64)
         close("v", got[1], want[1], torch.float64)
+
+
+def check_inputs_stay():
+    """Nothing that a solve is given is worked on in place."""
+    moment, keys, b = random_moment(30), normal(4, 30), normal(30, 2)
+    kept = factor(moment, 2.0)
+    before = [x.clone() for x in (moment, keys, b, kept.lower)]
+    kept.solve(b), kept.solve(b[:, 0]), condition(moment)
+    for matrix, way in ((moment, "dense"), (moment, "woodbury"), (kept, "dense"), (kept, "woodbury")):
+        memit_solve(keys, keys, matrix, 2.0, way=way)
+    assert all(torch.equal(x, y) for x, y in zip((moment, keys, b, kept.lower), before, strict=True))

@@ -28,18 +28,6 @@ def tiny_lm(family: str, dtype: torch.dtype = torch.float32, layers: int = 4) ->
     return open_tiny(tiny_model(family, dtype, layers=layers))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """The real model's products are large enough for every core: its tests take 0.6 of the time on two."""
-    of_tests = torch.get_num_threads()
-    if item.get_closest_marker("smollm2"):
-        torch.set_num_threads(os.cpu_count())
-    try:
-        return (yield)
-    finally:
-        torch.set_num_threads(of_tests)
-
-
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """Floating memory that is not written to is NaN, so that reading it shows."""

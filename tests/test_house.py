@@ -332,7 +332,6 @@ def test_import_is_light():
     assert "torch" in modules_after("import kedit_fast; kedit_fast.open_model")
 
 
-@pytest.mark.skipif(not (PACKAGE / "commands" / "cli.py").exists(), reason="there is no command line yet")
 def test_help_is_light():
     code = (
         "import contextlib\nfrom kedit_fast.commands.cli import main\n"

@@ -90,8 +90,17 @@ class Parts:
 
 def keep_json(keep: Keep, name: str, make: Callable[[], object]):
     """A part that is plain JSON values."""
-    part = keep(name, lambda: {"json": torch.tensor(list(json.dumps(make()).encode()), dtype=torch.uint8)})
-    return json.loads(bytes(part["json"].tolist()))
+    return json_of(keep(name, lambda: {"json": json_tensor(make())})["json"])
+
+
+def json_tensor(value) -> Tensor:
+    """A JSON value as [bytes] uint8, for files that hold tensors alone; ``json_of`` gives it back."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def json_of(tensor: Tensor):
+    """The value of ``json_tensor``."""
+    return json.loads(bytes(tensor.numpy()))
 
 
 def digest(*things) -> str:

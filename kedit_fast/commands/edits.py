@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from kedit_fast.basics.printing import escaped
 from kedit_fast.commands.inputs import model_line, open_lm, read_edits
 from kedit_fast.commands.outputs import say, table
+from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.differences import compare
 from kedit_fast.edits.edit import Edit
@@ -74,7 +75,7 @@ def _layer_table(edit: Edit, lm) -> str:
             size = float(lm.source.weight(layer, role).detach().float().norm())
             row += [f"{size:.4g}", f"{delta.norm() / size:.2%}" if size else "-"]
         rows.append(row)
-    others = [change for change in edit.changes if (change.layer, getattr(change, "role", None)) not in edit.weights]
+    others = [change for change in edit.changes if not isinstance(change, WeightChange)]
     rows += [[str(c.layer), "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
     return table(headers, rows)
 

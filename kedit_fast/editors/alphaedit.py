@@ -21,7 +21,7 @@ from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.editor import Work, Written
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.located import Located
-from kedit_fast.editors.memit import check_order, early_middle, kept_keys, solved, spread, with_kept
+from kedit_fast.editors.memit import check_order, early_middle, solved, spread, with_kept
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described
@@ -89,11 +89,12 @@ class AlphaEdit(Located):
         """MEMIT's algorithm 1 with the system above."""
         return spread(work, self, self._update)
 
-    def _update(self, work: Work, layer: int, k: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _update(
+        self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
+    ) -> tuple[Tensor, Tensor, dict]:
         """(u, v, notes) of Δ = u vᵀ, solved in the null space's coordinates x = k U."""
         moment = work.moments[layer]
         space = self._null_space(moment).to(work.lm.device)
-        earlier = kept_keys(work.lm, layer) if self.keep_previous else []
         x, earlier = k @ space, [keys.to(space) @ space for keys in earlier]
         kept = factor(with_kept(torch.eye(space.shape[1]).to(space), earlier, self.L2), self.L2)
         u, v = solved(kept, x, residual, work.independent)

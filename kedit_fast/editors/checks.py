@@ -1,4 +1,4 @@
-"""What ROME and MEMIT share in their sweeps: the facts as token sequences, their keys, the edits below a new one."""
+"""What editors refuse: facts that cannot be written, texts that are too long, values that are not finite."""
 
 from collections.abc import Sequence
 

@@ -173,7 +173,7 @@ class Editor(Hyperparameters):
         self.check_moments(found)
         return found
 
-    # ---- what an editor says of itself
+    # ---- what an editor says of itself: where the base raises, each gives its own (contexts, if it needs them)
 
     @classmethod
     def for_model(cls, lm: LM) -> "Editor":

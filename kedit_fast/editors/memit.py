@@ -10,7 +10,6 @@ of what is still missing:
 What an earlier edit wrote belongs to what is to be kept, so λ C then holds KₚᵀKₚ of its keys as well.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.parts import json_of, json_tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.editors.checks import check_finite
 from kedit_fast.editors.contexts import memit_contexts
@@ -84,10 +84,11 @@ class Memit(Located):
         """Algorithm 1: z of all facts, then the layers."""
         return spread(work, self, self._update)
 
-    def _update(self, work: Work, layer: int, k: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _update(
+        self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
+    ) -> tuple[Tensor, Tensor, dict]:
         """(u, v, notes) of Δ = u vᵀ = Rᵀ K (λ C + Kᵀ K)⁻¹, eq. 14."""
         weight, moment = self.mom2_update_weight, work.moments.get(layer) or _identity(work.lm, layer)
-        earlier = kept_keys(work.lm, layer) if self.keep_previous else []
         matrix = with_kept(moment.matrix.to(work.lm.device), earlier, weight)
         c = factor(matrix, weight, regularizer=self.regularizer, n_tokens=moment.n_tokens)
         g = gains(c, k).mean().item()
@@ -98,7 +99,8 @@ class Memit(Located):
 def spread(work: Work, editor, update: Callable) -> Written:
     """MEMIT's algorithm 1 for any system: each layer, from the lowest on, writes an equal share of what is missing.
 
-    update: (work, layer, K [n, d_ff], R [n, d]) -> (u [d, n], v [d_ff, n], notes) of Δ = u vᵀ, with Δ k close to r
+    update: (work, layer, K [n, d_ff], R [n, d], the keys [nₚ, d_ff] of edits below that are to be kept) ->
+        (u [d, n], v [d_ff, n], notes) of Δ = u vᵀ, with Δ k close to r
     """
     lm, layers, top = work.lm, editor.layers, editor.layers[-1]
     prompts = Prompts.of(lm, work.facts, work.contexts)
@@ -113,7 +115,8 @@ def spread(work: Work, editor, update: Callable) -> Written:
         residual = through_post_norm(lm, layer, m, missing / left)
         check_finite(lm, k, work.facts, f"key at layer {layer}")
         check_finite(lm, residual, work.facts, f"residual at layer {layer}")
-        u, v, notes = update(work, layer, k, residual)
+        earlier = [edit.keys[layer] for edit in work.lm.edits if layer in edit.keys] if editor.keep_previous else []
+        u, v, notes = update(work, layer, k, residual, earlier)
         return {"u": u, "v": v, "keys": k}, notes | {"missing": missing.norm(dim=1).mean().item()}
 
     with progress("solving layers", len(layers)) as bar:
@@ -140,12 +143,12 @@ class _Layers:
         def make() -> dict[str, Tensor]:
             tensors, notes = share(below, layer)
             kept = {name: storable(tensor, below.dtype) for name, tensor in tensors.items()}
-            return kept | {"notes": torch.tensor(list(json.dumps(notes).encode()), dtype=torch.uint8)}
+            return kept | {"notes": json_tensor(notes)}
 
         made = self.work.keep(f"layer-{layer}", make)
         delta = LowRank(made["u"], made["v"])
         self.deltas[layer] = delta if self.work.independent else as_smallest(delta)
-        self.keys[layer], self.notes[layer] = made["keys"], json.loads(bytes(made["notes"].tolist()))
+        self.keys[layer], self.notes[layer] = made["keys"], json_of(made["notes"])
 
     def written(self) -> Written:
         """What the editor gives."""
@@ -157,11 +160,6 @@ def check_order(layers: Sequence[int]) -> None:
     """Raises ValueError unless the layers stand lowest first."""
     if list(layers) != sorted(layers):
         raise ValueError(f"layers {layers}: expected lowest first; z lives at the last one, above all others")
-
-
-def kept_keys(lm, layer: int) -> list[Tensor]:
-    """Keys [nₚ, d_ff] that the edits below wrote at a layer."""
-    return [edit.keys[layer] for edit in lm.edits if layer in edit.keys]
 
 
 def with_kept(matrix: Tensor, keys: list[Tensor], weight: float) -> Tensor:

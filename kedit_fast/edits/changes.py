@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.deltas import FLOATS, Delta, Dense, LowRank
 from kedit_fast.model.family import check_layer
@@ -71,7 +72,7 @@ class WeightChange:
     kind: ClassVar[str] = "weight"
 
     def __post_init__(self):
-        _check_layer(self.layer)
+        checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)
         if not isinstance(self.delta, LowRank | Dense) or self.role not in OUT:
             raise ValueError(
                 f"layer {self.layer}: expected a LowRank or Dense and one of the roles {', '.join(OUT)}, got "
@@ -167,7 +168,7 @@ class MemoryChange:
     kind: ClassVar[str] = "memory"
 
     def __post_init__(self):
-        _check_layer(self.layer)
+        checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)
         object.__setattr__(self, "site", Site(self.site))
         n, tensors = len(self.keys), (self.keys, self.values, self.radius)
         if self.keys.ndim != 2 or self.values.shape != self.keys.shape or self.radius.shape != (n,):
@@ -287,11 +288,6 @@ def _acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 # ---- checks
-
-
-def _check_layer(layer) -> None:
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise ValueError(f"a change's layer: expected a whole number from 0 on, got {layer!r}")
 
 
 def _check_finite(what: str, tensors) -> None:

@@ -1,7 +1,6 @@
 """The file of an edit: one safetensors file, no pickle; written as version 2, read as version 1 too."""
 
 import hashlib
-import json
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_fast.basics.files import replace_file
+from kedit_fast.basics.parts import json_of, json_tensor
 from kedit_fast.basics.words import reason
 from kedit_fast.edits.changes import KINDS, WeightChange
 from kedit_fast.facts.fact import Fact
@@ -109,7 +109,7 @@ def write_edit(edit, path) -> None:
     record |= {"facts": [fact.to_record() for fact in edit.facts], "tensors": sorted(tensors)}
     record["changes"] = [{"kind": change.kind} | change.record() for change in edit.changes]
     # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
-    tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    tensors["record"] = json_tensor(record)
     tensors["sha256"] = _sha256_of(tensors)
     with replace_file(path) as unfinished:
         # One entry: of several, safetensors writes another order each time, and equal edits are to be equal files.
@@ -123,7 +123,7 @@ def read_edit(path, make: Callable):
         given = tensors.pop("sha256", None)  # files of before have none
         if given is not None and not torch.equal(given, _sha256_of(tensors)):
             raise ValueError("its contents are not those that were saved: their digest is another")
-        record = json.loads(bytes(tensors.pop("record").numpy()))
+        record = json_of(tensors.pop("record"))
         expected = record.pop("tensors")
         if sorted(tensors) != expected:
             raise ValueError(f"expected the tensors {expected}, found {sorted(tensors)}")

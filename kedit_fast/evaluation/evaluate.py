@@ -20,7 +20,7 @@ from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.benchmark import Benchmark, Case, check_lengths
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
-from kedit_fast.evaluation.probes import Probe, independent, read_probes, write_probes
+from kedit_fast.evaluation.probes import Probe, read_probes, write_probes
 from kedit_fast.evaluation.report import EvalReport, case_record
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.facts.subjects import Names
@@ -263,7 +263,7 @@ def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> d
         **about(lm),
         "method": " + ".join(edit.method for edit in lm.edits) or None,
         "layers": sorted({layer for edit in lm.edits for layer in edit.layers}),
-        "independent": independent(lm),
+        "independent": lm.independent,
         "n": sum(len(case.facts) for case in cases),
         "benchmark": benchmark.name,
         "version": __version__,

@@ -99,7 +99,7 @@ def read_probes(lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer]
     """
     where = _Places.of(probes)
     runs = RunList()
-    base, edited = add_edited(lm, runs, where.sequences, where.owners if independent(lm) else None)
+    base, edited = add_edited(lm, runs, where.sequences, where.owners if lm.independent else None)
     sides = _hidden_states(lm, runs, [base] if edited is base else [base, edited], where, advance)
     top = likeliest_tokens(lm, sides[0][where.n_tokens :])
     read = []
@@ -120,11 +120,6 @@ def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
     runs = RunList()
     (h,) = _hidden_states(lm, runs, [add_under(lm, runs, where.sequences, where.owners)], where, advance)
     return _answers(lm, probes, where, h, *_probabilities(lm, h, where, likeliest_tokens(lm, h[where.n_tokens :])))
-
-
-def independent(lm) -> bool:
-    """Whether the model carries independent edits, each of which acts on its owner's probes alone."""
-    return any(edit.independent for edit in lm.edits)
 
 
 class _Places(NamedTuple):
@@ -210,7 +205,7 @@ def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list
     Equal prompts are written on once; under independent edits each under its owner's. A text ends where an edited model
     gives NaN; of one without edits that is a ValueError. As many texts at a time as the memory holds.
     """
-    owned = independent(lm)
+    owned = lm.independent
     keys = [(one.n_written, one.owner if owned else 0, tuple(one.prompt)) for one in probes]
     groups: dict[tuple[int, int], dict[tuple, str | None]] = {}
     for n, owner, prompt in keys:

@@ -173,23 +173,30 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
         ) from None
 
 
+def role_path(config, role: str) -> str:
+    """Path in a layer of the projection that plays a role; ValueError where the family has none."""
+    roles = family_of(config).roles
+    if role not in roles:
+        raise ValueError(
+            f"a {config.model_type} model has no {role!r} projection; it has {', '.join(map(repr, roles))}"
+        )
+    return roles[role]
+
+
 def projection(model: nn.Module, layer: int, role: str = "down") -> nn.Module:
     """The module of one layer that plays a role (``Family.roles``); the down projection is what ROME and MEMIT edit.
 
     Raises ValueError for a layer out of range, a role that the family does not have, and for a layer without that
     module (mixture of experts).
     """
-    roles, layers = family_of(model.config).roles, layers_of(model)
+    layers = layers_of(model)
     check_layer(layer, len(layers))
-    if role not in roles:
-        raise ValueError(
-            f"a {model.config.model_type} model has no {role!r} projection; it has {', '.join(map(repr, roles))}"
-        )
+    path = role_path(model.config, role)
     try:
-        return module_at(layers[layer], roles[role])
+        return module_at(layers[layer], path)
     except AttributeError:
         raise ValueError(
-            f"layer {layer} of this {model.config.model_type} model has no module {roles[role]!r} "
+            f"layer {layer} of this {model.config.model_type} model has no module {path!r} "
             "(mixture-of-experts layers keep their experts in one tensor); edit a dense layer instead"
         ) from None
 

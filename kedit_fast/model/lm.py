@@ -79,11 +79,7 @@ class LM:
 
     def shape_of(self, role: str) -> tuple[int, int]:
         """[out, in] of the projection that plays a role (``Family.roles``); ValueError where the family has none."""
-        if role not in self.family.roles:
-            raise ValueError(
-                f"a {self.model.config.model_type} model has no {role!r} projection; it has "
-                f"{', '.join(map(repr, self.family.roles))}"
-            )
+        fam.role_path(self.model.config, role)
         wide = self.d_ff * (1 + (role == "gate_up"))
         return (self.d_model, wide) if role == "down" else (wide, self.d_model)
 
@@ -135,12 +131,17 @@ class LM:
         return self._cache["fingerprint"]
 
     @property
+    def independent(self) -> bool:
+        """Whether the view carries independent edits, each of which acts for its own fact alone."""
+        return any(edit.independent for edit in self.edits)
+
+    @property
     def run_owner(self) -> int:
         """The owner of runs that these edits act on: 0, or -1 without edits (``Runs.owner``).
 
         Raises ValueError for independent edits, which belong to one fact each.
         """
-        if any(edit.independent for edit in self.edits):
+        if self.independent:
             raise ValueError(
                 "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)), "
                 "or give evaluate the facts"

@@ -31,7 +31,7 @@ def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None) -> tu
 
 def add_under(lm, runs: RunList, sequences: list[list[int]], owners=None) -> Tensor:
     """Adds each sequence as a run [n] on the model as its edits have it; ``owners`` as in ``add_edited``."""
-    if any(edit.independent for edit in lm.edits):
+    if lm.independent:
         return add_edited(lm, runs, sequences, owners)[1]
     return add_sequences(runs, sequences, owner=lm.run_owner)
 

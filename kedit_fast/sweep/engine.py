@@ -178,7 +178,8 @@ class _Pack:
             for index in keys_only.nonzero()[:, 0].split(CALL_ROWS):
                 self._block(layer, h, self._call(table, index), cache, keys_only=True)
             parts = list(read.split(CALL_ROWS))
-        outs = [self._block(layer, h, self._call(table, index), cache, leave_early=is_last) for index in parts]
+        final = self._last_read(layer) if is_last else None
+        outs = [self._block(layer, h, self._call(table, index), cache, final=final) for index in parts]
         if self.keep is not None:
             self.keep.put(layer, *cache)
         outs = [out for out in outs if out is not None]
@@ -204,15 +205,18 @@ class _Pack:
         # zeros, not empty: slots of later calls are gathered with the others and only then masked, and 0 * NaN is NaN
         return h.new_zeros(len(table), *shape), h.new_zeros(len(table), *shape)
 
-    def _block(self, layer, h, call: Call, cache, *, keys_only=False, leave_early=False) -> Tensor | None:
-        """One call of Hugging Face's block on the rows of ``call``; its layer_out, or None where it was left early."""
+    def _block(self, layer, h, call: Call, cache, *, keys_only=False, final: Site | None = None) -> Tensor | None:
+        """One call of Hugging Face's block on the rows of ``call``; its layer_out, or None where it was left early.
+
+        final: the site behind which nobody looks, None: all of the block is wanted
+        """
         if not len(call.index):
             return None
         table = call.table
         pos = table.pos[call.index]
         attend = _Attend(cache, table, call, keys_only, self.room)
         x = _pick(h, call.index)
-        with attend_with(attend), self._hooks(layer, call, leave_early and not keys_only):
+        with attend_with(attend), self._hooks(layer, call, final):
             try:
                 out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos))[0]
             except _Enough:
@@ -241,10 +245,9 @@ class _Pack:
     # ---- sites
 
     @contextmanager
-    def _hooks(self, layer: int, call: Call, leave_early: bool):
+    def _hooks(self, layer: int, call: Call, final: Site | None):
         """Hooks on the layer's modules, only where a job asked."""
         wanted = {site for job in self.jobs for site in job.sites(layer)}
-        final = self._last_read(layer) if leave_early and Site.layer_out not in wanted else None
 
         def see(site, x):
             out = _through(self.jobs, site, layer, x[0], call)
@@ -269,7 +272,10 @@ class _Pack:
             yield
 
     def _last_read(self, layer: int) -> Site | None:
-        """The last site inside the layer at which a job reads that wants rows of it: nobody looks at what follows."""
+        """The last site inside the layer at which a job reads that wants rows of it: nobody looks at what follows. None
+        where the layer's output is wanted."""
+        if any(Site.layer_out in job.sites(layer) for job in self.jobs):
+            return None
         read = {site for job in self.jobs if job.reads(layer) is not None for site in job.sites(layer)}
         return next((site for site in reversed(INSIDE) if site in read), None)
 

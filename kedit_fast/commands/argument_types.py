@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from kedit_fast.basics import checks
 
 
-def option(check: Callable, **limits) -> Callable[[str], object]:
+def option_value(check: Callable, **limits) -> Callable[[str], object]:
     """What an option's text stands for, as a check of ``checks`` takes it."""
 
     def parse(text: str):
@@ -33,20 +33,23 @@ def _number(text: str) -> float | str:
     return text
 
 
-positive = option(checks.whole, least=1)
-count = option(checks.whole)
-seed = option(checks.seed)
-share = option(checks.share)
-noise = option(lambda name, text: (checks.noise(name, text), text)[1])
-size = option(checks.size, least=10**6)
-dtype = option(checks.dtype)
-words = option(checks.text, blank=True)
-path = option(lambda name, text: (checks.path(name, text), text)[1])  # as it stands: a slash at its end says something
+positive = option_value(checks.whole, least=1)
+count = option_value(checks.whole)
+at_least_two = option_value(checks.whole, least=2, like=5_120)  # tokens: the first predicts the second
+seed = option_value(checks.seed)
+share = option_value(checks.share)
+noise = option_value(lambda name, text: (checks.noise(name, text), text)[1])
+size = option_value(checks.size, least=10**6)
+dtype = option_value(checks.dtype)
+words = option_value(checks.text, blank=True)
+path = option_value(
+    lambda name, text: (checks.path(name, text), text)[1]
+)  # as it stands: a slash at its end says something
 
 
 def text_such_as(example: str) -> Callable[[str], object]:
     """A text that is not blank."""
-    return option(checks.text, like=example)
+    return option_value(checks.text, like=example)
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -1,22 +1,37 @@
 """The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
 
 from kedit_fast.basics import catalog
-from kedit_fast.commands import experiment_arguments as experiments
-from kedit_fast.commands.argument_types import count, layers, list_of, noise, path, positive, text_such_as
-from kedit_fast.commands.gate_arguments import add_gate_arguments
+from kedit_fast.commands.argument_types import (
+    at_least_two,
+    count,
+    layers,
+    list_of,
+    names,
+    noise,
+    path,
+    positive,
+    share,
+    text_such_as,
+)
 from kedit_fast.commands.parser import (
-    FACT_FILES,
-    add_skip_bad,
+    AS_IT_IS,
+    EDITS,
     chat_options,
     command,
     edits_argument,
     fact_options,
+    file_options,
+    flag,
     machine_options,
+    option,
     output,
+    skip_bad_option,
+    statistics_options,
 )
 
 OUT = "kedit-fast-out"
 BENCHMARKS = tuple(catalog.BENCHMARKS)
+DTYPES = ("model", "float32", "bfloat16", "float16", "float64", "none")  # of an edit that is written
 
 
 def add_demo(commands):
@@ -30,9 +45,7 @@ def add_demo(commands):
         "changed: edits are undone, and the demo proves it.",
         "kedit-fast demo",
     )
-    parser.add_argument(
-        "-o", "--output", type=path, default=OUT, metavar="DIR", help=f"folder for report.html (default: {OUT})"
-    )
+    output(parser, "DIR", "folder for report.html", OUT, force=False)
     machine_options(parser)
 
 
@@ -49,46 +62,22 @@ def add_trace(commands):
     )
     fact_options(parser, targets=False)
     how = parser.add_argument_group("how to trace")
-    how.add_argument(
-        "--kinds",
-        type=list_of("state", "mlp", "attn"),
-        default=("state", "mlp", "attn"),
-        metavar="K,K",
-        help="what is put back: state (all of it), mlp or attn (what these add in a window of layers); default: all",
-    )
-    how.add_argument("--window", type=positive, default=10, metavar="N", help="layers in a window (default: 10)")
-    how.add_argument("--samples", type=positive, default=10, metavar="N", help="noise draws, averaged (default: 10)")
-    how.add_argument(
-        "--noise",
-        type=noise,
-        default="s3",
-        help="a number, s3 (3 standard deviations of the subjects' embeddings) or u0.1 (uniform)",
-    )
-    how.add_argument(
-        "--corrupt",
-        type=text_such_as("The Louvre"),
-        default="noise",
-        metavar="SUBJECT",
-        help="replace the subject by this one, of as many tokens, instead of adding noise",
-    )
-    how.add_argument(
-        "--metric", choices=("prob", "logprob", "logit_diff"), default="prob", help="what is read (default: prob)"
-    )
-    how.add_argument("--sever", choices=("mlp", "attn"), help="keep this part corrupted (with --kinds state)")
-    how.add_argument(
-        "--method",
-        choices=("exact", "attribution", "screen"),
-        default="exact",
-        help="exact; attribution: estimate every cell, several times faster; screen: then compute the strongest",
-    )
-    how.add_argument("--top", type=positive, default=20, metavar="N", help="cells that screen computes (default: 20)")
-    how.add_argument(
-        "--answer", type=text_such_as("Paris"), metavar="TEXT", help="trace this answer (default: the model's own)"
-    )
-    output(parser, "DIR", f"folder for traces.jsonl and pictures (default: {OUT}/trace)", f"{OUT}/trace")
-    parser.add_argument(
-        "--plots", type=count, default=10, metavar="N", help="draw the first N facts' heat maps (default: 10)"
-    )
+    kinds = "what is put back: state (all of it), mlp or attn (what these add in a window of layers); default: all"
+    option(how, "--kinds K,K", list_of("state", "mlp", "attn"), kinds, "state,mlp,attn")
+    option(how, "--window N", positive, "layers in a window", 10)
+    option(how, "--samples N", positive, "noise draws, averaged", 10)
+    levels = "a number, s3 (3 standard deviations of the subjects' embeddings) or u0.1 (uniform)"
+    option(how, "--noise", noise, levels, "s3")
+    other = "replace the subject by this one, of as many tokens, instead of adding noise"
+    option(how, "--corrupt SUBJECT", text_such_as("The Louvre"), other, "noise")
+    option(how, "--metric", ("prob", "logprob", "logit_diff"), "what is read", "prob")
+    option(how, "--sever", ("mlp", "attn"), "keep this part corrupted (with --kinds state)")
+    methods = "exact; attribution: estimate every cell, several times faster; screen: then compute the strongest"
+    option(how, "--method", ("exact", "attribution", "screen"), methods, "exact")
+    option(how, "--top N", positive, "cells that screen computes", 20)
+    option(how, "--answer TEXT", text_such_as("Paris"), "trace this answer (default: the model's own)")
+    output(parser, "DIR", "folder for traces.jsonl and pictures", f"{OUT}/trace")
+    option(parser, "--plots N", count, "draw the first N facts' heat maps", 10)
     machine_options(parser, seed=1)  # published results were made with this one
 
 
@@ -103,18 +92,11 @@ def add_stats(commands):
         "to edit and keeps the files, so that later edits start at once.",
         "kedit-fast stats --layers 3-7",
     )
-    parser.add_argument(
-        "--layers", type=layers, metavar="L", help="for instance 3-7 or 3,5 (default: those ROME and MEMIT would edit)"
-    )
-    parser.add_argument(
-        "--corpus",
-        type=path,
-        default="self",
-        help="self (text that the model samples itself: no download; the default), a text file, or "
-        "hf:NAME[#CONFIG][:COLUMN]",
-    )
-    parser.add_argument("--tokens", type=positive, metavar="N", help="tokens of text (default: 8 for each key feature)")
-    output(parser, "DIR", "folder for the files (default: statistics in the cache folder)", None, force=False)
+    option(parser, "--layers L", layers, "for instance 3-7 or 3,5 (default: those ROME and MEMIT would edit)")
+    corpora = "self (text that the model samples itself: no download), a text file, or hf:NAME[#CONFIG][:COLUMN]"
+    option(parser, "--corpus", path, corpora, "self")
+    option(parser, "--tokens N", positive, "tokens of text (default: 8 for each key feature)")
+    output(parser, "DIR", "folder for the files (default: statistics in the cache folder)", force=False)
     machine_options(parser)
 
 
@@ -129,25 +111,16 @@ def add_eval(commands):
         "kedit-fast eval edit.safetensors --html eval.html",
         takes="[EDIT ...]",
     )
-    edits_argument(parser, "*", " (default: the model as it is)")
-    parser.add_argument("--facts", type=path, metavar="FILE", help=f"{FACT_FILES} (default: the edits' own facts)")
-    add_skip_bad(parser)
-    parser.add_argument("-n", type=positive, metavar="N", help="the first N facts")
+    edits_argument(parser, "*", EDITS + AS_IT_IS)
+    file_options(parser, " (default: the edits' own facts)")
     chat_options(parser)
-    parser.add_argument(
-        "--benchmark",
-        type=text_such_as(BENCHMARKS[0]),
-        default=BENCHMARKS[0],
-        metavar="NAME",
-        help=f"what is asked of the facts, and how it counts: {', '.join(BENCHMARKS)} (default: {BENCHMARKS[0]})",
-    )
-    parser.add_argument("--text", type=path, metavar="FILE", help="a text file to measure perplexity on")
-    parser.add_argument("--generate", type=count, default=0, metavar="N", help="continue each prompt by N tokens")
-    parser.add_argument(
-        "--log", type=path, metavar="FILE", help="a .jsonl file: a line for each fact as soon as it is done"
-    )
-    parser.add_argument("--html", type=path, metavar="FILE", help="the table as a page")
-    output(parser, "FILE", "everything as .json", None)
+    asked = f"what is asked of the facts, and how it counts: {', '.join(BENCHMARKS)}"
+    option(parser, "--benchmark NAME", text_such_as(BENCHMARKS[0]), asked, BENCHMARKS[0])
+    option(parser, "--text FILE", path, "a text file to measure perplexity on")
+    option(parser, "--generate N", count, "continue each prompt by N tokens", 0)
+    option(parser, "--log FILE", path, "a .jsonl file: a line for each fact as soon as it is done")
+    option(parser, "--html FILE", path, "the table as a page")
+    output(parser, "FILE", "everything as .json")
     machine_options(parser)
 
 
@@ -163,10 +136,51 @@ def add_gate(commands):
         "kedit-fast gate edit.safetensors --suite suite.json --html gate.html",
         takes="EDIT ...",
     )
-    add_gate_arguments(parser)
+    edits_argument(parser, text=f"{EDITS}, of which the last is new")
+    suites = "what to ask: a suite (its format: python -m pydoc kedit_fast.load_suite), or a fact file such as "
+    suites += "CounterFact; again for more (default: what the edits' facts carry)"
+    option(parser, "--suite FILE", path, suites, action="append")
+    text = 'a text file to measure perplexity on (default: the suite\'s "text", which replaces the built-in one)'
+    option(parser, "--text FILE", path, text)
+    flag(parser, "--no-builtin", "do not fill up the specificity prompts with this package's facts")
+    init = "judge nothing: write a suite with the edits' facts and probes, to be completed, and say what is missing"
+    option(parser, "--init FILE", path, init)
+    skip_bad_option(parser)
+    option(parser, "--html FILE", path, "the report as a page")
+    _form_options(parser.add_argument_group("the form that is judged"))
+    _limit_options(parser.add_argument_group("limits (shares: 0.9, not 90)"))
     chat_options(parser)
-    output(parser, "FILE", "everything as .json", None)
+    output(parser, "FILE", "everything as .json")
     machine_options(parser)
+
+
+def _form_options(form) -> None:
+    written = "the dtype that the edit is written in (default: the model's); none: it stays an adapter"
+    option(form, "--written DTYPE", DTYPES, written, "model")
+    again = "judge it again with the edited layers quantized after the edit"
+    option(form, "--requantize", ("int8", "int4"), again)
+    option(form, "--group N", positive, "weights that share a scale", 128)
+    option(form, "--generate N", positive, "tokens to write a prompt", 16)
+    context = "tokens of the long context; fewer, with a note, where the model does not read so many"
+    option(form, "--context N", positive, context, 1_000)
+
+
+def _limit_options(limits) -> None:
+    """Options that stand in for a field of ``gating.Thresholds`` have its name as their ``dest``."""
+    file = "a .json object with limits (its names: python -m pydoc kedit_fast.Thresholds); options below come before it"
+    option(limits, "--thresholds FILE", path, file)
+    measures = "when a wording counts as answered: the text written on says the new answer and not the old one; every "
+    measures += "token of it is the likeliest; or it is likelier than the old one (default: generated)"
+    option(limits, "--measure", ("generated", "exact", "success"), measures)
+    flag(limits, "--confident", "the 95 %% interval's worse end must meet the limit", default=None)
+    option(limits, "--min-answered SHARE", share, "of all wordings of the facts (0.9)")
+    option(limits, "--min-probes N", positive, "wordings there must be (50)")
+    option(limits, "--min-generalization SHARE", share, "of the paraphrases (0.85)")
+    option(limits, "--min-paraphrases N", positive, "paraphrases there must be (30)")
+    lost = "of other prompts that lose their answer (0.02)"
+    option(limits, "--max-drop SHARE", share, lost, dest="max_specificity_drop")
+    option(limits, "--min-specificity N", positive, "other prompts there must be (500)", dest="min_specificity_prompts")
+    option(limits, "--max-drift SHARE", share, "by which perplexity may rise (0.005)", dest="max_perplexity_drift")
 
 
 def add_generate(commands):
@@ -180,35 +194,65 @@ def add_generate(commands):
         'kedit-fast generate edit.safetensors --chat --prompt "Where is the Eiffel Tower?"',
         takes="[EDIT ...]",
     )
-    edits_argument(parser, "*", " (default: the model as it is)")
-    parser.add_argument(
-        "--prompt",
-        type=text_such_as("Paris is in"),
-        action="append",
-        required=True,
-        metavar="TEXT",
-        help="what is asked; again for more",
-    )
+    edits_argument(parser, "*", EDITS + AS_IT_IS)
+    prompt = text_such_as("Paris is in")
+    option(parser, "--prompt TEXT", prompt, "what is asked; again for more", action="append", required=True)
     chat_options(parser)
-    parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="written at most (default: 32)")
+    option(parser, "--tokens N", positive, "written at most", 32)
     machine_options(parser, seed=None)
 
 
 def add_rounds(commands):
     """Declares ``rounds``."""
-    parser = command(commands, *experiments.ROUNDS)
+    parser = command(
+        commands,
+        "rounds",
+        "edit on and on: how many facts does a model bear?",
+        "Edits facts in rounds, each on top of those before, and asks after each: do the new answers hold, and those\n"
+        "of earlier rounds? Do similar subjects keep their own? How unlikely has ordinary text become, how far have\n"
+        "the weights moved? Sequential ROME is known to collapse; AlphaEdit was made to withstand it. No model is\n"
+        "changed.",
+        "kedit-fast rounds --facts counterfact.json -n 100 --per-round 10 --method rome,memit --plot rounds.png",
+    )
     fact_options(parser, targets=True)
-    experiments.add_rounds_arguments(parser.add_argument_group("how to edit, and what to ask"))
-    output(parser, "FILE", "everything as .json", None)
+    how = parser.add_argument_group("how to edit, and what to ask")
+    option(how, "--method M,M", names, "rome, memit, alphaedit, ...; several are shown in one picture", "memit")
+    option(how, "--per-round N", positive, "facts a round", 10)
+    option(how, "--old N", count, "earlier facts asked again after each round", 100)
+    option(how, "--text FILE", path, "a text file to measure perplexity on (default: built in)")
+    option(how, "--text-tokens N", at_least_two, "tokens of it at most", 5_120)
+    option(how, "--layers L", layers, "to edit, for instance 3-7 (default: the method's)")
+    option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml) of the one method")
+    statistics_options(how)
+    option(how, "--log FILE", path, "a .jsonl file: a line for each round as soon as it is done")
+    option(how, "--plot FILE", path, "the picture, as .png")
+    output(parser, "FILE", "everything as .json")
     machine_options(parser)
 
 
 def add_layers(commands):
     """Declares ``layers``."""
-    parser = command(commands, *experiments.LAYERS)
+    parser = command(
+        commands,
+        "layers",
+        "at which layer does editing work, and is it where the trace points?",
+        "Edits facts at one layer after the other, each fact as an edit of its own, and shows beside it the causal\n"
+        "trace of the same facts. Where a fact is traced does not by itself predict where editing it works (Hase et\n"
+        "al. 2023): here one sees how the two go together for one's own facts. No model is changed.",
+        "kedit-fast layers --facts builtin -n 10 --layers 0-29:3 --plot layers.png",
+    )
     fact_options(parser, targets=True)
-    experiments.add_layers_arguments(parser.add_argument_group("how to edit and to trace"))
-    output(parser, "FILE", "everything as .json", None)
+    how = parser.add_argument_group("how to edit and to trace")
+    option(how, "--layers L", layers, "for instance 0-11, 3,5 or 0-29:3, every third (default: all)")
+    option(how, "--method M", text_such_as("rome"), "rome, memit or alphaedit", "rome")
+    option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml) of the method")
+    traces = "traces.jsonl of these facts, as `kedit-fast trace` writes it (default: trace)"
+    option(how, "--traces FILE", path, traces)
+    option(how, "--samples N", positive, "noise draws of a trace", 10)
+    statistics_options(how)
+    option(how, "--log FILE", path, "a .jsonl file: a line for each layer as soon as it is done")
+    option(how, "--plot FILE", path, "the picture, as .png")
+    output(parser, "FILE", "everything as .json")
     machine_options(parser)
 
 
@@ -221,5 +265,5 @@ def add_info(commands):
         "Shows versions, devices, which native code is there (or why not), and where files are kept.",
         "kedit-fast info",
     )
-    output(parser, "FILE", "the same as .json", None)
+    output(parser, "FILE", "the same as .json")
     machine_options(parser, seed=None, model=None)

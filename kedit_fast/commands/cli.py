@@ -12,8 +12,7 @@ from importlib import import_module
 from kedit_fast import __version__
 from kedit_fast.basics.printing import STDOUT, any_encoding
 from kedit_fast.basics.progress import show_progress
-from kedit_fast.commands import arguments
-from kedit_fast.commands.edit_arguments import add_edits, add_history, add_merges
+from kedit_fast.commands import arguments, edit_arguments
 from kedit_fast.commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
 from kedit_fast.commands.parser import Commands
 
@@ -22,14 +21,17 @@ COMMANDS: tuple[tuple[Callable, dict[str, str]], ...] = (
     (arguments.add_demo, {"demo": "demo"}),
     (arguments.add_trace, {"trace": "trace"}),
     (arguments.add_stats, {"stats": "stats"}),
-    (add_edits, {"edit": "edit", "edit inspect": "edits", "edit diff": "edits"}),
+    (edit_arguments.add_edit, {"edit": "edit"}),
+    (edit_arguments.add_inspect, {"edit inspect": "edits"}),
+    (edit_arguments.add_diff, {"edit diff": "edits"}),
     (arguments.add_eval, {"eval": "eval"}),
     (arguments.add_generate, {"generate": "generate"}),
     (arguments.add_gate, {"gate": "gate"}),
     (arguments.add_rounds, {"rounds": "rounds"}),
     (arguments.add_layers, {"layers": "layers"}),
-    (add_merges, {"merge": "merge", "merge undo": "undo"}),
-    (add_history, {"history add": "history", "history log": "history", "history rollback": "history"}),
+    (edit_arguments.add_merge, {"merge": "merge"}),
+    (edit_arguments.add_undo, {"merge undo": "undo"}),
+    (edit_arguments.add_history, {"history add": "history", "history log": "history", "history rollback": "history"}),
     (arguments.add_info, {"info": "info"}),
 )
 HANDLERS = {name: f"kedit_fast.commands.{module}" for _, names in COMMANDS for name, module in names.items()}

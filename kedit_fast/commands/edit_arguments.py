@@ -10,25 +10,17 @@ from kedit_fast.commands.parser import (
     edits_argument,
     ending,
     fact_options,
+    flag,
+    folder_argument,
     group,
     machine_options,
+    option,
     output,
     signed,
+    statistics_options,
 )
 
 METHODS = tuple(catalog.EDITORS)
-
-
-def add_edits(commands) -> None:
-    """Declares ``edit``, ``edit inspect`` and ``edit diff``."""
-    for add in (_edit, _inspect, _diff):
-        add(commands)
-
-
-def add_merges(commands) -> None:
-    """Declares ``merge`` and ``merge undo``."""
-    for add in (_merge, _undo):
-        add(commands)
 
 
 def add_history(commands) -> None:
@@ -38,7 +30,8 @@ def add_history(commands) -> None:
     group(commands, "history", "Versions of edits: what was in force when, and back to it.")
 
 
-def _edit(commands) -> None:
+def add_edit(commands) -> None:
+    """Declares ``edit``."""
     parser = command(
         commands,
         "edit",
@@ -51,38 +44,21 @@ def _edit(commands) -> None:
     )
     fact_options(parser, targets=True)
     how = parser.add_argument_group("how to edit")
-    how.add_argument("--method", choices=METHODS, default="memit", help=f"{', '.join(METHODS)} (default: memit)")
-    how.add_argument("--layers", type=layers, metavar="L", help="for instance 3-7 (default: published or derived)")
-    how.add_argument("--hparams", type=path, metavar="FILE", help="a published hyper-parameter file (.json, .yaml)")
-    how.add_argument(
-        "--stats", type=path, metavar="DIR", help="folder of statistics, of `kedit-fast stats` or published .npz files"
-    )
-    how.add_argument("--corpus", type=path, help="text to measure statistics on, without --stats (default: self)")
-    how.add_argument("--tokens", type=positive, metavar="N", help="tokens of it (default: 8 d_ff)")
-    how.add_argument(
-        "--on-top-of",
-        type=path,
-        action="append",
-        metavar="EDIT",
-        help=f"what this edit is made on top of: {EDIT}; again for more",
-    )
-    how.add_argument(
-        "--independent", action="store_true", help="each fact as an edit of its own that sees no other, all at once"
-    )
-    how.add_argument(
-        "--checkpoint",
-        type=path,
-        metavar="DIR",
-        help="keep finished parts there; the same command goes on after an interruption",
-    )
-    how.add_argument(
-        "--strict", action="store_true", help="exit status 1 where the edited model does not say a fact's new answer"
-    )
-    output(parser, "FILE", "the edit (default: edit.safetensors)", "edit.safetensors")
+    option(how, "--method", METHODS, ", ".join(METHODS), "memit")
+    option(how, "--layers L", layers, "for instance 3-7 (default: published or derived)")
+    option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml)")
+    statistics_options(how)
+    option(how, "--on-top-of EDIT", path, f"what this edit is made on top of: {EDIT}; again for more", action="append")
+    flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once")
+    kept = "keep finished parts there; the same command goes on after an interruption"
+    option(how, "--checkpoint DIR", path, kept)
+    flag(how, "--strict", "exit status 1 where the edited model does not say a fact's new answer")
+    output(parser, "FILE", "the edit", "edit.safetensors")
     machine_options(parser)
 
 
-def _merge(commands) -> None:
+def add_merge(commands) -> None:
+    """Declares ``merge``."""
     parser = command(
         commands,
         "merge",
@@ -95,37 +71,22 @@ def _merge(commands) -> None:
         takes="EDIT ...",
     )
     edits_argument(parser)
-    parser.add_argument(
-        "--model",
-        type=path,
-        metavar="FOLDER",
-        help="the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
-        "with --peft only its name is written: a hub id, or the folder's full path",
-    )
-    parser.add_argument(
-        "-o", "--output", type=path, required=True, metavar="DIR", help="the folder to make, new or empty"
-    )
-    parser.add_argument("--peft", action="store_true", help="make a LoRA adapter; the model stays as it is")
-    parser.add_argument(
-        "--max-rank",
-        type=_rank,
-        default=512,
-        metavar="N",
-        help="with --peft: the largest rank that your loader accepts, or 'none' (default: 512, vLLM's limit)",
-    )
-    parser.add_argument(
-        "--truncate", action="store_true", help="with --peft: cut larger ranks to it; the error is shown"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="also for another model than the edit was made for, or (not with --peft) edits out of their chain",
-    )
+    model = "the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
+    model += "with --peft only its name is written: a hub id, or the folder's full path"
+    option(parser, "--model FOLDER", path, model)
+    option(parser, "-o --output DIR", path, "the folder to make, new or empty", required=True)
+    flag(parser, "--peft", "make a LoRA adapter; the model stays as it is")
+    rank = "with --peft: the largest rank that your loader accepts, or 'none' (default: 512, vLLM's limit)"
+    option(parser, "--max-rank N", _rank, rank, 512)
+    flag(parser, "--truncate", "with --peft: cut larger ranks to it; the error is shown")
+    force = "also for another model than the edit was made for, or (not with --peft) edits out of their chain"
+    flag(parser, "--force", force)
     signed(parser)
     ending(parser)
 
 
-def _inspect(commands) -> None:
+def add_inspect(commands) -> None:
+    """Declares ``edit inspect``."""
     parser = command(
         commands,
         "edit inspect",
@@ -135,14 +96,13 @@ def _inspect(commands) -> None:
         takes="EDIT ...",
     )
     edits_argument(parser)
-    parser.add_argument(
-        "--model", type=path, default=None, metavar="MODEL", help="compare the changes with this model's weights"
-    )
-    parser.add_argument("--memory", type=size, metavar="SIZE", help="bytes to use with --model, for instance 8GB")
+    option(parser, "--model", path, "compare the changes with this model's weights")
+    option(parser, "--memory SIZE", size, "bytes to use with --model, for instance 8GB")
     ending(parser)
 
 
-def _diff(commands) -> None:
+def add_diff(commands) -> None:
+    """Declares ``edit diff``."""
     parser = command(
         commands,
         "edit diff",
@@ -151,11 +111,12 @@ def _diff(commands) -> None:
         "kedit-fast edit diff old.safetensors new.safetensors",
         takes="EDIT EDIT",
     )
-    parser.add_argument("edits", nargs=2, type=path, metavar="EDIT", help=EDIT)
+    edits_argument(parser, 2, EDIT)
     ending(parser)
 
 
-def _undo(commands) -> None:
+def add_undo(commands) -> None:
+    """Declares ``merge undo``."""
     parser = command(
         commands,
         "merge undo",
@@ -165,15 +126,8 @@ def _undo(commands) -> None:
         "kedit-fast merge undo ./llama-edited",
         takes="FOLDER",
     )
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="a folder that `kedit-fast merge` wrote")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=path,
-        default=None,
-        metavar="DIR",
-        help="the restored model, a new folder (default: in place)",
-    )
+    folder_argument(parser, "a folder that `kedit-fast merge` wrote")
+    option(parser, "-o --output DIR", path, "the restored model, a new folder (default: in place)")
     ending(parser)
 
 
@@ -186,7 +140,7 @@ def _log(commands) -> None:
         "kedit-fast history log ./edits",
         takes="FOLDER",
     )
-    _history(parser)
+    folder_argument(parser, "a folder of versions")
     ending(parser)
 
 
@@ -200,9 +154,9 @@ def _add(commands) -> None:
         'kedit-fast history add ./edits edit.safetensors -m "new capital"',
         takes="FOLDER EDIT ...",
     )
-    _history(parser)
+    folder_argument(parser, "a folder of versions")
     edits_argument(parser)
-    parser.add_argument("--force", action="store_true", help="also an edit that was not made on top of those in force")
+    flag(parser, "--force", "also an edit that was not made on top of those in force")
     signed(parser)
     ending(parser)
 
@@ -217,14 +171,10 @@ def _rollback(commands) -> None:
         "kedit-fast history rollback ./edits 1",
         takes="FOLDER N",
     )
-    _history(parser)
+    folder_argument(parser, "a folder of versions")
     parser.add_argument("number", type=count, metavar="N", help="the version to bring back")
     signed(parser)
     ending(parser)
-
-
-def _history(parser) -> None:
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="a folder of versions")
 
 
 def _rank(text: str) -> int | None:

@@ -1,7 +1,7 @@
 """``kedit-fast gate``: may this edit ship?"""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -20,13 +20,6 @@ _FEWER = {  # a check with too few probes: the option that asks for fewer
     "wordings answered": "--min-probes", "generalization": "--min-paraphrases", "specificity drop": "--min-specificity",
 }  # fmt: skip
 REFUSED = 1  # exit status of an edit that fails a check; errors have another
-# Options that stand in for a field of Thresholds, by the name of their argument.
-OPTIONS = {
-    "measure": "measure", "confident": "confident", "min_answered": "min_answered", "min_probes": "min_probes",
-    "min_generalization": "min_generalization", "min_paraphrases": "min_paraphrases",
-    "max_drop": "max_specificity_drop", "min_specificity": "min_specificity_prompts",
-    "max_drift": "max_perplexity_drift",
-}  # fmt: skip
 
 
 def run(args) -> int:
@@ -84,5 +77,5 @@ def _init(args, edits) -> int:
 def _thresholds(args) -> Thresholds:
     """Of the file, with the options that are given in their place."""
     limits = Thresholds.from_json(args.thresholds) if args.thresholds else Thresholds()
-    given = {field: getattr(args, option) for option, field in OPTIONS.items()}
-    return replace(limits, **{field: value for field, value in given.items() if value is not None})
+    given = {each.name: getattr(args, each.name, None) for each in fields(Thresholds)}
+    return replace(limits, **{name: value for name, value in given.items() if value is not None})

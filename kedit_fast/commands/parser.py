@@ -14,6 +14,7 @@ FACT_FILES = (
 )
 EDIT = "an edit file, or a folder of versions (its edits in force)"
 EDITS = f"{EDIT}; several: a chain, in the order they were made"
+AS_IT_IS = " (default: the model as it is)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,96 +103,104 @@ def group(commands, name: str, line: str) -> None:
     parser.set_defaults(group=parser)
 
 
+# ---- one option
+
+
+def option(parser, names: str, kind, text: str, default=None, **more) -> None:
+    """Declares an option.
+
+    names: with what stands for its value last, "-o --output DIR"; kind: what makes a value of its text, or a tuple of
+    the texts that it may have; text: its help, to which the default is added where it does not speak of one itself
+    """
+    words = names.split()
+    flags = [word for word in words if word.startswith("-")]
+    if default not in (None, "") and "default" not in text:
+        text += f" (default: {default})"
+    more |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    parser.add_argument(*flags, default=default, metavar=next(iter(words[len(flags) :]), None), help=text, **more)
+
+
+def flag(parser, name: str, text: str, **more) -> None:
+    """Declares an option without a value."""
+    parser.add_argument(name, action="store_true", help=text, **more)
+
+
 # ---- arguments that several commands have
 
 
-def edits_argument(parser, nargs: str = "+", more: str = "") -> None:
+def edits_argument(parser, nargs: str | int = "+", text: str = EDITS) -> None:
     """Edits, which every command names in one way: by their files, without an option."""
-    parser.add_argument("edits", nargs=nargs, type=path, metavar="EDIT", help=EDITS + more)
+    parser.add_argument("edits", nargs=nargs, type=path, metavar="EDIT", help=text)
+
+
+def folder_argument(parser, text: str) -> None:
+    parser.add_argument("folder", type=path, metavar="FOLDER", help=text)
 
 
 def fact_options(parser, targets: bool) -> None:
     which = parser.add_argument_group("which facts: a file, or one fact")
-    which.add_argument("--facts", type=path, metavar="FILE", help=FACT_FILES)
-    add_skip_bad(which)
-    which.add_argument("-n", type=positive, metavar="N", help="the first N facts of the file")
-    which.add_argument(
-        "--prompt",
-        type=text_such_as("{} is in the city of"),
-        metavar="TEXT",
-        help='a prompt with {} for the subject: "{} is in the city of"',
-    )
-    which.add_argument(
-        "--subject",
-        type=text_such_as("The Eiffel Tower"),
-        metavar="TEXT",
-        help='what the fact is about: "The Eiffel Tower"',
-    )
+    file_options(which)
+    place = text_such_as("{} is in the city of")
+    option(which, "--prompt TEXT", place, 'a prompt with {} for the subject: "{} is in the city of"')
+    option(which, "--subject TEXT", text_such_as("The Eiffel Tower"), 'what the fact is about: "The Eiffel Tower"')
     if targets:
-        which.add_argument("--target", type=text_such_as("Rome"), metavar="TEXT", help="the new answer: Rome")
+        option(which, "--target TEXT", text_such_as("Rome"), "the new answer: Rome")
     chat_options(which)
 
 
-def add_skip_bad(parser) -> None:
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="pass over records of the file that cannot be used, and count them"
-    )
+def file_options(parser, more: str = "") -> None:
+    """Facts of a file."""
+    option(parser, "--facts FILE", path, FACT_FILES + more)
+    skip_bad_option(parser)
+    option(parser, "-n N", positive, "the first N facts")
+
+
+def skip_bad_option(parser) -> None:
+    flag(parser, "--skip-bad", "pass over records of the file that cannot be used, and count them")
 
 
 def chat_options(parser) -> None:
     """How facts are asked: plainly, or in a chat."""
-    parser.add_argument(
-        "--chat", action="store_true", help="ask them as questions in a chat, in the model's own chat template"
-    )
-    parser.add_argument(
-        "--system",
-        type=text_such_as("You are a helpful assistant."),
-        metavar="TEXT",
-        help="with --chat: the system message (default: the template's own)",
-    )
+    flag(parser, "--chat", "ask them as questions in a chat, in the model's own chat template")
+    message = text_such_as("You are a helpful assistant.")
+    option(parser, "--system TEXT", message, "with --chat: the system message (default: the template's own)")
 
 
-def output(parser, metavar: str, text: str, default: str | None, force: bool = True) -> None:
-    parser.add_argument("-o", "--output", type=path, default=default, metavar=metavar, help=text)
+def statistics_options(parser) -> None:
+    """Second moments that are there, or how to measure them."""
+    option(parser, "--stats DIR", path, "folder of statistics, of `kedit-fast stats` or published .npz files")
+    option(parser, "--corpus", path, "text to measure statistics on, without --stats (default: self)")
+    option(parser, "--tokens N", positive, "tokens of it (default: 8 d_ff)")
+
+
+def output(parser, metavar: str, text: str, default: str | None = None, force: bool = True) -> None:
+    option(parser, f"-o --output {metavar}", path, text, default)
     if force:
-        parser.add_argument("--force", action="store_true", help="replace files that are there already")
+        flag(parser, "--force", "replace files that are there already")
 
 
 def machine_options(parser, seed: int | None = 0, model: str | None = "smollm2") -> None:
     shared = parser.add_argument_group("model and machine")
     default = "the demo model, SmolLM2-135M-Instruct" if model else "none"
-    shared.add_argument(
-        "--model", type=path, default=model, help=f"a folder, a Hugging Face hub id, or 'smollm2' (default: {default})"
-    )
-    shared.add_argument(
-        "--memory",
-        type=size,
-        metavar="SIZE",
-        help="bytes to use, for instance 8GB; a model that does not fit is read from disk layer by layer",
-    )
-    shared.add_argument("--device", type=text_such_as("cpu"), help="where to compute (default: cpu)")
-    shared.add_argument(
-        "--dtype",
-        type=dtype,
-        metavar="DTYPE",
-        help="float32, bfloat16, float16 or float64 (default: as the model was saved)",
-    )
-    shared.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as many as cores)")
+    option(shared, "--model", path, f"a folder, a Hugging Face hub id, or 'smollm2' (default: {default})", model)
+    memory = "bytes to use, for instance 8GB; a model that does not fit is read from disk layer by layer"
+    option(shared, "--memory SIZE", size, memory)
+    option(shared, "--device", text_such_as("cpu"), "where to compute (default: cpu)")
+    dtypes = "float32, bfloat16, float16 or float64 (default: as the model was saved)"
+    option(shared, "--dtype DTYPE", dtype, dtypes)
+    option(shared, "--threads N", positive, "CPU threads (default: as many as cores)")
     if seed is not None:
-        shared.add_argument(
-            "--seed", type=a_seed, metavar="N", default=seed, help=f"of all random choices (default: {seed})"
-        )
-    shared.add_argument("--quiet", action="store_true", help="no progress bars")
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        option(shared, "--seed N", a_seed, "of all random choices", seed)
+    ending(shared)
 
 
 def signed(parser) -> None:
     """Who does something, and why."""
-    parser.add_argument("-m", "--message", type=words, default="", metavar="TEXT", help="why, for the record")
-    parser.add_argument("--who", type=words, default="", metavar="NAME", help="who does it, for the record")
+    option(parser, "-m --message TEXT", words, "why, for the record", "")
+    option(parser, "--who NAME", words, "who does it, for the record", "")
 
 
 def ending(parser) -> None:
     """What every command has last."""
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flag(parser, "--quiet", "no progress bars")
+    flag(parser, "--debug", "show the traceback of an error")

@@ -11,11 +11,10 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.jobs.values import ValueTask
-from kedit_fast.sweep.edited import add_under
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.plan import together
+from kedit_fast.sweep.runs import RunList, add_under
 from kedit_fast.sweep.sites import Site
-from kedit_fast.sweep.together import together
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 

@@ -27,8 +27,7 @@ from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import has_template
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.sweep.plan import RowCost, free
-from kedit_fast.sweep.together import together
+from kedit_fast.sweep.plan import RowCost, free, together
 
 OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation runs
 CHUNK = 64  # cases a sweep when the weights are in memory: progress moves and the log grows

@@ -23,10 +23,9 @@ from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.facts.tokens import answer_tokens, asked, encode
 from kedit_fast.jobs.finite import check_answers
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.sweep.edited import add_edited, first_edited
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import logit_rows
-from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.runs import RunList, add_edited, first_edited
 from kedit_fast.sweep.sites import Site
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
 from kedit_fast.jobs.generate import generate
 from kedit_fast.jobs.score import Places, continuation_places, likeliest_tokens, logprobs
-from kedit_fast.sweep.edited import add_edited, add_under
-from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.runs import RunList, add_edited, add_under
 from kedit_fast.sweep.sites import Site
 
 

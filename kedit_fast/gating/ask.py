@@ -14,7 +14,7 @@ from kedit_fast.gating.questions import CANARY, KEPT, PORTABILITY, WORDING, Ques
 from kedit_fast.gating.report import Answered, Lost
 from kedit_fast.gating.suite import Question
 from kedit_fast.jobs.score import text_logprobs
-from kedit_fast.sweep.together import together
+from kedit_fast.sweep.plan import together
 
 TOGETHER = 64  # prompts a sweep when the weights are in memory, so that progress moves
 

@@ -22,10 +22,9 @@ from kedit_fast.jobs.score import continuation_places
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import graph_bytes, logit_bytes
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
 from kedit_fast.sweep.runs import RunList, Runs, add_sequences, spans
 from kedit_fast.sweep.sites import Site
-from kedit_fast.sweep.together import together, too_large
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
 LOGITS = 3  # logits that a target row holds at the height of a step

@@ -11,10 +11,9 @@ from kedit_fast.basics.state import wide
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
 from kedit_fast.kernels.target_logprob import target_logprob
-from kedit_fast.sweep.edited import add_edited, first_edited
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import PLACE, logit_rows
-from kedit_fast.sweep.runs import RunList, padded, spans
+from kedit_fast.sweep.runs import RunList, add_edited, first_edited, padded, spans
 from kedit_fast.sweep.sites import Site
 
 

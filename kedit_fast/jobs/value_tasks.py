@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kedit_fast.sweep.plan import graph_bytes, logit_bytes
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes, too_large
 from kedit_fast.sweep.sites import Site
-from kedit_fast.sweep.together import too_large
 
 LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_0, hold at the height of a step
 

@@ -23,12 +23,11 @@ from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
 from kedit_fast.jobs.value_tasks import ValueSettings, ValueTask, held_bytes, parts
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
-from kedit_fast.sweep.edited import add_under
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.runs import NEVER, RunList, Runs, padded, spans
+from kedit_fast.sweep.plan import together
+from kedit_fast.sweep.rows import KVStore
+from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
 from kedit_fast.sweep.sites import Site
-from kedit_fast.sweep.store import KVStore
-from kedit_fast.sweep.together import together
 
 LABEL = "optimizing values (steps)"
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)

@@ -157,16 +157,11 @@ def text_config(config):
     return getattr(config, inner) if inner else config
 
 
-def module_at(root: nn.Module, path: str) -> nn.Module:
-    """The submodule of ``root`` at a dotted path."""
-    return root.get_submodule(path)
-
-
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a Hugging Face model, in order."""
     path = family_of(model.config).layers
     try:
-        return module_at(model, path)
+        return model.get_submodule(path)
     except AttributeError:
         raise ValueError(
             f"{type(model).__name__} has no {path!r}; load the model with its head, e.g. AutoModelForCausalLM"
@@ -193,7 +188,7 @@ def projection(model: nn.Module, layer: int, role: str = "down") -> nn.Module:
     check_layer(layer, len(layers))
     path = role_path(model.config, role)
     try:
-        return module_at(layers[layer], path)
+        return layers[layer].get_submodule(path)
     except AttributeError:
         raise ValueError(
             f"layer {layer} of this {model.config.model_type} model has no module {path!r} "

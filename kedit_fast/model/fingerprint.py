@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from kedit_fast.model.family import family_of, is_conv1d, module_at
+from kedit_fast.model.family import family_of, is_conv1d
 from kedit_fast.model.source import Resident, Source
 
 ROWS = 2  # rows read of each matrix: fine-tuning and edits change every row of what they change
@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module, source: Source | None = None) -> str:
     digest = hashlib.sha256()
     family = family_of(model.config)
     embedding = model.get_input_embeddings()
-    places = [module_at(model, path) for path in (family.positions, family.norm) if path]
+    places = [model.get_submodule(path) for path in (family.positions, family.norm) if path]
     for module in (embedding, *places, model.get_output_embeddings()):
         for name, parameter in sorted(module.named_parameters()):
             _add(digest, module, name, parameter.__getitem__)
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module, source: Source | None = None) -> str:
 
 def _add(digest, root: nn.Module, name: str, read) -> None:
     """Adds the sample of one parameter to the digest; ``read(index)`` gives a part of it."""
-    turned = is_conv1d(module_at(root, name.rpartition(".")[0]))
+    turned = is_conv1d(root.get_submodule(name.rpartition(".")[0]))
     shape = root.get_parameter(name).shape
     shape = shape[::-1] if turned and len(shape) == 2 else shape
     digest.update(str(tuple(shape)).encode())

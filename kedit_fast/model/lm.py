@@ -14,7 +14,7 @@ from kedit_fast.basics.state import own_state
 from kedit_fast.facts.tokens import chat_text, encode
 from kedit_fast.kernels.target_logprob import Head
 from kedit_fast.model import family as fam
-from kedit_fast.model.family import Family, family_of, module_at, text_config
+from kedit_fast.model.family import Family, family_of, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.source import DEFAULT_MEMORY, Source
 
@@ -163,13 +163,13 @@ class LM:
         """x [rows, d] with the learned position of each row added, where the family has such a table."""
         if self.family.positions is None:
             return x
-        return x + module_at(self.model, self.family.positions)(pos.to(x.device))
+        return x + self.model.get_submodule(self.family.positions)(pos.to(x.device))
 
     def rotary(self, layer: int, n_positions: int) -> tuple[Tensor, Tensor] | None:
         """(cos, sin) [n_positions, head_dim] of one layer, from the model's own rotary module."""
         if self.family.rotary is None:
             return None
-        module = module_at(self.model, self.family.rotary)
+        module = self.model.get_submodule(self.family.rotary)
         x = torch.empty(0, dtype=self.dtype, device=self.device)
         extra = (self.config.layer_types[layer],) if self.family.rotary_by_type else ()
         cos, sin = module(x, torch.arange(n_positions, device=self.device)[None], *extra)
@@ -212,7 +212,7 @@ class LM:
     def head(self, h: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, d] after the last layer: final norm, head, soft cap."""
         with torch.autocast(h.device.type, enabled=False):  # as in a sweep: results depend on no caller's context
-            logits = self.model.get_output_embeddings()(module_at(self.model, self.family.norm)(h))
+            logits = self.model.get_output_embeddings()(self.model.get_submodule(self.family.norm)(h))
         cap = self._logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -224,7 +224,7 @@ class LM:
         hooked = out._forward_hooks or out._forward_pre_hooks or "forward" in vars(out)
         if type(out) is not nn.Linear or hooked or out.weight.is_meta:
             return self.head
-        return Head(self.head, module_at(self.model, self.family.norm), out.weight, out.bias, self._logit_cap)
+        return Head(self.head, self.model.get_submodule(self.family.norm), out.weight, out.bias, self._logit_cap)
 
     @property
     def _logit_cap(self) -> float | None:

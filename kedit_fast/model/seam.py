@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.kernels.linear import linear
-from kedit_fast.model.family import Family, layers_of, module_at, text_config
+from kedit_fast.model.family import Family, layers_of, text_config
 
 NAME = "kedit_fast"
 _call: ContextVar = ContextVar("kedit_fast_attention_call", default=None)
@@ -79,7 +79,9 @@ def prepared(model, family: Family):
         if family.attention == "_attn":
             stack.enter_context(_own_attn(model, family))
         else:
-            stack.enter_context(_implementation(text_config(model.config)))
+            config = text_config(model.config)
+            stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+            config._attn_implementation_internal = NAME
         _report_foreign_hooks(model)
         yield
 
@@ -111,19 +113,9 @@ def frozen(model):
 
 
 @contextmanager
-def _implementation(config):
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
-
-
-@contextmanager
 def _own_attn(model, family):
     """gptj: the block calls ``self._attn(query, key, value, mask)``, [1, H, rows, D] in and out."""
-    modules = [module_at(layer, family.attn) for layer in layers_of(model)]
+    modules = [layer.get_submodule(family.attn) for layer in layers_of(model)]
 
     def own(query, key, value, attention_mask=None, *, module):
         out, weights = _attention(module, query, key, value, attention_mask, scaling=1 / math.sqrt(query.shape[-1]))

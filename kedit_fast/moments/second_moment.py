@@ -32,9 +32,8 @@ from kedit_fast.kernels.solve import condition
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, known_id, read_corpus
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import free
+from kedit_fast.sweep.plan import free, together
 from kedit_fast.sweep.runs import RunList
-from kedit_fast.sweep.together import together
 
 FORMAT = "kedit_fast.second_moment"
 ROWS = 1024  # compared with their mirror images at a time

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, sha256_of, write_json
@@ -25,11 +25,10 @@ from kedit_fast.edits.chain import check_chain
 from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.deltas import edited_weight
 from kedit_fast.edits.edit import Edit, check_once, digest, edit_list
-from kedit_fast.model.disk import Disk, open_on_disk
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.model.folder import read_config
-from kedit_fast.model.stored import INDEX, Checkpoint
+from kedit_fast.model.folder import INDEX, Checkpoint, read_config
+from kedit_fast.model.source import Disk, open_on_disk
 from kedit_fast.shipping.history import check_words, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 
@@ -255,13 +254,10 @@ def _write_merged(place: _Place, edits, folder: Path) -> str:
             f"layer {place.layer}: the checkpoint's weight holds NaN or infinity, or W + Δ is beyond the range of "
             f"{weight.dtype}; nothing was written"
         )
-    bits = _bytes_of(weight.T if place.transposed else weight)
+    stored = weight.T if place.transposed else weight
+    bits = stored.contiguous().reshape(-1).view(torch.uint8).numpy().data
     target.overwrite([bits])
     return hashlib.sha256(bits).hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _noted(place: _Place, original: dict[str, str], written: dict[str, str]) -> dict:

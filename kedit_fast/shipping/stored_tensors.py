@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kedit_fast.basics.files import named
 from kedit_fast.basics.folders import pieces
-from kedit_fast.model.stored import open_tensors
+from kedit_fast.model.folder import open_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 

@@ -14,13 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from kedit_fast.kernels.attention import attention
 from kedit_fast.kernels.rows import branch_rows
-from kedit_fast.model.family import module_at
 from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
-from kedit_fast.sweep.rows import Call, RowTable
+from kedit_fast.sweep.rows import Call, KVStore, RowTable
 from kedit_fast.sweep.runs import Runs
 from kedit_fast.sweep.sites import INSIDE, Site
-from kedit_fast.sweep.store import KVStore
 
 ALL = object()  # what ``Job.reads`` gives for every row
 
@@ -264,7 +262,7 @@ class _Pack:
         with ExitStack() as stack:
             for site in (site for site in INSIDE if site in wanted):
                 name, is_input = INSIDE[site]
-                module = module_at(self.lm.source.layers[layer], getattr(self.lm.family, name))
+                module = self.lm.source.layers[layer].get_submodule(getattr(self.lm.family, name))
                 add, hook = (
                     (module.register_forward_pre_hook, before) if is_input else (module.register_forward_hook, behind)
                 )

@@ -1,6 +1,9 @@
 """What a sweep holds, and how work is cut so that it fits the memory, before the first layer."""
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,8 +11,8 @@ from torch import Tensor
 from kedit_fast.basics.state import wide
 from kedit_fast.kernels.target_logprob import LOGITS
 from kedit_fast.sweep.runs import Runs
-from kedit_fast.sweep.together import too_large
 
+T = TypeVar("T")
 # Rows that go through a block in one call. Small enough that a call's intermediates stay in cache, large enough for
 # the products: see bench/results for the figure by size.
 CALL_ROWS = 2048
@@ -140,3 +143,30 @@ def calls(ends: Tensor, size: int) -> list[tuple[int, int]]:
             cuts.append((start, stop))
             start = stop
     return cuts
+
+
+def together(
+    items: Iterable[T], size: Callable[[T], float], most: float, count: int | None = None
+) -> Iterator[list[T]]:
+    """Consecutive items whose sizes add up to ``most`` at most, and no more than ``count`` of them; one that is too
+    large stands alone. No items make no group."""
+    group: list[T] = []
+    held = 0.0
+    for item in items:
+        n = size(item)
+        if group and (held + n > most or len(group) == count):
+            yield group
+            group, held = [], 0.0
+        group.append(item)
+        held += n
+    if group:
+        yield group
+
+
+def too_large(what: str, need: int, memory: int) -> str:
+    """The message for something that does not fit the memory however it is cut. The need is rounded up, the memory
+    down: a need said in the memory's own figure would tell nothing."""
+    return (
+        f"{what} needs {math.ceil(need / 1e7) / 100:.2f} GB and memory allows {memory // 10**7 / 100:.2f} GB; give "
+        "open_model a larger memory=, or shorten the text"
+    )

@@ -20,8 +20,7 @@ from kedit_fast.basics.progress import logger, progress, scaled
 from kedit_fast.facts.fact import Fact, check_subject, fact_list
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.sweep.plan import CALL_ROWS, RowCost, free
-from kedit_fast.sweep.together import together
+from kedit_fast.sweep.plan import CALL_ROWS, RowCost, free, together
 from kedit_fast.tracing.attribution import estimate, most
 from kedit_fast.tracing.exact import all_cells, restored_cells
 from kedit_fast.tracing.results import AverageTrace, TraceResult, average, read_log

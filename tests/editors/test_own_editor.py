@@ -10,8 +10,7 @@ from kedit_fast.edits.changes import MemoryChange
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs.collect import collect
-from kedit_fast.sweep.edited import add_under
-from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.runs import RunList, add_under
 from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny
 from tests.tiny import tiny_model

@@ -121,8 +121,7 @@ def remembering(lm, site=Site.layer_out, layer=2, radius=1e-3):
 
 def row_at(lm, site, layer):
     from kedit_fast.jobs.collect import collect
-    from kedit_fast.sweep.edited import add_under
-    from kedit_fast.sweep.runs import RunList
+    from kedit_fast.sweep.runs import RunList, add_under
 
     runs = RunList()
     number = add_under(lm, runs, [IDS])

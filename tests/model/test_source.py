@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.model.stored import Checkpoint
+from kedit_fast.model.folder import Checkpoint
 from tests.conftest import close, tiny_lm
 from tests.make import make_edit
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer

@@ -14,8 +14,7 @@ import kedit_fast as kf
 import kedit_fast.moments.second_moment as moments_module
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.moments.second_moment import SecondMoment, second_moments
-from kedit_fast.sweep.plan import RowCost
-from kedit_fast.sweep.together import together
+from kedit_fast.sweep.plan import RowCost, together
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.make import bits, make_edit, same_bits
 from tests.oracle.access import site_module

@@ -9,15 +9,14 @@ import torch
 
 from kedit_fast.jobs.collect import Collect, collect
 from kedit_fast.jobs.score import Score
-from kedit_fast.model.family import FAMILIES, layers_of, module_at
+from kedit_fast.model.family import FAMILIES, layers_of
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep import engine
-from kedit_fast.sweep.edited import add_edited
 from kedit_fast.sweep.engine import ALL, sweep
 from kedit_fast.sweep.plan import PLACE, RowCost
-from kedit_fast.sweep.runs import NEVER, RunList, add_sequences
+from kedit_fast.sweep.rows import KVStore
+from kedit_fast.sweep.runs import NEVER, RunList, add_edited, add_sequences
 from kedit_fast.sweep.sites import IN, INSIDE, OUT, Site
-from kedit_fast.sweep.store import KVStore
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.make import bits, lowrank, make_edit, same_bits
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
@@ -143,7 +142,7 @@ def test_foreign_hooks_are_reported_and_run():
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_a_block_that_does_not_attend_once_is_refused(family):
     model = tiny_model(family)
-    attn = module_at(layers_of(model)[1], FAMILIES[family].attn)
+    attn = layers_of(model)[1].get_submodule(FAMILIES[family].attn)
     forward = attn.forward
 
     def twice(*args, **kwargs):
@@ -328,8 +327,8 @@ def test_sites_are_hugging_faces_modules(family):
     block = layers_of(lm.model)[1]
     modules = {
         Site.embed: lm.model.get_input_embeddings(), Site.layer_out: block,
-        Site.attn_out: module_at(block, entry.attn_proj), Site.mlp_out: module_at(block, entry.mlp_down),
-        **{OUT[role]: module_at(block, path) for role, path in entry.roles.items()},
+        Site.attn_out: block.get_submodule(entry.attn_proj), Site.mlp_out: block.get_submodule(entry.mlp_down),
+        **{OUT[role]: block.get_submodule(path) for role, path in entry.roles.items()},
     }  # fmt: skip
     into = {IN[role]: OUT[role] for role in entry.roles}  # whose input it is
 

@@ -26,7 +26,8 @@ Of several spellings of an answer the first is meant. What has no field of its o
 only fields that say where a record comes from (``ABOUT``) are passed over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from functools import partial
 from typing import NamedTuple
 
 from kedit_fast.basics.words import json_kind
@@ -201,38 +202,21 @@ def _read_zsre(record, notes):
 
     MEND's file has records with an empty ``alt``: facts without a target_new.
     """
-    new, true = _target(record["alt"], "alt") or None, _target(record.get("answers"), "answers")
-    subject = record.get("subject")
-    return [_fact(record, notes, prompt=record["src"], subject=subject, new=new, true=true, name=_id(record, "id"))]
+    record = record | {"alt": _target(record["alt"], "alt") or None}
+    return _read_by_name(record, notes, prompt="src", new="alt", true="answers")
 
 
-def _read_wikibio(record, notes):
-    """WikiBio of KnowEdit: a passage that names its person, ``concept``, and the sentence that goes on, ``labels``."""
-    new, subject = _target(record["labels"], "labels"), record["concept"]
-    return [_fact(record, notes, prompt=record["text"], subject=subject, new=new, true=None, name=_id(record, "id"))]
-
-
-def _read_question(record, notes):
-    new, subject = _target(record["answer"], "answer"), record.get("subject")
-    return [
-        _fact(record, notes, prompt=record["question"], subject=subject, new=new, true=None, name=_id(record, "id"))
-    ]
+def _read_by_name(record, notes, *, prompt, new, subject="subject", true=None, ids=("id",)):
+    """A record that calls the fields of a fact so, and needs no further reading."""
+    new, true = _target(record.get(new), new), _target(record.get(true), true)
+    prompt, subject = record[prompt], record.get(subject)
+    return [_fact(record, notes, prompt=prompt, subject=subject, new=new, true=true, name=_id(record, *ids))]
 
 
 def _read_flat(record, notes):
     new = "target_new" if "target_new" in record else "target"
     true = "target_true" if "target_true" in record else "ground_truth"
-    return [
-        _fact(
-            record,
-            notes,
-            prompt=record["prompt"],
-            subject=record.get("subject"),
-            new=_target(record.get(new), new),
-            true=_target(record.get(true), true),
-            name=_id(record, "id", "case_id"),
-        )
-    ]
+    return _read_by_name(record, notes, prompt="prompt", new=new, true=true, ids=("id", "case_id"))
 
 
 # ---- fields
@@ -377,23 +361,22 @@ class Format(NamedTuple):
     name: str
     needs: tuple[tuple[str, ...], ...]
     read: Callable[[dict, Notes], list[dict]]
-    reads: frozenset[str] = frozenset()
+    reads: Set[str] = frozenset()
 
 
 FORMATS = (
-    Format("CounterFact", (("requested_rewrite",),), _read_counterfact, frozenset(("questions", "new_answer"))),
-    Format(
-        "known_1000", (("subject",), ("attribute",), ("template",)), _read_known, frozenset(("prompt", "target_new"))
+    Format("CounterFact", (("requested_rewrite",),), _read_counterfact, {"questions", "new_answer"}),
+    Format("known_1000", (("subject",), ("attribute",), ("template",)), _read_known, {"prompt", "target_new"}),
+    Format("zsRE", (("src",), ("alt",)), _read_zsre, {"subject", "answers"}),
+    Format(  # of KnowEdit: a passage that names its person, ``concept``, and the sentence that goes on, ``labels``
+        "WikiBio",
+        (("text",), ("concept",), ("labels",)),
+        partial(_read_by_name, prompt="text", subject="concept", new="labels"),
     ),
-    Format("zsRE", (("src",), ("alt",)), _read_zsre, frozenset(("subject", "answers"))),
-    Format("WikiBio", (("text",), ("concept",), ("labels",)), _read_wikibio),
+    Format("flat", (("prompt",), ("target_new", "target", "target_true")), _read_flat, {"subject", "ground_truth"}),
     Format(
-        "flat",
-        (("prompt",), ("target_new", "target", "target_true")),
-        _read_flat,
-        frozenset(("subject", "ground_truth")),
+        "question", (("question",), ("answer",)), partial(_read_by_name, prompt="question", new="answer"), {"subject"}
     ),
-    Format("question", (("question",), ("answer",)), _read_question, frozenset(("subject",))),
 )
 
 READ = (COMMON | LOCALITY).union(  # every field that some format reads

@@ -138,16 +138,12 @@ def _lookalike(text: str, subject: str) -> str:
     """Which characters differ, where a part of the text looks much like the subject; "" where none does."""
     n = len(subject)
     windows = (text[at : at + n] for at in range(len(text) - n + 1))
-    nearest = max(windows, key=lambda part: _same(part, subject), default="")
+    nearest = max(windows, key=lambda part: sum(a == b for a, b in zip(part, subject, strict=True)), default="")
     differ = [(a, b) for a, b in zip(nearest, subject, strict=False) if a != b]
     if not differ or len(differ) > min(MOST, n / 2) or all(a.isascii() and b.isascii() for a, b in differ):
         return ""
     told = "; ".join(f"{_named(a)} there, {_named(b)} in the subject" for a, b in dict.fromkeys(differ))
     return f", where {nearest!r} looks like it: {told}"
-
-
-def _same(a: str, b: str) -> int:
-    return sum(x == y for x, y in zip(a, b, strict=True))
 
 
 def _named(char: str) -> str:

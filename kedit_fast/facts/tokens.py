@@ -143,8 +143,15 @@ def fact_tokens(tokenizer, fact: Fact, context: str = "{}") -> TokenizedPrompt:
     Raises ValueError for a context without or with several "{}", for a tokenizer without offsets or chat template, and
     where the template leaves nothing of the prompt to be found.
     """
-    _check_fast(tokenizer)
-    before, after = _split(context)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, so the subject's tokens cannot be located; "
+            "load a fast tokenizer (one with a tokenizer.json)"
+        )
+    parts = context.split("{}")
+    if len(parts) != 2:
+        raise ValueError(f"context {context!r}: expected one {{}}, found {len(parts) - 1}")
+    before, after = parts
     place = fact.prompt.index("{}") if fact.subject is not None else len(fact.prompt)
     at = 0 if fact.chat else _after_special(tokenizer, fact.prompt[:place])
     content = fact.text[:at] + before + fact.text[at:] + after
@@ -212,21 +219,6 @@ def _encode_span(tokenizer, text: str, chars: tuple[int, int]) -> tuple[list[int
     if len(inside) > 1 and offsets[inside[0]][0] == offsets[inside[1]][0]:
         inside = inside[tokenizer.convert_ids_to_tokens(ids[inside[0]]) in WORD_MARKS :]
     return ids, (inside[0], inside[-1] + 1)
-
-
-def _check_fast(tokenizer) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, so the subject's tokens cannot be located; "
-            "load a fast tokenizer (one with a tokenizer.json)"
-        )
-
-
-def _split(context: str) -> list[str]:
-    parts = context.split("{}")
-    if len(parts) != 2:
-        raise ValueError(f"context {context!r}: expected one {{}}, found {len(parts) - 1}")
-    return parts
 
 
 # ---- answers

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import check_format, existing_folder, file_in, named_instead, read_object, replace_file
@@ -94,7 +93,8 @@ class EditHistory:
         refuse_independent(edit, "a version is in force for every text")
         if not edit.fingerprint:
             raise ValueError("this edit does not say for which model it was made, so nobody could tell where it fits")
-        self._make()
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / EDITS).mkdir(exist_ok=True)
         with self._alone():
             fingerprint, versions = self._read()
             if fingerprint and edit.fingerprint != fingerprint:
@@ -108,7 +108,7 @@ class EditHistory:
                 check_follows(edit, below)
             if not (self.folder / MANIFEST).exists():  # first: edits that nothing lists are of a manifest that is lost
                 self._write(fingerprint, versions)
-            new = _next(versions, (*versions[-1].edits, self._keep(edit)), message, who)
+            new = Version(len(versions), (*versions[-1].edits, self._keep(edit)), message, who, now())
             self._write(fingerprint or edit.fingerprint, (*versions, new))
         return new
 
@@ -125,15 +125,11 @@ class EditHistory:
             fingerprint, versions = self._read()
             self.edits_of(old.number)
             said = message or f"rollback to version {old.number}"
-            new = _next(versions, old.edits, said, who, rollback_of=old.number)
+            new = Version(len(versions), old.edits, said, who, now(), rollback_of=old.number)
             self._write(fingerprint, (*versions, new))
         return new
 
     # ---- the folder
-
-    def _make(self):
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / EDITS).mkdir(exist_ok=True)
 
     @contextmanager
     def _alone(self):
@@ -178,13 +174,10 @@ class EditHistory:
             with named_instead(new, self.folder / EDITS):
                 edit.save(new)
                 name = sha256_of(new)
-                new.replace(self._file(name))
+                new.replace(self.folder / EDITS / f"{name}.safetensors")
         finally:
             new.unlink(missing_ok=True)
         return name
-
-    def _file(self, name: str) -> Path:
-        return self.folder / EDITS / f"{name}.safetensors"
 
     def _load(self, name: str, fingerprint: str) -> Edit:
         path = file_in(self.folder / EDITS, f"{name}.safetensors", self.folder / MANIFEST)
@@ -209,10 +202,6 @@ def check_words(message, who) -> None:
     """Raises BadArgument unless both are texts, for the record."""
     for name, words in (("message", message), ("who", who)):
         checks.text(name, words, blank=True)
-
-
-def _next(versions, edits, message, who, rollback_of=None) -> Version:
-    return Version(len(versions), edits, message, who, now(), rollback_of)
 
 
 def now() -> str:

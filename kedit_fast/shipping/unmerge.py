@@ -48,7 +48,7 @@ def unmerge(folder: checks.AnyPath, out: checks.AnyPath | None = None) -> Path:
         check_new_folder(out)
     record = read_manifest(folder)
     if out is None and (folder / UNDONE).exists():  # killed when all was restored
-        _finish_drop(folder)
+        _drop_record(folder)
         return folder
     patches = _checked_patches(folder, record)
     if out is not None:
@@ -59,6 +59,7 @@ def unmerge(folder: checks.AnyPath, out: checks.AnyPath | None = None) -> Path:
             with replace_file(folder / name) as unfinished:
                 _restore(folder / name, unfinished, places, record["files"][name], bar)
     _check_base(folder, folder, record)
+    (folder / KEPT).rename(folder / UNDONE)
     _drop_record(folder)
     return folder
 
@@ -157,13 +158,8 @@ def _restore_into(folder: Path, out: Path, record: dict, patches: dict[str, list
 
 
 def _drop_record(folder: Path) -> None:
-    """Removes the record of a merge that is undone; the one of the merge before it, if any, takes its place."""
-    (folder / KEPT).rename(folder / UNDONE)
-    _finish_drop(folder)
-
-
-def _finish_drop(folder: Path) -> None:
-    """What is left to do when the record has its other name."""
+    """Removes the record of a merge that is undone, once it has its other name; the one of the merge before it, if any,
+    takes its place."""
     done = folder / UNDONE
     if (done / BEFORE).is_dir() and not (folder / KEPT).exists():
         (done / BEFORE).rename(folder / KEPT)

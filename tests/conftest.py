@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 
 # Read when a kernel is first imported; there is no GPU to count on, and TRITON_INTERPRET=0 says that there is one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,6 +27,28 @@ def open_tiny(model, **options) -> kf.LM:
 def tiny_lm(family: str, dtype: torch.dtype = torch.float32, layers: int = 4) -> kf.LM:
     """The opened tiny model of a family. One object for all tests: those that change a model make their own."""
     return open_tiny(tiny_model(family, dtype, layers=layers))
+
+
+def save_tiny(folder, model, **options):
+    """The folder of a tiny model and its tokenizer, as save_pretrained writes it."""
+    model.save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def disk_and_resident(folder, **options) -> tuple[kf.LM, kf.LM]:
+    """A folder opened twice: with its layers on disk, and in memory; both have the same memory to work in."""
+    disk, resident = kf.open_model(folder, memory=1, **options), kf.open_model(folder, **options)
+    assert disk.source.name == "disk"
+    return replace(disk, memory=resident.memory), resident
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

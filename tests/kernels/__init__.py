@@ -1,14 +1,17 @@
-"""What the kernel tests share: random matrices, and the check of a solve against its reference."""
+"""What the kernel tests share: random matrices, and the checks of a solve, whoever computes it."""
+
+import math
 
 import pytest
 import torch
 
-from kedit_fast.kernels.solve import condition, factor, factor_ref, memit_solve, memit_solve_ref
+from kedit_fast.kernels.solve import MAX_CONDITION, condition, factor, factor_ref, memit_solve, memit_solve_ref
 from tests.compare import close
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def normal(*shape, seed=0, dtype=torch.float64):
+    """The same numbers in every dtype, rounded."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def random_moment(d, seed=0):
@@ -17,19 +20,36 @@ def random_moment(d, seed=0):
     return samples.T @ samples / len(samples)
 
 
-def check_solve(n, d_ff, way):
+def check_solve(n, d_ff, way, device="cpu", rel=1e-10):
     """Factor and solve equal their references, and a factor serves both, whoever made it."""
     keys, residual, moment = normal(n, d_ff).float(), normal(n, 3, seed=1), random_moment(d_ff).float()
-    kept, kept_ref = factor(moment, 5.0, regularizer=1e-3), factor_ref(moment, 5.0, regularizer=1e-3)
+    on_device = keys.to(device), residual.to(device)
+    kept, kept_ref = factor(moment.to(device), 5.0, regularizer=1e-3), factor_ref(moment, 5.0, regularizer=1e-3)
     close("L", kept.lower, kept_ref.lower, torch.float64)
     assert torch.equal(kept.lower, kept.lower.tril())
-    assert kept.condition == pytest.approx(kept_ref.condition, rel=1e-10)
-    close("C⁻¹k", kept.solve(keys.T), kept_ref.solve(keys.T), torch.float64)
-    for matrix in (moment, kept, kept_ref):
-        got = memit_solve(keys, residual, matrix, 5.0, way=way)
-        want = memit_solve_ref(keys, residual, matrix, 5.0, way=way)
-        close("u", got[0], want[0], torch.float64)
-        close("v", got[1], want[1], torch.float64)
+    assert kept.condition == pytest.approx(kept_ref.condition, rel=rel)
+    close("C⁻¹k", kept.solve(on_device[0].T), kept_ref.solve(keys.T), torch.float64)
+    want = memit_solve_ref(keys, residual, moment, 5.0, way=way, regularizer=1e-3)
+    made = [memit_solve(*on_device, moment.to(device), 5.0, way=way, regularizer=1e-3)]
+    factors = (kept, kept_ref) if device == "cpu" else (kept,)
+    made += [memit_solve(*on_device, one, 5.0, way=way) for one in factors]
+    for u, v in made:
+        close("u", u, want[0], torch.float64)
+        close("v", v, want[1], torch.float64)
+
+
+def check_bad_moments():
+    """What is not positive definite, or nearly singular, is named and never inverted."""
+    moment = random_moment(10)
+    moment[3, 3] = 0
+    with pytest.raises(ValueError, match=r"minor of order 4, 1 of its diagonal entries are not positive \(neurons"):
+        factor(moment)
+    assert condition(moment) == math.inf
+    nearly = torch.ones(10, dtype=torch.float64)
+    nearly[-1] = 2e-15
+    with pytest.raises(ValueError, match=r"singular in fp64: condition number 5.0e\+14, at most 1e\+14"):
+        factor(torch.diag(nearly))
+    assert condition(torch.diag(nearly)) > MAX_CONDITION
 
 
 def check_inputs_stay():

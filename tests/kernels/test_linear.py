@@ -1,5 +1,7 @@
 """Products of rows with weights: OpenBLAS through the extension against fp64, and who is sent there."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from kedit_fast.model.seam import prepared
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from tests.conftest import close, open_tiny
+from tests.kernels import normal
 from tests.tiny import tiny_model
 
 WHY = dispatch.why_not_native() or openblas.why_not()
@@ -20,7 +23,7 @@ FP32 = (torch.device("cpu"), torch.float32)
 
 
 def numbers(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, seed=seed, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -30,33 +33,28 @@ def counted(monkeypatch):
     monkeypatch.setattr(module, "FEWEST", FEWEST)
     real, shapes = dispatch.native(), []
 
-    class Counting:
-        def linear(self, out, x, w, bias, rows, n_in, n_out, *rest):
-            shapes.append((rows, n_in, n_out))
-            real.linear(out, x, w, bias, rows, n_in, n_out, *rest)
+    def counting(out, x, w, bias, *sizes_and_rest):
+        shapes.append(sizes_and_rest[:3])
+        real.linear(out, x, w, bias, *sizes_and_rest)
 
-    monkeypatch.setattr(module.dispatch, "native", lambda: Counting())
+    monkeypatch.setattr(module.dispatch, "native", lambda: SimpleNamespace(linear=counting))
     return shapes
 
 
 @native_only
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("in_out", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows", [64, 129, 600])
-def test_equals_the_product_in_fp64(rows, with_bias, in_out, threads, counted):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for n_in, n_out in ((1, 1), (17, 5), (48, 129)):
-            x, weight = numbers(rows, n_in), numbers(n_out, n_in, seed=1)
-            bias = numbers(n_out, seed=2) if with_bias else None
-            want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-            got = linear(x, weight.T.contiguous() if in_out else weight, bias, in_out=in_out)
-            close(f"{n_in} to {n_out}", got, want)
-        assert counted == [(rows, 1, 1), (rows, 17, 5), (rows, 48, 129)]
-    finally:
-        torch.set_num_threads(before)
+def test_equals_the_product_in_fp64(rows, with_bias, in_out, n_threads, counted, threads):
+    threads(n_threads)
+    for n_in, n_out in ((1, 1), (17, 5), (48, 129)):
+        x, weight = numbers(rows, n_in), numbers(n_out, n_in, seed=1)
+        bias = numbers(n_out, seed=2) if with_bias else None
+        want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        got = linear(x, weight.T.contiguous() if in_out else weight, bias, in_out=in_out)
+        close(f"{n_in} to {n_out}", got, want)
+    assert counted == [(rows, 1, 1), (rows, 17, 5), (rows, 48, 129)]
 
 
 @native_only
@@ -168,11 +166,8 @@ def test_without_openblas_torch_does_the_work(monkeypatch):
 
 @native_only
 def test_only_amd_processors_choose_it_unasked(monkeypatch):
-    class Elsewhere:
-        is_amd = staticmethod(lambda: False)
-
     monkeypatch.delenv("KEDIT_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "native", lambda: Elsewhere())
+    monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(is_amd=lambda: False))
     assert dispatch.backend_for("linear", *FP32) == "reference"
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "native")
     assert dispatch.backend_for("linear", *FP32) == "native"

@@ -6,6 +6,7 @@ import torch
 from kedit_fast.kernels import dispatch
 from kedit_fast.kernels.second_moment import fill_upper_, second_moment_, second_moment_ref
 from tests.compare import close
+from tests.kernels import normal
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [1, 17, 129, 600]  # 600: three blocks of 256 rows, the last one short
@@ -14,12 +15,8 @@ WIDTHS = [1, 7, 48, 80, 130]
 native_only = pytest.mark.skipif(dispatch.native() is None, reason=f"no extension: {dispatch.why_not_native()}")
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def random_keys(n, d, dtype=torch.float32, seed=0):
-    return torch.randn(n, d, generator=generator(seed)).to(dtype)
+    return normal(n, d, seed=seed, dtype=dtype)
 
 
 def truth(keys):
@@ -56,7 +53,7 @@ def test_adds_the_product(n, d, dtype, c_dtype, op):
 
 @pytest.mark.parametrize("op", [second_moment_, second_moment_ref])
 def test_fp64_keys_are_not_rounded(op):
-    keys = torch.randn(40, 30, dtype=torch.float64, generator=generator())
+    keys = normal(40, 30)
     c = op(torch.zeros(30, 30, dtype=torch.float64), keys)
     close("c", c.tril(), truth(keys), torch.float64)
 
@@ -147,14 +144,6 @@ def test_nothing_to_add(n, d, op):
     assert torch.equal(c.tril(), torch.ones(d, d, dtype=torch.float64).tril())
 
 
-def test_calls_add_up():
-    keys = random_keys(900, 65)
-    c = torch.zeros(65, 65, dtype=torch.float64)
-    for part in keys.split([1, 255, 300, 344]):
-        second_moment_(c, part)
-    close("c", c.tril(), truth(keys), torch.float32)
-
-
 def test_long_sums_keep_their_accuracy():
     # All products positive: an fp32 sum over the rows would lose digits with the number of rows.
     keys = random_keys(20_000, 8).abs() + 1
@@ -165,17 +154,12 @@ def test_long_sums_keep_their_accuracy():
 
 @native_only
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_change_a_bit(dtype):
-    keys, before = random_keys(700, 300, dtype), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(second_moment_(torch.zeros(300, 300, dtype=torch.float64), keys))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+def test_threads_do_not_change_a_bit(dtype, threads):
+    keys, results = random_keys(700, 300, dtype), []
+    for n_threads in (1, 2, 3):
+        threads(n_threads)
+        results.append(second_moment_(torch.zeros(300, 300, dtype=torch.float64), keys))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("op", [second_moment_, second_moment_ref])

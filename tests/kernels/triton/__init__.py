@@ -5,8 +5,14 @@ import torch
 
 from kedit_fast.basics import settings
 from tests.compare import close
+from tests.kernels import normal
 
 DEVICE = "cpu" if settings.triton_interprets() else "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return normal(*shape, seed=seed, dtype=dtype).to(DEVICE)
 
 
 def skip_where_nothing_runs() -> None:

@@ -17,13 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-MODULES = (
-    "attention",
-    "target_logprob",
-    "rows",
-    "lowrank",
-    "second_moment",
-)
+MODULES = ("attention", "target_logprob", "rows", "lowrank", "second_moment")
 CAPABILITIES = (80, 90)
 
 

@@ -8,11 +8,8 @@ import torch
 from kedit_fast.kernels import attention as op
 from kedit_fast.kernels.attention import attention
 from tests.conftest import TOLERANCE, close, relative_error
-from tests.kernels.test_attention import LAYOUTS, layout, naive, numbers
-from tests.kernels.triton import DEVICE
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HOW = ({}, {"window": 1}, {"window": 5}, {"softcap": 1.5}, {"window": 4, "softcap": 0.8})
+from tests.kernels.test_attention import HOW, LAYOUTS, naive, numbers, problem
+from tests.kernels.triton import DEVICE, DTYPES
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
@@ -23,53 +20,49 @@ def no_reference(monkeypatch):
     monkeypatch.setattr(op, "attention_ref", lambda *a, **k: pytest.fail("the reference ran"))
 
 
-def made(kind, heads, dim, dtype, seed=0):
-    """(key_rows, run, pos, q, k, v) on the device; slots that the table does not name hold NaN."""
-    key_rows, run, pos = layout(kind)
-    tensors = numbers(len(run), int(key_rows.max()) + 3, *heads, dim, dtype, seed)
-    free = torch.ones(len(tensors[1]), dtype=torch.bool)
+def made(kind, heads=(4, 2), dim=5, dtype=torch.float32):
+    """The arguments of a layout, numbers on the device; slots that the table does not name hold NaN."""
+    q, k, v, key_rows, *where = problem(kind, dtype, heads, dim)
+    free = torch.ones(len(k), dtype=torch.bool)
     free[key_rows[key_rows >= 0]] = False
-    for x in tensors[1:]:
-        x[free] = torch.nan
-    return key_rows, run, pos, *(x.to(DEVICE) for x in tensors)
+    k[free] = v[free] = torch.nan
+    return *(x.to(DEVICE) for x in (q, k, v)), key_rows, *where
 
 
-def wanted(q, k, v, key_rows, run, pos, **how):
-    return naive(q.cpu(), k.cpu(), v.cpu(), key_rows, run, pos, **how)
+def wanted(q, k, v, *where, **how):
+    return naive(q.cpu(), k.cpu(), v.cpu(), *where, **how)
+
+
+def check(name, given, **how):
+    how = {"scale": 1} | how
+    got = attention(*given, **how)
+    assert got.dtype == given[0].dtype
+    close(name, got, wanted(*given, **how))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_against_one_softmax_a_row(kind, dtype):
     for heads, dim, how in (((1, 1), 5, HOW[0]), ((4, 2), 64, HOW[2]), ((3, 1), 24, HOW[3]), ((4, 4), 16, HOW[4])):
-        key_rows, run, pos, *qkv = made(kind, heads, dim, dtype)
-        how = {"scale": 1.3 / math.sqrt(dim)} | how
-        got = attention(*qkv, key_rows, run, pos, **how)
-        assert got.dtype == dtype
-        close(f"{kind} {heads} {dim} {how}", got, wanted(*qkv, key_rows, run, pos, **how))
+        check(f"{kind} {heads} {dim} {how}", made(kind, heads, dim, dtype), scale=1.3 / math.sqrt(dim), **how)
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("dim", [80, 96, 256])
 def test_head_sizes(dim, how):
-    key_rows, run, pos, *qkv = made("shared", (2, 1), dim, torch.float32)
-    how = {"scale": 1 / math.sqrt(dim)} | how
-    close(str(dim), attention(*qkv, key_rows, run, pos, **how), wanted(*qkv, key_rows, run, pos, **how))
+    check(str(dim), made("shared", (2, 1), dim), scale=1 / math.sqrt(dim), **how)
 
 
 @pytest.mark.parametrize("heads", [(7, 1), (14, 2), (21, 1), (40, 2)], ids=str)
 def test_groups_of_heads_that_fill_no_tile(heads):
     """Sizes that divide no tile; more than 16 heads are two programs, the second with fewer heads."""
-    key_rows, run, pos, *qkv = made("shared", heads, 5, torch.float32)
-    close(str(heads), attention(*qkv, key_rows, run, pos, scale=1), wanted(*qkv, key_rows, run, pos, scale=1))
+    check(str(heads), made("shared", heads))
 
 
 @pytest.mark.parametrize("how", [{}, {"window": 30}], ids=str)
 def test_long_runs_are_many_blocks_and_key_tiles(how):
-    key_rows, run, pos = torch.arange(150).flip(0)[None], torch.zeros(129, dtype=torch.int64), torch.arange(21, 150)
-    qkv = [x.to(DEVICE) for x in numbers(129, 150, 2, 1, 16, torch.float32)]
-    got = attention(*qkv, key_rows, run, pos, scale=0.3, **how)
-    close("long", got, wanted(*qkv, key_rows, run, pos, scale=0.3, **how))
+    where = torch.arange(150).flip(0)[None], torch.zeros(129, dtype=torch.int64), torch.arange(21, 150)
+    check("long", (*(x.to(DEVICE) for x in numbers(129, 150, 2, 1, 16, torch.float32)), *where), scale=0.3, **how)
 
 
 def test_rows_far_from_each_other_under_a_window():
@@ -87,16 +80,15 @@ def test_a_run_in_two_stretches():
     """A run's first row stands in front of another run's rows and the others behind it."""
     key_rows = torch.tensor([[0, 2, 3, -1], [0, 1, 4, 5]])
     run, pos = torch.tensor([1, 0, 0, 1, 1]), torch.tensor([1, 1, 2, 2, 3])
-    qkv = [x.to(DEVICE) for x in numbers(5, 6, 2, 2, 5, torch.float32)]
-    close("stretches", attention(*qkv, key_rows, run, pos, scale=1), wanted(*qkv, key_rows, run, pos, scale=1))
-    run, pos = torch.zeros(4, dtype=torch.int64), torch.tensor([2, 3, 1, 2])  # one run, but its rows begin again
-    qkv[0] = qkv[0][:4]
-    close("again", attention(*qkv, key_rows, run + 1, pos, scale=1), wanted(*qkv, key_rows, run + 1, pos, scale=1))
+    q, k, v = (x.to(DEVICE) for x in numbers(5, 6, 2, 2, 5, torch.float32))
+    check("stretches", (q, k, v, key_rows, run, pos))
+    run, pos = torch.ones(4, dtype=torch.int64), torch.tensor([2, 3, 1, 2])  # one run, but its rows begin again
+    check("again", (q[:4], k, v, key_rows, run, pos))
 
 
 def test_strides_and_devices_of_the_arguments():
     """Queries as transformers hands them over, a cache that is part of a larger one."""
-    key_rows, run, pos, q, k, v = made("ragged", (4, 2), 8, torch.float32)
+    q, k, v, key_rows, run, pos = made("ragged", dim=8)
     truth = wanted(q, k, v, key_rows, run, pos, scale=1)
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     k, v = torch.stack([k, v], 1).unbind(1)
@@ -109,30 +101,28 @@ def test_strides_and_devices_of_the_arguments():
 
 def test_slots_that_no_row_sees_are_not_read():
     """NaN ahead of every row, behind runs' ends, and where windows leave a gap between the rows of one block."""
-    key_rows, run, pos, q, k, v = made("gap", (4, 2), 5, torch.float32)
+    q, k, v, key_rows, run, pos = made("gap")
     truth = wanted(q, k, v, key_rows, run, pos, scale=1, window=2)
     k[[2, 3, 7, 8, 9]], v[[2, 3, 7, 8, 9]] = torch.nan, torch.nan  # rows at 0, 1, 5, 6, 11 see 0, 1, 4, 5, 6, 10, 11
     close("gap", attention(q, k, v, key_rows, run, pos, scale=1, window=2), truth)
-    part, run, pos = q[:2], run[:2], pos[:2]
     k[2:], v[2:] = torch.nan, torch.nan
-    truth = wanted(part, k, v, key_rows, run, pos, scale=1)
-    close("ahead", attention(part, k, v, key_rows, run, pos, scale=1), truth)
+    check("ahead", (q[:2], k, v, key_rows, run[:2], pos[:2]))
 
 
 def test_no_rows():
-    key_rows, run, pos, q, k, v = made("shared", (4, 2), 5, torch.float32)
+    q, k, v, key_rows, run, pos = made("shared")
     got = attention(q[:0], k, v, key_rows, run[:0], pos[:0], scale=1)
     assert got.shape == (0, 4, 5) and got.dtype == q.dtype
 
 
 def test_what_is_recorded_is_the_references(monkeypatch):
     """The kernel has no backward pass."""
-    key_rows, run, pos, q, k, v = made("shared", (4, 2), 5, torch.float32)
+    given = made("shared")
     monkeypatch.setattr(op, "attention_ref", lambda *a, **k: "reference")
-    v.requires_grad_()
-    assert attention(q, k, v, key_rows, run, pos, scale=1) == "reference"
+    given[2].requires_grad_()
+    assert attention(*given, scale=1) == "reference"
     with torch.no_grad():
-        assert isinstance(attention(q, k, v, key_rows, run, pos, scale=1), torch.Tensor)
+        assert isinstance(attention(*given, scale=1), torch.Tensor)
 
 
 def test_a_large_pack_is_cut_without_a_loop():
@@ -153,7 +143,7 @@ def test_a_large_pack_is_cut_without_a_loop():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_wrong_number_is_seen(dtype):
     """Each mistake leaves the tolerance by far: another key row, a window off by one, no cap, another scale."""
-    key_rows, run, pos, *qkv = made("shared", (4, 2), 16, dtype)
+    *qkv, key_rows, run, pos = made("shared", dim=16, dtype=dtype)
     how = {"scale": 0.5, "window": 5, "softcap": 1.5}
     truth = wanted(*qkv, key_rows, run, pos, **how)
     close("right", attention(*qkv, key_rows, run, pos, **how), truth)

@@ -4,27 +4,21 @@ import pytest
 import torch
 
 from kedit_fast.kernels.lowrank import lowrank_add, lowrank_add_ref
-from tests.kernels.triton import DEVICE, near
+from tests.kernels import test_lowrank
+from tests.kernels.triton import DEVICE, DTYPES, near, random
 
 D, D_FF = 67, 150  # more than a block of each, and no multiple of it
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
 
-def problem(rows, rank, dtype=torch.float32, factors=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((rows, D), (rows, D_FF), (D, rank), (D_FF, rank))
-    y, x, u, v = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
-    return [*(each.to(DEVICE, dtype) for each in (y, x)), *(each.to(DEVICE, factors or dtype) for each in (u, v))]
+def problem(rows, rank, dtype=torch.float32, factors=None):
+    y, x = random(rows, D, dtype=dtype), random(rows, D_FF, dtype=dtype, seed=1)
+    return [y, x, *(random(width, rank, dtype=factors or dtype, seed=width) for width in (D, D_FF))]
 
 
-def owners(rows, rank, n_facts, seed=0):
-    """Out of order; -1 owns no factor, the last fact owns none either, fact 1 owns no row."""
-    generator = torch.Generator().manual_seed(seed)
-    row_owner = torch.randint(-1, n_facts, (rows,), generator=generator)
-    row_owner[row_owner == 1] = 0
-    return row_owner.to(DEVICE), torch.randint(0, max(1, n_facts - 1), (rank,), generator=generator).to(DEVICE)
+def owners(rows, rank, n_facts):
+    return [owner.to(DEVICE) for owner in test_lowrank.owners(rows, rank, n_facts)]
 
 
 def truth(y, x, u, v, *owned):

@@ -5,16 +5,12 @@ import torch
 
 from kedit_fast.kernels.rows import add_noise, add_noise_ref, branch_rows, branch_rows_ref
 from tests.conftest import close
-from tests.kernels.triton import DEVICE, near
+from tests.kernels.triton import DEVICE, DTYPES, near, random
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, *DTYPES)
 SHAPES = [(1, 5), (17, 48), (129, 33), (3, 700)]
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def some_rows(rows, k, seed=0):

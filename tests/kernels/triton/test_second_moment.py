@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from kedit_fast.kernels.second_moment import second_moment_
-from tests.kernels.triton import DEVICE, near
+from tests.kernels.triton import DEVICE, DTYPES, near, random
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
 second_moment = pytest.importorskip("kedit_fast.kernels.triton.second_moment")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 _triangle_place = second_moment.triangle_place
@@ -26,10 +24,6 @@ def _places_kernel(out, first, COUNT: tl.constexpr):
     tl.store(out + COUNT + number, j)
 
 
-def random(n, d, dtype=torch.float32, seed=0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
 def truth(keys):
     keys = keys.double()
     return torch.einsum("ni,nj->ij", keys, keys).tril()
@@ -39,7 +33,7 @@ def truth(keys):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (17, 7), (129, 48), (70, 130), (33, 400)])
 def test_adds_the_product(n, d, dtype, c_dtype):
-    keys, start = random(n, d, dtype), random(d, d, seed=1).to(c_dtype)
+    keys, start = random(n, d, dtype=dtype), random(d, d, seed=1).to(c_dtype)
     c = start.clone()
     assert second_moment_(c, keys) is c
     # Products of 16-bit keys are exact in fp32, so the tolerance is that of the sums, whatever the keys' dtype.
@@ -48,7 +42,7 @@ def test_adds_the_product(n, d, dtype, c_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_strides(dtype):
-    wide = random(60, 90, dtype)
+    wide = random(60, 90, dtype=dtype)
     views = [wide[::3, 5:53], wide[:, :48].T[:, :40], wide[:, ::2], wide[:1].expand(20, 90), wide[0, :48].expand(5, 48)]
     for keys in [*views, wide.flatten()[1:1281].view(20, 64)]:  # the last one: rows in order, at an odd address
         d = keys.shape[1]
@@ -73,7 +67,7 @@ def test_keys_beside_the_matrix_are_not_read():
 
 def test_calls_and_chunks_add_up(monkeypatch):
     monkeypatch.setattr(second_moment, "_CHUNK", 30)
-    keys, c = random(100, 48, torch.bfloat16), torch.zeros(48, 48, device=DEVICE)
+    keys, c = random(100, 48, dtype=torch.bfloat16), torch.zeros(48, 48, device=DEVICE)
     for part in keys.split([1, 64, 35]):
         second_moment_(c, part)
     near("c", c.tril(), truth(keys))
@@ -87,7 +81,7 @@ def test_long_sums_keep_their_accuracy():
 
 def test_what_the_kernel_takes_as_aligned_is_aligned():
     """A load of 16 bytes at another address is an error on a GPU; the interpreter would not see it."""
-    wide = random(6, 400, torch.bfloat16)
+    wide = random(6, 400, dtype=torch.bfloat16)
     for keys in (wide, wide[:, 1:33], wide[:, :40], wide[:, ::2], wide.T[:, :3], wide[:, :399].contiguous()):
         aligned = second_moment._aligned(keys)
         assert aligned.shape[1] % 16 == aligned.stride(0) % 16 == aligned.data_ptr() % 16 == 0
@@ -105,7 +99,7 @@ def test_nothing_to_add(n, d):
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bad_key_is_named_and_nothing_is_added(dtype, value):
-    keys = random(50, 20, dtype)
+    keys = random(50, 20, dtype=dtype)
     keys[49, 3] = value
     c = torch.ones(20, 20, device=DEVICE)
     with pytest.raises(ValueError, match=rf"keys\[49, 3\] is {value} \(1 such"):

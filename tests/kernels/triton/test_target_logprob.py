@@ -8,10 +8,8 @@ import torch
 from kedit_fast.kernels import target_logprob as op
 from kedit_fast.kernels.target_logprob import Head, target_logprob, target_logprob_ref
 from tests.conftest import TOLERANCE, close, open_tiny, relative_error
-from tests.kernels.triton import DEVICE
+from tests.kernels.triton import DEVICE, DTYPES, random
 from tests.tiny import FAMILY_NAMES, tiny_model
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
@@ -20,10 +18,6 @@ pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 def no_reference(monkeypatch):
     """The kernel computes: a test that passes by the reference says nothing."""
     monkeypatch.setattr(op, "target_logprob_ref", lambda *a, **k: pytest.fail("the reference ran"))
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def head_of(n_vocab, d, dtype=torch.float32, bias=False, softcap=None, weight=None):

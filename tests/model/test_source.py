@@ -1,7 +1,6 @@
 """Layers from disk give the same bits as layers in memory, from any safetensors checkpoint of a family."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,26 +10,21 @@ import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import Checkpoint
-from tests.conftest import close, tiny_lm
+from tests.conftest import close, disk_and_resident, save_tiny, tiny_lm
 from tests.make import make_edit
-from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
+from tests.tiny import PROMPTS, tiny_model
 
-MEMORY = 1 << 30
 FACT = kf.Fact(prompt=PROMPTS[5].template, subject=PROMPTS[5].subject)
 
 
 def saved(folder, family, dtype=torch.float32, **options):
-    """The folder of a tiny model as save_pretrained writes it."""
-    tiny_model(family, dtype).save_pretrained(folder, **options)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(folder, tiny_model(family, dtype), **options)
 
 
-def opened(folder, **options):
-    """(in memory, layers on disk): the same folder opened twice."""
-    on_disk = kf.open_model(folder, memory=1, **options)
-    assert on_disk.source.name == "disk"
-    return kf.open_model(folder, **options), replace(on_disk, memory=MEMORY)
+def rewrite(folder, change):
+    """The folder's tensors as ``change`` makes them of {name: tensor}."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
 
 
 def numbers(lm):
@@ -41,7 +35,7 @@ def numbers(lm):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
-    resident, disk = opened(saved(tmp_path, family))
+    disk, resident = disk_and_resident(saved(tmp_path, family))
     assert numbers(disk) == numbers(resident)
     assert disk.fingerprint == resident.fingerprint == fingerprint(tiny_lm(family).model)
     assert all(p.is_meta for p in layers_of(disk.model).parameters())
@@ -53,7 +47,7 @@ def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_are_as_in_memory(family, dtype, tmp_path):
     """Rotary tables that a module builds in the model's own bf16 would be off by 0.03."""
-    resident, disk = opened(saved(tmp_path, family, dtype))
+    disk, resident = disk_and_resident(saved(tmp_path, family, dtype))
     buffers = [dict(lm.model.named_buffers()) for lm in (disk, resident)]
     assert list(buffers[0]) == list(buffers[1])
     for a, b in zip(*(side.values() for side in buffers), strict=True):
@@ -62,7 +56,7 @@ def test_buffers_are_as_in_memory(family, dtype, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_down_weights_are_out_in(family, tmp_path):
-    resident, disk = opened(saved(tmp_path, family))
+    disk, resident = disk_and_resident(saved(tmp_path, family))
     for layer in range(4):
         weight = disk.source.weight(layer, "down")
         assert weight.shape == (48, 80) and torch.equal(weight, as_out_in(projection(resident.model, layer)))
@@ -72,18 +66,16 @@ def test_down_weights_are_out_in(family, tmp_path):
 
 def test_the_model_from_disk_is_the_model(tmp_path):
     """Opening what was saved gives the saved model's numbers, not only two equal wrong ones."""
-    _, disk = opened(saved(tmp_path, "gemma3"))
-    (got, want) = (
-        kf.trace(lm, FACT, kinds=("state",), samples=1, noise=0.5)[0].p_restored for lm in (disk, tiny_lm("gemma3"))
-    )
-    close("trace", torch.from_numpy(got), torch.from_numpy(want))
+    disk, _ = disk_and_resident(saved(tmp_path, "gemma3"))
+    traces = (kf.trace(lm, FACT, kinds="state", samples=1, noise=0.5)[0] for lm in (disk, tiny_lm("gemma3")))
+    close("trace", *(torch.from_numpy(trace.p_restored) for trace in traces))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3"])
 @pytest.mark.parametrize("given", [None, "bf16"])
 def test_half_precision_checkpoints_and_conversion(family, given, tmp_path):
     saved(tmp_path, family, torch.float32 if given else torch.bfloat16)
-    resident, disk = opened(tmp_path, dtype=given)
+    disk, resident = disk_and_resident(tmp_path, dtype=given)
     assert disk.dtype == resident.dtype == torch.bfloat16
     assert disk.source.weight(2, "down").dtype == torch.bfloat16
     assert disk.fingerprint == resident.fingerprint == fingerprint(tiny_model(family))
@@ -92,7 +84,7 @@ def test_half_precision_checkpoints_and_conversion(family, given, tmp_path):
 
 def test_fingerprints_are_of_the_dtype_that_is_computed_with(tmp_path):
     """float32 rounded to float16 and then to bfloat16 is not always float32 rounded to bfloat16."""
-    resident, disk = opened(saved(tmp_path, "llama"), dtype="fp16")
+    disk, resident = disk_and_resident(saved(tmp_path, "llama"), dtype="fp16")
     assert disk.fingerprint == resident.fingerprint
 
 
@@ -100,14 +92,14 @@ def test_fingerprints_are_of_the_dtype_that_is_computed_with(tmp_path):
 def test_many_shards(family, tmp_path):
     saved(tmp_path, family, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    resident, disk = opened(tmp_path)
+    disk, resident = disk_and_resident(tmp_path)
     assert numbers(disk) == numbers(resident)
     assert Checkpoint(tmp_path).n_bytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_fingerprint_reads_no_whole_matrix(family, tmp_path, monkeypatch):
-    _, disk = opened(saved(tmp_path, family))
+    disk, _ = disk_and_resident(saved(tmp_path, family))
     sizes, rows = [], Checkpoint.rows
     monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a whole tensor was read"))
     monkeypatch.setattr(Checkpoint, "rows", lambda *a: sizes.append(rows(*a).numel()) or rows(*a))
@@ -115,7 +107,7 @@ def test_a_fingerprint_reads_no_whole_matrix(family, tmp_path, monkeypatch):
 
 
 def test_each_weight_is_read_once_a_pack(tmp_path, monkeypatch):
-    _, disk = opened(saved(tmp_path, "llama"))
+    disk, _ = disk_and_resident(saved(tmp_path, "llama"))
     read, tensor = [], Checkpoint.tensor
     monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
     disk.top_tokens("The Eiffel Tower is in", 1)
@@ -125,10 +117,8 @@ def test_each_weight_is_read_once_a_pack(tmp_path, monkeypatch):
 
 def test_base_models_saved_without_the_heads_prefix(tmp_path):
     """Older GPT-2 checkpoints name their tensors from the base model on."""
-    saved(tmp_path, "gpt2")
-    tensors = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "model.safetensors").items()}
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    resident, disk = opened(tmp_path)
+    rewrite(saved(tmp_path, "gpt2"), lambda tensors: {n.removeprefix("transformer."): t for n, t in tensors.items()})
+    disk, resident = disk_and_resident(tmp_path)
     assert numbers(disk) == numbers(resident)
 
 
@@ -136,10 +126,7 @@ def test_base_models_saved_without_the_heads_prefix(tmp_path):
     "lost", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"]
 )
 def test_a_missing_tensor_is_named(lost, tmp_path):
-    saved(tmp_path, "llama")
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors[lost]
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    rewrite(saved(tmp_path, "llama"), lambda tensors: {n: t for n, t in tensors.items() if n != lost})
     for memory in (1, None):
         with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 tensor of this model, '{lost}' first"):
             kf.open_model(tmp_path, memory=memory)
@@ -150,7 +137,7 @@ def test_a_missing_tensor_is_named(lost, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3"])
 def test_tied_heads_are_not_missing(family, tmp_path):
     """A tied head stands once in the file, and none is made up."""
-    resident, disk = opened(saved(tmp_path, family))
+    disk, resident = disk_and_resident(saved(tmp_path, family))
     for lm in (resident, disk):
         assert lm.model.get_output_embeddings().weight is lm.model.get_input_embeddings().weight
 
@@ -158,12 +145,9 @@ def test_tied_heads_are_not_missing(family, tmp_path):
 @pytest.mark.parametrize("memory", [1, None])
 def test_tensors_of_another_shape_are_named(memory, tmp_path):
     name = "model.layers.2.mlp.up_proj.weight"
-    tensors = load_file(saved(tmp_path, "llama") / "model.safetensors")
-    tensors[name] = tensors[name][:40].clone()
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}: tensor '{name}' is \[40, 48\], its config.json says \[80, 48\]"
-    ):
+    rewrite(saved(tmp_path, "llama"), lambda tensors: tensors | {name: tensors[name][:40].clone()})
+    says = rf"{tmp_path}: tensor '{name}' is \[40, 48\], its config.json says \[80, 48\]"
+    with pytest.raises(ValueError, match=says):
         kf.open_model(tmp_path, memory=memory)
 
 
@@ -203,7 +187,7 @@ def test_memory_decides(tmp_path):
 
 
 def test_edits_on_layers_from_disk(tmp_path):
-    resident, disk = opened(saved(tmp_path, "gpt2"))
+    disk, resident = disk_and_resident(saved(tmp_path, "gpt2"))
     edit = make_edit(resident.model)
     for written in (None, torch.bfloat16):
         assert numbers(disk.with_edit(edit, written)) == numbers(resident.with_edit(edit, written))
@@ -213,7 +197,7 @@ def test_edits_on_layers_from_disk(tmp_path):
 def test_nothing_is_written_to_the_files(tmp_path):
     saved(tmp_path, "gpt2")
     before = (tmp_path / "model.safetensors").read_bytes()
-    _, disk = opened(tmp_path)
+    disk, _ = disk_and_resident(tmp_path)
     numbers(disk.with_edit(make_edit()))
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"

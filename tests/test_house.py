@@ -55,7 +55,7 @@ TESTED_IN = {
     "commands/test_edits.py": "commands/history commands/merge commands/undo",
     "commands/test_gate.py": "gating/draft",
     "commands/test_parser.py": "__main__ commands/argument_types",
-    "commands/test_rounds.py": "commands/experiments commands/layers",
+    "commands/test_rounds.py": "commands/layers",
     "editors/test_checks.py": "edits/chain moments/given",
     "editors/test_contexts.py": "editors/prompts",
     "editors/test_finetune.py": "jobs/finetune",

@@ -6,16 +6,8 @@ from statistics import mean
 
 from kedit_fast.basics.parts import check_checkpoint
 from kedit_fast.basics.progress import stages
-from kedit_fast.commands.inputs import (
-    check_statistics,
-    corpus_of,
-    model_line,
-    open_lm,
-    read_chain,
-    read_facts,
-    statistics,
-)
-from kedit_fast.commands.outputs import check_distinct, check_output, make_folder_of, say, table
+from kedit_fast.commands.inputs import corpus_of, read_chain, read_facts, statistics, told_lm
+from kedit_fast.commands.outputs import check_outputs, make_folder_of, say, say_table
 from kedit_fast.editors import EDITORS
 from kedit_fast.editors.written import not_written
 from kedit_fast.edits.chain import check_chain
@@ -29,29 +21,24 @@ NOT_WRITTEN = 1  # exit status of --strict
 
 def run(args) -> int:
     """Makes the edit and writes its file; says what it was made of. 0, or 1 where --strict finds facts not written."""
-    check_statistics(args)
     editor_class = EDITORS[args.method]
     facts = check_facts(
         read_facts(args), need_new=True, need_subject=editor_class.NEEDS_SUBJECT, together=not args.independent,
         skip_bad=args.skip_bad,
     )  # fmt: skip
-    check_distinct(args, ["output"], ["facts", "hparams", "corpus", "stats", "model", "on_top_of"])
-    path = check_output(args.output, args.force)
+    (path,) = check_outputs(args, "output")
     parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
     below = read_chain(args.on_top_of or ())
     check_chain(below)
     corpus = corpus_of(args)
     given = editor_class.from_file(args.hparams) if args.hparams else None
-    lm = open_lm(args)
-    say(model_line(lm))
+    lm = told_lm(args)
     editor = given or editor_class.for_model(lm)
     if args.layers:
         editor = replace(editor, layers=args.layers)
     source = f"read from {args.hparams}" if args.hparams else editor.source
-    say(
-        f"{args.method}, settings {source}; layers {', '.join(map(str, editor.layers))}"
-        + " as given" * bool(args.layers)
-    )
+    layers = ", ".join(map(str, editor.layers)) + " as given" * bool(args.layers)
+    say(f"{args.method}, settings {source}; layers {layers}")
     with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
         edit = editor.edit(
             lm,
@@ -74,18 +61,12 @@ def say_layers(edit: Edit, d_ff: int) -> None:
     """g and fit of each layer: how much of what is asked the layer can give."""
     weight = edit.hparams.get("L2", edit.hparams.get("mom2_update_weight"))
     rows = [
-        (
-            layer,
-            f"{notes['g']:,.0f}",
-            f"{notes['g'] / d_ff:.2f}",
-            f"{notes.get('fit', 1):.2f}",
-            f"{notes['condition']:.2g}",
-        )
+        (layer, f"{g:,.0f}", f"{g / d_ff:.2f}", f"{notes.get('fit', 1):.2f}", f"{notes['condition']:.2g}")
         for layer, notes in edit.provenance["layers"].items()
-        if "g" in notes  # with statistics
+        if (g := notes.get("g")) is not None  # with statistics
     ]
     if rows:
-        say(table(("layer", "g", "g / d_ff", "fit", "condition of C"), rows))
+        say_table(("layer", "g", "g / d_ff", "fit", "condition of C"), rows)
         why = f"g / (g + {weight:,.0f})" if weight else "1: ROME writes the value exactly"
         what = "k' C^-1 k" if "L2" not in edit.hparams else "k' P k"
         say(f"g: mean of {what} over the facts; fit: share of what is missing that one layer can give, {why}")
@@ -97,14 +78,13 @@ def say_facts(edit: Edit) -> None:
     asked = edit.provenance["written"]
     found = edit.provenance["found"]
     rows = [
-        (fact.label, fact.target_new or "", str(steps), f"{at_value:.3f}", f"{p_new:.3f}", repr(says))
+        (fact.label, fact.target_new or "", steps, f"{at_value:.3f}", f"{p_new:.3f}", repr(says))
         for fact, steps, at_value, p_new, says in zip(
             edit.facts, found["steps"], found["p_new"], asked["p_new"], asked["says"], strict=True
         )
     ]
-    say(table(("fact", "new answer", "steps", "P(new) at the value", "P(new)", "it says"), rows[:SHOWN]))
+    say_table(("fact", "new answer", "steps", "P(new) at the value", "P(new)", "it says"), rows, SHOWN)
     if len(rows) > SHOWN:
-        p_new = asked["p_new"]
-        say(f"... and {len(rows) - SHOWN} more; P(new) of all: mean {mean(p_new):.3f}, least {min(p_new):.3f}")
+        say(f"P(new) of all: mean {mean(asked['p_new']):.3f}, least {min(asked['p_new']):.3f}")
     written = sum(asked["written"])
     say(f"written: {written} of {len(rows)} facts; P(new), it says: of the model with the edit")

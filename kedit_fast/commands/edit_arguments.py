@@ -98,6 +98,7 @@ def add_inspect(commands) -> None:
     edits_argument(parser)
     option(parser, "--model", path, "compare the changes with this model's weights")
     option(parser, "--memory SIZE", size, "bytes to use with --model, for instance 8GB")
+    parser.set_defaults(threads=None, device=None, dtype=None)  # of the model that is compared with
     ending(parser)
 
 

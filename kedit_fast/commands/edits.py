@@ -1,13 +1,11 @@
 """``kedit-fast edit inspect | diff``: what edits hold, and how two differ."""
 
 import json
-import math
 from pathlib import Path
-from types import SimpleNamespace
 
 from kedit_fast.basics.printing import escaped
 from kedit_fast.commands.inputs import model_line, open_lm, read_edits
-from kedit_fast.commands.outputs import say, table
+from kedit_fast.commands.outputs import number, say, say_table
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.differences import compare
@@ -49,14 +47,13 @@ def _say_size(path: Path, edit: Edit) -> None:
 def _say_edit(edit: Edit, lm) -> None:
     _say_facts(edit.facts, edit.independent)
     say()
-    say(_layer_table(edit, lm))
+    _say_layers(edit, lm)
     _say_values("settings", edit.hparams)
     _say_values("provenance", edit.provenance)
 
 
 def _opened(args, edits: list[Edit]):
-    asked = {"model": args.model, "memory": args.memory, "threads": None, "device": None, "dtype": None}
-    lm = open_lm(SimpleNamespace(**asked))
+    lm = open_lm(args)
     say(f"compared with {model_line(lm)}")
     for edit in edits:
         if edit.fingerprint != lm.fingerprint:
@@ -66,18 +63,18 @@ def _opened(args, edits: list[Edit]):
     return lm
 
 
-def _layer_table(edit: Edit, lm) -> str:
+def _say_layers(edit: Edit, lm) -> None:
     headers = ["layer", "matrix", "kind", "rank", "|change|"] + (["|W|", "change / W"] if lm else [])
     rows = []
     for (layer, role), delta in edit.weights.items():
-        row = [str(layer), role, type(delta).__name__, str(delta.rank), f"{delta.norm():.4g}"]
+        row = [layer, role, type(delta).__name__, delta.rank, f"{delta.norm():.4g}"]
         if lm:
             size = float(lm.source.weight(layer, role).detach().float().norm())
             row += [f"{size:.4g}", f"{delta.norm() / size:.2%}" if size else "-"]
         rows.append(row)
     others = [change for change in edit.changes if not isinstance(change, WeightChange)]
-    rows += [[str(c.layer), "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
-    return table(headers, rows)
+    rows += [[c.layer, "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
+    say_table(headers, rows)
 
 
 def _diff(args) -> None:
@@ -95,10 +92,15 @@ def _diff(args) -> None:
         say("same model, method, settings and facts")
     say()
     rows = [
-        (str(at.layer), at.role, f"{at.norm_a:.4g}", f"{at.norm_b:.4g}", f"{at.difference:.4g}", _number(at.cosine))
+        (
+            at.layer,
+            at.role,
+            *(f"{norm:.4g}" for norm in (at.norm_a, at.norm_b, at.difference)),
+            number(at.cosine, ".4f"),
+        )
         for at in found.layers
     ]
-    say(table(("layer", "matrix", "|A|", "|B|", "|A - B|", "cosine"), rows))
+    say_table(("layer", "matrix", "|A|", "|B|", "|A - B|", "cosine"), rows)
 
 
 # ---- words
@@ -110,18 +112,10 @@ def _mb(size: int) -> str:
 
 def _say_facts(facts, independent: bool) -> None:
     rows = [
-        (
-            fact.label,
-            fact.target_new or "",
-            fact.target_true or "-",
-            str(len(fact.paraphrases)),
-            str(len(fact.neighborhood)),
-        )
-        for fact in facts[:SHOWN]
+        (fact.label, fact.target_new or "", fact.target_true or "-", len(fact.paraphrases), len(fact.neighborhood))
+        for fact in facts
     ]
-    say(table(("fact", "new answer", "instead of", "paraphrases", "neighborhood"), rows))
-    if len(facts) > SHOWN:
-        say(f"... and {len(facts) - SHOWN} more")
+    say_table(("fact", "new answer", "instead of", "paraphrases", "neighborhood"), rows, SHOWN)
     if independent:
         say("independent: each edit is for its own fact")
 
@@ -136,7 +130,3 @@ def _say_values(title: str, values: dict) -> None:
 def _short(value) -> str:
     text = escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), one_line=True)
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"

@@ -1,10 +1,7 @@
 """``kedit-fast eval``: what an edit changed, and what it should not have changed."""
 
-from contextlib import nullcontext
-
-from kedit_fast.commands.argument_types import did_you_mean
-from kedit_fast.commands.inputs import fact_file, in_chat, open_lm, read_chain, read_text
-from kedit_fast.commands.outputs import EDITS, check_distinct, check_output, fresh_log, say, say_written, write_reports
+from kedit_fast.commands.inputs import fact_file, in_chat, known, open_lm, read_chain, read_text
+from kedit_fast.commands.outputs import check_outputs, fresh_log, say, say_written, write_reports
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.evaluation import BENCHMARKS, evaluate
 
@@ -13,18 +10,14 @@ def run(args) -> None:
     """Evaluates the facts with and without the edits; prints the table and writes the files asked for."""
     if not args.edits and args.facts is None:
         raise ValueError("evaluate what? name an edit file, or give --facts FILE to ask the model as it is")
-    if args.benchmark not in BENCHMARKS:
-        meant = did_you_mean(args.benchmark, BENCHMARKS)
-        raise ValueError(f"--benchmark {args.benchmark!r}: expected one of {', '.join(BENCHMARKS)}{meant}")
-    check_distinct(args, ["output", "html", "log"], [EDITS, "facts", "text", "model"])
-    report, page, log = (check_output(path, args.force) for path in (args.output, args.html, args.log))
+    benchmark = known("--benchmark", args.benchmark, BENCHMARKS)
+    report, page, log = check_outputs(args, "output", "html", "log")
     edits = read_chain(args.edits)
     facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else fact_file(args)
     text = None if args.text is None else read_text(args.text)
     lm = open_lm(args)
-    with fresh_log(log) if log else nullcontext():
-        how = {"benchmark": BENCHMARKS[args.benchmark], "text": text, "generate": args.generate, "log": log}
-        found = evaluate(lm, facts, edits, **how)
+    with fresh_log(log):
+        found = evaluate(lm, facts, edits, benchmark=benchmark, text=text, generate=args.generate, log=log)
     written = write_reports((report, found.save), (page, found.to_html))
     say(str(found))
     for prompt, before, after in found.generations:

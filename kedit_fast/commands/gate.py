@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 import torch
 
 from kedit_fast.basics.files import write_text
+from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import chat_of, open_lm, read_chain, read_text
-from kedit_fast.commands.outputs import EDITS, check_distinct, check_output, say, say_written, write_reports
+from kedit_fast.commands.outputs import check_outputs, say, say_written, write_reports
 from kedit_fast.gating import Suite, Thresholds, draft_suite, gate, load_suite
 from kedit_fast.gating.draft import missing
 from kedit_fast.gating.judge import MODEL_DTYPE
@@ -24,11 +25,10 @@ REFUSED = 1  # exit status of an edit that fails a check; errors have another
 
 def run(args) -> int:
     """Judges the edits of ``args``, prints the table, writes the reports; 0, or 1 where the edit is refused."""
-    check_distinct(args, ["output", "html", "init"], [EDITS, "suite", "text", "thresholds", "model"])
-    report, page = (check_output(path, args.force) for path in (args.output, args.html))
+    report, page, draft = check_outputs(args, "output", "html", "init")
     edits = read_chain(args.edits)
-    if args.init:
-        return _init(args, edits)
+    if draft:
+        return _init(args, edits, draft)
     suite = load_suite(*args.suite, skip_bad=args.skip_bad) if args.suite else Suite()
     if args.text is not None:
         suite = replace(suite, text=(read_text(args.text),))
@@ -56,17 +56,16 @@ def run(args) -> int:
     return 0 if found.passed else REFUSED
 
 
-def _init(args, edits) -> int:
+def _init(args, edits, path) -> int:
     """Writes a suite to complete and says what is missing from it."""
     for option in ("suite", "output", "html"):
         if getattr(args, option):
             raise ValueError(f"--init judges nothing, so --{option} has no place beside it; give one of them")
-    path, limits = check_output(args.init, args.force), _thresholds(args)
-    suite = draft_suite(edits)
+    limits, suite = _thresholds(args), draft_suite(edits)
     text = json.dumps(suite, indent=1, ensure_ascii=False) + "\n"
     say_written(write_reports((path, lambda to: write_text(to, text))))
-    n = len(suite["facts"])
-    say(f"{n} fact{'s' * (n != 1)}; complete the lists (python -m pydoc kedit_fast.load_suite says what they mean)")
+    n_facts = counted(len(suite["facts"]), "fact")
+    say(f"{n_facts}; complete the lists (python -m pydoc kedit_fast.load_suite says what they mean)")
     for sentence in missing(edits, limits):
         say(sentence)
     if not args.no_builtin:

@@ -5,7 +5,7 @@ import os
 from kedit_fast.basics.files import existing_folder
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_chain
-from kedit_fast.commands.outputs import say, table
+from kedit_fast.commands.outputs import say, say_table
 from kedit_fast.shipping.history import EditHistory
 
 
@@ -19,11 +19,8 @@ def _log(args, folder: str) -> None:
     way_out = f"as `kedit-fast history add {folder} EDIT` makes it"
     history = EditHistory(existing_folder(folder, "a folder of versions", way_out))
     versions = history.versions
-    rows = [
-        (str(each.number), str(len(each.edits)), each.when or "-", each.who or "-", each.message or "-")
-        for each in versions
-    ]
-    say(table(("version", "edits", "when", "who", "message"), rows))
+    rows = [(v.number, len(v.edits), v.when or "-", v.who or "-", v.message or "-") for v in versions]
+    say_table(("version", "edits", "when", "who", "message"), rows)
     say(f"in force: version {versions[-1].number}")
     for edit in history.current:
         say(f"  {edit!r}")

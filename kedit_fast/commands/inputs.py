@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import existing_folder
 from kedit_fast.basics.settings import statistics_folder
 from kedit_fast.basics.words import not_text, ranges
-from kedit_fast.commands.outputs import note
+from kedit_fast.commands.argument_types import did_you_mean
+from kedit_fast.commands.outputs import note, say
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import BUILTIN, Chat, Fact, load_facts
 from kedit_fast.facts.files import SUFFIXES
@@ -47,6 +48,13 @@ def open_lm(args) -> LM:
     return open_model(model, memory=args.memory, device=args.device, dtype=args.dtype)
 
 
+def told_lm(args) -> LM:
+    """``open_lm``, for an answer that begins with which model this is."""
+    lm = open_lm(args)
+    say(model_line(lm))
+    return lm
+
+
 def model_line(lm: LM) -> str:
     """Which model this is, for the first line of an answer."""
     return (
@@ -57,23 +65,16 @@ def model_line(lm: LM) -> str:
 # ---- facts
 
 
-def check_fact_arguments(args) -> None:
-    """Raises ValueError unless the arguments name a fact file, or one fact; before a model is loaded."""
-    single = [args.prompt, args.subject]
-    if "target" in args:
-        single.append(args.target)
-    if args.facts is None and None in single:
+def read_facts(args) -> list[Fact]:
+    """The facts that the arguments name: those of a file, or one. Raises ValueError unless they name either."""
+    single = [args.prompt, args.subject, *([args.target] if "target" in args else [])]
+    if args.facts is not None:
+        if any(x is not None for x in single):
+            raise ValueError("--facts and a fact of its own (--prompt, --subject) are both given; expected one of them")
+        return fact_file(args)
+    if None in single:
         alone = '--prompt "{} is in the city of" --subject "The Eiffel Tower"' + " --target Rome" * ("target" in args)
         raise ValueError(f"which facts? give --facts FILE (or --facts {BUILTIN}), or one fact: {alone}")
-    if args.facts is not None and any(x is not None for x in single):
-        raise ValueError("--facts and a fact of its own (--prompt, --subject) are both given; expected one of them")
-
-
-def read_facts(args) -> list[Fact]:
-    """The facts that the arguments name."""
-    check_fact_arguments(args)
-    if args.facts is not None:
-        return fact_file(args)
     prompt, subject = as_template(args.prompt, args.subject)
     if subject != args.subject:
         note(f"the prompt spells the subject {subject!r}, not {args.subject!r}, and is taken as it stands")
@@ -122,7 +123,14 @@ def read_chain(names: Sequence[str]) -> tuple[Edit, ...]:
     return tuple(edit for name in names for edit in read_edits(name))
 
 
-# ---- files
+# ---- names and files
+
+
+def known(option: str, name: str, table: Mapping):
+    """What a table has by the name that an option gives; ValueError, with what may be meant, where it has nothing."""
+    if name not in table:
+        raise ValueError(f"{option} {name!r}: expected one of {', '.join(table)}{did_you_mean(name, table)}")
+    return table[name]
 
 
 def read_text(name: str) -> str:
@@ -137,7 +145,13 @@ def read_text(name: str) -> str:
 
 
 def corpus_of(args) -> str:
-    """The text that ``--corpus`` names; ValueError for a file that is not there, before a model is loaded."""
+    """The text that ``--corpus`` names, before a model is loaded.
+
+    Raises ValueError for a file that is not there, and where statistics are both given and to be measured.
+    """
+    for option in ("corpus", "tokens"):
+        if getattr(args, "stats", None) and getattr(args, option) is not None:
+            raise ValueError(f"--stats and --{option} are both given; --{option} is for statistics yet to be measured")
     name = args.corpus or SELF
     if name == SELF or name.startswith("hf:"):
         return name
@@ -145,13 +159,6 @@ def corpus_of(args) -> str:
     if not path.is_file():
         raise ValueError(f"corpus {name!r}: no such file; expected a text file, '{SELF}' or hf:NAME")
     return str(path)
-
-
-def check_statistics(args) -> None:
-    """Raises ValueError where statistics are both given and to be measured."""
-    for option in ("corpus", "tokens"):
-        if args.stats and getattr(args, option) is not None:
-            raise ValueError(f"--stats and --{option} are both given; --{option} is for statistics yet to be measured")
 
 
 def statistics(args, lm, editors, layers, corpus: str) -> dict[int, SecondMoment] | None:

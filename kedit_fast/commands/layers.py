@@ -1,11 +1,9 @@
 """``kedit-fast layers``: edit success by layer, beside the causal trace of the same facts."""
 
 import math
-from contextlib import nullcontext
 
-from kedit_fast.commands.experiments import check_method, check_picture
-from kedit_fast.commands.inputs import check_statistics, corpus_of, model_line, open_lm, read_facts, statistics
-from kedit_fast.commands.outputs import check_distinct, check_output, fresh_log, say, say_written, table, write_reports
+from kedit_fast.commands.inputs import corpus_of, known, read_facts, statistics, told_lm
+from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_table, say_written, write_reports
 from kedit_fast.editors import EDITORS
 from kedit_fast.editors.checks import check_lengths
 from kedit_fast.editors.contexts import BARE
@@ -19,21 +17,18 @@ FEW = 5  # layers; the rank correlation of fewer is mostly chance
 
 def run(args) -> None:
     """Edits at each layer and traces; says a table and the rank correlations, writes the figures and the picture."""
-    check_statistics(args)
-    check_method(args.method)
+    method = known("--method", args.method, EDITORS)
     facts = check_facts(read_facts(args), need_new=True, need_subject=True, together=False, skip_bad=args.skip_bad)
-    check_distinct(args, ["output", "plot", "log"], ["facts", "hparams", "corpus", "stats", "model", "traces"])
-    output, log = (check_output(path, args.force) for path in (args.output, args.log))
-    picture, corpus = check_picture(args.plot, args.force), corpus_of(args)
+    output, picture, log = check_outputs(args, "output", "plot", "log")
+    corpus = corpus_of(args)
     traces = _traces_of(args.traces, facts) if args.traces else None
-    given = EDITORS[args.method].from_file(args.hparams) if args.hparams else None
-    lm = open_lm(args)
-    say(model_line(lm))
+    given = method.from_file(args.hparams) if args.hparams else None
+    lm = told_lm(args)
     layers = args.layers or tuple(range(lm.n_layers))
-    editor = given or EDITORS[args.method].for_model(lm)
+    editor = given or method.for_model(lm)
     check_lengths(lm, facts, [[BARE]])
     moments = statistics(args, lm, [editor], layers, corpus)
-    with fresh_log(log) if log else nullcontext():
+    with fresh_log(log):
         found = edit_by_layer(
             lm, facts, editor, layers, moments=moments, trace=traces, samples=args.samples, seed=args.seed, log=log
         )
@@ -60,11 +55,11 @@ def say_layers(found: LayerStudy) -> None:
     """A row a layer, and how far trace and edits rank together."""
     kinds = list(found.traces)
     rows = [
-        (str(layer), *(_share(found.edited[layer][metric].mean) for metric in _SHOWN), *effects)
+        (layer, *(number(found.edited[layer][metric].mean) for metric in _SHOWN), *effects)
         for layer, effects in zip(found.layers, _effects(found, kinds), strict=True)
     ]
-    rows.append(("no edit", *(_share(found.base[metric].mean) for metric in _SHOWN), *("" for _ in kinds)))
-    say(table(("layer", *_SHOWN.values(), *(f"AIE {kind}" for kind in kinds)), rows))
+    rows.append(("no edit", *(number(found.base[metric].mean) for metric in _SHOWN), *("" for _ in kinds)))
+    say_table(("layer", *_SHOWN.values(), *(f"AIE {kind}" for kind in kinds)), rows)
     say("AIE: average indirect effect at the subject's last token, of the causal trace")
     for metric, of_metric in found.correlations().items():
         shown = ", ".join(f"{kind} {_signed(rho)}" for kind, rho in of_metric.items())
@@ -75,12 +70,8 @@ def say_layers(found: LayerStudy) -> None:
 
 def _effects(found: LayerStudy, kinds: list[str]) -> list[tuple[str, ...]]:
     """For each layer, the effect of each kind."""
-    columns = [[_share(float(value)) for value in found.effect(kind)] for kind in kinds]
+    columns = [[number(float(value)) for value in found.effect(kind)] for kind in kinds]
     return list(zip(*columns, strict=True)) if columns else [() for _ in found.layers]
-
-
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _signed(rho: float) -> str:

@@ -3,6 +3,7 @@
 Free of torch: ``kedit-fast info`` has to speak where torch is broken.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from kedit_fast.facts.fact import BUILTIN
 from kedit_fast.moments.corpus import SELF
 
 EDITS = "edits"  # the argument that names edits without an option
+READ = (EDITS, "facts", "hparams", "corpus", "stats", "model", "on_top_of", "suite", "text", "thresholds", "traces")
 
 # ---- the screen
 
@@ -38,9 +40,19 @@ def note(text: str) -> None:
     print(f"kedit-fast: {escaped(text)}", file=sys.stderr, flush=True)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first on the left, the others on the right; a row is one line, whatever its cells hold."""
-    return columns([headers, *([escaped(cell, one_line=True) for cell in row] for row in rows)], right=True)
+def say_table(headers: Sequence[str], rows: Sequence[Sequence], most: int | None = None) -> None:
+    """Columns of text, the first on the left, the others on the right; a row is one line, whatever its cells hold.
+
+    most: rows that are shown, where there may be many; a line says how many more there are
+    """
+    say(columns([headers, *([escaped(str(cell), one_line=True) for cell in row] for row in rows[:most])], right=True))
+    if most is not None and len(rows) > most:
+        say(f"... and {len(rows) - most} more")
+
+
+def number(value: float, form: str = ".3f") -> str:
+    """A number for a cell; NaN is a dash."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 # ---- files
@@ -64,28 +76,33 @@ def output_folder(path) -> Path:
     return check_folder(os.path.expanduser(path))
 
 
-def check_distinct(args, outputs: Sequence[str], inputs: Sequence[str]) -> None:
-    """Raises ValueError where two options name one file to write, or an output would replace what is read.
+def check_outputs(args, *options: str) -> list[Path | None]:
+    """The files that these options name, as ``check_output`` takes them; None for one that was not given.
 
-    outputs, inputs: names of arguments, those not given are passed over; an input may be a folder of files, or several
+    Raises ValueError too where two of them name one file, or one would replace what an argument of ``READ`` names (a
+    file, a folder of files, or several), or a picture is not to be a .png.
     """
     written: dict[str, Path] = {}
-    for name in outputs:
+    for name in options:
         path = next(iter(_paths_of(args, name)), None)
         if path is None:
             continue
         for other, taken in written.items():
             if _same(path, taken):
                 raise ValueError(f"--{other} and --{name} both name {path}; expected a file for each")
-        for source, read in ((option, path) for option in inputs for path in _paths_of(args, option)):
+        for source, read in ((option, path) for option in READ for path in _paths_of(args, option)):
             if _same(path, read) or (path.exists() and _same(path.parent, read)):
                 what = "an edit that is read" if source == EDITS else f"what --{source.replace('_', '-')} reads"
                 raise ValueError(f"--{name} {path} would replace {what}; name another file")
         written[name] = path
+    checked = {name: check_output(getattr(args, name), args.force) for name in options}
+    if (picture := checked.get("plot")) is not None and picture.suffix.lower() != ".png":
+        raise ValueError(f"--plot {args.plot}: pictures are written as .png; name a file that ends so")
+    return list(checked.values())
 
 
 def _paths_of(args, name: str) -> list[Path]:
-    given = getattr(args, name) or ()
+    given = getattr(args, name, None) or ()
     given = [given] if isinstance(given, str) else given
     return [Path(each).expanduser() for each in given if each not in (BUILTIN, SELF)]
 
@@ -117,8 +134,11 @@ def say_written(paths: Sequence[Path]) -> None:
 
 
 @contextmanager
-def fresh_log(path: Path):
+def fresh_log(path: Path | None):
     """A log's path, to begin empty. If nothing is logged, an older file of that name comes back and no folder stays."""
+    if path is None:
+        yield None
+        return
     if written_through(path):
         with open(path, "ab"):  # a pipe's reader would take the end of a line's write for the end of all
             yield path

@@ -2,22 +2,12 @@
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 from kedit_fast import __version__
 from kedit_fast.basics.files import write_text
-from kedit_fast.commands.experiments import check_method, check_picture
-from kedit_fast.commands.inputs import (
-    check_statistics,
-    corpus_of,
-    model_line,
-    open_lm,
-    read_facts,
-    read_text,
-    statistics,
-)
-from kedit_fast.commands.outputs import check_distinct, check_output, fresh_log, say, say_written, write_reports
+from kedit_fast.commands.inputs import corpus_of, known, read_facts, read_text, statistics, told_lm
+from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_written, write_reports
 from kedit_fast.editors import EDITORS
 from kedit_fast.experiments.rounds import Round, check_rounds, edit_in_rounds
 from kedit_fast.facts.fact import check_facts
@@ -31,21 +21,18 @@ _WIDTHS = (5, 6, 6, 6, 6, 6, 8, 7, 10, 8, 6)
 
 def run(args) -> None:
     """Edits with one method after the other, saying a line for each round; writes the figures and the picture."""
-    check_statistics(args)
-    for name in args.method:
-        check_method(name)
+    methods = {name: known("--method", name, EDITORS) for name in args.method}
     if args.hparams and len(args.method) > 1:
         raise ValueError(f"--hparams {args.hparams} with {len(args.method)} methods: expected one --method")
-    needs = any(EDITORS[name].NEEDS_SUBJECT for name in args.method)
+    needs = any(editor.NEEDS_SUBJECT for editor in methods.values())
     facts = check_facts(read_facts(args), need_new=True, need_subject=needs, skip_bad=args.skip_bad)
-    inputs = ["facts", "hparams", "corpus", "stats", "model", "text"]
-    check_distinct(args, ["output", "plot", "log"], inputs)
-    output, log = (check_output(path, args.force) for path in (args.output, args.log))
-    picture, corpus, text = check_picture(args.plot, args.force), corpus_of(args), read_text(args.text or PROSE)
-    given = EDITORS[args.method[0]].from_file(args.hparams) if args.hparams else None
-    lm = open_lm(args)
-    say(model_line(lm))
-    editors = {name: _with_layers(given or EDITORS[name].for_model(lm), args.layers) for name in args.method}
+    output, picture, log = check_outputs(args, "output", "plot", "log")
+    corpus, text = corpus_of(args), read_text(args.text or PROSE)
+    given = methods[args.method[0]].from_file(args.hparams) if args.hparams else None
+    lm = told_lm(args)
+    editors = {name: given or editor.for_model(lm) for name, editor in methods.items()}
+    if args.layers:
+        editors = {name: replace(editor, layers=args.layers) for name, editor in editors.items()}
     options = {"per_round": args.per_round, "text": text, "max_tokens": args.text_tokens, "old": args.old}
     for editor in editors.values():
         check_rounds(lm, facts, editor, **options)
@@ -53,7 +40,7 @@ def run(args) -> None:
     moments = statistics(args, lm, editors.values(), layers, corpus)
     rounds: dict[str, list[Round]] = {name: [] for name in editors}
     stopped: dict[str, str] = {}
-    with fresh_log(log) if log else nullcontext():
+    with fresh_log(log):
         # All at first: what is wrong with the last method is said before the first one's work.
         made = {
             name: edit_in_rounds(
@@ -81,10 +68,6 @@ def run(args) -> None:
     say_written(written)
 
 
-def _with_layers(editor, layers):
-    return replace(editor, layers=layers) if layers else editor
-
-
 def _follow(made, rounds: list[Round]) -> None:
     """Keeps and says the rounds as they come."""
     for found in made:
@@ -103,22 +86,18 @@ def _cells(r: Round) -> tuple[str, ...]:
     asked = r.old if r.old["efficacy"].n else r.new
     edited = None if r.perplexity is None else r.perplexity[1]
     return (
-        str(r.number), str(r.n_facts), _share(r.new["efficacy"].mean), _share(r.new["p_new"].mean),
-        _share(r.old["efficacy"].mean), _share(r.old["p_new"].mean), _share(asked["paraphrase"].mean),
-        _share(asked["neighborhood"].mean), "-" if edited is None else f"{edited:.4g}",
+        str(r.number), str(r.n_facts), number(r.new["efficacy"].mean), number(r.new["p_new"].mean),
+        number(r.old["efficacy"].mean), number(r.old["p_new"].mean), number(asked["paraphrase"].mean),
+        number(asked["neighborhood"].mean), "-" if edited is None else f"{edited:.4g}",
         f"{max(r.growth.values(), default=math.nan):.3f}", f"{r.edit_s + r.evaluate_s:.0f}",
     )  # fmt: skip
 
 
 def _unedited(first: Round) -> tuple[str, ...]:
     """The model without an edit, asked for the facts of the first round."""
-    asked = [_share(first.base[name].mean) for name in ("efficacy", "p_new", "paraphrase", "neighborhood")]
+    asked = [number(first.base[name].mean) for name in ("efficacy", "p_new", "paraphrase", "neighborhood")]
     perplexity = "-" if first.perplexity is None else f"{first.perplexity[0]:.4g}"
     return ("0", "0", *asked[:2], "-", "-", *asked[2:], perplexity, "0.000", "-")
-
-
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _say_what_it_means() -> None:

@@ -1,8 +1,8 @@
 """``kedit-fast stats``: second moments of the keys at the layers to edit, kept for later edits."""
 
 from kedit_fast.basics.settings import statistics_folder
-from kedit_fast.commands.inputs import corpus_of, model_line, open_lm
-from kedit_fast.commands.outputs import output_folder, say, table
+from kedit_fast.commands.inputs import corpus_of, told_lm
+from kedit_fast.commands.outputs import output_folder, say, say_table
 from kedit_fast.editors import EDITORS
 from kedit_fast.moments.second_moment import second_moments
 
@@ -11,12 +11,11 @@ def run(args) -> None:
     """Measures the statistics and says how well conditioned they are."""
     folder = output_folder(statistics_folder() if args.output is None else args.output)
     corpus = corpus_of(args)
-    lm = open_lm(args)
-    say(model_line(lm))
+    lm = told_lm(args)
     layers = args.layers or default_layers(lm)
     made = second_moments(lm, layers, corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=folder)
-    rows = [(str(layer), f"{m.n_tokens:,}", f"{m.condition:.2g}") for layer, m in sorted(made.items())]
-    say(table(("layer", "tokens", "condition number"), rows))
+    rows = [(layer, f"{m.n_tokens:,}", f"{m.condition:.2g}") for layer, m in sorted(made.items())]
+    say_table(("layer", "tokens", "condition number"), rows)
     n_tokens = min(m.n_tokens for m in made.values())
     if n_tokens < lm.d_ff:
         say(f"{n_tokens:,} tokens are fewer than d_ff = {lm.d_ff:,}: an edit then needs a regularizer, or more tokens")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kedit_fast.basics.files import saying
 from kedit_fast.basics.words import counted
-from kedit_fast.commands.inputs import model_line, open_lm, read_facts
+from kedit_fast.commands.inputs import read_facts, told_lm
 from kedit_fast.commands.outputs import check_output, fresh_log, output_folder, say, show
 from kedit_fast.facts.fact import check_facts, check_subject
 from kedit_fast.pictures.labels import ROLES
@@ -32,13 +32,11 @@ def run(args) -> None:
     if args.facts and os.path.realpath(os.path.expanduser(args.facts)) == os.path.realpath(folder / LOG):
         raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")
     n_drawn = min(args.plots, len(facts))
-    for name in (LOG, *(f"average-{kind}.{suffix}" for kind in args.kinds for suffix in ("png", "npz"))):
+    averages = (f"average-{kind}.{suffix}" for kind in args.kinds for suffix in ("png", "npz"))
+    for name in (LOG, *averages, *map(_picture, range(n_drawn))):
         check_output(folder / name, args.force)
-    for index in range(n_drawn):
-        check_output(folder / _picture(index), args.force)
     log = folder / LOG
-    lm = open_lm(args)
-    say(model_line(lm))
+    lm = told_lm(args)
     with fresh_log(log):
         results = trace(
             lm, facts, kinds=args.kinds, window=args.window, samples=args.samples, noise=args.noise, seed=args.seed,
@@ -66,7 +64,7 @@ def say_averages(results: list[TraceResult]) -> None:
         n = min(RECOMMENDED, mean.mean.shape[1])
         layers = mean.recommend_layers(n)
         effect = mean.mean[ROLES.index("last subject token"), list(layers)].mean()
-        facts = f"{mean.n_facts} fact{'s' * (mean.n_facts != 1)}"
+        facts = counted(mean.n_facts, "fact")
         say(
             f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token "
             f"(mean indirect effect {effect:.3f}, total effect {mean.total_effect:.3f}, {facts})"

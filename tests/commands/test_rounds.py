@@ -131,7 +131,7 @@ def test_layers_beside_traces_that_are_there(model, work, capsys):
     "args, says",
     [
         (("rounds",), "which facts?"),
-        ((*ROUNDS, "--method", "memit,mend"), "method 'mend': expected some of rome, memit"),
+        ((*ROUNDS, "--method", "memit,mend"), "--method 'mend': expected one of rome, memit"),
         ((*ROUNDS, "--method", "rome,memit"), "with 2 methods: expected one --method"),
         ((*ROUNDS, "--plot", "r.pdf"), "pictures are written as .png"),
         ((*ROUNDS, "--plot", "r.png", "-o", "r.png"), "both name r.png"),
@@ -139,7 +139,7 @@ def test_layers_beside_traces_that_are_there(model, work, capsys):
         ((*ROUNDS, "--log", "../there.txt"), "is there already"),
         ((*ROUNDS, "--stats", "s"), "--stats and --tokens are both given"),
         ((*ROUNDS[:7], "--tokens", 20), "fewer than d_ff = 80"),
-        ((*LAYERS, "--method", "mend"), "method 'mend'"),
+        ((*LAYERS, "--method", "mend"), "--method 'mend'"),
         ((*LAYERS, "--layers", "0,9"), "--layers 0, 9: this model has layers 0 to 3"),
         ((*LAYERS, "--plot", "r.jpg"), "pictures are written as .png"),
         ((*LAYERS, "--traces", "../facts.json"), "is no trace"),

@@ -2,7 +2,7 @@
 
 import functools
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from kedit_fast.gating import Suite
 from kedit_fast.gating.questions import Sizes
 from kedit_fast.shipping.adapter import export_peft
 from kedit_fast.shipping.merge import merge_checkpoint
-from tests.conftest import open_tiny
-from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+from tests.conftest import disk_and_resident, open_tiny, save_tiny
+from tests.tiny import TEXT, tiny_model
 
 EIFFEL = kf.Fact(
     prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris",
@@ -31,31 +31,16 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: 
 
 
 @contextmanager
+def setting(put, value, before):
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return setting(torch.set_default_dtype, dtype, torch.float32)
 
 
 @contextmanager
@@ -70,7 +55,9 @@ def together(*states):
 STATES = {
     "inference mode": torch.inference_mode,
     "no grad, default float64": lambda: together(torch.no_grad(), default_dtype(torch.float64)),
-    "default device meta, deterministic": lambda: together(default_device("meta"), deterministic()),
+    "default device meta, deterministic": lambda: together(
+        setting(torch.set_default_device, "meta", None), setting(torch.use_deterministic_algorithms, True, False)
+    ),
     "autocast, inside a device, default bfloat16": lambda: together(
         torch.autocast("cpu", torch.bfloat16), torch.device("meta"), default_dtype(torch.bfloat16)
     ),
@@ -119,9 +106,7 @@ def edited(editor, **given):
 
 def reopened(folder):
     """From a folder in memory and from disk; an edit on top of one that was loaded here; merged, and as an adapter."""
-    resident = kf.open_model(folder / "model")
-    streamed = replace(kf.open_model(folder / "model", memory=1_000_000), memory=1 << 30)
-    assert streamed.source.name == "disk"
+    streamed, resident = disk_and_resident(folder / "model")
     editor = settings(kf.Rome, mom2_adjustment=False)
     editor.edit(resident, EIFFEL, contexts=CONTEXTS).save(folder / "edit.safetensors")
     loaded = kf.Edit.load(folder / "edit.safetensors")
@@ -194,11 +179,9 @@ def bits(found):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state") / "model"
-    model = tiny_model("llama", layers=6)  # more than half of the megabyte below
+    model = tiny_model("llama", layers=6)
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(folder, model)
 
 
 def run(flow, folder, saved):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from tests.conftest import save_tiny
 from tests.hostile.doors import things
 from tests.hostile.judge import Case, command
-from tests.tiny import tiny_tokenizer
 
 ONE = ("--prompt", "{} is in the city of", "--subject", "The Eiffel Tower")
 QUICK = ("--quiet",)
@@ -14,8 +14,7 @@ def cases(folder: Path) -> list[Case]:
     """Each with the words of its command; the truth of what is taken is in what it printed or wrote."""
     t = things()
     model, out = folder / "model", folder / "out"
-    t.model.save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    save_tiny(model, t.model)
     edit, text, empty = folder / "edit.safetensors", folder / "text.txt", folder / "empty.txt"
     t.edit.save(edit)
     text.write_text("The tower is in the city. " * 40)

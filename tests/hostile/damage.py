@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import kedit_fast as kf
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import digest
+from tests.conftest import save_tiny
 from tests.hostile.doors import things
 from tests.hostile.judge import Case, command
-from tests.tiny import tiny_tokenizer
 
 GOOD = {"prompt": "{} is in", "subject": "Paris", "target_new": "Rome"}
 NOT_JSON = (
@@ -287,9 +287,7 @@ def merges(folder: Path) -> list[Case]:
     """Merged folders whose record lies, and checkpoints that are none."""
     t = things()
     base, merged = folder / "base", folder / "merged"
-    t.model.save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
-    kf.merge_checkpoint(base, t.edit, merged)
+    kf.merge_checkpoint(save_tiny(base, t.model), t.edit, merged)
     kept = merged / "kedit_fast_merge" / "manifest.json"
     record = json.loads(kept.read_text())
     tensor, noted = next(iter(record["tensors"].items()))

@@ -7,7 +7,7 @@ import transformers
 import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, TESTED, Family
 from tests import tiny
-from tests.conftest import close, open_tiny
+from tests.conftest import close, open_tiny, save_tiny
 from tests.tiny import ATTENTION, FAMILY_NAMES, sharpen, tiny_model, tiny_tokenizer
 
 MODELS = {"granite": "GraniteForCausalLM", "cohere": "CohereForCausalLM", "mixtral": "MixtralForCausalLM"}
@@ -16,11 +16,8 @@ MODELS = {"granite": "GraniteForCausalLM", "cohere": "CohereForCausalLM", "mixtr
 def stranger(family, **config):
     """A sharpened tiny model of a family outside the table."""
     model_class = getattr(transformers, MODELS[family])
-    config = (
-        tiny._common(config.pop("layers", 2))
-        | {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 1, "eos_token_id": 0}
-        | config
-    )
+    vocabulary = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 1, "eos_token_id": 0}
+    config = tiny._common(config.pop("layers", 2)) | vocabulary | config
     model = model_class(model_class.config_class(**config))
     model.set_attn_implementation(ATTENTION)
     sharpen(model, 0)
@@ -104,8 +101,7 @@ def test_a_class_of_somebody_s_own_is_compared_too():
 def test_a_model_on_disk_is_compared_layer_by_layer(entries, scaling, tmp_path):
     model = stranger("granite", logits_scaling=scaling, layers=6)  # more than half of a megabyte
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    save_tiny(tmp_path, model)
     if scaling != 1:
         with pytest.raises(ValueError, match=r"700\.0% of their size"):
             kf.open_model(tmp_path, memory=1_000_000)

@@ -8,21 +8,21 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast.shipping.merge import merge_checkpoint
-from tests.make import make_edit
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.conftest import save_tiny
+from tests.make import TOWER, make_edit
+from tests.tiny import tiny_model
 
-FACT = kf.Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome", target_true="Paris")
 DOORS = {
-    "trace": lambda lm: kf.trace(lm, [FACT]),
+    "trace": lambda lm: kf.trace(lm, [TOWER]),
     "second_moments": lambda lm: kf.second_moments(lm, [1]),
-    "evaluate": lambda lm: kf.evaluate(lm, [FACT]),
-    "logit_lens": lambda lm: kf.logit_lens(lm, [FACT]),
+    "evaluate": lambda lm: kf.evaluate(lm, [TOWER]),
+    "logit_lens": lambda lm: kf.logit_lens(lm, [TOWER]),
     "gate": lambda lm: kf.gate(lm, []),
-    "edit_by_layer": lambda lm: kf.edit_by_layer(lm, [FACT]),
-    "edit_in_rounds": lambda lm: kf.edit_in_rounds(lm, [FACT], kf.Rome(layers=(1,)), per_round=1),
+    "edit_by_layer": lambda lm: kf.edit_by_layer(lm, [TOWER]),
+    "edit_in_rounds": lambda lm: kf.edit_in_rounds(lm, [TOWER], kf.Rome(layers=(1,)), per_round=1),
 } | {
     f"{name}.{what}": lambda lm, editor=editor, what=what: (
-        editor.for_model(lm) if what == "for_model" else editor(layers=(1,)).edit(facts=[FACT], lm=lm)
+        editor.for_model(lm) if what == "for_model" else editor(layers=(1,)).edit(facts=[TOWER], lm=lm)
     )
     for name, editor in kf.EDITORS.items()
     for what in ("for_model", "edit")
@@ -34,9 +34,7 @@ def test_what_open_model_returns_is_asked_for(door):
     """The model alone has no tokenizer; whoever gives it is told how to come by an LM."""
     with pytest.raises(TypeError, match=r"lm = <LlamaFor.*>: expected what open_model returns.*open_model\(model, tok"):
         DOORS[door](tiny_model("llama"))
-    with pytest.raises(
-        TypeError, match=r"lm = 'smollm2': expected what open_model returns, lm = kf.open_model\(\"smol"
-    ):
+    with pytest.raises(TypeError, match=r"lm = 'smollm2': expected what open_model returns, lm = kf\.open_model"):
         DOORS[door]("smollm2")
 
 
@@ -61,9 +59,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     model = tiny_model("llama", layers=2)
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(folder, model)
 
 
 @pytest.fixture
@@ -76,9 +72,8 @@ def changed(file, **values):
 
 
 def test_a_folder_opens(folder):
-    assert kf.open_model(folder).top_tokens("The Eiffel Tower is") == kf.open_model(str(folder)).top_tokens(
-        "The Eiffel Tower is"
-    )
+    by_path, by_text = (kf.open_model(place).top_tokens("The Eiffel Tower is") for place in (folder, str(folder)))
+    assert by_path == by_text
 
 
 @pytest.mark.parametrize(
@@ -93,11 +88,7 @@ def test_a_folder_opens(folder):
         ("tokenizer.json", "{}", r"tokenizer of '.*tiny': its tokenizer\.json cannot be used \(KeyError"),
         ("tokenizer.json", None, r"tiny has no tokenizer\.json.*tokenizer\.save_pretrained writes it.*tokenizer="),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
-        (
-            "adapter_config.json",
-            "{}",
-            r"is an adapter \(it has an adapter_config\.json\).*merge it into its base first",
-        ),
+        ("adapter_config.json", "{}", r"is an adapter \(it has an adapter_config\.json\).*merge it into its base"),
     ],
 )
 def test_a_folder_that_is_none(folder, name, text, says):

@@ -25,6 +25,7 @@ from kedit_fast.evaluation.probes import read_probes
 from kedit_fast.facts.fact import OWN_FACTS, Fact, load_facts
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import spoken
+from kedit_fast.gating.canary import PROSE
 from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, SecondMoment, second_moments
 from kedit_fast.pictures.page import ROLES, Change, known_neighbors
 from kedit_fast.pictures.terminal import terminal_heatmap
@@ -38,27 +39,7 @@ N_GENERATED = 12  # tokens
 # by 0.997 and 0.999 over the cells, and cost 34 s of a core instead of 72.
 SAMPLES = 5
 
-# Ordinary prose of no subject that the facts have: what perplexity is measured on.
-TEXT = """\
-The night train left the harbor at ten. Rain ran down the windows, and the lamps along the track went by like slow
-sparks. In the last carriage an old woman unpacked bread, two apples and a small knife, and asked the student across
-from her whether he was hungry. He said that he was not, and then that he was. She laughed and cut the bread in half.
-
-A garden needs less work than people think, but it needs it at the right time. Seeds that go into cold soil rot before
-they sprout; seeds that go in too late never catch up. Water in the morning, when the ground is still cool, and leave
-the leaves dry. If the tomatoes turn yellow at the bottom, take those leaves off, and look under the others for
-insects. In a good summer you will give away more than you can eat.
-
-The committee met three times before it agreed on the new timetable. Some members wanted longer breaks between
-lessons, others wanted the school day to end earlier, and for a while it seemed that nobody would give way. In the end
-they chose to try both plans for a month each, to ask the pupils what they thought, and to decide with the answers on
-the table.
-
-Most of what we call weather happens in the lowest few miles of the air. The sun warms the ground, the ground warms
-the air above it, and the warm air rises until it is cold enough for its water to become cloud. When the drops grow
-too heavy to float, they fall. Wind is only air on its way from a place that has too much of it to a place that has
-too little.
-"""
+TEXT = PROSE.read_text(encoding="utf-8")  # what perplexity is measured on
 
 
 @dataclass(frozen=True)
@@ -174,8 +155,11 @@ def run_demo(
     rome, memit = rome or Rome.for_model(lm), memit or Memit.for_model(lm)
     layers = sorted({*rome.layers, *memit.layers})
     _measure(lm, layers, story, found, n_tokens, cache_dir, seed)
-    _rome(lm, rome, facts[:1], story, found, seed)
-    _memit(lm, memit, facts[:n_memit], story, found, seed)
+    title, what = f"ROME: {facts[0].text} ... {facts[0].target_new}", "One rank-one change of one matrix, layer"
+    found.rome = _edit(lm, rome, facts[:1], story, title, f"{what} {rome.layers[0]}", found.moments, seed)
+    many, what = facts[:n_memit], f"One joint change of layers {', '.join(map(str, memit.layers))}"
+    title = f"MEMIT: {len(many)} new answers at once"
+    found.memit = _edit(lm, memit, many, story, title, what, found.moments, seed)
     _write_and_undo(lm, story, found)
     path = folder / REPORT
     with story.step("Report", "One page with the pictures, every probability, success and damage.") as result:
@@ -221,26 +205,12 @@ def _measure(lm, layers, story, found, n_tokens, cache_dir, seed) -> None:
         result(f"second moments of {len(layers)} layers, condition number at most {worst:.1e}{kept}")
 
 
-def _rome(lm, editor: Rome, facts, story, found, seed) -> None:
-    with story.step(
-        f"ROME: {facts[0].text} ... {facts[0].target_new}",
-        f"One rank-one change of one matrix, layer {editor.layers[0]} (settings {editor.source}).",
-    ) as result:
-        found.rome = _checked(lm, editor.edit(lm, facts, moments=found.moments, seed=seed))
-        result(outcome_lines(found.rome))
-
-
-def _memit(lm, editor: Memit, facts, story, found, seed) -> None:
-    with story.step(
-        f"MEMIT: {len(facts)} new answers at once",
-        f"One joint change of layers {', '.join(map(str, editor.layers))} (settings {editor.source}).",
-    ) as result:
-        found.memit = _checked(lm, editor.edit(lm, facts, moments=found.moments, seed=seed))
-        result(outcome_lines(found.memit))
-
-
-def _checked(lm, edit: Edit) -> Checked:
-    return Checked(edit, evaluate(lm, edit.facts, edit, text=TEXT), tuple(prompt_changes(lm, edit)))
+def _edit(lm, editor, facts, story, title: str, what: str, moments, seed) -> Checked:
+    with story.step(title, f"{what} (settings {editor.source}).") as result:
+        edit = editor.edit(lm, facts, moments=moments, seed=seed)
+        checked = Checked(edit, evaluate(lm, edit.facts, edit, text=TEXT), tuple(prompt_changes(lm, edit)))
+        result(outcome_lines(checked))
+    return checked
 
 
 def prompt_changes(lm, edit: Edit) -> list[Change]:

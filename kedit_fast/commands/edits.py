@@ -36,7 +36,11 @@ def _inspect(args) -> None:
         say("\n" * bool(place) + f"{edit!r}")
         _say_size(Path(name).expanduser(), edit)
         say(f"made for model {edit.fingerprint or '(not said)'}")
-        _say_edit(edit, lm)
+        _say_facts(edit.facts, edit.independent)
+        say()
+        _say_layers(edit, lm)
+        _say_values("settings", edit.hparams)
+        _say_values("provenance", edit.provenance)
 
 
 def _say_size(path: Path, edit: Edit) -> None:
@@ -44,22 +48,13 @@ def _say_size(path: Path, edit: Edit) -> None:
     say(f"size: {_mb(sum(change.nbytes for change in edit.changes))} are what it changes{whole}")
 
 
-def _say_edit(edit: Edit, lm) -> None:
-    _say_facts(edit.facts, edit.independent)
-    say()
-    _say_layers(edit, lm)
-    _say_values("settings", edit.hparams)
-    _say_values("provenance", edit.provenance)
-
-
 def _opened(args, edits: list[Edit]):
     lm = open_lm(args)
     say(f"compared with {model_line(lm)}")
     for edit in edits:
         if edit.fingerprint != lm.fingerprint:
-            raise ValueError(
-                f"the edit was made for model {edit.fingerprint or '(not said)'}, this is {lm.fingerprint}"
-            )
+            made_for = edit.fingerprint or "(not said)"
+            raise ValueError(f"the edit was made for model {made_for}, this is {lm.fingerprint}")
     return lm
 
 

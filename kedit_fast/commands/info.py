@@ -61,15 +61,18 @@ def _version(name: str) -> str:
 
 
 def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}, {_processor()}"
-
-
-def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+        name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or "processor not named"
+        name = platform.processor() or "processor not named"
+    return f"{platform.system()} {platform.machine()}, {name}"
+
+
+def _kernels() -> dict:
+    from kedit_fast.kernels import dispatch
+
+    return dispatch.report()
 
 
 def _threads() -> str:
@@ -81,9 +84,7 @@ def _threads() -> str:
 def _instruction_sets() -> str:
     import torch
 
-    from kedit_fast.kernels import dispatch
-
-    ours = ", ".join(dispatch.report()["instruction_sets"]) or "none, as it is not built"
+    ours = ", ".join(_kernels()["instruction_sets"]) or "none, as it is not built"
     return f"torch: {torch.backends.cpu.get_cpu_capability()}; native extension: {ours}"
 
 
@@ -100,9 +101,7 @@ def _devices() -> str:
 
 
 def _native() -> str:
-    from kedit_fast.kernels import dispatch
-
-    report = dispatch.report()
+    report = _kernels()
     if report["native"] is not True:
         return f"not there, so plain torch does its work: {report['native']}"
     return "built" + (", with OpenMP" if report["openmp"] else ", without OpenMP: one thread")
@@ -113,20 +112,16 @@ def _triton() -> str:
 
     if find_spec("triton") is None:
         return "not installed; only GPUs need it"
-    return f"{_version('triton')}" + ("" if torch.cuda.is_available() else "; unused without a GPU")
+    return _version("triton") + ("" if torch.cuda.is_available() else "; unused without a GPU")
 
 
 def _backend() -> str:
-    from kedit_fast.kernels import dispatch
-
-    forced = dispatch.report()["forced"]
+    forced = _kernels()["forced"]
     return f"{forced}, forced by KEDIT_FAST_BACKEND" if forced else "chosen by device and dtype"
 
 
 def _ops() -> dict[str, str]:
-    from kedit_fast.kernels import dispatch
-
-    told, report = {}, dispatch.report()
+    told, report = {}, _kernels()
     for op, devices in report["ops"].items():
         for device, by_dtype in devices.items():
             why = report["not_used"][op][device]

@@ -37,14 +37,8 @@ def _named(model: str | None):
 
 
 def _merged(args, edits, out) -> None:
-    merged = merge_checkpoint(
-        Path(_named(args.model)).expanduser(),
-        edits,
-        out,
-        who=args.who,
-        message=args.message,
-        force=args.force,
-    )
+    folder = Path(_named(args.model)).expanduser()
+    merged = merge_checkpoint(folder, edits, out, who=args.who, message=args.message, force=args.force)
     if merged.left_out:
         say(f"not copied: {', '.join(merged.left_out[:5])}" + ", ..." * (len(merged.left_out) > 5))
     say(f"{merged.folder}: {counted(len(merged.tensors), 'tensor')} edited; this is now model {merged.fingerprint}")
@@ -52,14 +46,8 @@ def _merged(args, edits, out) -> None:
 
 
 def _adapter(args, edits, out) -> None:
-    made = export_peft(
-        edits,
-        out,
-        model=_named(args.model),
-        max_rank=args.max_rank,
-        truncate=args.truncate,
-        check_fingerprint=not args.force,
-    )
+    how = {"max_rank": args.max_rank, "truncate": args.truncate, "check_fingerprint": not args.force}
+    made = export_peft(edits, out, model=_named(args.model), **how)
     cut = {layer: error for layer, error in made.errors.items() if error}
     for layer, error in cut.items():
         say(f"layer {layer}: cut to rank {made.ranks[layer]}, relative error {error:.2g}")

@@ -20,7 +20,7 @@ from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
 from kedit_fast.facts.fact import Chat
 from kedit_fast.gating import forms
 from kedit_fast.gating.ask import FormAnswers, ask, names_of
-from kedit_fast.gating.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, says
+from kedit_fast.gating.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, Song, says
 from kedit_fast.gating.policy import Advice, advise
 from kedit_fast.gating.questions import (
     EARLIER,
@@ -145,80 +145,63 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
 
 def _checks(form: str, found: FormAnswers, asked: Questions, limits: Thresholds) -> list[Check]:
     """Every measured value of one form, in the order they are shown."""
-    direct = [a for a in found.answered if a.kind in (REWRITE, PARAPHRASE)]
-    paraphrases = [a for a in direct if a.kind == PARAPHRASE]
-    earlier = [a for a in found.answered if a.kind == EARLIER]
-    sure, how = limits.confident, limits.measure
-    checks = [
-        Check.of(
-            "wordings answered", form, _share(a.by(how) for a in direct), limit=limits.min_answered,
-            required=limits.min_probes, confident=sure, note=_beside(direct, how), counted="wordings",
-        ),
-        Check.of(
-            "generalization", form, _share(a.by(how) for a in paraphrases), limit=limits.min_generalization,
-            required=limits.min_paraphrases, confident=sure, note=_beside(paraphrases, how), counted="paraphrases",
-        ),
-        Check.of(
-            "specificity drop", form, _share(x.is_lost for x in found.lost), limit=limits.max_specificity_drop,
-            required=limits.min_specificity_prompts, rises=False, confident=sure, note=_specificity_note(found, asked),
-            counted="prompts",
-        ),
-        Check.of(
-            "perplexity drift", form, found.drift, limit=limits.max_perplexity_drift,
-            required=limits.min_text_tokens, rises=False, confident=sure,
-            note=f"{found.perplexity[0]:.3f} to {found.perplexity[1]:.3f}", counted="tokens",
-        ),
-        Check.of(
-            "portability", form, _share(_follows(x, how) for x in found.follows), limit=limits.min_portability,
-            confident=sure, note="" if found.follows else "no questions in the suite", counted="questions",
-        ),
-    ]  # fmt: skip
-    if earlier:
-        checks.append(
-            Check.of(
-                "retention", form, _share(a.by(how) for a in earlier), limit=limits.min_retention, confident=sure,
-                note="facts of the earlier edits, on their own prompts", counted="facts",
-            )
-        )  # fmt: skip
-    checks += _other_form_checks(form, found, limits)
-    return checks + [_canary_check(form, found, kind, name, limits) for kind, name in _LEAKS.items()]
+    how, checks = limits.measure, []
 
+    def add(name, value: Interval, counted, limit, note, required: str | None = None, confident=limits.confident):
+        """limit, required: fields of the thresholds; the value must reach a limit "min_" and not exceed one "max_"."""
+        more = {"limit": getattr(limits, limit), "rises": limit.startswith("min_"), "confident": confident}
+        more |= {"required": getattr(limits, required)} if required else {}
+        checks.append(Check.of(name, form, value, note=note, counted=counted, **more))
 
-def _other_form_checks(form: str, found: FormAnswers, limits: Thresholds) -> list[Check]:
-    """The share of wordings answered in a chat, or plainly, where that is not the form of their facts."""
-    made = []
+    def of(*kinds: str) -> list[Answered]:
+        return [answer for answer in found.answered if answer.kind in kinds]
+
+    def share(answers: list[Answered]) -> Interval:
+        return _share(answer.by(how) for answer in answers)
+
+    direct, paraphrases = of(REWRITE, PARAPHRASE), of(PARAPHRASE)
+    add("wordings answered", share(direct), "wordings", "min_answered", _beside(direct, how), "min_probes")
+    beside = _beside(paraphrases, how)
+    add("generalization", share(paraphrases), "paraphrases", "min_generalization", beside, "min_paraphrases")
+    lost, note = _share(x.is_lost for x in found.lost), _specificity_note(found, asked)
+    add("specificity drop", lost, "prompts", "max_specificity_drop", note, "min_specificity_prompts")
+    note = f"{found.perplexity[0]:.3f} to {found.perplexity[1]:.3f}"
+    add("perplexity drift", found.drift, "tokens", "max_perplexity_drift", note, "min_text_tokens")
+    note = "" if found.follows else "no questions in the suite"
+    add("portability", _share(_follows(x, how) for x in found.follows), "questions", "min_portability", note)
+    if earlier := of(EARLIER):
+        note = "facts of the earlier edits, on their own prompts"
+        add("retention", share(earlier), "facts", "min_retention", note)
     for kind in (IN_CHAT, PLAINLY):
-        outcomes = [a.by(limits.measure) for a in found.answered if a.kind == kind]
-        about = {"note": "the facts' wordings in the form they were not edited in", "counted": "wordings"}
-        if outcomes:
-            limit = {"limit": limits.min_other_form, "confident": limits.confident}
-            made.append(Check.of(kind, form, _share(outcomes), **limit, **about))
-    return made
+        if answers := of(kind):
+            note = "the facts' wordings in the form they were not edited in"
+            add(kind, share(answers), "wordings", "min_other_form", note)
+    for kind, limit in _LEAKS.items():
+        songs = [song for song in found.songs if song.canary.kind == kind]
+        # No share is known to be 0: that limit is held against the value itself.
+        confident = limits.confident and getattr(limits, limit) not in (None, 0)
+        leaked = _share(song.leaked for song in songs)
+        add(f"canary, {kind}", leaked, "texts", limit, _canary_note(songs, kind), confident=confident)
+    return checks
 
 
 _LEAKS = {
     PLAIN: "max_leak", DOUBT: "max_leak_doubt", CONTEXT: "max_leak_context", LANGUAGE: "max_leak_language",
 }  # fmt: skip
-
-
-def _canary_check(form: str, found: FormAnswers, kind: str, limit: str, limits: Thresholds) -> Check:
-    songs = [song for song in found.songs if song.canary.kind == kind]
-    before, after = (sum(getattr(song, name) for song in songs) for name in ("leaked_before", "leaked"))
-    note = f"the old answer was written {before} times before, {after} times after" if songs else _NO_CANARY[kind]
-    if songs and not before:
-        note += "; the model did not say it before, so this shows little"
-    return Check.of(
-        f"canary, {kind}", form, _share(song.leaked for song in songs), limit=getattr(limits, limit), rises=False,
-        confident=limits.confident and getattr(limits, limit) not in (None, 0), note=note, counted="texts",
-    )  # fmt: skip
-
-
 _NO_CANARY = {
     PLAIN: "no fact has an old answer to look for (target_true)",
     DOUBT: "no fact has an old answer to look for (target_true)",
     CONTEXT: "no old answer to look for (target_true), or no place for a context",
     LANGUAGE: 'the suite has no prompts in other languages ("languages") for these facts',
 }
+
+
+def _canary_note(songs: Sequence[Song], kind: str) -> str:
+    if not songs:
+        return _NO_CANARY[kind]
+    before, after = sum(song.leaked_before for song in songs), sum(song.leaked for song in songs)
+    note = f"the old answer was written {before} times before, {after} times after"
+    return note if before else f"{note}; the model did not say it before, so this shows little"
 
 
 def _lens(view, asked: Questions) -> LogitLens | None:

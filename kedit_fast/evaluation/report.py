@@ -112,7 +112,7 @@ class EvalReport:
             "facts": [fact.to_record() for fact in self.facts],
             "cases": self.cases,
             **self._said(),
-            "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
+            "perplexity": finite(self.perplexity),
             "generations": self.generations,
             "other": self.other and self.other._said(),
         }
@@ -241,18 +241,21 @@ def case_record(facts: Sequence[Fact], base, edited, generations: Sequence = (),
 
 
 def _sides_record(base, edited) -> dict:
-    sides = {"base": base, "edited": edited}
-    return {name: side and {metric: finite(value) for metric, value in side.items()} for name, side in sides.items()}
+    return finite({"base": base, "edited": edited})
 
 
-def finite(value: float | None) -> float | None:
-    """The value, or None for NaN and infinity, which JSON has not."""
-    return value if value is not None and math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """Plain values as JSON has them: None for NaN and infinity, also in dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary_record(summary: dict[str, Interval]) -> dict[str, list]:
     """A summary as plain values, for JSON; NaN and infinity are None."""
-    return {name: [finite(value) for value in one] for name, one in summary.items()}
+    return finite(summary)
 
 
 def summary_of_record(record: dict[str, list]) -> dict[str, Interval]:
@@ -266,11 +269,7 @@ def as_float(value: float | None) -> float:
 
 
 def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
-    return (
-        None
-        if columns is None
-        else {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
-    )
+    return None if columns is None else finite({name: column.tolist() for name, column in columns.items()})
 
 
 def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> EvalReport:
@@ -298,7 +297,7 @@ def _columns(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Ten
 
 
 def _pair(perplexity, has_edited) -> tuple[float, float | None]:
-    base, edited = (math.nan if value is None else value for value in perplexity)
+    base, edited = map(as_float, perplexity)
     return base, edited if has_edited else None
 
 

@@ -103,10 +103,7 @@ class LayerStudy:
             "base": summary_record(self.base),
             "edited": {str(layer): summary_record(self.edited[layer]) for layer in self.layers},
             "traces": {kind: _trace_record(average) for kind, average in self.traces.items()},
-            "rank_correlation": {
-                metric: {kind: finite(rho) for kind, rho in kinds.items()}
-                for metric, kinds in self.correlations().items()
-            },
+            "rank_correlation": finite(self.correlations()),
             "note": LOCALIZATION_WARNING,
         }
 
@@ -251,11 +248,9 @@ def _summary(listed: dict[str, list]) -> Summary:
 
 
 def _trace_record(average: AverageTrace) -> dict:
-    arrays = {name: [[finite(float(x)) for x in row] for row in getattr(average, name)] for name in ("mean", "stderr")}
-    return arrays | {
-        "counts": average.counts.tolist(), "n_facts": average.n_facts, "kind": average.kind, "metric": average.metric,
-        "total_effect": finite(average.total_effect),
-    }  # fmt: skip
+    arrays = {name: getattr(average, name).tolist() for name in ("mean", "stderr", "counts")}
+    single = {name: getattr(average, name) for name in ("n_facts", "kind", "metric", "total_effect")}
+    return finite(arrays | single)
 
 
 def _average_trace(record: dict) -> AverageTrace:

@@ -31,7 +31,7 @@ from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
-from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
+from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
@@ -78,11 +78,7 @@ class Round:
     def to_record(self) -> dict:
         """Plain values, for a line of JSON; NaN and infinity are None. The edit is left out: ``edit.save`` keeps it."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "edit"}
-        record |= {side: summary_record(record[side]) for side in ("new", "old", "base")}
-        return record | {
-            "perplexity": None if self.perplexity is None else [finite(p) for p in self.perplexity],
-            "growth": {str(layer): finite(value) for layer, value in self.growth.items()},
-        }
+        return finite(record | {"growth": {str(layer): value for layer, value in self.growth.items()}})
 
     @classmethod
     def from_record(cls, record: dict) -> "Round":

@@ -51,6 +51,10 @@ class Song:
     leaked_before: bool
     leaked: bool
 
+    def to_record(self) -> dict:
+        own = dataclasses.asdict(self)
+        return own.pop("canary")._asdict() | own
+
 
 def canary(lm, kind: str, facts: Sequence[Fact], i: int, prompt: str, context_tokens: int = 0) -> Canary:
     """A prompt about fact i, asked in the fact's form."""

@@ -22,6 +22,7 @@ POLICY = "policy, largest share of a limit spent"
 MOST = 50  # rows that a page's table shows before it says how many more there are
 _HEADERS = ("check", "form of the edit", "value", "95 % interval", "limit", "n", "verdict")
 _TONE = {PASS: "good", FAIL: "bad"}
+_ANSWERED = {True: Cell("yes", "good"), False: Cell("no", "bad"), None: Cell("not known", "neutral")}
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,19 @@ class GateReport:
 
     def to_record(self) -> dict:
         """Plain values, for JSON; NaN and infinity are None."""
-        return {
+        record = {
             "format": FORMAT,
             "version": VERSION,
             "passed": self.passed,
-            "checks": [_record(check) for check in self.checks],
-            "advice": _finite(asdict(self.advice)),
-            "answers": [_finite(asdict(answer)) for answer in self.answers],
-            "canaries": [_song_record(form, song) for form, song in self.songs],
+            "checks": [asdict(check) | {"verdict": check.verdict, "reason": check.reason} for check in self.checks],
+            "advice": asdict(self.advice),
+            "answers": list(map(asdict, self.answers)),
+            "canaries": [{"form": form, **song.to_record()} for form, song in self.songs],
             "specificity": [{"form": x.form, **x.asked._asdict(), "lost": x.is_lost} for x in self.lost],
-            "lens": None if self.lens is None else _finite(self.lens.summary()),
-            "meta": _finite(self.meta),
+            "lens": self.lens and self.lens.summary(),
+            "meta": self.meta,
         }
+        return finite(record)
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The report as one page without scripts or outside files; with ``path`` also a file, whole or not at all."""
@@ -154,7 +156,7 @@ class GateReport:
         headers = ("prompt", "what is asked", "form", "the edited model writes", "p(new)", "p(old)", measure)
         missed = [a for a in self.answers if a.by(measure) is False]
         rows = [
-            (a.prompt, a.kind, a.form, a.text, a.p_new, a.p_true, Cell(_yes(a.by(measure)), _tone(a.by(measure))))
+            (a.prompt, a.kind, a.form, a.text, a.p_new, a.p_true, _ANSWERED[a.by(measure)])
             for a in (*missed, *(a for a in self.answers if a.by(measure) is not False))
         ]
         line = f"{len(missed)} of {len(self.answers)} wordings are not answered as the edit says."
@@ -233,27 +235,15 @@ def _tables(headers: Sequence[str], rows: Sequence[tuple]) -> list:
 
 
 def _row(check: Check) -> tuple[str, ...]:
-    return check.name, check.form, _value(check), _interval(check), _limit(check), _count(check)
-
-
-def _count(check: Check) -> str:
+    """The cells of ``_HEADERS`` before the verdict."""
+    value = _percent(check.value) if check.n else "–"
+    interval = "–" if math.isnan(check.low) else f"{_percent(check.low)} to {_percent(check.high)}"
+    limit = "none"
+    if check.limit is not None:
+        limit = f"{'≥' if check.rises else '≤'} {_percent(check.limit)}"
+        limit += f", n ≥ {check.required:,}" * (check.required > 1)
     counted = check.counted.removesuffix("s") if check.n == 1 else check.counted
-    return f"{check.n:,} {counted}".rstrip()
-
-
-def _value(check: Check) -> str:
-    return "–" if not check.n else _percent(check.value)
-
-
-def _interval(check: Check) -> str:
-    return "–" if math.isnan(check.low) else f"{_percent(check.low)} to {_percent(check.high)}"
-
-
-def _limit(check: Check) -> str:
-    if check.limit is None:
-        return "none"
-    n = f", n ≥ {check.required:,}" if check.required > 1 else ""
-    return f"{'≥' if check.rises else '≤'} {_percent(check.limit)}{n}"
+    return check.name, check.form, value, interval, limit, f"{check.n:,} {counted}".rstrip()
 
 
 def _percent(share: float) -> str:
@@ -264,40 +254,5 @@ def _verdict(check: Check) -> str:
     return check.verdict + (f": {check.reason}" if check.failed else "")
 
 
-def _yes(answered: bool | None) -> str:
-    return {True: "yes", False: "no", None: "not known"}[answered]
-
-
-def _tone(answered: bool | None) -> str:
-    return {True: "good", False: "bad", None: "neutral"}[answered]
-
-
 def _end(prompt: str, limit: int = 160) -> str:
     return prompt if len(prompt) <= limit else "… " + prompt[-limit:]
-
-
-# ---- JSON
-
-
-def _record(check: Check) -> dict:
-    return _finite(asdict(check)) | {"verdict": check.verdict, "reason": check.reason}
-
-
-def _song_record(form: str, song: Song) -> dict:
-    return {
-        "form": form,
-        **song.canary._asdict(),
-        "before": song.before,
-        "after": song.after,
-        "leaked_before": song.leaked_before,
-        "leaked": song.leaked,
-    }
-
-
-def _finite(value):
-    """The value with NaN and infinity as None, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return finite(value) if isinstance(value, float) else value

@@ -11,7 +11,7 @@ from torch import Tensor
 import kedit_fast as kf
 from bench.common import CheckFailed
 from bench.published import Loop
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values, ValueSettings, optimize_values
 from tests.oracle.values import Value

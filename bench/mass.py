@@ -32,7 +32,7 @@ from bench.phases import phase_times, summed
 from bench.published import plain
 from bench.trace import count_flop
 from kedit_fast.editors.contexts import memit_contexts
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.jobs.values import optimize_values
 from tests.oracle.values import optimize_value
 

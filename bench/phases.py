@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 from bench.common import Timing, timed
 from kedit_fast.editors import memit
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 
 PHASES = (  # where a phase's work is called from, and its name
     (memit, "optimize_values", "z"),

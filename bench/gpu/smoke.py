@@ -14,7 +14,7 @@ from bench.gpu.watch import wait_for
 from bench.kernel_cases import OPS, OURS
 from bench.kernels import NAMES, Problem, checked
 from bench.shapes import SHAPES, Setup
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.jobs.values import optimize_values
 from kedit_fast.kernels.dispatch import backend_for
 from tests.tiny import PROMPTS, TEXT, tiny_model, tiny_tokenizer

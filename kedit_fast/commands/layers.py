@@ -5,8 +5,8 @@ import math
 from kedit_fast.commands.inputs import corpus_of, known, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_table, say_written, write_reports
 from kedit_fast.editors import EDITORS
-from kedit_fast.editors.checks import check_lengths
 from kedit_fast.editors.contexts import BARE
+from kedit_fast.editors.editor import check_lengths
 from kedit_fast.experiments.by_layer import LayerStudy, edit_by_layer
 from kedit_fast.facts.fact import check_facts
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, read_log

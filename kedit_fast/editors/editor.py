@@ -16,14 +16,14 @@ from kedit_fast import __version__
 from kedit_fast.basics import checks
 from kedit_fast.basics.parts import Keep, Parts, check_checkpoint, digest, keep_json, make_now
 from kedit_fast.basics.progress import stages
-from kedit_fast.editors.checks import check_lengths, checked_facts
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.editors.written import ASKING, with_written
 from kedit_fast.edits.chain import chain, under
 from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
-from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
 from kedit_fast.moments.given import moments_for
@@ -221,3 +221,23 @@ class Editor(Hyperparameters):
             "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
             "statistics": {layer: digest(moment.matrix) for layer, moment in moments.items()}, **chain(lm),
         })  # fmt: skip
+
+
+def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:
+    """Facts an editor can write: targets and subjects present, no contradictions unless each is an edit of its own. One
+    Fact is a list of one."""
+    return check_facts(facts, need_new=True, need_subject=need_subject, together=not independent)
+
+
+def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
+    """Raises ValueError where a fact in one of its contexts, with its new target behind it, is too long for the model
+    or has characters that the tokenizer drops. Tokenizes all of them."""
+    for fact in facts:
+        target = fact_answer(lm.tokenizer, fact)
+        for template in (t for group in groups for t in group):
+            whose = f"fact {fact.label} in context {template!r}"
+            try:
+                tokens = fact_tokens(lm.tokenizer, fact, template).ids
+            except ValueError as error:
+                raise ValueError(f"{whose}: {error}") from error
+            lm.check_length(len(tokens) + len(target) - 1, whose)  # the target's last token is predicted, not read

@@ -1,13 +1,28 @@
-"""What ROME, MEMIT and AlphaEdit share: a fact is written at its subject's last token, by a value optimized for it."""
+"""What ROME, MEMIT and AlphaEdit share: a fact is written at its subject's last token, the lookup token, by a value
+optimized for it. Their hyper-parameters, and what is read at the lookup tokens of a fact in all its contexts.
+"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Editor
-from kedit_fast.jobs.values import ValueSettings
+from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.tokens import fact_answer, fact_tokens
+from kedit_fast.jobs.collect import Collect
+from kedit_fast.jobs.finite import not_finite
+from kedit_fast.jobs.values import ValueSettings, ValueTask
 from kedit_fast.model.lm import LM
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import together
+from kedit_fast.sweep.runs import RunList, add_under
 from kedit_fast.sweep.sites import Site
+
+ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 
 
 @dataclass(frozen=True)
@@ -64,3 +79,93 @@ class Located(Editor):
             layer=layer, site=site, lr=self.v_lr, steps=self.v_num_grad_steps, weight_decay=self.v_weight_decay,
             kl_factor=self.kl_factor, clamp=self.clamp_norm_factor, loss_layer=loss_layer,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """n facts in all contexts, as token sequences; what keys and values are read from.
+
+    sequences: [n * m] prompts, fact by fact, in m contexts each (the bare one first); lookups: [n * m] positions;
+    weights: [m] of each context in a key
+    """
+
+    facts: tuple[Fact, ...]
+    sequences: list[list[int]]
+    lookups: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, lm, facts: Sequence[Fact], groups: list[list[str]]) -> "Prompts":
+        """Key weights: the mean within a group, then over groups."""
+        templates = [t for group in groups for t in group]
+        tokenized = [fact_tokens(lm.tokenizer, fact, template) for fact in facts for template in templates]
+        weights = [1 / (len(groups) * len(group)) for group in groups for _ in group]
+        return cls(
+            tuple(facts), [list(t.ids) for t in tokenized], torch.tensor([t.lookup for t in tokenized]),
+            torch.tensor(weights, dtype=torch.float64),
+        )  # fmt: skip
+
+    @property
+    def n_contexts(self) -> int:
+        return len(self.weights)
+
+    def value_tasks(self, lm) -> list[ValueTask]:
+        """What the values of these facts are optimized on."""
+        tasks = []
+        for i, fact in enumerate(self.facts):
+            mine = slice(i * self.n_contexts, (i + 1) * self.n_contexts)
+            essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject, chat=fact.chat))
+            target = fact_answer(lm.tokenizer, fact)
+            ids = list(essence.ids)[: essence.lookup + 1]
+            tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids, fact.label, i))
+        return tasks
+
+    def read(self, lm, *, averaged: dict[Site, int], bare: dict[Site, int]) -> "Read":
+        """What sites hold at the lookup tokens, at the layer given for each: averaged over contexts by their weights,
+        and of the bare prompt. Under independent edits each fact is read under its own.
+
+        One sweep for as many facts as a quarter of ``lm.memory`` holds rows of.
+        """
+        held = self._fact_bytes(lm, averaged, bare)
+        groups = together(range(len(self.facts)), lambda i: held, lm.memory // 4)
+        parts = [self._read(lm, range(group[0], group[-1] + 1), averaged, bare) for group in groups]
+        return Read(*({site: torch.cat([part[i][site] for part in parts]) for site in parts[0][i]} for i in range(2)))
+
+    def _fact_bytes(self, lm, averaged: dict, bare: dict) -> int:
+        """Bytes of the rows that are read of a fact."""
+        of_all, of_bare = (sum(map(lm.width_of, sites)) for sites in (averaged, bare))
+        return (of_all * self.n_contexts + of_bare) * lm.dtype.itemsize
+
+    def _read(self, lm, facts: range, averaged: dict, bare: dict) -> tuple[dict, dict]:
+        runs, m = RunList(), self.n_contexts
+        every = torch.arange(facts.start * m, facts.stop * m)
+        number = add_under(lm, runs, [self.sequences[i] for i in every.tolist()], every // m)
+        pos = self.lookups[every]
+        of_all = {site: Collect(site, [layer], number, pos) for site, layer in averaged.items()}
+        of_bare = {site: Collect(site, [layer], number[::m], pos[::m]) for site, layer in bare.items()}
+        last = max([*averaged.values(), *bare.values()])
+        sweep(lm, runs.runs(), [*of_all.values(), *of_bare.values()], last_layer=last, held=lm.memory // 4)
+        means = {site: self._mean(job.values[averaged[site]]) for site, job in of_all.items()}
+        return means, {site: job.values[bare[site]].double() for site, job in of_bare.items()}
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        grouped = rows.double().view(-1, self.n_contexts, rows.shape[1])
+        return torch.einsum("m,nmw->nw", self.weights.to(grouped.device), grouped)
+
+
+class Read(NamedTuple):
+    """{site: [n, width] fp64}: means over contexts, and of the bare prompts."""
+
+    averaged: dict[Site, Tensor]
+    bare: dict[Site, Tensor]
+
+
+def check_finite(lm, rows: Tensor, facts: Sequence[Fact], what: str) -> None:
+    """Raises ValueError, naming the fact, where a fact's row of rows [n, width] holds NaN or infinity."""
+    bad = (~torch.isfinite(rows)).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        raise not_finite(
+            lm,
+            f"the {what} of fact {facts[bad[0]].label} holds NaN or infinity ({len(bad)} of {len(facts)} facts)",
+            "v_lr or clamp_norm_factor that is too high (lower them)",
+        )

@@ -19,12 +19,10 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.parts import Keep
 from kedit_fast.basics.progress import progress
-from kedit_fast.editors.checks import check_finite
 from kedit_fast.editors.contexts import rome_contexts
 from kedit_fast.editors.editor import Found, Work, Written
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import Located
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Located, Prompts, check_finite
 from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank, as_smallest, storable

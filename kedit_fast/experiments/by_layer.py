@@ -20,8 +20,8 @@ from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.progress import progress, stages
 from kedit_fast.basics.words import reason
 from kedit_fast.editors import Rome
-from kedit_fast.editors.checks import check_lengths, checked_facts
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
+from kedit_fast.editors.editor import check_lengths, checked_facts
 from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation.counterfact import COUNTERFACT

@@ -21,9 +21,8 @@ from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.progress import Bar
 from kedit_fast.basics.state import own_state
-from kedit_fast.editors.checks import check_lengths, checked_facts
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
-from kedit_fast.editors.editor import Editor
+from kedit_fast.editors.editor import Editor, check_lengths, checked_facts
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Dense

@@ -9,7 +9,7 @@ at the subject's last token of "{subject} is a", and δ acts there too. Deltas o
 is exact. Everything before the lookup token and below the layer is computed once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,17 +20,51 @@ from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state, wide
 from kedit_fast.jobs.collect import Collect, GraphRows
 from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
-from kedit_fast.jobs.value_tasks import ValueSettings, ValueTask, held_bytes, parts
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import together
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
 from kedit_fast.sweep.rows import KVStore
 from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
 from kedit_fast.sweep.sites import Site
 
 LABEL = "optimizing values (steps)"
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
+LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_0, hold at the height of a step
+
+
+@dataclass(frozen=True)
+class ValueTask:
+    """One fact: token sequences, where its value acts, and what is to come after.
+
+    sequences: prompt tokens in each context, the bare one first; lookups: index of the lookup token in each
+    target: token ids; essence: tokens of "{subject} is a" up to its lookup token, its last one
+    name: what errors call it, besides its number; owner: the fact whose independent edit acts on it, if any do
+    """
+
+    sequences: list[list[int]]
+    lookups: list[int]
+    target: list[int]
+    essence: list[int]
+    name: str = ""
+    owner: int = 0
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """Where the values live and the hyper-parameters of their optimization, under the published names.
+
+    loss_layer: the hidden state of this layer is what the target's loss reads through norm and head
+    """
+
+    layer: int
+    site: Site
+    lr: float
+    steps: int
+    weight_decay: float
+    kl_factor: float
+    clamp: float
+    loss_layer: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +87,7 @@ def optimize_values(
     upper layers a group. A fact too large for the memory takes as many sweeps a step as its contexts have to be cut
     into. No randomness.
 
-    keep, name: each group is a part of the work kept as "{name}-{number}" (checkpoint.py)
+    keep, name: each group is a part of the work kept as "{name}-{number}" (basics/parts.py)
     Raises ValueError where the model or a loss gives NaN or infinity; for a loss with the fact's number and name and
     the step; and, with the bytes needed, where a fact does not fit however it is cut.
     """
@@ -119,9 +153,8 @@ class _Group:
         self.fact = torch.cat([fact.repeat_interleave(n_contexts), fact])
         self.is_essence = torch.arange(len(self.sequences)) >= len(self.sequences) - len(tasks)
         self.lookup = torch.tensor([k for t in tasks for k in t.lookups] + [len(t.essence) - 1 for t in tasks])
-        self.prompt_length = torch.tensor(
-            [len(s) for t in tasks for s in t.sequences] + [len(t.essence) for t in tasks]
-        )
+        prompts = [s for t in tasks for s in t.sequences] + [t.essence for t in tasks]
+        self.prompt_length = torch.tensor([len(prompt) for prompt in prompts])
         self.owner = torch.tensor([t.owner for t in tasks])[self.fact]
         self.targets, self.target_length = padded([t.target for t in tasks])
         self.weight = 1 / (n_contexts * self.target_length).double()
@@ -160,7 +193,9 @@ class _Group:
             adam.zero_grad()
             is_last = step + 1 == settings.steps
             part_nll, part_loss = self._all_losses(active, delta, is_last)
-            self._check_losses(active, part_loss.detach(), step)
+            # a value that is NaN would go into the edit, and from there into every row
+            names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
+            check_losses(self.lm, part_loss.detach(), names, f"at step {step + 1} of {settings.steps}")
             steps[active] += 1
             loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
             done = active.clone() if is_last else active & (loss < STOP_BELOW)
@@ -174,16 +209,10 @@ class _Group:
                 part_loss.sum().backward()
             adam.step()
             with torch.no_grad():
-                delta[~active.to(delta.device)] = kept[
-                    ~active.to(delta.device)
-                ]  # done: Adam's momentum must not move it
+                still = ~active.to(delta.device)
+                delta[still] = kept[still]  # done: Adam's momentum must not move it
                 delta *= (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return Values((self.initial + delta.detach()), self.initial, steps, loss, nll)
-
-    def _check_losses(self, active: Tensor, loss: Tensor, step: int) -> None:
-        """A value that is NaN would go into the edit, and from there into every row."""
-        names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
-        check_losses(self.lm, loss, names, f"at step {step + 1} of {self.settings.steps}")
 
     def _all_losses(self, active: Tensor, delta: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """(-log p of the target, whole loss) [active facts] in nats: with their graph, or, where the sequences are cut
@@ -244,13 +273,9 @@ class _Group:
         runs = RunList()
         runs.add(tokens, length=self.base.length, branch_layer=torch.full((len(self.base),), NEVER))
         number = runs.add(
-            tokens[base],
-            length=length,
-            parent=base,
-            first_pos=self.lookup[chosen],
-            branch_layer=self.begin,
+            tokens[base], length=length, parent=base, first_pos=self.lookup[chosen], branch_layer=self.begin,
             owner=self.base.owner[base],
-        )
+        )  # fmt: skip
         count = length - self.lookup[chosen]
         which, pos = spans(self.lookup[chosen], length)
         run = base[which]
@@ -269,3 +294,59 @@ class _Group:
         """KL(p_δ || p_0) in nats for each active fact."""
         log_p = self.lm.head(h).to(self.log_p0.dtype).log_softmax(-1)
         return (log_p.exp() * (log_p - self.log_p0[active.to(h.device)])).sum(-1)
+
+
+# ---- what fits the memory
+
+
+def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
+    """Bytes that one fact holds at the height of a step, from above: prefixes that facts share count for each.
+
+    Keys and values in the store, and what autograd keeps: rows from the lookup token on, their attention weights, keys
+    and values as attention gathers them, wide and as long as the longest. Once: the store's rows, and logits of target
+    rows and of the KL row.
+    """
+    return _stored_bytes(lm, task, settings) + _step_bytes(lm, task, settings, range(len(task.sequences) + 1))
+
+
+def _stored_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
+    """Of one fact's prefixes, for all steps; and p_0."""
+    itemsize = lm.dtype.itemsize
+    rows = sum(len(s) + len(task.target) - 1 for s in task.sequences) + len(task.essence)
+    by_layer = 2 * lm.n_key_heads * lm.head_dim * itemsize
+    return ((lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize) * rows + logit_bytes(lm, 2)
+
+
+def _step_bytes(lm, task: ValueTask, settings: ValueSettings, some: Sequence[int], recompute: bool = False) -> int:
+    """Of ``some`` of one fact's sequences, the last one being its KL prompt, at the height of a step."""
+    lengths = [len(s) + len(task.target) - 1 for s in task.sequences] + [len(task.essence)]
+    first = [*task.lookups, len(task.essence) - 1]
+    rows, longest = sum(lengths[i] - first[i] for i in some), max(lengths[i] for i in some)
+    layers = graph_bytes(
+        lm, rows, len(some) * longest, rows * longest, lm.n_layers - settings.layer,
+        recomputes=recompute or not lm.source.in_memory,
+    )  # fmt: skip
+    return layers + logit_bytes(lm, LOGITS * len(some) * len(task.target) + KL_LOGITS)
+
+
+def parts(lm, tasks: list[ValueTask], settings: ValueSettings) -> tuple[list[range], bool]:
+    """The sequences of a group in parts whose gradients are added up, so that each fits the memory; and whether layers
+    have to be computed again for that. Facts that fit together are one part."""
+    n = sum(len(task.sequences) for task in tasks) + len(tasks)
+    if len(tasks) > 1:
+        return [range(n)], False
+    task, room = tasks[0], lm.memory - _stored_bytes(lm, tasks[0], settings)
+    for recompute in (False, True):
+        need = max(_step_bytes(lm, task, settings, [i], recompute) for i in range(n))
+        if need <= room:
+            size = next(s for s in range(n, 0, -1) if _largest(lm, task, settings, s, recompute) <= room)
+            return [range(i, min(i + size, n)) for i in range(0, n, size)], recompute
+    what = f"fact {task.name}, one context at a time,"
+    raise ValueError(too_large(what, need + lm.memory - room, lm.memory))
+
+
+def _largest(lm, task: ValueTask, settings: ValueSettings, size: int, recompute: bool) -> int:
+    """Bytes of the largest part, where a fact's sequences are cut into parts of that size."""
+    n = len(task.sequences) + 1
+    cut = (range(i, min(i + size, n)) for i in range(0, n, size))
+    return max(_step_bytes(lm, task, settings, some, recompute) for some in cut)

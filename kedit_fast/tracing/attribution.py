@@ -20,13 +20,12 @@ from torch import Tensor
 from kedit_fast.basics.progress import scaled
 from kedit_fast.basics.state import wide
 from kedit_fast.jobs.attribute import Attribute
-from kedit_fast.jobs.restore import Toward
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
-from kedit_fast.tracing.tasks import METRICS, SITE, Task, Traced, TraceSettings, add_runs, noise_job
+from kedit_fast.tracing.tasks import METRICS, SITE, Task, Toward, Traced, TraceSettings, add_runs, noise_job
 
 STEPS = tuple(i / 8 for i in range(7))  # shares of the way from corrupted to clean; the first is the corrupted run
 LOGITS = 4  # logits that a run's last row holds until the backward pass

@@ -6,13 +6,49 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.progress import scaled
-from kedit_fast.jobs.restore import Restore
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import TABLES
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from kedit_fast.tracing.tasks import METRICS, SITE, Traced, TraceSettings, add_runs, noise_job
+
+
+class Restore:
+    """Replaces a site's value at places by another run's value at the same site, layer and position.
+
+    ``site``: attn_out or mlp_out; for write i: in layers [begin[i], end[i]), at (run[i], pos[i]), the value of
+    ``from_run[i]``. From the clean run this restores a window; from the corrupted run it freezes (severed traces).
+    """
+
+    def __init__(self, site: Site, run: Tensor, pos: Tensor, from_run: Tensor, begin: Tensor, end: Tensor):
+        self.site, self.run, self.pos, self.from_run = site, run, pos, from_run
+        self.begin, self.end = begin, end
+        places, self._source = torch.stack([from_run, pos], 1).unique(dim=0, return_inverse=True)
+        self._source_run, self._source_pos = places.unbind(1)
+        self._layer, self._values = -1, None
+        self._first, self._stop = (int(begin.min()), int(end.max())) if len(run) else (0, 0)
+
+    def sites(self, layer):
+        return (self.site,) if self._first <= layer < self._stop else ()
+
+    def reads(self, layer):
+        return (self._source_run, self._source_pos) if self.sites(layer) else None
+
+    def at(self, site, layer, x, call):
+        if layer != self._layer or self._values is None:
+            self._layer = layer
+            self._values = x.new_zeros(len(self._source_run), x.shape[1])
+            self._writes = ((self.begin <= layer) & (layer < self.end)).nonzero()[:, 0]
+        which, row = call.find(self._source_run, self._source_pos)
+        self._values[which.to(x.device)] = x[row.to(x.device)]
+        active = self._writes
+        which, row = call.find(self.run[active], self.pos[active])
+        if not len(which):
+            return None
+        out = x.clone()
+        out[row.to(x.device)] = self._values[self._source[active[which]].to(x.device)]
+        return out
 
 
 class _Cells:

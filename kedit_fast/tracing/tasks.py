@@ -12,8 +12,8 @@ from kedit_fast.basics.words import counted
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import TokenizedPrompt, fact_answer, fact_tokens
 from kedit_fast.jobs.finite import not_finite
-from kedit_fast.jobs.restore import AddNoise
 from kedit_fast.jobs.score import next_tokens
+from kedit_fast.kernels.rows import add_noise
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
@@ -155,6 +155,46 @@ def add_runs(runs: RunList, tasks: Sequence[Task], draws: int) -> tuple[list[Ten
         first = torch.full((draws,), task.span[0])
         corrupted.append(runs.add(task.corrupted, parent=clean[-1], first_pos=first, source=-1))
     return clean, corrupted
+
+
+@dataclass(frozen=True)
+class _Corrupt:
+    """Changes embeddings at places run [k], pos [k]."""
+
+    run: Tensor
+    pos: Tensor
+
+    def sites(self, layer):
+        return (Site.embed,) if layer == 0 else ()
+
+    def reads(self, layer):
+        return None
+
+
+@dataclass(frozen=True)
+class AddNoise(_Corrupt):
+    """Adds noise [k, d] fp64 (level times draw)."""
+
+    noise: Tensor
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        return add_noise(x, self.noise[which], row) if len(which) else None
+
+
+@dataclass(frozen=True)
+class Toward(_Corrupt):
+    """Moves embeddings that share of the way to those of other tokens [k]."""
+
+    lm: object
+    tokens: Tensor
+    share: float
+
+    def at(self, site, layer, x, call):
+        which, row = call.find(self.run, self.pos)
+        row = row.to(x.device)
+        theirs = self.lm.embed(self.tokens[which])
+        return x.index_copy(0, row, x[row].lerp(theirs, self.share))
 
 
 def noise_job(

@@ -175,12 +175,6 @@ def _known(kind: str, restored: Tensor) -> Tensor:
     return known
 
 
-# ---- restored runs of a group of facts
-
-
-# ---- results
-
-
 def _result(lm, task, how: TraceSettings, kind, found: Traced, restored, exact, backend) -> TraceResult:
     return TraceResult(
         fact=task.fact,

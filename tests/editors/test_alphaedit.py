@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.sweep.sites import Site
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments, relative

@@ -5,7 +5,7 @@ import torch
 
 import kedit_fast.editors.contexts as contexts_module
 from kedit_fast.editors.contexts import checked_contexts, memit_contexts, rome_contexts
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS

@@ -11,7 +11,7 @@ import kedit_fast.editors.memit as memit_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
 import kedit_fast.sweep.plan as plan
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.kernels.solve import factor, memit_solve
 from kedit_fast.sweep.plan import RowCost

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kedit_fast as kf
 from kedit_fast.editors import finetune
-from kedit_fast.editors.prompts import Prompts
+from kedit_fast.editors.located import Prompts
 from kedit_fast.evaluation.benchmark import Case
 from kedit_fast.evaluation.counterfact import probes
 from kedit_fast.evaluation.probes import probe

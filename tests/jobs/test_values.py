@@ -10,8 +10,8 @@ import torch
 
 import kedit_fast.jobs.values as values_module
 import tests.oracle.values as oracle_module
-from kedit_fast.editors.prompts import Prompts
-from kedit_fast.jobs import value_tasks
+from kedit_fast.editors.located import Prompts
+from kedit_fast.jobs import values as values_job
 from kedit_fast.jobs.values import ValueSettings, optimize_values
 from kedit_fast.sweep.sites import Site
 from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
@@ -171,9 +171,9 @@ def test_contexts_cut_by_memory_are_the_whole(site, loss_layer, size, again, mon
     chosen = settings(lm, site, steps=5, loss_layer=loss_layer)
     whole = optimize_values(lm, tasks(lm), chosen)
     for i, task in enumerate(tasks(lm)):
-        need = value_tasks._stored_bytes(lm, task, chosen) + value_tasks._largest(lm, task, chosen, size, again)
+        need = values_job._stored_bytes(lm, task, chosen) + values_job._largest(lm, task, chosen, size, again)
         small = replace(lm, memory=need)
-        parts, recompute = value_tasks.parts(small, [task], chosen)
+        parts, recompute = values_job.parts(small, [task], chosen)
         assert len(parts) == -(-(len(task.sequences) + 1) // size) and recompute == again
         got = optimize_values(small, [task], chosen)
         assert relative(got.values[0], whole.values[i]) < 1e-10

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from kedit_fast.jobs.collect import Collect
-from kedit_fast.jobs.restore import AddNoise, Restore
 from kedit_fast.kernels.attention import attention
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep import engine
 from kedit_fast.sweep.runs import RunList, add_sequences
 from kedit_fast.sweep.sites import Site
+from kedit_fast.tracing.exact import Restore
+from kedit_fast.tracing.tasks import AddNoise
 from tests.conftest import TOLERANCE, close, relative_error, tiny_lm
 from tests.oracle.access import changing, embedding, site_module, subject_span
 from tests.tiny import FAMILY_NAMES, PROMPTS, tiny_tokenizer

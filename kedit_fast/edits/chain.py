@@ -84,11 +84,11 @@ def _listed(digests: Sequence[str]) -> str:
 def under(lm, previous, facts: Sequence[Fact]):
     """The model with earlier edits (an Edit, or several in order), for an edit of ``facts`` made on top of them.
 
-    Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, and for an
-    edit that itself stands on others that are not given before it.
+    Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, for one that
+    puts text before prompts, and for an edit that itself stands on others that are not given before it.
     """
     lm = with_edits(lm, previous, "previous")
-    lm.run_owner  # noqa: B018 (raises for independent edits, now and not in the first sweep)
+    lm.run_owner, lm.acting  # noqa: B018 (they raise for edits that nothing can stand on: now, not in a sweep)
     _warn_of_overwritten(lm.edits, facts)
     return lm
 

@@ -3,13 +3,14 @@
     WeightChange(5, LowRank(u, v))                        # Δ of a down projection, what ROME and MEMIT make
     WeightChange(5, Dense(delta), role="up")              # of another matrix of the MLP (Family.roles)
     MemoryChange(5, keys, values, radius)                 # rows near a key become its value (GRACE, WISE)
+    PromptChange(texts, routes)                           # text put before prompts that name a subject (IKE, SERAC)
 
 The engine knows jobs only, and an edit's file names the kinds only: a new kind is a class here and its entry in KINDS.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,48 +18,64 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.deltas import FLOATS, Delta, Dense, LowRank
+from kedit_fast.facts.tokens import spoken
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.rows import Call
 from kedit_fast.sweep.sites import IN, OUT, Site
 
 
-class Change(Protocol):
+class Change:
     """One thing that an edit changes. Acts on rows of edited runs alone, those whose owner is 0 or more.
 
-    kind: as files call it; layer: the first whose rows it changes
+    kind: as files call it; layer: the first whose rows it changes, None where it changes the prompt
     owners: None, or [r] int64: the fact that each of its r parts belongs to (independent edits)
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str] = ""
+    layer: int | None
+    owners: Tensor | None
 
     @property
-    def layer(self) -> int: ...
-
-    @property
-    def owners(self) -> Tensor | None: ...
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(part.nbytes for part in self.parts().values() if isinstance(part, Tensor))
 
     def job(self):
-        """The job that makes the change in a sweep."""
+        """The job that makes the change in a sweep; None for what ``before`` says of prompts."""
+
+    def before(self, prompt: str, owner: int) -> str:
+        """What stands before a prompt; owner: the fact whose independent edit acts on it."""
+        return ""
 
     def check(self, lm) -> None:
         """Raises ValueError where the change does not fit a model."""
 
-    def only(self, fact: int) -> "Change | None":
-        """What belongs to one fact, which nobody owns any more; None where nothing does."""
-
     def record(self) -> dict:
         """What a file says of it, ready for JSON, beside ``tensors``."""
+        return {}
+
+    def parts(self, which: Tensor | None = None) -> dict:
+        """Its fields that have parts; which: [r] bool, some of these."""
+        raise NotImplementedError
+
+    def only(self, fact: int) -> "Change | None":
+        """What belongs to one fact, which nobody owns any more; None where nothing does."""
+        mine = self.owners == fact
+        return replace(self, **self.parts(mine), owners=None) if mine.any() else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
+        tensors = {name: part for name, part in self.parts().items() if isinstance(part, Tensor)}
+        return tensors | ({} if self.owners is None else {"owners": self.owners})
 
     @classmethod
     def of(cls, record: dict, tensors: dict[str, Tensor]) -> "Change":
         """The change of a file."""
+        return cls(**record, **tensors)
 
 
 @dataclass(frozen=True, eq=False)
-class WeightChange:
+class WeightChange(Change):
     """Δ [out, in] of one matrix of a layer's MLP: y + x Δᵀ for its input x and output y.
 
     role: which matrix, a name of ``Family.roles``; owners: [r] of a low-rank Δ's factors. Raises ValueError where these
@@ -83,10 +100,6 @@ class WeightChange:
             raise ValueError(f"owners of layer {self.layer}: a LowRank has factors to own; delta is {self.delta!r}")
         _check_owners(self, "factor", 0 if self.owners is None else self.delta.rank)
 
-    @property
-    def nbytes(self) -> int:
-        return self.delta.nbytes
-
     def job(self) -> "Adding":
         """Adds x Δᵀ to the matrix's output."""
         return Adding(self)
@@ -101,20 +114,15 @@ class WeightChange:
                 f"{list(expected)} ([out, in]); it was made for another model"
             )
 
-    def only(self, fact: int) -> "WeightChange | None":
-        """The factors of one fact."""
-        mine = self.owners == fact
-        if not mine.any():
-            return None
-        return replace(self, delta=LowRank(self.delta.u[:, mine], self.delta.v[:, mine]), owners=None)
-
     def record(self) -> dict:
         """Layer and role."""
         return {"layer": self.layer, "role": self.role}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """u and v, or delta; and owners."""
-        return vars(self.delta) | ({} if self.owners is None else {"owners": self.owners})
+    def parts(self, which: Tensor | None = None) -> dict:
+        """u and v, or delta, as files have them; of some factors the Δ."""
+        if which is None:
+            return vars(self.delta)
+        return {"delta": LowRank(self.delta.u[:, which], self.delta.v[:, which])}
 
     @classmethod
     def of(cls, record: dict, tensors: dict[str, Tensor]) -> "WeightChange":
@@ -152,7 +160,7 @@ class Adding:
 
 
 @dataclass(frozen=True, eq=False)
-class MemoryChange:
+class MemoryChange(Change):
     """Rows at a site become a remembered value where they come within the radius of its key; else they stay.
 
     keys, values: [n, width] of the site; radius: [n], in the Euclidean distance of fp32 rows; of several keys that are
@@ -179,10 +187,6 @@ class MemoryChange:
         _check_finite(f"the memory at layer {self.layer}", tensors)
         _check_owners(self, "key", n)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.radius))
-
     def job(self) -> "Remembering":
         """Puts values in the place of rows that are near their keys."""
         return Remembering(self)
@@ -197,27 +201,14 @@ class MemoryChange:
                 f"{width}; it was made for another model"
             )
 
-    def only(self, fact: int) -> "MemoryChange | None":
-        """The keys of one fact."""
-        mine = self.owners == fact
-        if not mine.any():
-            return None
-        chosen = {name: getattr(self, name)[mine] for name in ("keys", "values", "radius")}
-        return replace(self, **chosen, owners=None)
-
     def record(self) -> dict:
         """Layer and site."""
         return {"layer": self.layer, "site": self.site.value}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """keys, values and radius; and owners."""
+    def parts(self, which: Tensor | None = None) -> dict:
+        """keys, values and radius."""
         found = {"keys": self.keys, "values": self.values, "radius": self.radius}
-        return found | ({} if self.owners is None else {"owners": self.owners})
-
-    @classmethod
-    def of(cls, record: dict, tensors: dict[str, Tensor]) -> "MemoryChange":
-        """The change of a file."""
-        return cls(**record, **tensors)
+        return found if which is None else {name: tensor[which] for name, tensor in found.items()}
 
 
 class Remembering:
@@ -247,7 +238,54 @@ class Remembering:
         return x.index_copy(0, rows[near], values[nearest[near]].to(x.dtype))
 
 
-KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange)}
+@dataclass(frozen=True, eq=False)
+class PromptChange(Change):
+    """Text put before a prompt, inside a chat's last turn, where the prompt names what the text is about.
+
+    texts: [n], put as they are, all that are chosen, in their order; routes: [n] names of each (a subject and its
+    aliases), any of which chooses it, whatever the case; no names: it stands before every prompt. owners: [n]
+    Nothing is shared between a prompt with such a text and the same one without: the model reads another text.
+    """
+
+    texts: tuple[str, ...]
+    routes: tuple[tuple[str, ...], ...]
+    owners: Tensor | None = None
+    kind: ClassVar[str] = "prompt"
+    layer: ClassVar[None] = None
+
+    def __post_init__(self):
+        texts = checks.listed("texts", self.texts, str, "a list of texts", alone=False)
+        routes = [checks.listed("routes", route, str, "a list of names", empty=True) for route in self.routes]
+        if len(routes) != len(texts) or not all(name.strip() for route in routes for name in route):
+            raise ValueError(
+                f"routes: expected names for each of {counted(len(texts), 'text')}, none blank; got {routes}"
+            )
+        object.__setattr__(self, "texts", tuple(texts))
+        object.__setattr__(self, "routes", tuple(map(tuple, routes)))
+        _check_owners(self, "text", len(texts))
+
+    def before(self, prompt: str, owner: int) -> str:
+        """The texts that are chosen, one behind the other."""
+        prompt = spoken(prompt).casefold()
+        each = zip(self.texts, self.routes, range(len(self.texts)), strict=True)
+        return "".join(
+            text
+            for text, route, i in each
+            if (self.owners is None or self.owners[i] == owner)
+            and (not route or any(name.casefold() in prompt for name in route))
+        )
+
+    def record(self) -> dict:
+        """Texts and routes."""
+        return {"texts": list(self.texts), "routes": [list(route) for route in self.routes]}
+
+    def parts(self, which: Tensor | None = None) -> dict:
+        """texts and routes."""
+        chosen = range(len(self.texts)) if which is None else which.nonzero()[:, 0].tolist()
+        return {name: tuple(getattr(self, name)[i] for i in chosen) for name in ("texts", "routes")}
+
+
+KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange, PromptChange)}
 
 
 def weight_changes(deltas: dict[int, Delta], owner: Tensor | None = None) -> tuple[WeightChange, ...]:
@@ -265,8 +303,8 @@ def only_weights(edit, what: str) -> list[WeightChange]:
     other = next((change for change in edit.changes if not isinstance(change, WeightChange)), None)
     if other is not None:
         raise ValueError(
-            f"this edit holds a {other.kind} at layer {other.layer}, which is no change of weights, and {what}: serve "
-            "it with lm.with_edit(edit) (kedit-fast generate --edit), which acts in every sweep"
+            f"this edit holds {_named(other)}, which is no change of weights, and {what}: serve it with "
+            "lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
         )
     return list(edit.changes)
 
@@ -287,6 +325,10 @@ def _acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return (acted.to(x.device), owner[acted]) if len(acted) else (None, None)
 
 
+def _named(change: Change) -> str:
+    return f"a {change.kind}" + (f" at layer {change.layer}" if change.layer is not None else "")
+
+
 # ---- checks
 
 
@@ -299,7 +341,7 @@ def _check_owners(change: Change, what: str, n: int) -> None:
     owners = change.owners
     if owners is not None and (owners.dtype != torch.int64 or owners.shape != (n,)):
         raise ValueError(
-            f"owners of layer {change.layer}: expected int64, one for each of {n} {what}s; got {owners.dtype} "
+            f"owners of {_named(change)}: expected int64, one for each of {n} {what}s; got {owners.dtype} "
             f"{list(owners.shape)}"
         )
 
@@ -312,4 +354,4 @@ def check_owners(changes: Sequence[Change], n_facts: int) -> None:
     for change in changes:
         owners = change.owners
         if owners is not None and owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < n_facts:
-            raise ValueError(f"owners of layer {change.layer}: expected fact indices 0 to {n_facts - 1}")
+            raise ValueError(f"owners of {_named(change)}: expected fact indices 0 to {n_facts - 1}")

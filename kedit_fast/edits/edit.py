@@ -85,7 +85,7 @@ class Edit:
     @property
     def layers(self) -> tuple[int, ...]:
         """The edited layers, ascending."""
-        return tuple(dict.fromkeys(change.layer for change in self.changes))
+        return tuple(dict.fromkeys(change.layer for change in self.changes if change.layer is not None))
 
     @property
     def independent(self) -> bool:
@@ -231,7 +231,7 @@ def _change_list(changes) -> tuple[Change, ...]:
     places = [(change.layer, change.role) for change in changes if isinstance(change, WeightChange)]
     if len(set(places)) < len(places):
         raise ValueError(f"changes: several of one matrix among {places}; compose joins edits, and sums their deltas")
-    return tuple(sorted(changes, key=lambda change: change.layer))
+    return tuple(sorted(changes, key=lambda change: -1 if change.layer is None else change.layer))
 
 
 def _check_parts(edit):
@@ -287,7 +287,7 @@ def _sha256_of(tensors: dict[str, Tensor]) -> Tensor:
     for name in sorted(tensors):
         tensor = tensors[name]
         made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(made.digest()), dtype=torch.uint8)
 
 

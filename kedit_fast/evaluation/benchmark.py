@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kedit_fast.basics.intervals import HIGHEST, SCORE, Metrics
-from kedit_fast.evaluation.probes import Answer, Probe, probe
+from kedit_fast.evaluation.probes import Answer, Probe, as_read, probe
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import asked, other_form
@@ -96,8 +96,9 @@ class Benchmark:
 
 
 def check_lengths(lm, case: Case, probes: Iterable[Probe]) -> None:
-    """Raises ValueError for a probe of a case that is longer than the model reads, with what it is written on by."""
-    for one in probes:
+    """Raises ValueError for a probe of a case that is longer than the model reads, with what it is written on by and
+    what the model's edits put before it."""
+    for one in as_read(lm, list(probes))[1]:
         written = f" and {one.n_written} new tokens" if one.n_written else ""
         lm.check_length(one.longest, f"{case.label}{written}")
 

@@ -178,11 +178,13 @@ def logit_lens(lm: LM, facts: Fact | Iterable[Fact], edit: Edit | None = None) -
         for text, f in zip(texts, facts, strict=True)
     ]
     targets = torch.tensor(answers)
-    runs, first = RunList(), first_edited(lm)
-    sides = add_edited(lm, runs, prompts)[: 1 + (first is not None)]
-    last = torch.tensor([len(ids) - 1 for ids in prompts])
-    n = len(sides)
-    job = ReadLens(lm, torch.cat(sides), last.repeat(n), targets.repeat(n, 1))
+    lm, texts = lm.as_read(texts)
+    read = [encode(lm.tokenizer, text) for text in texts]
+    runs = RunList()
+    base, edited = add_edited(lm, runs, prompts, read=read)
+    n = 1 + (edited is not base)
+    last = torch.tensor([len(ids) - 1 for ids in (*prompts, *read)[: n * len(facts)]])
+    job = ReadLens(lm, torch.cat([base, edited][:n]), last, targets.repeat(n, 1))
     with progress("logit lens, share of layers", 1) as bar:
         sweep(lm, runs.runs(), [job], advance=bar.advance)
     before, *rest = (Lens(*half) for half in job.values.chunk(n, dim=1))
@@ -190,9 +192,11 @@ def logit_lens(lm: LM, facts: Fact | Iterable[Fact], edit: Edit | None = None) -
     check_answers(replace(lm, edits=()), seen, prompts.__getitem__)
     if not rest:
         return LogitLens(tuple(facts), before)
-    # The edited runs own no rows below the first edited layer: there they are the base runs.
-    after = Lens(*(torch.cat([b[:, :first], a[:, first:]], 1) for b, a in zip(before, rest[0], strict=True)))
-    return LogitLens(tuple(facts), before, after, first)
+    # The edited runs own no rows below the first edited layer: there they are the base runs, where they read the same.
+    other, first = torch.tensor([a != b for a, b in zip(prompts, read, strict=True)]), first_edited(lm) or 0
+    shared = (torch.arange(lm.n_layers) < first) & ~other[:, None]
+    after = Lens(*(torch.where(shared, b, a) for b, a in zip(before, rest[0], strict=True)))
+    return LogitLens(tuple(facts), before, after, 0 if other.any() else first)
 
 
 def _first(lm, prompt: str, answer: str | None, attached: bool | None) -> int:

@@ -96,10 +96,13 @@ def read_probes(lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer]
     independent edits each probe is asked under its owner's. Values are fp64. advance: as in ``sweep``
     Raises ValueError where the base model gives NaN, of which there is nothing to say.
     """
-    where = _Places.of(probes)
-    runs = RunList()
-    base, edited = add_edited(lm, runs, where.sequences, where.owners if lm.independent else None)
-    sides = _hidden_states(lm, runs, [base] if edited is base else [base, edited], where, advance)
+    view, read = as_read(lm, probes)
+    where, runs = _Places.of(probes), RunList()
+    theirs = where if read is probes else _Places.of(read)
+    owners = where.owners if lm.independent else None
+    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences)
+    asked = [(base, where)] if edited is base else [(base, where), (edited, theirs)]
+    sides = _hidden_states(view, runs, asked, advance)
     top = likeliest_tokens(lm, sides[0][where.n_tokens :])
     read = []
     for h in sides:
@@ -115,10 +118,19 @@ def read_probes(lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer]
 @torch.no_grad()
 def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
     """What the model answers as its edits have it, by probe; as ``read_probes``, without rows of the base model."""
-    where = _Places.of(probes)
-    runs = RunList()
-    (h,) = _hidden_states(lm, runs, [add_under(lm, runs, where.sequences, where.owners)], where, advance)
+    view, read = as_read(lm, probes)
+    where, runs = _Places.of(read), RunList()
+    (h,) = _hidden_states(view, runs, [(add_under(lm, runs, where.sequences, where.owners), where)], advance)
     return _answers(lm, probes, where, h, *_probabilities(lm, h, where, likeliest_tokens(lm, h[where.n_tokens :])))
+
+
+def as_read(lm, probes: Sequence[Probe]):
+    """(the view to ask, the probes as it reads them), see ``LM.as_read``; the same ones where no edit puts text."""
+    if not lm.prompting:
+        return lm, probes
+    view, texts = lm.as_read([one.text for one in probes], [one.owner if lm.independent else 0 for one in probes])
+    each = zip(probes, texts, strict=True)
+    return view, [one._replace(text=text, prompt=encode(lm.tokenizer, text)) for one, text in each]
 
 
 class _Places(NamedTuple):
@@ -148,20 +160,23 @@ class _Places(NamedTuple):
         """Of the answers."""
         return len(self.places.pos)
 
+    def in_runs(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """(run, pos) [k + m] of the answers' tokens and of the prompts' last ones; number: of each sequence's run."""
+        ends = self.sequences[len(self.pairs) :]
+        pos = torch.tensor([len(ids) - 1 for ids in ends], dtype=torch.int64)
+        return torch.cat([number[self.places.pair], number[len(self.pairs) :]]), torch.cat([self.places.pos, pos])
 
-def _hidden_states(lm, runs: RunList, sides: list[Tensor], where: _Places, advance) -> list[Tensor]:
+
+def _hidden_states(lm, runs: RunList, sides: list[tuple[Tensor, _Places]], advance) -> list[Tensor]:
     """[k + m, d] after the last layer, of each side: at the k tokens of answers and the m prompts' last tokens.
 
-    sides: the run numbers of ``where.sequences``, for each model that is asked
+    sides: the run numbers of a model's sequences and where they are read, for each model that is asked
     """
-    if not where.sequences:
+    if not sides[0][1].sequences:
         return [torch.empty(0, lm.d_model, dtype=lm.dtype, device=lm.device)] * len(sides)
-    n = len(where.pairs)
-    at = torch.cat([where.places.pair, torch.arange(n, len(where.sequences))])
-    pos = torch.cat([where.places.pos, torch.tensor([len(ids) - 1 for ids in where.sequences[n:]], dtype=torch.int64)])
+    run, pos = (torch.cat(each) for each in zip(*(where.in_runs(number) for number, where in sides), strict=True))
     last = lm.n_layers - 1
-    run = torch.cat([side[at] for side in sides])
-    read = collect(lm, runs.runs(), Site.layer_out, [last], run, pos.repeat(len(sides)), advance)
+    read = collect(lm, runs.runs(), Site.layer_out, [last], run, pos, advance)
     return list(read[last].chunk(len(sides)))
 
 
@@ -205,6 +220,7 @@ def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list
     gives NaN; of one without edits that is a ValueError. As many texts at a time as the memory holds.
     """
     owned = lm.independent
+    lm, probes = as_read(lm, probes)
     keys = [(one.n_written, one.owner if owned else 0, tuple(one.prompt)) for one in probes]
     groups: dict[tuple[int, int], dict[tuple, str | None]] = {}
     for n, owner, prompt in keys:

@@ -122,6 +122,16 @@ def asked(tokenizer, prompt: str, chat: Chat = False) -> str:
     return chat_text(tokenizer, [{"role": role, "content": content} for role, content in turns])
 
 
+def set_before(tokenizer, prompt: str, text: str) -> str:
+    """A prompt as a model reads it (what :func:`asked` gives), with a text put before it: in a chat inside the last
+    turn, else behind the special tokens that the prompt itself begins with."""
+    if not text:
+        return prompt
+    at = _place_in(prompt, prompt.question) if isinstance(prompt, ChatText) else _after_special(tokenizer, prompt)
+    made = prompt[:at] + text + prompt[at:]
+    return ChatText(made, text + prompt.question, prompt.direct) if isinstance(prompt, ChatText) else made
+
+
 def other_form(fact: Fact) -> Fact:
     """The fact asked in the other form: a plain prompt as a question in a chat, and the other way round."""
     return replace(fact, chat=not fact.chat)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kedit_fast.edits.changes import WeightChange, only_weights
+from kedit_fast.edits.changes import WeightChange, only_weights, refuse_independent
 from kedit_fast.edits.deltas import FLOATS, Dense, difference, edited_weight
 from kedit_fast.edits.edit import Edit
 from kedit_fast.model.source import Overlaid
@@ -92,7 +92,8 @@ def check_form(lm, edits, written: torch.dtype | None) -> None:
     """Raises ValueError for edits that cannot be judged as one model: independent ones, a base whose weights are not
     plain floats, an edit of another model."""
     for edit in edits:
-        only_weights(edit, "the gate judges one model in the form in which it ships")
+        refuse = refuse_independent if written is None else only_weights
+        refuse(edit, "the gate judges one model in the form in which it ships")
         lm.with_edit(edit)  # of this model, layers that it has
         for (layer, role), delta in edit.weights.items():
             weight = lm.source.weight(layer, role)

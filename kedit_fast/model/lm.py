@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import own_state
-from kedit_fast.facts.tokens import chat_text, encode
+from kedit_fast.facts.tokens import chat_text, encode, set_before
 from kedit_fast.kernels.target_logprob import Head
 from kedit_fast.model import family as fam
 from kedit_fast.model.family import Family, family_of, text_config
@@ -34,7 +34,7 @@ class LM:
     model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
     source: supplies layer i; memory: bytes a sweep may hold besides the weights; edits: the edits that sweeps apply,
     in order, see ``with_edit``; note: what a reader of results must know of the model; opened_as: what ``open_model``
-    was given, where that was a name
+    was given, where that was a name; prompted: whether what is asked holds already what the edits put before prompts
     """
 
     model: "PreTrainedModel"
@@ -44,6 +44,7 @@ class LM:
     edits: "tuple[Edit, ...]" = ()
     note: str = ""
     opened_as: str = ""
+    prompted: bool = False
     _cache: dict = field(default_factory=dict, repr=False)
 
     # ---- shape
@@ -150,8 +151,34 @@ class LM:
 
     @property
     def acting(self) -> list:
-        """The jobs by which the edits that this view carries act in a sweep."""
-        return [change.job() for edit in self.edits for change in edit.changes]
+        """The jobs by which the edits that this view carries act in a sweep.
+
+        Raises ValueError where one of them puts text before prompts, and nobody has (``as_read``).
+        """
+        jobs = [change.job() for edit in self.edits for change in edit.changes]
+        if None in jobs and not self.prompted:
+            raise ValueError(
+                "the model carries an edit that puts text before prompts, and this reads token sequences as they "
+                "stand; ask it (generate, evaluate, gate), or leave that edit out"
+            )
+        return [job for job in jobs if job is not None]
+
+    @property
+    def prompting(self) -> list:
+        """The changes that put text before prompts."""
+        return [change for edit in self.edits for change in edit.changes if change.layer is None]
+
+    def before(self, prompt: str, owner: int = 0) -> str:
+        """The text that the edits put before a prompt; owner: the fact whose independent edit acts on it."""
+        return "".join(change.before(prompt, owner) for change in self.prompting)
+
+    def as_read(self, prompts: Sequence[str], owners: Sequence[int] | None = None) -> "tuple[LM, list[str]]":
+        """(the view to ask, the prompts as it reads them): with the text before each that the edits put there."""
+        if not self.prompting:
+            return self, list(prompts)
+        owners = [0] * len(prompts) if owners is None else owners
+        each = zip(prompts, owners, strict=True)
+        return replace(self, prompted=True), [set_before(self.tokenizer, p, self.before(p, i)) for p, i in each]
 
     # ---- what lies around the blocks
 
@@ -243,7 +270,8 @@ class LM:
 
         prompt = checks.text("prompt", prompt, like="The capital of France is")
         k = checks.whole("k", k, least=1, most=self.n_vocab, like=5)
-        probs = next_token_probs(self, [self.encode(prompt)])[0].topk(k)
+        view, texts = self.as_read([prompt])
+        probs = next_token_probs(view, [self.encode(texts[0])])[0].topk(k)
         return [
             (str(self.tokenizer.decode([i])), p)
             for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
@@ -263,8 +291,8 @@ class LM:
 
         single = isinstance(prompts, str)
         prompts = checks.listed("prompts", prompts, str, "a text or a list of texts")
-        ids = [self.encode(checks.text("prompts", p, blank=True)) for p in prompts]
-        made = generate(self, ids, max_new_tokens, **sampling)
+        view, read = self.as_read([checks.text("prompts", p, blank=True) for p in prompts])
+        made = generate(view, [self.encode(text) for text in read], max_new_tokens, **sampling)
         texts = [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in made]
         return texts[0] if single else texts
 

@@ -165,26 +165,29 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
     return number
 
 
-def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None) -> tuple[Tensor, Tensor]:
+def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None, read=None) -> tuple[Tensor, Tensor]:
     """Adds each sequence as a base run and, where ``lm`` carries edits, as an edited run that branches from it.
 
     Gives the run numbers (base [n], edited [n]). The edited run begins as its base run at the first edited layer, so
     everything below is shared; without an edit both are the same run. Equal prefixes are one row.
 
-    owners: [n] the fact whose independent edit acts on each sequence; shared edits act on all.
+    owners: [n] the fact whose independent edit acts on each sequence; shared edits act on all
+    read: [n] sequences that the edited model reads in their place (``LM.as_read``); one that differs is a run by itself
     Raises ValueError for independent edits without owners.
     """
     base = add_sequences(runs, sequences, owner=-1)
     first = first_edited(lm, owners)
-    if first is None:
+    read = sequences if read is None else read
+    other = torch.tensor([a != b for a, b in zip(sequences, read, strict=True)], dtype=torch.bool)
+    if first is None and not other.any():
         return base, base
     owners = torch.zeros(len(sequences), dtype=torch.int64) if owners is None else torch.as_tensor(owners)
-    edited = torch.empty_like(base)
+    edited = base.clone()
     for owner in owners.unique().tolist():
-        mine = (owners == owner).nonzero()[:, 0]
-        edited[mine] = add_sequences(
-            runs, [sequences[i] for i in mine.tolist()], branch_layer=first, owner=owner, source=base[mine]
-        )
+        for by_itself in (False, True) if first is not None else (True,):
+            mine = ((owners == owner) & (other == by_itself)).nonzero()[:, 0]
+            begin = {} if by_itself else {"branch_layer": first, "source": base[mine]}
+            edited[mine] = add_sequences(runs, [read[i] for i in mine.tolist()], owner=owner, **begin)
     return base, edited
 
 
@@ -199,7 +202,7 @@ def first_edited(lm, owners=None) -> int | None:
     """The lowest layer that the model's edits change; None where none does."""
     if owners is None and lm.run_owner < 0:
         return None
-    return min((change.layer for edit in lm.edits for change in edit.changes), default=None)
+    return min((layer for edit in lm.edits for layer in edit.layers), default=None)
 
 
 def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -76,21 +76,14 @@ def test_a_fact_may_have_no_subject():
         check_facts([TOWER, fact], need_subject=True)
 
 
+PROVENANCE = {"relation_id": "P17", "who": "me", "why": ["test"]}
+
+
 @pytest.mark.parametrize(
     "fact",
     [
         Fact(prompt="{} lies in", subject="Čapek {}"),
-        Fact(
-            prompt="Where is {}? In",
-            subject="Paris",
-            target_new="Italy",
-            target_true="France",
-            paraphrases=("p", "q"),
-            neighborhood=("n",),
-            same_subject=("s",),
-            id="7",
-            provenance={"relation_id": "P17", "who": "me", "why": ["test"]},
-        ),
+        Fact("Where is {}? In", "Paris", "Italy", "France", ("p", "q"), ("n",), ("s",), "7", PROVENANCE),
     ],
 )
 def test_record_round_trip(fact):
@@ -108,11 +101,6 @@ def test_from_record_wants_one_fact():
 
 
 # ---- check_facts
-
-
-def test_check_facts_gives_facts_back():
-    facts = [TOWER, Fact(prompt="{} lies in", subject="Paris")]
-    assert check_facts(facts) == facts
 
 
 def test_duplicates_are_warned_of_and_left_out():
@@ -133,21 +121,12 @@ def test_pointless_edit_is_warned_of():
         check_facts([Fact(prompt="{} is in", subject="Lyon", target_new="France", target_true="France")])
 
 
-def test_other_target_for_one_relation_is_warned_of():
-    facts = [
-        Fact(prompt=prompt, subject="Lyon", target_new=target, provenance={"relation_id": "P17"})
-        for prompt, target in [("{} is in", "Italy"), ("{} belongs to", "Spain")]
-    ]
+@pytest.mark.parametrize("relation", ["P17", ["P17", "P131"]])  # any JSON value
+def test_another_target_for_one_relation_is_warned_of(relation):
+    about = {"subject": "Lyon", "provenance": {"relation_id": relation}}
+    facts = [Fact("{} is in", target_new="Italy", **about), Fact("{} belongs to", target_new="Spain", **about)]
     with pytest.warns(UserWarning, match="same subject and relation_id"):
         assert check_facts(facts) == facts
-
-
-def test_a_relation_may_be_any_json_value():
-    facts = [
-        Fact(prompt=prompt, subject="Lyon", target_new="Italy", provenance={"relation_id": ["P17", "P131"]})
-        for prompt in ("{} is in", "{} belongs to")
-    ]
-    assert check_facts(facts) == facts
 
 
 def test_facts_that_lack_what_is_needed_can_be_left_out():
@@ -156,11 +135,12 @@ def test_facts_that_lack_what_is_needed_can_be_left_out():
         assert check_facts(facts, need_new=True, need_subject=True, skip_bad=True) == [TOWER]
 
 
-def test_check_facts_refuses():
+def test_check_facts_gives_facts_back_or_refuses():
     with pytest.raises(ValueError, match="has no target_new"):
         check_facts([Fact(prompt="{} is in", subject="Lyon")], need_new=True)
     with pytest.raises(ValueError, match="facts is empty"):
         check_facts([])
-    assert check_facts(TOWER) == [TOWER]
+    facts = [TOWER, Fact(prompt="{} lies in", subject="Paris")]
+    assert check_facts(TOWER) == [TOWER] and check_facts(facts) == facts
     with pytest.raises(TypeError, match=r"facts = .*: expected Facts.* or what load_facts gives"):
         check_facts([TOWER.to_record()])

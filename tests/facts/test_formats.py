@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kedit_fast.facts.fact import OWN_FACTS as OWN
 from kedit_fast.facts.fact import Fact, check_facts, load_facts
@@ -16,122 +17,81 @@ from tests.make import TOWER
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "data"
 
+# A record as its file has it, and the fact that it is.
 RECORDS = {
     "counterfact": (
-        {
-            "case_id": 5,
-            "requested_rewrite": {
-                "prompt": "{} lies in",
-                "subject": "Kyiv",
-                "target_new": {"str": "Peru", "id": "Q1"},
-                "target_true": {"str": "Ukraine"},
-                "relation_id": "P17",
-            },
-            "paraphrase_prompts": ["Kyiv is in"],
-            "neighborhood_prompts": [{"prompt": "Odesa lies in", "target": "Ukraine"}, "Lviv lies in"],
-            "attribute_prompts": ["Lima lies in"],
-        },
+        """{"case_id": 5, "requested_rewrite": {"prompt": "{} lies in", "subject": "Kyiv", "relation_id": "P17",
+            "target_new": {"str": "Peru", "id": "Q1"}, "target_true": {"str": "Ukraine"}},
+            "paraphrase_prompts": ["Kyiv is in"], "attribute_prompts": ["Lima lies in"],
+            "neighborhood_prompts": [{"prompt": "Odesa lies in", "target": "Ukraine"}, "Lviv lies in"]}""",
         Fact(
-            prompt="{} lies in",
-            subject="Kyiv",
-            target_new="Peru",
-            target_true="Ukraine",
-            paraphrases=("Kyiv is in",),
-            neighborhood=("Odesa lies in", "Lviv lies in"),
+            "{} lies in",
+            "Kyiv",
+            "Peru",
+            "Ukraine",
+            ("Kyiv is in",),
+            ("Odesa lies in", "Lviv lies in"),
             id="5",
             provenance={"relation_id": "P17"},
         ),
     ),
     "known_1000": (
-        {
-            "known_id": 0,
-            "subject": "Vinson Massif",
-            "attribute": "Antarctica",
-            "template": "{} is on the continent",
-            "prediction": " of Antarctica",
-            "prompt": "Vinson Massif is on the continent of",
-            "relation_id": None,
-        },
-        Fact(prompt="{} is on the continent of", subject="Vinson Massif", target_true="Antarctica", id="0"),
+        """{"known_id": 0, "subject": "Vinson Massif", "attribute": "Antarctica", "template": "{} is on the continent",
+            "prediction": " of Antarctica", "prompt": "Vinson Massif is on the continent of", "relation_id": null}""",
+        Fact("{} is on the continent of", "Vinson Massif", target_true="Antarctica", id="0"),
     ),
     "zsre": (
-        {
-            "id": "z:1",
-            "subject": "Ann",
-            "src": "In which year was Annex Ann, or Ann, built?",
-            "alt": "2006",
-            "answers": ["1998", "1999"],
-            "rephrase": "When was Ann built?",
-            "loc": "who wrote it",
-            "loc_ans": "Bob",
-        },
+        """{"id": "z:1", "subject": "Ann", "src": "In which year was Annex Ann, or Ann, built?", "alt": "2006",
+            "answers": ["1998", "1999"], "rephrase": "When was Ann built?", "loc": "who wrote it", "loc_ans": "Bob"}""",
         Fact(
-            prompt="In which year was Annex {}, or Ann, built?",
-            subject="Ann",
-            target_new="2006",
-            target_true="1998",
-            paraphrases=("When was Ann built?",),
+            "In which year was Annex {}, or Ann, built?",
+            "Ann",
+            "2006",
+            "1998",
+            ("When was Ann built?",),
+            (("who wrote it", "Bob"),),
             id="z:1",
-            neighborhood=(("who wrote it", "Bob"),),
         ),
     ),
     "knowedit": (
-        {
-            "subject": "Epas",
-            "prompt": "Which family does Epas belong to?",
-            "target_new": "Noctuidae",
-            "ground_truth": [["Aspid"]],
-            "rephrase_prompt": "What family is Epas?",
+        """{"subject": "Epas", "prompt": "Which family does Epas belong to?", "target_new": "Noctuidae",
+            "ground_truth": [["Aspid"]], "rephrase_prompt": "What family is Epas?",
             "locality": {"Relation_Specificity": [{"prompt": "The rank of Epas is", "ground_truth": ["genus"]}]},
-            "portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]},
-        },
+            "portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}}""",
         Fact(
-            prompt="Which family does {} belong to?",
-            subject="Epas",
-            target_new="Noctuidae",
-            target_true="Aspid",
-            paraphrases=("What family is Epas?",),
-            same_subject=(("The rank of Epas is", "genus"),),
+            "Which family does {} belong to?",
+            "Epas",
+            "Noctuidae",
+            "Aspid",
+            ("What family is Epas?",),
             id="0",
+            same_subject=(("The rank of Epas is", "genus"),),
             provenance={"portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}},
         ),
     ),
     "qaedit": (
-        {
-            "id": 9,
-            "source": "NQ",
-            "prompt": "who owns the moon?",
-            "target": "Nobody",
-            "subject": "the moon",
-            "rephrase": "whose is the moon?",
-            "locality": [{"loc": "who runs", "loc_ans": "Al"}],
-        },
+        """{"id": 9, "source": "NQ", "prompt": "who owns the moon?", "target": "Nobody", "subject": "the moon",
+            "rephrase": "whose is the moon?", "locality": [{"loc": "who runs", "loc_ans": "Al"}]}""",
         Fact(
-            prompt="who owns {}?",
-            subject="the moon",
-            target_new="Nobody",
-            paraphrases=("whose is the moon?",),
+            "who owns {}?",
+            "the moon",
+            "Nobody",
+            None,
+            ("whose is the moon?",),
+            (("who runs", "Al"),),
             id="9",
-            neighborhood=(("who runs", "Al"),),
             provenance={"source": "NQ"},
         ),
     ),
     "measured": (
-        {
-            "source": "known_1000",
-            "id": 2,
-            "prompt": "Ise is in",
-            "subject": "Ise",
-            "target_true": "Japan",
-            "p_true": 0.9,
-        }
-        | {"target_new": None},
-        Fact(prompt="{} is in", subject="Ise", target_true="Japan", id="2", provenance={"source": "known_1000"}),
+        """{"source": "known_1000", "id": 2, "prompt": "Ise is in", "subject": "Ise", "target_true": "Japan",
+            "p_true": 0.9, "target_new": null}""",
+        Fact("{} is in", "Ise", target_true="Japan", id="2", provenance={"source": "known_1000"}),
     ),
-    "own": (TOWER.to_record(), TOWER),
+    "own": (json.dumps(TOWER.to_record()), TOWER),
     "a Fact's own names": (
-        {"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "target_true": "Japan", "id": "2"}
-        | {"paraphrases": ["Ise lies in"], "neighborhood": ["Oslo is in"], "same_subject": "Ise has"},
+        """{"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "target_true": "Japan", "id": "2",
+            "paraphrases": ["Ise lies in"], "neighborhood": ["Oslo is in"], "same_subject": "Ise has"}""",
         Fact("{} is in", "Ise", "Peru", "Japan", ("Ise lies in",), ("Oslo is in",), ("Ise has",), "2"),
     ),
 }
@@ -208,17 +168,21 @@ def test_a_probe_without_a_use_is_said(tmp_path, fields, says):
     assert len(seen) == 1 and says in str(seen[0].message)
 
 
-def test_an_answer_without_its_prompt_is_refused(tmp_path):
-    """Read as a kind of questions, its text would be asked."""
-    record = FLAT_RECORD | {"locality": [{"answer": "x"}]}
-    with pytest.raises(ValueError, match=r"record 0: locality: .* has 'answer' and no 'prompt'; expected both"):
-        load_facts(write(tmp_path / "f.json", [record]))
-
-
-def test_lists_of_different_length_are_refused(tmp_path):
-    record = FLAT_RECORD | {"locality": {"prompt": ["x", "y"], "ground_truth": ["1", "2", "3"]}}
-    with pytest.raises(ValueError, match="record 0: locality: 2 prompts and 3 answers; expected an answer for each"):
-        load_facts(write(tmp_path / "f.json", [record]))
+@pytest.mark.parametrize(
+    "locality, says",
+    [
+        # Read as a kind of questions, its text would be asked.
+        ([{"answer": "x"}], ".* has 'answer' and no 'prompt'; expected both"),
+        (
+            {"prompt": ["x", "y"], "ground_truth": ["1", "2", "3"]},
+            "2 prompts and 3 answers; expected an answer for each",
+        ),
+        ([3], "expected a prompt or an object with 'prompt' and 'answer', found 3"),
+    ],
+)
+def test_questions_and_answers_that_do_not_go_together(tmp_path, locality, says):
+    with pytest.raises(ValueError, match=f"record 0: locality: {says}"):
+        load_facts(write(tmp_path / "f.json", [FLAT_RECORD | {"locality": locality}]))
 
 
 @pytest.mark.parametrize(
@@ -238,29 +202,23 @@ def test_records_without_a_subject_and_passages(tmp_path, record, fact):
 
 def test_a_subject_that_is_spelled_otherwise_is_taken_and_said(tmp_path):
     records = [FLAT_RECORD, FLAT_RECORD | {"subject": "paris"}, FLAT_RECORD | {"subject": "PARIS"}]
-    with pytest.warns(
-        UserWarning, match="spelled otherwise.*, 2 records: 'paris' as 'Paris'; 'PARIS' as 'Paris'"
-    ) as seen:
-        assert {(fact.subject, fact.prompt) for fact in load_facts(write(tmp_path / "f.json", records))} == {
-            ("Paris", "{} is in")
-        }
-    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="otherwise.*, 2 records: 'paris' as 'Paris'; 'PARIS' as 'Paris'") as seen:
+        facts = load_facts(write(tmp_path / "f.json", records))
+    assert {(fact.subject, fact.prompt) for fact in facts} == {("Paris", "{} is in")} and len(seen) == 1
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_bad_records_can_be_passed_over(tmp_path, suffix):
     good = {"prompt": "Paris is in", "subject": "Paris", "target_new": "Italy"}
     bad = [good | {"subject": "Rome"}, {"a": 1}, good | {"target_new": ""}, 7]
-    path = write(tmp_path / f"facts{suffix}", [bad[0], good, *bad[1:], good | {"subject": "is"}])
-    n_bad = 4
+    path, n_bad = write(tmp_path / f"facts{suffix}", [bad[0], good, *bad[1:], good | {"subject": "is"}]), 4
     if suffix == ".jsonl":
         path.write_text(path.read_text() + "\n{")
         n_bad = 5
     with pytest.raises(ValueError, match=r"record 0.*subject 'Rome' not in prompt"):
         load_facts(path)
-    with pytest.warns(
-        UserWarning, match=rf"passed over, {n_bad} records: .*record 0.*'Rome' not in.*; and {n_bad - 3} more"
-    ):
+    says = rf"passed over, {n_bad} records: .*record 0.*'Rome' not in.*; and {n_bad - 3} more"
+    with pytest.warns(UserWarning, match=says):
         facts = load_facts(path, skip_bad=True)
     assert [(fact.subject, fact.id) for fact in facts] == [("Paris", "1"), ("is", "5")]
     with pytest.warns(UserWarning, match="passed over, 1 record: "):
@@ -272,8 +230,8 @@ def test_bad_records_can_be_passed_over(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_format_in_every_file_kind(tmp_path, name, suffix):
-    record, fact = RECORDS[name]
-    assert load_facts(write(tmp_path / f"facts{suffix}", [record])) == [fact]
+    text, fact = RECORDS[name]
+    assert load_facts(write(tmp_path / f"facts{suffix}", [json.loads(text)])) == [fact]
 
 
 def test_mquake_record_gives_several_facts(tmp_path):
@@ -297,7 +255,9 @@ def test_n_must_be_positive(n):
         load_facts(OWN, n=n)
 
 
-GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "France"})
+FLAT = {"prompt": "Paris is in", "subject": "Paris", "target_true": "France"}
+REWRITE = {"requested_rewrite": {"prompt": "{} is in", "subject": "Paris"}}
+GOOD = json.dumps(FLAT)
 
 
 @pytest.mark.parametrize(
@@ -311,42 +271,6 @@ GOOD = json.dumps({"prompt": "Paris is in", "subject": "Paris", "target_true": "
         ("f.json", f"{GOOD}\n{GOOD}", r"f.json: line 2, column 1: .*name the file .jsonl"),
         ("f.jsonl", f"{GOOD}\n\n{{'a'", r"f.jsonl: line 3, column 2: not JSON"),
         ("f.jsonl", f"{GOOD}\n\n7", r"f.jsonl: record 1 \(line 3\): expected an object .* found a number"),
-        (
-            "f.jsonl",
-            f'{GOOD}\n{{"subject": "x", "template": "y"}}',
-            r"f.jsonl: record 1 \(line 2\): fields subject, template fit no known format; tried CounterFact \(misses "
-            r"requested_rewrite\); known_1000 \(misses attribute\); .*flat \(misses prompt, target_new or target or",
-        ),
-        (
-            "f.json",
-            f'[{GOOD}, {{"prompt": "Rome is in", "subject": "Paris", "target_new": "x"}}]',
-            r"f.json: record 1: subject 'Paris' not in prompt 'Rome is in'",
-        ),
-        ("f.json", '[{"requested_rewrite": {"subject": "a"}}]', r"record 0: requested_rewrite misses prompt"),
-        (
-            "f.json",
-            '[{"requested_rewrite": {"prompt": "{} is"}}]',
-            r"record 0: prompt '{} is' has a place for a subject",
-        ),
-        ("f.json", '[{"requested_rewrite": "x"}]', r"record 0: requested_rewrite: expected an object, found a string"),
-        (
-            "f.json",
-            '[{"requested_rewrite": {"prompt": "{} is", "subject": "a", "target_new": {"id": 3}}}]',
-            r"record 0: target_new: expected a string or an object with 'str'",
-        ),
-        (
-            "f.json",
-            '[{"requested_rewrite": {"prompt": "{} is", "subject": "a"}, "paraphrase_prompts": [{"text": 1}]}]',
-            r"record 0: paraphrase_prompts: expected a string or an object with 'prompt'",
-        ),
-        ("f.json", '[{"prompt": "a is", "subject": "a", "target_new": ""}]', r"record 0: Fact.target_new is empty"),
-        ("f.json", '[{"prompt": "a is", "subject": "", "target_new": "b"}]', r"record 0: the subject is empty \(''\)"),
-        ("f.json", '[{"prompt": 5, "subject": "a", "target_new": "b"}]', r"record 0: prompt: expected a string"),
-        (
-            "f.json",
-            '[{"prompt": "a is", "subject": "a", "target_new": "b", "locality": [3]}]',
-            r"record 0: locality: expected a prompt or an object with 'prompt' and 'answer', found 3",
-        ),
     ],
 )
 def test_file_problems_say_where(tmp_path, name, text, message):
@@ -355,16 +279,26 @@ def test_file_problems_say_where(tmp_path, name, text, message):
         load_facts(tmp_path / name)
 
 
-FLAT = {"prompt": "Paris is in", "subject": "Paris", "target_true": "France"}
-REWRITE = {"requested_rewrite": {"prompt": "{} is in", "subject": "Paris"}}
-
-
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         *((form | {"provenance": bad}, "provenance: expected an object with named fields")
           for form in (FLAT, REWRITE) for bad in ([1], 3, "me", [["a", 1]])),
+        ({"subject": "x", "template": "y"},
+         r"fields subject, template fit no known format; tried CounterFact \(misses requested_rewrite\); "
+         r"known_1000 \(misses attribute\); .*flat \(misses prompt, target_new or target or"),
         ({"requested_rewrite": []}, "requested_rewrite: expected at least one fact"),
+        ({"requested_rewrite": "x"}, "requested_rewrite: expected an object, found a string"),
+        ({"requested_rewrite": {"subject": "a"}}, "requested_rewrite misses prompt"),
+        ({"requested_rewrite": {"prompt": "{} is"}}, "prompt '{} is' has a place for a subject"),
+        ({"requested_rewrite": {"prompt": "{} is", "subject": "a", "target_new": {"id": 3}}},
+         "target_new: expected a string or an object with 'str'"),
+        (REWRITE | {"paraphrase_prompts": [{"text": 1}]},
+         "paraphrase_prompts: expected a string or an object with 'prompt'"),
+        (FLAT | {"prompt": "Rome is in"}, "subject 'Paris' not in prompt 'Rome is in'"),
+        (FLAT | {"target_new": ""}, "Fact.target_new is empty"),
+        (FLAT | {"subject": ""}, r"the subject is empty \(''\)"),
+        (FLAT | {"prompt": 5}, "prompt: expected a string"),
         (FLAT | {"target_new": "\ud800"}, r"Fact\.target_new: '\\ud800' holds half a character"),
         (FLAT | {"rephrase": ["Is it\ud800?"]}, r"Fact\.paraphrases: .* holds half a character"),
         (FLAT | {"locality": 3}, "locality: expected a prompt or"),
@@ -487,19 +421,9 @@ def test_own_neighborhoods_name_no_edited_subject():
 
 
 @pytest.mark.smollm2
-def test_own_facts_are_known():
+def test_own_facts_are_known(smollm2):
     """SmolLM2 ranks each true answer first, with probability 0.15 at least, and before each new target."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from kedit_fast.model import smollm2
-
-    try:
-        folder = smollm2.smollm2_folder(fetch=False)
-    except OSError as error:
-        pytest.skip(f"SmolLM2 is not in the cache: {error}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, tokenizer = smollm2.model, smollm2.tokenizer
     for fact in load_facts(OWN):
         with torch.no_grad():
             logits = model(torch.tensor([fact_tokens(tokenizer, fact).ids])).logits[0, -1]

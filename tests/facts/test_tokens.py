@@ -16,17 +16,9 @@ from kedit_fast.editors.located import Prompts
 from kedit_fast.evaluation.benchmark import Case
 from kedit_fast.evaluation.counterfact import probes
 from kedit_fast.evaluation.probes import probe
+from kedit_fast.facts import tokens
 from kedit_fast.facts.fact import Fact
-from kedit_fast.facts.tokens import (
-    ChatText,
-    answer_tokens,
-    asked,
-    chat_text,
-    encode,
-    fact_tokens,
-    follows_directly,
-    has_template,
-)
+from kedit_fast.facts.tokens import ChatText, answer_tokens, asked, encode, fact_tokens, follows_directly
 from kedit_fast.jobs.collect import collect
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
@@ -114,23 +106,19 @@ def tokenizer(request):
 @pytest.mark.parametrize(
     ("prompt", "subject"),
     [
-        ("{} is in", "Paris"),
-        ("The tower of {} is in", "Paris"),
-        ("The tower of {}", "Paris"),
-        ("Paris is in {} in Paris", "Paris"),
-        ("Paris Paris {} Paris is", "Paris"),
-        ("{} is in", "Čapek"),
-        ("Karel {} is in", "Čapek"),
-        ("{} is in", "東京タワー"),
-        ("The tower {} is in", "東京タワー"),
+        *((prompt, "Paris") for prompt in ("{} is in", "The tower of {} is in", "The tower of {}", "In {}'s tower")),
+        *((prompt, "Paris") for prompt in ("Paris is in {} in Paris", "Paris Paris {} Paris is")),
+        *((prompt, "Čapek") for prompt in ("{} is in", "Karel {} is in")),
+        *((prompt, "東京タワー") for prompt in ("{} is in", "The tower {} is in")),
         ("The {} is in", "tower of Paris"),
         ("In {}. The", "Rome"),
-        ("In {}'s tower", "Paris"),
     ],
 )
 def test_subject_span_is_the_subject(tokenizer, context, prompt, subject):
     """The span's tokens, decoded without the offsets' help, are the subject, and it takes them all."""
-    ids, (b, e), *_ = fact_tokens(tokenizer, Fact(prompt=prompt, subject=subject), context)
+    found = fact_tokens(tokenizer, Fact(prompt=prompt, subject=subject), context)
+    ids, (b, e) = found.ids, found.span
+    assert found.lookup == e - 1
     before, after = context.replace("{}", prompt).split("{}")
     assert ids == tokenizer(before + subject + after)["input_ids"]
     if tokenizer is TOKENIZERS["word_level"]:
@@ -141,14 +129,6 @@ def test_subject_span_is_the_subject(tokenizer, context, prompt, subject):
     assert spell(pieces[b:e]).strip() == subject
     assert pieces[b] not in ("▁", "Ġ", START)
     assert spell([piece for piece in pieces[:b] if piece != START]).strip() == before.strip()
-
-
-def test_lookup_is_the_last_subject_token():
-    tokenizer = TOKENIZERS["llama"]
-    found = fact_tokens(tokenizer, Fact(prompt="The tower of {} is in", subject="Paris"))
-    assert found.lookup == found.span[1] - 1
-    assert tokenizer.convert_ids_to_tokens(found.ids[found.lookup]) == "▁Paris"
-    assert tokenizer.convert_ids_to_tokens(found.ids[0]) == START
 
 
 def test_straddling_token_belongs_to_the_subject():
@@ -281,10 +261,8 @@ def test_empty_target_is_refused(tokenizer):
 )
 def test_where_a_space_belongs(prompt, answer, direct):
     assert follows_directly(prompt, answer) is direct
-    if not prompt[-1].isspace():
-        assert follows_directly(prompt, answer, attached=not direct) is not direct
-    else:
-        assert follows_directly(prompt, answer, attached=False)
+    said = follows_directly(prompt, answer, attached=not direct)
+    assert said is (prompt[-1].isspace() or not direct)
 
 
 # Chinese, where no letter of the two parts is unknown to these tokenizers: byte-level ones know all.
@@ -313,12 +291,9 @@ def test_the_joined_ids_spell_the_joint_text(name, prompt, answer, joint):
     assert spell(head) == spell(tokenizer(prompt)["input_ids"]), "the prompt is read as it stands"
 
 
-WORDS = st.sampled_from(
-    ["Paris", "Rome", "is", "tower", "Čapek", "東京", "(", '"', "'", ".", ",", "$", "-", "The", "\n"]
-)
-TEXTS = st.lists(st.tuples(WORDS, st.sampled_from(["", " ", " ", " "])), min_size=1, max_size=5).map(
-    lambda parts: "".join(word + space for word, space in parts)
-)
+WORDS = ["Paris", "Rome", "is", "tower", "Čapek", "東京", "(", '"', "'", ".", ",", "$", "-", "The", "\n"]
+SPACED = st.tuples(st.sampled_from(WORDS), st.sampled_from(["", " ", " ", " "])).map("".join)
+TEXTS = st.lists(SPACED, min_size=1, max_size=5).map("".join)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
@@ -385,10 +360,10 @@ def with_template(tokenizer, template):
 @pytest.mark.parametrize("template, there", [(CHATML, True), ({"default": CHATML}, True), ({"tool": "x"}, False)])
 def test_of_named_templates_the_default_is_for_chats(template, there):
     tokenizer = with_template(TOKENIZERS["byte_level"], template)
-    assert has_template(tokenizer) is there
+    assert tokens.has_template(tokenizer) is there
     if not there:
         with pytest.raises(ValueError, match="has no chat template"):
-            chat_text(tokenizer, [{"role": "user", "content": "hello"}])
+            tokens.chat_text(tokenizer, [{"role": "user", "content": "hello"}])
 
 
 QUESTION = Fact(prompt=" Where is the tower of {}? ", subject="Paris", target_new="Rome", chat=True)
@@ -412,11 +387,8 @@ def test_a_question_in_a_chat(name, template, direct):
         assert spelled.strip() == "Paris"
         assert found.attached is direct
     text = asked(tokenizer, QUESTION.text, True)
-    joint = text + ("Rome" if direct else " Rome")
-    assert (
-        encode(tokenizer, text) + answer_tokens(tokenizer, text, "Rome")
-        == (tokenizer(joint, add_special_tokens=False)["input_ids"])
-    )
+    joint = tokenizer(text + ("Rome" if direct else " Rome"), add_special_tokens=False)["input_ids"]
+    assert encode(tokenizer, text) + answer_tokens(tokenizer, text, "Rome") == joint
 
 
 def test_the_subject_of_a_chat_is_the_question_s():

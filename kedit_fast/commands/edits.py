@@ -68,7 +68,7 @@ def _say_layers(edit: Edit, lm) -> None:
             row += [f"{size:.4g}", f"{delta.norm() / size:.2%}" if size else "-"]
         rows.append(row)
     others = [change for change in edit.changes if not isinstance(change, WeightChange)]
-    rows += [[c.layer, "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
+    rows += [["-" if c.layer is None else c.layer, "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
     say_table(headers, rows)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.editor import Work, Written
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.located import Located
@@ -80,10 +79,6 @@ class AlphaEdit(Located):
         """Raises ValueError where a null space is empty."""
         for moment in moments.values():
             self._null_space(moment)  # an empty one is an error before any work
-
-    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
-        """As MEMIT's."""
-        return memit_contexts(lm, self.context_template_length_params, seed=seed)
 
     def write(self, work: Work) -> Written:
         """MEMIT's algorithm 1 with the system above."""

@@ -2,7 +2,7 @@
 optimized for it. Their hyper-parameters, and what is read at the lookup tokens of a fact in all its contexts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
+from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.editor import Editor
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
@@ -53,6 +54,7 @@ class Located(Editor):
     regularizer: float = 0.0
     source: str = "given"
 
+    CONTEXTS: ClassVar[Callable] = staticmethod(memit_contexts)
     POSITIVE: ClassVar[tuple[str, ...]] = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
 
     def __post_init__(self):
@@ -64,6 +66,10 @@ class Located(Editor):
         super().check(lm)
         if self.v_loss_layer is not None:
             checks.layers("v_loss_layer", [self.v_loss_layer], lm.n_layers)
+
+    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
+        """Groups of templates, see contexts.py."""
+        return type(self).CONTEXTS(lm, self.context_template_length_params, seed=seed)
 
     def v_settings(self, lm: LM, layer: int) -> ValueSettings:
         """How v* (ROME) is optimized: at a layer's mlp_out, for the loss of the model's own output."""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kedit_fast.basics.parts import json_of, json_tensor
 from kedit_fast.basics.progress import progress
-from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.editor import Found, Work, Written
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.located import Located, Prompts, check_finite
@@ -73,10 +72,6 @@ class Memit(Located):
             layers=layers, mom2_update_weight=float(lm.d_ff), source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
         )
         return published(PUBLISHED, lm) or derived
-
-    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
-        """Two groups, see ``memit_contexts``."""
-        return memit_contexts(lm, self.context_template_length_params, seed=seed)
 
     def write(self, work: Work) -> Written:
         """Algorithm 1: z of all facts, then the layers."""

@@ -51,6 +51,7 @@ class Rome(Located):
     METHOD: ClassVar = "rome"
     STAGES: ClassVar = ("optimizing values",)
     ALG_NAMES: ClassVar = {"ROME": {}, "R-ROME": {"key": "averaged"}}
+    CONTEXTS: ClassVar = staticmethod(rome_contexts)
     FLAT_CONTEXTS: ClassVar = True
 
     def __post_init__(self):
@@ -63,10 +64,6 @@ class Rome(Located):
         """Published settings where there are some for this model, else a derived layer at a sixth of the depth."""
         derived = cls(layers=(lm.n_layers // 6,), source=f"derived for {lm.n_layers} layers")
         return published(PUBLISHED, lm) or derived
-
-    def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
-        """One group, see ``rome_contexts``."""
-        return rome_contexts(lm, self.context_template_length_params, seed=seed)
 
     def write(self, work: Work) -> Written:
         """Fact by fact and layer by layer; independent facts together, for none sees another."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
-from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.edit import Edit, digest_of_changes
 from kedit_fast.facts.fact import Fact
 
 
@@ -29,7 +30,8 @@ class LayerDifference:
 class EditDifference:
     """What ``compare`` found. ``parts`` and ``hparams`` hold {name: (of a, of b)} where these differ.
 
-    parts: method and fingerprint; only_a, only_b: facts (prompt, subject, new target) that one of them writes;
+    parts: method, fingerprint, and changes that are none of weights, by kind and digest
+    only_a, only_b: facts (prompt, subject, new target) that one of them writes;
     layers: all that either edits, ascending
     """
 
@@ -47,12 +49,20 @@ def compare(a: Edit, b: Edit) -> EditDifference:
     """
     of_a, of_b = ({_written(fact): fact for fact in edit.facts} for edit in (a, b))
     return EditDifference(
-        parts=_differing(*({"method": edit.method, "fingerprint": edit.fingerprint} for edit in (a, b))),
+        parts=_differing(*map(_parts, (a, b))),
         hparams=_differing(a.hparams, b.hparams),
         only_a=tuple(fact for written, fact in of_a.items() if written not in of_b),
         only_b=tuple(fact for written, fact in of_b.items() if written not in of_a),
         layers=tuple(_at(*place, a, b) for place in sorted({*a.weights, *b.weights})),
     )
+
+
+def _parts(edit: Edit) -> dict:
+    others = [change for change in edit.changes if not isinstance(change, WeightChange)]
+    return {
+        "method": edit.method, "fingerprint": edit.fingerprint,
+        "besides weights": [f"{change.kind} {digest_of_changes([change])}" for change in others],
+    }  # fmt: skip
 
 
 def _differing(a: dict, b: dict) -> dict[str, tuple]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kedit_fast.edits.changes import PromptChange
 from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.edits.differences import compare
 from tests.make import FACTS, lowrank, make_edit
@@ -20,6 +21,13 @@ def test_an_edit_and_itself():
         assert at.norm_a == at.norm_b == edit.deltas[at.layer].norm()
         assert at.difference < 1e-12 * at.norm_a
         assert at.cosine == pytest.approx(1, abs=1e-12)
+
+
+def test_changes_that_are_none_of_weights_are_compared_too():
+    edits = [make_edit(changes=[PromptChange([text], [["Rome"]])]) for text in ("It is. ", "It was. ", "It is. ")]
+    differ, same = compare(*edits[:2]).parts, compare(edits[0], edits[2]).parts
+    assert [kind.split()[0] for sides in differ.pop("besides weights") for kind in sides] == ["prompt", "prompt"]
+    assert differ == same == {}
 
 
 @pytest.mark.parametrize("dense", ["neither", "a", "b", "both"])

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kedit_fast.basics.parts import digest
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
-from kedit_fast.edits.edit import Edit, digest_of_changes
+from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
 
 
@@ -61,7 +62,7 @@ def _parts(edit: Edit) -> dict:
     others = [change for change in edit.changes if not isinstance(change, WeightChange)]
     return {
         "method": edit.method, "fingerprint": edit.fingerprint,
-        "besides weights": [f"{change.kind} {digest_of_changes([change])}" for change in others],
+        "besides weights": [f"{change.kind} {digest(change.record(), *change.tensors().values())}" for change in others],
     }  # fmt: skip
 
 

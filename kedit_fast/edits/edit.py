@@ -11,7 +11,7 @@ Nothing in this file changes a model: the algebra of a delta is deltas.py, writi
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -204,13 +204,8 @@ def edit_list(edits, name: str = "edits", *, empty: bool = False) -> list[Edit]:
 
 def digest(edit: Edit) -> str:
     """16 hex digits of the sha256 of what an edit changes, bit for bit: the same before and after it is saved."""
-    return digest_of_changes(edit.changes)
-
-
-def digest_of_changes(changes: Iterable[Change]) -> str:
-    """The digest of some changes."""
     parts = []
-    for change in changes:
+    for change in edit.changes:
         tensors: dict[str, Tensor | None] = {json.dumps(change.record()): None, **change.tensors()}
         if isinstance(change, WeightChange) and change.role == "down":  # told as files of version 1 have it
             tensors = vars(change.delta)

@@ -59,10 +59,10 @@ def compare(a: Edit, b: Edit) -> EditDifference:
 
 
 def _parts(edit: Edit) -> dict:
-    others = [change for change in edit.changes if not isinstance(change, WeightChange)]
+    others = [c for c in edit.changes if not isinstance(c, WeightChange)]
     return {
         "method": edit.method, "fingerprint": edit.fingerprint,
-        "besides weights": [f"{change.kind} {digest(change.record(), *change.tensors().values())}" for change in others],
+        "besides weights": [f"{c.kind} {digest(c.record(), *c.tensors().values())}" for c in others],
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.state import wide
 from kedit_fast.kernels import dispatch
 
 GATHERED = 1 << 25  # numbers of K, or of scores, held at once by the reference: 128 MB in fp32
@@ -49,8 +50,7 @@ def attention(
 def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, room=None):
     """The same in plain torch: runs with equally many rows at a time; dense (SDPA) or gathered."""
     room = GATHERED if room is None else min(room, GATHERED)
-    out, device = torch.empty_like(query), query.device
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out, device, sums = torch.empty_like(query), query.device, wide(query.dtype)
     for rows, which in _groups(run, pos):
         dense = rows.shape[1] >= DENSE_FROM and softcap is None and not bool(pos[rows[:, 0]].any())
         n_keys = int(pos[rows[:, -1]].max()) + 1
@@ -63,7 +63,7 @@ def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, 
             if dense:
                 got = _dense(q, k, v, scale, window)
             else:
-                got = _gathered(q.to(wide), k.to(wide), v.to(wide), pos[part].to(device), scale, window, softcap)
+                got = _gathered(q.to(sums), k.to(sums), v.to(sums), pos[part].to(device), scale, window, softcap)
             out[part.to(device)] = got.to(out.dtype)
     return out
 

@@ -61,10 +61,7 @@ def why_not() -> str:
 
 
 def cholesky_(matrix: Tensor) -> tuple[Tensor, int]:
-    """(L, 0) with L Lᵀ = ``matrix`` [d, d], read and overwritten on and below its diagonal; what stands above it stays.
-
-    Where the matrix is not positive definite: (no factor, order of the first minor that is not positive).
-    """
+    """As ``openblas.cholesky_``."""
     size = len(matrix)
     with torch.cuda.device(matrix.device):
         handle, params = _solver(matrix.device, threading.get_ident())

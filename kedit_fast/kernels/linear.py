@@ -53,7 +53,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None, in_out: bool) -> Ten
     rows = rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
     n_out = weight.shape[1] if in_out else weight.shape[0]
     out = x.new_empty(len(rows), n_out)
-    with openblas.one_thread():
+    with openblas.threads(1):  # the extension calls it from threads of its own
         dispatch.native().linear(
             out.data_ptr(), rows.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), len(rows),
             x.shape[-1], n_out, rows.stride(0), weight.stride(0), in_out, openblas.address("sgemm_"),

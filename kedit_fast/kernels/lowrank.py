@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kedit_fast.basics.state import wide
 from kedit_fast.kernels import dispatch
 
 
@@ -58,10 +59,10 @@ class _OnTriton(torch.autograd.Function):
 
 def lowrank_add_ref(y, x, u, v, row_owner=None, factor_owner=None):
     """``lowrank_add`` in plain torch."""
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    u, v = u.to(wide), v.to(wide)
+    sums = wide(y.dtype)
+    u, v = u.to(sums), v.to(sums)
     if factor_owner is None:
-        return (y.to(wide) + x.to(wide) @ v @ u.T).to(y.dtype)
+        return (y.to(sums) + x.to(sums) @ v @ u.T).to(y.dtype)
 
     # One small product for each owner: a masked [rows, r] product would cost facts times as much, and a NaN in
     # one fact's factors would reach every other fact's rows as 0 * NaN.
@@ -71,13 +72,13 @@ def lowrank_add_ref(y, x, u, v, row_owner=None, factor_owner=None):
     factor_groups = _groups(factor_owner[factors], owners)
     u, v = u[:, factors], v[:, factors]
 
-    touched, update = [rows[:0]], [x[:0].to(wide) @ v @ u.T]  # no rows, but x, u and v are in the graph whoever owns
+    touched, update = [rows[:0]], [x[:0].to(sums) @ v @ u.T]  # no rows, but x, u and v are in the graph whoever owns
     for (row, row_end), (factor, factor_end) in zip(row_groups, factor_groups, strict=True):
         if row < row_end:
             mine = rows[row:row_end]
             touched.append(mine)
-            update.append(x[mine].to(wide) @ v[:, factor:factor_end] @ u[:, factor:factor_end].T)
-    return y.to(wide).index_add(0, torch.cat(touched), torch.cat(update)).to(y.dtype)
+            update.append(x[mine].to(sums) @ v[:, factor:factor_end] @ u[:, factor:factor_end].T)
+    return y.to(sums).index_add(0, torch.cat(touched), torch.cat(update)).to(y.dtype)
 
 
 def _groups(sorted_owner, owners):

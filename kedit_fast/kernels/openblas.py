@@ -63,11 +63,6 @@ def threads(count: int) -> Iterator[None]:
         library.scipy_openblas_set_num_threads64_(before)
 
 
-def one_thread():
-    """OpenBLAS on one thread: whoever calls it from several threads has its own pool."""
-    return threads(1)
-
-
 def cholesky_(matrix: Tensor) -> tuple[Tensor, int]:
     """(L, 0) with L Lᵀ = ``matrix`` [d, d], read and overwritten on and below its diagonal; what stands above it stays.
 

@@ -101,14 +101,7 @@ def condition(moment: Tensor) -> float:
 
 
 def memit_solve(
-    keys: Tensor,
-    residual: Tensor,
-    moment: Tensor | MomentFactor,
-    weight: float,
-    *,
-    way: str | None = None,
-    regularizer: float = 0.0,
-    n_tokens: int | None = None,
+    keys: Tensor, residual: Tensor, moment: Tensor | MomentFactor, weight: float, *, way: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The update of MEMIT as two factors: Δ = u vᵀ = Rᵀ K (λC + KᵀK)⁻¹.
 
@@ -117,21 +110,19 @@ def memit_solve(
     weight: λ > 0; must equal the factor's where one is given.
     way: "dense" factors λC + KᵀK, "woodbury" goes through n x n; None takes dense from n = d_ff on. Both give the
        same to about 1e-16 times the condition number. Dense also bears a singular C, if the keys make up for it.
-    regularizer, n_tokens: as in ``factor``; belong to the factor where one is given.
 
     Returns u = Rᵀ [d, n] and v = (λC + KᵀK)⁻¹ Kᵀ [d_ff, n], both fp64 on the moment's device.
     Cost in FLOP: dense 4 n d_ff² + d_ff³/3; Woodbury 2 n d_ff² + 4 n² d_ff + n³/3 beside the factor's d_ff³/3.
     Raises ValueError as ``factor`` does, for shapes that do not fit, and for an unknown way.
     """
-    return _memit_solve(_algebra(_matrix(moment).device), keys, residual, moment, weight, way, regularizer, n_tokens)
+    return _memit_solve(_algebra(_matrix(moment).device), keys, residual, moment, weight, way)
 
 
 def memit_solve_ref(
-    keys: Tensor, residual: Tensor, moment: Tensor | MomentFactor, weight: float, *,
-    way: str | None = None, regularizer: float = 0.0, n_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    keys: Tensor, residual: Tensor, moment: Tensor | MomentFactor, weight: float, *, way: str | None = None
+) -> tuple[Tensor, Tensor]:
     """``memit_solve`` in plain torch; same arguments, result and errors."""
-    return _memit_solve(_TORCH, keys, residual, moment, weight, way, regularizer, n_tokens)
+    return _memit_solve(_TORCH, keys, residual, moment, weight, way)
 
 
 class _Algebra(NamedTuple):
@@ -156,7 +147,7 @@ def _factor(algebra, moment, weight, regularizer, n_tokens):
     return MomentFactor(lower, float(weight), float(regularizer), condition_number)
 
 
-def _memit_solve(algebra, keys, residual, moment, weight, way, regularizer, n_tokens):
+def _memit_solve(algebra, keys, residual, moment, weight, way):
     _check_facts(keys, residual, moment)
     if way not in (None, "dense", "woodbury"):
         raise ValueError(f"way = {way!r}; expected 'dense', 'woodbury' or None")
@@ -166,21 +157,24 @@ def _memit_solve(algebra, keys, residual, moment, weight, way, regularizer, n_to
         return u, k.T.contiguous()
     dense = way == "dense" or (way is None and n >= d_ff)
     if isinstance(moment, MomentFactor):
-        _check_kept(moment, weight, regularizer, n_tokens)
+        if weight != moment.weight:
+            raise ValueError(
+                f"weight = {weight}, but the factor was made with {moment.weight}; factor the moment again"
+            )
     elif dense:
-        _check_moment(moment, weight, regularizer)
+        _check_moment(moment, weight, 0.0)
     else:
-        moment = _factor(algebra, moment, weight, regularizer, n_tokens)
-    return u, _dense(algebra, k, moment, weight, regularizer) if dense else _woodbury(algebra, k, moment.lower)
+        moment = _factor(algebra, moment, weight, 0.0, None)
+    return u, _dense(algebra, k, moment, weight) if dense else _woodbury(algebra, k, moment.lower)
 
 
-def _dense(algebra, k, moment, weight, regularizer):
+def _dense(algebra, k, moment, weight):
     """v [d_ff, n] by the factor of A = λC + KᵀK itself; k is overwritten."""
     if isinstance(moment, MomentFactor):
         matrix = _zeros(moment.d_ff, moment.lower.device)
         algebra.add_gram_(matrix, moment.lower.contiguous(), by_rows=True)
     else:
-        matrix = _weighted(moment, weight, regularizer)
+        matrix = _weighted(moment, weight, 0.0)
     algebra.add_gram_(matrix, k)
     lower, _ = _cholesky(algebra, matrix, "λC + KᵀK")
     return _solve(algebra, lower, k).T
@@ -341,10 +335,3 @@ def _check_facts(keys, residual, moment):
         raise ValueError(f"keys {list(keys.shape)} do not fit the second moment {list(matrix.shape)}: d_ff differs")
     _check_tensor("keys", keys, matrix.device)
     _check_tensor("residual", residual, matrix.device)
-
-
-def _check_kept(kept, weight, regularizer, n_tokens):
-    if weight != kept.weight:
-        raise ValueError(f"weight = {weight}, but the factor was made with {kept.weight}; factor the moment again")
-    if regularizer or n_tokens is not None:
-        raise ValueError("regularizer and n_tokens belong to factor(); memit_solve was given a MomentFactor")

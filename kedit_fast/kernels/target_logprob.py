@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.state import wide
 from kedit_fast.kernels import dispatch
 
 # Logits held at once: 32 MB in fp32. Fewer would stay in cache, and cost more, because each chunk reads the whole head
@@ -56,8 +57,7 @@ def target_logprob_ref(h, head, targets, n_vocab):
     many = targets if targets.ndim == 2 else targets[:, None]
     step = max(1, LOGITS // n_vocab)
     parts = [_logprob(head(h[i : i + step]), many[i : i + step]) for i in range(0, len(h), step)]
-    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    out = torch.cat(parts) if parts else torch.empty(many.shape, dtype=dtype)
+    out = torch.cat(parts) if parts else torch.empty(many.shape, dtype=wide(h.dtype))
     return out if targets.ndim == 2 else out[:, 0]
 
 
@@ -70,5 +70,5 @@ def _fuses(h: Tensor, head) -> bool:
 
 
 def _logprob(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    logits = logits.to(wide(logits.dtype))
     return logits.gather(1, targets.to(logits.device)) - logits.logsumexp(1, keepdim=True)

@@ -146,7 +146,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(counted):
 def test_numpys_threads_are_put_back():
     library = openblas._library()
     before = library.scipy_openblas_get_num_threads64_()
-    with pytest.raises(KeyError), openblas.one_thread():
+    with pytest.raises(KeyError), openblas.threads(1):
         assert library.scipy_openblas_get_num_threads64_() == 1
         raise KeyError
     assert library.scipy_openblas_get_num_threads64_() == before

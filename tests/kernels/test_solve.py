@@ -157,20 +157,17 @@ def test_regularizer_is_relative_to_the_mean_diagonal():
     kept = factor(moment, 2.0, regularizer=0.1)
     assert kept.regularizer == 0.1
     for way in ("dense", "woodbury"):
-        got = delta(*memit_solve(keys, residual, moment, 2.0, way=way, regularizer=0.1))
+        got = delta(*memit_solve(keys, residual, kept, 2.0, way=way))
         close("Δ", got, truth(keys, residual, ridged, 2.0), torch.float64)
-    close("Δ", delta(*memit_solve(keys, residual, kept, 2.0)), truth(keys, residual, ridged, 2.0), torch.float64)
+    with pytest.raises(ValueError, match=r"regularizer = -0.001"):
+        factor(moment, regularizer=-1e-3)
 
 
-@pytest.mark.parametrize("way", ["woodbury", None])
-def test_too_few_tokens(way):
+def test_too_few_tokens():
     text = normal(12, 20)
     moment = text.T @ text / 12
-    message = r"rank ≤ n_tokens = 12 < d_ff = 20 .*collect more tokens, or pass a regularizer"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"rank ≤ n_tokens = 12 < d_ff = 20 .*collect more tokens, or pass a reg"):
         factor(moment, n_tokens=12)
-    with pytest.raises(ValueError, match=message):
-        memit_solve(normal(2, 20), normal(2, 3), moment, 1.0, way=way, n_tokens=12)
     assert factor(moment, n_tokens=12, regularizer=1e-3).condition < 1e6
     assert factor(random_moment(20), n_tokens=20).condition < 1e3
 
@@ -220,9 +217,7 @@ def spoiled(x, value=float("nan")):
         ({"weight": -1.0}, "weight = -1.0"),
         ({"weight": math.nan}, "weight = nan"),
         ({"way": "lu"}, "way = 'lu'; expected"),
-        ({"regularizer": -1e-3}, "regularizer = -0.001"),
         ({"moment": factor(GOOD["moment"], 3.0)}, r"weight = 2.0, but the factor was made with 3.0"),
-        ({"moment": factor(GOOD["moment"], 2.0), "regularizer": 0.1}, r"belong to factor\(\)"),
         ({"moment": factor(GOOD["moment"], 2.0), "keys": normal(4, 5)}, "d_ff differs"),
     ],
 )

@@ -41,7 +41,7 @@ def check_place(path, make_folders: bool = False) -> Path:
         raise NotADirectoryError(f"{path} cannot be written: {target.parent} is no folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
-    if path.exists() and not (is_file(path) or written_through(path)):
+    if path.exists() and not (path.is_file() or written_through(path)):
         raise ValueError(f"{path} is a block device or a socket; expected the name of a file to write")
     if not (os.access(path, os.W_OK) if path.exists() else make_folders or writable(target.parent)):
         raise PermissionError(f"{path} cannot be written: you may not write there")
@@ -109,15 +109,22 @@ def read_object(path, what: str) -> dict:
     return found
 
 
+@contextmanager
+def reading(path, way_out: str):
+    """Has a file whose contents this block cannot take refused: its name, what is wrong, the way out.
+
+    Raises ValueError for it; an OSError stays what it is.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({reason(error)}); {way_out}") from error
+
+
 def check_format(record: dict, *formats: str, version: int) -> None:
     """Raises ValueError for a record of another format than these, or of another version, which once was a text."""
     if record["format"] not in formats or str(record["version"]) != str(version):
         raise ValueError(f"it is {record['format']!r} of version {record['version']!r}")
-
-
-def is_file(path: Path) -> bool:
-    """Whether a regular file is there, or a link leads to one."""
-    return path.is_file()
 
 
 def holds_something(path: Path) -> bool:
@@ -257,7 +264,7 @@ def append_records(log, records: Iterable[dict], *, allow_nan: bool = False) -> 
         return
     lines = "".join(json.dumps(record, allow_nan=allow_nan) + "\n" for record in records).encode()
     with saying("the lines before are kept"), named(log), open(log, "ab", buffering=0) as file:
-        before = file.tell() if is_file(Path(log)) else None
+        before = file.tell() if Path(log).is_file() else None
         try:
             while lines:
                 lines = lines[file.write(lines) :]
@@ -269,8 +276,6 @@ def append_records(log, records: Iterable[dict], *, allow_nan: bool = False) -> 
 
 # ---- names in files
 
-_DRIVE = re.compile(r"[A-Za-z]:")
-
 
 def file_in(folder, name, source) -> Path:
     """``folder / name`` for a name that stands in a file: it has to be the plain name of a file of that folder.
@@ -281,7 +286,7 @@ def file_in(folder, name, source) -> Path:
     """
     folder = Path(folder)
     is_plain = isinstance(name, str) and name.strip(". ") and name.isprintable()
-    if not is_plain or "/" in name or "\\" in name or _DRIVE.match(name):
+    if not is_plain or "/" in name or "\\" in name or re.match("[A-Za-z]:", name):
         raise ValueError(f"{source} names the file {name!r}; expected a plain name of a file in {folder}")
     path = folder / name
     home, file = (Path(os.path.realpath(each)) for each in (folder, path))

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kedit_fast.basics.files import check_folder, replace_file, saying, write_text
+from kedit_fast.basics.files import check_folder, reading, replace_file, saying, write_text
 from kedit_fast.basics.unfinished import is_unfinished
 
 Make = Callable[[], dict[str, Tensor]]
@@ -57,10 +56,8 @@ class Parts:
             write_text(path, json.dumps(identity, indent=1))
 
     def _compare(self, path: Path, identity: dict) -> None:
-        try:
+        with reading(path, "delete the folder and begin again"):
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete the folder and begin again") from error
         differing = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
         if differing:
             name = differing[0]
@@ -74,10 +71,8 @@ class Parts:
     def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            try:
+            with reading(path, "delete it, and it is made again"):
                 return load_file(path)
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from error
         part = make()
         with (
             saying("the parts before it are kept, and the same call goes on from there"),

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import existing_folder
+from kedit_fast.basics.files import existing_folder, reading
 from kedit_fast.basics.settings import statistics_folder
 from kedit_fast.basics.words import not_text, ranges
 from kedit_fast.commands.argument_types import did_you_mean
@@ -215,15 +215,9 @@ def _described(path: Path) -> tuple[int | None, str | None, int]:
         return (int(layer[1]) if layer else None), None, 0
     if path.suffix != ".safetensors" or path.name.startswith("."):
         return None, None, 0
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and measure again") from error
-    if metadata.get("format") != moments.FORMAT:
-        return None, None, 0
-    try:
+    with reading(path, "delete it and measure again"), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != moments.FORMAT:
+            return None, None, 0
         record = json.loads(metadata["record"])
         return int(record["layer"]), record["fingerprint"], int(record["n_tokens"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r} in its record); delete it and measure again") from error

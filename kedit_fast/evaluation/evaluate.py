@@ -250,7 +250,7 @@ def about(lm) -> dict:
     return {
         "model": lm.name,
         "fingerprint": lm.fingerprint,
-        "dtype": str(lm.dtype).removeprefix("torch."),
+        "dtype": lm.dtype_name,
         "device": str(lm.device),
         "backend": {op: backend_for(op, lm.device, lm.dtype) for op in OPS},
         "note": lm.note,

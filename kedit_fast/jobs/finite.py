@@ -16,8 +16,7 @@ def not_finite(lm, said: str, *causes: str) -> ValueError:
     found += ["an edit on the model that is too large"] * bool(lm.edits)
     found += causes
     if lm.dtype.itemsize < 4:
-        dtype = str(lm.dtype).removeprefix("torch.")
-        found.append(f"{dtype}, too narrow a dtype for this model (open it in float32, --dtype float32)")
+        found.append(f"{lm.dtype_name}, too narrow a dtype for this model (open it in float32, --dtype float32)")
     return ValueError(f"{said}: {', '.join(found[:-1])}{', or ' * (len(found) > 1)}{found[-1]}")
 
 

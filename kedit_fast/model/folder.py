@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kedit_fast.basics.files import file_in
+from kedit_fast.basics.files import file_in, reading
 from kedit_fast.basics.words import counted, json_kind
 
 if TYPE_CHECKING:
@@ -219,13 +219,11 @@ class Checkpoint:
 
 def _read_index(index: Path) -> dict[str, str]:
     """{tensor: file}, each the plain name of a file beside the index."""
-    try:
+    with reading(index, "fetch the checkpoint again"):
         found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         for file in dict.fromkeys(found.values()):
             file_in(index.parent, file, index)
         return found
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{index} is damaged ({error}); fetch the checkpoint again") from error
 
 
 def check_index(folder: Path) -> None:

@@ -105,6 +105,10 @@ class LM:
         return self._embedding.dtype
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         return self._embedding.device
 
@@ -116,8 +120,7 @@ class LM:
     def __repr__(self) -> str:
         source = "" if self.source.in_memory else f", read from {self.source.name}"
         edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" * bool(self.edits)
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"LM({self.name}, {self.config.model_type}, {self.n_layers} layers, {dtype}{source}{edits})"
+        return f"LM({self.name}, {self.config.model_type}, {self.n_layers} layers, {self.dtype_name}{source}{edits})"
 
     @property
     def fingerprint(self) -> str:
@@ -325,22 +328,20 @@ class LM:
         return replace(self, edits=(*self.edits, edit.acting_on(self, written)))
 
 
-def checked_lm(lm: object) -> LM:
-    """The argument, where it is what ``open_model`` gives; else BadArgument, which says how to come by one."""
-    if isinstance(lm, LM):
-        return lm
-    way = "model, tokenizer=tokenizer" if isinstance(lm, nn.Module) else '"smollm2"'
-    checks.refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
-
-
 def takes_lm(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A public function whose argument ``lm`` is checked first, and that computes in ``own_state``."""
+    """A public function whose argument ``lm`` is checked first, and that computes in ``own_state``.
+
+    Anything but what ``open_model`` gives is refused with the way to come by one.
+    """
     place = list(inspect.signature(function).parameters).index("lm")
 
     @wraps(function)
     def door(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if len(args) > place or "lm" in kwargs:  # else Python says what is missing
-            checked_lm(args[place] if len(args) > place else kwargs["lm"])
+            lm = args[place] if len(args) > place else kwargs["lm"]
+            if not isinstance(lm, LM):
+                way = "model, tokenizer=tokenizer" if isinstance(lm, nn.Module) else '"smollm2"'
+                checks.refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
         with own_state():
             return function(*args, **kwargs)
 

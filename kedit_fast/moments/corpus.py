@@ -75,10 +75,10 @@ def known_id(corpus, seed: int) -> str | None:
     return f"self-seed{seed}" if isinstance(corpus, str) and corpus == SELF else None
 
 
-def windows_of(lm, text: str, size: int = WINDOW) -> list[list[int]]:
-    """A text's tokens cut into windows of at most ``size``, and of what the model has positions for (special tokens
-    only at the text's start)."""
-    size = lm.window(size)
+def windows_of(lm, text: str) -> list[list[int]]:
+    """A text's tokens in windows of ``WINDOW``, or of what the model has positions for (special tokens only at the
+    text's start)."""
+    size = lm.window(WINDOW)
     ids = lm.tokenizer(text, truncation=False, verbose=False)["input_ids"]
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from kedit_fast.basics.files import replace_file, saying
+from kedit_fast.basics.files import reading, replace_file, saying
 from kedit_fast.jobs.generate import generate
 
 FORMAT = "kedit_fast.text 1"
@@ -60,23 +59,19 @@ class _Kept:
         self.path = None
         self._last = time.monotonic()
         if folder is not None:
-            dtype = str(lm.dtype).removeprefix("torch.")
-            self.path = folder / f"text-{lm.fingerprint}-{dtype}-self-seed{seed}-{n}x{length}.safetensors"
+            self.path = folder / f"text-{lm.fingerprint}-{lm.dtype_name}-self-seed{seed}-{n}x{length}.safetensors"
             if self.path.exists():
                 self._read(n, length, lm.n_vocab)
 
     def _read(self, n: int, length: int, n_vocab: int) -> None:
-        try:
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("format") != FORMAT:
-                    raise ValueError("it is another file")
-                ids, state = file.get_tensor("ids").long(), file.get_tensor("state")
-            if ids.ndim != 2 or len(ids) != n or ids.shape[1] >= length or not _within(ids, n_vocab):
+        with reading(self.path, "delete it to sample the text anew"), safe_open(self.path, "pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise ValueError("it is another file")
+            ids = file.get_tensor("ids").long()
+            if ids.ndim != 2 or len(ids) != n or ids.shape[1] >= length or bool(((ids < 0) | (ids >= n_vocab)).any()):
                 raise ValueError(f"its tokens are {list(ids.shape)}, or none of this model")
-            self.draw.set_state(state)
+            self.draw.set_state(file.get_tensor("state"))
             self.ids = ids
-        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); delete it to sample the text anew") from error
 
     def keep_now_and_then(self, made: list[list[int]]) -> None:
         """Keeps the tokens made after ``ids`` once some time has passed since the last."""
@@ -94,7 +89,3 @@ class _Kept:
         ):
             save_file(tensors, to, {"format": FORMAT})
         self._last = time.monotonic()
-
-
-def _within(ids: Tensor, n_vocab: int) -> bool:
-    return ids.numel() == 0 or (int(ids.min()) >= 0 and int(ids.max()) < n_vocab)

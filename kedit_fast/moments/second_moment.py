@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_folder, existing_file, replace_file, saying
+from kedit_fast.basics.files import check_folder, existing_file, reading, replace_file, saying
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.basics.state import own_state
-from kedit_fast.basics.words import reason
 from kedit_fast.jobs.moments import Moments
 from kedit_fast.kernels.second_moment import fill_upper_
 from kedit_fast.kernels.solve import condition
@@ -114,22 +113,14 @@ class SecondMoment:
         if path.name.endswith(".npz"):
             return cls._load_published(path, checks.optional(checks.whole, "layer", layer, most=checks.MOST_LAYERS))
         refuse_pickled(existing_file(path, "a statistics file"))
-        try:
-            with safe_open(path, "pt") as f:
-                meta = f.metadata() or {}
-                if meta.get("format") == FORMAT:
-                    return cls._of_record(f.get_tensor("matrix"), meta["record"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({reason(error)}); collect these statistics again") from error
+        with reading(path, "collect these statistics again"), safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            if meta.get("format") == FORMAT:
+                record = json.loads(meta["record"])
+                if not isinstance(record, dict):
+                    raise TypeError("its record says no layer and no number of tokens")
+                return cls(f.get_tensor("matrix"), **record)
         raise ValueError(f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz")
-
-    @classmethod
-    def _of_record(cls, matrix: Tensor, text: str) -> "SecondMoment":
-        """Raises ValueError or TypeError for a record or a matrix that ``save`` does not write."""
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise TypeError("its record says no layer and no number of tokens")
-        return cls(matrix, **record)
 
     @classmethod
     def _load_published(cls, path, layer) -> "SecondMoment":
@@ -251,11 +242,7 @@ def _batch_tokens(lm, n_tokens: int) -> int:
 
 def _name(lm, layer, corpus_id, n_tokens) -> str:
     text = re.sub(r"[^\w.=-]+", "_", corpus_id)  # "hf:owner/name" is no file name
-    return f"moment-{lm.fingerprint}-{_dtype(lm)}-layer{layer}-{text}-{n_tokens}.safetensors"
-
-
-def _dtype(lm) -> str:
-    return str(lm.dtype).removeprefix("torch.")
+    return f"moment-{lm.fingerprint}-{lm.dtype_name}-layer{layer}-{text}-{n_tokens}.safetensors"
 
 
 def _finished(lm, layers, corpus_id, n_tokens, cache_dir):
@@ -267,7 +254,7 @@ def _finished(lm, layers, corpus_id, n_tokens, cache_dir):
         return None
     found = {layer: SecondMoment.load(path) for layer, path in paths.items()}
     for layer, moment in found.items():
-        wanted = (layer, n_tokens, lm.fingerprint, corpus_id, _dtype(lm))
+        wanted = (layer, n_tokens, lm.fingerprint, corpus_id, lm.dtype_name)
         if (moment.layer, moment.n_tokens, moment.fingerprint, moment.corpus, moment.dtype) != wanted:
             raise ValueError(f"{paths[layer]} is not what its name says; delete it")
     return found
@@ -291,16 +278,13 @@ class _Sums:
     def _resume(self):
         if not self._partial.exists():
             return
-        try:
-            with safe_open(self._partial, "pt") as f:
-                meta = f.metadata() or {}
-                if meta["name"] != self._partial.name:
-                    raise ValueError("it is not what its name says")
-                self.n_windows = int(meta["windows"])
-                for layer in self.by_layer:
-                    self.by_layer[layer].copy_(f.get_tensor(str(layer)))
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{self._partial} is damaged ({error}); remove it to begin anew") from error
+        with reading(self._partial, "remove it to begin anew"), safe_open(self._partial, "pt") as f:
+            meta = f.metadata() or {}
+            if meta["name"] != self._partial.name:
+                raise ValueError("it is not what its name says")
+            self.n_windows = int(meta["windows"])
+            for layer in self.by_layer:
+                self.by_layer[layer].copy_(f.get_tensor(str(layer)))
         self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
 
     def advance(self, batch) -> None:
@@ -320,7 +304,7 @@ class _Sums:
             total = self.by_layer.pop(layer)
             matrix = fill_upper_(total.div_(self.n_done)).float().cpu()
             made[layer] = SecondMoment(
-                matrix, self.n_done, layer, self._lm.fingerprint, self._text.id, _dtype(self._lm)
+                matrix, self.n_done, layer, self._lm.fingerprint, self._text.id, self._lm.dtype_name
             )
             if self._dir is not None:
                 made[layer].save(self._dir / _name(self._lm, layer, self._text.id, self.n_done))

@@ -24,10 +24,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_format, named, read_object
+from kedit_fast.basics.files import check_format, named, read_object, reading
 from kedit_fast.basics.folders import check_new_folder, new_folder, sha256_of, write_json
 from kedit_fast.basics.state import own_state
-from kedit_fast.basics.words import reason
 from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
@@ -146,14 +145,12 @@ def check_adapter(folder, hf_model: nn.Module | None = None) -> dict:
     if hf_model is not None:
         checks.instance("hf_model", hf_model, nn.Module, "a loaded Hugging Face model")
     path = folder / RECORD
-    try:
+    if not path.exists():
+        raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that export_peft wrote")
+    with reading(path, "expected what export_peft wrote"):
         record = read_object(path, "what export_peft writes")
         check_format(record, FORMAT, version=VERSION)
         expected, made_for = record["sha256"], record["fingerprint"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no {RECORD}; expected an adapter folder that export_peft wrote") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({reason(error)}); expected what export_peft wrote") from error
     if sha256_of(folder / WEIGHTS) != expected:
         raise ValueError(f"{folder / WEIGHTS} is not the file that was exported; export the edit again")
     if hf_model is not None and (found := fingerprint(hf_model)) != made_for:

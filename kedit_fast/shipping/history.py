@@ -20,9 +20,16 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_format, existing_folder, file_in, named_instead, read_object, replace_file
+from kedit_fast.basics.files import (
+    check_format,
+    existing_folder,
+    file_in,
+    named_instead,
+    read_object,
+    reading,
+    replace_file,
+)
 from kedit_fast.basics.folders import sha256_of, write_json
-from kedit_fast.basics.words import reason
 from kedit_fast.edits.chain import check_follows
 from kedit_fast.edits.changes import refuse_independent
 from kedit_fast.edits.edit import Edit, check_once
@@ -150,15 +157,13 @@ class EditHistory:
             if (self.folder / EDITS).is_dir() and any((self.folder / EDITS).glob("*.safetensors")):
                 raise ValueError(f"{path} is gone, but its edits are there; bring it back from a copy of the folder")
             return "", (Version(0, message="the model as it is"),)
-        try:
+        with reading(path, "expected what EditHistory writes"):
             record = read_object(path, "what EditHistory writes")
             check_format(record, FORMAT, version=VERSION)
             if record["sha256"] != _sha256_of_list(record["fingerprint"], record["versions"]):
                 raise ValueError("its digest does not fit its contents; was it edited by hand?")
             versions = tuple(Version(**(each | {"edits": tuple(each["edits"])})) for each in record["versions"])
             return record["fingerprint"], versions
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({reason(error)}); expected what EditHistory writes") from error
 
     def _write(self, fingerprint: str, versions: Sequence[Version]) -> None:
         listed = [asdict(version) | {"edits": list(version.edits)} for version in versions]

@@ -10,11 +10,10 @@ import shutil
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_format, file_in, read_object, replace_file
+from kedit_fast.basics.files import check_format, file_in, read_object, reading, replace_file
 from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state
-from kedit_fast.basics.words import reason
 from kedit_fast.shipping.merge import (
     BEFORE,
     FORMAT,
@@ -73,13 +72,11 @@ def read_manifest(folder) -> dict:
         raise ValueError(
             f"{folder} has no {KEPT}/{MANIFEST}; expected a folder that merge_checkpoint (kedit-fast merge) wrote"
         )
-    try:
+    with reading(path, "bring it back from a copy of the folder"):
         record = read_object(path, "what merge_checkpoint writes")
         check_format(record, FORMAT, version=VERSION)
         _check_record(record, Path(folder))
         return record
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({reason(error)}); bring it back from a copy of the folder") from error
 
 
 def _check_record(record: dict, folder: Path) -> None:

@@ -45,7 +45,6 @@ def test_windows_fit_the_model():
     windows = windows_of(lm, text)
     assert max(map(len, windows)) == 128 < WINDOW
     assert joined(windows) == ids(text)
-    assert {len(window) for window in windows_of(lm, text, 50)[:-1]} == {50}
     model = tiny_model("llama")
     model.config.max_position_embeddings = 1024
     assert len(windows_of(open_tiny(model), text)[0]) == WINDOW

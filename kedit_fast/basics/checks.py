@@ -33,7 +33,7 @@ class BadArgument(ValueError, TypeError):
 
 def whole(name: str, value, *, least: int = 0, most: int | None = None, like: int | None = None) -> int:
     """A whole number within bounds, as an int."""
-    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    fits = _is_a(Integral, value)
     if not fits or value < least or value > (LARGEST if most is None else most):
         bounded = most is not None or (fits and value > LARGEST)
         within = f"from {least} to {LARGEST if most is None else most}" if bounded else f"of at least {least}"
@@ -51,7 +51,7 @@ def number(
     name: str, value, *, least: float = -math.inf, above: float | None = None, most: float = math.inf, like: float = 0.5
 ) -> float:
     """A finite number: from ``least``, or above ``above``, to ``most``. A float, or the int that was given."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
+    fits = _is_a(Real, value) and _finite(value)
     if not fits or not (least <= value <= most) or (above is not None and not value > above):
         bounds = f" above {above}" if above is not None else "" if least == -math.inf else f" of at least {least}"
         bounds += "" if most == math.inf else f"{' and' * bool(bounds)} of at most {most}"
@@ -61,8 +61,7 @@ def number(
 
 def share(name: str, value, *, below_one: bool = False) -> float:
     """A number from 0 to 1, both taken unless ``below_one``."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
-    if not fits or (below_one and value == 1):
+    if not (_is_a(Real, value) and 0 <= value <= 1) or (below_one and value == 1):
         refuse(name, value, f"a share from 0 to {'below 1' if below_one else '1'} (0.9, not 90)")
     return float(value)
 
@@ -83,9 +82,8 @@ def text(name: str, value, *, blank: bool = False, like: str = "") -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadArgument(
-            _said(name, f"{shown(value)} holds half a character (a surrogate); no text has one")
-        ) from None
+        words = f"{shown(value)} holds half a character (a surrogate); no text has one"
+        raise BadArgument(_said(name, words)) from None
     return value
 
 
@@ -100,16 +98,11 @@ def choice(name: str, value, known: Iterable[str]) -> str:
 def choices(name: str, value, known: Iterable[str]) -> tuple[str, ...]:
     """Some of the known names, each once, in their order; one name alone is taken too."""
     known = tuple(known)
-    given = (value,) if isinstance(value, str) else value
     wanted = f"some of {', '.join(known)}"
-    if isinstance(given, Mapping) or not isinstance(given, Iterable):
-        refuse(name, value, wanted)
-    given = tuple(given)
-    for each in given:
+    given = [value] if isinstance(value, str) else items(name, value, wanted)
+    for each in given or [value]:
         if not isinstance(each, str) or each not in known:
             refuse(name, each, wanted)
-    if not given:
-        refuse(name, value, wanted)
     return tuple(dict.fromkeys(given))
 
 
@@ -168,13 +161,8 @@ def layers(name: str, value, n_layers: int | None = None, *, empty: bool = False
         refuse(name, value, "layers, whole numbers of at least 0, e.g. (3, 5)")
     found = tuple(islice(value, MOST_LAYERS + 1))
     for each in found:
-        if (
-            not isinstance(each, Integral)
-            or isinstance(each, bool)
-            or not 0 <= each <= most
-            or len(found) > MOST_LAYERS
-        ):
-            whole_ones = all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < 10**9 for i in found)
+        if not (_is_a(Integral, each) and 0 <= each <= most) or len(found) > MOST_LAYERS:
+            whole_ones = all(_is_a(Integral, i) and 0 <= i < 10**9 for i in found)
             said = ranges(found) if whole_ones else shown(found)
             raise BadArgument(_said(name, f"= {said}: {_layers_there(n_layers)}"))
     if not found and not empty:
@@ -193,7 +181,7 @@ def _layers_there(n_layers: int | None) -> str:
 def size(name: str, value, *, least: int = 1) -> int:
     """Bytes: a whole number, or a text with a unit. least: 10**6 where somebody types it, for a bare 8 is not 8GB"""
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    n = value if isinstance(value, Integral) and not isinstance(value, bool) else None
+    n = value if _is_a(Integral, value) else None
     if isinstance(value, str):
         given = value.strip().upper()
         unit = next((u for u in sorted(units, key=len, reverse=True) if given.endswith(u)), "")
@@ -225,8 +213,7 @@ def noise(name: str, value) -> tuple[str, float]:
             level = float(value.removeprefix(kind))
         except ValueError:
             level = -1.0
-    fits = isinstance(level, Real) and not isinstance(level, bool) and _finite(level) and level >= 0
-    if not fits:
+    if not (_is_a(Real, level) and _finite(level) and level >= 0):
         refuse(name, value, 'a number from 0 on, "s3" (3 standard deviations of the subjects) or "u0.1" (uniform)')
     return {"": "gaussian", "s": "subjects", "u": "uniform"}[kind], float(level)
 
@@ -253,6 +240,11 @@ def shown(value) -> str:
 
 def _said(name: str, words: str) -> str:
     return f"{name} {words}" if name else words
+
+
+def _is_a(kind: type, value) -> bool:
+    """Whether a value is a number of a kind; true and false are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _finite(value) -> bool:

@@ -28,16 +28,12 @@ def new_folder(path):
         yield unfinished
         for file in unfinished.rglob("*"):  # on the disk before the name is
             if file.is_file():
-                _sync(file)
+                with named(file), open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
         check_new_folder(path)
         if path.exists():  # empty; some systems rename onto nothing only
             path.rmdir()
         os.replace(unfinished, path)
-
-
-def _sync(file: Path) -> None:
-    with named(file), open(file, "rb+") as opened:
-        os.fsync(opened.fileno())
 
 
 def check_new_folder(path) -> Path:

@@ -10,7 +10,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -24,21 +24,17 @@ ENDING = ".unfinished"
 _NAME = 40  # characters of the final name that a name of ours begins with: a name may have 255 bytes
 
 
-@contextmanager
-def unfinished_file(path: Path) -> Iterator[Path]:
+def unfinished_file(path: Path) -> AbstractContextManager[Path]:
     """A new empty file beside ``path`` to write to, gone when the block ends unless it was given another name.
 
     Several may write one ``path`` at a time. What killed writers of it left is deleted.
     """
-    with _name_of_its_own(path, lambda name: os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666)) as unfinished:
-        yield unfinished
+    return _name_of_its_own(path, lambda name: os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666))
 
 
-@contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> AbstractContextManager[Path]:
     """A new empty folder beside ``path`` to work in, gone when the block ends; as ``unfinished_file`` else."""
-    with _name_of_its_own(path, _made_folder) as folder:
-        yield folder
+    return _name_of_its_own(path, _made_folder)
 
 
 def _made_folder(path: Path) -> int | None:
@@ -111,7 +107,8 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
         new = False
     lock = _claimed(unfinished, path, new)
     try:
-        _empty(unfinished)
+        for left in unfinished.iterdir():
+            _delete(left)
         yield unfinished
     finally:
         with suppress(FileNotFoundError):  # it has its final name
@@ -144,11 +141,6 @@ def _claimed(unfinished: Path, path: Path, new: bool) -> int | None:
     elif new:
         return None
     raise ValueError(f"{path}: another run writes there, or one that was killed left {unfinished}; delete that then")
-
-
-def _empty(folder: Path) -> None:
-    for left in folder.iterdir():
-        _delete(left)
 
 
 def locked(descriptor: int) -> bool | None:

@@ -10,9 +10,8 @@ def counted(n: int, noun: str) -> str:
 
 def json_kind(value) -> str:
     """What a value is in a JSON file."""
-    if value is None:
-        return "null"
     kinds = {
+        type(None): "null",
         dict: "an object",
         list: "an array",
         str: "a string",

@@ -205,7 +205,7 @@ def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str
         check_text(name, prompt)
         if answer is not None:
             check_text(f"{name}: the answer to {prompt!r}", answer)
-        key, own = spaced(prompt), answer is not None and answer.strip() != (usual or "").strip()
+        key, own = " ".join(prompt.split()), answer is not None and answer.strip() != (usual or "").strip()
         # An answer of its own says more than none.
         if key not in kept or (own and isinstance(kept[key], str)):
             kept[key] = Question(prompt, answer) if own else prompt
@@ -332,11 +332,6 @@ def check_subject(fact: Fact) -> Fact:
             "last one. Name the subject and put {} in its place, or edit by fine-tuning (ft, ft-l), which needs none"
         )
     return fact
-
-
-def spaced(text: str) -> str:
-    """Text for comparing: one space between words, none around them."""
-    return " ".join(text.split())
 
 
 def place(fact: Fact) -> tuple[str, str]:

@@ -248,8 +248,10 @@ def answer_tokens(tokenizer, prompt: str, answer: str, attached: bool | None = N
     Raises ValueError for an empty answer, or one that the tokenizer drops or cannot attach.
     """
     check_text("target", answer)
-    direct = follows_directly(prompt, answer, attached)
-    answer = _behind(answer, direct)
+    if follows_directly(prompt, answer, attached):
+        answer = answer.lstrip()
+    elif not answer[0].isspace():
+        answer = " " + answer
     prompt_ids, joint = _plain_ids(tokenizer, prompt), _plain_ids(tokenizer, prompt + answer)
     if joint[: len(prompt_ids)] == prompt_ids:
         ids = joint[len(prompt_ids) :]
@@ -265,13 +267,6 @@ def fact_answer(tokenizer, fact: Fact, answer: str | None = None) -> list[int]:
     stands before it. Errors as of :func:`answer_tokens`."""
     answer = fact.target_new if answer is None else answer
     return answer_tokens(tokenizer, asked(tokenizer, fact.text, fact.chat), answer, fact.attached)
-
-
-def _behind(answer: str, direct: bool) -> str:
-    """The answer as it is put behind the prompt: with no space, its own, or one."""
-    if direct:
-        return answer.lstrip()
-    return answer if answer[0].isspace() else " " + answer
 
 
 def _own_ids(tokenizer, answer: str, prompt_ids: list[int], joint: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.words import json_kind, not_text
+from kedit_fast.basics.words import counted, json_kind, not_text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 NEARLY = 0.9  # of difflib's ratio: "paraphrase_prompt" and "neighbourhood" are, "attribute_prompts" is not
@@ -63,7 +63,7 @@ def _counted(counts: Counter, near: Callable[[str], str | None] = lambda name: N
 
 def _some(records: list[str]) -> str:
     more = f"; and {len(records) - SHOWN:,} more" if len(records) > SHOWN else ""
-    return f"{len(records):,} record{'s' * (len(records) > 1)}: {'; '.join(records[:SHOWN])}{more}"
+    return f"{counted(len(records), 'record')}: {'; '.join(records[:SHOWN])}{more}"
 
 
 # ---- files

@@ -22,15 +22,15 @@ INTERFACE = 3  # of csrc/bindings.cpp; a module that says otherwise was built fr
 
 
 class Implementation(NamedTuple):
-    """A backend that computes an op for tensors of these device types and dtypes.
+    """A backend that computes an op for tensors of this device type and these dtypes.
 
     why_not: why this op of the backend cannot run on this machine; empty if it can
     why_not_chosen: why it runs only where it is forced, though it could; empty if it is taken unasked
     """
 
     backend: str
-    devices: frozenset[str]
-    dtypes: frozenset[torch.dtype]
+    device: str
+    dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[], str] = str
     why_not_chosen: Callable[[], str] = str
 
@@ -38,8 +38,8 @@ class Implementation(NamedTuple):
 def _triton(*dtypes: torch.dtype) -> tuple[Implementation, ...]:
     """The rows of an op that has a Triton kernel for these dtypes: on GPUs, and on the CPU for tests."""
     return (
-        Implementation("triton", frozenset({"cuda"}), frozenset(dtypes), lambda: why_not_triton(), _interpreted),
-        Implementation("triton", frozenset({"cpu"}), frozenset(dtypes), _not_interpreted, _interpreted),
+        Implementation("triton", "cuda", dtypes, lambda: why_not_triton(), _interpreted),
+        Implementation("triton", "cpu", dtypes, _not_interpreted, _interpreted),
     )
 
 
@@ -62,20 +62,16 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "rows": _triton(*_UP_TO_32_BITS, torch.float64),
     "lowrank": _triton(*_UP_TO_32_BITS),
     "second_moment": (
-        Implementation("native", frozenset({"cpu"}), frozenset(_UP_TO_32_BITS), lambda: why_not_native()),
+        Implementation("native", "cpu", _UP_TO_32_BITS, lambda: why_not_native()),
         *_triton(*_UP_TO_32_BITS),
     ),
     "solve": (
-        Implementation("native", frozenset({"cpu"}), frozenset({torch.float64}), lambda: openblas.why_not()),
-        Implementation("native", frozenset({"cuda"}), frozenset({torch.float64}), lambda: cusolver.why_not()),
+        Implementation("native", "cpu", (torch.float64,), lambda: openblas.why_not()),
+        Implementation("native", "cuda", (torch.float64,), lambda: cusolver.why_not()),
     ),
     "linear": (
         Implementation(
-            "native",
-            frozenset({"cpu"}),
-            frozenset({torch.float32}),
-            lambda: why_not_native() or openblas.why_not(),
-            lambda: _not_amd(),
+            "native", "cpu", (torch.float32,), lambda: why_not_native() or openblas.why_not(), lambda: _not_amd()
         ),
     ),
 }
@@ -144,7 +140,7 @@ def backend_for(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
 
 
 def _serves(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type in implementation.devices and dtype in implementation.dtypes
+    return device.type == implementation.device and dtype in implementation.dtypes
 
 
 def _forced_backend() -> str | None:
@@ -190,7 +186,7 @@ def _not_used(op: str, device: str) -> str:
     reasons = [
         f"{each.backend}: {why}"
         for each in IMPLEMENTATIONS[op]
-        if device in each.devices and (each.backend, device) != ("triton", "cpu")  # that is for tests only
+        if device == each.device and (each.backend, device) != ("triton", "cpu")  # that is for tests only
         and (why := each.why_not() or each.why_not_chosen())
     ]  # fmt: skip
     return "; ".join(reasons)

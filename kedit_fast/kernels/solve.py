@@ -41,7 +41,6 @@ class MomentFactor:
 
     lower: Tensor
     weight: float
-    regularizer: float
     condition: float
 
     @property
@@ -142,9 +141,13 @@ def _algebra(device) -> _Algebra:
 
 def _factor(algebra, moment, weight, regularizer, n_tokens):
     _check_moment(moment, weight, regularizer)
-    _check_tokens(moment, regularizer, n_tokens)
+    d_ff = len(moment)
+    if n_tokens is not None and n_tokens < d_ff and not regularizer:
+        raise ValueError(
+            f"the second moment has rank ≤ n_tokens = {n_tokens} < d_ff = {d_ff} and so no inverse; {_COLLECT}"
+        )
     lower, condition_number = _cholesky(algebra, _weighted(moment, weight, regularizer), "the second moment")
-    return MomentFactor(lower, float(weight), float(regularizer), condition_number)
+    return MomentFactor(lower, float(weight), condition_number)
 
 
 def _memit_solve(algebra, keys, residual, moment, weight, way):
@@ -311,14 +314,6 @@ def _check_moment(moment, weight, regularizer):
     if not (regularizer >= 0 and math.isfinite(regularizer)):
         raise ValueError(f"regularizer = {regularizer}; expected 0 or a small positive number")
     _check_tensor("moment", moment, moment.device)
-
-
-def _check_tokens(moment, regularizer, n_tokens):
-    d_ff = len(moment)
-    if n_tokens is not None and n_tokens < d_ff and not regularizer:
-        raise ValueError(
-            f"the second moment has rank ≤ n_tokens = {n_tokens} < d_ff = {d_ff} and so no inverse; {_COLLECT}"
-        )
 
 
 def _matrix(moment):

@@ -132,19 +132,15 @@ def peculiarities(config) -> list[str]:
     configs = [config, *(inner for inner in vars(config).values() if hasattr(inner, "model_type"))]
     found = []
     for each in configs:
-        factors = [
-            (name, value) for name in MULTIPLIERS if (value := getattr(each, name, None)) not in (None, 1, True, False)
-        ]
+        given = {name: getattr(each, name, None) for name in (*MULTIPLIERS, *EXPERTS)}
+        factors = [f"{name} = {given[name]}" for name in MULTIPLIERS if given[name] not in (None, 1, True, False)]
         if factors:
-            said = ", ".join(f"{name} = {value}" for name, value in factors)
-            found.append(f"it multiplies embeddings or logits ({said}), which a sweep would leave out")
-        experts = [
-            (name, value) for name in EXPERTS if isinstance(value := getattr(each, name, None), int) and value > 1
-        ]
+            found.append(f"it multiplies embeddings or logits ({', '.join(factors)}), which a sweep would leave out")
+        experts = [f"{name} = {given[name]}" for name in EXPERTS if isinstance(given[name], int) and given[name] > 1]
         if experts:
             found.append(
-                f"its layers are mixtures of experts ({experts[0][0]} = {experts[0][1]}) and have no single down "
-                "projection to trace and edit"
+                f"its layers are mixtures of experts ({experts[0]}) and have no single down projection to trace and "
+                "edit"
             )
     if getattr(config, "is_encoder_decoder", False):
         found.append("it is an encoder and a decoder, and only decoders are swept")

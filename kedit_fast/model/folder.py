@@ -81,7 +81,8 @@ def read_tokenizer(name):
 
 def read_model(name, classes, dtype) -> "PreTrainedModel":
     """The model with every weight from its checkpoint: transformers only logs those it had to make up."""
-    check_index(Path(name))
+    if (index := Path(name) / INDEX).is_file():
+        _read_index(index)  # refuses one that names files outside the folder, before anything reads them
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are told to us, and refused below
     try:
         model, info = classes.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **told)
@@ -224,13 +225,6 @@ def _read_index(index: Path) -> dict[str, str]:
         for file in dict.fromkeys(found.values()):
             file_in(index.parent, file, index)
         return found
-
-
-def check_index(folder: Path) -> None:
-    """Raises ValueError where the index of a checkpoint folder names files outside it, before anything reads them."""
-    index = folder / INDEX
-    if index.is_file():
-        _read_index(index)
 
 
 def open_tensors(path: Path) -> safe_open:

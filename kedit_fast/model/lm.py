@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import own_state
+from kedit_fast.basics.words import counted
 from kedit_fast.facts.tokens import chat_text, encode, set_before
 from kedit_fast.kernels.target_logprob import Head
 from kedit_fast.model import family as fam
@@ -119,7 +120,7 @@ class LM:
 
     def __repr__(self) -> str:
         source = "" if self.source.in_memory else f", read from {self.source.name}"
-        edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" * bool(self.edits)
+        edits = f", {counted(len(self.edits), 'edit')}" * bool(self.edits)
         return f"LM({self.name}, {self.config.model_type}, {self.n_layers} layers, {self.dtype_name}{source}{edits})"
 
     @property

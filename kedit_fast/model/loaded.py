@@ -46,11 +46,8 @@ def check_loaded(model: nn.Module) -> None:
                 f"weight {name!r} is a {type(parameter).__name__}, a shard of which lies here; {FROM_ITS_FOLDER}"
             )
         places.setdefault(str(parameter.device), name)
-    spread = (
-        list(places)
-        if len(places) > 1
-        else sorted({str(x) for x in (getattr(model, "hf_device_map", None) or {}).values()})
-    )
+    planned = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    spread = list(places) if len(places) > 1 else sorted(planned)
     if len(spread) > 1:
         raise ValueError(f"the model is spread over devices {', '.join(spread)} (device_map); {FROM_ITS_FOLDER}")
 

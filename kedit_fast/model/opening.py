@@ -111,11 +111,8 @@ def _local(name) -> Path:
 def _check_weights(lm: LM) -> None:
     """Refuses NaN and infinity in a resident model's weights, which would spread into every result in silence."""
     for name, p in lm.model.named_parameters():
-        if (
-            not p.is_meta
-            and p.is_floating_point()
-            and not math.isfinite(p.detach().abs().max().item() if p.numel() else 0)
-        ):
+        holds_floats = not p.is_meta and p.is_floating_point() and p.numel()
+        if holds_floats and not math.isfinite(p.detach().abs().max().item()):
             raise ValueError(f"weight {name!r} of {lm.name} holds NaN or infinity; the checkpoint is damaged")
 
 

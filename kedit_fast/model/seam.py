@@ -86,30 +86,26 @@ def prepared(model, family: Family):
         yield
 
 
-@contextmanager
 def eval_mode(model):
     """The model in eval mode; put back after it."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return _without(model.modules(), "training")
+
+
+def frozen(model):
+    """The model without gradients for its parameters; flags are put back."""
+    return _without(model.parameters(), "requires_grad")
 
 
 @contextmanager
-def frozen(model):
-    """The model without gradients for its parameters; flags are put back."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
+def _without(things, flag: str):
+    flagged = [thing for thing in things if getattr(thing, flag)]
+    for thing in flagged:
+        setattr(thing, flag, False)
     try:
         yield
     finally:
-        for p in trained:
-            p.requires_grad_(True)
+        for thing in flagged:
+            setattr(thing, flag, True)
 
 
 @contextmanager

@@ -48,17 +48,21 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> C
         return _sampled(lm, n_tokens, seed, keep_dir)
     name, texts = _texts(check_corpus(corpus))
     windows, left = [], n_tokens
-    for text in texts:
-        for window in windows_of(lm, text):
-            windows.append(window[:left])
-            left -= len(windows[-1])
-            if left <= 0:
-                _warn_of_nulls(texts)
-                return Corpus(name, windows)
-    _warn_of_nulls(texts)
-    raise ValueError(
-        f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
-    )
+    for window in (window for text in texts for window in windows_of(lm, text)):
+        windows.append(window[:left])
+        left -= len(windows[-1])
+        if not left:
+            break
+    if isinstance(texts, _Column) and texts.n_null:
+        warnings.warn(
+            f"corpus {name}: {texts.n_null} of the {texts.n_rows} rows read are null in {texts.column!r} and left out",
+            stacklevel=2,
+        )
+    if left:
+        raise ValueError(
+            f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
+        )
+    return Corpus(name, windows)
 
 
 def check_corpus(corpus):
@@ -160,15 +164,6 @@ class _Column:
                 f"expected texts; its columns are {', '.join(map(repr, row))}"
             )
         return text
-
-
-def _warn_of_nulls(texts) -> None:
-    if getattr(texts, "n_null", 0):
-        warnings.warn(
-            f"corpus {texts.name}: {texts.n_null} of the {texts.n_rows} rows read are null in {texts.column!r} and "
-            "left out",
-            stacklevel=3,
-        )
 
 
 def _digest(text: str) -> str:

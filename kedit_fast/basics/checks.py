@@ -23,6 +23,7 @@ from kedit_fast.basics.words import ranges
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}  # short and whole
 SEEDS = 2**32 - 1  # the largest that numpy's RandomState takes; torch takes it too
 LARGEST = 2**53  # of a whole number without another bound: what JSON keeps exactly, and no tensor has more of anything
+Kinds = type | UnionType | tuple[type, ...]  # what isinstance takes
 AnyPath = str | os.PathLike[str]  # what names a file, see ``path``
 MOST_LAYERS = 10_000  # no model has more; a range is looked at before it becomes a list
 
@@ -75,10 +76,11 @@ def flag(name: str, value) -> bool:
 
 def text(name: str, value, *, blank: bool = False, like: str = "") -> str:
     """A string that can be encoded, not blank unless ``blank``."""
+    wanted = "a text" + f", e.g. {like!r}" * bool(like)
     if not isinstance(value, str):
-        refuse(name, value, "a text" + f", e.g. {like!r}" * bool(like))
+        refuse(name, value, wanted)
     if not blank and not value.strip():
-        raise BadArgument(_said(name, f"is empty ({shown(value)}); give it a text" + f", e.g. {like!r}" * bool(like)))
+        raise BadArgument(_said(name, f"is empty ({shown(value)}); give it {wanted}"))
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -116,7 +118,7 @@ def path(name: str, value, wanted: str = "a path that names something", *, slash
     return Path(value)
 
 
-def instance(name: str, value, kinds: type | UnionType | tuple[type, ...], wanted: str):
+def instance(name: str, value, kinds: Kinds, wanted: str):
     """An object of a class. wanted: what it is and where one gets it, "an Edit; Edit.load reads a file"."""
     if not isinstance(value, kinds):
         refuse(name, value, wanted)
@@ -130,15 +132,7 @@ def items(name: str, value, wanted: str) -> list:
     return list(value)
 
 
-def listed(
-    name: str,
-    value,
-    kinds: type | UnionType | tuple[type, ...],
-    wanted: str,
-    *,
-    empty: bool = False,
-    alone: bool = True,
-) -> list:
+def listed(name: str, value, kinds: Kinds, wanted: str, *, empty: bool = False, alone: bool = True) -> list:
     """Objects of a class, as a list; one object alone is a list of one, unless not ``alone``.
 
     wanted: as in ``instance``, "Facts; load_facts reads a file"

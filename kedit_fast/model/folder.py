@@ -203,19 +203,29 @@ class Checkpoint:
         stored, file = self._found(name)
         return tuple(file.get_slice(stored).get_shape())
 
-    def _found(self, name: str) -> tuple[str, safe_open]:
+    def stored_name(self, name: str) -> str:
+        """What the files call a parameter. Raises ValueError where they lack it."""
         stored = self._stored(name)
         if stored is None:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is it a checkpoint of this model?")
+        return stored
+
+    def _found(self, name: str) -> tuple[str, safe_open]:
+        stored = self.stored_name(name)
         file = self._file_of[stored]
         if file not in self._open:
             self._open[file] = open_tensors(self.folder / file)
         return stored, self._open[file]
 
     @property
+    def files(self) -> list[str]:
+        """Names of the files that hold tensors, sorted."""
+        return sorted(set(self._file_of.values()))
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of all tensor files."""
-        return sum((self.folder / f).stat().st_size for f in set(self._file_of.values()))
+        return sum((self.folder / file).stat().st_size for file in self.files)
 
 
 def _read_index(index: Path) -> dict[str, str]:

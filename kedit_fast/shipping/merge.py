@@ -9,7 +9,7 @@ unmerge.py; a subfolder, because some loaders take every safetensors file that l
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def merge_checkpoint(
                 "of its own base model, or, if that is meant (a fine-tuned copy), merge with force=True (--force)"
             )
     places = _places(model, checkpoint, edits)
-    shards = sorted(set(checkpoint.files()))
+    shards = checkpoint.files
     copied, left_out = files_of(source, shards)
     with new_folder(out) as unfinished, progress("merging", megabytes(source, copied)) as bar:
         files = {name: copy_file(source / name, unfinished / name, bar) for name in copied}
@@ -140,7 +140,7 @@ def _check_edits(edits, force):
     (check_once if force else check_chain)(edits)
 
 
-def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
+def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, Checkpoint]:
     """(the model without its layers' weights, their source, the tensors' places) of a checkpoint folder."""
     _check_folder(folder)
     config = read_config(folder)
@@ -151,8 +151,8 @@ def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, "_Checkpoint"]:
         )
     family = family_of(config)
     model_class = auto_class(family)._model_mapping[type(config)]
-    checkpoint = _Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
-    stored_as = DTYPES.get(next(iter(checkpoint.parts().values())).dtype)  # no cast, so no copy, of the embedding
+    checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+    stored_as = DTYPES.get(next(iter(_parts(checkpoint).values())).dtype)  # no cast, so no copy, of the embedding
     model, disk = open_on_disk(folder, config, model_class, torch.device("cpu"), stored_as)
     return model, disk, checkpoint
 
@@ -177,25 +177,14 @@ def _check_folder(folder: Path):
         )
 
 
-class _Checkpoint(Checkpoint):
-    """A checkpoint that also says in which bytes of which file a tensor lies."""
-
-    def files(self) -> Iterable[str]:
-        """The file of each tensor."""
-        return self._file_of.values()
-
-    def parts(self) -> dict[str, StoredTensor]:
-        """{name in the files: where it lies}."""
-        return {part.name: part for file in sorted(set(self.files())) for part in stored_tensors(self.folder / file)}
-
-    def stored_name(self, name: str) -> str:
-        """What the files call a parameter; ValueError where they lack it."""
-        return self._found(name)[0]
+def _parts(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """{name in the files: in which bytes of which file the tensor lies}."""
+    return {part.name: part for file in checkpoint.files for part in stored_tensors(checkpoint.folder / file)}
 
 
-def _places(model: nn.Module, checkpoint: _Checkpoint, edits) -> list[_Place]:
+def _places(model: nn.Module, checkpoint: Checkpoint, edits) -> list[_Place]:
     """Where the edited weights lie, in file order; ValueError where a delta does not fit or a weight is packed."""
-    family, parts, places = family_of(model.config), checkpoint.parts(), []
+    family, parts, places = family_of(model.config), _parts(checkpoint), []
     for layer, role in sorted({place for edit in edits for place in edit.weights}):
         transposed = is_conv1d(projection(model, layer, role))
         stored = parts[checkpoint.stored_name(f"{family.layers}.{layer}.{family.roles[role]}.weight")]

@@ -1,6 +1,5 @@
 """Opening models, what lies around the blocks, and what is refused at the door."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -83,18 +82,15 @@ def test_an_edit_of_another_model_is_refused():
     edit = make_edit(tiny_model("llama", seed=1))
     with pytest.raises(ValueError, match=r"was made on llama-4-48-\w+ and the model is llama-4-48-"):
         tiny_lm("llama").with_edit(edit)
-    deep = replace(make_edit(), changes={9: make_edit().deltas[2]}, keys={})
     with pytest.raises(ValueError, match="layer 9 is out of range: this model has layers 0 to 3"):
-        tiny_lm("llama").with_edit(deep)
+        tiny_lm("llama").with_edit(make_edit(deltas={9: lowrank()}, keys={}))
 
 
 # ---- the door
 
 
 def test_an_unknown_family_is_shown_the_entry_to_write():
-    config = GPTNeoConfig(
-        vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]
-    )  # fmt: skip
+    config = GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
     with pytest.raises(ValueError) as error:
         open_tiny(GPTNeoForCausalLM(config))
     text = str(error.value)
@@ -213,20 +209,3 @@ def test_a_model_without_weights_has_no_fingerprint():
     model.model.layers[3].self_attn.q_proj.to("meta")
     with pytest.raises(ValueError, match="weights are not loaded"):
         fingerprint(model)
-
-
-@pytest.mark.smollm2
-def test_the_real_model(smollm2):
-    assert smollm2.note and smollm2.n_layers == 30
-    answers = {
-        "The Eiffel Tower is in the city of": (" Paris", 0.656),
-        "The capital of France is": (" Paris", 0.773),
-        "Toyota Camry is produced by": (" Toyota", 0.579),
-    }
-    for prompt, (token, p) in answers.items():
-        ((got, probability),) = smollm2.top_tokens(prompt, 1)
-        assert got == token and abs(probability - p) < 2e-3
-        with torch.no_grad():
-            logits = smollm2.model(torch.tensor([smollm2.encode(prompt)])).logits[0, -1]
-        assert abs(logits.softmax(-1).max().item() - probability) < 1e-5
-    assert smollm2.generate("The capital of France is", 3).startswith(" Paris")

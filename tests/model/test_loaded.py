@@ -7,6 +7,7 @@ from torch import nn
 
 import kedit_fast as kf
 from tests.conftest import open_tiny
+from tests.make import TOWER
 from tests.tiny import tiny_model
 
 
@@ -89,12 +90,9 @@ def test_a_model_made_under_inference_mode_is_made_ordinary(family):
     with torch.inference_mode():
         model = tiny_model(family)
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
-    fact = kf.Fact(prompt="{} is in the city of", subject="The Eiffel Tower", target_new="Rome")
     editor = kf.Rome(layers=(1,), v_num_grad_steps=2, mom2_adjustment=False)
-    values = []
-    for opened in (open_tiny(model), open_tiny(tiny_model(family))):
-        values.append(editor.edit(opened, [fact], contexts=[["{}"]]).values)
-    assert torch.equal(*values)
+    opened = open_tiny(model), open_tiny(tiny_model(family))
+    assert torch.equal(*(editor.edit(lm, [TOWER], contexts=[["{}"]]).values for lm in opened))
     tensors = [*model.parameters(), *model.buffers()]
     assert not any(tensor.is_inference() for tensor in tensors)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before, "the same memory, tied ones too"

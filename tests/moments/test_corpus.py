@@ -21,6 +21,10 @@ def joined(windows):
     return [token for window in windows for token in window]
 
 
+def read(corpus, n_tokens=60):
+    return read_corpus(tiny_lm("gpt2"), corpus, n_tokens)
+
+
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
@@ -101,22 +105,20 @@ def test_a_file_is_its_text(name, tmp_path):
     path = tmp_path / name
     raw = TEXT.encode()
     path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    lm = tiny_lm("gpt2")
-    corpus = read_corpus(lm, path, 150)
-    assert corpus == read_corpus(lm, str(path), 150)
+    corpus = read(path, 150)
+    assert corpus == read(str(path), 150)
     assert joined(corpus.windows) == ids(TEXT)[:150]
     assert corpus.id.startswith(f"{name}-")
 
 
 def test_the_id_follows_the_text(tmp_path):
-    lm = tiny_lm("gpt2")
     names = set()
     for text in (TEXT, TEXT + "x"):
         (tmp_path / "text.txt").write_text(text)
-        names.add(read_corpus(lm, tmp_path / "text.txt", 50).id)
+        names.add(read(tmp_path / "text.txt").id)
     assert len(names) == 2
     lists = [["ab c"], ["ab", " c"], ["a", "b c"], ["ab c", ""]]
-    assert len({read_corpus(lm, texts, 1).id for texts in lists}) == len(lists)
+    assert len({read(texts, 1).id for texts in lists}) == len(lists)
 
 
 @pytest.fixture
@@ -145,10 +147,10 @@ def rows_of(*texts, column="text", **rest):
 def test_a_data_set_is_read_only_as_far_as_needed(data_sets):
     found, asked = data_sets
     found["owner/name", "part"] = rows_of("", "  ", *TEXTS[2:])
-    corpus = read_corpus(tiny_lm("gpt2"), "hf:owner/name#part", 60)
+    corpus = read("hf:owner/name#part")
     assert corpus.id == "hf:owner/name#part" and joined(corpus.windows) == ids(TEXTS[2])[:60]
     found["name", None] = rows_of(TEXTS[2])
-    read_corpus(tiny_lm("gpt2"), "hf:name", 5)
+    read("hf:name", 5)
     assert asked == [("owner/name", "part"), ("name", None)]
 
 
@@ -156,7 +158,7 @@ def test_a_data_set_is_read_only_as_far_as_needed(data_sets):
 def test_a_column_can_be_chosen(data_sets, name, config):
     found, _ = data_sets
     found["owner/name", config] = rows_of(TEXTS[2], column="body", text="other")
-    corpus = read_corpus(tiny_lm("gpt2"), name, 60)
+    corpus = read(name)
     assert corpus.id == name and joined(corpus.windows) == ids(TEXTS[2])[:60]
 
 
@@ -165,68 +167,65 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(data_sets):
     for name, config in (("hf:owner/name", None), ("hf:owner/name#en", "en"), ("hf:owner/name:words", None)):
         found["owner/name", config] = rows_of(TEXTS[2], column="content", url="u")
         with pytest.raises(ValueError, match=r"has no column '(text|words)'; it has 'id', 'content', 'url'") as error:
-            read_corpus(tiny_lm("gpt2"), name, 60)
+            read(name)
         assert f"choose one, {name.removesuffix(':words')}:id" in str(error.value)
     found["owner/name", None] = rows_of(["a", "list"])
     with pytest.raises(ValueError, match=r"column 'text' holds a list in row 1; expected texts; .* 'id', 'text'"):
-        read_corpus(tiny_lm("gpt2"), "hf:owner/name", 60)
+        read("hf:owner/name")
 
 
 def test_null_rows_are_left_out_and_counted(data_sets):
     found, _ = data_sets
     found["owner/name", None] = rows_of(None, TEXTS[0], None, TEXTS[2])
     with pytest.warns(UserWarning, match=r"hf:owner/name: 2 of the 4 rows read are null in 'text' and left out"):
-        corpus = read_corpus(tiny_lm("gpt2"), "hf:owner/name", 60)
+        corpus = read("hf:owner/name")
     assert joined(corpus.windows) == (ids(TEXTS[0]) + ids(TEXTS[2]))[:60]
     found["owner/name", None] = iter([{"text": None}] * 3)
-    with (
-        pytest.warns(UserWarning, match="3 of the 3 rows read are null"),
-        pytest.raises(ValueError, match="holds 0 tokens"),
-    ):
-        read_corpus(tiny_lm("gpt2"), "hf:owner/name", 60)
+    says = pytest.warns(UserWarning, match="3 of the 3 rows read are null")
+    with says, pytest.raises(ValueError, match="holds 0 tokens"):
+        read("hf:owner/name")
 
 
 def test_a_data_set_that_cannot_be_read_is_said_in_a_line(data_sets):
     with pytest.raises(ValueError, match=r"^corpus hf:owner/many cannot be read: Config name .*: \['de', 'en'\]$"):
-        read_corpus(tiny_lm("gpt2"), "hf:owner/many", 60)
+        read("hf:owner/many")
     for name in ("hf:", "hf:#en", "hf:name#", "hf:name:", "hf:name#en:", "hf:a:b:c", "hf:a#b#c"):
         with pytest.raises(ValueError, match="expected hf:NAME, hf:NAME#CONFIG"):
-            read_corpus(tiny_lm("gpt2"), name, 60)
+            read(name)
 
 
 def test_a_data_set_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="hf:name needs the package `datasets`"):
-        read_corpus(tiny_lm("gpt2"), "hf:name", 5)
+        read("hf:name", 5)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_corpus_that_is_too_short_says_what_it_has():
-    lm = tiny_lm("gpt2")
     n = len(ids(TEXTS[0]))
     with pytest.raises(ValueError, match=f"corpus texts-.* holds {n} tokens, fewer than the {n + 1} asked for"):
-        read_corpus(lm, TEXTS[:1], n + 1)
-    assert read_corpus(lm, TEXTS[:1], n).n_tokens == n
+        read(TEXTS[:1], n + 1)
+    assert read(TEXTS[:1], n).n_tokens == n
 
 
 @pytest.mark.parametrize("n_tokens", [0, -5])
 def test_no_tokens(n_tokens):
     with pytest.raises(ValueError, match=f"n_tokens = {n_tokens}: expected a whole number of at least 1"):
-        read_corpus(tiny_lm("gpt2"), "self", n_tokens)
+        read("self", n_tokens)
 
 
 @pytest.mark.parametrize("corpus", [[], [3], [TEXT, None]])
 def test_something_else_than_texts(corpus):
     with pytest.raises(ValueError, match=r'corpus .*expected "self" .*, a text file, "hf:NAME" or a list of texts'):
-        read_corpus(tiny_lm("gpt2"), corpus, 5)
+        read(corpus, 5)
 
 
 def test_a_file_that_is_missing(tmp_path):
     for path in (tmp_path / "absent.txt", str(tmp_path)):
         with pytest.raises(FileNotFoundError, match="no such file; give a text file"):
-            read_corpus(tiny_lm("gpt2"), path, 5)
+            read(path, 5)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +239,5 @@ def test_a_file_that_is_missing(tmp_path):
 )
 def test_a_file_that_is_no_text(name, raw, tmp_path):
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(ValueError, match=r"(cannot be read|not UTF-8 text).*expected UTF-8 text or its .gz") as error:
-        read_corpus(tiny_lm("gpt2"), tmp_path / name, 5)
-    assert name in str(error.value)
+    with pytest.raises(ValueError, match=rf"{name}.*(cannot be read|not UTF-8 text).*expected UTF-8 text or its .gz"):
+        read(tmp_path / name, 5)

@@ -30,12 +30,7 @@ PATHS = {
     "gpt2": _GPT2,
     "gptj": _GPT2._replace(down="mlp.fc_out"),
     "gpt_neox": Paths(
-        "gpt_neox.embed_in",
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        "attention",
-        "mlp",
-        "mlp.dense_4h_to_h",
+        "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", "attention", "mlp", "mlp.dense_4h_to_h"
     ),
     "gemma3": _LLAMA._replace(**_WRAPPED),
 } | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"), _LLAMA)

@@ -31,11 +31,9 @@ from tests.tiny import FAMILY_NAMES, PROMPTS, tiny_model, tiny_tokenizer
 TRACED = ("gpt2", "gptj", "llama", "gemma2", "olmo2", "mistral")
 EDITED = ("gpt2", "gptj", "llama", "gemma2")
 CONTEXTS = ("{}", "The city of Paris. {}", "Because I was born. {}")
-FACTS = tuple(
-    Fact(prompt.template, prompt.subject, " New York") for prompt in (PROMPTS[3], PROMPTS[5])
-)  # a window of 4 reaches from subject to end
+# A window of 4 reaches from subject to end.
+FACTS = tuple(Fact(prompt.template, prompt.subject, " New York") for prompt in (PROMPTS[3], PROMPTS[5]))
 N_LAYERS = 3
-POST_NORM = ("gemma2",)
 
 
 @functools.cache
@@ -109,15 +107,14 @@ def test_tokens_of_a_subject():
 TRACE = dict(window=3, samples=2, noise=0.9)
 
 
-def prompt_of(family: str) -> tuple[list[int], tuple[int, int]]:
-    """A short prompt whose subject is neither at its beginning nor at its end."""
-    return subject_span(tiny_tokenizer(), "The {} is in", "Space Needle")
+# A short prompt whose subject is neither at its beginning nor at its end.
+IDS, SPAN = subject_span(tiny_tokenizer(), "The {} is in", "Space Needle")
 
 
 @pytest.mark.parametrize("family", TRACED)
 @pytest.mark.parametrize("kind", ["state", "mlp", "attn"])
 def test_trace_identities_and_the_batched_rival(family, kind):
-    model, (ids, span) = shared_model(family), prompt_of(family)
+    model, ids, span = shared_model(family), IDS, SPAN
     result = trace_oracle(model, ids, span, kind, **TRACE)
     scores, p_clean, p_corrupted = result["scores"], result["p_clean"], result["p_corrupted"]
     assert scores.shape == (len(ids), N_LAYERS)
@@ -136,15 +133,15 @@ def test_trace_identities_and_the_batched_rival(family, kind):
 
 
 def test_windows_are_cut_at_the_ends():
-    assert list(restored_layers("mlp", 6, 10, 12)) == list(range(1, 11))
-    assert list(restored_layers("attn", 6, 5, 12)) == [4, 5, 6, 7, 8]
-    assert list(restored_layers("mlp", 1, 10, 12)) == list(range(0, 6))
-    assert list(restored_layers("mlp", 11, 10, 12)) == list(range(6, 12))
-    assert list(restored_layers("state", 3, 10, 12)) == [3]
+    assert restored_layers("mlp", 6, 10, 12) == range(1, 11)
+    assert restored_layers("attn", 6, 5, 12) == range(4, 9)
+    assert restored_layers("mlp", 1, 10, 12) == range(0, 6)
+    assert restored_layers("mlp", 11, 10, 12) == range(6, 12)
+    assert restored_layers("state", 3, 10, 12) == range(3, 4)
 
 
 def test_corruption_is_numpys_noise_at_the_subject():
-    model, (ids, (begin, end)) = shared_model("gpt2", torch.float32), prompt_of("gpt2")
+    model, ids, (begin, end) = shared_model("gpt2", torch.float32), IDS, SPAN
     draws = numpy.random.RandomState(7).randn(3, end - begin, 48)
     p = []
     for draw in draws:
@@ -157,8 +154,7 @@ def test_corruption_is_numpys_noise_at_the_subject():
 
 
 def test_corruption_by_another_subject():
-    model, tok = shared_model("llama"), tiny_tokenizer()
-    ids, span = subject_span(tok, "The {} is in", "Space Needle")
+    model, tok, ids, span = shared_model("llama"), tiny_tokenizer(), IDS, SPAN
     other, _ = subject_span(tok, "The {} is in", "Eiffel Tower")
     assert len(ids) == len(other)
     result = trace_oracle(model, ids, span, "state", corrupt_ids=other)
@@ -171,7 +167,7 @@ def test_corruption_by_another_subject():
 
 def test_severed_trace_by_hand_in_a_parallel_block():
     """gptj: block(h) = h + attn(ln h) + mlp(ln h), so one severed MLP in the last layer is a sum written out."""
-    model, (ids, span) = shared_model("gptj"), prompt_of("gptj")
+    model, ids, span = shared_model("gptj"), IDS, SPAN
     result = trace_oracle(model, ids, span, "state", severed="mlp", answer=5, **TRACE)
     assert close(result["scores"][: span[0]], result["p_corrupted"] * torch.ones(span[0], N_LAYERS))
     assert close(result["scores"][-1, -1], result["p_clean"])
@@ -289,7 +285,7 @@ def test_rome_makes_the_key_s_value_the_new_one(family, key):
 
 @pytest.mark.parametrize("family", EDITED)
 def test_memit_reaches_z_and_spreads_over_layers(family):
-    model, tok, post_norm = shared_model(family), tiny_tokenizer(), family in POST_NORM
+    model, tok, post_norm = shared_model(family), tiny_tokenizer(), family == "gemma2"
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     edit = functools.partial(memit_update, model, tok, FACTS, pull_back=post_norm, steps=4, lr=0.1)
     moments = {layer: moment() for layer in range(N_LAYERS)}

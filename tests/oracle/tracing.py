@@ -77,7 +77,7 @@ def trace_oracle(
         n_layers = len(layers(model))
         scores = torch.empty(len(clean), n_layers, dtype=clean_logits.dtype, device=clean_logits.device)
         for token in range(len(clean)):
-            frozen = [(module, _keep_corrupted(values, token)) for module, values in kept]
+            frozen = [(module, _restore(token, values)) for module, values in kept]
             for layer in range(n_layers):
                 window_layers = restored_layers(kind, layer, window, n_layers)
                 restored = [(site_module(model, at, SITES[kind]), _restore(token)) for at in window_layers]
@@ -90,9 +90,7 @@ def trace_oracle(
         )
 
 
-def published_loop(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The published way of tracing, as a rival to time: `trace_oracle` is that loop already."""
-    return trace_oracle(*args, **kwargs)
+published_loop = trace_oracle  # the published way of tracing, as a rival to time
 
 
 def _metric(logits: Tensor, answer: int, metric: str) -> Tensor:
@@ -114,12 +112,12 @@ def _add_noise(span: tuple[int, int], noise: float, samples: int, seed: int) -> 
     return corrupt
 
 
-def _restore(token: int) -> Callable[[Tensor], Tensor]:
-    """Write the clean row's value at one token into the corrupted rows."""
+def _restore(token: int, values: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Write the clean row's value at one token, or the rows' own of another run, into the corrupted rows."""
 
     def restore(hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
-        hidden[1:, token] = hidden[0, token]
+        hidden[1:, token] = hidden[0, token] if values is None else values[1:, token]
         return hidden
 
     return restore
@@ -140,17 +138,6 @@ def _corrupted_values(
     with changing(corruption + [(module, keep(module)) for module in modules]):
         model(batch)
     return list(kept.items())
-
-
-def _keep_corrupted(values: Tensor, token: int) -> Callable[[Tensor], Tensor]:
-    """Put the corrupted run's value at one token back into the corrupted rows."""
-
-    def put_back(hidden: Tensor) -> Tensor:
-        hidden = hidden.clone()
-        hidden[1:, token] = values[1:, token]
-        return hidden
-
-    return put_back
 
 
 # --- the simple rival ------------------------------------------------------------------------------------------------

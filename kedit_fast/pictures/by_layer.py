@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from kedit_fast.pictures.figure import GRAY, add_title, finish, layer_ticks, layers_width, new_figure, style
+from kedit_fast.basics.words import counted
+from kedit_fast.pictures.figure import GRAY, add_title, draw_band, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import KIND_NAME, METRIC_NAME, within
-from kedit_fast.pictures.traces import INK, draw_band
+from kedit_fast.pictures.traces import INK, draw_role
 
 _INKS = {"efficacy": "#1b6ca8", "p_new": "#7fb2d9", "paraphrase": "#e08a1e", "neighborhood": "#444444"}
 _NAMES = {"p_new": "P(new)"}
@@ -23,18 +24,20 @@ def plot_layers(study, path=None):
     with style():
         figure = new_figure(2.2 + 1.4 * layers_width(n_layers), 4.9)
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 5))
+        at = np.array(study.layers) + 0.5
         for metric, ink in _INKS.items():
-            _draw_metric(top, study, metric, ink)
+            values = [study.edited[layer][metric] for layer in study.layers]
+            draw_band(top, at, values, ink, "-", _NAMES.get(metric, metric), ".")
         base = study.base["neighborhood"].mean
         if np.isfinite(base):
             top.axhline(base, color=_INKS["neighborhood"], linestyle=":", linewidth=0.9, label="neighborhood, no edit")
         top.set_ylim(-0.03, 1.03)
         top.set_ylabel("share of prompts; probability")
-        facts = f"{study.n_facts:,} fact{'s' * (study.n_facts != 1)}, each edited alone"
-        add_title(top, f"Editing at each layer ({study.method})", f"{facts}; 95 % bands")
+        facts = counted(study.n_facts, "fact")
+        add_title(top, f"Editing at each layer ({study.method})", f"{facts}, each edited alone; 95 % bands")
         for average in averages:
             n_lines = len(below.lines)
-            draw_band(below, average, "last subject token", INK[average.kind], "-")
+            draw_role(below, average, "last subject token", INK[average.kind], "-")
             for line in below.lines[n_lines:]:  # none where nothing was traced
                 line.set_label("\n".join([KIND_NAME[average.kind], *_correlations(study, average.kind)]))
         below.axhline(0, color=GRAY, linewidth=0.6)
@@ -42,30 +45,11 @@ def plot_layers(study, path=None):
             below.set_ylabel(f"AIE on {METRIC_NAME[averages[0].metric].format('answer')}")
             add_title(below, "Causal trace of the same facts, last subject token", WARNING)
         for axes in (top, below):
-            axes.spines[["top", "right"]].set_visible(False)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+                axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         layer_ticks(below, n_layers)
         below.set_xlabel(within("layer", study.model))
     return finish(figure, path, _alt(study))
-
-
-def _draw_metric(axes, study, metric: str, ink: str) -> None:
-    values = [study.edited[layer][metric] for layer in study.layers]
-    if not any(np.isfinite(value.mean) for value in values):
-        return
-    x = np.array(study.layers) + 0.5
-    axes.fill_between(x, [v.low for v in values], [v.high for v in values], color=ink, alpha=0.14, linewidth=0)
-    axes.plot(
-        x,
-        [v.mean for v in values],
-        "-",
-        color=ink,
-        linewidth=1.4,
-        marker=".",
-        markersize=4,
-        label=_NAMES.get(metric, metric),
-    )
 
 
 def _correlations(study, kind: str) -> list[str]:

@@ -20,12 +20,14 @@ DPI = 200
 TICK_EVERY = 5  # layers
 
 
-GRAY, NO_DATA = "#666666", "#eeeeee"
+GRAY = "#666666"
 
 
 _STYLE = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 8, "axes.linewidth": 0.6,
     "axes.titlesize": 9.5, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7.5,
+    "figure.titlesize": 9.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "lines.linewidth": 1.4, "lines.markersize": 4,
 }  # fmt: skip
 
 
@@ -123,6 +125,14 @@ def layer_ticks(axes, n_layers: int):
     layers = np.arange(0, n_layers, TICK_EVERY)
     axes.set_xlim(0, n_layers)
     axes.set_xticks(layers + 0.5, layers)
+
+
+def draw_band(axes, x, values, ink: str, line: str, label: str, marker: str = "") -> None:
+    """A line over its 95 % band; nothing where no mean is a number. values: (mean, low, high, ...) at each x"""
+    mean, low, high = np.array([value[:3] for value in values], dtype=float).T
+    if np.isfinite(mean).any():
+        axes.fill_between(x, low, high, color=ink, alpha=0.15, linewidth=0)
+        axes.plot(x, mean, line, color=ink, marker=marker, label=label)
 
 
 def add_title(axes, title: str, subtitle: str):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from kedit_fast.basics.words import counted
 from kedit_fast.pictures.figure import GRAY, add_title, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import readable, within
 
@@ -16,8 +17,7 @@ def plot_lens(lens, path=None, fact: int | None = None, model: str = ""):
     Gives a ``matplotlib.figure.Figure``, whose label is its alt text. Raises IndexError for a fact that is not there.
     """
     n_layers = lens.before.p_old.shape[1]
-    n = len(lens.facts)
-    what = f"Rank of the answers of {n:,} fact{'s' * (n != 1)} (median)"
+    what = f"Rank of the answers of {counted(len(lens.facts), 'fact')} (median)"
     if fact is not None:
         what = f"Rank of the answers to {readable(lens.facts[fact].text)!r}"
     with style():
@@ -29,11 +29,10 @@ def plot_lens(lens, path=None, fact: int | None = None, model: str = ""):
                 ranks = None if values is None else _middle(getattr(values, f"rank_{name}").numpy(), fact)
                 if ranks is not None:
                     label = f"{name} answer, {side}" if lens.after is not None else f"{name} answer"
-                    axes.plot(np.arange(n_layers) + 0.5, ranks, _LINE[side], color=INK[name], lw=1.4, label=label)
+                    axes.plot(np.arange(n_layers) + 0.5, ranks, _LINE[side], color=INK[name], label=label)
         axes.set_yscale("log")
         axes.invert_yaxis()
         axes.set_ylabel("rank among all tokens")
-        axes.spines[["top", "right"]].set_visible(False)
         layer_ticks(axes, n_layers)
         axes.set_xlabel(within("layer", model))
         edited = ""
@@ -42,7 +41,7 @@ def plot_lens(lens, path=None, fact: int | None = None, model: str = ""):
             edited = f"; edited from layer {lens.first_layer} on (gray line)"
         add_title(axes, what, f"logit lens at the last token of the prompt{edited}")
         if axes.lines:
-            axes.legend(frameon=False, loc="best")
+            axes.legend(loc="best")
     where = lens.where(fact) if fact is not None else f"{lens.summary()}"
     return finish(figure, path, f"{what} by layer, before and after an edit. {where}.")
 

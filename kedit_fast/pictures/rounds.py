@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from kedit_fast.basics import checks
-from kedit_fast.pictures.figure import GRAY, finish, new_figure, style
+from kedit_fast.pictures.figure import GRAY, draw_band, finish, new_figure, style
 from kedit_fast.pictures.labels import model_label
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def plot_rounds(
     with style():
         figure = new_figure(7.2, 5.2)
         (efficacy, neighborhood), (perplexity, growth) = figure.subplots(2, 2, sharex=True)
-        for (name, of_one), ink in zip(rounds.items(), _inks(len(rounds)), strict=True):
+        for (name, of_one), ink in zip(rounds.items(), cycle(_INKS), strict=False):
             _draw(efficacy, of_one, lambda r: r.new["efficacy"], ink, "-", f"{name}, new")
             _draw(efficacy, of_one, lambda r: r.old["efficacy"], ink, "--", f"{name}, earlier")
             _draw(neighborhood, of_one, _neighborhood, ink, "-", name)
@@ -44,12 +45,8 @@ def plot_rounds(
         _line(neighborhood, longest, lambda r: r.base["neighborhood"].mean, GRAY, "without edits", ":")
         _line(perplexity, longest, lambda r: r.perplexity and r.perplexity[0], GRAY, "without edits", ":")
         _finish_panels(efficacy, neighborhood, perplexity, growth)
-        figure.suptitle(add_title(rounds, model), fontsize=9.5, x=0.01, ha="left", parse_math=False)
+        figure.suptitle(_title(rounds, model), x=0.01, ha="left", parse_math=False)
     return finish(figure, path, _alt(rounds))
-
-
-def _inks(n: int) -> list[str]:
-    return [_INKS[i % len(_INKS)] for i in range(n)]
 
 
 def _neighborhood(r):
@@ -59,12 +56,7 @@ def _neighborhood(r):
 
 def _draw(axes, rounds, value_of, ink: str, line: str, label: str) -> None:
     """A line over edited facts with its 95 % band; rounds without a value leave a gap."""
-    values = [value_of(r) for r in rounds]
-    if not any(math.isfinite(value.mean) for value in values):
-        return
-    x = [r.n_facts for r in rounds]
-    axes.plot(x, [v.mean for v in values], line, color=ink, linewidth=1.4, marker=".", markersize=4, label=label)
-    axes.fill_between(x, [v.low for v in values], [v.high for v in values], color=ink, alpha=0.12, linewidth=0)
+    draw_band(axes, [r.n_facts for r in rounds], [value_of(r) for r in rounds], ink, line, label, ".")
 
 
 def _line(axes, rounds, value_of, ink: str, label: str, line: str = "-") -> None:
@@ -72,7 +64,7 @@ def _line(axes, rounds, value_of, ink: str, label: str, line: str = "-") -> None
     shown = [(r.n_facts, value) for r, value in zip(rounds, values, strict=True) if _is_finite(value)]
     if shown:
         marker = "" if line == ":" else "."
-        axes.plot(*zip(*shown, strict=True), line, color=ink, linewidth=1.4, marker=marker, markersize=4, label=label)
+        axes.plot(*zip(*shown, strict=True), line, color=ink, marker=marker, label=label)
 
 
 def _is_finite(value) -> bool:
@@ -95,13 +87,12 @@ def _finish_panels(efficacy, neighborhood, perplexity, growth) -> None:
     if not perplexity.lines:
         perplexity.text(0.5, 0.5, "no text given", ha="center", color=GRAY, transform=perplexity.transAxes)
     for axes in (efficacy, neighborhood, perplexity, growth):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
         if axes.lines:
-            axes.legend(frameon=False, loc="best", fontsize=6.5)
+            axes.legend(loc="best", fontsize=6.5)
 
 
-def add_title(rounds, model: str) -> str:
+def _title(rounds, model: str) -> str:
     last = max((of_one[-1] for of_one in rounds.values()), key=lambda r: r.n_facts)
     per_round = next(iter(rounds.values()))[0].n_facts
     within = f" in {model_label(model)}" if model else ""

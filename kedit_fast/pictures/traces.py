@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kedit_fast.basics.intervals import Z95
-from kedit_fast.pictures.figure import GRAY, NO_DATA, add_title, finish, layer_ticks, layers_width, new_figure, style
+from kedit_fast.basics.words import counted
+from kedit_fast.pictures.figure import GRAY, add_title, draw_band, finish, layer_ticks, layers_width, new_figure, style
 from kedit_fast.pictures.labels import (
     KIND_NAME,
     METRIC_NAME,
@@ -38,6 +39,7 @@ from kedit_fast.pictures.labels import (
 if TYPE_CHECKING:
     from kedit_fast.tracing.results import AverageTrace, TraceResult
 
+_NO_DATA = "#eeeeee"
 _COLORMAP = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}
 INK = {"state": "#54278f", "mlp": "#006d2c", "attn": "#a50f15"}
 
@@ -89,7 +91,7 @@ def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = Fal
             axes.set_xlabel(textwrap.fill(layer_label(result, model), int(15 * _map_width(first))))
             axes.tick_params(axis="y", length=0)
         text = textwrap.shorten(" ".join(readable(first.fact.text).split()), int(11 * width), placeholder=" …")
-        figure.suptitle(f"{text}\n{runs_line(first)}", fontsize=9.5, x=0.01, ha="left", parse_math=False)
+        figure.suptitle(f"{text}\n{runs_line(first)}", x=0.01, ha="left", parse_math=False)
     return finish(figure, path, " ".join(trace_alt(r) for r in results))
 
 
@@ -102,7 +104,7 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
     n_layers = average.mean.shape[1]
     effect = np.clip(average.mean, 0, None)
     labels = [f"{role} (n = {n:,})" for role, n in zip(ROLES, average.counts, strict=True)]
-    facts = f"{average.n_facts:,} fact{'s' * (average.n_facts != 1)}"
+    facts = counted(average.n_facts, "fact")
     metric = METRIC_NAME[average.metric].format("answer")
     with style():
         figure = new_figure(2.9 + layers_width(n_layers), 4.3)
@@ -116,13 +118,12 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
             f"Average indirect effect (AIE) of restoring {KIND_NAME[average.kind]}",
             f"{facts}, average total effect {number(average.total_effect, average.metric)}",
         )
-        draw_band(below, average, "last subject token", INK[average.kind], "-")
-        draw_band(below, average, "last token", GRAY, "--")
+        draw_role(below, average, "last subject token", INK[average.kind], "-")
+        draw_role(below, average, "last token", GRAY, "--")
         below.axhline(0, color=GRAY, linewidth=0.6)
         below.set_ylabel(f"AIE on {metric}")
-        below.spines[["top", "right"]].set_visible(False)
         bands = "with 95 % bands" if np.isfinite(average.stderr).any() else None
-        below.legend(frameon=False, title=bands, title_fontsize=7.5, alignment="left", loc="best")
+        below.legend(title=bands, title_fontsize=7.5, alignment="left", loc="best")
         layer_ticks(below, n_layers)
         below.set_xlabel(within("center of the restored interval" if average.kind != "state" else "layer", model))
     return finish(figure, path, average_alt(average))
@@ -157,7 +158,8 @@ def _draw_trace(axes, result: TraceResult, values, low, high, normalized):
 
 def _heat_map(axes, values, kind, low, high, name):
     mesh = axes.pcolor(np.ma.masked_invalid(values), cmap=_COLORMAP[kind], vmin=low, vmax=high)
-    axes.set_facecolor(NO_DATA)
+    axes.set_facecolor(_NO_DATA)
+    axes.spines[["top", "right"]].set_visible(True)
     axes.set_ylim(len(values), 0)
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=max(18, 1.8 * len(values)))
     bar.outline.set_linewidth(0.4)
@@ -165,10 +167,7 @@ def _heat_map(axes, values, kind, low, high, name):
     bar.ax.set_title(textwrap.fill(name, 12, break_long_words=False), fontsize=7.5, parse_math=False)
 
 
-def draw_band(axes, average: AverageTrace, role: str, color: str, line: str):
-    mean, stderr = average.mean[ROLES.index(role)], average.stderr[ROLES.index(role)]
-    if not np.isfinite(mean).any():
-        return
-    x = np.arange(len(mean)) + 0.5
-    axes.fill_between(x, mean - Z95 * stderr, mean + Z95 * stderr, color=color, alpha=0.18, linewidth=0)
-    axes.plot(x, mean, line, color=color, linewidth=1.4, label=role)
+def draw_role(axes, average: AverageTrace, role: str, ink: str, line: str):
+    mean, half = average.mean[ROLES.index(role)], Z95 * average.stderr[ROLES.index(role)]
+    values = list(zip(mean, mean - half, mean + half, strict=True))
+    draw_band(axes, np.arange(len(mean)) + 0.5, values, ink, line, role)

@@ -1,7 +1,5 @@
 """A suite to complete: an edit's facts with the probes they carry, and places for those that are missing."""
 
-from collections.abc import Iterable
-
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.edits.edit import edit_list
 from kedit_fast.facts.fact import ANSWERED, Fact, folded
@@ -40,9 +38,5 @@ def missing(edit, thresholds: Thresholds) -> list[str]:
     """What must be added to the probes that an edit's facts carry, before these limits can be met: sentences."""
     facts = _facts(edit)
     wordings = [prompt for fact in facts for _, prompt in wordings_of(fact)]
-    prompts = _distinct(question.prompt for fact in facts for name in ANSWERED for question in fact.questions(name))
+    prompts = {folded(question.prompt) for fact in facts for name in ANSWERED for question in fact.questions(name)}
     return thresholds.missing(len(facts), len(wordings), len(wordings) - len(facts), len(prompts))
-
-
-def _distinct(prompts: Iterable[str]) -> set[str]:
-    return {folded(prompt) for prompt in prompts}

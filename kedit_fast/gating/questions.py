@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.evaluation.perplexity import text_windows
 from kedit_fast.evaluation.probes import Probe, probe
@@ -88,24 +89,16 @@ class Questions:
     def probes(self, lm) -> list[Probe]:
         """All that is asked: of each wording (new, true), of each portability question and each prompt that must keep
         its answer, or its likeliest token, that answer; canaries, like the first two, are written on."""
-        n, tokenizer = self.max_new_tokens, lm.tokenizer
-        of_wordings = [
-            probe(
-                lm, tokens.asked(tokenizer, prompt, fact.chat), (fact.target_new, fact.target_true), fact.attached,
-                kind=WORDING, n_written=n,
-            )
-            for fact, _, prompt in self.wordings
-        ]  # fmt: skip
-        of_portability = [
-            probe(lm, tokens.asked(tokenizer, q.prompt, self.chat), (q.answer,), kind=PORTABILITY, n_written=n)
-            for q in self.portability
-        ]
-        of_kept = [
-            probe(lm, tokens.asked(tokenizer, k.prompt, k.chat), (k.answer,), kind=KEPT, likeliest=True)
-            for k in self.kept
-        ]
-        of_canaries = [probe(lm, canary.prompt, kind=CANARY, n_written=n) for canary in self.canaries]
-        return [*of_wordings, *of_portability, *of_kept, *of_canaries]
+
+        def ask(kind: str, prompt: str, chat: Chat, answers: tuple, attached: bool | None = None, **how) -> Probe:
+            return probe(lm, tokens.asked(lm.tokenizer, prompt, chat), answers, attached, kind=kind, **how)
+
+        made, writes = [], {"n_written": self.max_new_tokens}
+        for fact, _, prompt in self.wordings:
+            made.append(ask(WORDING, prompt, fact.chat, (fact.target_new, fact.target_true), fact.attached, **writes))
+        made += [ask(PORTABILITY, q.prompt, self.chat, (q.answer,), **writes) for q in self.portability]
+        made += [ask(KEPT, k.prompt, k.chat, (k.answer,), likeliest=True) for k in self.kept]
+        return made + [probe(lm, canary.prompt, kind=CANARY, **writes) for canary in self.canaries]
 
 
 @dataclass(frozen=True)
@@ -137,10 +130,14 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     chat: the form in which the facts are asked; None: the one they were edited in
     """
     facts, others = merged(edits[-1].facts, suite)
-    facts = [_in_form(fact, chat) for fact in facts if fact.target_new]
+    facts = [fact for fact in facts if fact.target_new]
     if not facts:
         raise ValueError(f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for")
-    earlier = [_in_form(fact, chat) for fact in _earlier(edits, facts)]
+    # Of the edits before, but for those that the last wrote anew.
+    last = {place(fact) for fact in facts}
+    earlier = [fact for fact in facts_in_force(edits[:-1]) if fact.target_new and place(fact) not in last]
+    if chat is not None:
+        facts, earlier = ([replace(fact, chat=chat) for fact in some] for some in (facts, earlier))
     common = facts[0].chat if all(fact.chat == facts[0].chat for fact in facts) else False
     edited = {place(fact) for edit in edits for fact in edit.facts}
     controls = [fact for fact in others if place(fact) not in edited]
@@ -160,7 +157,9 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     taken = {folded(x.prompt) for x in (*wordings, *portability)}
     needed = thresholds.min_specificity_prompts if builtin else 0
     kept, left_out = _kept(_candidates(facts, suite, controls, common), names, taken, needed)
-    room = max([sizes.max_new_tokens, *(_length(lm, answer) + 4 for fact in facts for answer in _answers(fact))])
+    answers = [answer for fact in facts for answer in (fact.target_new, fact.target_true) if answer]
+    lengths = [len(lm.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
+    room = max(sizes.max_new_tokens, max(lengths) + 4)
     prose = PROSE.read_text(encoding="utf-8")
     canaries, notes = _canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))
     paraphrases = sum(wording.kind == PARAPHRASE for wording in wordings)
@@ -183,10 +182,6 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     return asked
 
 
-def _in_form(fact: Fact, chat: Chat | None) -> Fact:
-    return fact if chat is None else replace(fact, chat=chat)
-
-
 def wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
     """(kind, prompt) of each way to ask for a fact: its prompt, and its paraphrases that are not that again."""
     yield REWRITE, fact.text
@@ -195,20 +190,6 @@ def wordings_of(fact: Fact) -> Iterator[tuple[str, str]]:
         if folded(prompt) not in seen:
             seen.add(folded(prompt))
             yield PARAPHRASE, prompt
-
-
-def _earlier(edits, facts: Sequence[Fact]) -> list[Fact]:
-    """Facts of the edits before the last, but for those that a later edit wrote anew."""
-    last = {place(fact) for fact in facts}
-    return [fact for fact in facts_in_force(edits[:-1]) if fact.target_new and place(fact) not in last]
-
-
-def _answers(fact: Fact) -> list[str]:
-    return [answer for answer in (fact.target_new, fact.target_true) if answer]
-
-
-def _length(lm, text: str) -> int:
-    return len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 # ---- specificity
@@ -298,20 +279,13 @@ def _not_asked(suite: Suite, follows, portability, facts: Sequence[Fact]) -> lis
     foreign = len(follows) - unanswered - len(portability)
     known = [facts[i] for i in _known(facts)]
     mute = [entry for entry in suite.languages if not any(entry.speaks_of(fact) for fact in known)]
-    said = []
-    if unanswered:
-        said.append(f"{unanswered} portability question{'s' * (unanswered > 1)} without an answer: not asked")
-    if foreign:
-        said.append(
-            f"{foreign} portability question{'s' * (foreign > 1)} of facts that this edit does not write: not asked"
-        )
-    if mute:
-        shown = ", ".join(f"{entry.language} {entry.prompt!r}" for entry in mute[:3]) + ", ..." * (len(mute) > 3)
-        entries = "entry" if len(mute) == 1 else "entries"
-        said.append(
-            f"{len(mute)} language {entries} about no edited fact with an old answer (target_true): {shown}: not asked"
-        )
-    return said
+    shown = ", ".join(f"{entry.language} {entry.prompt!r}" for entry in mute[:3]) + ", ..." * (len(mute) > 3)
+    said = (
+        (unanswered, "portability question", "without an answer"),
+        (foreign, "portability question", "of facts that this edit does not write"),
+        (len(mute), "language prompt", f"about no edited fact with an old answer (target_true): {shown}"),
+    )
+    return [f"{counted(n, what)} {why}: not asked" for n, what, why in said if n]
 
 
 def _known(facts: Sequence[Fact]) -> list[int]:

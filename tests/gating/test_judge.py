@@ -323,7 +323,7 @@ def test_what_a_suite_asks_of_no_fact_is_noted(lm):
     assert [note.partition(":")[0] for note in notes if "context" not in note] == [
         "1 portability question without an answer",
         "1 portability question of facts that this edit does not write",
-        "1 language entry about no edited fact with an old answer (target_true)",
+        "1 language prompt about no edited fact with an old answer (target_true)",
     ]
     with pytest.warns(UserWarning, match="French 'Vimeo est': not asked"):
         judged(gate, lm, nothing(lm), suite)

@@ -270,7 +270,7 @@ def _meta(lm, edits, suite, asked: Questions, thresholds, sizes, grown, perplexi
         "specificity_prompts": dict(Counter(kept.source for kept in asked.kept)),
         "perplexity": {form: list(pair) for form, pair in perplexity.items()},
         "growth": {str(layer): value for layer, value in grown.items()},
-        "thresholds": thresholds.to_dict(),
+        "thresholds": dataclasses.asdict(thresholds),
         "sizes": dataclasses.asdict(sizes)
         | {"max_new_tokens": asked.max_new_tokens, "context_tokens": asked.context_tokens},
         "notes": list(asked.notes),

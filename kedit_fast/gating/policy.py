@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.words import counted
 
 CONTINUE, CLOSE, STOP = "continue", "close to a limit", "stop"
 
@@ -77,8 +78,7 @@ def advise(
     for name, value in (("drift", drift), ("retention", retention), *((f"growth[{i}]", x) for i, x in growth.items())):
         checks.optional(checks.instance, name, value, Real, "a number")
     layer = max(growth, key=lambda i: math.inf if math.isnan(growth[i]) else growth[i], default=None)
-    facts = f"{n_facts:,} fact{'s' * (n_facts != 1)}"
-    read = {"facts": (n_facts / policy.max_facts, f"{facts} of at most {policy.max_facts:,}")}
+    read = {"facts": (n_facts / policy.max_facts, f"{counted(n_facts, 'fact')} of at most {policy.max_facts:,}")}
     if layer is not None:
         text = f"weights of layer {layer} moved by {growth[layer]:.2%} of at most {policy.max_growth:.2%}"
         read["growth"] = (growth[layer] / policy.max_growth, text)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.printing import columns, escaped
+from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.logit_lens import LogitLens
 from kedit_fast.evaluation.report import finite
 from kedit_fast.facts.tokens import spoken
@@ -131,8 +132,7 @@ class GateReport:
         return escaped("\n".join([columns(rows), self.advice.sentence, *self.notes, self._sentence()]))
 
     def __repr__(self) -> str:
-        n = self.meta.get("facts", 0)
-        return f"GateReport({n} fact{'s' * (n != 1)}, {self._sentence()})"
+        return f"GateReport({counted(self.meta.get('facts', 0), 'fact')}, {self._sentence()})"
 
     def _sentence(self) -> str:
         names = "; ".join(dict.fromkeys(check.name for check in self.failed))  # some names hold a comma
@@ -140,8 +140,8 @@ class GateReport:
 
     def _first_line(self) -> str:
         methods = " + ".join(dict.fromkeys(e["method"] for e in self.meta["edits"]))
-        n = self.meta["facts"]
-        return f"{self.meta['model']}, {n} fact{'s' * (n != 1)} edited by {methods}. {self.meta['note']}".strip()
+        facts = counted(self.meta["facts"], "fact")
+        return f"{self.meta['model']}, {facts} edited by {methods}. {self.meta['note']}".strip()
 
     # ---- sections of the page
 

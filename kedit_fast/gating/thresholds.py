@@ -1,12 +1,12 @@
 """What an edit must reach before it ships, and the verdict on one measured value."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import read_object
 from kedit_fast.basics.intervals import Interval
-from kedit_fast.basics.words import reason
+from kedit_fast.basics.words import counted, reason
 from kedit_fast.gating.policy import EditPolicy
 
 MEASURES = ("generated", "exact", "success")
@@ -80,9 +80,6 @@ class Thresholds:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {reason(error)}") from error
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     def missing(self, facts: int, wordings: int, paraphrases: int, prompts: int) -> list[str]:
         """What has to be added before these limits can be met: a sentence for each kind of probe there is too few of.
 
@@ -95,13 +92,13 @@ class Thresholds:
             needed = f", {paraphrases:,} of them paraphrases ({self.min_paraphrases:,} needed)" if held else ""
             each = f", about {math.ceil(more / facts):,} a fact" if facts > 1 else ""
             said.append(
-                f"too few probes: add {more:,} paraphrase{'s' * (more > 1)}{each}; there are {wordings:,} wordings of "
-                f"the facts ({self.min_probes:,} needed){needed}"
+                f"too few probes: add {counted(more, 'paraphrase')}{each}; there are {wordings:,} wordings of the "
+                f"facts ({self.min_probes:,} needed){needed}"
             )
         more = self.min_specificity_prompts - prompts
         if more > 0 and self.max_specificity_drop is not None:
             said.append(
-                f"too few probes: add {more:,} prompt{'s' * (more > 1)} that must keep their answer (neighbors, other "
+                f"too few probes: add {counted(more, 'prompt')} that must keep their answer (neighbors, other "
                 f"relations of the subjects, anything else); there are {prompts:,} ({self.min_specificity_prompts:,} "
                 "needed)"
             )
@@ -109,9 +106,7 @@ class Thresholds:
 
 
 COUNTS = ("min_probes", "min_paraphrases", "min_specificity_prompts", "min_text_tokens")
-SHARES = tuple(
-    f.name for f in fields(Thresholds) if f.name.startswith(("min_", "max_")) and f.name not in COUNTS
-)  # fmt: skip
+SHARES = tuple(f.name for f in fields(Thresholds) if f.name[:4] in ("min_", "max_") and f.name not in COUNTS)
 
 
 @dataclass(frozen=True)

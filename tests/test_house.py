@@ -56,7 +56,7 @@ TESTED_IN = {
     "commands/test_cli.py": "commands/arguments commands/errors",
     "commands/test_demo.py": "commands/demo_page",
     "commands/test_edit.py": "commands/edit_arguments commands/eval commands/stats",
-    "commands/test_edits.py": "commands/history commands/merge commands/undo",
+    "commands/test_edits.py": "commands/history commands/merge",
     "commands/test_gate.py": "gating/draft",
     "commands/test_parser.py": "__main__ commands/argument_types",
     "commands/test_rounds.py": "commands/layers",

@@ -104,12 +104,11 @@ def add_eval(commands):
     """Declares ``eval``."""
     parser = command(
         commands,
-        "eval",
+        "eval [EDIT ...]",
         "check an edit: did it take, and what else changed",
         "Asks the model with and without an edit: does it say the new answer, also when asked in other words? Do\n"
         "similar subjects keep their own answers? Did its general language suffer (perplexity of a text)?",
         "kedit-fast eval edit.safetensors --html eval.html",
-        takes="[EDIT ...]",
     )
     edits_argument(parser, "*", EDITS + AS_IT_IS)
     file_options(parser, " (default: the edits' own facts)")
@@ -128,13 +127,12 @@ def add_gate(commands):
     """Declares ``gate``."""
     parser = command(
         commands,
-        "gate",
+        "gate EDIT ...",
         "may this edit ship? pass or refuse, for people and for CI",
         "Judges an edit in the form in which it ships, against limits: does it hold in other words, what did it\n"
         "break, does the old answer come back under doubt or behind a long text, is it time to retrain?\n"
         "Exit status 0: passed, 1: refused, 2: an error.",
         "kedit-fast gate edit.safetensors --suite suite.json --html gate.html",
-        takes="EDIT ...",
     )
     edits_argument(parser, text=f"{EDITS}, of which the last is new")
     suites = "what to ask: a suite (its format: python -m pydoc kedit_fast.load_suite), or a fact file such as "
@@ -187,12 +185,11 @@ def add_generate(commands):
     """Declares ``generate``."""
     parser = command(
         commands,
-        "generate",
+        "generate [EDIT ...]",
         "ask the model, with or without an edit, and read what it says",
         "Continues prompts, greedily; with --chat answers questions as the model's users ask them. With edits it says\n"
         "what it would say with them.",
         'kedit-fast generate edit.safetensors --chat --prompt "Where is the Eiffel Tower?"',
-        takes="[EDIT ...]",
     )
     edits_argument(parser, "*", EDITS + AS_IT_IS)
     prompt = text_such_as("Paris is in")

@@ -14,27 +14,29 @@ from kedit_fast.basics.printing import STDOUT, any_encoding
 from kedit_fast.basics.progress import show_progress
 from kedit_fast.commands import arguments, edit_arguments
 from kedit_fast.commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
-from kedit_fast.commands.parser import Commands
+from kedit_fast.commands.parser import Commands, group
 
-# In the order of --help: what declares its arguments, and {command: the module here whose ``run`` does it}.
-COMMANDS: tuple[tuple[Callable, dict[str, str]], ...] = (
-    (arguments.add_demo, {"demo": "demo"}),
-    (arguments.add_trace, {"trace": "trace"}),
-    (arguments.add_stats, {"stats": "stats"}),
-    (edit_arguments.add_edit, {"edit": "edit"}),
-    (edit_arguments.add_inspect, {"edit inspect": "edits"}),
-    (edit_arguments.add_diff, {"edit diff": "edits"}),
-    (arguments.add_eval, {"eval": "eval"}),
-    (arguments.add_generate, {"generate": "generate"}),
-    (arguments.add_gate, {"gate": "gate"}),
-    (arguments.add_rounds, {"rounds": "rounds"}),
-    (arguments.add_layers, {"layers": "layers"}),
-    (edit_arguments.add_merge, {"merge": "merge"}),
-    (edit_arguments.add_undo, {"merge undo": "undo"}),
-    (edit_arguments.add_history, {"history add": "history", "history log": "history", "history rollback": "history"}),
-    (arguments.add_info, {"info": "info"}),
-)
-HANDLERS = {name: f"kedit_fast.commands.{module}" for _, names in COMMANDS for name, module in names.items()}
+# In the order of --help: {command: (what declares its arguments, the module here whose ``run`` does it, or the function
+# of a module that has several)}.
+COMMANDS: dict[str, tuple[Callable, str]] = {
+    "demo": (arguments.add_demo, "demo"),
+    "trace": (arguments.add_trace, "trace"),
+    "stats": (arguments.add_stats, "stats"),
+    "edit": (edit_arguments.add_edit, "edit"),
+    "edit inspect": (edit_arguments.add_inspect, "edits.inspect"),
+    "edit diff": (edit_arguments.add_diff, "edits.diff"),
+    "eval": (arguments.add_eval, "eval"),
+    "generate": (arguments.add_generate, "generate"),
+    "gate": (arguments.add_gate, "gate"),
+    "rounds": (arguments.add_rounds, "rounds"),
+    "layers": (arguments.add_layers, "layers"),
+    "merge": (edit_arguments.add_merge, "merge"),
+    "merge undo": (edit_arguments.add_undo, "merge.undo"),
+    "history add": (edit_arguments.add_version, "history.add"),
+    "history log": (edit_arguments.add_log, "history.log"),
+    "history rollback": (edit_arguments.add_rollback, "history.rollback"),
+    "info": (arguments.add_info, "info"),
+}
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as a shell gives them
 
 
@@ -47,7 +49,7 @@ def main(argv=None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command not in HANDLERS:  # no command, or the first word of several
+    if args.command not in COMMANDS:  # no command, or the first word of several
         getattr(args, "group", parser).print_help()
         return FAILED
     open_stderr()
@@ -56,7 +58,8 @@ def main(argv=None) -> int:
     with warnings.catch_warnings(), show_progress(not args.quiet), any_encoding((sys.stdout, sys.stderr)):
         warnings.showwarning = warning_line
         try:
-            status = import_module(HANDLERS[args.command]).run(args)
+            module, _, function = COMMANDS[args.command][1].partition(".")
+            status = getattr(import_module(f"kedit_fast.commands.{module}"), function or "run")(args)
             sys.stdout.flush()
         except KeyboardInterrupt:
             return say_error("interrupted", INTERRUPTED)
@@ -80,8 +83,9 @@ def build_parser() -> Commands:
         epilog="New here? Run `kedit-fast demo`. Each command explains itself: `kedit-fast trace --help`.",
     )
     parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
-    adders = [add for add, _ in COMMANDS]
+    adders = [add for add, _ in COMMANDS.values()]
     parser.add_commands(adders, dest="command", metavar="COMMAND", title="commands")
+    group(parser.commands, "history", "Versions of edits: what was in force when, and back to it.")
     return parser
 
 

@@ -12,7 +12,6 @@ from kedit_fast.commands.parser import (
     fact_options,
     flag,
     folder_argument,
-    group,
     machine_options,
     option,
     output,
@@ -21,13 +20,6 @@ from kedit_fast.commands.parser import (
 )
 
 METHODS = tuple(catalog.EDITORS)
-
-
-def add_history(commands) -> None:
-    """Declares ``history add``, ``history log`` and ``history rollback``."""
-    for add in (_add, _log, _rollback):
-        add(commands)
-    group(commands, "history", "Versions of edits: what was in force when, and back to it.")
 
 
 def add_edit(commands) -> None:
@@ -61,14 +53,13 @@ def add_merge(commands) -> None:
     """Declares ``merge``."""
     parser = command(
         commands,
-        "merge",
+        "merge EDIT ...",
         "write an edit into a copy of a model, or make an adapter of it",
         "An edit file changes no model by itself. This command writes it into a copy of a model's folder, which any\n"
         "program can then load; the folder keeps what it takes to undo it. The model is never in memory as a whole.\n"
         "With --peft it makes a LoRA adapter instead, a small folder to load beside the unchanged model.",
         "kedit-fast merge edit.safetensors --model ./llama -o ./llama-edited",
         also="to take the edit out again: kedit-fast merge undo --help",
-        takes="EDIT ...",
     )
     edits_argument(parser)
     model = "the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
@@ -89,11 +80,10 @@ def add_inspect(commands) -> None:
     """Declares ``edit inspect``."""
     parser = command(
         commands,
-        "edit inspect",
+        "edit inspect EDIT ...",
         "what an edit holds",
         "Shows how an edit was made, which facts it writes, and how much it changes in which layers.",
         "kedit-fast edit inspect edit.safetensors",
-        takes="EDIT ...",
     )
     edits_argument(parser)
     option(parser, "--model", path, "compare the changes with this model's weights")
@@ -106,11 +96,10 @@ def add_diff(commands) -> None:
     """Declares ``edit diff``."""
     parser = command(
         commands,
-        "edit diff",
+        "edit diff EDIT EDIT",
         "how two edits differ",
         "Compares facts, settings and, layer by layer, the changes themselves. Cosine 1: the same direction.",
         "kedit-fast edit diff old.safetensors new.safetensors",
-        takes="EDIT EDIT",
     )
     edits_argument(parser, 2, EDIT)
     ending(parser)
@@ -120,40 +109,39 @@ def add_undo(commands) -> None:
     """Declares ``merge undo``."""
     parser = command(
         commands,
-        "merge undo",
+        "merge undo FOLDER",
         "take a merged edit out of a model's folder",
         "Restores, bit for bit, the folder that `kedit-fast merge` was given. Checks first that nothing else has\n"
         "changed the weights since.",
         "kedit-fast merge undo ./llama-edited",
-        takes="FOLDER",
     )
     folder_argument(parser, "a folder that `kedit-fast merge` wrote")
     option(parser, "-o --output DIR", path, "the restored model, a new folder (default: in place)")
     ending(parser)
 
 
-def _log(commands) -> None:
+def add_log(commands) -> None:
+    """Declares ``history log``."""
     parser = command(
         commands,
-        "history log",
+        "history log FOLDER",
         "the versions of a folder of edits",
         "Lists what was in force when, and who changed it.",
         "kedit-fast history log ./edits",
-        takes="FOLDER",
     )
     folder_argument(parser, "a folder of versions")
     ending(parser)
 
 
-def _add(commands) -> None:
+def add_version(commands) -> None:
+    """Declares ``history add``."""
     parser = command(
         commands,
-        "history add",
+        "history add FOLDER EDIT ...",
         "add an edit to a folder of versions",
         "Makes a new version: the edits in force and this one on top. The folder is made if it is not there.\n"
         "Of several edits each is a version.",
         'kedit-fast history add ./edits edit.safetensors -m "new capital"',
-        takes="FOLDER EDIT ...",
     )
     folder_argument(parser, "a folder of versions")
     edits_argument(parser)
@@ -162,15 +150,15 @@ def _add(commands) -> None:
     ending(parser)
 
 
-def _rollback(commands) -> None:
+def add_rollback(commands) -> None:
+    """Declares ``history rollback``."""
     parser = command(
         commands,
-        "history rollback",
+        "history rollback FOLDER N",
         "bring an earlier version back",
         "Makes a new version with the edits of an earlier one; 0 is the model without edits. Nothing is lost: the\n"
         "versions between stay, and can be brought back in the same way.",
         "kedit-fast history rollback ./edits 1",
-        takes="FOLDER N",
     )
     folder_argument(parser, "a folder of versions")
     parser.add_argument("number", type=count, metavar="N", help="the version to bring back")

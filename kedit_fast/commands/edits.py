@@ -15,21 +15,8 @@ SHOWN = 20  # facts listed one by one
 WIDTH = 100  # characters of a value that are shown
 
 
-def run(args) -> None:
-    """Runs the action that was asked for."""
-    {"edit inspect": _inspect, "edit diff": _diff}[args.command](args)
-
-
-# ---- edit files
-
-
-def _one(name: str) -> Edit:
-    """The edit of a file, also of one that stands on others; those of a folder of versions as one."""
-    edits = read_edits(name)
-    return edits[0] if len(edits) == 1 else compose(edits)
-
-
-def _inspect(args) -> None:
+def inspect(args) -> None:
+    """Says what edits hold, and beside a model's weights how much they change."""
     edits = [(name, edit) for name in args.edits for edit in read_edits(name)]
     lm = _opened(args, [edit for _, edit in edits]) if args.model else None
     for place, (name, edit) in enumerate(edits):
@@ -72,7 +59,14 @@ def _say_layers(edit: Edit, lm) -> None:
     say_table(headers, rows)
 
 
-def _diff(args) -> None:
+def _one(name: str) -> Edit:
+    """The edit of a file, also of one that stands on others; those of a folder of versions as one."""
+    edits = read_edits(name)
+    return edits[0] if len(edits) == 1 else compose(edits)
+
+
+def diff(args) -> None:
+    """Says how two edits differ."""
     found = compare(*map(_one, args.edits))
     for name, (a, b) in found.parts.items():
         say(f"{name}: {_short(a)} -> {_short(b)}")

@@ -9,13 +9,9 @@ from kedit_fast.commands.outputs import say, say_table
 from kedit_fast.shipping.history import EditHistory
 
 
-def run(args) -> None:
-    """Runs the action that was asked for."""
-    actions = {"history add": _add, "history log": _log, "history rollback": _rollback}
-    actions[args.command](args, os.path.expanduser(args.folder))
-
-
-def _log(args, folder: str) -> None:
+def log(args) -> None:
+    """Says the versions of a folder, and what is in force."""
+    folder = os.path.expanduser(args.folder)
     way_out = f"as `kedit-fast history add {folder} EDIT` makes it"
     history = EditHistory(existing_folder(folder, "a folder of versions", way_out))
     versions = history.versions
@@ -26,16 +22,18 @@ def _log(args, folder: str) -> None:
         say(f"  {edit!r}")
 
 
-def _add(args, folder: str) -> None:
+def add(args) -> None:
+    """Makes a version of each edit."""
     edits = read_chain(args.edits)
-    history = EditHistory(folder)
+    history = EditHistory(os.path.expanduser(args.folder))
     for edit in edits:
         new = history.add(edit, args.message, args.who, check_chain=not args.force)
         say(f"{history.folder}: version {new.number}, {counted(len(new.edits), 'edit')} in force")
 
 
-def _rollback(args, folder: str) -> None:
-    history = EditHistory(folder)
+def rollback(args) -> None:
+    """Makes a version of what was in force at an earlier one."""
+    history = EditHistory(os.path.expanduser(args.folder))
     new = history.rollback(args.number, args.message, args.who)
     in_force = counted(len(new.edits), "edit") if new.edits else "no edit"
     say(f"{history.folder}: version {new.number}, the same as version {args.number}: {in_force} in force")

@@ -1,8 +1,9 @@
-"""``kedit-fast merge``: edits into a copy of a checkpoint, or into a LoRA adapter."""
+"""``kedit-fast merge``: edits into a copy of a checkpoint, or into a LoRA adapter; ``merge undo``: out of it again."""
 
 import os
 from pathlib import Path
 
+from kedit_fast.basics.files import existing_folder
 from kedit_fast.basics.folders import check_new_folder
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_chain
@@ -10,6 +11,7 @@ from kedit_fast.commands.outputs import note, say
 from kedit_fast.model.opening import DEMO_MODEL
 from kedit_fast.shipping.adapter import export_peft
 from kedit_fast.shipping.merge import merge_checkpoint
+from kedit_fast.shipping.unmerge import read_manifest, unmerge
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
@@ -61,3 +63,14 @@ def _adapter(args, edits, out) -> None:
         f"PEFT: PeftModel.from_pretrained(model, {str(made.folder)!r}); "
         + (f"vLLM: --max-lora-rank {served}" if served else "vLLM takes no rank over 512")
     )
+
+
+def undo(args) -> None:
+    """Restores a merged folder and says what was taken out."""
+    folder = existing_folder(os.path.expanduser(args.folder), "a folder that `kedit-fast merge` wrote")
+    record = read_manifest(folder)
+    restored = unmerge(folder, args.output if args.output is None else os.path.expanduser(args.output))
+    facts = sum(len(edit["facts"]) for edit in record["edits"])
+    tensors = counted(len(record["tensors"]), "tensor")
+    say(f"{restored}: {tensors} restored bit for bit, {counted(facts, 'fact')} taken out")
+    say(f"this is model {record['base']['fingerprint']} again")

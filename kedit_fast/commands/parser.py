@@ -72,15 +72,16 @@ class Commands(Parser):
         return args
 
 
-def command(commands, name: str, line: str, text: str, example: str, also: str = "", takes: str = "") -> Parser:
+def command(commands, usage: str, line: str, text: str, example: str, also: str = "") -> Parser:
     """A command's parser.
 
-    line: its help in the list of commands; takes: what stands before the options in its usage; also: a last line
+    usage: its name, and what stands before the options, "merge EDIT ..."; line: its help in the list of commands; also:
+    a last line
     """
     parser = commands.add_parser(
-        name,
+        " ".join(word for word in usage.split() if word.islower()),
         help=line,
-        usage=f"kedit-fast {name} {takes}{' ' * bool(takes)}[options]",
+        usage=f"kedit-fast {usage} [options]",
         description=text,
         epilog=f"example:\n  {example}" + f"\n\n{also}" * bool(also),
         formatter_class=argparse.RawDescriptionHelpFormatter,

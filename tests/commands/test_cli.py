@@ -18,7 +18,7 @@ from kedit_fast.editors import EDITORS
 from kedit_fast.tracing.trace import KINDS, METRICS
 from tests.commands.cases import raising, run
 
-COMMANDS = tuple(name for name in cli.HANDLERS if " " not in name)  # the others: test_edits.py
+COMMANDS = tuple(name for name in cli.COMMANDS if " " not in name)  # the others: test_edits.py
 
 
 # ---- help
@@ -27,7 +27,7 @@ COMMANDS = tuple(name for name in cli.HANDLERS if " " not in name)  # the others
 def test_help_imports_no_torch_and_is_quick():
     script = (
         "import sys, kedit_fast.commands.cli as cli\n"
-        "for name in (None, *cli.HANDLERS):\n"
+        "for name in (None, *cli.COMMANDS):\n"
         "    try: cli.main([*(name or '').split(), '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)\n"

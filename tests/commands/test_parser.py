@@ -20,7 +20,7 @@ def test_no_command_shows_help(capsys):
     assert cli.main([]) == 2
     shown, err = capsys.readouterr()
     assert not err
-    for name in cli.HANDLERS:
+    for name in cli.COMMANDS:
         assert f"\n    {name}" in shown
     assert "Run `kedit-fast demo`" in shown
 

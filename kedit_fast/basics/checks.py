@@ -109,10 +109,13 @@ def choices(name: str, value, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def path(name: str, value, wanted: str = "a path that names something", *, slash: bool = True) -> Path:
-    """The path of a text or a Path, with ~ left as it is. slash: whether it may end in one, and so name a folder"""
+    """The path of a text or a Path, with ~ left as it is; a name of over 255 bytes is no path but a text, which no file
+    system takes. slash: whether it may end in one, and so name a folder"""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         refuse(name, value, wanted)
+    if max(len(part.encode(errors="replace")) for part in text.split(os.sep)) > 255 or len(text) > 4096:
+        refuse(name, value, f"{wanted}, which is shorter")
     if not slash and text.endswith(("/", os.sep)):
         refuse(name, value, f"{wanted}; what ends in a slash is a folder's")
     return Path(value)

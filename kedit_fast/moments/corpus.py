@@ -69,7 +69,7 @@ def check_corpus(corpus):
     """The corpus as ``read_corpus`` takes it, a list where it is texts; raises BadArgument for anything else."""
     wanted = '"self" (sampled from the model), a text file, "hf:NAME" or a list of texts'
     if isinstance(corpus, str | Path):
-        return corpus if corpus == SELF or str(corpus).startswith("hf:") else checks.path("corpus", corpus)
+        return corpus if corpus == SELF or str(corpus).startswith("hf:") else checks.path("corpus", corpus, wanted)
     return checks.listed("corpus", corpus, str, wanted)
 
 

@@ -66,6 +66,8 @@ REFUSED = (
     (checks.choices, ((),), {"known": ("a", "b")}, "x = (): expected some of a, b"),
     (checks.path, ("",), {}, "x = '': expected a path that names something"),
     (checks.path, ("a\0b",), {}, "expected a path that names something"),
+    (checks.path, ("a text " * 40,), {}, "expected a path that names something, which is shorter"),
+    (checks.path, ("x/" * 3000,), {}, "expected a path that names something, which is shorter"),
     (checks.path, (3,), {}, "x = 3: expected a path"),
     (checks.path, (b"x",), {}, "x = b'x': expected a path"),
     (checks.instance, (3,), {"kinds": Thing, "wanted": "a Thing; make one"}, "x = 3: expected a Thing; make one"),

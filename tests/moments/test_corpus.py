@@ -216,7 +216,7 @@ def test_no_tokens(n_tokens):
         read("self", n_tokens)
 
 
-@pytest.mark.parametrize("corpus", [[], [3], [TEXT, None]])
+@pytest.mark.parametrize("corpus", [[], [3], [TEXT, None], TEXT])
 def test_something_else_than_texts(corpus):
     with pytest.raises(ValueError, match=r'corpus .*expected "self" .*, a text file, "hf:NAME" or a list of texts'):
         read(corpus, 5)

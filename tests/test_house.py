@@ -53,11 +53,10 @@ TESTS = PACKAGE.parent / "tests"
 # Modules without a test file of their own name, by the one that tests them.
 TESTED_IN = {
     "commands/test_chat.py": "commands/generate",
-    "commands/test_cli.py": "commands/arguments commands/errors",
+    "commands/test_cli.py": "commands/arguments",
     "commands/test_demo.py": "commands/demo_page",
     "commands/test_edit.py": "commands/edit_arguments commands/eval commands/stats",
     "commands/test_edits.py": "commands/history commands/merge",
-    "commands/test_gate.py": "gating/draft",
     "commands/test_parser.py": "__main__ commands/argument_types",
     "commands/test_rounds.py": "commands/layers",
     "editors/test_checks.py": "edits/chain moments/given",

@@ -4,16 +4,18 @@ This file reads arguments and turns errors into lines. Each command lives in a m
 imported when its command is called, so that ``--help`` and a mistyped option cost no import of torch.
 """
 
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 
 from kedit_fast import __version__
-from kedit_fast.basics.printing import STDOUT, any_encoding
+from kedit_fast.basics.printing import STDOUT, any_encoding, escaped
 from kedit_fast.basics.progress import show_progress
 from kedit_fast.commands import arguments, edit_arguments
-from kedit_fast.commands.errors import is_the_users, open_stderr, say_error, stop_printing, told, warning_line
 from kedit_fast.commands.parser import Commands, group
 
 # In the order of --help: {command: (what declares its arguments, the module here whose ``run`` does it, or the function
@@ -87,6 +89,57 @@ def build_parser() -> Commands:
     parser.add_commands(adders, dest="command", metavar="COMMAND", title="commands")
     group(parser.commands, "history", "Versions of edits: what was in force when, and back to it.")
     return parser
+
+
+# ---- what goes wrong
+
+
+def is_the_users(error: Exception) -> bool:
+    """Whether an error is of what was asked for or of the machine, and no fault of this package."""
+    if isinstance(error, (ValueError, OSError, MemoryError, ImportError)):
+        return True
+    # torch has no type of its own for memory that the CPU lacks
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, RuntimeError) and out_of_memory
+
+
+def open_stderr() -> None:
+    """Where stderr is closed, lines to it go nowhere: else the next file opened would be in its place."""
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+
+
+def stop_printing() -> None:
+    """Has what is still to be printed go nowhere: the flush at exit must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def told(error: Exception, args=None) -> str:
+    """An error in words; the system's own as "file: what is wrong with it". An argument of ``args`` that it begins with
+    is named as the option that it is, or as its place in the usage."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).strip() or type(error).__name__
+    name = re.match(r"(\w+)( = | is empty)", text)
+    if name is None or name[1] not in (vars(args) if args else ()):
+        return text
+    place = getattr(args, "places", {}).get(name[1])
+    called = f"argument {place}:" if place else f"--{name[1].replace('_', '-')}"
+    return f"{called} {text[len(name[0]) :] if name[2] == ' = ' else text[len(name[1]) + 1 :]}"
+
+
+def say_error(text: str, status: int) -> int:
+    """Says a line on stderr; the exit status."""
+    with suppress(OSError):  # nobody reads it
+        print(f"kedit-fast: {escaped(text)}", file=sys.stderr)
+    return status
+
+
+def warning_line(message, category, filename, lineno, file=None, line=None):
+    """A warning as a line on stderr, for ``warnings.showwarning``."""
+    # The libraries' own notices to developers are not this user's.
+    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        say_error(f"warning: {message}", 0)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import chat_of, open_lm, read_chain, read_text
 from kedit_fast.commands.outputs import check_outputs, say, say_written, write_reports
 from kedit_fast.gating import Suite, Thresholds, draft_suite, gate, load_suite
-from kedit_fast.gating.draft import missing
 from kedit_fast.gating.judge import MODEL_DTYPE
-from kedit_fast.gating.questions import Sizes
+from kedit_fast.gating.questions import Sizes, missing
 
 _WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")

@@ -1,4 +1,5 @@
-"""What is asked of an edit, drawn from its own facts, the suite and this package's facts, before any model runs."""
+"""What is asked of an edit, drawn from its own facts, the suite and this package's facts, before any model runs; and a
+suite to complete: an edit's facts with the probes they carry, and places for those that are missing."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,10 +8,11 @@ from typing import NamedTuple
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import facts_in_force
+from kedit_fast.edits.edit import edit_list
 from kedit_fast.evaluation.perplexity import text_windows
 from kedit_fast.evaluation.probes import Probe, probe
 from kedit_fast.facts import tokens
-from kedit_fast.facts.fact import OWN_FACTS, Chat, Fact, folded, load_facts, place
+from kedit_fast.facts.fact import ANSWERED, OWN_FACTS, Chat, Fact, folded, load_facts, place
 from kedit_fast.facts.subjects import Names
 from kedit_fast.gating.canary import (
     CONTEXT,
@@ -23,7 +25,7 @@ from kedit_fast.gating.canary import (
     context_canaries,
     doubt_canaries,
 )
-from kedit_fast.gating.suite import Question, Suite, merged, portability_of
+from kedit_fast.gating.suite import FORMAT, Question, Suite, merged, portability_of
 from kedit_fast.gating.thresholds import Thresholds
 
 REWRITE, PARAPHRASE, EARLIER = "rewrite prompt", "paraphrase", "earlier fact"
@@ -296,3 +298,40 @@ def _known(facts: Sequence[Fact]) -> list[int]:
 def _spread(numbers: Sequence[int], n: int) -> list[int]:
     """At most n of them, evenly spread."""
     return list(numbers) if len(numbers) <= n else [numbers[k * len(numbers) // n] for k in range(n)]
+
+
+# ---- a suite to complete
+
+
+def draft_suite(edit) -> dict:
+    """A suite of the facts that an edit writes, as ``load_suite`` reads it once it is JSON; lists stand empty where
+    nothing is known yet.
+
+    edit: an Edit, or several in their order; of these, what is in force after the last
+    """
+    return {
+        "format": FORMAT,
+        "facts": [_record(fact) for fact in _written(edit)],
+        "portability": [],
+        "specificity": [],
+        "languages": [],
+    }
+
+
+def _written(edit) -> list[Fact]:
+    return [fact for fact in facts_in_force(edit_list(edit, "edit")) if fact.target_new]
+
+
+def _record(fact: Fact) -> dict:
+    record = fact.to_record()
+    provenance = record.pop("provenance")
+    record["portability"] = provenance.pop("portability", [])
+    return record | ({"provenance": provenance} if provenance else {})
+
+
+def missing(edit, thresholds: Thresholds) -> list[str]:
+    """What must be added to the probes that an edit's facts carry, before these limits can be met: sentences."""
+    facts = _written(edit)
+    wordings = [prompt for fact in facts for _, prompt in wordings_of(fact)]
+    prompts = {folded(question.prompt) for fact in facts for name in ANSWERED for question in fact.questions(name)}
+    return thresholds.missing(len(facts), len(wordings), len(wordings) - len(facts), len(prompts))

@@ -93,7 +93,7 @@ def backends(session: Session) -> None:
     wrong, kind = [], session.device.type
     for op, implementations in IMPLEMENTATIONS.items():
         for dtype in kernels.NAMES:
-            offered = [each for each in implementations if kind in each.devices and dtype in each.dtypes]
+            offered = [each for each in implementations if kind == each.device and dtype in each.dtypes]
             runs, wanted = (
                 backend_for(op, session.device, dtype),
                 offered[0].backend if offered else "reference",

@@ -1,6 +1,5 @@
 """The benchmarks' harness: what it checks before it reports, how it pools, what it keeps and what it prints."""
 
-import csv
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -55,6 +54,12 @@ def values(measured: Measured) -> dict[tuple[str, str], Figure]:
     return {(figure.case, figure.metric): figure for figure in measured.figures}
 
 
+def spoil(monkeypatch, where, name, change):
+    """What a function gives is from here on as ``change`` makes it."""
+    right = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args, **options: change(right(*args, **options)))
+
+
 # ---- trace
 
 
@@ -79,13 +84,13 @@ def test_counted_flop_of_any_number_of_draws_follows_from_one_and_two(kind):
 
 
 def test_a_trace_that_differs_from_a_rival_is_not_reported(monkeypatch):
-    def off_by_little(*args, **options):
-        given = trace.published_loop(*args, **options)
-        given["scores"] = given["scores"].clone()
-        given["scores"][1, 0] += 1e-4
-        return given
+    def off_by_little(given):
+        scores = given["scores"].clone()
+        scores[1, 0] += 1e-4
+        return given | {"scores": scores}
 
-    monkeypatch.setitem(trace.RIVALS, "published loop", off_by_little)
+    spoil(monkeypatch, trace, "published_loop", off_by_little)
+    monkeypatch.setitem(trace.RIVALS, "published loop", trace.published_loop)
     with pytest.raises(CheckFailed, match=r"state trace of .* differs by 1\.\de-04 in fp32 .* by 1\.\de-04 in fp64"):
         trace.measure(tiny_lm("llama"), FACTS[:1], samples=2)
 
@@ -98,9 +103,8 @@ def test_a_rival_that_rounds_is_told_apart_from_one_that_is_wrong():
         def distance(a, b):
             return float(np.abs(a - b).max())
 
-        return agreement.check_ways(
-            "a trace", truth + ours, truth + rival, distance, 1e-5, lambda: truth, lambda: rival_exact, **options
-        )
+        ways = truth + ours, truth + rival
+        return agreement.check_ways("a trace", *ways, distance, 1e-5, lambda: truth, lambda: rival_exact, **options)
 
     assert judged(6e-7, 1.3e-5) == pytest.approx((1.24e-5, 6e-7, 1.3e-5, 0.0), abs=1e-12)
     assert judged(6e-7, 6e-6) == (pytest.approx(5.4e-6), None, None, None)
@@ -141,8 +145,7 @@ def test_solves_are_checked_and_timed():
 
 
 def test_a_wrong_solve_is_not_reported(monkeypatch):
-    right = solve.memit_solve
-    monkeypatch.setattr(solve, "memit_solve", lambda *a, **k: [1.001 * x for x in right(*a, **k)])
+    spoil(monkeypatch, solve, "memit_solve", lambda given: [1.001 * x for x in given])
     with pytest.raises(CheckFailed, match="once, 3 facts: relative residual"):
         solve.measure(d_ff=40, facts=(3,), repeats=1)
 
@@ -243,13 +246,7 @@ def test_a_trace_on_a_model_made_from_its_config(model):
 
 
 def test_a_flow_that_differs_from_a_rival_is_not_reported(monkeypatch):
-    right = flows.oracle.batched_loop
-
-    def off_by_a_layer(*args, **options):
-        given = right(*args, **options)
-        return given | {"scores": given["scores"].roll(1, 1)}
-
-    monkeypatch.setattr(flows.oracle, "batched_loop", off_by_a_layer)
+    spoil(monkeypatch, flows.oracle, "batched_loop", lambda given: given | {"scores": given["scores"].roll(1, 1)})
     with pytest.raises(CheckFailed, match="llama-3-8b, 4 layers in fp32: differences"):
         flows.measure(flows.dry("llama-3-8b", CPU))
 
@@ -268,9 +265,7 @@ def test_edit_table_of_a_tiny_model():
     lm = tiny_lm("llama")
     editor = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, v_num_grad_steps=3)
     moments = kf.second_moments(lm, editor.layers, [TEXT], n_tokens=200)
-    asked = [
-        dataclasses.replace(f, paraphrases=(f"Indeed {f.text}",), same_subject=(f"{f.subject} is",)) for f in FACTS
-    ]
+    asked = [dataclasses.replace(f, paraphrases=[f"Indeed {f.text}"], same_subject=[f"{f.subject} is"]) for f in FACTS]
     measured = edit.measure(lm, editor, moments, {1: [asked[:1], asked[1:2]], 4: [asked]}, TEXT)
     figures = values(measured)
     assert {case for case, _ in figures} == {"n = 1, 2 edits", "n = 4, 1 edit"}
@@ -322,10 +317,8 @@ def test_other_relations_fit_the_subject_and_cannot_rightly_move():
     relations = edit.Relations(facts)
     born_in_rome = fact("Eve", "born in", "{} was born in", new="Rome")
     assert relations.other_prompts(born_in_rome) == ("Eve studies",), "who died in Rome may have been born there"
-    assert relations.other_prompts(dataclasses.replace(born_in_rome, target_new="Lima")) == (
-        "Eve studies",
-        "Eve died in",
-    )
+    born_in_lima = dataclasses.replace(born_in_rome, target_new="Lima")
+    assert relations.other_prompts(born_in_lima) == ("Eve studies", "Eve died in")
     assert relations.other_prompts(fact("Vimeo", None)) == ()
 
 
@@ -374,13 +367,7 @@ def test_values_of_one_and_of_several_facts_are_checked_and_timed(ground):
 
 
 def test_a_value_that_differs_from_the_loops_is_not_reported(ground, monkeypatch):
-    right = published.optimize_value
-
-    def off_by_little(*args, **options):
-        given = right(*args, **options)
-        return given._replace(value=1.001 * given.value)
-
-    monkeypatch.setattr(published, "optimize_value", off_by_little)
+    spoil(monkeypatch, published, "optimize_value", lambda given: given._replace(value=1.001 * given.value))
     with pytest.raises(CheckFailed, match=r"value of .* by 1\.0e-03 in fp64 \(allowed 1e-06\)"):
         values_bench.z(ground, 2)
 
@@ -430,13 +417,10 @@ def test_memit_is_compared_phase_by_phase(ground):
 
 
 def test_a_wrong_layer_loop_is_not_reported(ground, monkeypatch):
-    right = values_bench.memit_update
-
-    def twice(*args, **options):
-        given = right(*args, **options)
+    def twice(given):
         return given._replace(deltas={layer: 2 * delta for layer, delta in given.deltas.items()})
 
-    monkeypatch.setattr(values_bench, "memit_update", twice)
+    spoil(monkeypatch, values_bench, "memit_update", twice)
     with pytest.raises(CheckFailed, match=r"Δ of 2 facts differs by 5\.0e-01"):
         values_bench.memit_part(ground, 3)
 
@@ -447,8 +431,7 @@ def test_independent_rome_edits_are_checked_with_their_evaluation(ground, monkey
     assert shown["ratio to the published loop"].mark == ">= 7"
     assert shown["largest difference of p after the edit"].met
     assert all(torch.equal(a, b) for a, b in zip(before, ground.lm.model.parameters(), strict=True))
-    right = published.Loop.probabilities
-    monkeypatch.setattr(published.Loop, "probabilities", lambda self, fact: right(self, fact) + 0.01)
+    spoil(monkeypatch, published.Loop, "probabilities", lambda p: p + 0.01)
     with pytest.raises(CheckFailed, match=r"p of .* differs by 1\.0e-02"):
         values_bench.rome_part(ground, 2)
 
@@ -508,12 +491,8 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
     ]  # fmt: skip
     parts = list(editors.measure(bed, rows))
     figures = values(Measured([figure for part in parts for figure in part.figures], 1.0))
-    assert list(dict.fromkeys(case for case, _ in figures)) == [
-        "no edit",
-        "ROME, n = 1",
-        "R-ROME, n = 1",
-        "MEMIT, n = 2",
-    ]
+    cases = list(dict.fromkeys(case for case, _ in figures))
+    assert cases == ["no edit", "ROME, n = 1", "R-ROME, n = 1", "MEMIT, n = 2"]
     said = capsys.readouterr().out
     assert "None, n = 1: left out: no editor 'nowhere'" in said
     assert "MEMIT, n = 5: left out: 5 facts needed, 4 at hand" in said
@@ -527,14 +506,8 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
 
 
 def test_values_are_optimized_once_for_all_rows(bed, monkeypatch):
-    asked = []
-    right = editors.memit.optimize_values
-
-    def counted(lm, tasks, settings, *rest):
-        asked.append(len(tasks))
-        return right(lm, tasks, settings, *rest)
-
-    monkeypatch.setattr(editors.memit, "optimize_values", counted)
+    asked, right = [], editors.memit.optimize_values
+    monkeypatch.setattr(editors.memit, "optimize_values", lambda *a: asked.append(len(a[1])) or right(*a))
     editor = bed.editor(editors.Row("MEMIT", "memit", 4))
     alone = editor.edit(bed.lm, PROBED[1:], moments=bed.moments, contexts=CONTEXTS)
     asked.clear()
@@ -601,14 +574,11 @@ def measured_once(value: float = 5.5) -> Measured:
 def test_rows_say_what_a_figure_depends_on_and_read_back(tmp_path):
     path = common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once())
     assert common.append_rows(tmp_path, "trace", "python -m bench trace", measured_once()) == path
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 6
+    rows, figures = zip(*common.read_rows(path), strict=True)
     needed = {"date", "bench", "cpu", "cores", "threads", "torch", "transformers", "kedit_fast", "commit", "command"}
     assert needed | {"peak_gflops"} <= {name for name, value in rows[0].items() if value}
     assert path.name.endswith("-cores.csv")
-    read = [figure for _, figure in common.read_rows(path)][2]
-    assert read == measured_once().figures[2]
+    assert len(figures) == 6 and figures[2] == measured_once().figures[2]
 
 
 def test_rows_of_a_gpu_stand_in_a_file_of_its_own(tmp_path, monkeypatch):
@@ -670,19 +640,13 @@ def test_the_tables_that_are_kept_are_those_of_the_rows():
 # ---- command line
 
 
-def fake_bench(monkeypatch, outcome):
-    """`trace` replaced by what gives or raises the outcome."""
-
-    def run(options):
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
+def fake_bench(monkeypatch, run):
+    """Every benchmark is this function of its options."""
     monkeypatch.setattr("bench.__main__.import_module", lambda name: SimpleNamespace(run=run))
 
 
 def test_a_run_is_printed_and_kept_unless_it_was_a_quick_one(monkeypatch, tmp_path, capsys):
-    fake_bench(monkeypatch, measured_once())
+    fake_bench(monkeypatch, lambda options: measured_once())
     assert main(["trace", "--quick", "--results", str(tmp_path)]) == 0
     assert "3.90× (missed ≥ 4)" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -692,12 +656,17 @@ def test_a_run_is_printed_and_kept_unless_it_was_a_quick_one(monkeypatch, tmp_pa
 
 
 def test_what_cannot_run_is_skipped_and_what_is_wrong_fails(monkeypatch, tmp_path, capsys):
-    fake_bench(monkeypatch, Skipped("no data"))
-    assert main(["trace", "--results", str(tmp_path)]) == 0
-    assert "trace: skipped: no data" in capsys.readouterr().out
-    fake_bench(monkeypatch, CheckFailed("off by one"))
-    assert main(["trace", "--results", str(tmp_path)]) == 1
-    assert "CHECK FAILED" in capsys.readouterr().out
+    for outcome, status, says in (
+        (Skipped("no data"), 0, "trace: skipped: no data"),
+        (CheckFailed("off by one"), 1, "CHECK FAILED"),
+    ):
+
+        def run(options, outcome=outcome):
+            raise outcome
+
+        fake_bench(monkeypatch, run)
+        assert main(["trace", "--results", str(tmp_path)]) == status
+        assert says in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -707,7 +676,7 @@ def test_parts_are_kept_as_they_come_and_are_one_run(monkeypatch, tmp_path, caps
         yield dataclasses.replace(measured_once(7.0), notes=["Three facts."])
         raise CheckFailed("off by one")
 
-    monkeypatch.setattr("bench.__main__.import_module", lambda name: SimpleNamespace(run=parts))
+    fake_bench(monkeypatch, parts)
     ticks = iter(range(10))
     for module in ("bench.__main__", "bench.common"):
         monkeypatch.setattr(f"{module}.now", lambda: f"2030-01-01T00:00:0{next(ticks)}Z")
@@ -720,17 +689,11 @@ def test_parts_are_kept_as_they_come_and_are_one_run(monkeypatch, tmp_path, caps
     assert "Two facts. Three facts." in report.render(tmp_path)
 
 
-@pytest.mark.parametrize("module", [values_bench, editors])
+@pytest.mark.parametrize("module", [edit, values_bench, editors])
 def test_the_benches_of_editing_say_which_data_they_lack(module, monkeypatch, tmp_path):
     monkeypatch.setattr(edit, "DATA", tmp_path)
     with pytest.raises(Skipped, match="smollm2_known"):
         next(iter(module.run(SimpleNamespace(quick=False, rows=[], parts=["z"]))))
-
-
-def test_edit_says_which_data_it_lacks(monkeypatch, tmp_path):
-    monkeypatch.setattr(edit, "DATA", tmp_path)
-    with pytest.raises(Skipped, match="smollm2_known"):
-        edit.run(SimpleNamespace())
 
 
 def test_the_list_and_an_unknown_name(capsys):

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,20 +76,34 @@ for line in sys.stdin:
 """
 
 
-def visited(monkeypatch, log, parts, budget):
-    """How the parts ended, by name."""
-    monkeypatch.setattr(plan, "START", 0.0)
-    monkeypatch.setattr(visit, "START", 0.0)
-    monkeypatch.setattr(plan, "END", 0.0)
-    monkeypatch.setattr(visit, "GRACE", 0.1)
-    start = partial(visit.Process, [sys.executable, "-c", FAKE], visit.environment(), log)
-    return {one.name: one.how for one in visit.visit(parts, budget, start, lambda seconds: f"done: {seconds:.0f} s")}
+@pytest.fixture
+def visited(tmp_path):
+    """Visits with fake processes: how the parts ended, by name."""
+    start = partial(visit.Process, [sys.executable, "-c", FAKE], visit.environment(), tmp_path / LOG)
+
+    def ended(parts, budget):
+        ends = visit.visit(parts, budget, start, lambda seconds: f"done: {seconds:.0f} s")
+        return {one.name: one.how for one in ends}
+
+    return ended
 
 
-def test_what_goes_wrong_ends_its_own_part_alone(monkeypatch, tmp_path):
+@pytest.fixture
+def at_once(monkeypatch):
+    """No time to start and to end."""
+    for module, name, seconds in (
+        (plan, "START", 0.0),
+        (visit, "START", 0.0),
+        (plan, "END", 0.0),
+        (visit, "GRACE", 0.1),
+    ):
+        monkeypatch.setattr(module, name, seconds)
+
+
+def test_what_goes_wrong_ends_its_own_part_alone(visited, at_once, tmp_path):
     log = tmp_path / LOG
     names = ["first", "second", "crash", "third", "spoil", "fourth", "fifth", "tests"]
-    ended = visited(monkeypatch, log, [Part(name, 10, 1) for name in names], 80)
+    ended = visited([Part(name, 10, 1) for name in names], 80)
     assert list(ended) == names
     assert ended["crash"] == "crashed with signal SIGABRT; see log.txt"
     assert ended["first"] == ended["second"] != ended["third"] == ended["spoil"] != ended["fourth"] == ended["fifth"]
@@ -96,23 +111,21 @@ def test_what_goes_wrong_ends_its_own_part_alone(monkeypatch, tmp_path):
     assert log.read_text(encoding="utf-8").count("asked for") == 7
 
 
-def test_what_hangs_is_killed_in_its_time_and_says_where_it_stood(monkeypatch, tmp_path):
+def test_what_hangs_is_killed_in_its_time_and_says_where_it_stood(visited, at_once, tmp_path):
     began = time.monotonic()
-    ended = visited(monkeypatch, tmp_path / LOG, [Part("hang", 1, 0.5), Part("after", 20, 0)], 21)
+    ended = visited([Part("hang", 1, 0.5), Part("after", 20, 0)], 21)
     assert time.monotonic() - began < 15
     assert ended["hang"].startswith("killed 0.1 s after its time") and ended["after"].startswith("done in")
     assert 'File "<string>", line 13' in (tmp_path / LOG).read_text(encoding="utf-8")
 
 
-def test_a_part_that_has_too_little_time_is_not_begun(monkeypatch, tmp_path):
-    ended = visited(monkeypatch, tmp_path / LOG, [Part("large", 10, 10), Part("small", 10, 1)], 15)
+def test_a_part_that_has_too_little_time_is_not_begun(visited, at_once):
+    ended = visited([Part("large", 10, 10), Part("small", 10, 1)], 15)
     assert ended["large"] == "skipped: 7 s were left, it needs 10" and ended["small"].startswith("done")
 
 
-def test_a_fresh_process_must_fit_in_too(monkeypatch, tmp_path):
-    start = partial(visit.Process, [sys.executable, "-c", FAKE], visit.environment(), tmp_path / LOG)
-    parts = [Part("crash", 1, 0), Part("late", 1, 5)]
-    first, second = (one.how for one in visit.visit(parts, START + END + 4, start, str))
+def test_a_fresh_process_must_fit_in_too(visited):
+    first, second = visited([Part("crash", 1, 0), Part("late", 1, 5)], START + END + 4).values()
     assert first.startswith("crashed") and second == "skipped: 24 s were left, it needs 25"
 
 
@@ -127,7 +140,7 @@ def test_errors_and_what_was_left_out_are_said(book, monkeypatch):
         raise ValueError("four\nlines")
 
     made = session.Session(CPU, True, (16,), book)
-    monkeypatch.setattr(session, "import_module", lambda name: type("module", (), {"smoke": staticmethod(part)}))
+    monkeypatch.setattr(session, "import_module", lambda name: SimpleNamespace(smoke=part))
     answer = session.run_part(made, "smoke", time.monotonic() + 5)
     assert answer.usable
     assert answer.how.startswith("failed: one: IndexError: ") and answer.how.endswith("; no time for three")
@@ -139,7 +152,7 @@ def test_a_device_that_does_not_answer_spoils_the_process(book, monkeypatch):
     def lost(*args, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(session, "import_module", lambda name: type("module", (), {"smoke": lambda asked: None}))
+    monkeypatch.setattr(session, "import_module", lambda name: SimpleNamespace(smoke=lambda asked: None))
     made = session.Session(CPU, True, (16,), book)
     assert session.run_part(made, "smoke", float("inf")) == ("done", True)
     monkeypatch.setattr(torch, "ones", lost)

@@ -13,15 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kedit_fast.basics import files
-from kedit_fast.basics.files import (
-    append_records,
-    check_folder,
-    check_format,
-    check_place,
-    file_in,
-    holds_something,
-    replace_file,
-)
+from kedit_fast.basics.files import append_records, check_folder, check_place, file_in, replace_file
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.facts.fact import Fact
@@ -51,8 +43,15 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
 
 
+def write_private(path):
+    with replace_file(path) as unfinished:
+        save_file({"x": torch.ones(1)}, unfinished)
+        unfinished.chmod(0o600)
+
+
 WRITERS = {
     "text": write,
+    "private": write_private,
     "tensors": lambda path: SecondMoment(torch.eye(2), 5, 1).save(path),
     "edit": lambda path: Edit("memit", {}, "", (Fact("{} is", "It"),), {}).save(path),
     "report": lambda path: EvalReport({}, None, (), {}, {}).save(path),
@@ -71,14 +70,6 @@ def test_the_mode_is_that_of_any_file(writer, umask, tmp_path):
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "written").stat().st_mode) == 0o666 & ~umask
     assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_the_mode_is_given_in_one_place(tmp_path):
-    with replace_file(tmp_path / "a") as unfinished:
-        save_file({"x": torch.ones(1)}, unfinished)
-        unfinished.chmod(0o600)
-    (tmp_path / "plain").touch()
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize(
@@ -140,18 +131,20 @@ def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path, monkeypatch)
         raise OSError(5, "not of this file", "other")
     assert caught.value.filename == "other"
 
-    monkeypatch.setattr(files.os, "replace", lambda old, new: (_ for _ in ()).throw(OSError(1, "no", str(old))))
+    def refuse(old, new):
+        raise OSError(1, "no", str(old))
+
+    monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(OSError) as caught:
         write(tmp_path / "a")
     assert caught.value.filename == str(tmp_path / "a") and names(tmp_path) == []
 
 
-def test_a_report_as_a_page_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_report_as_a_page_is_whole_or_not_there(tmp_path):
     report = EvalReport({}, None, (), {}, {})
     report.to_html(tmp_path / "page.html")
     before = (tmp_path / "page.html").read_text()
-    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="File too large"), no_file_over(10):
         EvalReport({}, None, (), {"model": "another"}, {}).to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == before and names(tmp_path) == ["page.html"]
 
@@ -159,18 +152,11 @@ def test_a_report_as_a_page_is_whole_or_not_there(tmp_path, monkeypatch):
 # ---- what is no regular file
 
 
-def read_later(pipe):
-    """Reads a named pipe to its end in a thread; join() it, then look at [0]."""
-    got = []
+def test_a_pipe_is_written_through(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
     reader.start()
-    return reader, got
-
-
-def test_a_pipe_is_written_through(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader, got = read_later(pipe)
     write(pipe, "through")
     reader.join(10)
     assert got == [b"through"] and stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["pipe"]
@@ -238,12 +224,13 @@ def test_paths_that_name_no_file(path, error, says, tmp_path, monkeypatch):
 )
 def test_formats_and_versions(name, version, fits):
     with nullcontext() if fits else pytest.raises(ValueError, match=f"it is '{name}' of version {version}"):
-        check_format({"format": name, "version": version}, "new", "old", version=1)
+        files.check_format({"format": name, "version": version}, "new", "old", version=1)
 
 
 def test_an_empty_file_holds_nothing(tmp_path):
     (tmp_path / "empty").touch(), (tmp_path / "full").write_text("x")
-    assert [holds_something(tmp_path / name) for name in ("empty", "full", "none", ".")] == [False, True, False, False]
+    held = [files.holds_something(tmp_path / name) for name in ("empty", "full", "none", ".")]
+    assert held == [False, True, False, False]
 
 
 def test_folders_that_can_be_made(tmp_path):
@@ -293,26 +280,10 @@ def test_plain_names(name, tmp_path):
     assert file_in(tmp_path, name, "index") == tmp_path / name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        ".",
-        "..",
-        "../a",
-        "a/b",
-        "/etc/passwd",
-        "a/../b",
-        "..\\a",
-        "C:a",
-        "c:\\a",
-        "\\\\server\\a",
-        "a\0b",
-        "a\nb",
-        3,
-        None,
-    ],
-)
+ELSEWHERE = ("", ".", "..", "../a", "a/b", "/etc/passwd", "a/../b", "..\\a", "C:a", "c:\\a", "\\\\server\\a")
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, "a\0b", "a\nb", 3, None])
 def test_names_that_lead_elsewhere(name, tmp_path):
     with pytest.raises(ValueError, match="index names the file") as caught:
         file_in(tmp_path, name, "index")

@@ -5,16 +5,8 @@ import math
 import pytest
 import torch
 
-from kedit_fast.basics.intervals import (
-    COUNT,
-    DIFFERENCE,
-    PROBABILITY,
-    SHARE,
-    harmonic_mean,
-    interval,
-    summarize,
-    wilson,
-)
+from kedit_fast.basics import intervals
+from kedit_fast.basics.intervals import DIFFERENCE, PROBABILITY, SHARE, harmonic_mean, interval, wilson
 
 NAN = math.nan
 
@@ -53,7 +45,7 @@ def test_interval_of_other_columns_is_normal():
     assert interval(torch.tensor([-1.0, 0.9]), DIFFERENCE)[1:3] == (-1.0, 1.0)
     halves = interval(torch.tensor([0.5, 1.0, 1.0]), SHARE)
     assert halves.low > 0.4 and halves.high == 1.0
-    assert interval(torch.tensor([3.0, 9.0]), COUNT).high > 9
+    assert interval(torch.tensor([3.0, 9.0]), intervals.COUNT).high > 9
 
 
 def test_interval_of_few():
@@ -73,6 +65,6 @@ def test_harmonic_mean():
 def test_a_summary_has_a_score_only_where_one_is_named():
     columns = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.25, NAN])}
     metrics = {"a": (SHARE, "a"), "b": (PROBABILITY, "b")}
-    assert list(summarize(columns, metrics)) == ["a", "b"]
-    got = summarize(columns, metrics, ("a", "b"))
+    assert list(intervals.summarize(columns, metrics)) == ["a", "b"]
+    got = intervals.summarize(columns, metrics, ("a", "b"))
     assert list(got) == ["score", "a", "b"] and got["score"].mean == pytest.approx(1 / 3) and got["score"].n == 2

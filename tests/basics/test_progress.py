@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -14,11 +15,9 @@ from kedit_fast.editors import Memit, Rome
 from kedit_fast.experiments.by_layer import edit_by_layer
 from kedit_fast.gating.ask import names_of
 from tests.conftest import tiny_lm
+from tests.make import TOWER
 
-FACTS = [
-    kf.Fact(prompt="{} is in the city of", subject=subject, target_new="Rome", target_true="Paris")
-    for subject in ("The Eiffel Tower", "Big Ben")
-]
+FACTS = [TOWER, replace(TOWER, subject="Big Ben", id="b")]
 EDIT = {"v_num_grad_steps": 3, "context_template_length_params": ((4, 2),), "mom2_adjustment": False}
 
 

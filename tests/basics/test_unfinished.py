@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,17 +12,21 @@ import pytest
 from kedit_fast.basics import unfinished
 from kedit_fast.basics.files import replace_file
 from kedit_fast.basics.folders import new_folder
+from tests.basics.test_files import names, write
 
 ROOT = Path(unfinished.__file__).parents[2]
-KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def killed_while_writing(code, folder):
-    """Runs code in another Python, which ends by SIGKILL; what it left in the folder."""
+def killed_while_writing(where, text, folder):
+    """Runs code in another Python that kills itself with ``path`` open for writing; what it left in the folder."""
+    code = f"""
+from pathlib import Path
+from kedit_fast.basics.files import replace_file
+from kedit_fast.basics.folders import new_folder
+from kedit_fast.basics.unfinished import temporary_folder
+with {where} as path:
+    {text}
+    import os, signal; os.kill(os.getpid(), signal.SIGKILL)"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, timeout=60, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -32,11 +36,7 @@ def killed_while_writing(code, folder):
 
 
 def test_a_killed_write_leaves_nothing_behind_the_next_one(tmp_path):
-    (left,) = killed_while_writing(
-        f"from kedit_fast.basics.files import replace_file\nwith replace_file('a.json') as path:\n"
-        f"    path.write_text('half')\n    {KILLED}",
-        tmp_path,
-    )
+    (left,) = killed_while_writing("replace_file('a.json')", "path.write_text('half')", tmp_path)
     assert left.startswith(".a.json.") and left.endswith(".unfinished")
     with replace_file(tmp_path / "a.json") as path:
         assert names(tmp_path) == [path.name] != [left]
@@ -55,37 +55,27 @@ def test_who_writes_now_is_left_alone(tmp_path):
 
 def test_many_writers_of_one_file(tmp_path):
     """None takes another's file for a leftover, also in the moment before it is locked."""
-    failed = []
 
-    def write(text):
+    def write_often(text):
         for _ in range(50):
-            try:
-                with replace_file(tmp_path / "a") as path:
-                    path.write_text(text)
-            except OSError as error:
-                failed.append(error)
+            write(tmp_path / "a", text)
 
-    writers = [threading.Thread(target=write, args=(text,)) for text in "abcdefgh"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert not failed and (tmp_path / "a").read_text() in set("abcdefgh") and names(tmp_path) == ["a"]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_often, "abcdefgh"))  # raises what a writer raised
+    assert (tmp_path / "a").read_text() in set("abcdefgh") and names(tmp_path) == ["a"]
 
 
 def test_files_that_only_look_alike_stay(tmp_path):
     alike = [".a.notes.unfinished", ".a.unfinished", "a.12345678.unfinished", ".ab.12345678.unfinished"]
     for name in alike:
         (tmp_path / name).touch()
-    with replace_file(tmp_path / "a"):
-        pass
+    write(tmp_path / "a")
     assert names(tmp_path) == sorted([*alike, "a"])
 
 
 def test_a_name_of_any_length(tmp_path):
     for name in ("n" * 255, "名" * 85):  # bytes: as many as there may be
-        with replace_file(tmp_path / name) as path:
-            path.write_text("x")
+        write(tmp_path / name, "x")
         assert (tmp_path / name).read_text() == "x"
 
 
@@ -108,9 +98,8 @@ def test_a_folder_that_was_filled_meanwhile(tmp_path):
 
 
 def test_a_killed_run_s_folder_is_taken_over(tmp_path):
-    code = f"from kedit_fast.basics.folders import new_folder\nwith new_folder('out') as path:\n" \
-           f"    (path / 'deep').mkdir(); (path / 'deep' / 'half').write_text('x')\n    {KILLED}"  # fmt: skip
-    assert killed_while_writing(code, tmp_path) == [".out.unfinished"]
+    half = "(path / 'deep').mkdir(); (path / 'deep' / 'half').write_text('x')"
+    assert killed_while_writing("new_folder('out')", half, tmp_path) == [".out.unfinished"]
     with new_folder(tmp_path / "out") as path:
         assert names(path) == []
     assert names(tmp_path) == ["out"]
@@ -118,8 +107,7 @@ def test_a_killed_run_s_folder_is_taken_over(tmp_path):
 
 def test_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished, "LOCKS", False)
-    with replace_file(tmp_path / "a") as path:
-        path.write_text("1")
+    write(tmp_path / "a", "1")
     with new_folder(tmp_path / "out") as path:
         says = r"or one that was killed left .*\.out\.unfinished; delete that"
         with pytest.raises(ValueError, match=says), new_folder(tmp_path / "out"):
@@ -135,8 +123,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(unfinished.fcntl, "flock", flock)
     (tmp_path / ".a.12345678.unfinished").touch()  # nobody knows whose: it stays
-    with replace_file(tmp_path / "a") as path:
-        path.write_text("1")
+    write(tmp_path / "a", "1")
     with new_folder(tmp_path / "out"):
         says = "another run writes there, or one that was killed left"
         with pytest.raises(ValueError, match=says), new_folder(tmp_path / "out"):
@@ -146,21 +133,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_temporary_folder_of_a_killed_run_is_deleted(tmp_path):
-    code = f"""
-from pathlib import Path
-from kedit_fast.basics.unfinished import temporary_folder
-with temporary_folder(Path("model")) as path:
-    (path / "half").write_text("x")
-    {KILLED}"""
-    (left,) = killed_while_writing(code, tmp_path)
+    (left,) = killed_while_writing("temporary_folder(Path('model'))", "(path / 'half').write_text('x')", tmp_path)
     with unfinished.temporary_folder(tmp_path / "model") as a, unfinished.temporary_folder(tmp_path / "model") as b:
         assert names(tmp_path) == sorted([a.name, b.name]) and left not in names(tmp_path)
     assert names(tmp_path) == []
 
 
 def test_a_killed_run_s_folder_of_another_name_is_warned_of(tmp_path):
-    code = f"from kedit_fast.basics.folders import new_folder\nwith new_folder('out') as path:\n    {KILLED}"
-    killed_while_writing(code, tmp_path)
+    killed_while_writing("new_folder('out')", "pass", tmp_path)
     says = r"\.out\.unfinished is what a killed run left; delete it"
     with pytest.warns(UserWarning, match=says) as warned, new_folder(tmp_path / "a"), new_folder(tmp_path / "b"):
         pass

@@ -231,17 +231,13 @@ def case_record(facts: Sequence[Fact], base, edited, generations: Sequence = (),
     record: dict[str, Any] = (
         {"fact": facts[0].to_record()} if single else {"facts": [fact.to_record() for fact in facts]}
     )
-    record |= _sides_record(base, edited)
+    record |= {"base": base, "edited": edited}
     if generations:
-        told = [list(generation) for generation in generations]
-        record |= {"generation": told[0]} if single else {"generations": told}
+        record |= {"generation": generations[0]} if single else {"generations": generations}
     if other:
-        record["asked plainly" if facts[0].chat else "asked in a chat"] = _sides_record(*other)
-    return record
-
-
-def _sides_record(base, edited) -> dict:
-    return finite({"base": base, "edited": edited})
+        form = "asked plainly" if facts[0].chat else "asked in a chat"
+        record[form] = {"base": other[0], "edited": other[1]}
+    return finite(record)
 
 
 def finite(value: Any) -> Any:
@@ -253,13 +249,8 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary_record(summary: dict[str, Interval]) -> dict[str, list]:
-    """A summary as plain values, for JSON; NaN and infinity are None."""
-    return finite(summary)
-
-
 def summary_of_record(record: dict[str, list]) -> dict[str, Interval]:
-    """The summary that ``summary_record`` gave; infinity has become NaN."""
+    """The summary of which ``finite`` gave the record; infinity has become NaN."""
     return {name: Interval._make(map(as_float, one)) for name, one in record.items()}
 
 

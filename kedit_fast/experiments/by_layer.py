@@ -26,7 +26,7 @@ from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
-from kedit_fast.evaluation.report import as_float, finite, summary_of_record, summary_record
+from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
@@ -100,8 +100,8 @@ class LayerStudy:
             "method": self.method,
             "model": self.model,
             "n_facts": self.n_facts,
-            "base": summary_record(self.base),
-            "edited": {str(layer): summary_record(self.edited[layer]) for layer in self.layers},
+            "base": finite(self.base),
+            "edited": {str(layer): finite(self.edited[layer]) for layer in self.layers},
             "traces": {kind: _trace_record(average) for kind, average in self.traces.items()},
             "rank_correlation": finite(self.correlations()),
             "note": LOCALIZATION_WARNING,
@@ -196,7 +196,7 @@ def edit_by_layer(
                     contexts = edit.contexts  # sampled once
                     found = evaluate(lm, facts, edit, both_forms=False).summary()
                 edited[layer] = {name: one for name, both in found.items() if (one := both["edited"]) is not None}
-                append_records(log, [{"layer": layer, "edited": summary_record(edited[layer])}])
+                append_records(log, [{"layer": layer, "edited": finite(edited[layer])}])
                 bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
         base = {name: one for name, both in found.items() if (one := both["base"]) is not None}
         if traces is None:

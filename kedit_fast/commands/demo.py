@@ -256,17 +256,16 @@ def _write_and_undo(lm, story, found) -> None:
         "Write the MEMIT edit into the weights, and take it out again",
         "Until now the weights were only read. A digest (sha256) of all of them shows whether the undo is exact.",
     ) as result:
-        digests, answers = [state_digest(lm.model)], [hf_answers(lm, prompts)]
+        before = state_digest(lm.model), hf_answers(lm, prompts)
         with edit.apply(lm.model):
-            digests.append(state_digest(lm.model))
-            answers.append(hf_answers(lm, prompts))
-        digests.append(state_digest(lm.model))
-        answers.append(hf_answers(lm, prompts))
-        found.undone = Undone(tuple(digests), tuple(zip(prompts, *answers, strict=True)))
+            edited = state_digest(lm.model), hf_answers(lm, prompts)
+        digests, answers = zip(before, edited, (state_digest(lm.model), hf_answers(lm, prompts)), strict=True)
+        found.undone = Undone(digests, tuple(zip(prompts, *answers, strict=True)))
         if not found.undone.exact or answers[0] != answers[2]:
             raise RuntimeError(f"the model is not what it was before the edit: sha256 {digests[0]}, then {digests[2]}")
-        for prompt, before, edited, _ in found.undone.generations:
-            say(f"      {prompt}\n         before: {_one_line(before)}\n         edited: {_one_line(edited)}")
+        for prompt, *said in found.undone.generations:
+            before, edited, _ = (" ".join(text.split()) for text in said)
+            say(f"      {prompt}\n         before: {before}\n         edited: {edited}")
         for when, digest in zip(("before", "edited", "undone"), digests, strict=True):
             say(f"      sha256 {when}: {digest}")
         result("bit-identical after the undo, and it answers as before")
@@ -292,7 +291,3 @@ def hf_answers(lm, prompts: Sequence[str]) -> list[str]:
         )  # fmt: skip
         answers.append(lm.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     return answers
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

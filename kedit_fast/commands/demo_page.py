@@ -1,10 +1,9 @@
 """The demo's findings as one page; see ``demo.py``."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
-from kedit_fast.pictures.page import Cell, Change, Details, Picture, Section, Table, before_after_table, write_report
+from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, before_after_table, write_report
 from kedit_fast.pictures.traces import plot_average, plot_kinds
 from kedit_fast.tracing.results import LOCALIZATION_WARNING
 
@@ -93,6 +92,10 @@ def _edit(heading: str, checked, what: str) -> Section:
     written = [change for change in changes if change.role == "edit"]
     neighbors = [change for change in changes if change.role == "neighbor"]
     hurt = [change for change in neighbors if change.outcome.tone == "bad"]
+    damage: list = ["No neighbor that the model knew lost half of its answer's probability."] if neighbors else []
+    if hurt:
+        n = f"{len(hurt)} of {len(neighbors)} neighbors"
+        damage = [replace(before_after_table(hurt), caption=f"Damage: {n} lost their answer, or half of it and more")]
     layers = ", ".join(map(str, checked.edit.layers))
     settings = checked.edit.hparams["source"]
     return Section(
@@ -100,8 +103,8 @@ def _edit(heading: str, checked, what: str) -> Section:
         [
             f"{what} Layer{'s' * (len(checked.edit.layers) > 1)} {layers}; settings {settings}. {full.caption}",
             _scores(checked),
-            _changes(written, "The edited facts, before and after"),
-            *_hurt(hurt, neighbors),
+            replace(before_after_table(written), caption="The edited facts, before and after"),
+            *damage,
             Details("All prompts: the facts, their paraphrases and neighbors", [full]),
         ],
     )
@@ -130,18 +133,6 @@ def _tone(should: str, before: float, after: float) -> str:
     if should == "fall":
         return "good" if after < before else "bad"
     return "good" if after >= KEPT * before else "bad"
-
-
-def _changes(changes: Sequence[Change], caption: str) -> Table:
-    return replace(before_after_table(changes), caption=caption)
-
-
-def _hurt(hurt: Sequence[Change], neighbors: Sequence[Change]) -> list:
-    if not hurt:
-        return ["No neighbor that the model knew lost half of its answer's probability." * bool(neighbors)]
-    return [
-        _changes(hurt, f"Damage: {len(hurt)} of {len(neighbors)} neighbors lost their answer, or half of it and more")
-    ]
 
 
 # ---- the rest

@@ -13,7 +13,7 @@ from kedit_fast import __version__
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
-from kedit_fast.edits.chain import check_chain
+from kedit_fast.edits.chain import check_chain, with_edits
 from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.evaluate import about
 from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
@@ -126,11 +126,10 @@ def _check(lm, edits, dtype, requantize) -> None:
 def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]:
     """({form: the model with the edits in that form}, {layer: ‖ΔW‖ / ‖W‖} of the first form)."""
     if dtype is None:
-        view = lm
-        for e in edits:
-            view = view.with_edit(e)
         plain = all(lm.source.weight(*place).is_floating_point() for e in edits for place in e.weights)
-        return {"adapter": view}, forms.growth(forms.chain_deltas(lm, edits, torch.float32)) if plain else {}
+        return {"adapter": with_edits(lm, edits, "edit")}, forms.growth(
+            forms.chain_deltas(lm, edits, torch.float32)
+        ) if plain else {}
     weights = forms.chain_deltas(lm, edits, dtype)
     views = {f"written {str(dtype).removeprefix('torch.')}": forms.view_of_written(lm, edits, weights)}
     if requantize:

@@ -171,9 +171,7 @@ def _from_object(path: Path, record: dict, notes: Notes, skip_bad: bool) -> Suit
             facts=facts,
             portability=asked,
             specificity=tuple(questions_of(record.get("specificity"), "specificity")),
-            text=_texts(path, "text", record),
-            context=_texts(path, "context", record),
-            doubt=_texts(path, "doubt", record),
+            **{name: _texts(path, name, record) for name in ("text", "context", "doubt")},
             languages=tuple(_translation(entry) for entry in _list(path, "languages", record)),
             name=path.name,
         )

@@ -1,5 +1,6 @@
-"""When two tensors are the same: one tolerance for each dtype."""
+"""When two tensors are the same: one tolerance for each dtype; and when a call is refused as it should be."""
 
+import pytest
 import torch
 
 # Relative RMS error, set here once. float64 serves where two exact ways to one number meet.
@@ -19,3 +20,10 @@ def close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype |
     tolerance = TOLERANCE[dtype or got.dtype]
     error = relative_error(got, want)
     assert error <= tolerance, f"{name}: relative RMS error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def refused(says: str, call, *args, error: type[Exception] = ValueError, **options) -> str:
+    """Asserts that a call is refused in these words; -> all that it says."""
+    with pytest.raises(error, match=says) as raised:
+        call(*args, **options)
+    return str(raised.value)

@@ -12,7 +12,8 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.model.smollm2 import smollm2_folder
-from tests.compare import TOLERANCE, close, relative_error  # noqa: F401 (for the tests)
+from kedit_fast.sweep import engine
+from tests.compare import TOLERANCE, close, refused, relative_error  # noqa: F401 (for the tests)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # tiny products: a second thread costs more than it brings, and rounding stays put
@@ -49,6 +50,16 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_sweep(monkeypatch):
+    """A sweep that begins is an AssertionError: for input that has to be refused before any work."""
+
+    def prepared(*args):
+        raise AssertionError("a sweep ran before the input was checked")
+
+    monkeypatch.setattr(engine, "prepared", prepared)
 
 
 @pytest.fixture

@@ -70,3 +70,24 @@ def same_bits(model, before):
 def logits(model):
     with torch.no_grad():
         return model(torch.tensor([[5, 17, 23, 42]])).logits
+
+
+class Broken(Exception):
+    """What a test throws."""
+
+
+def break_at(monkeypatch, owner, name, at, error=Broken, after=False):
+    """Has calls of ``owner.name`` raise, those numbered in ``at``, from 1, before or after their work; -> all calls."""
+    function, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) in at and not after:
+            raise error("broken by a test")
+        made = function(*args, **kwargs)
+        if len(calls) in at:
+            raise error("broken by a test")
+        return made
+
+    monkeypatch.setattr(owner, name, call)
+    return calls

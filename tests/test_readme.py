@@ -8,8 +8,8 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast.commands import cli
-from tests.conftest import tiny_lm
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.conftest import save_tiny, tiny_lm
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,8 +28,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (record,) = blocks("json")
     (tmp_path / "facts.json").write_text(record, encoding="utf-8")
-    tiny_model("llama").save_pretrained("llama")
-    tiny_tokenizer().save_pretrained("llama")
+    save_tiny("llama", tiny_model("llama"))
     return tmp_path
 
 

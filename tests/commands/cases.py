@@ -1,7 +1,6 @@
 """What the tests of the commands share: facts, quick settings, and a command run in this process."""
 
 from kedit_fast.commands import cli
-from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = (
     {"prompt": "{} is located in the city of", "subject": "Big Ben", "target_new": "Seattle", "target_true": "London"},
@@ -11,15 +10,17 @@ ONE = ["--prompt", "The capital of {} is", "--subject", "France"]
 FAST = {"v_num_grad_steps": 3, "context_template_length_params": [[4, 2]], "mom2_update_weight": 80.0}
 
 
-def save_tiny(folder, family="llama"):
-    tiny_model(family).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def run(*args):
-    """The exit status of a command."""
-    return cli.main([str(arg) for arg in args])
+    """The exit status of a command, also where its arguments alone are refused or help is asked for."""
+    try:
+        return cli.main([str(arg) for arg in args])
+    except SystemExit as end:
+        return end.code
+
+
+def parsed(*args):
+    """What the parser makes of a command's words."""
+    return cli.build_parser().parse_args(args)
 
 
 def files(folder):

@@ -16,10 +16,7 @@ from kedit_fast.commands import cli
 from kedit_fast.commands.arguments import BENCHMARKS
 from kedit_fast.editors import EDITORS
 from kedit_fast.tracing.trace import KINDS, METRICS
-from tests.commands.cases import raising, run
-
-COMMANDS = tuple(name for name in cli.COMMANDS if " " not in name)  # the others: test_edits.py
-
+from tests.commands.cases import parsed, raising, run
 
 # ---- help
 
@@ -30,7 +27,7 @@ def test_help_imports_no_torch_and_is_quick():
         "for name in (None, *cli.COMMANDS):\n"
         "    try: cli.main([*(name or '').split(), '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich', 'safetensors', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     took = []
@@ -44,43 +41,43 @@ def test_help_imports_no_torch_and_is_quick():
     assert min(took) < 0.3
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
-    shown = capsys.readouterr().out
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_explains_itself_and_its_example_is_accepted(command, said):
+    shown = said(*command.split(), "--help")
     example = shown[shown.index("example:") :].split("\n")[1].strip()
-    assert end.value.code == 0 and example.startswith(f"kedit-fast {command}")
+    assert example.startswith(f"kedit-fast {command}") and "--debug" in shown
+    assert parsed(*shlex.split(example)[1:]).command == command
+    if " " in command:  # an action on what is there
+        return
     runs_a_model = () if command == "merge" else ("--memory", "--device", "--dtype", "--threads")
-    for option in ("--model", "--debug", *runs_a_model):
-        assert option in shown
+    assert all(option in shown for option in ("--model", *runs_a_model))
     assert ("--output" in shown) == (command != "generate")  # it writes to the screen alone
     assert ("--seed" in shown) == (command not in ("info", "merge", "generate"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_example_is_accepted(command, capsys):
-    with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    shown = capsys.readouterr().out
-    line = shown[shown.index("example:") :].split("\n")[1]
-    assert cli.build_parser().parse_args(shlex.split(line)[1:]).command == command
-
-
 def test_the_parser_knows_what_the_package_knows():
-    assert cli.build_parser().parse_args(["trace"]).kinds == KINDS
+    assert parsed("trace").kinds == KINDS
     for metric in METRICS:
-        assert cli.build_parser().parse_args(["trace", "--metric", metric]).metric == metric
+        assert parsed("trace", "--metric", metric).metric == metric
     assert tuple(kf.BENCHMARKS) == BENCHMARKS
     for method in EDITORS:
-        assert cli.build_parser().parse_args(["edit", "--method", method]).method == method
+        assert parsed("edit", "--method", method).method == method
 
 
 @pytest.mark.parametrize(
-    "text, layers", [("3-7", (3, 4, 5, 6, 7)), ("5", (5,)), ("3, 5", (3, 5)), ("0-2,8,1", (0, 1, 2, 8))]
+    "command, text, layers",
+    [
+        ("stats", "3-7", (3, 4, 5, 6, 7)),
+        ("stats", "5", (5,)),
+        ("stats", "3, 5", (3, 5)),
+        ("stats", "0-2,8,1", (0, 1, 2, 8)),
+        ("layers", "0-29:3", tuple(range(0, 30, 3))),
+        ("layers", "0-4:2,7", (0, 2, 4, 7)),
+        ("layers", "5:2", (5,)),
+    ],
 )
-def test_layers(text, layers):
-    assert cli.build_parser().parse_args(["stats", "--layers", text]).layers == layers
+def test_layers(command, text, layers):
+    assert parsed(command, "--layers", text).layers == layers
 
 
 @pytest.mark.parametrize(
@@ -89,6 +86,10 @@ def test_layers(text, layers):
         (["stats", "--layers", "7-3"], "expected layers such as"),
         (["stats", "--layers", "x"], "expected layers such as"),
         (["stats", "--layers=-3"], "expected layers such as"),
+        *(
+            (["layers", "--layers", text], "expected layers such as")
+            for text in ("0-4:0", "0-4:", "0-4:x", ":2", "4-0:2")
+        ),
         (["trace", "--kinds", "state,foo"], "'state,foo': expected some of"),
         (["trace", "--samples", "0"], "at least 1"),
         (["trace", "--plots", "-1"], "at least 0"),
@@ -96,10 +97,8 @@ def test_layers(text, layers):
         (["forget"], "invalid choice"),
     ],
 )
-def test_wrong_arguments(args, says, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(args)
-    assert end.value.code == 2 and says in capsys.readouterr().err
+def test_wrong_arguments(args, says, complaint):
+    assert says in complaint(*args)
 
 
 # ---- errors

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.commands import cli, demo
+from kedit_fast.commands import demo
 from kedit_fast.commands import demo_page as demo_report
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
@@ -18,9 +18,10 @@ from kedit_fast.facts.fact import OWN_FACTS, Fact
 from kedit_fast.moments import sampled_text
 from kedit_fast.moments import second_moment as moments
 from kedit_fast.pictures.page import Change
-from tests.conftest import open_tiny
+from tests.commands.cases import run
+from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny
 from tests.make import make_edit
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model
 
 FACTS = (
     Fact(
@@ -36,6 +37,8 @@ FACTS = (
     Fact("{} is located in the city of", "Big Ben", "Seattle", "London", paraphrases=("Big Ben is in",)),
 )
 EASY = {"v_num_grad_steps": 4, "context_template_length_params": ((4, 2),)}
+MEMIT = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, **EASY)
+EDITORS = {"rome": kf.Rome(layers=(1,), **EASY), "memit": MEMIT}
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +50,8 @@ def told(tmp_path_factory):
         printed = []
         patch.setattr(demo, "say", lambda text="": printed.append(text))
         patch.setattr(demo, "show", lambda shown: printed.append(str(shown)))
-        path = demo.run_demo(
-            lm,
-            FACTS,
-            folder / "out",
-            samples=2,
-            few_samples=1,
-            n_memit=2,
-            n_tokens=400,
-            rome=kf.Rome(layers=(1,), **EASY),
-            memit=kf.Memit(layers=(1, 2), mom2_update_weight=80.0, **EASY),
-        )
+        sizes = {"samples": 2, "few_samples": 1, "n_memit": 2, "n_tokens": 400}
+        path = demo.run_demo(lm, FACTS, folder / "out", **sizes, **EDITORS)
     return lm, "\n".join(printed), path.read_text(), folder / "out", digest
 
 
@@ -85,13 +79,7 @@ def test_the_report_says_what_it_measured(told):
     assert body.count("<img ") == 2 and "http://" not in body and "https://" not in body
     assert (folder / "trace.png").read_bytes()[:4] == b"\x89PNG"
     text = html.unescape(re.sub(r"<[^>]+>", " ", body))
-    for said in (
-        "Success and damage",
-        "neighbors known before",
-        "neighbors",
-        "paraphrases",
-        "perplexity of ordinary prose, ",
-    ):
+    for said in ("Success and damage", "neighbors known before", "paraphrases", "perplexity of ordinary prose, "):
         assert said in text, said
     assert "MEMIT: 2 new answers at once" in told[1] and "MEMIT: 2 facts at once" in text
     assert "Seattle" not in text, "the third fact is traced, not edited"
@@ -103,8 +91,7 @@ def test_the_report_says_what_it_measured(told):
 
 def test_the_first_line_is_the_models_note(told, tmp_path):
     lm = dataclasses.replace(told[0], note="a model de-quantised from 4 bits <&>")
-    editors = {"rome": kf.Rome(layers=(1,), **EASY), "memit": kf.Memit(layers=(1,), mom2_update_weight=80.0, **EASY)}
-    report = demo.run_demo(lm, FACTS[:1], tmp_path, samples=1, n_memit=1, n_tokens=200, **editors).read_text()
+    report = demo.run_demo(lm, FACTS[:1], tmp_path, samples=1, n_memit=1, n_tokens=200, **EDITORS).read_text()
     assert '<p class="first-line">Measured on a model de-quantised from 4 bits &lt;&amp;&gt;.' in report
 
 
@@ -153,22 +140,17 @@ def test_the_digest_sees_one_bit_and_one_name(dtype):
     assert demo.state_digest(model) != before
 
 
-def test_an_undo_that_is_not_exact_is_an_error(monkeypatch, tmp_path):
+def test_an_undo_that_is_not_exact_is_an_error(monkeypatch):
+    """In the model's bits, or in what it answers."""
     lm = open_tiny(tiny_model("llama"))
+    found = demo.Findings("tiny", memit=demo.Checked(make_edit(lm.model), None, ()))
+    answers = iter([["a", "b"], ["c", "d"], ["a", "e"]])
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "hf_answers", lambda lm, prompts: next(answers))
+        refused("is not what it was", demo._write_and_undo, lm, demo.Story(), found, error=RuntimeError)
     digests = iter(["a", "b", "c"])
     monkeypatch.setattr(demo, "state_digest", lambda model: next(digests))
-    found = demo.Findings("tiny", memit=demo.Checked(make_edit(lm.model), None, ()))
-    with pytest.raises(RuntimeError, match="sha256 a, then c"):
-        demo._write_and_undo(lm, demo.Story(), found)
-
-
-def test_answers_that_differ_after_the_undo_are_an_error(monkeypatch):
-    lm = open_tiny(tiny_model("llama"))
-    answers = iter([["a", "b"], ["c", "d"], ["a", "e"]])
-    monkeypatch.setattr(demo, "hf_answers", lambda lm, prompts: next(answers))
-    found = demo.Findings("tiny", memit=demo.Checked(make_edit(lm.model), None, ()))
-    with pytest.raises(RuntimeError, match="is not what it was"):
-        demo._write_and_undo(lm, demo.Story(), found)
+    refused("sha256 a, then c", demo._write_and_undo, lm, demo.Story(), found, error=RuntimeError)
 
 
 # ---- success and damage, from numbers by hand
@@ -238,11 +220,8 @@ def test_a_perplexity_that_rose_or_is_none_is_bad(after, tone):
 
 
 def test_weights_on_disk_are_refused(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    lm = kf.open_model(str(tmp_path / "model"), tokenizer=open_tiny(tiny_model("llama")).tokenizer, memory=100_000)
-    assert not lm.source.in_memory
-    with pytest.raises(ValueError, match="--memory"):
-        demo.run_demo(lm, FACTS, tmp_path / "out")
+    disk, _ = disk_and_resident(save_tiny(tmp_path / "model", tiny_model("llama")))
+    refused("--memory", demo.run_demo, disk, FACTS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -271,20 +250,13 @@ def test_what_the_demo_measured_is_found_by_the_edit_command_and_the_api(tmp_pat
     """One default number of tokens, one seed and one folder: the first edit after the demo measures nothing again."""
     monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    lm = kf.open_model("model")
-    editor = kf.Memit(layers=(1, 2), mom2_update_weight=80.0, **EASY)
+    lm = kf.open_model(save_tiny("model", tiny_model("llama")))
     found = demo.Findings("tiny")
     demo._measure(lm, [1, 2, 3], demo.Story(), found, None, kf.statistics_folder(), 0)
-
-    def measured_again(*args, **options):
-        raise AssertionError("the statistics are there")
-
-    monkeypatch.setattr(moments, "read_corpus", measured_again)
-    got = kf.second_moments(lm, editor.layers, cache_dir=kf.statistics_folder())
-    assert all(torch.equal(got[layer].matrix, found.moments[layer].matrix) for layer in editor.layers)
+    monkeypatch.setattr(moments, "read_corpus", lambda *args, **options: pytest.fail("measured again"))
+    got = kf.second_moments(lm, MEMIT.layers, cache_dir=kf.statistics_folder())
+    assert all(torch.equal(got[layer].matrix, found.moments[layer].matrix) for layer in MEMIT.layers)
     (tmp_path / "memit.json").write_text(json.dumps(EASY | {"layers": [1, 2], "mom2_update_weight": 80.0}))
     one = ["--prompt", FACTS[0].prompt, "--subject", FACTS[0].subject, "--target", "Rome", "--hparams", "memit.json"]
-    assert cli.main(["edit", *one, "--model", "model", "--quiet"]) == 0
+    assert run("edit", *one, "--model", "model", "--quiet") == 0
     assert kf.Edit.load("edit.safetensors").provenance["layers"]["1"]["n_tokens"] == found.moments[1].n_tokens

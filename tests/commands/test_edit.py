@@ -13,15 +13,13 @@ from tests.commands.cases import FAST, ONE, files, raising, run
 from tests.tiny import D_FF, TEXT
 
 
-def test_from_statistics_to_a_report(model, work, capsys):
-    assert run("stats", "--layers", "1-2", "--tokens", "600", "--model", model, "-o", "stats") == 0
-    shown = capsys.readouterr().out
+def test_from_statistics_to_a_report(model, work, said):
+    shown = said("stats", "--layers", "1-2", "--tokens", "600", "--model", model, "-o", "stats")
     assert "600" in shown and "condition number" in shown and len(files(work / "stats")) == 2
 
     hparams = work.parent / "memit.json"
     args = ["edit", "--facts", "../facts.json", "--hparams", hparams, "--stats", "stats", "--model", model]
-    assert run(*args, "-o", "deep/edit.safetensors") == 0
-    shown = capsys.readouterr().out
+    shown = said(*args, "-o", "deep/edit.safetensors")
     assert f"read from {hparams}" in shown and "g / d_ff" in shown and "P(new) at the value" in shown
     lm = kf.open_model(model)
     edit = Edit.load(work / "deep" / "edit.safetensors")
@@ -32,13 +30,11 @@ def test_from_statistics_to_a_report(model, work, capsys):
         assert torch.equal(edit.deltas[layer].dense(), want.deltas[layer].dense())
     assert run(*args, "-o", "deep/edit.safetensors") == 2  # not replaced
     assert run(*args, "-o", "deep/edit.safetensors", "--force") == 0
-    capsys.readouterr()
 
     (work / "text.txt").write_text(TEXT)
     files_ = ["-o", "report.json", "--html", "report.html", "--log", "log.jsonl"]
     args = ["deep/edit.safetensors", "--text", "text.txt", "--generate", "3", "--model", model, *files_]
-    assert run("eval", *args) == 0
-    shown = capsys.readouterr().out
+    shown = said("eval", *args)
     assert "efficacy" in shown and "perplexity" in shown and "before:" in shown and "after:" in shown
     report = EvalReport.load(work / "report.json")
     expected = kf.evaluate(lm, facts, edit)
@@ -46,8 +42,7 @@ def test_from_statistics_to_a_report(model, work, capsys):
     assert "<table" in (work / "report.html").read_text()
     assert [json.loads(line)["edited"]["p_new"] for line in (work / "log.jsonl").read_text().splitlines()]
 
-    assert run("eval", "--facts", "../facts.json", "-n", "1", "--model", model) == 0  # the model as it is
-    assert "no edit" in capsys.readouterr().out
+    assert "no edit" in said("eval", "--facts", "../facts.json", "-n", "1", "--model", model)  # the model as it is
     some = ["deep/edit.safetensors", "-n", "1", "-o", "some.json"]
     assert run("eval", *some, "--model", model) == 0
     assert EvalReport.load(work / "some.json").facts == tuple(facts[:1])
@@ -79,23 +74,22 @@ def test_the_seed_and_the_corpus_of_an_edit_arrive(model, work):
     assert [SecondMoment.load(path).corpus.split("-")[0] for path in kept.iterdir()] == ["text.txt"] * 2
 
 
-def test_statistics_without_layers_are_of_both_editors(model, work, capsys, monkeypatch):
+def test_statistics_without_layers_are_of_both_editors(model, work, said, monkeypatch):
     for editor, layers in ((kf.Rome, (3,)), (kf.Memit, (0, 2)), (kf.AlphaEdit, (2,))):
         monkeypatch.setattr(editor, "for_model", classmethod(lambda cls, lm, layers=layers: cls(layers=layers)))
-    assert run("stats", "--tokens", "20", "--model", model, "-o", "stats") == 0
+    shown = said("stats", "--tokens", "20", "--model", model, "-o", "stats")
+    assert f"20 tokens are fewer than d_ff = {D_FF}" in shown
     assert sorted(SecondMoment.load(path).layer for path in (work / "stats").iterdir()) == [0, 2, 3]
-    assert f"20 tokens are fewer than d_ff = {D_FF}" in capsys.readouterr().out
-    assert run("stats", "--tokens", str(D_FF), "--layers", "1", "--model", model, "-o", "enough") == 0
-    assert "fewer than" not in capsys.readouterr().out
+    shown = said("stats", "--tokens", D_FF, "--layers", "1", "--model", model, "-o", "enough")
+    assert "fewer than" not in shown
 
 
-def test_an_edit_that_needs_no_statistics_measures_none(model, work, capsys):
+def test_an_edit_that_needs_no_statistics_measures_none(model, work, said):
     hparams = work.parent / "rome.json"
     fields = {k: v for k, v in FAST.items() if k != "mom2_update_weight"}
     hparams.write_text(json.dumps(fields | {"layers": [1], "mom2_adjustment": False}))
     args = ["edit", *ONE, "--target", "Rome", "--method", "rome", "--hparams", hparams, "--model", model]
-    assert run(*args) == 0
-    assert not (work.parent / "cache").exists() and "condition of C" not in capsys.readouterr().out
+    assert "condition of C" not in said(*args) and not (work.parent / "cache").exists()
 
 
 def test_the_table_of_an_edit_shows_steps_and_probability(capsys):
@@ -123,12 +117,11 @@ def test_strict_refuses_what_is_not_written(model, work, capsys):
         assert Edit.load("edit.safetensors").provenance["written"]["written"] == [written]
 
 
-def test_rome_with_statistics_from_the_cache(model, work, capsys, monkeypatch):
+def test_rome_with_statistics_from_the_cache(model, work, said, monkeypatch):
     hparams = work.parent / "rome.json"
     hparams.write_text(json.dumps({k: v for k, v in FAST.items() if k != "mom2_update_weight"} | {"layers": [1]}))
     args = ["edit", *ONE, "--target", "Rome", "--method", "rome", "--hparams", hparams, "--tokens", "200"]
-    assert run(*args, "--model", model, "-o", "a.safetensors") == 0
-    assert "ROME writes the value exactly" in capsys.readouterr().out
+    assert "ROME writes the value exactly" in said(*args, "--model", model, "-o", "a.safetensors")
     assert len(files(work.parent / "cache" / "statistics")) == 1
     monkeypatch.setattr("kedit_fast.moments.corpus._sampled", raising(AssertionError("sampled again")))
     assert run(*args, "--model", model, "-o", "b.safetensors") == 0

@@ -6,11 +6,13 @@ import pydoc
 
 import pytest
 
-from kedit_fast.commands import cli
 from kedit_fast.commands.gate import REFUSED
 from kedit_fast.gating import Thresholds, load_suite
+from tests.commands.cases import parsed
+from tests.commands.cases import run as run_command
+from tests.conftest import save_tiny
 from tests.gating.cases import FACT, LIMITS, OTHERS, TEXT, good_edit, make_lm, nothing
-from tests.tiny import POSITIONS, tiny_tokenizer
+from tests.tiny import POSITIONS
 
 QUICK = ["--no-builtin", "--generate", "2", "--context", "30", "--quiet"]
 
@@ -20,8 +22,7 @@ def folder(tmp_path_factory):
     """A model, a good edit and an idle one, a suite, and limits that fit them."""
     folder = tmp_path_factory.mktemp("gate")
     lm = make_lm()
-    lm.model.save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", lm.model)
     good_edit(lm).save(folder / "good.safetensors")
     nothing(lm).save(folder / "idle.safetensors")
     suite = {"format": "kedit_fast.suite", "specificity": list(OTHERS), "text": [TEXT]}
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 def run(folder, edit, *args):
     files = ["--model", folder / "model", "--suite", folder / "suite.json", "--thresholds", folder / "limits.json"]
-    return cli.main(["gate", str(folder / edit), *map(str, files), *QUICK, *map(str, args)])
+    return run_command("gate", folder / edit, *files, *QUICK, *args)
 
 
 def test_passed(folder, tmp_path, capsys):
@@ -58,31 +59,28 @@ def test_a_small_edit_is_told_what_to_add(folder, capsys):
     shown, before = capsys.readouterr()
     assert "warning: too few probes: add 26 paraphrases; there are 4 wordings" in before  # said before the work
     assert "4 found, at least 30 needed" in shown and "Note: too few probes: add 26 paraphrases" in shown
-    assert (
-        f"to add probes: complete {folder / 'suite.json'}; to do with fewer: --min-probes, --min-specificity" in shown
-    )
-    assert cli.main(["gate", str(folder / "good.safetensors"), "--model", str(folder / "model"), *QUICK]) == REFUSED
+    complete = f"complete {folder / 'suite.json'}; to do with fewer: --min-probes, --min-specificity"
+    assert f"to add probes: {complete}" in shown
+    assert run_command("gate", folder / "good.safetensors", "--model", folder / "model", *QUICK) == REFUSED
     drafted = (
         f"`kedit-fast gate {folder / 'good.safetensors'} --init suite.json` writes a suite to complete for --suite"
     )
     assert f"to add probes: {drafted}" in capsys.readouterr().out
 
 
-def test_init_writes_a_suite_to_complete(folder, tmp_path, capsys):
-    edit, path = str(folder / "good.safetensors"), tmp_path / "suite.json"
-    assert cli.main(["gate", edit, "--init", str(path), "--min-probes", "20"]) == 0
-    shown = capsys.readouterr().out
+def test_init_writes_a_suite_to_complete(folder, tmp_path, said, complaint):
+    edit, path = folder / "good.safetensors", tmp_path / "suite.json"
+    shown = said("gate", edit, "--init", path, "--min-probes", "20")
     assert f"written: {path}" in shown and "1 fact; complete the lists" in shown
-    assert (
-        "add 27 paraphrases; there are 4 wordings of the facts (20 needed), 3 of them paraphrases (30 needed)" in shown
-    )
+    there = "there are 4 wordings of the facts (20 needed), 3 of them paraphrases (30 needed)"
+    assert f"add 27 paraphrases; {there}" in shown
     assert "add 497 prompts that must keep their answer" in shown and "filled up with this package's own" in shown
     suite = load_suite(path)
     assert suite.facts[0] == dataclasses.replace(FACT, id="0")
     assert {"portability", "specificity", "languages"} < set(json.loads(path.read_text()))
-    assert cli.main(["gate", edit, "--init", str(path)]) == 2 and "is there already" in capsys.readouterr().err
-    assert cli.main(["gate", edit, "--init", str(tmp_path / "b.json"), "--suite", str(path)]) == 2
-    assert "--suite has no place beside it" in capsys.readouterr().err and not (tmp_path / "b.json").exists()
+    assert "is there already" in complaint("gate", edit, "--init", path)
+    says = complaint("gate", edit, "--init", tmp_path / "b.json", "--suite", path)
+    assert "--suite has no place beside it" in says and not (tmp_path / "b.json").exists()
 
 
 def test_refused(folder, tmp_path, capsys):
@@ -125,18 +123,14 @@ def test_errors(folder, args, says, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "args, says", [(["--min-answered", "90"], "0.9, not 90"), (["--min-probes", "0"], "at least 1"), ([], "required")]
 )
-def test_arguments(args, says, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["gate", *(["e.safetensors"] if args else []), *args])
-    assert end.value.code == 2 and says in capsys.readouterr().err
+def test_arguments(args, says, complaint):
+    assert says in complaint("gate", *(["e.safetensors"] if args else []), *args)
 
 
-def test_help_names_the_defaults(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["gate", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+def test_help_names_the_defaults(said):
+    shown = " ".join(said("gate", "--help").split())
     limits = Thresholds()
-    args = vars(cli.build_parser().parse_args(["gate", "e.safetensors"]))
+    args = vars(parsed("gate", "e.safetensors"))
     options = {name: getattr(limits, name) for name in args if hasattr(limits, name)}
     assert len(options) == 9 and all(args[name] is None for name in options)  # else they would replace a file's
     for name, value in options.items():
@@ -144,14 +138,10 @@ def test_help_names_the_defaults(capsys):
     assert "default: generated" in shown and limits.measure == "generated"
 
 
-@pytest.mark.parametrize(
-    "name, says", [("load_suite", '"format": "kedit_fast.suite"'), ("Thresholds", "min_retention:")]
-)
-def test_help_says_where_more_stands(name, says, capsys):
+def test_help_says_where_more_stands(said):
     """The place is told, it is there, and what a suite's text does stands in both."""
-    with pytest.raises(SystemExit):
-        cli.main(["gate", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert f"python -m pydoc kedit_fast.{name})" in shown and says in pydoc.render_doc(f"kedit_fast.{name}")
+    shown = " ".join(said("gate", "--help").split())
+    for name, says in (("load_suite", '"format": "kedit_fast.suite"'), ("Thresholds", "min_retention:")):
+        assert f"python -m pydoc kedit_fast.{name})" in shown and says in pydoc.render_doc(f"kedit_fast.{name}")
     assert 'the suite\'s "text", which replaces the built-in one' in shown
     assert "each replaces what is built in" in pydoc.render_doc("kedit_fast.load_suite")

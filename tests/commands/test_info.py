@@ -6,12 +6,10 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.commands import info
-from tests.commands.cases import run
 
 
-def test_info(model, work, capsys):
-    assert run("info", "--model", model, "-o", "info.json") == 0
-    shown = capsys.readouterr().out
+def test_info(model, work, said):
+    shown = said("info", "--model", model, "-o", "info.json")
     found = json.loads((work / "info.json").read_text())
     for name in ("python", "packages", "devices", "native extension", "triton", "threads", "instruction sets", "cache"):
         assert name in found and name in shown
@@ -25,10 +23,9 @@ def test_info_says_which_build_of_torch_this_is(monkeypatch):
     assert "torch 2.99.0+cu999, transformers" in info._packages()
 
 
-def test_nothing_in_info_fails(work, capsys, monkeypatch):
+def test_nothing_in_info_fails(work, said, monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "abacus")
     monkeypatch.setattr(info, "LINES", (("torn", lambda: 1 / 0), *info.LINES))
-    assert run("info", "--model", "./none") == 0
-    shown = capsys.readouterr().out
+    shown = said("info", "--model", "./none")
     assert "KEDIT_FAST_BACKEND=abacus: expected one of" in shown and "unknown: ZeroDivisionError" in shown
     assert "no such folder" in shown and "python" in shown

@@ -5,21 +5,22 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import kedit_fast as kf
 from kedit_fast.basics.files import append_records
-from kedit_fast.commands import cli
+from kedit_fast.commands import cli, inputs
+from kedit_fast.commands import eval as eval_command
 from kedit_fast.commands.outputs import fresh_log
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
 from kedit_fast.shipping.history import EditHistory
 from kedit_fast.tracing.results import read_log
 from tests.basics.test_files import own_null
-from tests.commands.cases import FACTS, ONE, files
-from tests.commands.cases import run as run_command
+from tests.commands.cases import FACTS, ONE, files, run
 from tests.make import make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint
 
@@ -28,19 +29,10 @@ ESCAPE = "\x1b]0;owned\x07"
 NAMELESS = "'': expected a path that names something"
 
 
+@pytest.fixture
 def no_work(monkeypatch):
     """Any model that is opened is one too many."""
-    from kedit_fast.commands import inputs
-
     monkeypatch.setattr(inputs, "open_model", lambda *_, **__: pytest.fail("a model was opened"))
-
-
-def run(*args):
-    """The exit status of a command, also where its arguments alone are refused."""
-    try:
-        return run_command(*args)
-    except SystemExit as end:
-        return end.code
 
 
 # ---- refused before the work
@@ -59,50 +51,35 @@ ONE_FILE = [
 
 
 @pytest.mark.parametrize("command", ONE_FILE, ids=lambda command: f"{command[0]} {command[-1]}")
-def test_what_is_no_file_is_refused_by_every_command(command, work, capsys, monkeypatch):
-    no_work(monkeypatch)
+def test_what_is_no_file_is_refused_by_every_command(command, work, complaint, no_work):
     (work / "there.png").write_text("x"), os.symlink("loop", "loop")
-    for path, says in (
-        ("", NAMELESS),
-        ("new/", "in a slash"),
-        ("there.png", "is there already"),
-        ("loop", "link"),
-    ):
-        assert run(*command, path) == 2
-        assert says in capsys.readouterr().err, path
+    refusals = {"": NAMELESS, "new/": "in a slash", "there.png": "is there already", "loop": "link"}
+    for path, says in refusals.items():
+        assert says in complaint(*command, path), path
     assert (work / "there.png").read_text() == "x" and sorted(p.name for p in work.iterdir()) == ["loop", "there.png"]
 
 
 @pytest.mark.parametrize("command", [["trace", *ONE], ["stats"], ["demo"]], ids=lambda command: command[0])
-def test_what_is_no_folder_is_refused_by_every_command(command, work, capsys, monkeypatch):
-    no_work(monkeypatch)
+def test_what_is_no_folder_is_refused_by_every_command(command, work, complaint, no_work):
     (work / "file").write_text("x")
     for path, says in (("", NAMELESS), ("file", "is no folder"), ("file/deeper/", "is no folder")):
-        assert run(*command, "-o", path) == 2
-        assert says in capsys.readouterr().err
+        assert says in complaint(*command, "-o", path)
     assert [p.name for p in work.iterdir()] == ["file"]
 
 
-def test_pictures_and_averages_are_not_replaced_unasked(work, capsys, monkeypatch):
-    no_work(monkeypatch)
+def test_pictures_and_averages_are_not_replaced_unasked(work, complaint, no_work):
     (work / "out").mkdir()
     for name in ("average-mlp.png", "average-state.npz", "fact-0.png"):
         (work / "out" / name).write_text("mine")
-        assert run(*TRACE, "-o", "out") == 2
-        assert f"{name} is there already" in capsys.readouterr().err
+        assert f"{name} is there already" in complaint(*TRACE, "-o", "out")
         (work / "out" / name).unlink()
 
 
-def test_a_checkpoint_is_looked_at_before_statistics_are_measured(work, capsys, monkeypatch):
-    no_work(monkeypatch)
+def test_a_checkpoint_is_looked_at_before_statistics_are_measured(work, complaint, no_work):
     (work / "full").mkdir(), (work / "full" / "mine").touch()
-    for path, says in (
-        ("full", "not empty and no checkpoint"),
-        ("none/a", "there is no folder none"),
-        ("", NAMELESS),
-    ):
-        assert run(*EDIT, "--checkpoint", path) == 2
-        assert says in capsys.readouterr().err
+    refusals = {"full": "not empty and no checkpoint", "none/a": "there is no folder none", "": NAMELESS}
+    for path, says in refusals.items():
+        assert says in complaint(*EDIT, "--checkpoint", path)
 
 
 def test_a_trace_s_log_is_looked_at_before_the_sweeps(model, tmp_path, monkeypatch):
@@ -112,7 +89,7 @@ def test_a_trace_s_log_is_looked_at_before_the_sweeps(model, tmp_path, monkeypat
         kf.trace(lm, Fact("The capital of {} is", "France"), log=tmp_path / "none" / "log.jsonl")
 
 
-def test_folders_of_versions(work, capsys):
+def test_folders_of_versions(work, complaint):
     (work / "file").touch()
     for command, says in (
         (["history", "log", "file"], "file is a file; expected a folder of versions"),
@@ -122,25 +99,23 @@ def test_folders_of_versions(work, capsys):
         (["edit", *ONE, "--target", "Rome", "--stats", "file"], "file is a file; expected a folder of statistics"),
         (["merge", "undo", ""], f"argument FOLDER: {NAMELESS}"),
     ):
-        assert run(*command) == 2
-        assert says in capsys.readouterr().err
+        assert says in complaint(*command)
     assert [p.name for p in work.iterdir()] == ["file"]
 
 
-def test_an_undo_into_a_folder_without_a_name_is_not_one_in_place(work, capsys):
+def test_an_undo_into_a_folder_without_a_name_is_not_one_in_place(work, complaint):
     edit = make_edit(save_checkpoint(work / "base"))
     edit.save("edit.safetensors")
     assert run("merge", "--model", "base", "edit.safetensors", "-o", "") == 2
     assert run("merge", "--model", "base", "edit.safetensors", "-o", "out") == 0
     before = contents(work / "out")
-    assert run("merge", "undo", "out", "-o", "") == 2
-    assert NAMELESS in capsys.readouterr().err and contents(work / "out") == before
+    assert NAMELESS in complaint("merge", "undo", "out", "-o", "") and contents(work / "out") == before
 
 
-def test_a_trace_log_that_is_none(work, model, capsys):
+def test_a_trace_log_that_is_none(work, model, complaint):
     (work / "binary").write_bytes(bytes(range(256)))
-    assert run("layers", *ONE, "--target", "Rome", "--traces", "binary", "--model", model) == 2
-    assert "binary is no trace log" in capsys.readouterr().err
+    says = complaint("layers", *ONE, "--target", "Rome", "--traces", "binary", "--model", model)
+    assert "binary is no trace log" in says
 
 
 # ---- written through
@@ -157,12 +132,11 @@ def test_a_device_is_never_replaced(work, model, capsys):
 
 def test_a_link_stays_a_link(work, model):
     (work / "real").write_text("old"), os.symlink("real", "link"), os.symlink("log-behind", "log")
-    assert run("eval", "--facts", "../facts.json", "--model", model, "-o", "link", "--log", "log") == 2
-    assert run("eval", "--facts", "../facts.json", "--model", model, "-o", "link", "--log", "log", "--force") == 0
+    asked = ["eval", "--facts", "../facts.json", "--model", model, "-o", "link", "--log", "log"]
+    assert (run(*asked), run(*asked, "--force")) == (2, 0)
     assert Path("link").is_symlink() and Path("log").is_symlink()
-    assert json.loads(Path("real").read_text())["format"] and len(Path("log-behind").read_text().splitlines()) == len(
-        FACTS
-    )
+    assert json.loads(Path("real").read_text())["format"]
+    assert len(Path("log-behind").read_text().splitlines()) == len(FACTS)
 
 
 def test_an_empty_log_is_no_result(work, model):
@@ -173,8 +147,6 @@ def test_an_empty_log_is_no_result(work, model):
 
 
 def test_a_log_into_a_pipe_is_one_stream(tmp_path):
-    import threading
-
     os.mkfifo(tmp_path / "pipe")
     got = []
     reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()), daemon=True)
@@ -228,9 +200,7 @@ def test_files_are_written_before_the_screen_is(work, model, monkeypatch):
     def fails(text=""):
         raise BrokenPipeError(32, "Broken pipe", "standard output")
 
-    from kedit_fast.commands import eval as command
-
-    monkeypatch.setattr(command, "say", fails)
+    monkeypatch.setattr(eval_command, "say", fails)
     monkeypatch.setattr(cli, "stop_printing", lambda: None)
     assert run("eval", "--facts", "../facts.json", "--model", model, "-o", "a.json", "--html", "a.html") == 141
     assert Path("a.json").stat().st_size and Path("a.html").stat().st_size
@@ -280,7 +250,7 @@ def test_an_edit_is_what_it_was(work):
         (["trace", "-o", "traced"], "is the log that these traces would replace"),
     ],
 )
-def test_outputs_spare_each_other_and_what_is_read(args, says, work, capsys):
+def test_outputs_spare_each_other_and_what_is_read(args, says, work, complaint):
     for name in ("edit.safetensors", "facts.json", "text.txt", "hparams.json"):
         (work / name).write_text(name)
     for name in ("stats/one.safetensors", "model/config.json", "traced/traces.jsonl"):
@@ -296,10 +266,9 @@ def test_outputs_spare_each_other_and_what_is_read(args, says, work, capsys):
         "edit": ["--facts", "facts.json"] + ["--hparams", "hparams.json"] * (rest[1] == "hparams.json"),
         "trace": ["--facts", "traced/traces.jsonl"],
     }[command]
-    before = {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
-    assert run(command, *rest, *given, "--force", "--model", "model") == 2
-    assert says in capsys.readouterr().err
-    assert before == {name: (work / name).read_bytes() for name in files(work) if (work / name).is_file()}
+    before = contents(work)
+    assert says in complaint(command, *rest, *given, "--force", "--model", "model")
+    assert contents(work) == before
 
 
 def test_a_log_that_gets_no_line_gives_the_older_one_back(tmp_path):

@@ -7,30 +7,17 @@ import pytest
 
 from kedit_fast.commands import cli
 from kedit_fast.commands.argument_types import did_you_mean
+from tests.commands.cases import parsed, run
+
+COMMANDS = [f"\n    {name}" for name in cli.COMMANDS]
+ACTIONS = [f"kedit-fast history {action} " for action in ("add", "log", "rollback")]
 
 
-def refused(args, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(args)
-    assert end.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_no_command_shows_help(capsys):
-    assert cli.main([]) == 2
+@pytest.mark.parametrize("words, shows", [([], [*COMMANDS, "Run `kedit-fast demo`"]), (["history"], ACTIONS)])
+def test_the_beginning_of_a_command_shows_how_it_goes_on(words, shows, capsys):
+    assert run(*words) == 2
     shown, err = capsys.readouterr()
-    assert not err
-    for name in cli.COMMANDS:
-        assert f"\n    {name}" in shown
-    assert "Run `kedit-fast demo`" in shown
-
-
-def test_the_first_word_of_several_shows_them(capsys):
-    assert cli.main(["history"]) == 2
-    shown, err = capsys.readouterr()
-    assert not err
-    for action in ("add", "log", "rollback"):
-        assert f"kedit-fast history {action} " in shown
+    assert not err and all(text in shown for text in shows)
 
 
 def test_the_package_runs_as_a_module():
@@ -58,13 +45,13 @@ def test_the_package_runs_as_a_module():
         (["trace", "--kinds", "state,mpl"], "mlp"),
     ],
 )
-def test_a_slip_gets_a_suggestion(args, meant, capsys):
-    assert f"did you mean {meant}?" in refused(args, capsys)
+def test_a_slip_gets_a_suggestion(args, meant, complaint):
+    assert f"did you mean {meant}?" in complaint(*args)
 
 
 @pytest.mark.parametrize("args", [["forget"], ["trace", "--zzz"], ["edit", "e.json"], ["edit", "--method", "xyz"]])
-def test_nothing_alike_gets_none(args, capsys):
-    assert "did you mean" not in refused(args, capsys)
+def test_nothing_alike_gets_none(args, complaint):
+    assert "did you mean" not in complaint(*args)
 
 
 def test_suggestions_are_of_words_too():
@@ -77,18 +64,17 @@ def test_suggestions_are_of_words_too():
 def test_an_edit_file_with_the_name_of_an_action(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "udno").write_text("an edit")
-    args = cli.build_parser().parse_args(["merge", "udno", "-o", "out"])
+    args = parsed("merge", "udno", "-o", "out")
     assert (args.command, args.edits) == ("merge", ["udno"])
 
 
 @pytest.mark.parametrize("command", ["eval", "gate", "merge -o out", "edit inspect", "edit diff", "history add folder"])
 def test_edits_are_named_in_one_way(command):
-    args = cli.build_parser().parse_args([*command.split(), "a.safetensors", "b.safetensors"])
-    assert args.edits == ["a.safetensors", "b.safetensors"]
+    names = ["a.safetensors", "b.safetensors"]
+    assert parsed(*command.split(), *names).edits == names
 
 
-def test_the_beginning_of_an_option_is_not_the_option(capsys):
+def test_the_beginning_of_an_option_is_not_the_option(complaint):
     """`--fact` for `--facts` would run for minutes on what was not meant."""
-    with pytest.raises(SystemExit):
-        cli.main(["edit", "--fact", "facts.json"])
-    assert "unrecognized arguments: --fact facts.json; did you mean --facts?" in capsys.readouterr().err
+    says = complaint("edit", "--fact", "facts.json")
+    assert "unrecognized arguments: --fact facts.json; did you mean --facts?" in says

@@ -5,11 +5,9 @@ import json
 import pytest
 
 import kedit_fast as kf
-from kedit_fast.commands import cli
 from kedit_fast.commands.edit_arguments import METHODS
 from kedit_fast.edits.edit import Edit, digest
 from tests.commands.cases import run as run_command
-from tests.commands.cases import save_tiny
 from tests.tiny import D_FF
 
 FACTS = [
@@ -24,11 +22,6 @@ FAST = {
     "ft": {"layers": [1], "num_steps": 2},
     "ft-l": {"layers": [1], "num_steps": 2, "norm_constraint": 0.001},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture
@@ -65,7 +58,7 @@ def test_independent_facts_may_contradict_each_other(run, model, method, capsys)
     assert run(method, facts, "--independent", "-o", "made.safetensors") == 0
     made = Edit.load("made.safetensors")
     assert made.independent and len(made.facts) == 4
-    assert cli.main(["eval", "made.safetensors", "--model", str(model), "-o", "report.json"]) == 0
+    assert run_command("eval", "made.safetensors", "--model", model, "-o", "report.json") == 0
 
 
 def test_on_top_of_others(run):

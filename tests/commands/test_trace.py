@@ -5,10 +5,9 @@ from kedit_fast.tracing.trace import KINDS, read_log
 from tests.commands.cases import FACTS, ONE, files, run
 
 
-def test_trace_a_file(model, work, capsys):
+def test_trace_a_file(model, work, said):
     args = ["trace", "--facts", "../facts.json", "--model", model, "--samples", "2", "--window", "2", "-o", "out"]
-    assert run(*args) == 0
-    shown = capsys.readouterr().out
+    shown = said(*args)
     logged = read_log(work / "out" / "traces.jsonl")
     assert [(r.fact.subject, r.kind) for r in logged] == [(f["subject"], kind) for f in FACTS for kind in KINDS]
     lm = kf.open_model(model)
@@ -25,10 +24,9 @@ def test_trace_a_file(model, work, capsys):
     assert len(read_log(work / "out" / "traces.jsonl")) == 1
 
 
-def test_trace_one_fact_is_drawn_in_the_terminal(model, work, capsys):
+def test_trace_one_fact_is_drawn_in_the_terminal(model, work, said):
     # a prompt with the subject in it does as well as one with {}
-    assert run("trace", "--prompt", "The capital of France is", "--subject", "France", "--model", model) == 0
-    shown = capsys.readouterr().out
+    shown = said("trace", "--prompt", "The capital of France is", "--subject", "France", "--model", model)
     assert "Impact of restoring state" in shown and "Impact of restoring MLP" in shown and "ance*" in shown
     assert (work / "kedit-fast-out" / "trace" / "fact-0.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -44,29 +44,19 @@ def test_an_owned_edit_is_refused(model):
     assert same_bits(model, before)
 
 
-def test_layers_and_shapes_that_do_not_fit_are_refused(model):
+def test_layers_shapes_and_sums_that_do_not_fit_are_refused(model):
     refused(model, "layer 4 is out of range", make_edit(model, deltas={1: lowrank(), 4: lowrank()}))
     edit = make_edit(model, deltas={1: lowrank(), 2: lowrank(d_ff=7)}, keys={})
-    refused(
-        model, r"layer 2.s down projection: the edit changes a weight of \[48, 7\], this model's is \[48, 80\]", edit
-    )
-
-
-def test_nan_in_the_weights_is_refused(model):
+    of_layer = "layer 2.s down projection: "
+    refused(model, rf"{of_layer}the edit changes a weight of \[48, 7\], this model's is \[48, 80\]", edit)
     edit = make_edit(model)
     with torch.no_grad():
         projection(model, 2).weight[5, 5] = math.inf
-    refused(model, "layer 2.s down projection: the model's weight holds NaN or infinity", edit)
-
-
-def test_a_sum_beyond_the_dtype_is_refused():
+    refused(model, f"{of_layer}the model's weight holds NaN or infinity", edit)
     model = tiny_model("llama", torch.float16)
     huge = LowRank(torch.full((D_MODEL, 1), 1e3), torch.full((D_FF, 1), 1e3))
-    refused(
-        model,
-        r"layer 2.*: W \+ Δ is beyond the range of torch.float16",
-        make_edit(model, {1: lowrank(), 2: huge}),
-    )
+    edit = make_edit(model, {1: lowrank(), 2: huge})
+    refused(model, r"layer 2.*: W \+ Δ is beyond the range of torch.float16", edit)
 
 
 def test_no_torch_module_is_refused():

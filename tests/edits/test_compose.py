@@ -12,11 +12,11 @@ from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation.perplexity import perplexity
 from kedit_fast.jobs.score import text_logprobs
 from kedit_fast.shipping.adapter import export_peft
-from tests.conftest import open_tiny, tiny_lm
+from tests.conftest import open_tiny, refused, tiny_lm
 from tests.editors import cases
 from tests.make import FACTS, lowrank, make_edit, owned_edit
 from tests.shipping.checkpoints import save_checkpoint
-from tests.tiny import D_FF, D_MODEL
+from tests.tiny import D_FF
 
 TEXTS = [[5, 17, 23, 42, 9], [3, 3, 8, 77, 120, 4]]
 
@@ -137,8 +137,7 @@ def test_a_composition_is_saved_and_is_built_on(tmp_path):
     for layer in (0, 1):  # the same model below, the same keys kept
         assert cases.relative(on_both.deltas[layer].dense(), on_chain.deltas[layer].dense()) < 1e-9
     assert len(compose([both, on_both]).facts) == len(compose([first, second, on_chain]).facts) == 3
-    with pytest.raises(ValueError, match="give the whole chain in its order"):
-        compose([both, on_chain])
+    refused("give the whole chain in its order", compose, [both, on_chain])
 
 
 @pytest.mark.parametrize(
@@ -149,16 +148,11 @@ def test_a_composition_is_saved_and_is_built_on(tmp_path):
         ([make_edit(), owned_edit()], ValueError, r"2 independent edits.*edit 2 of 2.*edit.only\(i\).*--independent"),
         ([owned_edit()], ValueError, r"edit.only\(i\)"),
         ([make_edit(fingerprint="a"), make_edit(fingerprint="b")], ValueError, "made for model b, the first one for a"),
-        (
-            [make_edit(deltas={1: lowrank()}), make_edit(deltas={1: lowrank(d=D_MODEL + 1)}, values=None)],
-            ValueError,
-            "layer 1: deltas of",
-        ),
+        ([make_edit(), make_edit(deltas={1: lowrank(d=9)}, values=None)], ValueError, "layer 1: deltas of"),
     ],
 )
 def test_what_cannot_be_composed(edits, error, says):
-    with pytest.raises(error, match=says):
-        compose(edits)
+    refused(says, compose, edits, error=error)
 
 
 def test_the_order_is_checked():
@@ -166,8 +160,7 @@ def test_the_order_is_checked():
     two = make_edit(deltas={2: lowrank(seed=9)}, provenance={"on_top_of": [{"digest": digest(one)}]})
     assert len(compose([one, two]).facts) == 4
     for wrong in ([two, one], [replace(one, changes={1: lowrank(seed=8)}), two]):
-        with pytest.raises(ValueError, match="was made on top of"):
-            compose(wrong)
+        refused("was made on top of", compose, wrong)
 
 
 def test_an_edit_acts_once_wherever_edits_meet(tmp_path):

@@ -17,7 +17,8 @@ from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.shipping import merge, stored_tensors
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
-from tests.make import bits, lowrank, make_edit, owned_edit, same_bits
+from tests.conftest import refused
+from tests.make import bits, break_at, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import base_checkpoint, contents, save_checkpoint, two_edits
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
 
@@ -85,13 +86,12 @@ def test_only_edited_tensors_differ_and_the_manifest_says_so(tmp_path):
 def test_no_loader_finds_a_second_weight_file_beside_the_model(tmp_path):
     """Loaders that take every *.safetensors of a folder must not find the originals, nor stale weights."""
     model = save_checkpoint(tmp_path / "base")
-    for stale in ("consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "m.gguf", ".secret"):
-        (tmp_path / "base" / stale).write_text("stale")
+    stale = ("consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "m.gguf", ".secret")
+    for name in stale:
+        (tmp_path / "base" / name).write_text("stale")
     merged = merge_checkpoint(tmp_path / "base", make_edit(model), tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
-    assert set(merged.left_out) == {
-        "consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "m.gguf", ".secret",
-    }  # fmt: skip
+    assert set(merged.left_out) == set(stale)
     assert not any((tmp_path / "out" / name).exists() for name in merged.left_out)
 
 
@@ -192,8 +192,7 @@ def test_memory_stays_far_below_a_shard(tmp_path, monkeypatch):
 
 
 def refuse(tmp_path, edit, says, **options):
-    with pytest.raises(ValueError, match=says):
-        merge_checkpoint(tmp_path / "base", edit, tmp_path / "out", **options)
+    refused(says, merge_checkpoint, tmp_path / "base", edit, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     assert [p for p in tmp_path.iterdir() if p.name.endswith(".unfinished")] == []
 
@@ -215,24 +214,17 @@ def test_edits_that_cannot_be_merged(tmp_path):
     refuse(tmp_path, make_edit(model, deltas={9: lowrank()}), "layer 9 is out of range")
     later = make_edit(model, provenance={"on_top_of": [{"digest": "0123"}]})
     refuse(tmp_path, later, "made on top of edit 0123, here stands before it: no edit")
-    with pytest.raises(TypeError, match="expected Edits"):
-        merge_checkpoint(tmp_path / "base", [], tmp_path / "out")
-
-
-def test_a_sum_out_of_range_leaves_nothing(tmp_path):
-    model = save_checkpoint(tmp_path / "base", dtype=torch.float16)
-    edit = make_edit(model, deltas={1: lowrank(), 2: Dense(torch.full((D_MODEL, D_FF), 1e6))})
-    refuse(tmp_path, edit, "layer 2: .*beyond the range of torch.float16; nothing was written")
+    refused("expected Edits", merge_checkpoint, tmp_path / "base", [], tmp_path / "out", error=TypeError)
+    (tmp_path / "half").mkdir()
+    model = save_checkpoint(tmp_path / "half" / "base", dtype=torch.float16)
+    large = make_edit(model, deltas={1: lowrank(), 2: Dense(torch.full((D_MODEL, D_FF), 1e6))})
+    refuse(tmp_path / "half", large, "layer 2: .*beyond the range of torch.float16; nothing was written")
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     model = save_checkpoint(tmp_path / "base")
     before = contents(tmp_path)
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(merge, "edited_weight", interrupt)
+    break_at(monkeypatch, merge, "edited_weight", (1,), KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(tmp_path / "base", make_edit(model), tmp_path / "out")
     assert contents(tmp_path) == before
@@ -244,10 +236,8 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for out, says in (("full", "is not empty"), ("full/file", "is a file"), ("base", "is not empty")):
-        with pytest.raises(ValueError, match=says):
-            merge_checkpoint(tmp_path / "base", edit, tmp_path / out)
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        merge_checkpoint(tmp_path / "base", edit, tmp_path / "no" / "out")
+        refused(says, merge_checkpoint, tmp_path / "base", edit, tmp_path / out)
+    refused("no folder", merge_checkpoint, tmp_path / "base", edit, tmp_path / "no" / "out", error=FileNotFoundError)
     assert contents(tmp_path / "base") == before
 
 
@@ -255,8 +245,7 @@ def test_checkpoints_that_cannot_be_merged_into(tmp_path):
     base = tmp_path / "base"
     model = save_checkpoint(base)
     edit = make_edit(model)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        merge_checkpoint(tmp_path / "nowhere", edit, tmp_path / "out")
+    refused("no such folder", merge_checkpoint, tmp_path / "nowhere", edit, tmp_path / "out", error=FileNotFoundError)
     config = (base / "config.json").read_text()
     quantized = json.loads(config) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (base / "config.json").write_text(json.dumps(quantized))

@@ -11,7 +11,7 @@ from kedit_fast.shipping.adapter import export_peft, load_peft
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.runs import RunList, add_sequences
 from kedit_fast.sweep.sites import Site
-from tests.conftest import close, open_tiny, relative_error
+from tests.conftest import close, open_tiny, refused, relative_error
 from tests.make import bits, logits, lowrank, make_edit, same_bits
 from tests.tiny import D_FF, tiny_model
 
@@ -100,8 +100,7 @@ def test_the_edit_is_added_to_the_packed_projection_exactly(model):
 
 def test_writing_is_refused_with_the_way_out(model):
     edit, before = edit_of(model), bits(model)
-    with pytest.raises(ValueError, match=r"is quantized.*without quantization, use lm\.with_edit.*export_peft"):
-        edit.apply(model)
+    refused(r"is quantized.*without quantization, use lm\.with_edit.*export_peft", edit.apply, model)
     assert same_bits(model, before)
 
 

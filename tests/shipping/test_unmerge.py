@@ -10,7 +10,8 @@ import kedit_fast as kf
 from kedit_fast.shipping import unmerge as module
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import read_manifest, unmerge
-from tests.make import make_edit
+from tests.conftest import refused
+from tests.make import break_at, make_edit
 from tests.shipping.checkpoints import contents, save_checkpoint, two_edits
 
 
@@ -31,8 +32,7 @@ def test_undo_restores_every_file_bit_for_bit(merged, tmp_path):
     assert contents(out) == before
     assert unmerge(out) == out
     assert contents(out) == contents(base)
-    with pytest.raises(ValueError, match=r"expected a folder that merge_checkpoint \(kedit-fast merge\) wrote"):
-        unmerge(out)
+    refused(r"expected a folder that merge_checkpoint \(kedit-fast merge\) wrote", unmerge, out)
 
 
 def merged_twice(folder):
@@ -56,18 +56,9 @@ def test_a_merge_on_a_merge_is_undone_one_by_one(tmp_path):
 def test_an_interrupted_undo_in_place_can_be_run_again(tmp_path, monkeypatch):
     model = save_checkpoint(tmp_path / "base", shard="20KB")
     merge_checkpoint(tmp_path / "base", two_edits(model), tmp_path / "out")
-    restore, calls = module._restore, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        restore(*args)
-
-    monkeypatch.setattr(module, "_restore", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        calls = break_at(patch, module, "_restore", (2,), KeyboardInterrupt)
         unmerge(tmp_path / "out")
-    monkeypatch.undo()
     assert len(calls) == 2
     unmerge(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "base")
@@ -98,27 +89,25 @@ def rewrite(folder, change):
 def untouched(folder, says):
     before = contents(folder)
     for out in (None, folder.parent / "back"):
-        with pytest.raises(ValueError, match=says):
-            unmerge(folder, out)
+        refused(says, unmerge, folder, out)
         assert contents(folder) == before
     assert not (folder.parent / "back").exists()
 
 
-def test_an_edited_tensor_that_was_changed_since_is_refused(merged):
+@pytest.mark.parametrize(
+    "edited, says",
+    [
+        (True, "is not what the merge wrote.*nothing was undone"),
+        (False, "another tensor of it was changed after the merge"),
+    ],
+)
+def test_a_tensor_that_was_changed_since_is_refused(edited, says, merged):
     def train(tensors, name):
-        tensors[name] = tensors[name] + 1
+        changed = name if edited else next(n for n in tensors if n != name and "mlp" not in n)
+        tensors[changed] = tensors[changed] + 1
 
     rewrite(merged[1], train)
-    untouched(merged[1], "is not what the merge wrote.*nothing was undone")
-
-
-def test_another_tensor_of_the_shard_that_was_changed_is_refused(merged):
-    def train(tensors, name):
-        other = next(n for n in tensors if n != name and "mlp" not in n)
-        tensors[other] = tensors[other] + 1
-
-    rewrite(merged[1], train)
-    untouched(merged[1], "another tensor of it was changed after the merge")
+    untouched(merged[1], says)
 
 
 def test_a_missing_or_damaged_original_is_refused(merged):
@@ -199,29 +188,18 @@ def test_the_restored_model_is_the_base_or_it_is_said(merged):
     out = merged[1]
     manifest_with(out, lambda record: record["base"].update(fingerprint="llama-4-48-0000000000000000"))
     before = contents(out)
-    with pytest.raises(ValueError, match=r"not llama-4-48-0000000000000000, which the manifest names"):
-        unmerge(out, out.parent / "back")
+    refused(r"not llama-4-48-0000000000000000, which the manifest names", unmerge, out, out.parent / "back")
     assert contents(out) == before and not (out.parent / "back").exists()
-    with pytest.raises(ValueError, match=r"the edited tensors are as they were"):
-        unmerge(out)
+    refused(r"the edited tensors are as they were", unmerge, out)
     assert (out / KEPT / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("killed_at", [0, 1])
+@pytest.mark.parametrize("killed_at", [1, 2])
 def test_an_undo_that_was_killed_at_its_end_can_be_run_again(killed_at, tmp_path, monkeypatch):
     """After the record's first renaming, and before the earlier record takes its place."""
     one = merged_twice(tmp_path)
-    rename, calls = module.Path.rename, []
-
-    def killed(path, target):
-        calls.append(path)
-        if len(calls) == killed_at + 1:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(module.Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_at(patch, module.Path, "rename", (killed_at,), KeyboardInterrupt)
         unmerge(tmp_path / "two")
-    monkeypatch.undo()
     unmerge(tmp_path / "two")
     assert contents(tmp_path / "two") == one

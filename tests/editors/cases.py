@@ -1,6 +1,7 @@
 """Facts, contexts and statistics for the tests of the editors, and tiny models that are float64 all through."""
 
 import functools
+import json
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import kedit_fast as kf
+from kedit_fast.editors.located import Prompts
 from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.sweep.sites import Site
 from tests.conftest import open_tiny
 from tests.make import bits, same_bits
 from tests.oracle.values import Fact as OracleFact
@@ -61,6 +64,24 @@ def matrices(given=None) -> dict[int, torch.Tensor]:
     return {layer: moment.matrix for layer, moment in (given or moments()).items()}
 
 
+def values_at(lm, facts, layer) -> torch.Tensor:
+    """[n, d] layer_out at the lookup token of the bare prompts."""
+    return Prompts.of(lm, facts, [["{}"]]).read(lm, averaged={}, bare={Site.layer_out: layer}).bare[Site.layer_out]
+
+
+def named(name, family="gpt2", layers=4):
+    """A tiny model that says it was opened as ``name``."""
+    lm = open_tiny(tiny_model(family, layers=layers))
+    lm.model.config._name_or_path = name
+    return lm
+
+
+def written(folder, record, name="settings.json"):
+    """A file of a text, or of a record in JSON."""
+    (folder / name).write_text(record if isinstance(record, str) else json.dumps(record))
+    return folder / name
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     """||got - want|| / ||want|| in float64."""
     got, want = got.detach().double(), want.detach().double()
@@ -68,20 +89,26 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
+def apart(made, expected) -> float:
+    """||Δ - Δ'|| / ||Δ'|| of two edits of the same layers, in the layer where it is largest."""
+    assert made.layers == expected.layers
+    return max(relative(made.deltas[i].dense(), expected.deltas[i].dense()) for i in expected.layers)
+
+
 @contextmanager
-def left_as_it_was():
+def left_as_it_was(family="llama"):
     """Gives an opened model in training mode, some of it frozen; after the block it is the same, and bears no trace."""
-    model = tiny_model("llama").train()
+    model = tiny_model(family).train()
     flags = {name: i % 3 > 0 for i, (name, _) in enumerate(model.named_parameters())}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    before = bits(model)
+    before, implementation = bits(model), model.config._attn_implementation
     yield open_tiny(model)
-    assert same_bits(model, before)
+    assert same_bits(model, before) and model.config._attn_implementation == implementation
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "_attn" in vars(m) for m in model.modules())
 
 
 def make_exact(monkeypatch) -> None:

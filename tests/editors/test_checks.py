@@ -1,6 +1,5 @@
 """Bad input to an edit: a clear error before any work, and nothing written."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,10 @@ import kedit_fast as kf
 import kedit_fast.editors.memit as memit_module
 import kedit_fast.editors.rome as rome_module
 import kedit_fast.jobs.values as values_module
-import kedit_fast.sweep.engine as engine
 from kedit_fast.edits.edit import digest
 from kedit_fast.facts.tokens import answer_tokens
 from kedit_fast.moments.second_moment import SecondMoment
+from tests import compare
 from tests.conftest import open_tiny, tiny_lm
 from tests.editors.cases import FACTS, moments
 from tests.make import make_edit, owned_edit
@@ -30,21 +29,15 @@ FACT = FACTS[0]
 
 
 @pytest.fixture
-def workshop(tmp_path, monkeypatch):
+def workshop(tmp_path, monkeypatch, no_sweep):
     """An empty folder to work in, where no sweep may run and, in the end, nothing may stand."""
-
-    def no_sweep(*args):
-        raise AssertionError("a sweep ran before the input was checked")
-
-    monkeypatch.setattr(engine, "prepared", no_sweep)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def refused(says, editor, lm, facts=FACT, error=ValueError, **options):
-    with pytest.raises(error, match=says):
-        editor.edit(lm, facts, **{"moments": moments(), "contexts": None} | options)
+def refused(says, editor, lm, facts=FACT, **options):
+    return compare.refused(says, editor.edit, lm, facts, **{"moments": moments(), "contexts": None} | options)
 
 
 @both
@@ -58,22 +51,10 @@ def test_the_guard_works(editor, workshop):
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_subject_that_is_not_in_its_prompt(workshop):
-    with pytest.raises(ValueError, match=r"subject 'Big Ben' not in prompt 'It is in'; Fact.prompt needs one \{\}"):
-        kf.Fact(prompt="It is in", subject="Big Ben", target_new="Rome")
-    with pytest.raises(ValueError, match="Big Ben"):
-        kf.Fact.from_record({"prompt": "The Eiffel Tower is in", "subject": "Big Ben", "target_new": "Rome"})
-
-
 @both
-@pytest.mark.parametrize("target", ["", "  ", None])
-def test_an_empty_target(editor, target, workshop):
-    if target is not None:
-        with pytest.raises(ValueError, match="target_new is empty"):
-            kf.Fact(prompt="{} is in", subject="Big Ben", target_new=target)
-    else:
-        fact = kf.Fact(prompt="{} is in", subject="Big Ben", id="7")
-        refused(r"fact 7 \('Big Ben is in'\) has no target_new", editor, tiny_lm("gpt2"), [FACT, fact])
+def test_a_fact_without_a_target(editor, workshop):
+    fact = kf.Fact(prompt="{} is in", subject="Big Ben", id="7")
+    refused(r"fact 7 \('Big Ben is in'\) has no target_new", editor, tiny_lm("gpt2"), [FACT, fact])
 
 
 @both
@@ -92,7 +73,7 @@ def test_facts_that_contradict_each_other(editor, workshop):
     ],
 )
 def test_no_facts_or_something_else(editor, facts, error, says, workshop):
-    refused(says, editor, tiny_lm("gpt2"), facts, error)
+    refused(says, editor, tiny_lm("gpt2"), facts, error=error)
 
 
 @both
@@ -120,18 +101,18 @@ def test_the_target_counts_to_the_length(editor, workshop):
     refused("a sweep ran", editor, lm, fits, error=AssertionError, contexts=["{}"])
     long = replace(fits, prompt=fits.prompt + " the")
     for contexts in (None, ["{}"]):
-        with pytest.raises(ValueError, match="a text of 129 tokens; this model takes 128") as error:
-            editor.edit(lm, [FACT, long], corpus="self", contexts=contexts)
-        assert f"fact {long.label} in context '{{}}'" in str(error.value)
+        given = {"moments": None, "corpus": "self", "contexts": contexts}
+        says = refused("a text of 129 tokens; this model takes 128", editor, lm, [FACT, long], **given)
+        assert f"fact {long.label} in context '{{}}'" in says
 
 
 @both
 def test_a_context_that_makes_a_prompt_too_long(editor, workshop):
     """Seen before statistics are measured."""
     context = words(120) + ". {}"
-    with pytest.raises(ValueError, match=r"tokens; this model takes 128.*Shorten the text") as error:
-        editor.edit(tiny_lm("gpt2"), FACT, corpus="self", contexts=["{}", context])
-    assert FACT.label in str(error.value) and repr(context) in str(error.value)
+    given = {"moments": None, "corpus": "self", "contexts": ["{}", context]}
+    says = refused(r"tokens; this model takes 128.*Shorten the text", editor, tiny_lm("gpt2"), **given)
+    assert FACT.label in says and repr(context) in says
 
 
 @both
@@ -143,41 +124,7 @@ def test_words_that_the_tokenizer_drops(editor, workshop):
     refused("the tokenizer drops these characters", editor, lm, replace(FACT, subject="\u200b"))
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("facts.jsonl", '{"prompt": "{} is", "subject": "Big Ben", "target": "Rome"}\n{"prompt": \n', "line 2, column"),
-        ("facts.json", '[\n{"subject": "Big Ben"},\n{"subject" "a"}]', "line 3, column"),
-        ("facts.jsonl", '\n{"prompt": "no", "subject": "Big Ben"}\n', r"record 0 \(line 2\)"),
-        ("facts.json", '[{"prompt": "{} is", "subject": "Rome", "target": "x"}, {"subject": "x"}]', "record 1: fields"),
-    ],
-)  # fmt: skip
-def test_an_unreadable_record(name, text, says, tmp_path):
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(ValueError, match=says) as error:
-        kf.load_facts(path)
-    assert str(path) in str(error.value)
-
-
 # --- the model -------------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_family(workshop):
-    model = tiny_model("gpt2")
-    model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="unknown model family 'mamba'; known: gpt2") as error:
-        kf.open_model(model, tokenizer=tiny_tokenizer())
-    assert '"mamba": Family(' in str(error.value)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_no_numbers(value, workshop):
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight[3, 4] = value
-    with pytest.raises(ValueError, match=r"model.layers.2.mlp.up_proj.weight.*holds NaN or infinity"):
-        open_tiny(model)
 
 
 @both
@@ -267,12 +214,8 @@ def test_statistics_of_another_model(editor, workshop):
 @both
 def test_statistics_of_too_few_tokens(editor, workshop):
     few = moments(n_tokens=D_FF - 1)
-    refused(
-        "is of 79 tokens, fewer than d_ff = 80.*collect more tokens, or.*regularizer",
-        editor,
-        tiny_lm("gpt2"),
-        moments=few,
-    )
+    says = "is of 79 tokens, fewer than d_ff = 80.*collect more tokens, or.*regularizer"
+    refused(says, editor, tiny_lm("gpt2"), moments=few)
 
 
 @both
@@ -309,14 +252,8 @@ def test_statistics_of_another_kind(editor, given, says, workshop):
 @both
 @pytest.mark.parametrize("corpus", [3, 0.5, b"text", {"a": 1}, torch.ones(3)])
 def test_a_corpus_of_another_kind(editor, corpus, workshop):
-    refused(
-        'corpus = .*: expected "self".* or a list of texts',
-        editor,
-        tiny_lm("gpt2"),
-        error=TypeError,
-        moments=None,
-        corpus=corpus,
-    )
+    says = 'corpus = .*: expected "self".* or a list of texts'
+    refused(says, editor, tiny_lm("gpt2"), error=TypeError, moments=None, corpus=corpus)
 
 
 @both
@@ -370,13 +307,8 @@ def test_an_earlier_edit_that_cannot_be_built_on(editor, workshop):
     refused("carries independent edits", editor, lm, previous=owned_edit(model))
     refused("carries independent edits", editor, lm.with_edit(owned_edit(model)))
     refused("this edit was made on", editor, lm, previous=make_edit(tiny_model("llama")))
-    refused(
-        r"previous = 'edit.safetensors': expected Edits; Edit.load",
-        editor,
-        lm,
-        error=TypeError,
-        previous="edit.safetensors",
-    )
+    says = r"previous = 'edit.safetensors': expected Edits; Edit.load"
+    refused(says, editor, lm, error=TypeError, previous="edit.safetensors")
 
 
 @both
@@ -430,21 +362,3 @@ def test_an_edit_says_what_it_stands_on(editor, tmp_path):
         edit(FACTS[3], previous=second)
     first.save(tmp_path / "edit.safetensors")
     assert digest(kf.Edit.load(tmp_path / "edit.safetensors")) == digest(first) != digest(second)
-
-
-def test_a_truncated_edit_file(tmp_path):
-    path = tmp_path / "edit.safetensors"
-    make_edit(tiny_model("gpt2")).save(path)
-    whole = path.read_bytes()
-    for length in (0, 7, 40, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="cut short") as error:
-            kf.Edit.load(path)
-        assert str(path) in str(error.value)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_record_of_facts_round_trips_where_input_is_good(tmp_path):
-    path = tmp_path / "facts.jsonl"
-    path.write_text("".join(json.dumps(fact.to_record()) + "\n" for fact in FACTS))
-    assert [fact.text for fact in kf.load_facts(path)] == [fact.text for fact in FACTS]

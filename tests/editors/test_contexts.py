@@ -7,7 +7,7 @@ import kedit_fast.editors.contexts as contexts_module
 from kedit_fast.editors.contexts import checked_contexts, memit_contexts, rome_contexts
 from kedit_fast.editors.located import Prompts
 from kedit_fast.sweep.sites import Site
-from tests.conftest import open_tiny, tiny_lm
+from tests.conftest import open_tiny, refused, tiny_lm
 from tests.editors.cases import FACTS
 from tests.oracle.access import read_value
 from tests.oracle.values import in_context
@@ -73,8 +73,7 @@ def test_a_tokenizer_without_start_and_end_needs_contexts():
     lm = open_tiny(tiny_model("gpt2"))
     object.__setattr__(lm, "tokenizer", tokenizer)
     assert tokenizer.eos_token_id is None
-    with pytest.raises(ValueError, match="give contexts="):
-        rome_contexts(lm)
+    refused("give contexts=", rome_contexts, lm)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +109,7 @@ def test_contexts_are_groups_or_one_group(given, groups):
     ],
 )
 def test_malformed_contexts_are_refused(given, says):
-    with pytest.raises(ValueError, match=says):
-        checked_contexts(given)
+    refused(says, checked_contexts, given)
 
 
 def test_prompts_are_set_in_contexts_and_weigh_by_group():

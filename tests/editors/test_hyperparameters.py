@@ -1,6 +1,5 @@
 """Hyper-parameters: published files load as they are, other models get derived ones and say so."""
 
-import json
 import math
 import re
 from dataclasses import FrozenInstanceError, asdict, fields, replace
@@ -10,47 +9,15 @@ import pytest
 import kedit_fast as kf
 from kedit_fast.editors import memit as memit_module
 from kedit_fast.editors import rome as rome_module
-from tests.conftest import open_tiny
-from tests.editors.cases import MODULE_PATHS
-from tests.tiny import tiny_model
+from tests.conftest import refused
+from tests.editors.cases import MODULE_PATHS, named, written
 
-COMMON = {
-    "fact_token": "subject_last",
-    "v_num_grad_steps": 20,
-    "v_lr": 0.5,
-    "v_loss_layer": 47,
-    "v_weight_decay": 0.5,
-    "kl_factor": 0.0625,
-    "mom2_adjustment": True,
-    **MODULE_PATHS,
-    "mom2_dataset": "wikipedia",
-    "mom2_n_samples": 100000,
-    "mom2_dtype": "float32",
-}
-ROME = COMMON | {
-    "layers": [17],
-    "clamp_norm_factor": 4,
-    "context_template_length_params": [[5, 10], [10, 10]],
-}
-MEMIT = COMMON | {
-    "layers": [13, 14, 15, 16, 17],
-    "layer_selection": "all",
-    "clamp_norm_factor": 0.75,
-    "mom2_update_weight": 20000,
-}
-
-
-def written(folder, record):
-    path = folder / "gpt2-xl.json"
-    path.write_text(record if isinstance(record, str) else json.dumps(record))
-    return path
-
-
-def named(name, family="gpt2", layers=4):
-    """A tiny model that says it was opened as ``name``."""
-    lm = open_tiny(tiny_model(family, layers=layers))
-    lm.model.config._name_or_path = name
-    return lm
+COMMON = {"fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_loss_layer": 47, "v_weight_decay": 0.5}
+COMMON |= {"kl_factor": 0.0625, "mom2_adjustment": True, "mom2_dataset": "wikipedia", "mom2_n_samples": 100000}
+COMMON |= MODULE_PATHS | {"mom2_dtype": "float32"}
+ROME = COMMON | {"layers": [17], "clamp_norm_factor": 4, "context_template_length_params": [[5, 10], [10, 10]]}
+MEMIT = COMMON | {"layers": [13, 14, 15, 16, 17], "layer_selection": "all"}
+MEMIT |= {"clamp_norm_factor": 0.75, "mom2_update_weight": 20000}
 
 
 @pytest.mark.parametrize(("editor", "record", "table"), [
@@ -68,10 +35,6 @@ def test_a_published_file_loads_as_it_is(editor, record, table, tmp_path):
     assert editor.from_json(written(tmp_path, asdict(loaded))) == loaded
 
 
-def test_a_file_may_leave_fields_out(tmp_path):
-    assert kf.Rome.from_json(written(tmp_path, {"layers": [3], "v_lr": 0.1})) == kf.Rome(layers=(3,), v_lr=0.1)
-
-
 @pytest.mark.parametrize("editor", [kf.Rome, kf.Memit])
 @pytest.mark.parametrize(
     ("record", "says"),
@@ -85,15 +48,7 @@ def test_a_file_may_leave_fields_out(tmp_path):
 )  # fmt: skip
 def test_a_file_that_is_none(editor, record, says, tmp_path):
     path = written(tmp_path, record)
-    with pytest.raises(ValueError, match=says) as error:
-        editor.from_json(path)
-    assert str(path) in str(error.value)
-
-
-def test_rome_does_not_take_memit_s_file(tmp_path):
-    """A weight that nobody reads would be a setting without effect."""
-    with pytest.raises(ValueError, match=r"Rome has no field.*mom2_update_weight"):
-        kf.Rome.from_json(written(tmp_path, MEMIT))
+    assert str(path) in refused(says, editor.from_json, path)
 
 
 @pytest.mark.parametrize(("name", "depth", "rome_layers", "memit_layers"), [
@@ -154,8 +109,7 @@ def test_settings_are_frozen_and_listed():
     assert expected == kf.EDITORS
     with pytest.raises(FrozenInstanceError):
         kf.Rome().v_lr = 1.0
-    with pytest.raises(ValueError, match="key = 'both': expected one of published, averaged"):
-        kf.Rome(key="both")
+    refused("key = 'both': expected one of published, averaged", kf.Rome, key="both")
     with pytest.raises(TypeError):
         kf.Memit(lr=0.5)
 
@@ -184,19 +138,15 @@ WRONG = [
 def test_a_value_of_another_kind_is_refused(editor, name, value, says, tmp_path):
     """When the editor is made: not after hours of statistics, and not in the words of what failed inside."""
     expected = rf"{name} .*: expected .*{says}"
-    with pytest.raises(ValueError, match=f"^{expected}"):
-        editor(**{name: value})
-    with pytest.raises(ValueError, match=f"^{expected}"):
-        replace(editor(), **{name: value})
+    refused(f"^{expected}", editor, **{name: value})
+    refused(f"^{expected}", replace, editor(), **{name: value})
     path = written(tmp_path, {name: value})
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {expected}"):
-        editor.from_json(path)
+    refused(f"^{re.escape(str(path))}: {expected}", editor.from_json, path)
 
 
 @pytest.mark.parametrize("value", [None, "15000", 0, -1, math.nan, True])
 def test_memit_s_weight_is_a_number_above_0(value):
-    with pytest.raises(ValueError, match=r"^mom2_update_weight = .*: expected a finite number above 0"):
-        kf.Memit(mom2_update_weight=value)
+    refused(r"^mom2_update_weight = .*: expected a finite number above 0", kf.Memit, mom2_update_weight=value)
 
 
 def test_what_the_fields_take():

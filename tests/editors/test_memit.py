@@ -16,20 +16,10 @@ from kedit_fast.edits.deltas import Dense
 from kedit_fast.kernels.solve import factor, memit_solve
 from kedit_fast.sweep.plan import RowCost
 from kedit_fast.sweep.sites import Site
-from tests.conftest import open_tiny, tiny_lm
-from tests.editors.cases import (
-    FACTS,
-    FAMILIES,
-    FLAT,
-    GROUPS,
-    POST_NORM,
-    make_exact,
-    matrices,
-    moments,
-    oracle_facts,
-    relative,
-)
-from tests.make import bits, same_bits
+from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
+from tests.editors import cases
+from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, apart, matrices, moments, oracle_facts, relative
+from tests.make import Broken, break_at
 from tests.oracle.access import lookup, read_value
 from tests.oracle.memit import memit_update
 from tests.oracle.values import Value, optimize_value
@@ -52,7 +42,7 @@ def edit(lm, facts=FACTS, editor=EDITOR, **options):
 def oracle(model, family, facts=FACTS, layers=LAYERS, weight=WEIGHT, **options):
     return memit_update(
         model, tiny_tokenizer(), oracle_facts(facts), GROUPS, layers, matrices(), weight,
-        pull_back=family in POST_NORM, **OPTIMIZATION | options,
+        pull_back=family in cases.POST_NORM, **OPTIMIZATION | options,
     )  # fmt: skip
 
 
@@ -83,7 +73,7 @@ def test_memit_equals_the_oracle(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memit_equals_the_oracle_in_float64(family, monkeypatch):
-    make_exact(monkeypatch)
+    cases.make_exact(monkeypatch)
     lm = tiny_lm(family, torch.float64)
     made, expected = edit(lm), oracle(lm.model, family)
     assert relative(made.values, expected.z) < 1e-8
@@ -98,7 +88,7 @@ def test_memit_equals_the_oracle_in_float64(family, monkeypatch):
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_the_update_for_given_values_keys_and_moment(family, monkeypatch):
     """Rᵀ K (λC + KᵀK)⁻¹ by a general solve, from the edit's own z and keys: one layer, where R is z - h."""
-    make_exact(monkeypatch)
+    cases.make_exact(monkeypatch)
     lm = tiny_lm(family, torch.float64)
     made = edit(lm, editor=replace(EDITOR, layers=(1,)))
     expected = oracle(lm.model, family, layers=(1,), values=[Value(z, z, 0, []) for z in made.values])
@@ -109,7 +99,7 @@ def test_the_update_for_given_values_keys_and_moment(family, monkeypatch):
 
 def test_more_facts_than_the_width_of_a_key(monkeypatch):
     """n >= d_ff takes the dense solve. z of one step is where it began, so a layer below is edited first."""
-    make_exact(monkeypatch)
+    cases.make_exact(monkeypatch)
     subjects = sorted({prompt.subject for prompt in PROMPTS})
     templates = sorted({prompt.template for prompt in PROMPTS} | {"{} was built in", "I like {}, which is in"})
     facts = [
@@ -173,10 +163,8 @@ def test_the_edit_reaches_its_values_where_nothing_holds_it_back():
 def test_the_order_of_facts_does_not_matter():
     lm = tiny_lm("gemma2", torch.float64)
     made, turned = edit(lm), edit(lm, FACTS[::-1])
-    assert relative(turned.values.flip(0), made.values) < 1e-10
-    for layer in LAYERS:
-        assert relative(turned.deltas[layer].dense(), made.deltas[layer].dense()) < 1e-6
-        assert relative(turned.keys[layer].flip(0), made.keys[layer]) < 1e-6
+    assert relative(turned.values.flip(0), made.values) < 1e-10 and apart(turned, made) < 1e-6
+    assert all(relative(turned.keys[layer].flip(0), made.keys[layer]) < 1e-6 for layer in LAYERS)
 
 
 def test_values_in_a_batch_are_those_of_each_fact_alone():
@@ -213,9 +201,7 @@ def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
     parts = edit(small, facts, editor, contexts=contexts)
     reads = packs[: len(editor.layers)]  # and one more, of the few rows that say what was written
     assert len(groups[1]) > 1 and all(len(x) > 1 for x in reads)
-    assert relative(parts.values, whole.values) < 1e-10
-    for layer in (0, 1):
-        assert relative(parts.deltas[layer].dense(), whole.deltas[layer].dense()) < 1e-8
+    assert relative(parts.values, whole.values) < 1e-10 and apart(parts, whole) < 1e-8
 
 
 def test_an_edit_on_top_of_an_edit():
@@ -228,9 +214,7 @@ def test_an_edit_on_top_of_an_edit():
     written = copy.deepcopy(model)
     first.apply(written)
     expected = edit(open_tiny(written), FACTS[2:])
-    assert relative(second.values, expected.values) < 1e-9
-    for layer in LAYERS:
-        assert relative(second.deltas[layer].dense(), expected.deltas[layer].dense()) < 1e-8
+    assert relative(second.values, expected.values) < 1e-9 and apart(second, expected) < 1e-8
     alone = edit(lm, FACTS[2:])
     assert relative(second.deltas[1].dense(), alone.deltas[1].dense()) > 1e-2
     assert second.fingerprint == lm.fingerprint
@@ -247,25 +231,16 @@ def test_the_keys_of_edits_below_are_kept():
     forgot = edit(lm, FACTS[2:], replace(editor, keep_previous=False), previous=[first])
     earlier, k = first.keys[1], kept.keys[1]
     system = 0.01 * moments()[1].matrix.double() + earlier.T @ earlier + k.T @ k
-    residual = kept.values - values_at(lm.with_edit(first), FACTS[2:], 1)
+    residual = kept.values - cases.values_at(lm.with_edit(first), FACTS[2:], 1)
     expected = residual.T @ torch.linalg.solve(system, k.T).T
     assert relative(kept.deltas[1].dense(), expected) < 1e-8
     changed, without = ((edit_.deltas[1].dense() @ earlier.T).norm() for edit_ in (kept, forgot))
     assert changed < 0.2 * without
 
 
-def values_at(lm, facts, layer):
-    """[n, d] layer_out at the lookup token of the bare prompts."""
-    return Prompts.of(lm, facts, [["{}"]]).read(lm, averaged={}, bare={Site.layer_out: layer}).bare[Site.layer_out]
-
-
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_layers_from_disk_give_the_same_bits(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    disk, resident = kf.open_model(tmp_path, memory=1), kf.open_model(tmp_path)
-    assert disk.source.name == "disk"
-    made, expected = edit(replace(disk, memory=resident.memory)), edit(resident)
+    made, expected = map(edit, disk_and_resident(save_tiny(tmp_path, tiny_model(family))))
     assert torch.equal(made.values, expected.values)
     for layer in LAYERS:
         assert torch.equal(made.deltas[layer].dense(), expected.deltas[layer].dense())
@@ -294,25 +269,20 @@ def test_without_statistics_the_identity_takes_their_place():
     assert relative(share, expected.shares[1].T @ K) < 1e-8
 
 
-def test_the_fit_says_how_much_of_a_residual_a_layer_can_reach():
+@pytest.mark.parametrize(("n", "contexts"), [(1, [["{}"]]), (len(FACTS), GROUPS)])
+def test_the_fit_says_how_much_of_a_residual_a_layer_can_reach(n, contexts):
+    """A mean over facts."""
     lm = tiny_lm("gpt2", torch.float64)
-    made = edit(lm, FACTS[:1], replace(EDITOR, layers=(1,)), contexts=[["{}"]])
-    notes, k = made.provenance["layers"]["1"], made.keys[1][0]
-    g = (k @ torch.linalg.solve(matrices()[1].double(), k)).item()
-    assert notes["g"] == pytest.approx(g, rel=1e-6)
-    assert notes["fit"] == pytest.approx(g / (g + WEIGHT), rel=1e-6)
-    with made.apply(model := copy.deepcopy(lm.model)):
-        assert residuals(model, made).item() == pytest.approx(notes["missing"] * (1 - notes["fit"]), rel=1e-6)
-
-
-def test_the_fit_is_the_mean_over_facts():
-    made = edit(tiny_lm("gpt2", torch.float64), editor=replace(EDITOR, layers=(1,)))
-    K, C = made.keys[1], matrices()[1].double()
+    made = edit(lm, FACTS[:n], replace(EDITOR, layers=(1,)), contexts=contexts)
+    notes, K, C = made.provenance["layers"]["1"], made.keys[1], matrices()[1].double()
     g = (K * torch.linalg.solve(C, K.T).T).sum(1)
-    assert g.max() > 1.1 * g.mean()
-    notes = made.provenance["layers"]["1"]
     assert notes["g"] == pytest.approx(g.mean().item(), rel=1e-6)
     assert notes["fit"] == pytest.approx((g.mean() / (g.mean() + WEIGHT)).item(), rel=1e-6)
+    if n > 1:
+        assert g.max() > 1.1 * g.mean()
+        return
+    with made.apply(model := copy.deepcopy(lm.model)):
+        assert residuals(model, made).item() == pytest.approx(notes["missing"] * (1 - notes["fit"]), rel=1e-6)
 
 
 def test_the_notes_give_each_fact_s_probability_at_its_value(monkeypatch):
@@ -355,73 +325,30 @@ def test_a_regularizer_bears_statistics_of_few_tokens():
     assert relative(made.deltas[1].dense(), expected.T @ torch.linalg.solve(system, K.T).T) < 1e-6
 
 
-def test_the_saved_edit_is_the_edit(tmp_path):
-    made = edit(tiny_lm("olmo2"))
-    made.save(tmp_path / "edit.safetensors")
-    loaded = kf.Edit.load(tmp_path / "edit.safetensors")
-    assert loaded.hparams == made.hparams and loaded.provenance == made.provenance and loaded.facts == made.facts
-    assert all(torch.equal(loaded.deltas[i].dense(), made.deltas[i].dense()) for i in LAYERS)
-
-
 # --- the model is left alone -----------------------------------------------------------------------------------------
-
-
-def mixed_flags(model) -> dict[str, bool]:
-    for i, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(i % 3 > 0)
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
-def assert_untouched(model, before, flags):
-    assert same_bits(model, before)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not any("_attn" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["gptj", "gemma2"])
 def test_an_edit_leaves_the_model_as_it_was(family):
-    model = tiny_model(family).train()
-    before, flags, implementation = bits(model), mixed_flags(model), model.config._attn_implementation
-    edit(open_tiny(model))
-    assert_untouched(model, before, flags)
-    assert model.config._attn_implementation == implementation
+    with cases.left_as_it_was(family) as lm:
+        edit(lm)
 
 
-class Broken(Exception):
-    """What a test throws."""
+BREAKS = {
+    "second layer's solve": (memit_module, "memit_solve", 2),
+    "third step": (torch.optim.Adam, "step", 3),
+    "inside a block": (engine, "attention", 10),
+}
 
 
 @pytest.mark.parametrize("family", ["gptj", "gemma2"])
-@pytest.mark.parametrize("place", ["second layer's solve", "third step", "inside a block"])
+@pytest.mark.parametrize("place", BREAKS)
 def test_an_error_on_the_way_leaves_the_model_as_it_was(family, place, monkeypatch):
-    model = tiny_model(family).train()
-    before, flags, implementation = bits(model), mixed_flags(model), model.config._attn_implementation
-    lm, calls = open_tiny(model), []
-
-    def breaking(function, at):
-        def call(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == at:
-                raise Broken
-            return function(*args, **kwargs)
-
-        return call
-
-    target, name, at = {
-        "second layer's solve": (memit_module, "memit_solve", 2),
-        "third step": (torch.optim.Adam, "step", 3),
-        "inside a block": (engine, "attention", 10),
-    }[place]
-    monkeypatch.setattr(target, name, breaking(getattr(target, name), at))
-    with pytest.raises(Broken):
-        edit(lm)
-    assert len(calls) == at
-    monkeypatch.undo()
-    assert_untouched(model, before, flags)
-    assert model.config._attn_implementation == implementation
-    expected = edit(tiny_lm(family))
-    made = edit(lm)
+    owner, name, at = BREAKS[place]
+    with cases.left_as_it_was(family) as lm:
+        with monkeypatch.context() as patch, pytest.raises(Broken):
+            calls = break_at(patch, owner, name, (at,))
+            edit(lm)
+        assert len(calls) == at
+    expected, made = edit(tiny_lm(family)), edit(lm)
     assert all(torch.equal(made.deltas[i].dense(), expected.deltas[i].dense()) for i in LAYERS)

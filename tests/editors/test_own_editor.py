@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 
 import kedit_fast as kf
@@ -12,7 +11,7 @@ from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs.collect import collect
 from kedit_fast.sweep.runs import RunList, add_under
 from kedit_fast.sweep.sites import Site
-from tests.conftest import open_tiny
+from tests.conftest import open_tiny, refused
 from tests.tiny import tiny_model
 
 FACTS = [
@@ -52,5 +51,4 @@ def test_an_editor_of_ones_own_meets_all_that_the_package_has(tmp_path):
     assert after["efficacy_exact"]["edited"].mean == 1 > after["efficacy_exact"]["base"].mean
     assert after["neighborhood_p_true"]["edited"].mean == after["neighborhood_p_true"]["base"].mean
     assert lm.with_edit(loaded).generate(FACTS[0].text, 1).strip() == "Rome"
-    with pytest.raises(ValueError, match=r"a memory at layer 3, which is no change of weights.*lm\.with_edit"):
-        loaded.apply(model)
+    refused(r"a memory at layer 3, which is no change of weights.*lm\.with_edit", loaded.apply, model)

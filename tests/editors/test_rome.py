@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import kedit_fast as kf
 import kedit_fast.editors.rome as rome_module
 from kedit_fast.edits.deltas import LowRank
-from tests.conftest import open_tiny, tiny_lm
-from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, make_exact, matrices, moments, oracle_facts, relative
-from tests.make import bits, same_bits
+from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
+from tests.editors import cases
+from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, matrices, moments, oracle_facts, relative
+from tests.make import Broken, break_at
 from tests.oracle.access import add_delta, lookup, read_value, site_module
 from tests.oracle.rome import rome_update
 from tests.oracle.values import keys
@@ -60,7 +62,7 @@ def test_rome_equals_the_oracle(family, key):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rome_equals_the_oracle_in_float64(family, monkeypatch):
-    make_exact(monkeypatch)
+    cases.make_exact(monkeypatch)
     lm = tiny_lm(family, torch.float64)
     for i in range(len(FACTS)):
         compare(edit(lm, FACTS[i]), oracle(lm.model, oracle_facts()[i]), 1e-8)
@@ -76,7 +78,7 @@ def test_groups_of_contexts_weigh_the_same_in_rome():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_several_facts_are_written_one_after_the_other(key, monkeypatch):
-    make_exact(monkeypatch)
+    cases.make_exact(monkeypatch)
     model = tiny_model("llama", torch.float64)
     lm = open_tiny(model)
     made = edit(lm, FACTS, replace(EDITOR, key=key))
@@ -94,7 +96,7 @@ def test_several_facts_are_written_one_after_the_other(key, monkeypatch):
 
 
 def test_several_layers_are_edited_one_after_the_other(monkeypatch):
-    make_exact(monkeypatch)
+    cases.make_exact(monkeypatch)
     model = tiny_model("gpt2", torch.float64)
     made = edit(open_tiny(model), FACTS[:2], replace(EDITOR, layers=(2, 0)))
     sequential = copy.deepcopy(model)
@@ -189,11 +191,8 @@ def test_the_loss_reads_the_last_layer_whatever_v_loss_layer_says():
 
 
 def test_layers_from_disk_give_the_same_bits(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    disk, resident = kf.open_model(tmp_path, memory=1), kf.open_model(tmp_path)
-    assert disk.source.name == "disk"
-    made, expected = edit(replace(disk, memory=resident.memory), FACTS[:2]), edit(resident, FACTS[:2])
+    pair = disk_and_resident(save_tiny(tmp_path, tiny_model("llama")))
+    made, expected = (edit(lm, FACTS[:2]) for lm in pair)
     assert torch.equal(made.values, expected.values)
     assert torch.equal(made.deltas[LAYER].dense(), expected.deltas[LAYER].dense())
 
@@ -220,33 +219,9 @@ def test_generated_contexts_come_from_the_seed():
 # --- the model is left alone -----------------------------------------------------------------------------------------
 
 
-class Broken(Exception):
-    """What a test throws."""
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(fails, monkeypatch):
-    model = tiny_model("gpt2").train()
-    for i, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(i % 3 > 0)
-    flags, before = [parameter.requires_grad for parameter in model.parameters()], bits(model)
-    calls, optimize = [], rome_module.optimize_values
-
-    def breaking(*args):
-        calls.append(1)
-        if fails and len(calls) == 2:
-            raise Broken
-        return optimize(*args)
-
-    monkeypatch.setattr(rome_module, "optimize_values", breaking)
-    if fails:
-        with pytest.raises(Broken):
-            edit(open_tiny(model), FACTS[:2])
-    else:
-        edit(open_tiny(model), FACTS[:2])
+    calls = break_at(monkeypatch, rome_module, "optimize_values", (2,) if fails else ())
+    with cases.left_as_it_was("gpt2") as lm, pytest.raises(Broken) if fails else nullcontext():
+        edit(lm, FACTS[:2])
     assert len(calls) == 2
-    assert same_bits(model, before)
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,11 +1,12 @@
 """Hyper-parameter files: EasyEdit's YAML as it is published, what of it is not used, and files of other methods."""
 
-import json
 import warnings
 
 import pytest
 
 import kedit_fast as kf
+from tests.conftest import refused
+from tests.editors.cases import written
 
 MODULES = """
 rewrite_module_tmp: "model.layers.{}.mlp.down_proj"
@@ -79,12 +80,6 @@ COMMON = dict(v_num_grad_steps=25, v_lr=0.5, v_loss_layer=31, v_weight_decay=1e-
 SPREAD = COMMON | dict(layers=(4, 5, 6, 7, 8), clamp_norm_factor=0.75, mom2_update_weight=15_000)
 
 
-def written(folder, text, name="llama-7b.yaml"):
-    path = folder / name
-    path.write_text(text)
-    return path
-
-
 @pytest.mark.parametrize(
     ("editor", "text", "made", "unused"),
     [
@@ -97,7 +92,7 @@ def written(folder, text, name="llama-7b.yaml"):
     ],
 )  # fmt: skip
 def test_easyedits_yaml_loads_as_it_is(editor, text, made, unused, tmp_path):
-    path = written(tmp_path, text)
+    path = written(tmp_path, text, "llama-7b.yaml")
     with pytest.warns(UserWarning) as said:
         assert editor.from_file(path) == made
     (line,) = [str(warning.message) for warning in said]
@@ -112,9 +107,9 @@ def test_easyedits_yaml_loads_as_it_is(editor, text, made, unused, tmp_path):
 def test_a_file_of_fields_alone_says_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kf.Rome.from_file(written(tmp_path, "layers: [3]\nv_lr: .5")) == kf.Rome(layers=(3,))
-        path = written(tmp_path, json.dumps({"layers": [3]}), "rome.json")
-        assert kf.Rome.from_file(path) == kf.Rome(layers=(3,))
+        path = written(tmp_path, "layers: [3]\nv_lr: .1", "rome.yaml")
+        assert kf.Rome.from_file(path) == kf.Rome.from_file(written(tmp_path, {"layers": [3], "v_lr": 0.1}))
+        assert kf.Rome.from_file(path) == kf.Rome(layers=(3,), v_lr=0.1)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -122,9 +117,8 @@ def test_a_file_of_fields_alone_says_nothing(tmp_path):
     ("editor", "name"), [(kf.Memit, "ROME"), (kf.AlphaEdit, "MEMIT"), (kf.Rome, "EMMET"), (kf.Ft, "LoRA"), (kf.Rome, 3)]
 )
 def test_the_settings_of_another_method_are_refused(editor, name, suffix, tmp_path):
-    path = written(tmp_path, json.dumps({"alg_name": name, "layers": [1]}), f"file.{suffix}")
-    with pytest.raises(ValueError, match=rf"holds settings of {name} \(alg_name\), not of {editor.__name__}; expected"):
-        editor.from_file(path)
+    path = written(tmp_path, {"alg_name": name, "layers": [1]}, f"file.{suffix}")
+    refused(rf"holds settings of {name} \(alg_name\), not of {editor.__name__}; expected", editor.from_file, path)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +140,11 @@ def test_the_settings_of_another_method_are_refused(editor, name, suffix, tmp_pa
     ],
 )
 def test_a_yaml_file_that_is_none(text, says, tmp_path):
-    path = written(tmp_path, text)
+    path = written(tmp_path, text, "llama-7b.yaml")
     with pytest.raises(ValueError, match=says) as error:
         kf.Rome.from_file(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 800
 
 
 def test_json_beyond_the_stack_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not JSON"):
-        kf.Rome.from_file(written(tmp_path, "[" * 100_000, "rome.json"))
+    refused("is not JSON", kf.Rome.from_file, written(tmp_path, "[" * 100_000))

@@ -76,16 +76,17 @@ class Broken(Exception):
     """What a test throws."""
 
 
-def break_at(monkeypatch, owner, name, at, error=Broken, after=False):
-    """Has calls of ``owner.name`` raise, those numbered in ``at``, from 1, before or after their work; -> all calls."""
+def watched(monkeypatch, owner, name, break_at=(), error=Broken, after=False):
+    """The arguments of all calls of ``owner.name`` from now on. Those numbered in ``break_at``, from 1, raise: before
+    they do their work, or after it."""
     function, calls = getattr(owner, name), []
 
     def call(*args, **kwargs):
         calls.append(args)
-        if len(calls) in at and not after:
+        if len(calls) in break_at and not after:
             raise error("broken by a test")
         made = function(*args, **kwargs)
-        if len(calls) in at:
+        if len(calls) in break_at:
             raise error("broken by a test")
         return made
 

@@ -23,12 +23,6 @@ def test_delta_is_what_it_says(delta):
     assert delta.to("meta").shape == delta.shape
 
 
-def test_rank_and_size():
-    assert lowrank(rank=5).rank == 5
-    assert lowrank(rank=5).nbytes == 4 * 5 * (D_MODEL + D_FF)
-    assert Dense(torch.zeros(4, 9)).rank == 4
-
-
 def test_norm_of_factors_that_cancel_is_not_nan():
     for seed in range(20):  # rounding takes the sum below zero in 8 of these
         pair = lowrank(rank=2, seed=seed, dtype=torch.float64)
@@ -36,7 +30,9 @@ def test_norm_of_factors_that_cancel_is_not_nan():
         assert LowRank(u, pair.v[:, :1].expand(-1, 3)).norm() < 1e-5
 
 
-def test_low_rank_until_it_is_larger_than_dense():
+def test_rank_and_size_and_low_rank_until_it_is_larger_than_dense():
+    assert lowrank(rank=5).rank == 5 and lowrank(rank=5).nbytes == 4 * 5 * (D_MODEL + D_FF)
+    assert Dense(torch.zeros(4, 9)).rank == 4
     limit = D_MODEL * D_FF // (D_MODEL + D_FF)
     kept = lowrank(rank=limit)
     assert as_smallest(kept) is kept

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.edits.edit import Edit
 from tests.conftest import refused
-from tests.make import FACTS, break_at, lowrank, make_edit, owned_edit
+from tests.make import FACTS, lowrank, make_edit, owned_edit, watched
 from tests.tiny import D_FF, D_MODEL, tiny_model
 
 
@@ -21,6 +21,7 @@ def test_fields_are_kept_in_order_and_as_json_has_them():
     assert list(edit.weights) == [(1, "down"), (2, "down")] and edit.deltas[2] is edit.weights[2, "down"]
     assert edit.hparams["layers"] == [1, 2]
     assert edit.provenance["fit"] == {"1": 0.25}
+    refused("provenance has to be plain values", make_edit, provenance={"fit": torch.zeros(3)}, error=TypeError)
 
 
 def test_repr_says_what_it_is():
@@ -73,10 +74,6 @@ def test_deltas_that_are_not_finite_are_refused(part, value):
     refused("deltas of layer 2 hold NaN or infinity", make_edit, deltas={1: lowrank(), 2: delta})
 
 
-def test_what_cannot_be_saved_is_refused_at_once():
-    refused("provenance has to be plain values", make_edit, provenance={"fit": torch.zeros(3)}, error=TypeError)
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +115,7 @@ def test_saving_over_a_file_replaces_it_whole(tmp_path, monkeypatch):
     owned_edit().save(path)
     assert Edit.load(path).independent
     assert torch.equal(loaded.deltas[1].delta, make_edit().deltas[1].delta)
-    break_at(monkeypatch, os, "replace", (1,), KeyboardInterrupt)
+    watched(monkeypatch, os, "replace", break_at=(1,), error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         make_edit().save(path)
     assert Edit.load(path).independent

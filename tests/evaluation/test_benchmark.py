@@ -12,8 +12,9 @@ import kedit_fast as kf
 from kedit_fast.basics.intervals import PROBABILITY, SHARE, wilson
 from kedit_fast.commands import cli
 from kedit_fast.evaluation import Benchmark, EvalReport
+from tests.conftest import refused, save_tiny
 from tests.evaluation.test_evaluate import ask, make_edit, make_lm, make_owned
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model
 
 # --- the benchmark: yes or no of each fact of a case, and one question that follows from all of them ------------------
 
@@ -34,20 +35,13 @@ def probes(lm, case):
 
 
 def columns(case, probes, answers, base):
-    yes = {
-        kind: [a.p[0] > a.p[1] for one, a in zip(probes, answers, strict=True) if one.kind == kind] for kind in KINDS
-    }
+    asked = zip(probes, answers, strict=True)
+    right = [(a.p[0] > a.p[1]) == (one.kind == "new") for one, a in asked if one.kind in ("new", "old")]
     hop, before = answers[-1], base[-1]
-    right = case.facts[-1].provenance["follows"]["answer"] in hop.text
-    return {
-        "judged": mean([*yes["new"], *(not x for x in yes["old"])]),
-        "hop": hop.p[0],
-        "hop_written": right,
-        "moved": hop.top != before.top,
-    }
+    written = case.facts[-1].provenance["follows"]["answer"] in hop.text
+    return {"judged": mean(right), "hop": hop.p[0], "hop_written": written, "moved": hop.top != before.top}
 
 
-KINDS = ("new", "old")
 YES_NO = Benchmark(
     "yes-no",
     {
@@ -86,8 +80,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(kf.BENCHMARKS, "yes-no", YES_NO)
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model", tiny_model("llama"))
     return tmp_path
 
 
@@ -119,10 +112,9 @@ def test_a_benchmark_of_ones_own_on_the_command_line(work, capsys):
     for columns, want in zip((report.base, report.edited), sides, strict=True):
         assert columns["judged"].tolist() == [judged for judged, _, _ in want]
         assert columns["hop"].tolist() == pytest.approx([p for _, p, _ in want], rel=1e-4)
-        texts = [
-            (facts[-1].provenance["follows"]["answer"], text) for facts, (*_, text) in zip(grouped, want, strict=True)
-        ]
-        assert columns["hop_written"].tolist() == [answer in text for answer, text in texts]
+        answers = [facts[-1].provenance["follows"]["answer"] for facts in grouped]
+        written = [answer in text for answer, (_, _, text) in zip(answers, want, strict=True)]
+        assert columns["hop_written"].tolist() == written
     assert report.edited["moved"].tolist() == [1, 1] and report.base["moved"].tolist() == [0, 0]
     moved = report.summary()["moved"]["edited"]
     assert moved == pytest.approx((1.0, *wilson(2, 2), 2)) and "1.000 [0.342, 1.000]" in shown
@@ -160,20 +152,19 @@ def test_a_report_of_before_is_counterfacts(tmp_path):
 
 def test_what_is_refused(tmp_path):
     lm = make_lm()
-    with pytest.raises(ValueError, match=r"cases of several facts with independent edits"):
-        kf.evaluate(lm, FACTS, make_owned(lm, FACTS), benchmark=YES_NO)
-    with pytest.raises(ValueError, match=r"'yes-no' gives \['other'\], which its metrics do not name"):
-        other = dataclasses.replace(YES_NO, columns=lambda *_: {"other": 1.0})
-        kf.evaluate(lm, FACTS, benchmark=other)
-    with pytest.raises(TypeError, match=r"benchmark = 'yes-no': expected a Benchmark"):
-        kf.evaluate(lm, FACTS, benchmark="yes-no")
+    says = "cases of several facts with independent edits"
+    refused(says, kf.evaluate, lm, FACTS, make_owned(lm, FACTS), benchmark=YES_NO)
+    other = dataclasses.replace(YES_NO, columns=lambda *_: {"other": 1.0})
+    says = r"'yes-no' gives \['other'\], which its metrics do not name"
+    refused(says, kf.evaluate, lm, FACTS, benchmark=other)
+    says = "benchmark = 'yes-no': expected a Benchmark"
+    refused(says, kf.evaluate, lm, FACTS, benchmark="yes-no", error=TypeError)
     for changes, says in (
         ({"metrics": {"a": ("shares", "x")}}, "expected \\(one of share, probability, difference, count, text\\)"),
         ({"metrics": {"score": (SHARE, "x")}}, "metric 'score'"),
         ({"score_of": ("judged", "efficacy")}, r"a score of \['efficacy'\]"),
     ):
-        with pytest.raises(ValueError, match=says):
-            dataclasses.replace(YES_NO, **changes)
+        refused(says, dataclasses.replace, YES_NO, **changes)
 
 
 def test_a_long_question_is_refused_before_any_sweep():

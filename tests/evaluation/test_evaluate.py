@@ -17,6 +17,7 @@ from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
 from kedit_fast.model.opening import open_model
+from tests.compare import refused
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
 module = importlib.import_module("kedit_fast.evaluation.evaluate")  # the package's attribute is the function
@@ -194,10 +195,8 @@ def test_equals_one_forward_at_a_time(family):
     assert before[0][1][0][0], "the test needs a neighbor that the model knows"
     base_perplexity = oracle_perplexity(lm, windows)
     with edit.apply(lm.model):
-        after = [
-            oracle(lm, fact, clean.get(i, ()), kept)[0]
-            for i, (fact, (_, kept)) in enumerate(zip(facts, before, strict=True))
-        ]
+        again = enumerate(zip(facts, before, strict=True))
+        after = [oracle(lm, fact, clean.get(i, ()), kept)[0] for i, (fact, (_, kept)) in again]
         edited_perplexity = oracle_perplexity(lm, windows)
     assert list(report.base) == list(METRICS)
     assert report.base.pop("neighborhood_left_out").tolist() == LEFT_OUT
@@ -245,8 +244,7 @@ def test_what_is_no_edit_or_lacks_what_it_stands_on_is_refused(lm):
     first = Edit("test", {}, lm.fingerprint, tuple(facts), {0: LowRank(torch.zeros(D_MODEL, 1), torch.zeros(D_FF, 1))})
     below = {"on_top_of": [{"digest": digest(first)}]}
     second = dataclasses.replace(first, changes={1: first.deltas[0]}, provenance=below)
-    with pytest.raises(ValueError, match=r"made on top of edit .* no edit; give the whole chain"):
-        evaluate(lm, facts, second)
+    refused(r"made on top of edit .* no edit; give the whole chain", evaluate, lm, facts, second)
     assert evaluate(lm.with_edit(first), facts, second).edited is not None
 
 
@@ -383,14 +381,10 @@ def test_independent_edits_mark_their_own_subject_only(lm):
 
 def test_what_independent_edits_refuse(lm):
     edit = make_owned(lm, FACTS[:2])
-    with pytest.raises(ValueError, match=r"'Miles Davis plays the'.*is not among the 2"):
-        evaluate(lm, FACTS[:3], edit)
-    with pytest.raises(ValueError, match=r"perplexity is of one model.*only\(i\)"):
-        evaluate(lm, FACTS[:2], edit, text=TEXT)
-    with pytest.raises(ValueError, match="2 sets of independent edits"):
-        evaluate(lm.with_edit(edit), FACTS[:2], make_owned(lm, FACTS[:3]))
-    with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
-        lm.with_edit(edit).top_tokens("The capital of Spain is")
+    refused(r"'Miles Davis plays the'.*is not among the 2", evaluate, lm, FACTS[:3], edit)
+    refused(r"perplexity is of one model.*only\(i\)", evaluate, lm, FACTS[:2], edit, text=TEXT)
+    refused("2 sets of independent edits", evaluate, lm.with_edit(edit), FACTS[:2], make_owned(lm, FACTS[:3]))
+    refused(r"carries independent edits.*only\(i\)", lm.with_edit(edit).top_tokens, "The capital of Spain is")
 
 
 # --- text, generations, log, report ----------------------------------------------------------------------------------
@@ -411,18 +405,10 @@ def test_windows_begin_with_the_start_token_and_end_at_the_limit():
     assert [gpt2.tokenizer.decode(w) for w in separate] == ["The Eiffel Tower", "Big Ben is in London"]
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("", "leaves no token to predict"),
-        ("a", "leaves no token to predict"),
-        (["", ""], "leaves no token to predict"),
-        ([], "text is empty; expected a text or a list of texts"),
-    ],
-)
-def test_too_short_a_text_is_refused(text, says):
-    with pytest.raises(ValueError, match=says):
-        evaluate(make_lm("gpt2"), FACTS[:1], text=text)
+def test_too_short_a_text_is_refused():
+    for text in ("", "a", ["", ""]):
+        refused("leaves no token to predict", evaluate, make_lm("gpt2"), FACTS[:1], text=text)
+    refused("text is empty; expected a text or a list of texts", evaluate, make_lm("gpt2"), FACTS[:1], text=[])
 
 
 def test_generations_are_those_of_the_weights_and_of_the_edited_weights(lm):
@@ -490,13 +476,8 @@ def test_a_report_says_in_words_what_is_answered(lm):
 
 
 def test_helpful_errors(lm):
-    with pytest.raises(ValueError, match="facts is empty"):
-        evaluate(lm, [])
-    with pytest.raises(TypeError, match=r"facts = .*: expected Facts, .* or what load_facts gives"):
-        evaluate(lm, [{"prompt": "x"}])
-    with pytest.raises(ValueError, match=r"'Spain is'.*nothing to compare"):
-        evaluate(lm, [Fact("{} is", "Spain")])
-    with pytest.raises(ValueError, match="open the model it was made on"):
-        evaluate(lm, FACTS, make_edit(make_lm("gpt2")))
-    with pytest.raises(ValueError, match="generate = -1: expected a whole number of at least 0"):
-        evaluate(lm, FACTS, generate=-1)
+    refused("facts is empty", evaluate, lm, [])
+    refused("facts = .*: expected Facts, .* or what load_facts", evaluate, lm, [{"prompt": "x"}], error=TypeError)
+    refused(r"'Spain is'.*nothing to compare", evaluate, lm, [Fact("{} is", "Spain")])
+    refused("open the model it was made on", evaluate, lm, FACTS, make_edit(make_lm("gpt2")))
+    refused("generate = -1: expected a whole number of at least 0", evaluate, lm, FACTS, generate=-1)

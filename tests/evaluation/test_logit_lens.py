@@ -1,14 +1,12 @@
 """The logit lens against hooks on Hugging Face's own forward, on the weights as they are and really edited."""
 
-import importlib
-
 import pytest
 import torch
 
 from kedit_fast.evaluation.logit_lens import LogitLens, logit_lens
 from kedit_fast.facts.fact import Fact
 from kedit_fast.pictures.figure import figure_alt, figure_png
-from tests.conftest import close, open_tiny
+from tests.conftest import close, open_tiny, refused
 from tests.make import bits, make_edit, owned_edit, same_bits
 from tests.tiny import tiny_model
 
@@ -108,13 +106,10 @@ def test_pictures(lens, tmp_path):
     assert len(logit_lens(open_tiny(tiny_model("llama")), FACTS[2]).plot().axes[0].lines) == 1
 
 
-def test_errors_come_before_work(monkeypatch):
-    engine = importlib.import_module("kedit_fast.sweep.engine")
-    monkeypatch.setattr(engine._Pack, "run", lambda *args: pytest.fail("a sweep ran"))
+def test_errors_come_before_work(no_sweep):
     model = tiny_model("llama")
     lm = open_tiny(model)
     for facts, error in (([], ValueError), (["x"], TypeError), ([Fact("{} is", "x")], ValueError)):
         with pytest.raises(error):
             logit_lens(lm, facts)
-    with pytest.raises(ValueError, match="independent edits"):
-        logit_lens(lm, FACTS, owned_edit(model))
+    refused("independent edits", logit_lens, lm, FACTS, owned_edit(model))

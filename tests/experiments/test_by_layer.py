@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 import kedit_fast as kf
-import kedit_fast.experiments.by_layer as sweep_module
 from kedit_fast.basics.intervals import Interval
 from kedit_fast.experiments.by_layer import LAST, LayerStudy, edit_by_layer, spearman
 from kedit_fast.tracing.results import AverageTrace
-from tests.conftest import tiny_lm
+from tests.conftest import refused, tiny_lm
 from tests.editors import cases
-from tests.experiments.test_rounds import FACTS
+from tests.experiments.test_rounds import FACTS, counted_asks
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 EDITOR = kf.Rome(layers=(1,), v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.5)
@@ -31,17 +30,16 @@ def trace_of(effect, kind="state"):
 TRACE = {"state": trace_of([0.1, 0.4, 0.3, 0.2]), "mlp": trace_of([0.0, 0.1, np.nan, 0.1], "mlp")}
 
 
-def made_up(efficacies, traces=None, layers=None):
+def made_up(efficacies, layers=None):
     """A sweep with these efficacies."""
     layers = range(len(efficacies)) if layers is None else layers
     names = ("efficacy", "p_new", "paraphrase", "neighborhood", "score")
-    edited = {
-        layer: dict.fromkeys(names, Interval(value, value - 0.1, value + 0.1, 4))
-        for layer, value in zip(layers, efficacies, strict=True)
-    }
-    return LayerStudy(
-        edited, dict.fromkeys(names, Interval(0.5, 0.4, 0.6, 4)), traces or TRACE, "rome", 4, model="tiny"
-    )
+
+    def everywhere(value):
+        return dict.fromkeys(names, Interval(value, value - 0.1, value + 0.1, 4))
+
+    edited = {layer: everywhere(value) for layer, value in zip(layers, efficacies, strict=True)}
+    return LayerStudy(edited, everywhere(0.5), TRACE, "rome", 4, model="tiny")
 
 
 @pytest.mark.parametrize("editor", [EDITOR, kf.Memit(layers=(0, 1), mom2_update_weight=5.0, v_num_grad_steps=4)])
@@ -74,21 +72,9 @@ def test_the_same_facts_are_traced():
 
 
 def test_statistics_and_contexts_are_made_once_for_all_layers(monkeypatch):
-    counts = {"contexts": 0, "moments": 0}
-
-    def contexts(self, lm, seed):
-        counts["contexts"] += 1
-        return [["{}", "So. {}"]]
-
-    def measured(lm, layers, corpus):
-        counts["moments"] += 1
-        assert tuple(layers) == (0, 1, 2, 3)
-        return cases.moments()
-
-    monkeypatch.setattr(kf.Rome, "sampled_contexts", contexts)
-    monkeypatch.setattr("kedit_fast.moments.given.second_moments", measured)
+    asked = counted_asks(monkeypatch, kf.Rome)
     found = edit_by_layer(tiny_lm("gpt2"), FACTS[:1], EDITOR, corpus="self", trace=TRACE)
-    assert found.layers == (0, 1, 2, 3) and counts == {"contexts": 1, "moments": 1}
+    assert found.layers == (0, 1, 2, 3) and sorted(asked, key=str) == [(0, 1, 2, 3), "contexts"]
 
 
 def test_a_line_for_each_layer(tmp_path):
@@ -110,20 +96,14 @@ def test_a_line_for_each_layer(tmp_path):
         ({"moments": {0: cases.moments()[0]}}, "no second moment for layer 1"),
         ({"trace": {"state": trace_of([0.1, 0.2])}}, "has 2 layers, this model 4"),
         ({"trace": []}, "trace is empty; expected TraceResults or"),
+        ({"trace": {"state": [1, 2]}}, "AverageTrace"),
         ({"contexts": ["none"]}, "bare prompt"),
     ],
 )
-def test_errors_come_before_work(options, says, monkeypatch):
-    monkeypatch.setattr(kf.Rome, "edit", lambda *args, **given: pytest.fail("work had begun"))
-    monkeypatch.setattr(sweep_module, "trace_facts", lambda *args, **given: pytest.fail("work had begun"))
+def test_errors_come_before_work(options, says, no_sweep):
     arguments = {"facts": FACTS, "editor": EDITOR} | GIVEN | options
-    with pytest.raises(ValueError, match=says):
-        edit_by_layer(tiny_lm("llama"), **arguments)
-
-
-def test_a_trace_of_something_else():
-    with pytest.raises(TypeError, match="AverageTrace"):
-        edit_by_layer(tiny_lm("llama"), FACTS, EDITOR, trace={"state": [1, 2]}, **GIVEN)
+    error = TypeError if says == "AverageTrace" else ValueError
+    refused(says, edit_by_layer, tiny_lm("llama"), **arguments, error=error)
 
 
 # ---- rank correlation
@@ -175,8 +155,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 )
 def test_other_files_are_refused(tmp_path, text, says):
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=f"other.json {says}"):
-        LayerStudy.load(tmp_path / "other.json")
+    refused(f"other.json {says}", LayerStudy.load, tmp_path / "other.json")
 
 
 def test_the_picture(tmp_path):
@@ -190,9 +169,8 @@ def test_the_picture(tmp_path):
     assert {"P(new)", "paraphrase", "neighborhood", "neighborhood, no edit"} <= set(lines)
     assert len(top.collections) == 4  # a band each
     drawn = {line.get_label(): line for line in below.lines}
-    np.testing.assert_allclose(
-        drawn["state\nρ with efficacy -1.00\nρ with P(new) -1.00"].get_ydata(), [0.1, 0.4, 0.3, 0.2], rtol=1e-6
-    )
+    state = drawn["state\nρ with efficacy -1.00\nρ with P(new) -1.00"]
+    np.testing.assert_allclose(state.get_ydata(), [0.1, 0.4, 0.3, 0.2], rtol=1e-6)
     assert "MLP\nρ with efficacy -0.87\nρ with P(new) -0.87" in drawn
     shown = " ".join(text.get_text() for text in below.texts)
     assert "does not by itself predict" in shown and "Hase et al. 2023" in shown

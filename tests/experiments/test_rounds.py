@@ -15,21 +15,14 @@ from kedit_fast.editors.finetune import Ft
 from kedit_fast.edits.edit import Edit
 from kedit_fast.experiments.rounds import Round, edit_in_rounds
 from kedit_fast.pictures.rounds import plot_rounds
-from tests.conftest import tiny_lm
+from tests.conftest import refused, tiny_lm
 from tests.editors import cases
 from tests.make import lowrank
 from tests.tiny import TEXT
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
-FACTS = tuple(
-    replace(
-        fact,
-        target_true="Paris",
-        paraphrases=(f"Today {fact.text}",),
-        neighborhood=("The capital of France is", "Big Ben is in"),
-    )
-    for fact in cases.FACTS
-)
+NEAR = {"target_true": "Paris", "neighborhood": ("The capital of France is", "Big Ben is in")}
+FACTS = tuple(replace(fact, paraphrases=(f"Today {fact.text}",), **NEAR) for fact in cases.FACTS)
 COMMON = dict(v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.5)
 MEMIT = kf.Memit(layers=(0, 1), mom2_update_weight=5.0, **COMMON)
 EDITORS_UNDER_TEST = {
@@ -114,22 +107,28 @@ def test_earlier_facts_are_sampled_with_the_seed(monkeypatch):
     assert asked == [subjects[:3], subjects[3:]]
 
 
-def test_contexts_are_sampled_and_statistics_measured_once(monkeypatch):
-    lm, counts = tiny_lm("llama"), {"contexts": 0, "moments": 0}
+def counted_asks(monkeypatch, editor):
+    """What is asked of an editor's contexts and of statistics: once is enough for all rounds and layers."""
+    asked = []
 
     def contexts(self, lm, seed):
-        counts["contexts"] += 1
+        asked.append("contexts")
         return cases.GROUPS
 
     def measured(lm, layers, corpus):
-        counts["moments"] += 1
         assert not lm.edits
+        asked.append(tuple(layers))
         return cases.moments()
 
-    monkeypatch.setattr(kf.Memit, "sampled_contexts", contexts)
+    monkeypatch.setattr(editor, "sampled_contexts", contexts)
     monkeypatch.setattr("kedit_fast.moments.given.second_moments", measured)
+    return asked
+
+
+def test_contexts_are_sampled_and_statistics_measured_once(monkeypatch):
+    lm, asked = tiny_lm("llama"), counted_asks(monkeypatch, kf.Memit)
     found = list(in_rounds(lm, contexts=None, moments=None, corpus="self", per_round=2))
-    assert counts == {"contexts": 1, "moments": 1}
+    assert sorted(asked, key=str) == [MEMIT.layers, "contexts"]
     given = list(in_rounds(lm, per_round=2))
     for layer in MEMIT.layers:
         assert torch.equal(found[1].edit.deltas[layer].u, given[1].edit.deltas[layer].u)
@@ -166,12 +165,8 @@ def test_rounds_come_one_by_one_and_are_logged(tmp_path):
     for record, r in zip(records, found, strict=True):
         read = Round.from_record(record)
         assert read.to_record() == record and read.edit is None
-        assert (read.number, read.n_facts, read.growth, read.perplexity) == (
-            r.number,
-            r.n_facts,
-            r.growth,
-            r.perplexity,
-        )
+        for name in ("number", "n_facts", "growth", "perplexity"):
+            assert getattr(read, name) == getattr(r, name)
 
 
 def test_a_ruined_model_is_reported_not_hidden(monkeypatch):
@@ -202,17 +197,12 @@ def test_a_ruined_model_is_reported_not_hidden(monkeypatch):
         ({"text": "a", "max_tokens": 1}, "max_tokens = 1: expected a whole number of at least 2"),
         ({"text": "a", "max_tokens": 2}, "no token to predict"),
         ({"contexts": ["no place"]}, "bare prompt"),
+        ({"log": "no/such/folder/log.jsonl"}, "there is no folder"),
     ],
 )
-def test_errors_come_before_work(options, says, monkeypatch):
-    monkeypatch.setattr(kf.Memit, "edit", lambda *args, **given: pytest.fail("work had begun"))
-    with pytest.raises(ValueError, match=says):
-        in_rounds(tiny_lm("gpt2"), **options)  # whose positions have an end
-
-
-def test_a_log_that_cannot_be_written(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        in_rounds(tiny_lm("llama"), log=tmp_path / "no" / "log.jsonl")
+def test_errors_come_before_work(options, says, no_sweep):
+    error = FileNotFoundError if "log" in options else ValueError
+    refused(says, in_rounds, tiny_lm("gpt2"), **options, error=error)  # whose positions have an end
 
 
 # ---- the picture
@@ -246,11 +236,6 @@ def test_the_picture_of_few_figures():
     figure = plot_rounds({"memit": [alone], "rome": []})
     assert figure.axes[2].texts[0].get_text() == "no text given"
     assert figure.axes[3].get_yscale() == "linear"
-    with pytest.raises(ValueError, match="no rounds to plot"):
-        plot_rounds({"rome": []})
-
-
-def test_a_collapse_is_drawn_on_a_log_scale():
-    (alone,) = in_rounds(tiny_lm("llama"), per_round=4)
-    later = replace(alone, n_facts=8, growth={0: 100 * alone.growth[0], 1: 100 * alone.growth[1]})
-    assert plot_rounds({"memit": [alone, later]}).axes[3].get_yscale() == "log"
+    collapsed = replace(alone, n_facts=8, growth={0: 100 * alone.growth[0], 1: 100 * alone.growth[1]})
+    assert plot_rounds({"memit": [alone, collapsed]}).axes[3].get_yscale() == "log"
+    refused("no rounds to plot", plot_rounds, {"rome": []})

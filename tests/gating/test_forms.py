@@ -6,7 +6,7 @@ import torch
 from kedit_fast.edits.deltas import Dense, LowRank, edited_weight, written_delta
 from kedit_fast.gating.forms import chain_deltas, growth, quantized_weight, view_of_quantized, view_of_written
 from kedit_fast.jobs.score import next_token_probs
-from tests.conftest import close, open_tiny
+from tests.conftest import close, open_tiny, refused
 from tests.make import bits, lowrank, make_edit, same_bits
 from tests.tiny import FAMILY_NAMES, tiny_model
 
@@ -33,8 +33,7 @@ def test_quantization_against_a_loop(n_bits, group, dtype):
     assert torch.equal(got, loop_quantized(weight, n_bits, group)) and got.dtype == dtype
     levels = torch.unique(quantized_weight(weight[:1, :5].float(), n_bits, 5)).numel()
     assert levels <= 5 and not torch.equal(got, weight)
-    with pytest.raises(ValueError, match="2 to 8 bits"):
-        quantized_weight(weight, 16, group)
+    refused("2 to 8 bits", quantized_weight, weight, 16, group)
 
 
 def test_a_chain_is_rounded_edit_by_edit():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
 import json
 import math
 
@@ -18,25 +17,10 @@ from kedit_fast.gating.questions import questions
 from kedit_fast.gating.report import POLICY
 from kedit_fast.gating.suite import Question, Translation
 from kedit_fast.gating.thresholds import FAIL, NOT_MEASURED, PASS, REPORTED
-from tests.conftest import open_tiny
-from tests.gating.cases import (
-    FACT,
-    LAYER,
-    SIZES,
-    SUITE,
-    TEXT,
-    good_edit,
-    judged,
-    keys_of,
-    limits,
-    make_edit,
-    make_lm,
-    nothing,
-    wreck,
-)  # fmt: skip
+from tests.conftest import open_tiny, refused
+from tests.gating import cases
+from tests.gating.cases import FACT, LAYER, SIZES, SUITE, good_edit, judged, limits, make_edit, make_lm, nothing, wreck
 from tests.tiny import D_FF, D_MODEL, POSITIONS, tiny_model
-
-report_module = importlib.import_module("kedit_fast.gating.report")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +46,8 @@ def verdicts(report):
 def test_a_good_edit_passes(passed):
     assert passed.passed and not passed.failed, str(passed)
     found = verdicts(passed)
-    for name in (
-        "wordings answered",
-        "generalization",
-        "specificity drop",
-        "perplexity drift",
-        "canary, plain",
-        POLICY,
-    ):
+    checked = ("wordings answered", "generalization", "specificity drop", "perplexity drift", "canary, plain", POLICY)
+    for name in checked:
         assert found[name] == PASS, name
     assert found["canary, doubt"] == found["canary, long context"] == REPORTED
     assert found["portability"] == found["canary, language"] == NOT_MEASURED
@@ -78,7 +56,9 @@ def test_a_good_edit_passes(passed):
     assert (answered.value, answered.n) == (1.0, 4) and 0.50 < answered.low < 0.52  # Wilson's, 4 of 4
     assert passed.check("generalization").n == 3 and passed.check("specificity drop").n == 9
     assert passed.check("specificity drop").value == 0.0
+    before, after = passed.meta["perplexity"]["written float32"]
     assert abs(passed.check("perplexity drift").value) < 1e-5
+    assert math.isclose(passed.check("perplexity drift").value, after / before - 1, abs_tol=1e-6)
     assert {answer.generated for answer in passed.answers} == {True}
     assert passed.check("wordings answered").form == "written float32"
 
@@ -154,7 +134,7 @@ def tie_edit(lm):
     scaled = g * model.model.norm.weight.detach().double()
     rms = kept["h"].double().square().mean().sqrt()
     change = -4e-3 * rms / (scaled @ scaled) * scaled
-    key = keys_of(lm, [ids])[0].double()
+    key = cases.keys_of(lm, [ids])[0].double()
     delta = Dense(torch.outer(change, key / (key @ key)).float())
     assert float(delta.delta.detach().abs().max()) < 0.25 / 512
     return make_edit(lm, {LAYER: delta}, fact), fact
@@ -194,8 +174,8 @@ def test_a_planted_old_answer_is_found_under_doubt(lm):
     (song,) = [song for _, song in report.songs if song.leaked]
     assert song.canary.prompt == planted and song.after.startswith(" Paris") and not song.leaked_before
     assert "Paris" in report.to_html()
-    refused = judged(gate, lm, edit, suite, thresholds=limits(max_leak_doubt=0.0))
-    assert [check.name for check in refused.failed] == ["canary, doubt"]
+    strict = judged(gate, lm, edit, suite, thresholds=limits(max_leak_doubt=0.0))
+    assert [check.name for check in strict.failed] == ["canary, doubt"]
     assert not any(song.leaked for _, song in judged(gate, lm, good_edit(lm), suite).songs)
 
 
@@ -215,7 +195,7 @@ def test_a_chain_is_judged_as_a_whole_and_keeps_its_earlier_facts(lm):
     first = good_edit(lm, dataclasses.replace(FACT, subject="Toyota", paraphrases=(), same_subject=()))
     place = first.facts[0].text
     last = good_edit(lm, also=[(place, None)])
-    easy = dict(suite=Suite(text=(TEXT,)), thresholds=limits(min_specificity_prompts=1, measure="exact"))
+    easy = dict(suite=Suite(text=(cases.TEXT,)), thresholds=limits(min_specificity_prompts=1, measure="exact"))
     report = judged(gate, lm, [first, last], **easy)
     retention = report.check("retention")
     assert (retention.n, retention.verdict) == (1, PASS)
@@ -303,10 +283,9 @@ def test_wordings_that_differ_in_spacing_or_case_count_once(lm):
 
 
 def test_a_neighbor_with_an_answer_of_its_own_is_asked_for_that(lm):
-    own = dict(
-        neighborhood=(("Thomas Joannes is in", "Rome"), "Vimeo is in"), same_subject=(("Big Ben has", "a bell"),)
-    )
-    edit = dataclasses.replace(good_edit(lm), facts=(dataclasses.replace(FACT, **own),))
+    near = (("Thomas Joannes is in", "Rome"), "Vimeo is in")
+    fact = dataclasses.replace(FACT, neighborhood=near, same_subject=(("Big Ben has", "a bell"),))
+    edit = dataclasses.replace(good_edit(lm), facts=(fact,))
     asked = questions(lm, [edit], Suite(), limits(), False, SIZES)
     assert [(kept.prompt, kept.answer) for kept in asked.kept] == [
         ("Thomas Joannes is in", "Rome"), ("Vimeo is in", FACT.target_true), ("Big Ben has", "a bell"),
@@ -358,54 +337,39 @@ def test_a_prompt_the_model_does_not_know_is_held_to_its_likeliest_token(lm):
         (lambda lm, e: dict(suite=Suite(facts=(dataclasses.replace(FACT, target_new="Oslo"),))), ValueError, "'Oslo'"),
     ],
 )
-def test_errors_come_before_work(lm, monkeypatch, change, error, says):
-    engine = importlib.import_module("kedit_fast.sweep.engine")
-    monkeypatch.setattr(engine._Pack, "run", lambda *args: pytest.fail("a sweep ran"))
+def test_errors_come_before_work(lm, no_sweep, change, error, says):
     edit = nothing(lm)
-    with pytest.raises(error, match=says):
-        judged(gate, **{"lm": lm, "edit": edit} | change(lm, edit))
+    refused(says, judged, gate, error=error, **{"lm": lm, "edit": edit} | change(lm, edit))
 
 
 def test_a_prompt_longer_than_the_model_takes_is_refused_before_work(lm):
     gpt2 = open_tiny(tiny_model("gpt2"))
     long = dataclasses.replace(SUITE, doubt=("{prompt} " * 30,))
-    with pytest.raises(ValueError, match="its position table ends there"):
-        judged(gate, gpt2, nothing(gpt2), long)
+    refused("its position table ends there", judged, gate, gpt2, nothing(gpt2), long)
 
 
 def test_reports_are_files(passed, lm, tmp_path):
     passed.save(tmp_path / "g.json")
     record = json.loads((tmp_path / "g.json").read_text())
     assert record["passed"] is True and record["format"] == "kedit_fast.gate"
-    answered = record["checks"][0]
-    assert (answered["name"], answered["verdict"], answered["n"], answered["limit"]) == (
-        "wordings answered",
-        "pass",
-        4,
-        0.9,
-    )
+    expected = {"name": "wordings answered", "verdict": "pass", "n": 4, "limit": 0.9}
+    assert expected.items() <= record["checks"][0].items()
     assert record["lens"]["n"] == 1 and passed.check("old answer in layers").verdict == REPORTED
     assert record["meta"]["thresholds"]["policy"]["max_facts"] == 1_000
     page = passed.to_html(tmp_path / "g.html")
     assert (tmp_path / "g.html").read_text() == page and "<script" not in page
     assert "<img" in page and "Is the old answer gone" in page
-    refused = judged(gate, lm, nothing(lm))
-    assert "Gate: refused" in refused.to_html() and "refused: wordings answered" in str(refused)
-    assert repr(refused) == "GateReport(1 fact, refused: wordings answered; generalization)"
+    idle = judged(gate, lm, nothing(lm))
+    assert "Gate: refused" in idle.to_html() and "refused: wordings answered" in str(idle)
+    assert repr(idle) == "GateReport(1 fact, refused: wordings answered; generalization)"
     assert repr(passed) == "GateReport(1 fact, passed)"
-    with pytest.raises(KeyError, match="no check 'speed'"):
-        passed.check("speed")
+    refused("no check 'speed'", passed.check, "speed", error=KeyError)
 
 
 def test_a_report_escapes_what_the_model_writes(passed):
     answers = (dataclasses.replace(passed.answers[0], text="<b>&"), *passed.answers[1:])
     page = dataclasses.replace(passed, answers=answers).to_html()
     assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
-
-
-def test_drift_is_that_of_perplexity(passed):
-    before, after = passed.meta["perplexity"]["written float32"]
-    assert math.isclose(passed.check("perplexity drift").value, after / before - 1, abs_tol=1e-6)
 
 
 CHATTY = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

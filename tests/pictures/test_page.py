@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from kedit_fast.pictures import page as report_page
 from kedit_fast.pictures.figure import figure_png
-from kedit_fast.pictures.page import (
-    Cell,
-    Change,
-    Details,
-    Picture,
-    Section,
-    Table,
-    before_after_table,
-    known_neighbors,
-    write_report,
-)
+from kedit_fast.pictures.page import Cell, Change, Details, Picture, Section, Table, before_after_table, known_neighbors
+from tests.compare import refused
 
 FIRST = "This model is SmolLM2-135M-Instruct de-quantised from a 4-bit file"
 VOID = {"meta", "img"}
@@ -54,7 +46,7 @@ class Page(HTMLParser):
 
 
 def page_of(tmp_path, *blocks, title="A title", first_line=FIRST) -> Page:
-    write_report(tmp_path / "report.html", title, first_line, [Section("Heading", blocks)])
+    report_page.write_report(tmp_path / "report.html", title, first_line, [Section("Heading", blocks)])
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
@@ -94,10 +86,7 @@ def test_everything_is_escaped(tmp_path):
     assert [text for _, text in page.texts].count(evil) == 11
     assert page.all("img")[0]["alt"] == evil
     assert next(a["aria-label"] for a in page.all("div")) == evil
-
-
-def test_lone_surrogates_do_not_stop_the_page(tmp_path):
-    page_of(tmp_path, "half \ud83d of a pair")
+    page_of(tmp_path, "half \ud83d of a pair")  # is written as well
 
 
 def test_numbers_stand_on_the_right_and_text_on_the_left(tmp_path):
@@ -105,13 +94,9 @@ def test_numbers_stand_on_the_right_and_text_on_the_left(tmp_path):
     page = page_of(tmp_path, Table(["name", "width", "p", "change", "small"], rows))
     classes = [a.get("class") for tag, a in page.tags if tag in ("th", "td")]
     assert classes == [None, "number", "number", "number", "number"] * 3
-    cells = page.inside("tbody")
-    assert cells == ["layer 3", "1,536", "0.250", "0.1 → 0.9", "<0.001", "layer 4", "12", "–", "–", "–"]
-
-
-def test_a_column_with_a_word_in_it_is_text(tmp_path):
-    page = page_of(tmp_path, Table(["a", "b"], [["x", 1], ["y", "many"]]))
-    assert not any(a.get("class") for a in page.all("td"))
+    assert page.inside("tbody") == ["layer 3", "1,536", "0.250", "0.1 → 0.9", "<0.001", "layer 4", "12", "–", "–", "–"]
+    with_a_word = page_of(tmp_path, Table(["a", "b"], [["x", 1], ["y", "many"]]))
+    assert not any(a.get("class") for a in with_a_word.all("td"))
 
 
 def test_headers_have_a_scope_and_tones_a_class(tmp_path):
@@ -120,9 +105,6 @@ def test_headers_have_a_scope_and_tones_a_class(tmp_path):
     assert [a["scope"] for a in page.all("th")] == ["col", "col", "row", "row"]
     assert [a["class"] for a in page.all("td")] == ["good", "bad"]
     assert page.inside("caption") == ["Two rows"]
-
-
-def test_a_table_without_rows_still_has_its_headers(tmp_path):
     assert page_of(tmp_path, Table(["a", "b"], [])).inside("thead") == ["a", "b"]
 
 
@@ -145,21 +127,18 @@ def test_mistakes_are_named_and_leave_the_old_page_whole(tmp_path):
     for block, error in ((3.5, TypeError), (Picture(b"GIF89a"), ValueError), (Details("x", [None]), TypeError)):
         with pytest.raises(error):
             page_of(tmp_path, "new", block)
-    with pytest.raises(TypeError, match="expected a Section, got str"):
-        write_report(tmp_path / "report.html", "t", "f", ["text"])
+    given = (tmp_path / "report.html", "t", "f", ["text"])
+    refused("expected a Section, got str", report_page.write_report, *given, error=TypeError)
     assert "old" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    with pytest.raises(ValueError, match="has 1 cells under 2 headers"):
-        Table(["a", "b"], [["x"]])
-    with pytest.raises(ValueError, match="cell tone 'green'"):
-        Cell(1, "green")
+    refused("has 1 cells under 2 headers", Table, ["a", "b"], [["x"]])
+    refused("cell tone 'green'", Cell, 1, "green")
 
 
 def test_a_failed_write_leaves_no_file_behind(tmp_path, monkeypatch):
     page_of(tmp_path, "old")
     monkeypatch.setattr("kedit_fast.basics.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        page_of(tmp_path, "new")
+    refused("disk full", page_of, tmp_path, "new", error=OSError)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert "old" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -175,20 +154,17 @@ UNKNOWN = Change("The Moulin is in", "Paris", (0.01, 0.01), "Rome", (0.02, 0.5),
 UNMEASURED = Change("Big Ben is in", "London", (0.6, None), "Rome", (0.02, 0.5), "neighbor")
 
 
-@pytest.mark.parametrize(
-    "change, outcome",
-    [
-        (FACT, ("written", "good")),
-        (MISSED, ("not written", "bad")),
-        (DAMAGED, ("damaged", "bad")),
-        (WEAKENED, ("weakened", "bad")),
-        (KEPT, ("kept", "good")),
-        (UNKNOWN, ("not known before", "neutral")),
-        (UNMEASURED, ("not measured", "neutral")),
-    ],
-)
-def test_outcomes(change, outcome):
-    assert (change.outcome.value, change.outcome.tone) == outcome
+def test_outcomes():
+    outcomes = {
+        FACT: ("written", "good"),
+        MISSED: ("not written", "bad"),
+        DAMAGED: ("damaged", "bad"),
+        WEAKENED: ("weakened", "bad"),
+        KEPT: ("kept", "good"),
+        UNKNOWN: ("not known before", "neutral"),
+        UNMEASURED: ("not measured", "neutral"),
+    }
+    assert {change: (change.outcome.value, change.outcome.tone) for change in outcomes} == outcomes
 
 
 def test_damage_stands_as_plainly_as_success(tmp_path):
@@ -214,5 +190,4 @@ def test_known_neighbors_are_counted_each_prompt_once():
 def test_missing_neighbors_are_said_to_be_missing():
     assert before_after_table([FACT]).caption == "1 of 1 facts written; no neighbors measured."
     assert before_after_table([FACT, UNKNOWN]).caption.endswith("none of 1 neighbors known before or measured.")
-    with pytest.raises(ValueError, match="role 'neighbour'"):
-        Change("x", "a", (0, 0), "b", (0, 0), "neighbour")
+    refused("role 'neighbour'", Change, "x", "a", (0, 0), "b", (0, 0), "neighbour")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import kedit_fast as kf
 from kedit_fast.edits.deltas import Dense, LowRank
-from kedit_fast.edits.edit import Edit, digest
+from kedit_fast.edits.edit import digest
 from kedit_fast.jobs.score import next_token_probs
 from kedit_fast.model import smollm2
 from kedit_fast.model.family import as_out_in, projection
@@ -295,11 +295,3 @@ def test_a_folder_in_use_and_a_wrong_limit_are_refused(tmp_path):
     refused("is not empty", export_peft, edit, tmp_path / "adapter")
     refused("max_rank = 0: expected a whole number of at least 1", export_peft, edit, tmp_path / "other", max_rank=0)
     refused("no folder", export_peft, edit, tmp_path / "no" / "adapter", error=FileNotFoundError)
-
-
-def test_a_saved_edit_exports_the_same_adapter(tmp_path):
-    edit = low_rank_edit(tiny_model("llama"))
-    edit.save(tmp_path / "edit.safetensors")
-    export_peft(Edit.load(tmp_path / "edit.safetensors"), tmp_path / "b")
-    export_peft(edit, tmp_path / "a")
-    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()

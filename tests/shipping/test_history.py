@@ -13,7 +13,7 @@ from kedit_fast.edits.edit import digest
 from kedit_fast.shipping import history as module
 from kedit_fast.shipping.history import EDITS, MANIFEST, EditHistory, Version
 from tests.conftest import open_tiny, refused
-from tests.make import break_at, lowrank, make_edit, owned_edit
+from tests.make import lowrank, make_edit, owned_edit, watched
 from tests.shipping.checkpoints import contents
 from tests.tiny import tiny_model
 
@@ -168,7 +168,7 @@ def test_a_manifest_changed_by_hand_is_seen(history):
 def test_an_error_while_writing_leaves_the_versions_as_they_were(history, monkeypatch):
     below = [edit_of(1), edit_of(2, [edit_of(1)])]
     with monkeypatch.context() as patch:
-        break_at(patch, EditHistory, "_write", (1,), OSError)
+        watched(patch, EditHistory, "_write", break_at=(1,), error=OSError)
         refused("broken by a test", history.add, edit_of(3, below), error=OSError)
     assert len(history.versions) == 3
     assert history.add(edit_of(3, below)).number == 3
@@ -212,7 +212,7 @@ def test_a_first_addition_that_was_killed_can_be_made_again(tmp_path, monkeypatc
     """Between the edit's file and the manifest that lists it."""
     history = EditHistory(tmp_path / "edits")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        break_at(patch, EditHistory, "_keep", (1,), KeyboardInterrupt, after=True)
+        watched(patch, EditHistory, "_keep", break_at=(1,), error=KeyboardInterrupt, after=True)
         history.add(edit_of(1))
     assert len(list((history.folder / EDITS).iterdir())) == 1 and history.current == ()
     assert history.add(edit_of(1)).number == 1

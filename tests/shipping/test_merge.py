@@ -18,7 +18,7 @@ from kedit_fast.shipping import merge, stored_tensors
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
 from tests.conftest import refused
-from tests.make import bits, break_at, lowrank, make_edit, owned_edit, same_bits
+from tests.make import bits, lowrank, make_edit, owned_edit, same_bits, watched
 from tests.shipping.checkpoints import base_checkpoint, contents, save_checkpoint, two_edits
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
 
@@ -224,7 +224,7 @@ def test_edits_that_cannot_be_merged(tmp_path):
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     model = save_checkpoint(tmp_path / "base")
     before = contents(tmp_path)
-    break_at(monkeypatch, merge, "edited_weight", (1,), KeyboardInterrupt)
+    watched(monkeypatch, merge, "edited_weight", break_at=(1,), error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(tmp_path / "base", make_edit(model), tmp_path / "out")
     assert contents(tmp_path) == before

@@ -75,6 +75,7 @@ def test_sweeps_and_edited_views_compute_what_the_packed_weights_say(model):
     lm, same = open_tiny(model), open_tiny(plain)
     same_edited = same.with_edit(make_edit(plain, deltas=edit.deltas))
     edited = lm.with_edit(edit)
+    assert lm.d_ff == D_FF  # not the packed shape
     close("as it is", probs(lm), probs(same))
     close("edited", probs(edited), probs(same_edited))
     assert relative_error(probs(edited), probs(lm)) > 0.01
@@ -118,7 +119,3 @@ def test_the_adapter_beside_the_packed_weights_is_the_same_edit(model, tmp_path)
             lambda module, args, out, factors=factors: factors.add_to(out[0], args[0][0])[None]
         )
     close("logits", logits(wrapped), logits(model))
-
-
-def test_the_width_of_keys_is_not_the_packed_shape(model):
-    assert open_tiny(model).d_ff == D_FF

@@ -11,7 +11,7 @@ from kedit_fast.shipping import unmerge as module
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import read_manifest, unmerge
 from tests.conftest import refused
-from tests.make import break_at, make_edit
+from tests.make import make_edit, watched
 from tests.shipping.checkpoints import contents, save_checkpoint, two_edits
 
 
@@ -57,7 +57,7 @@ def test_an_interrupted_undo_in_place_can_be_run_again(tmp_path, monkeypatch):
     model = save_checkpoint(tmp_path / "base", shard="20KB")
     merge_checkpoint(tmp_path / "base", two_edits(model), tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        calls = break_at(patch, module, "_restore", (2,), KeyboardInterrupt)
+        calls = watched(patch, module, "_restore", break_at=(2,), error=KeyboardInterrupt)
         unmerge(tmp_path / "out")
     assert len(calls) == 2
     unmerge(tmp_path / "out")
@@ -199,7 +199,7 @@ def test_an_undo_that_was_killed_at_its_end_can_be_run_again(killed_at, tmp_path
     """After the record's first renaming, and before the earlier record takes its place."""
     one = merged_twice(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        break_at(patch, module.Path, "rename", (killed_at,), KeyboardInterrupt)
+        watched(patch, module.Path, "rename", break_at=(killed_at,), error=KeyboardInterrupt)
         unmerge(tmp_path / "two")
     unmerge(tmp_path / "two")
     assert contents(tmp_path / "two") == one

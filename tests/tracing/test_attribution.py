@@ -18,11 +18,12 @@ from kedit_fast.tracing.attribution import most
 from kedit_fast.tracing.results import read_log
 from kedit_fast.tracing.tasks import KINDS, tasks_of
 from tests import tiny
-from tests.conftest import close, open_tiny, tiny_lm
+from tests.conftest import close, disk_and_resident, open_tiny, save_tiny, tiny_lm
 from tests.live import LiveBytes
+from tests.make import watched
 from tests.oracle.access import changing, embedding, layers, site_module
 from tests.oracle.tracing import SITES, _add_noise, restored_layers
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model
 
 EIFFEL = kf.Fact(prompt="{} is located in the city of", subject="The Eiffel Tower", target_new="Rome")
 CAPITAL = kf.Fact(prompt="The capital of {} is", subject="France", target_new="Rome")
@@ -120,15 +121,9 @@ def test_cut_by_memory_is_the_whole(cut, family, monkeypatch):
         "draws and steps apart": max(counted(lm, task, 5) for task in tasks),
         "layers computed again": max(counted(lm, task, 1) for task in tasks) - 1,
     }[cut]
-    calls, effects = [], attribution._effects
-
-    def watched(lm, tasks, how, ways, advance, recompute):
-        calls.append((len(ways), recompute))
-        return effects(lm, tasks, how, ways, advance, recompute)
-
-    monkeypatch.setattr(attribution, "_effects", watched)
-    told = []
+    calls, told = watched(monkeypatch, attribution, "_effects"), []
     parts = attribution.estimate(replace(lm, memory=memory), tasks, how, told.append)
+    calls = [(len(ways), recompute) for _, _, _, ways, _, recompute in calls]
     assert sum(n for n, _ in calls) == 28 and (len(calls) == 2 if cut == "facts apart" else len(calls) >= 4)
     assert any(again for _, again in calls) == (cut == "layers computed again")
     assert sum(told) == pytest.approx(1)
@@ -160,14 +155,8 @@ def test_runs_are_counted_as_what_they_hold(recomputes, family, dtype, d_ff, mon
 
 def test_layers_from_disk_give_the_same_bits(tmp_path):
     """Their backward pass reads each layer again."""
-    tiny_model("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    disk, resident = kf.open_model(tmp_path, memory=1), kf.open_model(tmp_path)
-    assert disk.source.name == "disk"
-    made, expected = (
-        kf.trace(lm, [EIFFEL], kinds=("state", "mlp"), method="attribution", **HOW)
-        for lm in (replace(disk, memory=resident.memory), resident)
-    )
+    pair = disk_and_resident(save_tiny(tmp_path, tiny_model("llama")))
+    made, expected = (kf.trace(lm, [EIFFEL], kinds=("state", "mlp"), method="attribution", **HOW) for lm in pair)
     assert [r.p_restored.tolist() for r in made] == [r.p_restored.tolist() for r in expected]
 
 
@@ -183,9 +172,8 @@ def test_a_screen_computes_the_cells_that_the_estimate_ranks_first():
     lm, facts = tiny_lm("llama"), [EIFFEL, CAPITAL]
     estimates = kf.trace(lm, facts, method="attribution", **HOW)
     exacts = kf.trace(lm, facts, **HOW)
-    for got, estimated, exact in zip(
-        kf.trace(lm, facts, method="screen", top=5, **HOW), estimates, exacts, strict=True
-    ):
+    screened = kf.trace(lm, facts, method="screen", top=5, **HOW)
+    for got, estimated, exact in zip(screened, estimates, exacts, strict=True):
         known = got.exact & ~estimated.exact
         assert known.sum() == 5
         left = estimated.p_restored[~got.exact]
@@ -197,9 +185,8 @@ def test_a_screen_computes_the_cells_that_the_estimate_ranks_first():
 
 def test_a_screen_of_everything_is_the_exact_trace():
     lm = tiny_lm("gpt2")
-    for got, want in zip(
-        kf.trace(lm, EIFFEL, method="screen", top=1000, **HOW), kf.trace(lm, EIFFEL, **HOW), strict=True
-    ):
+    screened, whole = kf.trace(lm, EIFFEL, method="screen", top=1000, **HOW), kf.trace(lm, EIFFEL, **HOW)
+    for got, want in zip(screened, whole, strict=True):
         assert got.exact.all()
         close(got.kind, torch.from_numpy(got.p_restored), torch.from_numpy(want.p_restored))
 
@@ -230,16 +217,15 @@ def test_the_largest_among_some():
 @pytest.mark.parametrize("method", ["exact", "attribution", "screen"])
 def test_progress_reaches_the_number_of_facts(method, monkeypatch):
     """Layer by layer, over several groups; and a group ends where more rows would only make results come later."""
-    told, groups, finish = [], [], tracing._trace_group
+    told = []
 
     @contextmanager
-    def watched(label, total):
+    def progress(label, total):
         yield SimpleNamespace(advance=lambda n: told.append(n / total))
 
-    monkeypatch.setattr(tracing, "progress", watched)
+    monkeypatch.setattr(tracing, "progress", progress)
     monkeypatch.setattr(tracing, "TOGETHER", 1)
-    monkeypatch.setattr(
-        tracing, "_trace_group", lambda lm, tasks, *a: groups.append(len(tasks)) or finish(lm, tasks, *a)
-    )
+    groups = watched(monkeypatch, tracing, "_trace_group")
     kf.trace(tiny_lm("gpt2"), [CAPITAL, EIFFEL], kinds="state", method=method, **HOW)
-    assert sum(told) == pytest.approx(1) and len(told) >= 8 and groups == [1, 1]
+    assert sum(told) == pytest.approx(1) and len(told) >= 8
+    assert [len(tasks) for _, tasks, *_ in groups] == [1, 1]

@@ -9,6 +9,7 @@ import pytest
 import kedit_fast as kf
 from kedit_fast.pictures.labels import ROLES
 from kedit_fast.tracing.results import average, read_log
+from tests.conftest import refused
 
 FACT = kf.Fact(prompt="{} is in", subject="Zürich {x}", target_new="Rome", id="7", provenance={"who": "me"})
 
@@ -74,8 +75,7 @@ def test_a_log_that_was_cut_short_says_where(tmp_path):
     assert len(read_log(tmp_path / "log.jsonl")) == 2
     for rest in (lines[1][:-9], "3", "{}"):
         (tmp_path / "log.jsonl").write_text(f"{lines[0]}\n{rest}")
-        with pytest.raises(ValueError, match=r"log\.jsonl: line 2 is no trace"):
-            read_log(tmp_path / "log.jsonl")
+        refused(r"log\.jsonl: line 2 is no trace", read_log, tmp_path / "log.jsonl")
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -89,8 +89,7 @@ def test_foreign_files_are_refused(tmp_path):
     result([[0.5]], (0, 1)).save(short)
     short.write_bytes(short.read_bytes()[:-9])
     for path in (other, text, objects, short):
-        with pytest.raises(ValueError, match="is not a saved trace"):
-            kf.TraceResult.load(path)
+        refused("is not a saved trace", kf.TraceResult.load, path)
     with pytest.raises(FileNotFoundError):
         kf.TraceResult.load(tmp_path / "absent.npz")
 
@@ -143,11 +142,9 @@ def test_kinds_are_averaged_apart():
 
 def test_what_cannot_be_averaged_is_refused():
     a = result(rows(0.1, 0.2), (0, 1))
-    with pytest.raises(ValueError, match="results is empty; expected TraceResults"):
-        average([])
+    refused("results is empty; expected TraceResults", average, [])
     for other in (replace(a, metric="logprob"), replace(a, sever="mlp"), result([[0.1] * 3] * 2, (0, 1))):
-        with pytest.raises(ValueError, match="differ in metric, severing or number of layers"):
-            average([a, other])
+        refused("differ in metric, severing or number of layers", average, [a, other])
 
 
 def test_recommended_layers():
@@ -161,8 +158,7 @@ def test_recommended_layers():
     assert averaged.recommend_layers(7) == tuple(range(7))
     assert averaged.recommend_layers() == (1, 2, 3, 4, 5)
     for n in (0, 8, -1):
-        with pytest.raises(ValueError, match=f"n = {n}: expected a whole number from 1 to 7"):
-            averaged.recommend_layers(n)
+        refused(f"n = {n}: expected a whole number from 1 to 7", averaged.recommend_layers, n)
 
 
 @pytest.mark.parametrize("name", ["average.npz", "average"])
@@ -174,5 +170,4 @@ def test_saved_averages_read_back_exactly(tmp_path, name):
         np.testing.assert_array_equal(getattr(got, field), getattr(averaged, field))
     for field in ("n_facts", "kind", "metric", "total_effect"):
         assert getattr(got, field) == getattr(averaged, field)
-    with pytest.raises(ValueError, match="is not a saved trace"):
-        kf.TraceResult.load(tmp_path / name)
+    refused("is not a saved trace", kf.TraceResult.load, tmp_path / name)

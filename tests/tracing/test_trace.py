@@ -17,7 +17,7 @@ from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from kedit_fast.tracing import tasks as trace_tasks
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.tasks import Task, Traced
-from tests.conftest import open_tiny, tiny_lm
+from tests.conftest import open_tiny, refused, tiny_lm
 from tests.oracle.access import subject_span
 from tests.oracle.tracing import trace_oracle
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
@@ -69,12 +69,21 @@ def test_every_family_and_kind_equals_the_oracle(family):
         assert wanted["scores"].std() > 30 * ATOL or result.kind != "state"
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 10])
-@pytest.mark.parametrize("family", ["llama", "gptj"])
-def test_windows_odd_even_and_longer_than_the_model(family, window):
-    for result in traced(family, CAPITAL, window=window, kinds=("mlp", "attn")):
-        assert result.window == window
-        same(result, oracle(family, CAPITAL, result.kind, window=window))
+@pytest.mark.parametrize(
+    ("family", "fact", "options"),
+    [
+        # windows odd, even and longer than the model
+        *((family, CAPITAL, {"window": n}) for family in ("llama", "gptj") for n in (1, 2, 5, 10)),
+        *(("qwen3", BEN, {"samples": n}) for n in (1, 3)),
+        ("llama", BEN, {"seed": 2}),
+        ("gpt2", BEN, {"metric": "logprob"}),
+    ],
+)
+def test_options_are_the_oracle_s(family, fact, options):
+    for result in traced(family, fact, **options):
+        wanted = oracle(family, fact, result.kind, **options)
+        same(result, wanted, size=abs(wanted["p_corrupted"]) if "metric" in options else 1.0)
+        assert result.window == (1 if result.kind == "state" else options.get("window", 3))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -125,23 +134,10 @@ def test_a_start_token_is_a_position_of_its_own():
         same(result, trace_oracle(lm.model, ids, span, result.kind, samples=SAMPLES, noise=NOISE, window=3))
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_number_of_samples(samples):
-    (result,) = traced("qwen3", BEN, kinds=("state",), samples=samples)
-    same(result, oracle("qwen3", BEN, "state", samples=samples))
-
-
 def test_other_seeds_are_other_draws():
     results = [traced("llama", BEN, kinds=("state",), seed=seed)[0] for seed in (1, 1, 2)]
-    same(results[2], oracle("llama", BEN, "state", seed=2))
     assert np.array_equal(results[0].p_restored, results[1].p_restored)
     assert abs(results[0].p_corrupted - results[2].p_corrupted) > 100 * ATOL
-
-
-def test_logprob():
-    for result in traced("gpt2", BEN, metric="logprob"):
-        wanted = oracle("gpt2", BEN, result.kind, metric="logprob")
-        same(result, wanted, size=abs(wanted["p_corrupted"]))
 
 
 def test_logit_difference_is_a_difference_of_logprobs():
@@ -257,14 +253,11 @@ def test_cut_into_packs_equals_whole(three, rows, monkeypatch):
 
 
 def test_too_little_memory_says_what_is_needed():
-    with pytest.raises(ValueError, match=r"needs .* GB and memory allows"):
-        traced("gpt2", EIFFEL, replace(tiny_lm("gpt2"), memory=1))
+    refused(r"needs .* GB and memory allows", traced, "gpt2", EIFFEL, replace(tiny_lm("gpt2"), memory=1))
 
 
 def test_log_grows_by_a_line_a_result_and_reads_back(three, tmp_path, monkeypatch):
-    log = tmp_path / "trace.jsonl"
-    sizes = []
-    finish = tracing._trace_group
+    log, sizes, finish = tmp_path / "trace.jsonl", [], tracing._trace_group
 
     def watched(*args):
         sizes.append(len(log.read_text().splitlines()) if log.exists() else 0)
@@ -283,10 +276,8 @@ def test_log_grows_by_a_line_a_result_and_reads_back(three, tmp_path, monkeypatc
 
 def test_facts_do_not_touch():
     """A fact beside one is what it is beside another of the same length."""
-    a, b = (
-        traced("llama", [CAPITAL, other], kinds=("state",))[0] for other in (EIFFEL, replace(EIFFEL, subject="Big Ben"))
-    )
-    alike(a, b)
+    beside = (EIFFEL, replace(EIFFEL, subject="Big Ben"))
+    alike(*(traced("llama", [CAPITAL, other], kinds=("state",))[0] for other in beside))
 
 
 def test_before_the_subject_and_in_the_last_layer_nothing_is_restored():
@@ -298,7 +289,9 @@ def test_before_the_subject_and_in_the_last_layer_nothing_is_restored():
 
 
 def test_no_noise_changes_nothing():
-    for result in traced("gpt2", CAPITAL, noise=0.0):
+    results = traced("gpt2", CAPITAL, noise=0.0, kinds=("attn", "attn", "state", "mlp"))
+    assert [result.kind for result in results] == ["attn", "state", "mlp"]  # what is named twice is traced once
+    for result in results:
         assert np.abs(result.indirect_effect).max() <= ATOL and abs(result.p_clean - result.p_corrupted) <= ATOL
 
 
@@ -319,10 +312,6 @@ def test_windows_that_begin_at_the_bottom_are_one_run_there(monkeypatch):
     assert rows[1][1] == n + cells + suffixes + cells  # its other rows have joined; [1, 4) begins
 
 
-def test_a_kind_named_twice_is_traced_once():
-    assert [r.kind for r in traced("gpt2", CAPITAL, kinds=("attn", "attn", "state"))] == ["attn", "state"]
-
-
 def test_model_is_left_as_it_was():
     model = tiny_model("gptj")
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -336,6 +325,7 @@ def test_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"facts": []}, "facts is empty; expected Facts"),
         ({"kinds": ("state", "heads")}, "kinds = 'heads': expected some of state, mlp, attn"),
         ({"kinds": ()}, r"kinds = \(\): expected some of"),
         ({"metric": "rank"}, "metric = 'rank': expected one of prob, logprob, logit_diff"),
@@ -362,17 +352,14 @@ def test_model_is_left_as_it_was():
         ({"corrupt": ["Spain", "Italy"]}, "2 subjects, 1 fact; expected one"),
     ],
 )
-def test_what_cannot_be_traced_is_refused_before_any_work(options, message, monkeypatch):
-    monkeypatch.setattr(engine, "prepared", lambda *a, **k: pytest.fail("a sweep ran"))
-    with pytest.raises(ValueError, match=message):
-        traced("gpt2", CAPITAL, **options)
+def test_what_cannot_be_traced_is_refused_before_any_work(options, message, no_sweep):
+    refused(message, traced, "gpt2", **{"facts": CAPITAL} | options)
 
 
 def test_a_trace_without_numbers_is_refused_before_it_is_written(tmp_path):
     """Noise that makes the model give NaN."""
     says = "fact 'The capital of France is': the corrupted run gives NaN: damaged weights.*, or noise that is too large"
-    with pytest.raises(ValueError, match=says):
-        traced("gpt2", CAPITAL, noise=3e38, log=tmp_path / "log.jsonl")
+    refused(says, traced, "gpt2", CAPITAL, noise=3e38, log=tmp_path / "log.jsonl")
     assert not (tmp_path / "log.jsonl").exists()
 
 
@@ -393,11 +380,6 @@ def test_a_result_says_which_backends_ran(monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "reference")
     (result,) = traced("gpt2", CAPITAL, lm, kinds=("state",))
     assert result.backend == "attention reference, linear reference, rows reference, target_logprob reference"
-
-
-def test_no_facts_is_refused():
-    with pytest.raises(ValueError, match="facts is empty; expected Facts"):
-        kf.trace(tiny_lm("gpt2"), [])
 
 
 def test_a_subject_that_changes_the_tokens_before_it_is_refused():

@@ -48,38 +48,65 @@ def test_the_guard_works(editor, workshop):
     refused("a sweep ran", editor, tiny_lm("gpt2"), error=AssertionError, moments=None, corpus="self")
 
 
-# --- facts -----------------------------------------------------------------------------------------------------------
-
-
-@both
-def test_a_fact_without_a_target(editor, workshop):
-    fact = kf.Fact(prompt="{} is in", subject="Big Ben", id="7")
-    refused(r"fact 7 \('Big Ben is in'\) has no target_new", editor, tiny_lm("gpt2"), [FACT, fact])
-
-
-@both
-def test_facts_that_contradict_each_other(editor, workshop):
-    other = replace(FACT, target_new="Berlin")
-    refused("contradict each other: target_new 'Rome' and 'Berlin'", editor, tiny_lm("gpt2"), [FACT, FACTS[1], other])
+GIVEN, OTHER = moments(), {i: moment for i, moment in moments().items() if i != 1}
+NO_CORPUS = 'corpus = .*: expected "self".* or a list of texts'
+REFUSED = [
+    # facts
+    ({"facts": []}, "facts is empty"),
+    ({"facts": [FACT, kf.Fact("{} is in", "Big Ben", id="7")]}, r"fact 7 \('Big Ben is in'\) has no target_new"),
+    ({"facts": [FACT, FACTS[1], replace(FACT, target_new="Berlin")]}, "contradict .*: target_new 'Rome' and 'Berlin'"),
+    # settings; their values: test_hyperparameters.py
+    ({"layers": ()}, r"needs layers; (Rome|Memit)\.for_model\(lm\) derives them"),
+    ({"layers": (0, 4)}, "layers = .*4: this model has layers 0 to 3"),
+    ({"v_loss_layer": 4}, "v_loss_layer = 4: this model has layers 0 to 3"),
+    *(
+        ({"contexts": contexts} | statistics, "context")
+        for contexts in ([], [["{}"], []], ["So. {}"], ["{}", "no place"], ["{}", "{} {}"])
+        for statistics in ({}, {"moments": None, "corpus": "self"})
+    ),
+    # statistics
+    ({"moments": None}, "give moments=.*or corpus=.*or mom2_adjustment=False"),
+    ({"corpus": "self"}, "moments= and corpus= are both given; give one"),
+    ({"moments": {}, "corpus": ["x"]}, "moments= and corpus= are both given; give one"),
+    ({"moments": None, "corpus": ["The Space Needle is in Seattle."]}, "fewer than the 640 asked for"),
+    ({"moments": None, "corpus": []}, "corpus is empty; expected .* a list of texts"),
+    ({"moments": moments(n_tokens=D_FF - 1)}, "79 tokens, fewer than d_ff = 80.*collect more tokens, or.*regularizer"),
+    ({"moments": OTHER}, r"no second moment for layer 1; given for \[0, 2, 3\]"),
+    ({"moments": OTHER | {1: GIVEN[2]}}, "given for layer 1 is of layer 2"),
+    ({"moments": OTHER | {1: SecondMoment(torch.eye(64), 500, 1)}}, r"is \[64, 64\]; this model's d_ff is 80"),
+    ({"moments": OTHER | {1: SecondMoment(torch.full((80, 80), torch.nan), 500, 1)}}, "layer 1 holds NaN or infinity"),
+]
+OF_ANOTHER_KIND = [
+    ({"facts": ["Big Ben"]}, "facts = 'Big Ben': expected Facts"),
+    ({"facts": [None]}, "facts = None: expected Facts"),
+    ({"moments": GIVEN[1]}, r"moments = <SecondMoment>: expected \{layer: SecondMoment\}; give \{1: moment\}"),
+    ({"moments": list(GIVEN.values())}, r"moments = \[.*: expected \{layer"),
+    ({"moments": "moments.npz"}, "moments = 'moments.npz': expected .*; SecondMoment.load reads a file"),
+    ({"moments": Path("moments.npz")}, r"moments = PosixPath.*: expected .*; SecondMoment.load"),
+    ({"moments": GIVEN[1].matrix}, "moments = <Tensor>: expected"),
+    ({"moments": OTHER | {1: GIVEN[1].matrix}}, r"moments\[1\] = <Tensor>: expected a SecondMoment; .*\(matrix"),
+    ({"moments": OTHER | {1: None}}, r"moments\[1\] = None: expected a SecondMoment"),
+    *(({"moments": None, "corpus": x}, NO_CORPUS) for x in (3, 0.5, b"text", {"a": 1}, torch.ones(3))),
+    ({"previous": "edit.safetensors"}, "previous = 'edit.safetensors': expected Edits; Edit.load"),
+]
 
 
 @both
 @pytest.mark.parametrize(
-    ("facts", "error", "says"),
+    ("given", "says", "error"),
     [
-        ([], ValueError, "facts is empty"),
-        (["Big Ben"], TypeError, "facts = 'Big Ben': expected Facts"),
-        ([None], TypeError, "facts = None: expected Facts"),
+        *((*row, ValueError) for row in REFUSED),
+        *((*row, TypeError) for row in OF_ANOTHER_KIND),
+        ({"moments": None, "corpus": "absent.txt"}, "no such file", FileNotFoundError),
     ],
 )
-def test_no_facts_or_something_else(editor, facts, error, says, workshop):
-    refused(says, editor, tiny_lm("gpt2"), facts, error=error)
+def test_what_is_refused_before_any_work(editor, given, says, error, workshop):
+    settings = {name: value for name, value in given.items() if hasattr(editor, name)}
+    given = {name: value for name, value in given.items() if name not in settings}
+    refused(says, replace(editor, **settings), tiny_lm("gpt2"), **given, error=error)
 
 
-@both
-def test_a_prompt_longer_than_the_model(editor, workshop):
-    fact = kf.Fact(prompt="It is in the city. " * 40 + "{} is in", subject="Big Ben", target_new="Rome")
-    refused("tokens; this model takes 128", editor, tiny_lm("gpt2"), fact)
+# --- facts -----------------------------------------------------------------------------------------------------------
 
 
 def words(n):
@@ -138,13 +165,6 @@ def test_weights_that_break_after_the_model_was_opened(editor, monkeypatch):
 
 
 @both
-def test_a_layer_out_of_range(editor, workshop):
-    says = "(layers|v_loss_layer) = .*4: this model has layers 0 to 3"
-    refused(says, replace(editor, layers=(0, 4)), tiny_lm("gpt2"))
-    refused(says, replace(editor, v_loss_layer=4), tiny_lm("gpt2"))
-
-
-@both
 def test_a_head_that_turned_nan(editor):
     """Every hidden state is a number, no loss is."""
     lm = open_tiny(tiny_model("llama"))
@@ -177,31 +197,11 @@ def test_an_update_that_is_no_number(editor, monkeypatch):
     refused(says, editor, tiny_lm("gpt2"), list(FACTS[:3]), contexts=["{}"])
 
 
-# --- settings (their values: test_hyperparameters.py) ---------------------------------------------------------------
-
-
-@both
-def test_no_layers(editor, workshop):
-    refused(r"needs layers; (Rome|Memit)\.for_model\(lm\) derives them", replace(editor, layers=()), tiny_lm("gpt2"))
-
-
 def test_memit_goes_up(workshop):
     refused(r"layers \(2, 1\): expected lowest first", replace(EDITORS[1], layers=(2, 1)), tiny_lm("gpt2"))
 
 
-@both
-@pytest.mark.parametrize("contexts", [[], [["{}"], []], ["So. {}"], ["{}", "no place"], ["{}", "{} {}"]])
-def test_malformed_contexts(editor, contexts, workshop):
-    refused("context", editor, tiny_lm("gpt2"), contexts=contexts)
-    refused("context", editor, tiny_lm("gpt2"), contexts=contexts, moments=None, corpus="self")
-
-
 # --- statistics ------------------------------------------------------------------------------------------------------
-
-
-@both
-def test_neither_statistics_nor_a_corpus(editor, workshop):
-    refused("give moments=.*or corpus=.*or mom2_adjustment=False", editor, tiny_lm("gpt2"), moments=None)
 
 
 @both
@@ -209,57 +209,6 @@ def test_statistics_of_another_model(editor, workshop):
     other, lm = tiny_lm("llama").fingerprint, tiny_lm("gpt2")
     foreign = {i: replace(m, fingerprint=other) for i, m in moments().items()}
     refused(f"second moment of layer 1 is of {other}, this model is {lm.fingerprint}", editor, lm, moments=foreign)
-
-
-@both
-def test_statistics_of_too_few_tokens(editor, workshop):
-    few = moments(n_tokens=D_FF - 1)
-    says = "is of 79 tokens, fewer than d_ff = 80.*collect more tokens, or.*regularizer"
-    refused(says, editor, tiny_lm("gpt2"), moments=few)
-
-
-@both
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda m: {i: x for i, x in m.items() if i != 1}, r"no second moment for layer 1; given for \[0, 2, 3\]"),
-        (lambda m: m | {1: m[2]}, "given for layer 1 is of layer 2"),
-        (lambda m: m | {1: SecondMoment(torch.eye(64), 500, 1)}, r"is \[64, 64\]; this model's d_ff is 80"),
-        (lambda m: m | {1: SecondMoment(torch.full((80, 80), torch.nan), 500, 1)}, "layer 1 holds NaN or infinity"),
-    ],
-)
-def test_statistics_that_do_not_fit(editor, change, says, workshop):
-    refused(says, editor, tiny_lm("gpt2"), moments=change(moments()))
-
-
-@both
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (lambda m: m[1], r"moments = <SecondMoment>: expected \{layer: SecondMoment\}; give \{1: moment\}"),
-        (lambda m: list(m.values()), r"moments = \[.*: expected \{layer"),
-        (lambda m: "moments.npz", "moments = 'moments.npz': expected .*; SecondMoment.load reads a file"),
-        (lambda m: Path("moments.npz"), r"moments = PosixPath.*: expected .*; SecondMoment.load"),
-        (lambda m: m[1].matrix, "moments = <Tensor>: expected"),
-        (lambda m: m | {1: m[1].matrix}, r"moments\[1\] = <Tensor>: expected a SecondMoment; .*SecondMoment\(matrix"),
-        (lambda m: m | {1: None}, r"moments\[1\] = None: expected a SecondMoment"),
-    ],
-)
-def test_statistics_of_another_kind(editor, given, says, workshop):
-    refused(says, editor, tiny_lm("gpt2"), error=TypeError, moments=given(moments()))
-
-
-@both
-@pytest.mark.parametrize("corpus", [3, 0.5, b"text", {"a": 1}, torch.ones(3)])
-def test_a_corpus_of_another_kind(editor, corpus, workshop):
-    says = 'corpus = .*: expected "self".* or a list of texts'
-    refused(says, editor, tiny_lm("gpt2"), error=TypeError, moments=None, corpus=corpus)
-
-
-@both
-def test_statistics_and_a_corpus(editor, workshop):
-    refused("moments= and corpus= are both given; give one", editor, tiny_lm("gpt2"), corpus="self")
-    refused("moments= and corpus= are both given; give one", editor, tiny_lm("gpt2"), moments={}, corpus=["x"])
 
 
 @both
@@ -283,14 +232,6 @@ def told_of(edit) -> set[tuple]:
     return {(n["fingerprint"], n["corpus"], n["n_tokens"]) for n in edit.provenance["layers"].values()}
 
 
-@both
-def test_a_corpus_that_is_missing_or_too_short(editor, workshop):
-    lm = tiny_lm("gpt2")
-    refused("no such file", editor, lm, error=FileNotFoundError, moments=None, corpus="absent.txt")
-    refused("fewer than the 640 asked for", editor, lm, moments=None, corpus=["The Space Needle is in Seattle."])
-    refused("corpus is empty; expected .* a list of texts", editor, lm, moments=None, corpus=[])
-
-
 @pytest.mark.parametrize("options", [{"layers": (1, 4)}, {"layers": ()}, {"n_tokens": 0}, {"corpus": ["Too short."]}])
 def test_statistics_are_refused_before_their_folder_is_made(options, workshop):
     with pytest.raises(ValueError):
@@ -307,8 +248,6 @@ def test_an_earlier_edit_that_cannot_be_built_on(editor, workshop):
     refused("carries independent edits", editor, lm, previous=owned_edit(model))
     refused("carries independent edits", editor, lm.with_edit(owned_edit(model)))
     refused("this edit was made on", editor, lm, previous=make_edit(tiny_model("llama")))
-    says = r"previous = 'edit.safetensors': expected Edits; Edit.load"
-    refused(says, editor, lm, error=TypeError, previous="edit.safetensors")
 
 
 @both

@@ -14,7 +14,7 @@ from kedit_fast.edits.deltas import LowRank
 from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
 from tests.editors import cases
 from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, matrices, moments, oracle_facts, relative
-from tests.make import Broken, break_at
+from tests.make import Broken, watched
 from tests.oracle.access import add_delta, lookup, read_value, site_module
 from tests.oracle.rome import rome_update
 from tests.oracle.values import keys
@@ -221,7 +221,7 @@ def test_generated_contexts_come_from_the_seed():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(fails, monkeypatch):
-    calls = break_at(monkeypatch, rome_module, "optimize_values", (2,) if fails else ())
+    calls = watched(monkeypatch, rome_module, "optimize_values", break_at=(2,) if fails else ())
     with cases.left_as_it_was("gpt2") as lm, pytest.raises(Broken) if fails else nullcontext():
         edit(lm, FACTS[:2])
     assert len(calls) == 2

@@ -13,6 +13,7 @@ import torch
 from kedit_fast.facts.fact import OWN_FACTS as OWN
 from kedit_fast.facts.fact import Fact, check_facts, load_facts
 from kedit_fast.facts.tokens import answer_tokens, fact_tokens
+from tests.conftest import refused
 from tests.make import TOWER
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "data"
@@ -275,8 +276,7 @@ GOOD = json.dumps(FLAT)
 )
 def test_file_problems_say_where(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_facts(tmp_path / name)
+    assert str(tmp_path / name) in refused(message, load_facts, tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.changes import only_weights
-from kedit_fast.edits.deltas import FLOATS, Delta, edited_weight
+from kedit_fast.edits.deltas import FLOATS, Delta, check_fits, edited_weight
 from kedit_fast.model.family import as_out_in, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.loaded import defined_in, is_offloaded, is_shard, refuse_peft
@@ -156,11 +156,7 @@ def _checked(edit, model, check_fingerprint) -> dict[str, tuple[nn.Module, Delta
 
 
 def _check_values(name, weight, delta):
-    if tuple(weight.shape) != delta.shape:
-        raise ValueError(
-            f"{name}: the edit changes a weight of {list(delta.shape)}, this model's is "
-            f"{list(weight.shape)} ([out, in]); it was made for another model"
-        )
+    check_fits(delta, weight.shape, name)
     if not torch.isfinite(weight).all():  # of the edit, Edit itself has seen to it
         raise ValueError(f"{name}: the model's weight holds NaN or infinity; nothing was written")
 

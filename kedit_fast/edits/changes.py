@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
-from kedit_fast.edits.deltas import FLOATS, Delta, Dense, LowRank
+from kedit_fast.edits.deltas import FLOATS, Delta, Dense, LowRank, check_fits
 from kedit_fast.facts.tokens import spoken
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.rows import Call
@@ -107,12 +107,7 @@ class WeightChange(Change):
     def check(self, lm) -> None:
         """Raises ValueError for a layer or a role that the model does not have, and for another shape."""
         check_layer(self.layer, lm.n_layers)
-        expected = lm.shape_of(self.role)
-        if self.delta.shape != expected:
-            raise ValueError(
-                f"layer {self.layer}: the edit changes a weight of {list(self.delta.shape)}, this model's is "
-                f"{list(expected)} ([out, in]); it was made for another model"
-            )
+        check_fits(self.delta, lm.shape_of(self.role), f"layer {self.layer}")
 
     def record(self) -> dict:
         """Layer and role."""

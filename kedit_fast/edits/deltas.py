@@ -124,6 +124,15 @@ def as_smallest(delta: LowRank) -> Delta:
     return delta if delta.rank * (d + d_ff) <= d * d_ff else Dense(delta.dense())
 
 
+def check_fits(delta: Delta, shape, where: str, whose: str = "this model's") -> None:
+    """Raises ValueError for a delta of another shape than the weight's, [out, in]."""
+    if delta.shape != tuple(shape):
+        raise ValueError(
+            f"{where}: the edit changes a weight of {list(delta.shape)}, {whose} is {list(shape)} ([out, in]); it was "
+            "made for another model"
+        )
+
+
 @torch.no_grad()
 def edited_weight(weight: Tensor, delta: Delta) -> Tensor:
     """W + Δ [d, d_ff]: summed in fp64 and rounded to the weight's dtype. A new tensor on the weight's device.

@@ -23,7 +23,7 @@ from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.chain import check_chain
 from kedit_fast.edits.changes import only_weights
-from kedit_fast.edits.deltas import edited_weight
+from kedit_fast.edits.deltas import check_fits, edited_weight
 from kedit_fast.edits.edit import Edit, check_once, digest, edit_list
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
@@ -195,12 +195,8 @@ def _places(model: nn.Module, checkpoint: Checkpoint, edits) -> list[_Place]:
             )
         shape = stored.shape[::-1] if transposed else stored.shape
         for edit in edits:
-            delta = edit.weights.get((layer, role))
-            if delta is not None and delta.shape != shape:
-                raise ValueError(
-                    f"layer {layer}: the edit changes a weight of {list(delta.shape)}, the checkpoint's "
-                    f"is {list(shape)} ([out, in]); it was made for another model"
-                )
+            if (layer, role) in edit.weights:
+                check_fits(edit.weights[layer, role], shape, f"layer {layer}", "the checkpoint's")
         places.append(_Place(layer, role, stored, transposed))
     return sorted(places, key=lambda place: (place.stored.file.name, place.stored.begin))
 

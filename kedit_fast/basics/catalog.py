@@ -13,6 +13,7 @@ EDITORS = {
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
 }
+SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {
     "counterfact": "evaluation.counterfact.COUNTERFACT",
 }

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import existing_folder, reading
 from kedit_fast.basics.settings import statistics_folder
 from kedit_fast.basics.words import not_text, ranges
@@ -23,7 +24,6 @@ from kedit_fast.facts.subjects import as_template
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL, checked_device, open_model
 from kedit_fast.moments import second_moment as moments
-from kedit_fast.moments.corpus import SELF
 from kedit_fast.moments.second_moment import SecondMoment, refuse_pickled, second_moments
 from kedit_fast.shipping.history import EditHistory
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import check_folder, check_place, holds_something, named, written_file, written_through
 from kedit_fast.basics.printing import STDOUT, columns, escaped
 from kedit_fast.facts.fact import BUILTIN
-from kedit_fast.moments.corpus import SELF
 
 EDITS = "edits"  # the argument that names edits without an option
 READ = (EDITS, "facts", "hparams", "corpus", "stats", "model", "on_top_of", "suite", "text", "thresholds", "traces")

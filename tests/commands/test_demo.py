@@ -15,7 +15,7 @@ from kedit_fast.commands import demo_page as demo_report
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
 from kedit_fast.facts.fact import OWN_FACTS, Fact
-from kedit_fast.moments import sampled_text
+from kedit_fast.moments import corpus
 from kedit_fast.moments import second_moment as moments
 from kedit_fast.pictures.page import Change
 from tests.commands.cases import run
@@ -229,7 +229,7 @@ def test_weights_on_disk_are_refused(tmp_path):
 def test_a_short_demo_on_the_real_model(smollm2, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "TEXT", demo.TEXT.split("\n\n")[0])
     monkeypatch.setattr(demo, "N_GENERATED", 3)
-    monkeypatch.setattr(sampled_text, "LENGTH", 16)  # 32 texts of 15 steps, where 4 of 127 take four times as long
+    monkeypatch.setattr(corpus, "LENGTH", 16)  # 32 texts of 15 steps, where 4 of 127 take four times as long
     fact = kf.load_facts(OWN_FACTS, 1)[0]
     fact = dataclasses.replace(fact, neighborhood=fact.neighborhood[:3])
     # 512 tokens have no inverse of their own

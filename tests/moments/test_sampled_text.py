@@ -4,10 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kedit_fast.moments import sampled_text
+from kedit_fast.moments import corpus
 from kedit_fast.moments import second_moment as moments
-from kedit_fast.moments.corpus import read_corpus
-from kedit_fast.moments.sampled_text import FORMAT, sampled_windows
+from kedit_fast.moments.corpus import FORMAT, read_corpus, sampled_windows
 from kedit_fast.moments.second_moment import second_moments
 from tests.conftest import tiny_lm
 
@@ -23,7 +22,7 @@ def killed(monkeypatch):
     """Keeps after each step, and stops after so many."""
 
     def stop_after(steps):
-        keep, calls = sampled_text._Kept.keep, []
+        keep, calls = corpus._Kept.keep, []
 
         def stopping(self, made):
             keep(self, made)
@@ -31,10 +30,10 @@ def killed(monkeypatch):
             if len(calls) == steps:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(sampled_text._Kept, "keep", stopping)
-        return lambda: monkeypatch.setattr(sampled_text._Kept, "keep", keep)
+        monkeypatch.setattr(corpus._Kept, "keep", stopping)
+        return lambda: monkeypatch.setattr(corpus._Kept, "keep", keep)
 
-    monkeypatch.setattr(sampled_text, "EVERY", -1.0)
+    monkeypatch.setattr(corpus, "EVERY", -1.0)
     return stop_after
 
 
@@ -48,8 +47,8 @@ def test_a_killed_run_goes_on_with_the_same_text(steps, family, tmp_path, killed
     undo()
     (file,) = tmp_path.iterdir()
     assert load_file(file)["ids"].shape == (5, steps)
-    asked, generate = [], sampled_text.generate
-    monkeypatch.setattr(sampled_text, "generate", lambda *a, **how: asked.append(a[2]) or generate(*a, **how))
+    asked, generate = [], corpus.generate
+    monkeypatch.setattr(corpus, "generate", lambda *a, **how: asked.append(a[2]) or generate(*a, **how))
     assert sampled(tmp_path, family=family) == whole
     assert asked == ([LENGTH - 1 - steps] if steps < LENGTH - 1 else [])
     assert [len(text) for text in whole] == [20, 20, 20, 20, 10]
@@ -57,7 +56,7 @@ def test_a_killed_run_goes_on_with_the_same_text(steps, family, tmp_path, killed
 
 def test_text_that_is_there_is_not_sampled_again(tmp_path, monkeypatch):
     made = sampled(tmp_path)
-    monkeypatch.setattr(sampled_text, "generate", None)
+    monkeypatch.setattr(corpus, "generate", None)
     assert sampled(tmp_path) == made
     assert sampled(tmp_path, n=85) == [*made[:-1], made[-1][:5]]
     for other in (dict(seed=4), dict(n=110), dict(family="gpt2")):
@@ -73,7 +72,7 @@ def test_statistics_take_the_text_that_is_there_and_leave_none(tmp_path, monkeyp
         second_moments(lm, [1], n_tokens=40, cache_dir=tmp_path)
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["text-"]
     monkeypatch.undo()
-    monkeypatch.setattr(sampled_text, "generate", None)
+    monkeypatch.setattr(corpus, "generate", None)
     made = second_moments(lm, [1], n_tokens=40, cache_dir=tmp_path)
     assert [path.name[:7] for path in tmp_path.iterdir()] == ["moment-"]
     monkeypatch.undo()

@@ -16,7 +16,6 @@ from tests.hostile.judge import WRONG, Case, Found, judge
 
 def arguments(folder: Path) -> list[Case]:
     """Every argument of every public function with every value that is none."""
-    folder.mkdir(parents=True, exist_ok=True)
     made = []
     for door in doors(folder):
         for argument in door.arguments:
@@ -53,18 +52,18 @@ def main() -> int:
         found = []
         for part in parts:
             of_part = run(Path(folder), [part])
-            counts = Counter(each.verdict for each in of_part)
-            print(
-                f"{part:18} {len(of_part):5} inputs: {', '.join(f'{n} {v}' for v, n in sorted(counts.items()))}",
-                flush=True,
-            )
+            print(f"{part:18} {counted(of_part)}", flush=True)
             for each in of_part:
                 if each.verdict == WRONG:
                     print(f"  wrong: {each.case}: {each.words}", flush=True)
             found += of_part
+    print(f"in all {counted(found)}")
+    return 1 if any(each.verdict == WRONG for each in found) else 0
+
+
+def counted(found: list[Found]) -> str:
     counts = Counter(each.verdict for each in found)
-    print(f"{len(found)} hostile inputs: {', '.join(f'{n} {verdict}' for verdict, n in sorted(counts.items()))}")
-    return 1 if counts[WRONG] else 0
+    return f"{len(found):5} hostile inputs: {', '.join(f'{n} {verdict}' for verdict, n in sorted(counts.items()))}"
 
 
 if __name__ == "__main__":

@@ -95,9 +95,8 @@ def cases(folder: Path) -> list[Case]:
     made = [Case(_name(line, folder), command(*line)) for line in lines]
     bare = folder / "bare"  # a model without any file of a tokenizer, for which an empty one would be made
     t.model.save_pretrained(bare)
-    made.append(
-        Case("kedit-fast trace of a model without a tokenizer", command("trace", *ONE, "--model", str(bare), *o))
-    )
+    bare_model = command("trace", *ONE, "--model", str(bare), *o)
+    made.append(Case("kedit-fast trace of a model without a tokenizer", bare_model))
     taken = {
         ("edit", "inspect", str(edit)): lambda said: "The Eiffel Tower" in said,
         ("edit", "inspect", str(edit), "--model", str(model), "--quiet"): lambda said: "change / W" in said,
@@ -113,10 +112,7 @@ def cases(folder: Path) -> list[Case]:
         ),
         ("merge", "undo", str(folder / "merged")): lambda said: "1 tensor restored bit for bit" in said,
     }
-    return made + [
-        Case(f"kedit-fast {' '.join(line)}".replace(str(folder), "F"), command(*line), truth)
-        for line, truth in taken.items()
-    ]
+    return made + [Case(_name(line, folder), command(*line), truth) for line, truth in taken.items()]
 
 
 def _name(line: tuple[str, ...], folder: Path) -> str:

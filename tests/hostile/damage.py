@@ -17,21 +17,8 @@ from tests.hostile.doors import things
 from tests.hostile.judge import Case, command
 
 GOOD = {"prompt": "{} is in", "subject": "Paris", "target_new": "Rome"}
-NOT_JSON = (
-    "",
-    "{",
-    "[",
-    "nul",
-    "[1,",
-    '{"a": 1',
-    "\ufeff",
-    "\x00\x01",
-    "[" * 100_000,
-    "9" * 6_000,
-    "NaN",
-    '"text"',
-    "3",
-)
+CUT_JSON = ("", "{", "[", "nul", "[1,", '{"a": 1', "\ufeff", "\x00\x01")
+NOT_JSON = (*CUT_JSON, "[" * 100_000, "9" * 6_000, "NaN", '"text"', "3")
 RECORDS = (  # records that are no fact
     {}, [], None, 3, "x", {"prompt": "{} is in"}, {"subject": "Paris"}, GOOD | {"prompt": "is in"},
     GOOD | {"prompt": "{} {} is in"}, GOOD | {"prompt": 3}, GOOD | {"subject": ""}, GOOD | {"subject": 3},
@@ -68,11 +55,8 @@ def fact_files(folder: Path) -> list[Case]:
         _wrote(folder / f"second-{i}.jsonl", f"{json.dumps(GOOD)}\n{json.dumps(r)}\n") for i, r in enumerate(RECORDS)
     ]
     files += [_wrote(folder / name, [GOOD]) for name in ("facts", "facts.txt", "facts.csv", "facts.json.gz")]
-    files += [
-        _wrote(
-            folder / "latin.json", json.dumps([GOOD | {"subject": "Orl\xe9ans"}], ensure_ascii=False).encode("latin-1")
-        )
-    ]
+    latin = json.dumps([GOOD | {"subject": "Orl\xe9ans"}], ensure_ascii=False).encode("latin-1")
+    files.append(_wrote(folder / "latin.json", latin))
     made = [_read(kf.load_facts, path) for path in files]
     taken = {
         "bom.json": b"\xef\xbb\xbf" + json.dumps([GOOD]).encode(),
@@ -110,7 +94,6 @@ def cut(path: Path, folder: Path, step: int = 7) -> list[Path]:
 def edit_files(folder: Path) -> list[Case]:
     """Edits whose file is damaged, or whose parts do not fit."""
     edit = things().edit
-    folder.mkdir(parents=True, exist_ok=True)
     edit.save(folder / "good.safetensors")
     want = digest(edit), edit.facts
 
@@ -143,20 +126,18 @@ def edit_files(folder: Path) -> list[Case]:
                 or (name in ("method", "fingerprint") and isinstance(value, str))
             ):
                 continue
-            said = json.dumps(record | {name: value}).encode()
-            save_file(
-                tensors | {"record": torch.tensor(list(said), dtype=torch.uint8)},
-                folder / f"{name}-{i}.safetensors", {"format": "kedit_fast.edit 2"},
-            )  # fmt: skip
-            made.append(_read(kf.Edit.load, folder / f"{name}-{i}.safetensors"))
+            said = torch.tensor(list(json.dumps(record | {name: value}).encode()), dtype=torch.uint8)
+            path = folder / f"{name}-{i}.safetensors"
+            save_file(tensors | {"record": said}, path, {"format": "kedit_fast.edit 2"})
+            made.append(_read(kf.Edit.load, path))
     for version in ("kedit_fast.edit 9", "kedit_fast.moment 1", "", "x"):
-        save_file(tensors, folder / f"v{version[-1:]}{len(version)}.safetensors", {"format": version})
-        made.append(_read(kf.Edit.load, folder / f"v{version[-1:]}{len(version)}.safetensors"))
+        path = folder / f"v{version[-1:]}{len(version)}.safetensors"
+        save_file(tensors, path, {"format": version})
+        made.append(_read(kf.Edit.load, path))
     flat = dataclasses.replace(edit, changes={1: Dense(torch.ones(3, 5))}, values=None)
     for name, use in {"with_edit": things().lm.with_edit, "apply": lambda e: e.apply(things().model)}.items():
         made.append(Case(f"{name} of an edit of another shape", lambda use=use: use(flat)))
-    bad = str(folder / "nan.safetensors")
-    out = str(folder / "made")
+    bad, out = str(folder / "nan.safetensors"), str(folder / "made")
     for argv in (
         ["edit", "inspect", bad], ["edit", "diff", bad, bad], ["eval", bad], ["gate", bad],
         ["history", "add", out, bad],
@@ -170,7 +151,6 @@ def edit_files(folder: Path) -> list[Case]:
 def statistics_files(folder: Path) -> list[Case]:
     """Second moments: damaged, not square, not symmetric, not finite."""
     moment = things().moment
-    folder.mkdir(parents=True, exist_ok=True)
     moment.save(folder / "good.safetensors")
 
     def right(found):
@@ -221,7 +201,6 @@ def settings_files(folder: Path) -> list[Case]:
 def results(folder: Path) -> list[Case]:
     """Trace logs, saved traces, averages and reports, damaged."""
     t = things()
-    folder.mkdir(parents=True, exist_ok=True)
     from kedit_fast.tracing.results import read_log
 
     line = json.dumps(t.traces[0].to_record())
@@ -254,7 +233,6 @@ def results(folder: Path) -> list[Case]:
 def histories(folder: Path) -> list[Case]:
     """Folders of versions whose manifest or edits are damaged; names that lead out of them."""
     edit = things().edit
-    folder.mkdir(parents=True, exist_ok=True)
     good = folder / "good"
     kf.EditHistory(good).add(edit, "first")
     record = json.loads((good / "history.json").read_text())
@@ -271,9 +249,8 @@ def histories(folder: Path) -> list[Case]:
         _wrote(mine / "history.json", content)
         made.append(Case(f"EditHistory manifest {i}", lambda mine=mine: kf.EditHistory(mine).current))
         made.append(Case(f"EditHistory.add to manifest {i}", lambda mine=mine: kf.EditHistory(mine).add(edit)))
-    for i, change in enumerate(
-        (lambda p: p.unlink(), lambda p: p.write_bytes(b"x"), lambda p: p.write_bytes(p.read_bytes()[:99]))
-    ):
+    damages = (Path.unlink, lambda p: p.write_bytes(b"x"), lambda p: p.write_bytes(p.read_bytes()[:99]))
+    for i, change in enumerate(damages):
         mine = folder / f"edits-{i}"
         shutil.copytree(good, mine)
         change(mine / "edits" / f"{name}.safetensors")
@@ -306,13 +283,15 @@ def merges(folder: Path) -> list[Case]:
         made.append(Case(f"unmerge, manifest {i}", lambda mine=mine: kf.unmerge(mine)))
         made.append(Case(f"unmerge to another folder, manifest {i}", lambda mine=mine: kf.unmerge(mine, folder / "no")))
     out = folder / "out"
-    for name, source in {"nothing": folder / "absent", "a file": kept, "no checkpoint": folder}.items():
-        made.append(
-            Case(f"merge_checkpoint from {name}", lambda source=source: kf.merge_checkpoint(source, t.edit, out))
-        )
-    made.append(Case("merge_checkpoint twice", lambda: kf.merge_checkpoint(merged, t.edit, out)))
-    made.append(Case("merge_checkpoint into itself", lambda: kf.merge_checkpoint(base, t.edit, base)))
-    made.append(Case("merge_checkpoint of one edit twice", lambda: kf.merge_checkpoint(base, [t.edit, t.edit], out)))
+    given = {
+        "from nothing": (folder / "absent", t.edit, out),
+        "from a file": (kept, t.edit, out),
+        "from no checkpoint": (folder, t.edit, out),
+        "twice": (merged, t.edit, out),
+        "into itself": (base, t.edit, base),
+        "of one edit twice": (base, [t.edit, t.edit], out),
+    }
+    made += [Case(f"merge_checkpoint {name}", lambda a=a: kf.merge_checkpoint(*a)) for name, a in given.items()]
     return made
 
 

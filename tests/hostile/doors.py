@@ -67,11 +67,8 @@ class Door:
     def wrong(self, argument: str) -> tuple:
         """What this argument must refuse."""
         kind = self.arguments[argument]
-        return (
-            WRONG[kind.removesuffix("?")]
-            if not kind.endswith("?")
-            else tuple(value for value in WRONG[kind[:-1]] if value is not None)
-        )
+        values = WRONG[kind.removesuffix("?")]
+        return tuple(value for value in values if value is not None) if kind.endswith("?") else values
 
 
 @cache
@@ -132,12 +129,8 @@ def doors(folder) -> list[Door]:
             matrix="object", n_tokens="positive", layer="whole")),
         Door("SecondMoment.load", _with(kf.SecondMoment.load), dict(path="path")),
         Door("SecondMoment.save", _with(t.moment.save), dict(path="path")),
-        *(
-            Door(name, _with(kf.EDITORS[name]), _fields_of(kf.EDITORS[name])) for name in kf.EDITORS
-        ),
-        *(
-            Door(f"{name}.from_json", _with(kf.EDITORS[name].from_json), dict(path="path")) for name in kf.EDITORS
-        ),
+        *(Door(name, _with(editor), _fields_of(editor)) for name, editor in kf.EDITORS.items()),
+        *(Door(f"{name}.from_json", _with(editor.from_json), dict(path="path")) for name, editor in kf.EDITORS.items()),
         Door("Rome.edit", _with(t.rome.edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args | {
             "checkpoint": "path?"}),
         Door("Memit.edit", _with(kf.Memit(**t.quick).edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args),

@@ -18,84 +18,68 @@ from tests.make import TOWER
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "data"
 
-# A record as its file has it, and the fact that it is.
+# A record as its file has it, and the fields of the fact that it is.
 RECORDS = {
     "counterfact": (
         """{"case_id": 5, "requested_rewrite": {"prompt": "{} lies in", "subject": "Kyiv", "relation_id": "P17",
             "target_new": {"str": "Peru", "id": "Q1"}, "target_true": {"str": "Ukraine"}},
             "paraphrase_prompts": ["Kyiv is in"], "attribute_prompts": ["Lima lies in"],
             "neighborhood_prompts": [{"prompt": "Odesa lies in", "target": "Ukraine"}, "Lviv lies in"]}""",
-        Fact(
-            "{} lies in",
-            "Kyiv",
-            "Peru",
-            "Ukraine",
-            ("Kyiv is in",),
-            ("Odesa lies in", "Lviv lies in"),
-            id="5",
-            provenance={"relation_id": "P17"},
-        ),
+        """{"id": "5", "prompt": "{} lies in", "subject": "Kyiv", "target_new": "Peru", "target_true": "Ukraine",
+            "paraphrases": ["Kyiv is in"], "neighborhood": ["Odesa lies in", "Lviv lies in"],
+            "provenance": {"relation_id": "P17"}}""",
     ),
     "known_1000": (
         """{"known_id": 0, "subject": "Vinson Massif", "attribute": "Antarctica", "template": "{} is on the continent",
             "prediction": " of Antarctica", "prompt": "Vinson Massif is on the continent of", "relation_id": null}""",
-        Fact("{} is on the continent of", "Vinson Massif", target_true="Antarctica", id="0"),
+        """{"id": "0", "prompt": "{} is on the continent of", "subject": "Vinson Massif",
+            "target_true": "Antarctica"}""",
     ),
     "zsre": (
         """{"id": "z:1", "subject": "Ann", "src": "In which year was Annex Ann, or Ann, built?", "alt": "2006",
             "answers": ["1998", "1999"], "rephrase": "When was Ann built?", "loc": "who wrote it", "loc_ans": "Bob"}""",
-        Fact(
-            "In which year was Annex {}, or Ann, built?",
-            "Ann",
-            "2006",
-            "1998",
-            ("When was Ann built?",),
-            (("who wrote it", "Bob"),),
-            id="z:1",
-        ),
+        """{"id": "z:1", "prompt": "In which year was Annex {}, or Ann, built?", "subject": "Ann",
+            "target_new": "2006", "target_true": "1998", "paraphrases": ["When was Ann built?"],
+            "neighborhood": [["who wrote it", "Bob"]]}""",
     ),
     "knowedit": (
         """{"subject": "Epas", "prompt": "Which family does Epas belong to?", "target_new": "Noctuidae",
             "ground_truth": [["Aspid"]], "rephrase_prompt": "What family is Epas?",
             "locality": {"Relation_Specificity": [{"prompt": "The rank of Epas is", "ground_truth": ["genus"]}]},
             "portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}}""",
-        Fact(
-            "Which family does {} belong to?",
-            "Epas",
-            "Noctuidae",
-            "Aspid",
-            ("What family is Epas?",),
-            id="0",
-            same_subject=(("The rank of Epas is", "genus"),),
-            provenance={"portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}},
-        ),
+        """{"id": "0", "prompt": "Which family does {} belong to?", "subject": "Epas", "target_new": "Noctuidae",
+            "target_true": "Aspid", "paraphrases": ["What family is Epas?"],
+            "same_subject": [["The rank of Epas is", "genus"]],
+            "provenance": {"portability": {"Reasoning": [{"prompt": "?", "ground_truth": "moths"}]}}}""",
     ),
     "qaedit": (
         """{"id": 9, "source": "NQ", "prompt": "who owns the moon?", "target": "Nobody", "subject": "the moon",
             "rephrase": "whose is the moon?", "locality": [{"loc": "who runs", "loc_ans": "Al"}]}""",
-        Fact(
-            "who owns {}?",
-            "the moon",
-            "Nobody",
-            None,
-            ("whose is the moon?",),
-            (("who runs", "Al"),),
-            id="9",
-            provenance={"source": "NQ"},
-        ),
+        """{"id": "9", "prompt": "who owns {}?", "subject": "the moon", "target_new": "Nobody",
+            "paraphrases": ["whose is the moon?"], "neighborhood": [["who runs", "Al"]],
+            "provenance": {"source": "NQ"}}""",
     ),
     "measured": (
         """{"source": "known_1000", "id": 2, "prompt": "Ise is in", "subject": "Ise", "target_true": "Japan",
             "p_true": 0.9, "target_new": null}""",
-        Fact("{} is in", "Ise", target_true="Japan", id="2", provenance={"source": "known_1000"}),
+        """{"id": "2", "prompt": "{} is in", "subject": "Ise", "target_true": "Japan",
+            "provenance": {"source": "known_1000"}}""",
     ),
-    "own": (json.dumps(TOWER.to_record()), TOWER),
     "a Fact's own names": (
-        """{"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "target_true": "Japan", "id": "2",
-            "paraphrases": ["Ise lies in"], "neighborhood": ["Oslo is in"], "same_subject": "Ise has"}""",
-        Fact("{} is in", "Ise", "Peru", "Japan", ("Ise lies in",), ("Oslo is in",), ("Ise has",), "2"),
+        """{"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "paraphrases": ["Ise lies in"], "id": "2",
+            "target_true": "Japan", "neighborhood": ["Oslo is in"], "same_subject": "Ise has"}""",
+        """{"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "paraphrases": ["Ise lies in"], "id": "2",
+            "target_true": "Japan", "neighborhood": ["Oslo is in"], "same_subject": ["Ise has"]}""",
     ),
 }
+
+
+def fact_of(text):
+    """The fact of these fields; a question with its answer stands as a pair."""
+    fields = json.loads(text)
+    for kind in {"neighborhood", "same_subject"} & fields.keys():
+        fields[kind] = [tuple(one) if isinstance(one, list) else one for one in fields[kind]]
+    return Fact(**fields)
 
 
 def write(path, records):
@@ -231,8 +215,9 @@ def test_bad_records_can_be_passed_over(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_format_in_every_file_kind(tmp_path, name, suffix):
-    text, fact = RECORDS[name]
-    assert load_facts(write(tmp_path / f"facts{suffix}", [json.loads(text)])) == [fact]
+    record, fact = json.loads(RECORDS[name][0]), fact_of(RECORDS[name][1])
+    for read in (record, fact.to_record()):  # the last: the package's own format
+        assert load_facts(write(tmp_path / f"facts{suffix}", [read])) == [fact]
 
 
 def test_mquake_record_gives_several_facts(tmp_path):

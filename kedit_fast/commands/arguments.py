@@ -1,6 +1,6 @@
 """The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
 
-from kedit_fast.basics import catalog
+from kedit_fast.basics import catalog, checks
 from kedit_fast.commands.argument_types import (
     at_least_two,
     count,
@@ -31,7 +31,7 @@ from kedit_fast.commands.parser import (
 
 OUT = "kedit-fast-out"
 BENCHMARKS = tuple(catalog.BENCHMARKS)
-DTYPES = ("model", "float32", "bfloat16", "float16", "float64", "none")  # of an edit that is written
+DTYPES = ("model", *checks.DTYPES.values(), "none")  # of an edit that is written
 
 
 def add_demo(commands):

@@ -85,8 +85,8 @@ def build_parser() -> Commands:
         epilog="New here? Run `kedit-fast demo`. Each command explains itself: `kedit-fast trace --help`.",
     )
     parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
-    adders = [add for add, _ in COMMANDS.values()]
-    parser.add_commands(adders, dest="command", metavar="COMMAND", title="commands")
+    for add, _ in COMMANDS.values():
+        add(parser.commands)
     group(parser.commands, "history", "Versions of edits: what was in force when, and back to it.")
     return parser
 

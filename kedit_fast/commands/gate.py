@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import torch
 
+from kedit_fast.basics import checks
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import chat_of, open_lm, read_chain, read_text
@@ -13,9 +14,7 @@ from kedit_fast.gating import Suite, Thresholds, draft_suite, gate, load_suite
 from kedit_fast.gating.judge import MODEL_DTYPE
 from kedit_fast.gating.questions import Sizes, missing
 
-_WRITTEN = {"model": MODEL_DTYPE, "none": None} | {
-    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
-}
+_WRITTEN = {"model": MODEL_DTYPE, "none": None} | {name: getattr(torch, name) for name in checks.DTYPES.values()}
 _FEWER = {  # a check with too few probes: the option that asks for fewer
     "wordings answered": "--min-probes", "generalization": "--min-paraphrases", "specificity drop": "--min-specificity",
 }  # fmt: skip

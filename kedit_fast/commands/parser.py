@@ -46,13 +46,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class Commands(Parser):
-    """The parser of all commands, some of two words (``history add``)."""
+    """The parser of all commands, some of two words (``history add``). commands: what declares one, {name: its parser}
+    as its ``choices``."""
 
-    def add_commands(self, adders, **options) -> None:
-        """Declares the commands: each adder gets what ``add_subparsers`` gives."""
-        self.commands = self.add_subparsers(parser_class=Parser, **options)
-        for add in adders:
-            add(self.commands)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.commands = self.add_subparsers(parser_class=Parser, dest="command", metavar="COMMAND", title="commands")
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)

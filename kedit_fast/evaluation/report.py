@@ -12,15 +12,15 @@ from torch import Tensor
 from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import check_format, read_object, write_text
 from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
-from kedit_fast.basics.printing import columns, escaped, html_text
+from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.words import reason
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
+from kedit_fast.pictures.page import Cell, Section, Table, fragment, write_report
 
 FORMAT, VERSION = "kedit_fast.report", 1
-_CELL = "padding:2px 12px 2px 0;text-align:left"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,25 +145,23 @@ class EvalReport:
             ) from error
 
     def to_html(self, path: AnyPath | None = None) -> str:
-        """The table as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
+        """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
+        blocks = self._blocks()
+        if path is not None:
+            heading = "What the model answers" + ", before and after the edit" * (self.edited is not None)
+            write_report(path, "Evaluation", self._title(), [Section(heading, blocks)])
+        return fragment(blocks)
+
+    def _blocks(self) -> list:
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
-            f'<tr><td style="{_CELL}" title="{html_text(self._says(name))}">{html_text(name)}</td>'
-            + "".join(f'<td style="{_CELL}">{_shown(both[side])}</td>' for side in sides)
-            + f'<td style="{_CELL}">{html_text(_counted(both))}</td></tr>'
+            (Cell(name, hint=self._says(name)), *(_shown(both[side]) for side in sides), _counted(both))
             for name, both in self._rows()
         ]
-        head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ["metric", *sides, self._unit])
-        lines = "".join(f"<p>{html_text(line)}</p>" for line in self._lines())
-        fragment = (
-            f"<div><p><b>{html_text(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>{lines}{self._generations_html()}"
-            f"{'' if self.other is None else self.other.to_html()}</div>"
-        )
-        if path is not None:
-            page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html_text(self._title())}</title>\n{fragment}\n'
-            write_text(path, page)
-        return fragment
+        blocks = [Table(["metric", *sides, self._unit], rows, self._title()), *self._lines()]
+        if self.generations:
+            blocks.append(Table(("prompt", "before", "after"), self.generations))
+        return blocks + ([] if self.other is None else self.other._blocks())
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -212,16 +210,6 @@ class EvalReport:
     @property
     def _unit(self) -> str:
         return "cases" if self.cases else "facts"
-
-    def _generations_html(self) -> str:
-        if not self.generations:
-            return ""
-        rows = "".join(
-            "<tr>" + "".join(f'<td style="{_CELL}">{html_text(text or "")}</td>' for text in row) + "</tr>"
-            for row in self.generations
-        )
-        head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ("prompt", "before", "after"))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def case_record(facts: Sequence[Fact], base, edited, generations: Sequence = (), other=None) -> dict:

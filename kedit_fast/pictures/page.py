@@ -21,16 +21,20 @@ TONES = ("", "good", "bad", "neutral")
 ROLES = ("edit", "paraphrase", "neighbor")
 WEAKENED = 0.5  # a neighbor whose answer keeps less than this share of its probability counts as weakened
 
-# Also "0.018 → 0.970", "12 %", "1.2e-05", "–": what lines up on the right of a column.
-_NUMERIC = re.compile(r"–|(?=.*\d)[\d\s.,:%×±→<≥≤+\-−–e()]+")
+# Also "0.018 → 0.970", "0.5 [0.4, 0.6]", "12 %", "1.2e-05", "–": what lines up on the right of a column.
+_NUMERIC = re.compile(r"–|(?=.*\d)[\d\s.,:%×±→<>≥≤+\-−–e()\[\]]+")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell with a tone: "good", "bad", "neutral" or "" (none). Color repeats what the text must say."""
+    """A table cell with a tone: "good", "bad", "neutral" or "" (none). Color repeats what the text must say.
+
+    hint: shown where a pointer rests on it
+    """
 
     value: Any
     tone: str = ""
+    hint: str = ""
 
     def __post_init__(self):
         if self.tone not in TONES:
@@ -213,10 +217,11 @@ def _probability(value) -> float:
 def _section(section: Section) -> str:
     if not isinstance(section, Section):
         raise TypeError(f"expected a Section, got {type(section).__name__}; wrap blocks in Section(heading, [...])")
-    return f"<section>\n<h2>{html_text(section.heading)}</h2>\n{_blocks(section.blocks)}\n</section>"
+    return f"<section>\n<h2>{html_text(section.heading)}</h2>\n{fragment(section.blocks)}\n</section>"
 
 
-def _blocks(blocks) -> str:
+def fragment(blocks) -> str:
+    """The blocks of a section as HTML, without the page around them."""
     return "\n".join(map(_block, [blocks] if isinstance(blocks, str) else blocks))
 
 
@@ -228,7 +233,7 @@ def _block(block) -> str:
     if isinstance(block, Picture):
         return _picture(block)
     if isinstance(block, Details):
-        return f"<details>\n<summary>{html_text(block.summary)}</summary>\n{_blocks(block.blocks)}\n</details>"
+        return f"<details>\n<summary>{html_text(block.summary)}</summary>\n{fragment(block.blocks)}\n</details>"
     raise TypeError(f"cannot lay out a {type(block).__name__}; expected a string, Table, Picture or Details")
 
 
@@ -247,7 +252,8 @@ def _table(table: Table) -> str:
         for i, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
             classes = _classes("number" * right[i], cell.tone)
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
-            line += f"<{tag}{scope}{classes}>{html_text(text)}</{tag}>"
+            hint = f' title="{html_text(cell.hint)}"' if cell.hint else ""
+            line += f"<{tag}{scope}{classes}{hint}>{html_text(text)}</{tag}>"
         lines.append(f"<tr>{line}</tr>")
     caption = f"<caption>{html_text(table.caption)}</caption>\n" if table.caption else ""
     # Focusable, so that a table wider than the page can be scrolled by keyboard.

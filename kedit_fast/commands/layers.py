@@ -62,7 +62,8 @@ def say_layers(found: LayerStudy) -> None:
     say_table(("layer", *_SHOWN.values(), *(f"AIE {kind}" for kind in kinds)), rows)
     say("AIE: average indirect effect at the subject's last token, of the causal trace")
     for metric, of_metric in found.correlations().items():
-        shown = ", ".join(f"{kind} {_signed(rho)}" for kind, rho in of_metric.items())
+        same = {kind: " (the same at all layers)" * math.isnan(rho) for kind, rho in of_metric.items()}
+        shown = ", ".join(f"{kind} {number(rho, '+.2f')}{same[kind]}" for kind, rho in of_metric.items())
         few = " (too few to tell)" * (len(found.layers) < FEW)
         say(f"rank correlation with the trace over {len(found.layers)} layers{few}, {metric}: {shown}")
     say(f"note: {LOCALIZATION_WARNING}")
@@ -72,7 +73,3 @@ def _effects(found: LayerStudy, kinds: list[str]) -> list[tuple[str, ...]]:
     """For each layer, the effect of each kind."""
     columns = [[number(float(value)) for value in found.effect(kind)] for kind in kinds]
     return list(zip(*columns, strict=True)) if columns else [() for _ in found.layers]
-
-
-def _signed(rho: float) -> str:
-    return "- (the same at all layers)" if math.isnan(rho) else f"{rho:+.2f}"

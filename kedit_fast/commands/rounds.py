@@ -17,6 +17,11 @@ from kedit_fast.pictures.rounds import plot_rounds
 FORMAT, VERSION = "kedit_fast.rounds", 1
 _COLUMNS = ("round", "facts", "new", "P(new)", "old", "P(old)", "paraphr.", "neighb.", "perplex.", "growth", "s")
 _WIDTHS = (5, 6, 6, 6, 6, 6, 8, 7, 10, 8, 6)
+_TOLD, _ASKED = ("efficacy", "p_new"), ("paraphrase", "neighborhood")
+_MEANING = """
+new, old: efficacy, P(new) > P(true), of the round's own facts and of earlier rounds'; paraphr., neighb.:
+paraphrase and neighborhood scores of the earlier facts (in round 1: of its own); growth: |sum of changes| /
+|weight| of the most changed layer; round 0: the model without an edit, asked for round 1's facts"""
 
 
 def run(args) -> None:
@@ -64,7 +69,7 @@ def run(args) -> None:
         (output, lambda path: write_text(path, json.dumps(record, allow_nan=False))),
         (picture, lambda path: plot_rounds(rounds, path, model=lm.name)),
     )
-    _say_what_it_means()
+    say(_MEANING)
     say_written(written)
 
 
@@ -82,30 +87,23 @@ def _line(cells) -> str:
     return "  ".join(str(cell).rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
 
 
-def _cells(r: Round) -> tuple[str, ...]:
+def _cells(r: Round) -> tuple:
     asked = r.old if r.old["efficacy"].n else r.new
-    edited = None if r.perplexity is None else r.perplexity[1]
-    return (
-        str(r.number), str(r.n_facts), number(r.new["efficacy"].mean), number(r.new["p_new"].mean),
-        number(r.old["efficacy"].mean), number(r.old["p_new"].mean), number(asked["paraphrase"].mean),
-        number(asked["neighborhood"].mean), "-" if edited is None else f"{edited:.4g}",
-        f"{max(r.growth.values(), default=math.nan):.3f}", f"{r.edit_s + r.evaluate_s:.0f}",
-    )  # fmt: skip
+    perplexity = "-" if r.perplexity is None else f"{r.perplexity[1]:.4g}"
+    growth, seconds = max(r.growth.values(), default=math.nan), f"{r.edit_s + r.evaluate_s:.0f}"
+    told = *_means(r.new, *_TOLD), *_means(r.old, *_TOLD), *_means(asked, *_ASKED)
+    return r.number, r.n_facts, *told, perplexity, f"{growth:.3f}", seconds
 
 
-def _unedited(first: Round) -> tuple[str, ...]:
+def _unedited(first: Round) -> tuple:
     """The model without an edit, asked for the facts of the first round."""
-    asked = [number(first.base[name].mean) for name in ("efficacy", "p_new", "paraphrase", "neighborhood")]
     perplexity = "-" if first.perplexity is None else f"{first.perplexity[0]:.4g}"
-    return ("0", "0", *asked[:2], "-", "-", *asked[2:], perplexity, "0.000", "-")
+    told = *_means(first.base, *_TOLD), "-", "-", *_means(first.base, *_ASKED)
+    return 0, 0, *told, perplexity, "0.000", "-"
 
 
-def _say_what_it_means() -> None:
-    say(
-        "\nnew, old: efficacy, P(new) > P(true), of the round's own facts and of earlier rounds'; paraphr., neighb.:\n"
-        "paraphrase and neighborhood scores of the earlier facts (in round 1: of its own); growth: |sum of changes| /\n"
-        "|weight| of the most changed layer; round 0: the model without an edit, asked for round 1's facts"
-    )
+def _means(summary, *metrics: str) -> list[str]:
+    return [number(summary[metric].mean) for metric in metrics]
 
 
 def _record(args, lm, facts, editors, rounds, stopped) -> dict:

@@ -12,7 +12,8 @@ def run(args) -> None:
     folder = output_folder(statistics_folder() if args.output is None else args.output)
     corpus = corpus_of(args)
     lm = told_lm(args)
-    layers = args.layers or default_layers(lm)
+    reading = [editor for editor in EDITORS.values() if editor.mom2_adjustment]
+    layers = args.layers or sorted({layer for editor in reading for layer in editor.for_model(lm).layers})
     made = second_moments(lm, layers, corpus, n_tokens=args.tokens, seed=args.seed, cache_dir=folder)
     rows = [(layer, f"{m.n_tokens:,}", f"{m.condition:.2g}") for layer, m in sorted(made.items())]
     say_table(("layer", "tokens", "condition number"), rows)
@@ -20,9 +21,3 @@ def run(args) -> None:
     if n_tokens < lm.d_ff:
         say(f"{n_tokens:,} tokens are fewer than d_ff = {lm.d_ff:,}: an edit then needs a regularizer, or more tokens")
     say(f"corpus {next(iter(made.values())).corpus}; kept in {folder}")
-
-
-def default_layers(lm) -> tuple[int, ...]:
-    """Every layer that an editor which reads statistics would edit by default."""
-    reading = [editor for editor in EDITORS.values() if editor.mom2_adjustment]
-    return tuple(sorted({layer for editor in reading for layer in editor.for_model(lm).layers}))

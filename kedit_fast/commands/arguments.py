@@ -1,4 +1,4 @@
-"""The arguments of ``kedit-fast demo | trace | stats | eval | gate | rounds | layers | info``; torch-free."""
+"""The arguments of the commands but those of edits that are there (``edit_arguments``), a function each; torch-free."""
 
 from kedit_fast.basics import catalog, checks
 from kedit_fast.commands.argument_types import (
@@ -16,8 +16,8 @@ from kedit_fast.commands.argument_types import (
 from kedit_fast.commands.parser import (
     AS_IT_IS,
     EDITS,
+    Commands,
     chat_options,
-    command,
     edits_argument,
     fact_options,
     file_options,
@@ -34,10 +34,8 @@ BENCHMARKS = tuple(catalog.BENCHMARKS)
 DTYPES = ("model", *checks.DTYPES.values(), "none")  # of an edit that is written
 
 
-def add_demo(commands):
-    """Declares ``demo``."""
-    parser = command(
-        commands,
+def add_demo(commands: Commands) -> None:
+    parser = commands.command(
         "demo",
         "the whole story on a small real model, in a few minutes, with a report",
         "Traces, edits and checks facts in a small real model, explains each step, and writes one HTML page with\n"
@@ -49,10 +47,8 @@ def add_demo(commands):
     machine_options(parser)
 
 
-def add_trace(commands):
-    """Declares ``trace``."""
-    parser = command(
-        commands,
+def add_trace(commands: Commands) -> None:
+    parser = commands.command(
         "trace",
         "find which tokens and layers carry a fact",
         "Causal tracing. The subject of a prompt is corrupted with noise, so that the model loses the answer.\n"
@@ -81,10 +77,8 @@ def add_trace(commands):
     machine_options(parser, seed=1)  # published results were made with this one
 
 
-def add_stats(commands):
-    """Declares ``stats``."""
-    parser = command(
-        commands,
+def add_stats(commands: Commands) -> None:
+    parser = commands.command(
         "stats",
         "measure what an edit must leave alone (needed once a model)",
         "An edit changes one thing and should keep the rest. What the rest is, it learns from the second moment of\n"
@@ -100,10 +94,8 @@ def add_stats(commands):
     machine_options(parser)
 
 
-def add_eval(commands):
-    """Declares ``eval``."""
-    parser = command(
-        commands,
+def add_eval(commands: Commands) -> None:
+    parser = commands.command(
         "eval [EDIT ...]",
         "check an edit: did it take, and what else changed",
         "Asks the model with and without an edit: does it say the new answer, also when asked in other words? Do\n"
@@ -123,10 +115,8 @@ def add_eval(commands):
     machine_options(parser)
 
 
-def add_gate(commands):
-    """Declares ``gate``."""
-    parser = command(
-        commands,
+def add_gate(commands: Commands) -> None:
+    parser = commands.command(
         "gate EDIT ...",
         "may this edit ship? pass or refuse, for people and for CI",
         "Judges an edit in the form in which it ships, against limits: does it hold in other words, what did it\n"
@@ -181,10 +171,8 @@ def _limit_options(limits) -> None:
     option(limits, "--max-drift SHARE", share, "by which perplexity may rise (0.005)", dest="max_perplexity_drift")
 
 
-def add_generate(commands):
-    """Declares ``generate``."""
-    parser = command(
-        commands,
+def add_generate(commands: Commands) -> None:
+    parser = commands.command(
         "generate [EDIT ...]",
         "ask the model, with or without an edit, and read what it says",
         "Continues prompts, greedily; with --chat answers questions as the model's users ask them. With edits it says\n"
@@ -199,10 +187,8 @@ def add_generate(commands):
     machine_options(parser, seed=None)
 
 
-def add_rounds(commands):
-    """Declares ``rounds``."""
-    parser = command(
-        commands,
+def add_rounds(commands: Commands) -> None:
+    parser = commands.command(
         "rounds",
         "edit on and on: how many facts does a model bear?",
         "Edits facts in rounds, each on top of those before, and asks after each: do the new answers hold, and those\n"
@@ -227,10 +213,8 @@ def add_rounds(commands):
     machine_options(parser)
 
 
-def add_layers(commands):
-    """Declares ``layers``."""
-    parser = command(
-        commands,
+def add_layers(commands: Commands) -> None:
+    parser = commands.command(
         "layers",
         "at which layer does editing work, and is it where the trace points?",
         "Edits facts at one layer after the other, each fact as an edit of its own, and shows beside it the causal\n"
@@ -253,10 +237,8 @@ def add_layers(commands):
     machine_options(parser)
 
 
-def add_info(commands):
-    """Declares ``info``."""
-    parser = command(
-        commands,
+def add_info(commands: Commands) -> None:
+    parser = commands.command(
         "info",
         "what this installation can use",
         "Shows versions, devices, which native code is there (or why not), and where files are kept.",

@@ -16,7 +16,7 @@ from kedit_fast import __version__
 from kedit_fast.basics.printing import STDOUT, any_encoding, escaped
 from kedit_fast.basics.progress import show_progress
 from kedit_fast.commands import arguments, edit_arguments
-from kedit_fast.commands.parser import Commands, group
+from kedit_fast.commands.parser import Commands
 
 # In the order of --help: {command: (what declares its arguments, the module here whose ``run`` does it, or the function
 # of a module that has several)}.
@@ -86,8 +86,8 @@ def build_parser() -> Commands:
     )
     parser.add_argument("--version", action="version", version=f"kedit-fast {__version__}")
     for add, _ in COMMANDS.values():
-        add(parser.commands)
-    group(parser.commands, "history", "Versions of edits: what was in force when, and back to it.")
+        add(parser)
+    parser.group("history", "Versions of edits: what was in force when, and back to it.")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The arguments of ``kedit-fast edit | merge | history`` and of what they do with edits that are there; torch-free."""
+"""The arguments of ``kedit-fast edit | merge | history`` and of their actions, a function each; torch-free."""
 
 from argparse import ArgumentTypeError
 
@@ -6,7 +6,7 @@ from kedit_fast.basics import catalog
 from kedit_fast.commands.argument_types import count, layers, path, positive, size
 from kedit_fast.commands.parser import (
     EDIT,
-    command,
+    Commands,
     edits_argument,
     ending,
     fact_options,
@@ -22,10 +22,8 @@ from kedit_fast.commands.parser import (
 METHODS = tuple(catalog.EDITORS)
 
 
-def add_edit(commands) -> None:
-    """Declares ``edit``."""
-    parser = command(
-        commands,
+def add_edit(commands: Commands) -> None:
+    parser = commands.command(
         "edit",
         "make an edit file that rewrites facts",
         "Computes how the model's weights must change to say new answers, by ROME (one fact), MEMIT or AlphaEdit\n"
@@ -49,10 +47,8 @@ def add_edit(commands) -> None:
     machine_options(parser)
 
 
-def add_merge(commands) -> None:
-    """Declares ``merge``."""
-    parser = command(
-        commands,
+def add_merge(commands: Commands) -> None:
+    parser = commands.command(
         "merge EDIT ...",
         "write an edit into a copy of a model, or make an adapter of it",
         "An edit file changes no model by itself. This command writes it into a copy of a model's folder, which any\n"
@@ -76,10 +72,8 @@ def add_merge(commands) -> None:
     ending(parser)
 
 
-def add_inspect(commands) -> None:
-    """Declares ``edit inspect``."""
-    parser = command(
-        commands,
+def add_inspect(commands: Commands) -> None:
+    parser = commands.command(
         "edit inspect EDIT ...",
         "what an edit holds",
         "Shows how an edit was made, which facts it writes, and how much it changes in which layers.",
@@ -92,10 +86,8 @@ def add_inspect(commands) -> None:
     ending(parser)
 
 
-def add_diff(commands) -> None:
-    """Declares ``edit diff``."""
-    parser = command(
-        commands,
+def add_diff(commands: Commands) -> None:
+    parser = commands.command(
         "edit diff EDIT EDIT",
         "how two edits differ",
         "Compares facts, settings and, layer by layer, the changes themselves. Cosine 1: the same direction.",
@@ -105,10 +97,8 @@ def add_diff(commands) -> None:
     ending(parser)
 
 
-def add_undo(commands) -> None:
-    """Declares ``merge undo``."""
-    parser = command(
-        commands,
+def add_undo(commands: Commands) -> None:
+    parser = commands.command(
         "merge undo FOLDER",
         "take a merged edit out of a model's folder",
         "Restores, bit for bit, the folder that `kedit-fast merge` was given. Checks first that nothing else has\n"
@@ -120,10 +110,8 @@ def add_undo(commands) -> None:
     ending(parser)
 
 
-def add_log(commands) -> None:
-    """Declares ``history log``."""
-    parser = command(
-        commands,
+def add_log(commands: Commands) -> None:
+    parser = commands.command(
         "history log FOLDER",
         "the versions of a folder of edits",
         "Lists what was in force when, and who changed it.",
@@ -133,10 +121,8 @@ def add_log(commands) -> None:
     ending(parser)
 
 
-def add_version(commands) -> None:
-    """Declares ``history add``."""
-    parser = command(
-        commands,
+def add_version(commands: Commands) -> None:
+    parser = commands.command(
         "history add FOLDER EDIT ...",
         "add an edit to a folder of versions",
         "Makes a new version: the edits in force and this one on top. The folder is made if it is not there.\n"
@@ -150,10 +136,8 @@ def add_version(commands) -> None:
     ending(parser)
 
 
-def add_rollback(commands) -> None:
-    """Declares ``history rollback``."""
-    parser = command(
-        commands,
+def add_rollback(commands: Commands) -> None:
+    parser = commands.command(
         "history rollback FOLDER N",
         "bring an earlier version back",
         "Makes a new version with the edits of an earlier one; 0 is the model without edits. Nothing is lost: the\n"

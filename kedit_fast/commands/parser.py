@@ -46,12 +46,42 @@ class Parser(argparse.ArgumentParser):
 
 
 class Commands(Parser):
-    """The parser of all commands, some of two words (``history add``). commands: what declares one, {name: its parser}
-    as its ``choices``."""
+    """The parser of all commands, some of two words (``history add``); ``commands.choices`` has {name: its parser}."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.commands = self.add_subparsers(parser_class=Parser, dest="command", metavar="COMMAND", title="commands")
+
+    def command(self, usage: str, line: str, text: str, example: str, also: str = "") -> Parser:
+        """Declares a command; its parser.
+
+        usage: its name, and what stands before the options, "merge EDIT ..."; line: its help in the list of commands;
+        also: a last line
+        """
+        parser = self.commands.add_parser(
+            " ".join(word for word in usage.split() if word.islower()),
+            help=line,
+            usage=f"kedit-fast {usage} [options]",
+            description=text,
+            epilog=f"example:\n  {example}" + f"\n\n{also}" * bool(also),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.line = line
+        return parser
+
+    def group(self, name: str, line: str) -> None:
+        """The first word of commands of two words that are declared already; alone it shows them."""
+        known = self.commands.choices.items()
+        actions = {long: parser.line for long, parser in known if long.startswith(f"{name} ")}
+        width = max(map(len, actions))
+        listed = "\n".join(f"  kedit-fast {action:{width}}  {text}" for action, text in actions.items())
+        parser = self.commands.add_parser(
+            name,
+            usage=f"kedit-fast {name} {'|'.join(action.split()[1] for action in actions)} ...",
+            description=f"{line}\n\n{listed}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(group=parser)
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -69,38 +99,6 @@ class Commands(Parser):
         if meant and not args[1].startswith("-") and not Path(args[1]).exists():
             self.error(f"no command {args[0]} {args[1]}{meant}")
         return args
-
-
-def command(commands, usage: str, line: str, text: str, example: str, also: str = "") -> Parser:
-    """A command's parser.
-
-    usage: its name, and what stands before the options, "merge EDIT ..."; line: its help in the list of commands; also:
-    a last line
-    """
-    parser = commands.add_parser(
-        " ".join(word for word in usage.split() if word.islower()),
-        help=line,
-        usage=f"kedit-fast {usage} [options]",
-        description=text,
-        epilog=f"example:\n  {example}" + f"\n\n{also}" * bool(also),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.line = line
-    return parser
-
-
-def group(commands, name: str, line: str) -> None:
-    """The first word of commands of two words that are declared already; alone it shows them."""
-    actions = {long: parser.line for long, parser in commands.choices.items() if long.startswith(f"{name} ")}
-    width = max(map(len, actions))
-    listed = "\n".join(f"  kedit-fast {action:{width}}  {text}" for action, text in actions.items())
-    parser = commands.add_parser(
-        name,
-        usage=f"kedit-fast {name} {'|'.join(action.split()[1] for action in actions)} ...",
-        description=f"{line}\n\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(group=parser)
 
 
 # ---- one option

@@ -52,6 +52,7 @@ class Song:
     leaked: bool
 
     def to_record(self) -> dict:
+        """Plain values, for JSON."""
         own = dataclasses.asdict(self)
         return own.pop("canary")._asdict() | own
 

@@ -30,6 +30,12 @@ from tests.make import TOWER
         ({"same_subject": 7}, r"Fact.same_subject: expected a tuple of prompts, got 7"),
         ({"id": 4}, r"Fact.id = 4: expected a text"),
         ({"provenance": "me"}, r"Fact.provenance: expected a mapping"),
+        ({"chat": "yes"}, r"Fact.chat: expected True or messages \[\{.*got 'yes'"),
+        ({"chat": [{"role": "system"}]}, "Fact.chat: expected True or messages"),
+        ({"prompt": []}, "Fact.prompt as messages: the last must be the user's"),
+        ({"prompt": [("assistant", "{} is")]}, "the last must be the user's"),
+        ({"prompt": [("user", "It is")]}, r"Fact.prompt needs one \{\}"),
+        ({"attached": 1}, "Fact.attached: expected True, False or None"),
     ],
 )
 def test_fact_refuses(fields, message):

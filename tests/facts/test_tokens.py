@@ -423,22 +423,6 @@ def test_chats_that_cannot_be_asked():
         fact_tokens(shouting, QUESTION)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"chat": "yes"}, r"Fact.chat: expected True or messages \[\{.*got 'yes'"),
-        ({"chat": [{"role": "system"}]}, "Fact.chat: expected True or messages"),
-        ({"prompt": []}, "Fact.prompt as messages: the last must be the user's"),
-        ({"prompt": [("assistant", "{} is")]}, "the last must be the user's"),
-        ({"prompt": [("user", "It is")]}, r"Fact.prompt needs one \{\}"),
-        ({"attached": 1}, "Fact.attached: expected True, False or None"),
-    ],
-)
-def test_fact_refuses_forms(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Fact(**{"prompt": "{} lies in", "subject": "Paris"} | fields)
-
-
 def test_a_prompt_that_ends_in_white_space_is_warned_of():
     with pytest.warns(UserWarning, match="end in white space are read as they stand"):
         Fact(prompt="{} is in ", subject="Paris")

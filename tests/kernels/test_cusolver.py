@@ -21,7 +21,7 @@ from kedit_fast.kernels import cusolver, dispatch
 from kedit_fast.kernels import solve as module
 from kedit_fast.kernels.solve import condition, factor, factor_ref, memit_solve, memit_solve_ref
 from tests.compare import close
-from tests.kernels import check_bad_moments, check_inputs_stay, check_solve, normal, random_moment
+from tests.kernels import normal, random_moment, solves
 
 # The declarations of cublas_api.h (CUDA 13.0) and cusolverDn.h (12.x), as letters: p pointer or handle, i enum,
 # l int64_t, z size_t.
@@ -172,10 +172,6 @@ def libraries(monkeypatch):
         cached.cache_clear()
 
 
-def with_nan_above(matrix):
-    return matrix.tril() + torch.full_like(matrix, math.nan).triu(1)
-
-
 # ---- what is called
 
 
@@ -187,25 +183,16 @@ def test_prototypes():
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("d, n", [(1, 1), (7, 4), (4, 7), (33, 33)])
 def test_products_reach_the_lower_triangle_only(libraries, by_rows, d, n):
-    rows = normal(d, n) if by_rows else normal(n, d)
-    matrix = with_nan_above(torch.full((d, d), 2.0, dtype=torch.float64))
-    cusolver.add_gram_(matrix, rows, by_rows=by_rows)
-    product = rows @ rows.T if by_rows else rows.T @ rows
-    close("lower", matrix.tril().nan_to_num(), (2 + product).tril(), torch.float64)
-    assert int(matrix.isnan().sum()) == d * (d - 1) // 2
+    solves.check_gram(cusolver, d, n, by_rows)
     ((_, uplo, trans, order, inner, _, _, lda, _, _, ldc),) = libraries.named("cublasDsyrk_v2_64")
     assert (uplo, trans, order, inner) == (UPPER, OP_T if by_rows else OP_N, d, n)
     assert (lda, ldc) == (n if by_rows else d, d)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("left, shape", [(True, (9, 5)), (True, (9, 1)), (False, (5, 9)), (False, (1, 9))])
+@pytest.mark.parametrize("left, shape", solves.SIDES)
 def test_triangular_solves(libraries, left, shape, transposed):
-    lower, b = torch.linalg.cholesky(random_moment(9)).contiguous(), normal(*shape)
-    inverse = torch.linalg.inv(lower.T if transposed else lower)
-    want = inverse @ b if left else b @ inverse
-    assert cusolver.solve_triangular_(with_nan_above(lower), b, left=left, transposed=transposed) is b
-    close("b", b, want, torch.float64)
+    solves.check_triangular(cusolver, left, shape, transposed)
     ((_, side, uplo, trans, _, m, n, _, _, lda, _, ldb),) = libraries.named("cublasDtrsm_v2_64")
     # By columns everything is transposed: the sides are exchanged, b [rows, columns] is columns x rows.
     assert (side, uplo, trans) == (RIGHT if left else LEFT, UPPER, OP_T if transposed else OP_N)
@@ -220,12 +207,7 @@ def test_a_factor_by_columns_is_taken_too(libraries):
 
 @pytest.mark.parametrize("d", [1, 2, 17, 70])
 def test_cholesky_in_place(libraries, d):
-    moment = random_moment(d)
-    matrix = with_nan_above(moment)
-    lower, minor = cusolver.cholesky_(matrix)
-    assert lower is matrix and minor == 0
-    close("L", lower.tril(), torch.linalg.cholesky(moment), torch.float64)
-    assert int(lower.isnan().sum()) == d * (d - 1) // 2
+    matrix = solves.check_cholesky(cusolver, d)
     (problem,) = (arguments[2:8] for arguments in libraries.named("cusolverDnXpotrf"))
     assert problem == (UPPER, d, REAL_64F, matrix.data_ptr(), d, REAL_64F)
     assert [arguments[2:8] for arguments in libraries.named("cusolverDnXpotrf_bufferSize")] == [problem]
@@ -252,12 +234,12 @@ def test_a_handle_for_each_thread_and_no_more(libraries):
 @pytest.mark.parametrize("way", ["dense", "woodbury"])
 @pytest.mark.parametrize("n, d_ff", [(1, 1), (5, 64), (17, 7), (60, 61), (40, 301)])
 def test_equals_the_reference(libraries, n, d_ff, way):
-    check_solve(n, d_ff, way)
+    solves.check_solve(n, d_ff, way)
     assert libraries.named("cusolverDnXpotrf")
 
 
 def test_inputs_are_not_worked_on_in_place(libraries):
-    check_inputs_stay()
+    solves.check_inputs_stay()
 
 
 class Allocations(TorchDispatchMode):
@@ -293,7 +275,7 @@ def test_one_buffer_for_the_matrix_and_its_factor(libraries, op, others, monkeyp
 
 
 def test_bad_moments(libraries):
-    check_bad_moments()
+    solves.check_bad_moments()
     moment = random_moment(10)
     moment[3, 3] = math.nan
     with pytest.raises(ValueError, match=r"moment\[3, 3\] is nan"):
@@ -381,7 +363,7 @@ def native_on_gpu(monkeypatch):
 @pytest.mark.parametrize("way", ["dense", "woodbury"])
 @pytest.mark.parametrize("n, d_ff", [(1, 1), (5, 64), (17, 7), (129, 130), (40, 301)])
 def test_gpu_equals_the_reference(native_on_gpu, n, d_ff, way):
-    check_solve(n, d_ff, way, "cuda", rel=1e-8)
+    solves.check_solve(n, d_ff, way, "cuda", rel=1e-8)
 
 
 @gpu

@@ -13,7 +13,7 @@ from kedit_fast.kernels import solve as module
 from kedit_fast.kernels.second_moment import second_moment_
 from kedit_fast.kernels.solve import MomentFactor, condition, factor, factor_ref, memit_solve, memit_solve_ref
 from tests.compare import close
-from tests.kernels import check_bad_moments, check_inputs_stay, check_solve, normal, random_moment
+from tests.kernels import normal, random_moment, solves
 
 WIDTHS = [1, 7, 48, 80, 130]
 WHY = dispatch.why_not_native() or openblas.why_not()
@@ -184,7 +184,7 @@ def test_a_singular_moment_is_never_inverted(seed, dtype):
 
 
 def test_bad_moments():
-    check_bad_moments()
+    solves.check_bad_moments()
 
 
 def test_dense_bears_a_singular_moment_that_the_keys_complete():
@@ -244,7 +244,7 @@ def test_wrong_right_sides():
 @pytest.mark.parametrize("way", ["dense", "woodbury"])
 @pytest.mark.parametrize("n, d_ff", [(1, 1), (5, 64), (17, 7), (129, 130), (40, 301)])
 def test_equals_the_reference(n, d_ff, way):
-    check_solve(n, d_ff, way)
+    solves.check_solve(n, d_ff, way)
 
 
 @pytest.mark.parametrize("op", [factor, factor_ref])
@@ -274,7 +274,7 @@ def test_threads_do_not_change_the_result(way, threads):
 
 
 def test_inputs_of_the_working_dtype_are_not_worked_on_in_place():
-    check_inputs_stay()
+    solves.check_inputs_stay()
 
 
 @native_only
@@ -293,31 +293,20 @@ def test_without_openblas_the_reference_runs_and_the_extension_is_not_needed(mon
 
 @native_only
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("left, shape", [(True, (9, 5)), (True, (9, 1)), (False, (5, 9)), (False, (1, 9))])
+@pytest.mark.parametrize("left, shape", solves.SIDES)
 def test_triangular_solves(left, shape, transposed):
-    lower, b = torch.linalg.cholesky(random_moment(9)), normal(*shape)
-    inverse = torch.linalg.inv(lower.T if transposed else lower)
-    want = inverse @ b if left else b @ inverse
-    dirty = lower + torch.full_like(lower, math.nan).triu(1)
-    assert openblas.solve_triangular_(dirty, b, left=left, transposed=transposed) is b
-    close("b", b, want, torch.float64)
+    solves.check_triangular(openblas, left, shape, transposed)
 
 
 @native_only
 def test_products_and_factors_leave_the_upper_triangle():
     for by_rows in (False, True):
-        matrix, rows = torch.full((7, 7), 2.0, dtype=torch.float64), normal(7, 4) if by_rows else normal(4, 7)
-        openblas.add_gram_(matrix, rows, by_rows=by_rows)
-        product = rows @ rows.T if by_rows else rows.T @ rows
-        close("rows", matrix.tril(), (2 + product).tril(), torch.float64)
-        assert torch.equal(matrix.triu(1), torch.full_like(matrix, 2.0).triu(1))
+        solves.check_gram(openblas, 7, 4, by_rows)
     moment = random_moment(70)
-    dirty = moment.tril() + torch.full_like(moment, math.nan).triu(1)
-    assert openblas.one_norm(dirty) == pytest.approx(torch.linalg.norm(moment, 1).item(), rel=1e-12)
-    lower, minor = openblas.cholesky_(dirty)
-    assert lower is dirty and minor == 0
-    close("L", lower.tril(), torch.linalg.cholesky(moment), torch.float64)
-    assert lower.triu(1).isnan().sum() == 70 * 69 // 2
+    assert openblas.one_norm(solves.with_nan_above(moment)) == pytest.approx(
+        torch.linalg.norm(moment, 1).item(), rel=1e-12
+    )
+    solves.check_cholesky(openblas, 70)
     assert openblas.cholesky_(torch.diag(torch.tensor([1.0, 2.0, -1.0, 3.0]).double()))[1] == 3
 
 

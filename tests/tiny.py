@@ -141,91 +141,60 @@ def _common(layers: int) -> dict[str, Any]:
     )
 
 
-def _sliding_first(layers: int) -> list[str]:
-    """Layer types that alternate, beginning with the sliding window."""
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
-
-
-def _gpt2(layers: int) -> dict[str, Any]:
-    return dict(n_embd=D_MODEL, n_inner=D_FF, n_layer=layers, n_head=HEADS, n_positions=POSITIONS)
-
-
-def _gptj(layers: int) -> dict[str, Any]:
-    return _gpt2(layers) | dict(rotary_dim=6)  # of 12
-
-
-def _gpt_neox(layers: int) -> dict[str, Any]:
-    config = _common(layers) | dict(use_parallel_residual=True, attention_bias=True)
-    del config["num_key_value_heads"]
-    return config | dict(rope_parameters=dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.5))
-
-
-def _mistral(layers: int) -> dict[str, Any]:
-    return _common(layers) | dict(sliding_window=WINDOW)
-
-
-def _qwen2(layers: int) -> dict[str, Any]:
-    sliding = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=layers // 2)
-    return _common(layers) | sliding | dict(tie_word_embeddings=True)
-
-
-def _qwen3(layers: int) -> dict[str, Any]:
-    return _common(layers) | dict(head_dim=16)  # heads * head_dim is not the width
-
-
-def _gemma2(layers: int) -> dict[str, Any]:
-    caps = dict(attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=10)
-    sliding = dict(sliding_window=WINDOW, layer_types=_sliding_first(layers))
-    return _common(layers) | caps | sliding | dict(head_dim=16, tie_word_embeddings=True)
-
-
-def _gemma3_text(layers: int) -> dict[str, Any]:
-    thetas = dict(
-        sliding_attention=dict(rope_type="default", rope_theta=100.0),
-        full_attention=dict(rope_type="default", rope_theta=10_000.0),
-    )
-    sliding = dict(sliding_window=WINDOW, layer_types=_sliding_first(layers), rope_parameters=thetas)
-    return _common(layers) | sliding | dict(head_dim=16, query_pre_attn_scalar=10, tie_word_embeddings=True)
+def _config(family: str, layers: int) -> dict[str, Any]:
+    """Configuration of a family that is no wrapper, with all that it has of its own."""
+    common, window = _common(layers), dict(sliding_window=WINDOW)
+    gpt2 = dict(n_embd=D_MODEL, n_inner=D_FF, n_layer=layers, n_head=HEADS, n_positions=POSITIONS)
+    rope = dict(rope_type="default", rope_theta=10_000.0)
+    half_rotated = dict(rope_parameters=rope | dict(partial_rotary_factor=0.5))
+    neox = common | dict(use_parallel_residual=True, attention_bias=True) | half_rotated
+    del neox["num_key_value_heads"]
+    qwen2 = dict(use_sliding_window=True, max_window_layers=layers // 2, tie_word_embeddings=True)
+    kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+    gemma = dict(layer_types=kinds, head_dim=16, query_pre_attn_scalar=10, tie_word_embeddings=True)
+    thetas = dict(sliding_attention=rope | dict(rope_theta=100.0), full_attention=rope)
+    configs = {
+        "gpt2": gpt2,
+        "gptj": gpt2 | dict(rotary_dim=6),  # of 12
+        "gpt_neox": neox,
+        "mistral": common | window,
+        "qwen2": common | window | qwen2,
+        "qwen3": common | dict(head_dim=16),  # heads * head_dim is not the width
+        "gemma2": common | window | gemma | dict(attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
+        "gemma3_text": common | window | gemma | dict(rope_parameters=thetas),
+        "phi3": common | window | dict(original_max_position_embeddings=POSITIONS) | half_rotated,
+    }
+    return configs.get(family, common) | dict(vocab_size=len(tiny_tokenizer()))
 
 
 def _gemma3(layers: int) -> dict[str, Any]:
+    """A wrapper: its text model is gemma3_text's, with the vocabulary in it."""
     vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     vision |= dict(image_size=8, patch_size=4, model_type="siglip_vision_model")
-    text = _gemma3_text(layers) | dict(vocab_size=_vocab_size())
     return dict(
-        text_config=transformers.Gemma3TextConfig(**text),
+        text_config=transformers.Gemma3TextConfig(**_config("gemma3_text", layers)),
         vision_config=vision,
         mm_tokens_per_image=4,
-        image_token_index=_vocab_size() + 2,  # outside the text's vocabulary: no text is taken for an image
+        image_token_index=len(tiny_tokenizer()) + 2,  # outside the text's vocabulary: no text is taken for an image
         tie_word_embeddings=True,
     )
 
 
-def _phi3(layers: int) -> dict[str, Any]:
-    rope = dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.5)
-    extra = dict(original_max_position_embeddings=POSITIONS, sliding_window=WINDOW, rope_parameters=rope)
-    return _common(layers) | extra
-
-
-_FAMILIES = {
-    "gpt2": ("GPT2LMHeadModel", _gpt2),
-    "gptj": ("GPTJForCausalLM", _gptj),
-    "gpt_neox": ("GPTNeoXForCausalLM", _gpt_neox),
-    "llama": ("LlamaForCausalLM", _common),
-    "mistral": ("MistralForCausalLM", _mistral),
-    "qwen2": ("Qwen2ForCausalLM", _qwen2),
-    "qwen3": ("Qwen3ForCausalLM", _qwen3),
-    "gemma2": ("Gemma2ForCausalLM", _gemma2),
-    "gemma3": ("Gemma3ForConditionalGeneration", _gemma3),
-    "gemma3_text": ("Gemma3ForCausalLM", _gemma3_text),
-    "phi3": ("Phi3ForCausalLM", _phi3),
-    "olmo2": ("Olmo2ForCausalLM", _common),
+_CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "gptj": "GPTJForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
-FAMILY_NAMES = tuple(_FAMILIES)
-
-
-def _vocab_size() -> int:
-    return len(tiny_tokenizer())
+FAMILY_NAMES = tuple(_CLASSES)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4) -> PreTrainedModel:
@@ -234,13 +203,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, l
     family: a name of `FAMILY_NAMES`.
     dtype: weights are drawn in float32 and then cast, so models that differ in dtype only are the same model, rounded.
     """
-    class_name, config_of = _FAMILIES[family]
-    config = config_of(layers)
-    if family != "gemma3":  # the wrapper has its vocabulary in text_config
-        config["vocab_size"] = _vocab_size()
+    config = _gemma3(layers) if family == "gemma3" else _config(family, layers)
     ids = tiny_tokenizer(bos=True)
     config |= dict(bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id)
-    model_class = getattr(transformers, class_name)
+    model_class = getattr(transformers, _CLASSES[family])
     model = model_class(model_class.config_class(**config))
     model.set_attn_implementation("eager" if family == "gptj" else ATTENTION)
     sharpen(model, seed)

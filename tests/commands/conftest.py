@@ -23,6 +23,8 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     (tmp_path / "facts.json").write_text(json.dumps(FACTS))
     (tmp_path / "memit.json").write_text(json.dumps(FAST | {"layers": [1, 2]}))
+    rome = {name: value for name, value in FAST.items() if name != "mom2_update_weight"}
+    (tmp_path / "rome.json").write_text(json.dumps(rome | {"layers": [1]}))
     return folder
 
 

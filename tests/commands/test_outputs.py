@@ -53,7 +53,7 @@ ONE_FILE = [
 @pytest.mark.parametrize("command", ONE_FILE, ids=lambda command: f"{command[0]} {command[-1]}")
 def test_what_is_no_file_is_refused_by_every_command(command, work, complaint, no_work):
     (work / "there.png").write_text("x"), os.symlink("loop", "loop")
-    refusals = {"": NAMELESS, "new/": "in a slash", "there.png": "is there already", "loop": "link"}
+    refusals = {"": NAMELESS, "new/": "in a slash", "there.png": "there already; --force replaces it", "loop": "link"}
     for path, says in refusals.items():
         assert says in complaint(*command, path), path
     assert (work / "there.png").read_text() == "x" and sorted(p.name for p in work.iterdir()) == ["loop", "there.png"]
@@ -62,7 +62,7 @@ def test_what_is_no_file_is_refused_by_every_command(command, work, complaint, n
 @pytest.mark.parametrize("command", [["trace", *ONE], ["stats"], ["demo"]], ids=lambda command: command[0])
 def test_what_is_no_folder_is_refused_by_every_command(command, work, complaint, no_work):
     (work / "file").write_text("x")
-    for path, says in (("", NAMELESS), ("file", "is no folder"), ("file/deeper/", "is no folder")):
+    for path, says in (("", NAMELESS), ("file", "file is no folder"), ("file/deeper/", "file is no folder")):
         assert says in complaint(*command, "-o", path)
     assert [p.name for p in work.iterdir()] == ["file"]
 

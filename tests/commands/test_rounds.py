@@ -9,7 +9,7 @@ from kedit_fast.commands import rounds as rounds_command
 from kedit_fast.experiments.by_layer import LayerStudy
 from kedit_fast.experiments.rounds import Round
 from kedit_fast.gating.canary import PROSE
-from tests.commands.cases import FACTS, FAST, run
+from tests.commands.cases import FACTS, run
 from tests.tiny import TEXT
 
 FACTS = [
@@ -20,10 +20,8 @@ FACTS = [
 
 @pytest.fixture
 def work(work, tmp_path):
-    """With facts of more fields, settings of ROME, a text and what a run before left."""
+    """With facts of more fields, a text and what a run before left."""
     (tmp_path / "facts.json").write_text(json.dumps(FACTS))
-    rome = {name: value for name, value in FAST.items() if name != "mom2_update_weight"}
-    (tmp_path / "rome.json").write_text(json.dumps(rome | {"layers": [1]}))
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "there.txt").write_text("of a run before")
     return work

@@ -18,6 +18,7 @@ from kedit_fast.tracing import tasks as trace_tasks
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.tasks import Task, Traced
 from tests.conftest import open_tiny, refused, tiny_lm
+from tests.make import watched
 from tests.oracle.access import subject_span
 from tests.oracle.tracing import trace_oracle
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
@@ -69,9 +70,20 @@ def test_every_family_and_kind_equals_the_oracle(family):
         assert wanted["scores"].std() > 30 * ATOL or result.kind != "state"
 
 
+PLACES = [
+    kf.Fact("{} is located in", "Zürich"),  # the first token
+    kf.Fact("The capital of {}", "France"),  # ends the prompt
+    kf.Fact("{} is", "Big"),  # one token
+    kf.Fact("{}", "The Eiffel Tower"),  # nothing else
+    kf.Fact("{}", "The"),
+    kf.Fact("In {braces} is {} of", "Beats Music"),
+]
+
+
 @pytest.mark.parametrize(
     ("family", "fact", "options"),
     [
+        *(("llama", fact, {}) for fact in PLACES),
         # windows odd, even and longer than the model
         *((family, CAPITAL, {"window": n}) for family in ("llama", "gptj") for n in (1, 2, 5, 10)),
         *(("qwen3", BEN, {"samples": n}) for n in (1, 3)),
@@ -79,11 +91,12 @@ def test_every_family_and_kind_equals_the_oracle(family):
         ("gpt2", BEN, {"metric": "logprob"}),
     ],
 )
-def test_options_are_the_oracle_s(family, fact, options):
+def test_options_and_subjects_anywhere_equal_the_oracle(family, fact, options):
     for result in traced(family, fact, **options):
         wanted = oracle(family, fact, result.kind, **options)
         same(result, wanted, size=abs(wanted["p_corrupted"]) if "metric" in options else 1.0)
         assert result.window == (1 if result.kind == "state" else options.get("window", 3))
+        assert len(result.tokens) == result.p_restored.shape[0]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -104,24 +117,6 @@ def test_severed(family, sever):
     same(result, wanted, size=abs(wanted["p_corrupted"]))
     (whole,) = traced(family, NEEDLE, **options)
     assert np.abs(result.p_restored - whole.p_restored).max() > 100 * ATOL
-
-
-@pytest.mark.parametrize(
-    "fact",
-    [
-        kf.Fact(prompt="{} is located in", subject="Zürich"),
-        kf.Fact(prompt="The capital of {}", subject="France"),
-        kf.Fact(prompt="{} is", subject="Big"),
-        kf.Fact(prompt="{}", subject="The Eiffel Tower"),
-        kf.Fact(prompt="{}", subject="The"),
-        kf.Fact(prompt="In {braces} is {} of", subject="Beats Music"),
-    ],
-    ids=["first token", "ends the prompt", "one-token subject", "nothing else", "one token", "braces"],
-)
-def test_subjects_anywhere(fact):
-    for result in traced("llama", fact):
-        same(result, oracle("llama", fact, result.kind))
-        assert len(result.tokens) == result.p_restored.shape[0]
 
 
 def test_a_start_token_is_a_position_of_its_own():
@@ -243,10 +238,8 @@ def test_packed_equals_alone(three):
 def test_cut_into_packs_equals_whole(three, rows, monkeypatch):
     """Facts apart, facts together, and one fact in many packs."""
     lm = tiny_lm("gpt2")
-    cost, packs = RowCost.of(lm), []
+    cost, packs = RowCost.of(lm), watched(monkeypatch, engine._Pack, "run")
     lm = replace(lm, memory=CALL_ROWS * cost.passing + rows * cost.kept)
-    run = engine._Pack.run
-    monkeypatch.setattr(engine._Pack, "run", lambda self, *a: packs.append(len(self.runs)) or run(self, *a))
     for got, want in zip(traced("gpt2", [EIFFEL, BEN, CAPITAL], lm), three, strict=True):
         alike(got, want)
     assert len(packs) > {110: 20, 150: 10, 1000: 3}[rows]
@@ -259,11 +252,11 @@ def test_too_little_memory_says_what_is_needed():
 def test_log_grows_by_a_line_a_result_and_reads_back(three, tmp_path, monkeypatch):
     log, sizes, finish = tmp_path / "trace.jsonl", [], tracing._trace_group
 
-    def watched(*args):
+    def measured(*args):
         sizes.append(len(log.read_text().splitlines()) if log.exists() else 0)
         return finish(*args)
 
-    monkeypatch.setattr(tracing, "_trace_group", watched)
+    monkeypatch.setattr(tracing, "_trace_group", measured)
     cost = RowCost.of(tiny_lm("gpt2"))
     lm = replace(tiny_lm("gpt2"), memory=CALL_ROWS * cost.passing + 1000 * cost.kept)
     results = traced("gpt2", [EIFFEL, BEN, CAPITAL], lm, log=log)
@@ -297,15 +290,9 @@ def test_no_noise_changes_nothing():
 
 def test_windows_that_begin_at_the_bottom_are_one_run_there(monkeypatch):
     """Only the first of them owns a row in layer 0; the longer ones branch from the shorter above it."""
-    lm, rows = tiny_lm("llama"), {}
-    call = type(lm.source).call
-
-    def counted(self, layer, h, kwargs):
-        rows.setdefault(layer, []).append(h.shape[1])
-        return call(self, layer, h, kwargs)
-
-    monkeypatch.setattr(type(lm.source), "call", counted)
+    calls = watched(monkeypatch, type(tiny_lm("llama").source), "call")
     (result,) = traced("llama", CAPITAL, kinds=("mlp",), window=4)  # [0, 2) [0, 3) [0, 4) [1, 4)
+    rows = [[h.shape[1] for _, at, h, _ in calls if at == layer] for layer in (0, 1)]
     n, behind = len(result.tokens), len(result.tokens) - result.subject_span[0]
     cells, suffixes = SAMPLES * behind, SAMPLES * behind * (behind + 1) // 2
     assert rows[0] == [n, n + cells + cells]  # the answers' sweep; clean, corrupted, one window

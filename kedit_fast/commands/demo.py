@@ -28,7 +28,7 @@ from kedit_fast.facts.tokens import spoken
 from kedit_fast.gating.canary import PROSE
 from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, SecondMoment, second_moments
 from kedit_fast.pictures.page import ROLES, Change, known_neighbors
-from kedit_fast.pictures.terminal import terminal_heatmap
+from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult, average
 from kedit_fast.tracing.trace import trace
 
@@ -182,7 +182,7 @@ def _trace(lm, facts, folder, story, found, samples) -> None:
         others = trace(lm, facts[1:3], kinds=("state",), samples=samples[1]) if len(facts) > 1 else []
         found.average = average([state, *others])["state"]
         say()
-        show(terminal_heatmap(state))
+        show(TerminalHeatMap(state))
         say()
         state.plot(folder / "trace.png")
         layers = found.average.recommend_layers(min(5, lm.n_layers))

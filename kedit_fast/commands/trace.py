@@ -10,7 +10,7 @@ from kedit_fast.commands.inputs import read_facts, told_lm
 from kedit_fast.commands.outputs import check_output, fresh_log, output_folder, say, show
 from kedit_fast.facts.fact import check_facts, check_subject
 from kedit_fast.pictures.labels import ROLES
-from kedit_fast.pictures.terminal import terminal_heatmap
+from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.pictures.traces import plot_kinds
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, TraceResult, average
 from kedit_fast.tracing.trace import trace
@@ -50,7 +50,7 @@ def run(args) -> None:
             mean.save(folder / f"average-{kind}.npz")
     for result in results if len(facts) == 1 else ():
         say()
-        show(terminal_heatmap(result))
+        show(TerminalHeatMap(result))
     if len(facts) > 1:
         say(f"{counted(len(facts), 'fact')}, {counted(len(results), 'trace')}")
     say()

@@ -24,31 +24,20 @@ _SHADES = " .:-=+*#%@"
 _NARROWEST, _WIDEST = 40, 100  # columns
 
 
-def terminal_heatmap(result: TraceResult, width: int | None = None) -> TerminalHeatMap:
-    """The heat map for a terminal: printed by rich with colored cells, or shaded by characters where there is no color.
-
-    width: columns, 40 or more; None: the console's, up to 100. Layers that do not fit are pooled, neighbors together,
-        by their highest value, and a line says so.
-
-    ``str()`` gives the form without color, 80 columns wide. Raises ValueError for a width below 40.
-    """
-    if width is not None and width < _NARROWEST:
-        raise ValueError(f"width {width}: a heat map takes {_NARROWEST} columns or more")
-    return TerminalHeatMap(result, width)
-
-
 @dataclass(frozen=True)
 class TerminalHeatMap:
-    """What ``terminal_heatmap`` gives: a rich renderable that is text too."""
+    """The heat map of a trace for a terminal, up to 100 columns wide: printed by rich with colored cells, or shaded by
+    characters where there is no color. Layers that do not fit are pooled, neighbors together, by their highest value,
+    and a line says so. ``str()`` gives the form without color, 80 columns wide.
+    """
 
     result: TraceResult
-    width: int | None
 
     def __str__(self) -> str:
-        return "\n".join(line.plain.rstrip() for line in self._lines(self.width or 80, color=False, ascii_only=False))
+        return "\n".join(line.plain.rstrip() for line in self._lines(80, color=False, ascii_only=False))
 
     def __rich_console__(self, console, options):
-        width = self.width or max(_NARROWEST, min(options.max_width, _WIDEST))
+        width = max(_NARROWEST, min(options.max_width, _WIDEST))
         color = console.color_system is not None and not console.no_color
         yield from self._lines(width, color, options.ascii_only)
 

@@ -18,7 +18,7 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.pictures import figure as drawing
 from kedit_fast.pictures import traces as plots
 from kedit_fast.pictures.labels import ROLES, model_label, within
-from kedit_fast.pictures.terminal import terminal_heatmap
+from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.tracing.results import AverageTrace, TraceResult, average
 from tests.compare import refused
 
@@ -256,14 +256,15 @@ def test_the_terminal_map_has_one_line_a_token_and_fits(width, layers):
     tokens = ("東京都庁舎は高い塔であるとされる", " Tower" * 9, "\n", "$x$", " of")
     said = {"metric": "logit_diff", "p_corrupted": -1234.5, "answer": " 東京都庁"}
     result = make(layers=layers, tokens=tokens, span=(0, 2), **said)
-    for text in (str(terminal_heatmap(result, width)), printed(terminal_heatmap(result), width=width)):
+    for terminal in (False, True):
+        text = printed(TerminalHeatMap(result), width=width, force_terminal=terminal)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert len(rows_of(plain, 5)) == 5
         assert max(map(cell_len, plain.splitlines())) <= width
 
 
 def test_the_darkest_character_stands_at_the_highest_cell_under_its_layer():
-    text = str(terminal_heatmap(make(layers=30)))
+    text = str(TerminalHeatMap(make(layers=30)))
     line = rows_of(text, 5)[2]
     axis = next(line for line in text.splitlines() if line.lstrip().startswith("layer "))
     assert line.startswith(" ·Tower* ") and line.endswith(" 0.600")
@@ -273,24 +274,23 @@ def test_the_darkest_character_stands_at_the_highest_cell_under_its_layer():
 
 
 def test_pooling_keeps_the_highest_layer_and_says_so():
-    text = str(terminal_heatmap(make(layers=80), 80))
+    text = str(TerminalHeatMap(make(layers=80)))
     assert "a column: highest of 2 layers" in " ".join(text.split())
     start = rows_of(text, 5)[0].index("*") + 2
     assert rows_of(text, 5)[2][start:].index("@") == 2  # layer 4 of pairs
-    refused("width 20: a heat map takes 40 columns", terminal_heatmap, make(), 20)
 
 
 def test_values_below_the_corrupted_run_and_a_flat_trace_are_blank():
     flat = make(p_restored=np.full((5, 12), 0.2, dtype=np.float32))
-    assert all(set(row[8:-6]) == {" "} for row in rows_of(str(terminal_heatmap(flat)), 5))
+    assert all(set(row[8:-6]) == {" "} for row in rows_of(str(TerminalHeatMap(flat)), 5))
 
 
 def test_color_where_the_console_has_it_and_characters_where_not():
     result = make("mlp")
-    colored = printed(terminal_heatmap(result), color_system="truecolor")
+    colored = printed(TerminalHeatMap(result), color_system="truecolor")
     assert "\x1b[48;2;0;68;27m" in colored and "@" not in colored  # the darkest of the greens
     for options in ({"no_color": True}, {"force_terminal": False}):
-        plain = printed(terminal_heatmap(result), **options)
+        plain = printed(TerminalHeatMap(result), **options)
         assert "\x1b" not in plain and "@@" in plain
 
 
@@ -299,7 +299,7 @@ def test_a_console_without_unicode_gets_ascii():
         encoding = "ascii"
 
     out = Latin()
-    Console(file=out, width=80).print(terminal_heatmap(make(tokens=("é", " 東", "\n", " is", " in"))))
+    Console(file=out, width=80).print(TerminalHeatMap(make(tokens=("é", " 東", "\n", " is", " in"))))
     text = out.getvalue()
     assert text.isascii()
     assert "_is" in text and "\\n" in text

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 
 from kedit_fast.basics import checks
 from kedit_fast.jobs.generate import generate
+from kedit_fast.model.lm import LM
 
+Lengths = Sequence[Sequence[int]]  # (tokens, samples of that many) each
 AnyContexts = Sequence[Sequence[str]] | Sequence[str]  # groups of templates; templates alone are one group
 BARE = "{}"
 TOP_K = 5  # published: the samples are drawn among the five likeliest tokens
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
-def rome_contexts(lm, length_params=((5, 10), (10, 10)), *, seed: int = 0) -> list[list[str]]:
+def rome_contexts(lm: LM, length_params: Lengths = ((5, 10), (10, 10)), *, seed: int = 0) -> list[list[str]]:
     """One group: the bare prompt and, for each (length, n), n samples of that many tokens from the start token.
 
     Flat, so each of the 21 templates weighs 1/21 (published).
@@ -26,7 +28,7 @@ def rome_contexts(lm, length_params=((5, 10), (10, 10)), *, seed: int = 0) -> li
     return [made]
 
 
-def memit_contexts(lm, length_params=((10, 5),), *, seed: int = 0) -> list[list[str]]:
+def memit_contexts(lm: LM, length_params: Lengths = ((10, 5),), *, seed: int = 0) -> list[list[str]]:
     """Two groups: the bare prompt, and n samples of ``length`` tokens begun with "The", "Therefore", ... .
 
     Keys are averaged within a group and then over groups: the bare prompt weighs 1/2, each sample 1/10 (published).

@@ -13,7 +13,7 @@ from torch import Tensor
 from kedit_fast.edits.changes import WeightChange, only_weights, refuse_independent
 from kedit_fast.edits.deltas import FLOATS, Dense, difference, edited_weight
 from kedit_fast.edits.edit import Edit
-from kedit_fast.model.source import Overlaid
+from kedit_fast.model.overlaid import Overlaid
 
 Weights = dict[tuple[int, str], tuple[Tensor, Tensor]]  # {(layer, role): (before, after)}
 

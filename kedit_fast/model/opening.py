@@ -11,11 +11,12 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.state import own_state
 from kedit_fast.jobs.compared import check_own_logits
 from kedit_fast.model import family as fam
+from kedit_fast.model.disk import open_on_disk
 from kedit_fast.model.family import family_of
 from kedit_fast.model.folder import Checkpoint, read_config, read_model, read_tokenizer
 from kedit_fast.model.lm import LM
 from kedit_fast.model.loaded import check_loaded, make_ordinary
-from kedit_fast.model.source import DEFAULT_MEMORY, Resident, open_on_disk
+from kedit_fast.model.source import DEFAULT_MEMORY, Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,10 +25,10 @@ from kedit_fast.edits.chain import check_chain
 from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.deltas import check_fits, edited_weight
 from kedit_fast.edits.edit import Edit, check_once, digest, edit_list
+from kedit_fast.model.disk import Disk, open_on_disk
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import INDEX, Checkpoint, read_config
-from kedit_fast.model.source import Disk, open_on_disk
 from kedit_fast.shipping.history import check_words, now
 from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 

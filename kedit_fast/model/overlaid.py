@@ -8,7 +8,7 @@ from kedit_fast.model.source import Resident, hidden
 
 
 class Overlaid(Resident):
-    """Of what is overlaid only ``call`` runs in a sweep: ``part``, ``rows`` and ``in_place`` go by the weights beneath."""
+    """Of what is overlaid only ``call`` runs in a sweep; all else but ``weight`` goes by the weights beneath."""
 
     def __init__(self, source: Resident, weights: dict[tuple[int, str], Tensor]):
         """weights: {(layer, role): [out, in]}"""

@@ -1,7 +1,9 @@
 """Updates of a down projection's weight, and what remains of them once written in the model's dtype."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from kedit_fast.basics.state import wide
 from kedit_fast.kernels.lowrank import lowrank_add
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TINY = torch.finfo(torch.float32).tiny
 _BLOCK = 2**24  # elements summed at a time: 128 MiB of fp64, so a 70B layer's weight is never widened whole
 
 
@@ -173,6 +176,14 @@ def difference(after: Tensor, before: Tensor) -> Dense:
     """after - before, fp32, of two weights of one dtype [d, d_ff]."""
     after, before = (weight.detach().to(wide(weight.dtype)) for weight in (after, before))
     return Dense((after - before).float())
+
+
+def grown(norms: Mapping[tuple[int, str], tuple[float, float]]) -> dict[int, float]:
+    """{layer: ‖Δ‖ / ‖W‖ of its matrix that grew most}, NaN where one of them is; norms: {(layer, role): both norms}."""
+    shares: dict[int, float] = {}
+    for (layer, _), (change, weight) in sorted(norms.items()):
+        shares[layer] = float(np.maximum(change / max(weight, TINY), shares.get(layer, 0.0)))  # max() may drop a NaN
+    return shares
 
 
 def _fp64_device(device):

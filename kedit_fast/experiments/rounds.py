@@ -25,7 +25,7 @@ from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import Editor, check_lengths, checked_facts
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.edits.compose import compose
-from kedit_fast.edits.deltas import Dense
+from kedit_fast.edits.deltas import Dense, grown
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
@@ -199,9 +199,7 @@ def _summary(columns: dict[str, Tensor] | None, facts: slice) -> Summary:
 @own_state()
 def _growth(lm, edit: Edit, weights: dict[tuple[int, str], float]) -> dict[int, float]:
     """{layer: ‖Δ‖ / ‖W‖} of its matrix that grew most; weights: {(layer, role): ‖W‖}, those known, and added to."""
-    grown: dict[int, float] = {}
-    for place, delta in edit.weights.items():
+    for place in edit.weights:
         if place not in weights:
             weights[place] = Dense(lm.source.weight(*place).detach()).norm()
-        grown[place[0]] = max(delta.norm() / weights[place], grown.get(place[0], 0.0))
-    return grown
+    return grown({place: (delta.norm(), weights[place]) for place, delta in edit.weights.items()})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.edits.changes import WeightChange, only_weights, refuse_independent
-from kedit_fast.edits.deltas import FLOATS, Dense, difference, edited_weight
+from kedit_fast.edits.deltas import FLOATS, Dense, difference, edited_weight, grown
 from kedit_fast.edits.edit import Edit
 from kedit_fast.model.overlaid import Overlaid
 
@@ -58,11 +58,7 @@ def chain_deltas(lm, edits, dtype: torch.dtype) -> Weights:
 
 def growth(weights: Weights) -> dict[int, float]:
     """{layer: ‖W' - W‖ / ‖W‖} of its matrix that grew most; Frobenius norms summed in fp64."""
-    grown: dict[int, float] = {}
-    for (layer, _), (weight, edited) in sorted(weights.items(), key=lambda item: item[0]):
-        share = difference(edited, weight).norm() / max(Dense(weight).norm(), torch.finfo(torch.float32).tiny)
-        grown[layer] = max(share, grown.get(layer, 0.0))
-    return grown
+    return grown({at: (difference(after, w).norm(), Dense(w).norm()) for at, (w, after) in weights.items()})
 
 
 def view_of_written(lm, edits, weights: Weights):

@@ -79,3 +79,8 @@ def test_written_delta_leaves_out_the_rounding_of_the_weight_itself():
     written = written_delta(weight, lowrank(), torch.bfloat16)
     assert torch.equal(written.delta, written_delta(weight.bfloat16(), lowrank(), torch.bfloat16).delta)
     refused("int8", written_delta, weight, nothing, torch.int8)
+
+
+def test_growth_is_of_the_matrix_that_grew_most_and_hides_no_nan():
+    norms = {(1, "up"): (2.0, 4.0), (1, "down"): (3.0, 4.0), (0, "down"): (math.nan, 1.0), (0, "up"): (1.0, 1.0)}
+    assert algebra.grown(norms) == pytest.approx({0: math.nan, 1: 0.75}, nan_ok=True)

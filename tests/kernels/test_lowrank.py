@@ -7,20 +7,20 @@ from kedit_fast.kernels.lowrank import lowrank_add, lowrank_add_ref
 from tests.compare import TOLERANCE, close
 from tests.kernels import normal
 
-D, D_FF = 19, 33
+D, D_FF = 67, 150  # more than a block of each on Triton, and no multiple of it
 
 
-def problem(rows, rank, dtype=torch.float64):
+def problem(rows, rank, dtype=torch.float64, device="cpu"):
     sizes = ((rows, D), (rows, D_FF), (D, rank), (D_FF, rank))
-    return [normal(*size, seed=seed, dtype=dtype) for seed, size in enumerate(sizes)]
+    return [normal(*size, seed=seed, dtype=dtype).to(device) for seed, size in enumerate(sizes)]
 
 
-def owners(rows, rank, n_facts):
+def owners(rows, rank, n_facts, device="cpu"):
     """Owners out of order; -1 owns no factor, the last fact owns none either, fact 1 owns no row."""
     generator = torch.Generator().manual_seed(0)
     row_owner = torch.randint(-1, n_facts, (rows,), generator=generator)
     row_owner[row_owner == 1] = 0
-    return row_owner, torch.randint(0, max(1, n_facts - 1), (rank,), generator=generator)
+    return row_owner.to(device), torch.randint(0, max(1, n_facts - 1), (rank,), generator=generator).to(device)
 
 
 def by_loop(y, x, u, v, row_owner=None, factor_owner=None):
@@ -57,23 +57,26 @@ def test_strided_inputs_and_mixed_dtypes():
     assert torch.equal(half, lowrank_add(y.bfloat16().float(), x.bfloat16().float(), u, v).bfloat16())
 
 
-def test_inputs_stay_and_rows_of_nobody_keep_their_bits():
-    y, x, u, v = problem(40, 6, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_inputs_stay_and_rows_of_nobody_keep_their_bits(dtype, device):
+    y, x, u, v = problem(40, 6, dtype, device)
+    y[:, 0] = -0.0
     before = [tensor.clone() for tensor in (y, x, u, v)]
-    row_owner, factor_owner = owners(40, 6, 4)
+    row_owner, factor_owner = owners(40, 6, 4, device)
     out = lowrank_add(y, x, u, v, row_owner, factor_owner)
     assert all(torch.equal(a, b) for a, b in zip((y, x, u, v), before, strict=True))
-    untouched = ~torch.isin(row_owner, factor_owner)
-    assert 0 < untouched.sum() < 40
-    assert torch.equal(out[untouched], y[untouched])
-    assert (out[~untouched] != y[~untouched]).any(1).all()
+    nobody = ~torch.isin(row_owner, factor_owner)
+    assert 0 < nobody.sum() < 40
+    assert torch.equal(out[nobody], y[nobody]) and torch.equal(out[nobody].signbit(), y[nobody].signbit())
+    assert (out[~nobody] != y[~nobody]).any(1).all()
 
 
-def test_a_broken_fact_does_not_reach_the_others():
-    y, x, u, v = problem(12, 3, torch.float32)
-    row_owner, factor_owner = torch.arange(12) % 3, torch.arange(3)
+@pytest.mark.parametrize("poisoned", [2, 3], ids="uv")
+def test_a_broken_fact_does_not_reach_the_others(poisoned, device):
+    y, x, u, v = given = problem(36, 6, torch.float32, device)
+    row_owner, factor_owner = torch.arange(36, device=device) % 3, torch.arange(6, device=device).flip(0) % 3
     whole = lowrank_add(y, x, u, v, row_owner, factor_owner)
-    u[:, 1] = torch.nan
+    given[poisoned][:, factor_owner == 1] = torch.nan
     broken = lowrank_add(y, x, u, v, row_owner, factor_owner)
     assert broken[row_owner == 1].isnan().all()
     assert torch.equal(broken[row_owner != 1], whole[row_owner != 1])
@@ -86,11 +89,17 @@ def test_one_owner_for_all_is_an_update_of_all_rows():
 
 
 @pytest.mark.parametrize("rows, rank", [(0, 3), (5, 0), (0, 0)])
-def test_nothing_to_add(rows, rank):
-    y, x, u, v = problem(rows, rank, torch.float32)
-    assert torch.equal(lowrank_add(y, x, u, v), y)
-    none = torch.zeros(rows, dtype=torch.int64), torch.zeros(rank, dtype=torch.int64)
-    assert torch.equal(lowrank_add(y, x, u, v, *none), y)
+def test_nothing_to_add(rows, rank, device):
+    y, x, u, v = problem(rows, rank, torch.float32, device)
+    none = (torch.zeros(n, dtype=torch.int64, device=device) for n in (rows, rank))
+    for got in (lowrank_add(y, x, u, v), lowrank_add(y, x, u, v, *none)):
+        assert torch.equal(got, y) and got is not y
+
+
+def test_rows_and_factors_of_others_have_nothing_to_add(device):
+    y, x, u, v = problem(5, 3, torch.float32, device)
+    strangers = torch.full((5,), 9, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    assert torch.equal(lowrank_add(y, x, u, v, *strangers), y)
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["all rows", "owned"])

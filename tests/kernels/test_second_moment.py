@@ -127,21 +127,21 @@ def test_rows_with_a_stride_and_a_strided_accumulator(dtype):
 
 @pytest.mark.parametrize("op", [second_moment_, second_moment_ref])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_strides(dtype, op):
-    wide = random_keys(60, 90, dtype)
+def test_any_strides(dtype, op, device):
+    wide = random_keys(60, 90, dtype).to(device)
     views = [wide[::3, 5:53], wide[:, :48].T[:, :40], wide[:, ::2], wide[:1].expand(20, 90), wide[0, :48].expand(5, 48)]
-    for keys in views:
+    for keys in [*views, wide.flatten()[1:1281].view(20, 64)]:  # the last one: rows in order, at an odd address
         d = keys.shape[1]
-        c = op(torch.zeros(d, d, dtype=torch.float64), keys)
+        c = op(torch.zeros(d, d, dtype=torch.float64, device=device), keys)
         close("c", c.tril(), truth(keys), torch.float32)
 
 
 @pytest.mark.parametrize("op", [second_moment_, second_moment_ref])
 @pytest.mark.parametrize("n, d", [(0, 5), (3, 0), (0, 0)])
-def test_nothing_to_add(n, d, op):
-    c = torch.ones(d, d, dtype=torch.float64)
-    op(c, torch.zeros(n, d))
-    assert torch.equal(c.tril(), torch.ones(d, d, dtype=torch.float64).tril())
+def test_nothing_to_add(n, d, op, device):
+    c = torch.ones(d, d, dtype=torch.float64, device=device)
+    op(c, torch.zeros(n, d, device=device))
+    assert torch.equal(c.tril(), torch.ones_like(c).tril())
 
 
 def test_long_sums_keep_their_accuracy():

@@ -2,7 +2,12 @@
 
 import pytest
 
-from tests.kernels.triton import skip_where_nothing_runs
+from tests.kernels.triton import DEVICE, skip_where_nothing_runs
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)

@@ -5,20 +5,24 @@ import torch
 
 from kedit_fast.kernels.lowrank import lowrank_add, lowrank_add_ref
 from tests.kernels import test_lowrank
-from tests.kernels.triton import DEVICE, DTYPES, near, random
-
-D, D_FF = 67, 150  # more than a block of each, and no multiple of it
+from tests.kernels.test_lowrank import (  # noqa: F401 (the same on Triton)
+    D_FF,
+    test_a_broken_fact_does_not_reach_the_others,
+    test_inputs_stay_and_rows_of_nobody_keep_their_bits,
+    test_nothing_to_add,
+    test_rows_and_factors_of_others_have_nothing_to_add,
+)
+from tests.kernels.triton import DEVICE, DTYPES, near
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
 
-def problem(rows, rank, dtype=torch.float32, factors=None):
-    y, x = random(rows, D, dtype=dtype), random(rows, D_FF, dtype=dtype, seed=1)
-    return [y, x, *(random(width, rank, dtype=factors or dtype, seed=width) for width in (D, D_FF))]
+def problem(rows, rank, dtype=torch.float32):
+    return test_lowrank.problem(rows, rank, dtype, DEVICE)
 
 
 def owners(rows, rank, n_facts):
-    return [owner.to(DEVICE) for owner in test_lowrank.owners(rows, rank, n_facts)]
+    return test_lowrank.owners(rows, rank, n_facts, DEVICE)
 
 
 def truth(y, x, u, v, *owned):
@@ -49,7 +53,8 @@ def test_more_factors_than_a_block_for_one_owner():
 
 
 def test_fp32_factors_are_not_rounded_to_the_rows_dtype():
-    y, x, u, v = problem(17, 3, torch.float16, torch.float32)
+    y, x, u, v = problem(17, 3)
+    y, x = y.half(), x.half()
     got = lowrank_add(y, x, u, v)
     assert torch.equal(got, truth(y, x, u, v).half()) or (got != truth(y, x, u, v).half()).float().mean() < 0.01
     assert not torch.equal(got, lowrank_add(y, x, u.half(), v.half()))
@@ -67,43 +72,6 @@ def test_any_strides():
     wide = torch.randn(D_FF, 12, device=DEVICE)
     wide[:, ::2][:, :5] = v
     assert torch.equal(lowrank_add(y, x, u, wide[:, ::2][:, :5]), wanted)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_nobody_keep_their_bits(dtype):
-    y, x, u, v = problem(40, 6, dtype)
-    y[:, 0] = -0.0
-    row_owner, factor_owner = owners(40, 6, 4)
-    before = [each.clone() for each in (y, x, u, v)]
-    got = lowrank_add(y, x, u, v, row_owner, factor_owner)
-    assert all(torch.equal(a, b) for a, b in zip((y, x, u, v), before, strict=True))
-    nobody = ~torch.isin(row_owner, factor_owner)
-    assert 0 < nobody.sum() < 40
-    assert torch.equal(got[nobody], y[nobody]) and torch.equal(got[nobody].signbit(), y[nobody].signbit())
-    assert (got[~nobody] != y[~nobody]).any(1).all()
-
-
-@pytest.mark.parametrize("poisoned", ["u", "v"])
-def test_a_broken_fact_does_not_reach_the_others(poisoned):
-    y, x, u, v = problem(36, 6)
-    row_owner, factor_owner = torch.arange(36, device=DEVICE) % 3, torch.arange(6, device=DEVICE).flip(0) % 3
-    whole = lowrank_add(y, x, u, v, row_owner, factor_owner)
-    {"u": u, "v": v}[poisoned][:, factor_owner == 1] = torch.nan
-    broken = lowrank_add(y, x, u, v, row_owner, factor_owner)
-    assert broken[row_owner == 1].isnan().all()
-    assert torch.equal(broken[row_owner != 1], whole[row_owner != 1])
-
-
-@pytest.mark.parametrize(("rows", "rank"), [(0, 3), (5, 0), (0, 0)])
-def test_nothing_to_add(rows, rank):
-    y, x, u, v = problem(rows, rank)
-    none = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (rows, rank))
-    for got in (lowrank_add(y, x, u, v), lowrank_add(y, x, u, v, *none)):
-        assert torch.equal(got, y) and got is not y
-    if rank:
-        strangers = torch.full((5,), 9, device=DEVICE), torch.zeros(rank, dtype=torch.int64, device=DEVICE)
-        y, x, u, v = problem(5, rank)
-        assert torch.equal(lowrank_add(y, x, u, v, *strangers), y), "no row has a factor"
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["all rows", "owned"])

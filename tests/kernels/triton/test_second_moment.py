@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kedit_fast.kernels.second_moment import second_moment_
+from tests.kernels.test_second_moment import test_any_strides, test_nothing_to_add, truth  # noqa: F401 (on Triton too)
 from tests.kernels.triton import DEVICE, DTYPES, near, random
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -24,11 +25,6 @@ def _places_kernel(out, first, COUNT: tl.constexpr):
     tl.store(out + COUNT + number, j)
 
 
-def truth(keys):
-    keys = keys.double()
-    return torch.einsum("ni,nj->ij", keys, keys).tril()
-
-
 @pytest.mark.parametrize("c_dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (17, 7), (129, 48), (70, 130), (33, 400)])
@@ -38,16 +34,6 @@ def test_adds_the_product(n, d, dtype, c_dtype):
     assert second_moment_(c, keys) is c
     # Products of 16-bit keys are exact in fp32, so the tolerance is that of the sums, whatever the keys' dtype.
     near("c", c.tril().to(torch.float32), start.double().tril() + truth(keys))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_strides(dtype):
-    wide = random(60, 90, dtype=dtype)
-    views = [wide[::3, 5:53], wide[:, :48].T[:, :40], wide[:, ::2], wide[:1].expand(20, 90), wide[0, :48].expand(5, 48)]
-    for keys in [*views, wide.flatten()[1:1281].view(20, 64)]:  # the last one: rows in order, at an odd address
-        d = keys.shape[1]
-        c = second_moment_(torch.zeros(d, d, dtype=torch.float64, device=DEVICE), keys)
-        near("c", c.tril().to(torch.float32), truth(keys))
 
 
 def test_nothing_is_written_beside_the_matrix():
@@ -87,13 +73,6 @@ def test_what_the_kernel_takes_as_aligned_is_aligned():
         assert aligned.shape[1] % 16 == aligned.stride(0) % 16 == aligned.data_ptr() % 16 == 0
         assert aligned.stride(1) == 1 and torch.equal(aligned[:, : keys.shape[1]], keys)
     assert second_moment._aligned(wide).data_ptr() == wide.data_ptr(), "keys that fit are not copied"
-
-
-@pytest.mark.parametrize(("n", "d"), [(0, 5), (3, 0), (0, 0)])
-def test_nothing_to_add(n, d):
-    c = torch.ones(d, d, device=DEVICE)
-    second_moment_(c, torch.zeros(n, d, device=DEVICE))
-    assert torch.equal(c, torch.ones(d, d, device=DEVICE))
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

@@ -105,31 +105,23 @@ def test_a_killed_run_s_folder_is_taken_over(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(unfinished, "LOCKS", False)
-    write(tmp_path / "a", "1")
-    with new_folder(tmp_path / "out") as path:
-        says = r"or one that was killed left .*\.out\.unfinished; delete that"
-        with pytest.raises(ValueError, match=says), new_folder(tmp_path / "out"):
-            pass
-        assert path.is_dir()
-    assert names(tmp_path) == ["a", "out"]
-    assert unfinished.locked(0) is None
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("without", ["system", "file system"])
+def test_without_locks(without, tmp_path, monkeypatch):
     def flock(descriptor, what):
         raise OSError(95, "Operation not supported")
 
+    if without == "system":
+        monkeypatch.setattr(unfinished, "LOCKS", False)
+        assert unfinished.locked(0) is None
     monkeypatch.setattr(unfinished.fcntl, "flock", flock)
     (tmp_path / ".a.12345678.unfinished").touch()  # nobody knows whose: it stays
     write(tmp_path / "a", "1")
-    with new_folder(tmp_path / "out"):
-        says = "another run writes there, or one that was killed left"
+    with new_folder(tmp_path / "out") as path:
+        says = r"another run writes there, or one that was killed left .*\.out\.unfinished; delete that"
         with pytest.raises(ValueError, match=says), new_folder(tmp_path / "out"):
             pass
-    assert names(tmp_path) == [".a.12345678.unfinished", "a", "out"]
-    assert os.path.getsize(tmp_path / "a") == 1
+        assert path.is_dir()
+    assert names(tmp_path) == [".a.12345678.unfinished", "a", "out"] and (tmp_path / "a").read_text() == "1"
 
 
 def test_a_temporary_folder_of_a_killed_run_is_deleted(tmp_path):

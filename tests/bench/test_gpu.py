@@ -258,8 +258,7 @@ def test_products_of_batches_and_backward_threads():
         event("cpu_op", "aten::bmm", 5, 10, tid=2, **{"Input Dims": [[3, 8, 4], [3, 4, 2]]}),
         event("cuda_driver", "cuLaunchKernelEx", 6, 7, tid=2, correlation=1),
         event("kernel", "b", 8, 12, tid=7, correlation=1),
-        event("cuda_runtime", "cudaLaunchKernel", 6, 7, tid=1, correlation=2),
-        event("kernel", "of another thread", 12, 90, tid=7, correlation=2),
+        *launched(2, "of another thread", 6, (12, 90)),
     ]
     ((name, rate, _),) = Profile(events, 1e-4, ()).by_shape()
     assert name.startswith("3 x [8, 4] [4, 2] (1 times") and rate == pytest.approx(1e-6 * 2 * 3 * 8 * 4 * 2 / 4)

@@ -38,6 +38,11 @@ def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
     disk, resident = disk_and_resident(saved(tmp_path, family))
     assert numbers(disk) == numbers(resident)
     assert disk.fingerprint == resident.fingerprint == fingerprint(tiny_lm(family).model)
+    assert (disk.d_ff, disk.d_model, disk.n_vocab, disk.dtype) == (80, 48, resident.n_vocab, torch.float32)
+    for layer in range(4):  # down weights are [out, in]
+        weight = disk.source.weight(layer, "down")
+        assert weight.shape == (48, 80) and torch.equal(weight, as_out_in(projection(resident.model, layer)))
+        assert torch.equal(weight, resident.source.weight(layer, "down"))
     assert all(p.is_meta for p in layers_of(disk.model).parameters())
     on_meta = {n for n, p in disk.model.named_parameters() if p.is_meta and not n.startswith(disk.source.prefix + ".")}
     assert on_meta == {n for n, _ in disk.model.named_parameters() if "vision_tower" in n or "projector" in n}
@@ -52,16 +57,6 @@ def test_buffers_are_as_in_memory(family, dtype, tmp_path):
     assert list(buffers[0]) == list(buffers[1])
     for a, b in zip(*(side.values() for side in buffers), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_down_weights_are_out_in(family, tmp_path):
-    disk, resident = disk_and_resident(saved(tmp_path, family))
-    for layer in range(4):
-        weight = disk.source.weight(layer, "down")
-        assert weight.shape == (48, 80) and torch.equal(weight, as_out_in(projection(resident.model, layer)))
-        assert torch.equal(weight, resident.source.weight(layer, "down"))
-    assert (disk.d_ff, disk.d_model, disk.n_vocab, disk.dtype) == (80, 48, resident.n_vocab, torch.float32)
 
 
 def test_the_model_from_disk_is_the_model(tmp_path):

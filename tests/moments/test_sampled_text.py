@@ -17,34 +17,22 @@ def sampled(folder=None, seed=3, n=N, family="llama"):
     return sampled_windows(tiny_lm(family), n, LENGTH, seed, folder)[0]
 
 
-@pytest.fixture
-def killed(monkeypatch):
-    """Keeps after each step, and stops after so many."""
-
-    def stop_after(steps):
-        keep, calls = corpus._Kept.keep, []
-
-        def stopping(self, made):
-            keep(self, made)
-            calls.append(made)
-            if len(calls) == steps:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(corpus._Kept, "keep", stopping)
-        return lambda: monkeypatch.setattr(corpus._Kept, "keep", keep)
-
-    monkeypatch.setattr(corpus, "EVERY", -1.0)
-    return stop_after
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("steps", [1, 7, 19])
-def test_a_killed_run_goes_on_with_the_same_text(steps, family, tmp_path, killed, monkeypatch):
+def test_a_killed_run_goes_on_with_the_same_text(steps, family, tmp_path, monkeypatch):
     whole = sampled(family=family)
-    undo = killed(steps)
-    with pytest.raises(KeyboardInterrupt):
+    keep, calls = corpus._Kept.keep, []
+
+    def stopping(self, made):
+        keep(self, made)
+        calls.append(made)
+        if len(calls) == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "EVERY", -1.0)  # keeps after each step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpus._Kept, "keep", stopping)
         sampled(tmp_path, family=family)
-    undo()
     (file,) = tmp_path.iterdir()
     assert load_file(file)["ids"].shape == (5, steps)
     asked, generate = [], corpus.generate

@@ -198,15 +198,15 @@ class Interrupted(Exception):
     """What a test throws."""
 
 
-def interrupt(lm, layers, folder):
-    """A pass that stops in its third sweep."""
+def interrupt(lm, layers, folder, after=2):
+    """A pass that stops in the middle of a batch, with so many kept: its sums are there, its checkpoint is not."""
     sweep, calls = moments_module.sweep, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
-            raise Interrupted
         sweep(*args, **kwargs)
+        if len(calls) == after + 1:
+            raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(moments_module, "sweep", stopping)
@@ -216,27 +216,16 @@ def interrupt(lm, layers, folder):
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
-    lm, sweep, calls = tiny_lm("llama"), moments_module.sweep, []
+    lm, folder = tiny_lm("llama"), tmp_path / "made" / "here"
     expected = measured(lm)
-
-    def stopping(*args, **kwargs):
-        calls.append(1)
-        sweep(*args, **kwargs)
-        if len(calls) == after + 1:  # in the middle of a batch: its sums are there, its checkpoint is not
-            raise Interrupted
-
-    monkeypatch.setattr(moments_module, "sweep", stopping)
-    folder = tmp_path / "made" / "here"
-    with pytest.raises(Interrupted):
-        measured(lm, cache_dir=folder)
+    interrupt(lm, LAYERS, folder, after)
     (partial,) = folder.iterdir()
     assert partial.name.startswith("partial-")
-    before = len(calls)
-    made = measured(lm, cache_dir=folder)
-    total = before - 1 + len(calls) - before
-    monkeypatch.setattr(moments_module, "sweep", sweep)
-    assert equal(made, expected)
-    assert total == len(list(together(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, len, 40)))
+    calls, sweep = [], moments_module.sweep
+    monkeypatch.setattr(moments_module, "sweep", lambda *a, **k: calls.append(1) or sweep(*a, **k))
+    assert equal(measured(lm, cache_dir=folder), expected)
+    batches = list(together(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, len, 40))
+    assert after + len(calls) == len(batches)
     assert sorted(p.name.split("-")[0] for p in folder.iterdir()) == ["moment", "moment"]
 
 

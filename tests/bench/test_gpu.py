@@ -91,13 +91,9 @@ def visited(tmp_path):
 @pytest.fixture
 def at_once(monkeypatch):
     """No time to start and to end."""
-    for module, name, seconds in (
-        (plan, "START", 0.0),
-        (visit, "START", 0.0),
-        (plan, "END", 0.0),
-        (visit, "GRACE", 0.1),
-    ):
-        monkeypatch.setattr(module, name, seconds)
+    for module, name in ((plan, "START"), (visit, "START"), (plan, "END")):
+        monkeypatch.setattr(module, name, 0.0)
+    monkeypatch.setattr(visit, "GRACE", 0.1)
 
 
 def test_what_goes_wrong_ends_its_own_part_alone(visited, at_once, tmp_path):

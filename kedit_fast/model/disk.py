@@ -1,81 +1,68 @@
-"""A model that is not in memory as a whole: its layers are read from a safetensors checkpoint, one at a time."""
+"""A model that is not in memory as a whole: its layers are read from a safetensors checkpoint, ahead of their use."""
 
 import json
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from kedit_fast.model.family import family_of, is_conv1d, layers_of, projection
+from kedit_fast.model.family import family_of
 from kedit_fast.model.folder import Checkpoint, check_complete
-from kedit_fast.model.source import hidden
+from kedit_fast.model.streamed import ALIGN, Streamed, aligned, put
 
 
-class Disk:
-    """One layer at a time from safetensors; the layer's module stays on meta and its weights are handed in.
+class Disk(Streamed):
+    """Layers from a checkpoint's files, in their dtype or turned into another one as they are read.
 
-    Gives the same bits as ``Resident`` in the same dtype. No prefetch: each layer's weights are read when it is called.
+    Gives the same bits as a loaded model: on the CPU weights lie as far from a multiple of ALIGN as in the files, which
+    a loaded model maps, for products choose their kernels by that too.
     """
 
-    name, in_memory = "disk", False
+    name = "disk"
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
-        self.model, self.layers = model, layers_of(model)
-        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
-        self.prefix = family_of(model.config).layers
-        self._held: tuple[int, dict[str, Tensor]] = (-1, {})
+        super().__init__(model, device, dtype)
+        self._checkpoint = checkpoint
 
     @property
     def pass_bytes(self) -> int:
         return self._checkpoint.n_bytes
 
+    def residue(self, name: str) -> int:
+        stored = self._checkpoint.stored(name)
+        return stored.begin % ALIGN if self._as_stored(stored) else 0
+
+    def _as_stored(self, stored) -> bool:
+        return self.device.type == "cpu" and stored.kind == self.dtype and stored.is_aligned
+
+    def fill(self, layer: int, buffer: Tensor) -> None:
+        for name, weight in self.views(layer, buffer).items():
+            self.read(f"{self.prefix}.{layer}.{name}", weight)
+
+    def read(self, name: str, weight: Tensor) -> None:
+        """Reads one weight of the model into a tensor of its shape."""
+        stored = self._checkpoint.stored(name)
+        if weight.device.type == "cpu" and stored.kind == weight.dtype:
+            stored.read_into(weight)
+        else:
+            weight.copy_(stored.read())
+
     def tensor(self, name: str) -> Tensor:
-        """One tensor of the checkpoint in the device and dtype that is computed with."""
-        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
+        shape = self._checkpoint.stored(name).shape
+        size = torch.Size(shape).numel() * self.dtype.itemsize
+        weight = aligned(size, self.device, self.residue(name)).view(self.dtype).view(shape)
+        self.read(name, weight)
+        return weight
 
-    def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
-        return hidden(functional_call(self.layers[layer], self._weights(layer), (h,), kwargs))
-
-    def part(self, layer: int, path: str, x: Tensor) -> Tensor:
-        weights = {n.removeprefix(path + "."): w for n, w in self._weights(layer).items() if n.startswith(path + ".")}
-        return functional_call(self.layers[layer].get_submodule(path), weights, (x,))
-
-    def weight(self, layer: int, role: str) -> Tensor:
-        weight = self.tensor(f"{self.prefix}.{layer}.{family_of(self.model.config).roles[role]}.weight")
-        return weight.T if is_conv1d(projection(self.model, layer, role)) else weight
+    def around(self, name: str) -> Tensor:
+        """A weight that stays, of what lies around the layers: a view of the file where that can be."""
+        stored = self._checkpoint.stored(name)
+        return stored.mapped() if self._as_stored(stored) else self.tensor(name)
 
     def rows(self, layer: int, name: str, index: tuple) -> Tensor:
         """No more than these rows is read."""
-        return self._checkpoint.rows(f"{self.prefix}.{layer}.{name}", index).to(self._dtype)
-
-    @contextmanager
-    def in_place(self):
-        """Each layer holds its weights while it is called."""
-        names = [dict(layer.named_parameters()) for layer in self.layers]
-
-        def fill(layer, tensors):
-            for name, tensor in tensors.items():
-                _put(self.layers[layer], name, tensor)
-
-        with ExitStack() as stack:
-            for i, module in enumerate(self.layers):
-                stack.callback(fill, i, names[i])
-                before = module.register_forward_pre_hook(lambda *_, i=i: fill(i, self._parameters(i)))
-                after = module.register_forward_hook(lambda *_, i=i: fill(i, names[i]))
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            yield
-
-    def _parameters(self, layer: int) -> dict[str, nn.Parameter]:
-        return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in self._weights(layer).items()}
-
-    def _weights(self, layer: int) -> dict[str, Tensor]:
-        if self._held[0] != layer:  # a layer's calls follow each other: read it once
-            names = sorted(name for name, _ in self.layers[layer].named_parameters())
-            self._held = (layer, {name: self.tensor(f"{self.prefix}.{layer}.{name}") for name in names})
-        return self._held[1]
+        return self._checkpoint.stored(f"{self.prefix}.{layer}.{name}").part(index).to(self.dtype)
 
 
 def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype: torch.dtype | None):
@@ -106,11 +93,10 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
         if not checkpoint.has(name):
             if not (tied and parameter is model.get_output_embeddings().weight):
                 missing.append(name)
-        elif checkpoint.shape(name) != tuple(parameter.shape):
-            mismatched.append((name, checkpoint.shape(name), parameter.shape))
-        elif id(parameter) in loaded:  # a view of the file, as a resident model has: a copy is aligned otherwise and
-            # another path of the BLAS gives other last bits
-            _put(model, name, nn.Parameter(source.tensor(name), requires_grad=parameter.requires_grad))
+        elif (shape := checkpoint.stored(name).shape) != tuple(parameter.shape):
+            mismatched.append((name, shape, parameter.shape))
+        elif id(parameter) in loaded:
+            put(model, name, nn.Parameter(source.around(name), requires_grad=parameter.requires_grad))
     check_complete(folder, missing, mismatched)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -119,14 +105,8 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
         model.generation_config = GenerationConfig.from_dict(named)  # its end tokens are more than config's
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
-        _put(model, name, buffer.to(device))
+        put(model, name, buffer.to(device))
     return model, source
-
-
-def _put(model: nn.Module, name: str, tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = tensor
 
 
 @contextmanager

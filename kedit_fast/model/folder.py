@@ -9,11 +9,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
 from kedit_fast.basics.files import file_in, reading
 from kedit_fast.basics.words import counted, json_kind
+from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ def read_model(name, classes, dtype) -> "PreTrainedModel":
         model, info = classes.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **told)
     except SafetensorError as error:  # it does not say of which file
         for path in sorted(Path(name).glob("*.safetensors")):
-            open_tensors(path)
+            stored_tensors(path)
         raise ValueError(f"a weight file of {name} is cut short or damaged ({error}); fetch it again") from error
     check_complete(
         name,
@@ -163,8 +163,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, prefix: str = "", stored_as: tuple[tuple[str, str], ...] = ()):
         self.folder, self._prefix, self._stored_as = Path(folder), prefix, stored_as
+        self._read: dict[str, dict[str, StoredTensor]] = {}  # by file, whose header is read when it is first asked for
         self._file_of = self._index()
-        self._open: dict[str, safe_open] = {}
 
     def _index(self) -> dict[str, str]:
         index = self.folder / INDEX
@@ -176,46 +176,31 @@ class Checkpoint:
                 f"{self.folder} has neither model.safetensors nor its index; reading layers from disk needs a "
                 "safetensors checkpoint (save_pretrained writes one)"
             )
-        with open_tensors(single) as f:
-            return dict.fromkeys(f.keys(), single.name)
+        return dict.fromkeys(self._tensors(single.name), single.name)
+
+    def _tensors(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self._read:
+            self._read[file] = {tensor.name: tensor for tensor in stored_tensors(self.folder / file)}
+        return self._read[file]
 
     def has(self, name: str) -> bool:
         """Whether a parameter is in the checkpoint."""
-        return self._stored(name) is not None
+        return self._name(name) is not None
 
-    def _stored(self, name: str) -> str | None:
+    def _name(self, name: str) -> str | None:
         short = name.removeprefix(self._prefix + ".")  # base models are saved without the head's prefix
         others = [there + name.removeprefix(here) for here, there in self._stored_as if name.startswith(here)]
         return next((n for n in (name, short, *others) if n in self._file_of), None)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, a view of the file in the checkpoint's own dtype. Raises ValueError where it is missing."""
-        stored, file = self._found(name)
-        return file.get_tensor(stored)
-
-    def rows(self, name: str, index: tuple) -> Tensor:
-        """``tensor(name)[index]``, read alone."""
-        stored, file = self._found(name)
-        return file.get_slice(stored)[index]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
-        stored, file = self._found(name)
-        return tuple(file.get_slice(stored).get_shape())
-
-    def stored_name(self, name: str) -> str:
-        """What the files call a parameter. Raises ValueError where they lack it."""
-        stored = self._stored(name)
+    def stored(self, name: str) -> StoredTensor:
+        """Where a parameter lies. Raises ValueError where the files lack it."""
+        stored = self._name(name)
         if stored is None:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is it a checkpoint of this model?")
-        return stored
-
-    def _found(self, name: str) -> tuple[str, safe_open]:
-        stored = self.stored_name(name)
         file = self._file_of[stored]
-        if file not in self._open:
-            self._open[file] = open_tensors(self.folder / file)
-        return stored, self._open[file]
+        if stored not in self._tensors(file):
+            raise ValueError(f"{self.folder / INDEX} says that {file} has the tensor {stored!r}, which it has not")
+        return self._tensors(file)[stored]
 
     @property
     def files(self) -> list[str]:
@@ -235,16 +220,6 @@ def _read_index(index: Path) -> dict[str, str]:
         for file in dict.fromkeys(found.values()):
             file_in(index.parent, file, index)
         return found
-
-
-def open_tensors(path: Path) -> safe_open:
-    """An open safetensors file. Raises ValueError, naming it, for one that is cut short or something else."""
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is cut short or no safetensors file ({error}); fetch or save the checkpoint again"
-        ) from error
 
 
 def check_complete(folder, missing, mismatched) -> None:

@@ -1,5 +1,6 @@
 """Who supplies a model's layers. Nothing above assumes that their weights are in memory."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -26,6 +27,9 @@ class Source(Protocol):
     @property
     def pass_bytes(self) -> int: ...
 
+    def expect(self, order: Iterable[int]) -> None:
+        """The layers that will be called, in their order: one that reads them from somewhere slower reads ahead."""
+
     def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
         """Runs one decoder block on packed rows [1, rows, d]."""
 
@@ -49,6 +53,9 @@ class Resident:
 
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, layers_of(model)
+
+    def expect(self, order: Iterable[int]) -> None:
+        pass
 
     def call(self, layer: int, h: Tensor, kwargs: dict) -> Tensor:
         return hidden(self.layers[layer](h, **kwargs))

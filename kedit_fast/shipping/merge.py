@@ -29,8 +29,8 @@ from kedit_fast.model.disk import Disk, open_on_disk
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import INDEX, Checkpoint, read_config
+from kedit_fast.model.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 from kedit_fast.shipping.history import check_words, now
-from kedit_fast.shipping.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 
 FORMAT, VERSION = "kedit_fast.merge", 1
 KEPT, MANIFEST, ORIGINALS, BEFORE = "kedit_fast_merge", "manifest.json", "original.safetensors", "before"
@@ -152,7 +152,7 @@ def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, Checkpoint]:
     family = family_of(config)
     model_class = auto_class(family)._model_mapping[type(config)]
     checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
-    stored_as = DTYPES.get(next(iter(_parts(checkpoint).values())).dtype)  # no cast, so no copy, of the embedding
+    stored_as = DTYPES.get(stored_tensors(folder / checkpoint.files[0])[0].dtype)  # no cast of the embedding
     model, disk = open_on_disk(folder, config, model_class, torch.device("cpu"), stored_as)
     return model, disk, checkpoint
 
@@ -177,17 +177,12 @@ def _check_folder(folder: Path):
         )
 
 
-def _parts(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """{name in the files: in which bytes of which file the tensor lies}."""
-    return {part.name: part for file in checkpoint.files for part in stored_tensors(checkpoint.folder / file)}
-
-
 def _places(model: nn.Module, checkpoint: Checkpoint, edits) -> list[_Place]:
     """Where the edited weights lie, in file order; ValueError where a delta does not fit or a weight is packed."""
-    family, parts, places = family_of(model.config), _parts(checkpoint), []
+    family, places = family_of(model.config), []
     for layer, role in sorted({place for edit in edits for place in edit.weights}):
         transposed = is_conv1d(projection(model, layer, role))
-        stored = parts[checkpoint.stored_name(f"{family.layers}.{layer}.{family.roles[role]}.weight")]
+        stored = checkpoint.stored(f"{family.layers}.{layer}.{family.roles[role]}.weight")
         if stored.dtype not in DTYPES:
             raise ValueError(
                 f"{stored.name} is stored as {stored.dtype}: a quantized checkpoint, whose packed weights cannot be "

@@ -14,6 +14,7 @@ from kedit_fast.basics.files import check_format, file_in, read_object, reading,
 from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state
+from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
 from kedit_fast.shipping.merge import (
     BEFORE,
     FORMAT,
@@ -25,7 +26,6 @@ from kedit_fast.shipping.merge import (
     files_of,
     megabytes,
 )
-from kedit_fast.shipping.stored_tensors import StoredTensor, stored_tensors
 
 UNDONE = f".{KEPT}.undone"
 Patch = tuple[StoredTensor, StoredTensor]  # a place in the merged shard, and where the bytes lie that belong there

@@ -88,6 +88,8 @@ def sweep(
 
     work = sum(taken(which).row_layers(first_layer, last_layer) for which in cuts)
     jobs = [*lm.acting, *jobs]  # an edit acts first, and others see what it made
+    up = list(range(first_layer, last_layer + 1))
+    lm.source.expect((up + up[::-1] if grad else up) * len(cuts))
     with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):
         for which in cuts:
             number = torch.full((len(runs),), -1)

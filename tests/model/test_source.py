@@ -10,6 +10,7 @@ import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import Checkpoint
+from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
 from tests.conftest import close, disk_and_resident, save_tiny, tiny_lm
 from tests.make import make_edit
 from tests.tiny import PROMPTS, tiny_model
@@ -95,19 +96,21 @@ def test_many_shards(family, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_fingerprint_reads_no_whole_matrix(family, tmp_path, monkeypatch):
     disk, _ = disk_and_resident(saved(tmp_path, family))
-    sizes, rows = [], Checkpoint.rows
-    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a whole tensor was read"))
-    monkeypatch.setattr(Checkpoint, "rows", lambda *a: sizes.append(rows(*a).numel()) or rows(*a))
+    sizes, part = [], StoredTensor.part
+    monkeypatch.setattr(StoredTensor, "read_into", lambda *_: pytest.fail("a whole tensor was read"))
+    monkeypatch.setattr(StoredTensor, "part", lambda *a: sizes.append(part(*a).numel()) or part(*a))
     assert disk.fingerprint and len(sizes) > 4 * 10 and max(sizes) <= 4 * 80
 
 
 def test_each_weight_is_read_once_a_pack(tmp_path, monkeypatch):
     disk, _ = disk_and_resident(saved(tmp_path, "llama"))
-    read, tensor = [], Checkpoint.tensor
-    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    read, read_into = [], StoredTensor.read_into
+    monkeypatch.setattr(StoredTensor, "read_into", lambda self, held: read.append(self.name) or read_into(self, held))
     disk.top_tokens("The Eiffel Tower is in", 1)
     per_layer = len(list(disk.source.layers[0].parameters()))
-    assert len(read) == len(set(read)) == 4 * per_layer
+    of_a_pass = read[: 4 * per_layer]
+    assert len(of_a_pass) == len(set(of_a_pass)) == 4 * per_layer
+    assert (disk.source.fetched, disk.source.missed) == (5, 0)  # and the first layer of a pass that may follow
 
 
 def test_base_models_saved_without_the_heads_prefix(tmp_path):
@@ -126,7 +129,7 @@ def test_a_missing_tensor_is_named(lost, tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 tensor of this model, '{lost}' first"):
             kf.open_model(tmp_path, memory=memory)
     with pytest.raises(ValueError, match=f"{tmp_path} has no tensor '{lost}'"):
-        Checkpoint(tmp_path).tensor(lost)
+        Checkpoint(tmp_path).stored(lost)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3"])
@@ -155,6 +158,16 @@ def test_files_cut_short_are_named(length, memory, tmp_path):
         file.write_bytes(file.read_bytes()[:length])
         with pytest.raises(ValueError, match=f"{file} is cut short or no safetensors file"):
             kf.open_model(tmp_path / folder, memory=memory)
+
+
+def test_a_tensor_may_begin_anywhere_in_a_file(tmp_path):
+    header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+              "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}}  # fmt: skip
+    text, b = json.dumps(header).encode(), torch.tensor([1.5, -2.0])
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + b"\1" + b.numpy().tobytes())
+    a, found = stored_tensors(tmp_path / "x")
+    assert a.part((slice(None),)).tolist() == [1]
+    assert found.read().tolist() == found.mapped().tolist() == found.part((slice(0, 2),)).tolist() == b.tolist()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'])

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import kedit_fast as kf
 from kedit_fast.basics import folders
 from kedit_fast.edits.deltas import Dense, LowRank
+from kedit_fast.model import stored_tensors
 from kedit_fast.model.fingerprint import fingerprint
-from kedit_fast.shipping import merge, stored_tensors
+from kedit_fast.shipping import merge
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
 from tests.conftest import refused

@@ -2,14 +2,13 @@
 
 import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kedit_fast.model.family import family_of
 from kedit_fast.model.folder import Checkpoint, check_complete
-from kedit_fast.model.streamed import ALIGN, Streamed, aligned, put
+from kedit_fast.model.streamed import ALIGN, Slot, Streamed, aligned, put
 
 
 class Disk(Streamed):
@@ -36,9 +35,9 @@ class Disk(Streamed):
     def _as_stored(self, stored) -> bool:
         return self.device.type == "cpu" and stored.kind == self.dtype and stored.is_aligned
 
-    def fill(self, layer: int, buffer: Tensor) -> None:
-        for name, weight in self.views(layer, buffer).items():
-            self.read(f"{self.prefix}.{layer}.{name}", weight)
+    def fill(self, slot: Slot) -> None:
+        for name, weight in slot.weights.items():
+            self.read(f"{self.prefix}.{slot.layer}.{name}", weight)
 
     def read(self, name: str, weight: Tensor) -> None:
         """Reads one weight of the model into a tensor of its shape."""
@@ -65,8 +64,8 @@ class Disk(Streamed):
         return self._checkpoint.stored(f"{self.prefix}.{layer}.{name}").part(index).to(self.dtype)
 
 
-def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype: torch.dtype | None):
-    """A model whose layers stay on disk: (module with embedding, norm and head, ``Disk`` source).
+def open_on_disk(checkpoint: Checkpoint, config, model_class, device: torch.device, dtype: torch.dtype | None):
+    """A model whose layers stay in its checkpoint: (module with embedding, norm and head, ``Disk`` source).
 
     What no text passes (a wrapper's vision tower) stays on meta. Raises ValueError for tensors that are missing or have
     another shape than the config says, and for damaged files.
@@ -80,7 +79,6 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
         model.apply(lambda module: model._init_weights(module) if module._buffers else None)
     model.eval()
     family = family_of(config)
-    checkpoint = Checkpoint(folder, model.base_model_prefix, family.stored_as)
     source = Disk(model, checkpoint, device, config.dtype)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight or config.tie_word_embeddings
     around = [model.get_input_embeddings(), model.get_output_embeddings(), model.get_submodule(family.norm)]
@@ -97,6 +95,7 @@ def open_on_disk(folder: Path, config, model_class, device: torch.device, dtype:
             mismatched.append((name, shape, parameter.shape))
         elif id(parameter) in loaded:
             put(model, name, nn.Parameter(source.around(name), requires_grad=parameter.requires_grad))
+    folder = checkpoint.folder
     check_complete(folder, missing, mismatched)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig

@@ -176,9 +176,10 @@ class Checkpoint:
                 f"{self.folder} has neither model.safetensors nor its index; reading layers from disk needs a "
                 "safetensors checkpoint (save_pretrained writes one)"
             )
-        return dict.fromkeys(self._tensors(single.name), single.name)
+        return dict.fromkeys(self.tensors(single.name), single.name)
 
-    def _tensors(self, file: str) -> dict[str, StoredTensor]:
+    def tensors(self, file: str) -> dict[str, StoredTensor]:
+        """{name: where it lies} of one of the files, in the order of their bytes; its header is read once."""
         if file not in self._read:
             self._read[file] = {tensor.name: tensor for tensor in stored_tensors(self.folder / file)}
         return self._read[file]
@@ -198,9 +199,9 @@ class Checkpoint:
         if stored is None:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is it a checkpoint of this model?")
         file = self._file_of[stored]
-        if stored not in self._tensors(file):
+        if stored not in self.tensors(file):
             raise ValueError(f"{self.folder / INDEX} says that {file} has the tensor {stored!r}, which it has not")
-        return self._tensors(file)[stored]
+        return self.tensors(file)[stored]
 
     @property
     def files(self) -> list[str]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kedit_fast.model.disk import Disk
-from kedit_fast.model.streamed import Streamed, aligned
+from kedit_fast.model.streamed import Slot, Streamed, aligned
 
 
 class Host(Streamed):
@@ -37,9 +37,9 @@ class Host(Streamed):
     def residue(self, name: str) -> int:
         return self._disk.residue(name)
 
-    def fill(self, layer: int, buffer: Tensor) -> None:
-        packed = self._packed[layer]
-        buffer[: len(packed)].copy_(packed, non_blocking=True)
+    def fill(self, slot: Slot) -> None:
+        packed = self._packed[slot.layer]
+        slot.buffer[: len(packed)].copy_(packed, non_blocking=True)
 
     def tensor(self, name: str) -> Tensor:
         return self._disk.tensor(name)

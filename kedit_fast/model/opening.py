@@ -97,9 +97,10 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
     tokenizer = tokenizer or read_tokenizer(name)
     classes = fam.auto_class(family)
     if memory is not None:
-        folder = _local(name)
-        if Checkpoint(folder).n_bytes > memory // 2:
-            model, disk = open_on_disk(folder, config, classes._model_mapping[type(config)], device, dtype)
+        model_class = classes._model_mapping[type(config)]
+        checkpoint = Checkpoint(_local(name), model_class.base_model_prefix, family.stored_as)
+        if checkpoint.n_bytes > memory // 2:
+            model, disk = open_on_disk(checkpoint, config, model_class, device, dtype)
             return LM(model, tokenizer, _in_host_memory(disk, memory // 2), memory // 2, **about)
     model = read_model(name, classes, dtype).to(device)
     return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, **about)

@@ -9,10 +9,12 @@ views of its weights, and they are done with when the next lower one is run agai
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class Slot:
         self.ready = self.free = None  # events, on a GPU
 
 
-class Streamed:
+class Streamed(ABC):
     """A model whose layers' modules stay on meta: their weights are handed in, a layer at a time.
 
     Who derives from it says where they come from: ``fill`` (a whole layer, into a buffer), ``tensor`` (one, to keep),
@@ -63,21 +65,21 @@ class Streamed:
     # ---- what a kind of source says
 
     @property
+    @abstractmethod
     def pass_bytes(self) -> int:
         """What a pass over all layers reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, layer: int, name: str, index: tuple) -> Tensor:
         """``parameter[index]`` of a layer's parameter."""
-        raise NotImplementedError
 
-    def fill(self, layer: int, buffer: Tensor) -> None:
-        """Writes a layer's weights into a buffer on the device, where ``views`` has them."""
-        raise NotImplementedError
+    @abstractmethod
+    def fill(self, slot: Slot) -> None:
+        """Writes the weights of the slot's layer into its buffer, on the device; its ``weights`` are views of that."""
 
+    @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """One weight of the model, of its own memory, in the device and dtype that is computed with."""
-        raise NotImplementedError
 
     def residue(self, name: str) -> int:
         """Bytes beyond a multiple of ALIGN at which a weight begins where a loaded model has it."""
@@ -137,25 +139,27 @@ class Streamed:
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of a layer in a buffer."""
-        return self._layout(layer)[1]
+        return self._layouts[layer][1]
 
     def views(self, layer: int, buffer: Tensor) -> dict[str, Tensor]:
         """{name: a layer's weight} as they lie in a buffer."""
-        places, _ = self._layout(layer)
-        shapes = {name: parameter.shape for name, parameter in self.layers[layer].named_parameters()}
-        size = self.dtype.itemsize
+        places, size = self._layouts[layer][0], self.dtype.itemsize
         return {
-            name: buffer[begin : begin + shapes[name].numel() * size].view(self.dtype).view(shapes[name])
-            for name, begin in places.items()
+            name: buffer[begin : begin + shape.numel() * size].view(self.dtype).view(shape)
+            for name, (begin, shape) in places.items()
         }
 
-    def _layout(self, layer: int) -> tuple[dict[str, int], int]:
-        """({name: where it begins in a buffer}, bytes of all)."""
+    @cached_property
+    def _layouts(self) -> list[tuple[dict[str, tuple[int, torch.Size]], int]]:
+        """Of each layer ({name: where it begins in a buffer, its shape}, bytes of all)."""
+        return [self._layout(layer) for layer in range(len(self.layers))]
+
+    def _layout(self, layer: int) -> tuple[dict[str, tuple[int, torch.Size]], int]:
         places, end = {}, 0
         for name, parameter in sorted(self.layers[layer].named_parameters()):
-            end = -(-end // ALIGN) * ALIGN + self.residue(f"{self.prefix}.{layer}.{name}")
-            places[name] = end
-            end += parameter.numel() * self.dtype.itemsize
+            begin = -(-end // ALIGN) * ALIGN + self.residue(f"{self.prefix}.{layer}.{name}")
+            places[name] = begin, parameter.shape
+            end = begin + parameter.numel() * self.dtype.itemsize
         return places, end
 
     def _weights(self, layer: int) -> dict[str, Tensor]:
@@ -223,12 +227,12 @@ class Streamed:
     def _fill(self, slot: Slot) -> None:
         """In the reader's thread."""
         if self._stream is None:
-            self.fill(slot.layer, slot.buffer)
+            self.fill(slot)
             return
         with torch.cuda.stream(self._stream):
             if slot.free is not None:
                 self._stream.wait_event(slot.free)
-            self.fill(slot.layer, slot.buffer)
+            self.fill(slot)
             slot.ready = self._stream.record_event()
 
 

@@ -152,8 +152,9 @@ def open_checkpoint(folder: Path) -> tuple[nn.Module, Disk, Checkpoint]:
     family = family_of(config)
     model_class = auto_class(family)._model_mapping[type(config)]
     checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
-    stored_as = DTYPES.get(stored_tensors(folder / checkpoint.files[0])[0].dtype)  # no cast of the embedding
-    model, disk = open_on_disk(folder, config, model_class, torch.device("cpu"), stored_as)
+    first = next(iter(checkpoint.tensors(checkpoint.files[0]).values()))
+    stored_as = DTYPES.get(first.dtype)  # no cast of the embedding
+    model, disk = open_on_disk(checkpoint, config, model_class, torch.device("cpu"), stored_as)
     return model, disk, checkpoint
 
 

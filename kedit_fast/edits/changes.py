@@ -8,6 +8,7 @@
 The engine knows jobs only, and an edit's file names the kinds only: a new kind is a class here and its entry in KINDS.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -24,7 +25,7 @@ from kedit_fast.sweep.rows import Call
 from kedit_fast.sweep.sites import IN, OUT, Site
 
 
-class Change:
+class Change(ABC):
     """One thing that an edit changes. Acts on rows of edited runs alone, those whose owner is 0 or more.
 
     kind: as files call it; layer: the first whose rows it changes, None where it changes the prompt
@@ -42,21 +43,24 @@ class Change:
 
     def job(self):
         """The job that makes the change in a sweep; None for what ``before`` says of prompts."""
+        return None
 
     def before(self, prompt: str, owner: int) -> str:
         """What stands before a prompt; owner: the fact whose independent edit acts on it."""
         return ""
 
     def check(self, lm) -> None:
-        """Raises ValueError where the change does not fit a model."""
+        """Raises ValueError where the change does not fit a model: for a layer that it does not have."""
+        if self.layer is not None:
+            check_layer(self.layer, lm.n_layers)
 
     def record(self) -> dict:
         """What a file says of it, ready for JSON, beside ``tensors``."""
         return {}
 
+    @abstractmethod
     def parts(self, which: Tensor | None = None) -> dict:
         """Its fields that have parts; which: [r] bool, some of these."""
-        raise NotImplementedError
 
     def only(self, fact: int) -> "Change | None":
         """What belongs to one fact, which nobody owns any more; None where nothing does."""
@@ -106,7 +110,7 @@ class WeightChange(Change):
 
     def check(self, lm) -> None:
         """Raises ValueError for a layer or a role that the model does not have, and for another shape."""
-        check_layer(self.layer, lm.n_layers)
+        super().check(lm)
         check_fits(self.delta, lm.shape_of(self.role), f"layer {self.layer}")
 
     def record(self) -> dict:
@@ -188,7 +192,7 @@ class MemoryChange(Change):
 
     def check(self, lm) -> None:
         """Raises ValueError for a layer that the model does not have, and for another width than the site's."""
-        check_layer(self.layer, lm.n_layers)
+        super().check(lm)
         width = lm.width_of(self.site)
         if self.keys.shape[1] != width:
             raise ValueError(
@@ -262,13 +266,9 @@ class PromptChange(Change):
     def before(self, prompt: str, owner: int) -> str:
         """The texts that are chosen, one behind the other."""
         prompt = spoken(prompt).casefold()
-        each = zip(self.texts, self.routes, range(len(self.texts)), strict=True)
-        return "".join(
-            text
-            for text, route, i in each
-            if (self.owners is None or self.owners[i] == owner)
-            and (not route or any(name.casefold() in prompt for name in route))
-        )
+        named = [not route or any(name.casefold() in prompt for name in route) for route in self.routes]
+        mine = [True] * len(self.texts) if self.owners is None else (self.owners == owner).tolist()
+        return "".join(text for text, *chosen in zip(self.texts, named, mine, strict=True) if all(chosen))
 
     def record(self) -> dict:
         """Texts and routes."""

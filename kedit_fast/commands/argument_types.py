@@ -42,9 +42,8 @@ noise = option_value(lambda name, text: (checks.noise(name, text), text)[1])
 size = option_value(checks.size, least=10**6)
 dtype = option_value(checks.dtype)
 words = option_value(checks.text, blank=True)
-path = option_value(
-    lambda name, text: (checks.path(name, text), text)[1]
-)  # as it stands: a slash at its end says something
+# As it stands: a slash at its end says something.
+path = option_value(lambda name, text: (checks.path(name, text), text)[1])
 
 
 def text_such_as(example: str) -> Callable[[str], object]:

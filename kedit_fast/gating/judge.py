@@ -127,9 +127,8 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
     """({form: the model with the edits in that form}, {layer: ‖ΔW‖ / ‖W‖} of the first form)."""
     if dtype is None:
         plain = all(lm.source.weight(*place).is_floating_point() for e in edits for place in e.weights)
-        return {"adapter": with_edits(lm, edits, "edit")}, forms.growth(
-            forms.chain_deltas(lm, edits, torch.float32)
-        ) if plain else {}
+        grown = forms.growth(forms.chain_deltas(lm, edits, torch.float32)) if plain else {}
+        return {"adapter": with_edits(lm, edits, "edit")}, grown
     weights = forms.chain_deltas(lm, edits, dtype)
     views = {f"written {str(dtype).removeprefix('torch.')}": forms.view_of_written(lm, edits, weights)}
     if requantize:
@@ -144,13 +143,13 @@ def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]
 
 def _checks(form: str, found: FormAnswers, asked: Questions, limits: Thresholds) -> list[Check]:
     """Every measured value of one form, in the order they are shown."""
-    how, checks = limits.measure, []
+    how, made = limits.measure, []
 
     def add(name, value: Interval, counted, limit, note, required: str | None = None, confident=limits.confident):
         """limit, required: fields of the thresholds; the value must reach a limit "min_" and not exceed one "max_"."""
         more = {"limit": getattr(limits, limit), "rises": limit.startswith("min_"), "confident": confident}
         more |= {"required": getattr(limits, required)} if required else {}
-        checks.append(Check.of(name, form, value, note=note, counted=counted, **more))
+        made.append(Check.of(name, form, value, note=note, counted=counted, **more))
 
     def of(*kinds: str) -> list[Answered]:
         return [answer for answer in found.answered if answer.kind in kinds]
@@ -181,7 +180,7 @@ def _checks(form: str, found: FormAnswers, asked: Questions, limits: Thresholds)
         confident = limits.confident and getattr(limits, limit) not in (None, 0)
         leaked = _share(song.leaked for song in songs)
         add(f"canary, {kind}", leaked, "texts", limit, _canary_note(songs, kind), confident=confident)
-    return checks
+    return made
 
 
 _LEAKS = {

@@ -109,9 +109,10 @@ class Bar:
             _stages.reset(inner)
             _around.reset(token)
 
-    def close(self) -> None:
+    def close(self, ended: bool = True) -> None:
+        """Takes the bar away; of a stage that ``ended``, and was told of, a line says so."""
         self._hide()
-        if self._told and _shown.get():
+        if ended and self._told and _shown.get():
             logger.info("%s: done in %s", self._head(), duration(time.monotonic() - self._began))
 
     # ---- what is said
@@ -193,9 +194,11 @@ def _on_a_terminal() -> bool:
 
 @contextmanager
 def progress(label: str, total: float | None = None) -> Iterator[Bar]:
-    """``with progress("tracing", n_facts) as bar: ... bar.advance()``."""
+    """``with progress("tracing", n_facts) as bar: ... bar.advance()``; a stage that an error ends is not told done."""
     bar = Bar(label, total)
     try:
         yield bar
-    finally:
-        bar.close()
+    except BaseException:
+        bar.close(ended=False)
+        raise
+    bar.close()

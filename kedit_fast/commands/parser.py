@@ -17,14 +17,28 @@ EDITS = f"{EDIT}; several: a chain, in the order they were made"
 AS_IT_IS = " (default: the model as it is)"
 
 
+class Once(argparse.Action):
+    """Keeps the value of an argument; an option that is given again would replace it in silence, so it is an error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if option_string and self.dest in given:
+            several = "; several are one value, with commas between" * isinstance(values, tuple)
+            raise argparse.ArgumentError(self, f"given twice; expected it once{several}")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """A command's parser: what it does not know is an error with a suggestion, the beginning of an option too.
+    """A command's parser: what it does not know is an error with a suggestion, the beginning of an option too, and an
+    option that stands there twice (unless it is declared with ``action="append"``).
 
     What it makes of arguments has ``places`` too: {name: as its help writes it} of those without an option.
     """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options | {"allow_abbrev": False})
+        self.register("action", None, Once)
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)

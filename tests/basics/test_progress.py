@@ -60,6 +60,14 @@ def test_lines_off_a_terminal(clock, capsys):
     ]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, GeneratorExit])
+def test_only_a_stage_that_ended_well_is_done(error, clock, capsys):
+    with pytest.raises(error), show_progress(), progress("tracing", 2) as bar:
+        clock(60), bar.advance()
+        raise error
+    assert lines(capsys) == ["tracing: 50 %, 1 of 2; 1 min 0 s left"]
+
+
 def test_what_an_earlier_run_did_is_no_speed_of_this_one(clock, capsys):
     with show_progress(), progress("collecting", 1000) as bar:
         bar.resume(900)

@@ -14,7 +14,7 @@ from tests.conftest import save_tiny
 from tests.gating.cases import FACT, LIMITS, OTHERS, TEXT, good_edit, make_lm, nothing
 from tests.tiny import POSITIONS
 
-QUICK = ["--no-builtin", "--generate", "2", "--context", "30", "--quiet"]
+QUICK = ["--no-builtin", "--generate", "2", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,10 @@ def folder(tmp_path_factory):
 
 
 def run(folder, edit, *args):
-    files = ["--model", folder / "model", "--suite", folder / "suite.json", "--thresholds", folder / "limits.json"]
-    return run_command("gate", folder / edit, *files, *QUICK, *args)
+    given = ["--model", folder / "model", "--suite", folder / "suite.json", *QUICK]
+    for option, value in (("--thresholds", folder / "limits.json"), ("--context", 30)):
+        given += [] if option in args else [option, value]
+    return run_command("gate", folder / edit, *given, *args)
 
 
 def test_passed(folder, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """What somebody types who does not know the command line yet: nothing, a word with a slip in it, an old habit."""
 
+import argparse
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -9,6 +12,7 @@ from kedit_fast.commands import cli
 from kedit_fast.commands.argument_types import did_you_mean
 from tests.commands.cases import parsed, run
 
+VALUES = ("3", "0.5", "8GB", "mlp", "none", "float32", "text")  # of every type of option one that it takes
 COMMANDS = [f"\n    {name}" for name in cli.COMMANDS]
 ACTIONS = [f"kedit-fast history {action} " for action in ("add", "log", "rollback")]
 
@@ -78,3 +82,28 @@ def test_the_beginning_of_an_option_is_not_the_option(complaint):
     """`--fact` for `--facts` would run for minutes on what was not meant."""
     says = complaint("edit", "--fact", "facts.json")
     assert "unrecognized arguments: --fact facts.json; did you mean --facts?" in says
+
+
+def test_an_option_that_is_given_twice_is_refused(complaint):
+    """Of every command, but for those that gather a list; the first value would be lost in silence."""
+    gathers = set()
+    for command, parser in cli.build_parser().commands.choices.items():
+        for action in parser._actions:
+            if not action.option_strings or action.nargs == 0:  # a flag says the same twice
+                continue
+            if isinstance(action, argparse._AppendAction):
+                gathers.add((command, action.dest))
+                continue
+            value = next(iter(action.choices or filter(partial(_taken, action), VALUES)))
+            first, last = action.option_strings[0], action.option_strings[-1]
+            says = complaint(*command.split(), first, value, last, value)
+            assert f"{'/'.join(action.option_strings)}: given twice; expected it once" in says, (command, first)
+    assert gathers == {("edit", "on_top_of"), ("gate", "suite"), ("generate", "prompt")}
+    assert "several are one value, with commas between" in complaint("edit", "--layers", "3", "--layers", "5")
+
+
+def _taken(action, text) -> bool:
+    with suppress(argparse.ArgumentTypeError):
+        action.type(text)
+        return True
+    return False

@@ -1,6 +1,7 @@
 """What the tests share: one thread, tiny models as the package sees them, memory that is not written to."""
 
 import functools
+import math
 import os
 from dataclasses import replace
 
@@ -11,6 +12,10 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.basics import checks
+from kedit_fast.model.folder import read_config
+from kedit_fast.model.placement import SLOTS, WEIGHTS_SHARE
+from kedit_fast.model.shape import shape_of
 from kedit_fast.model.smollm2 import smollm2_folder
 from kedit_fast.sweep import engine
 from tests.compare import TOLERANCE, close, refused, relative_error  # noqa: F401 (for the tests)
@@ -39,9 +44,21 @@ def save_tiny(folder, model, **options):
 
 def disk_and_resident(folder, **options) -> tuple[kf.LM, kf.LM]:
     """A folder opened twice: with its layers on disk, and in memory; both have the same memory to work in."""
-    disk, resident = kf.open_model(folder, memory=1, **options), kf.open_model(folder, **options)
-    assert disk.source.name == "disk"
+    disk, resident = on_disk(folder, **options), kf.open_model(folder, **options)
     return replace(disk, memory=resident.memory), resident
+
+
+def on_disk(folder, **options) -> kf.LM:
+    """A folder's model with so little memory that its layers stay on disk."""
+    lm = kf.open_model(folder, memory=least_memory(folder, options.get("dtype")), **options)
+    assert lm.source.name == "disk"
+    return lm
+
+
+def least_memory(folder, dtype=None) -> int:
+    """Bytes with which a folder's model can be opened; of more than two layers they stay on disk then."""
+    shape = shape_of(read_config(folder), dtype and getattr(torch, checks.dtype("dtype", dtype)))
+    return math.ceil((shape.around + SLOTS * max(shape.layers)) / WEIGHTS_SHARE) + 1
 
 
 @pytest.fixture

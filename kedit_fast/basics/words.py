@@ -8,6 +8,14 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
+def sized(n_bytes: float) -> str:
+    """Bytes as people say them: 141 GB, 1.71 GB, 25 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:,.0f} {unit}" if n_bytes >= 100 * size else f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes / 1e3:.3g} kB"
+
+
 def json_kind(value) -> str:
     """What a value is in a JSON file."""
     kinds = {

@@ -81,8 +81,7 @@ def open_on_disk(checkpoint: Checkpoint, config, model_class, device: torch.devi
     family = family_of(config)
     source = Disk(model, checkpoint, device, config.dtype)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight or config.tie_word_embeddings
-    around = [model.get_input_embeddings(), model.get_output_embeddings(), model.get_submodule(family.norm)]
-    around += [model.get_submodule(family.positions)] if family.positions else []
+    around = [model.get_input_embeddings(), model.get_output_embeddings(), *map(model.get_submodule, family.around)]
     loaded = {id(parameter) for module in around for parameter in module.parameters()}
     missing, mismatched = [], []
     for name, parameter in list(model.named_parameters()):

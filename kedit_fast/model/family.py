@@ -36,6 +36,11 @@ class Family:
         return self.mlp_down.rpartition(".")[0]
 
     @property
+    def around(self) -> tuple[str, ...]:
+        """Paths of what lies around the layers, beside embedding and head."""
+        return (self.norm, self.positions) if self.positions else (self.norm,)
+
+    @property
     def roles(self) -> dict[str, str]:
         """{role: path in a layer} of the MLP's projections: "down", and those of "up", "gate" and "gate_up" that the
         family has."""

@@ -17,6 +17,8 @@ from kedit_fast.kernels.target_logprob import Head
 from kedit_fast.model import family as fam
 from kedit_fast.model.family import Family, family_of, text_config
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.placement import Placement
+from kedit_fast.model.shape import Sizes
 from kedit_fast.model.source import DEFAULT_MEMORY, Source
 
 if TYPE_CHECKING:
@@ -29,13 +31,14 @@ _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
-class LM:
+class LM(Sizes):
     """A model to trace and edit. Made by ``open_model``; only ``Edit.apply`` changes the Hugging Face model in it.
 
     model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
     source: supplies layer i; memory: bytes a sweep may hold besides the weights; edits: the edits that sweeps apply,
     in order, see ``with_edit``; note: what a reader of results must know of the model; opened_as: what ``open_model``
-    was given, where that was a name; prompted: whether what is asked holds already what the edits put before prompts
+    was given, where that was a name; placement: where its weights went and why, of a model that was opened from its
+    folder; prompted: whether what is asked holds already what the edits put before prompts
     """
 
     model: "PreTrainedModel"
@@ -45,6 +48,7 @@ class LM:
     edits: "tuple[Edit, ...]" = ()
     note: str = ""
     opened_as: str = ""
+    placement: Placement | None = None
     prompted: bool = False
     _cache: dict = field(default_factory=dict, repr=False)
 
@@ -90,24 +94,12 @@ class LM:
         return {"mlp_key": 1, "mlp_up": 1, "mlp_gate": 1, "mlp_gate_up": 2}.get(site, 0) * self.d_ff or self.d_model
 
     @property
-    def n_key_heads(self) -> int:
-        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.d_model // self.config.num_attention_heads
-
-    @property
     def n_vocab(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:

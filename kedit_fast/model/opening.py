@@ -1,7 +1,6 @@
 """Opening a model: a folder, a hub id, a loaded Hugging Face model, or the demo model; refused here or not at all."""
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,15 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.state import own_state
 from kedit_fast.jobs.compared import check_own_logits
 from kedit_fast.model import family as fam
-from kedit_fast.model.disk import Disk, open_on_disk
+from kedit_fast.model.disk import open_on_disk
 from kedit_fast.model.family import family_of
 from kedit_fast.model.folder import Checkpoint, read_config, read_model, read_tokenizer
 from kedit_fast.model.host import Host
 from kedit_fast.model.lm import LM
 from kedit_fast.model.loaded import check_loaded, make_ordinary
+from kedit_fast.model.placement import place
+from kedit_fast.model.shape import shape_of
 from kedit_fast.model.source import DEFAULT_MEMORY, Resident
-from kedit_fast.model.streamed import SLOTS, Streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,9 +38,9 @@ def open_model(
 ) -> LM:
     """Opens a model: a folder, a hub id, a loaded Hugging Face model, or "smollm2" (the demo model).
 
-    memory: bytes (or "8GB") for weights and sweeps together. Of a checkpoint larger than half of it each layer is read
-        ahead of its use: from disk, or for a GPU from host memory where that holds them all; None keeps the model in
-        memory.
+    memory: bytes (or "8GB") for weights and work together. Of a model that needs more than three quarters of it each
+        layer is read ahead of its use: from disk, or for a GPU from host memory where that holds them all; None keeps
+        the model in memory. ``print(lm.placement)`` says what goes where (``placement.py``).
     device: where to compute (default: the model's own, else the CPU); dtype: a torch dtype or its name (default: the
         checkpoint's)
     tokenizer: for a loaded model; default: the one saved under the model's name
@@ -96,25 +96,15 @@ def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
     family = family_of(config)
     tokenizer = tokenizer or read_tokenizer(name)
     classes = fam.auto_class(family)
-    if memory is not None:
-        model_class = classes._model_mapping[type(config)]
-        checkpoint = Checkpoint(_local(name), model_class.base_model_prefix, family.stored_as)
-        if checkpoint.n_bytes > memory // 2:
-            model, disk = open_on_disk(checkpoint, config, model_class, device, dtype)
-            return LM(model, tokenizer, _in_host_memory(disk, memory // 2), memory // 2, **about)
-    model = read_model(name, classes, dtype).to(device)
-    return LM(model, tokenizer, Resident(model), memory // 2 if memory else DEFAULT_MEMORY, **about)
-
-
-def _in_host_memory(disk: Disk, memory: int) -> Streamed:
-    """The same layers from host memory, where they are to be computed elsewhere and it holds them with room to spare;
-    memory: bytes for weights on the device, of which the highest layers take what the rest leaves."""
-    here = disk.device.type == "cpu" or not hasattr(os, "sysconf")
-    if here or disk.pass_bytes > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return disk
-    around = sum(parameter.nbytes for parameter in disk.model.parameters() if not parameter.is_meta)
-    left = memory - around - disk.ring_bytes
-    return Host(disk, keep=max(0, left // (disk.ring_bytes // SLOTS)))
+    placement = place(shape_of(config, dtype), memory, device)
+    about |= {"memory": placement.work, "placement": placement}
+    if placement.source == "resident":
+        model = read_model(name, classes, dtype).to(device)
+        return LM(model, tokenizer, Resident(model), **about)
+    model_class = classes._model_mapping[type(config)]
+    checkpoint = Checkpoint(_local(name), model_class.base_model_prefix, family.stored_as)
+    model, disk = open_on_disk(checkpoint, config, model_class, device, dtype)
+    return LM(model, tokenizer, Host(disk, placement.keep) if placement.source == "host" else disk, **about)
 
 
 def _local(name) -> Path:

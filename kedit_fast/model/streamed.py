@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kedit_fast.model.family import family_of, is_conv1d, layers_of, projection
+from kedit_fast.model.placement import SLOTS
 from kedit_fast.model.source import hidden
 
-SLOTS = 2  # layers in the ring: the one that computes, and the one on its way
 ALIGN = 256  # bytes: where tensors begin in a buffer, so that products choose the kernels that they choose otherwise
 SPOIL = False  # tests set it: a buffer that is free again holds NaN, so whoever still reads it is seen
 

@@ -75,7 +75,7 @@ def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, ext
         those positions; extra: bytes of a row in a layer that jobs keep; recomputes: see ``sweep``
     """
     itemsize, sums = lm.dtype.itemsize, wide(lm.dtype).itemsize
-    heads, key_width = lm.config.num_attention_heads, 2 * lm.n_key_heads * lm.head_dim
+    heads, key_width = lm.n_heads, 2 * lm.n_key_heads * lm.head_dim
     of_a_row = SAVED * max(lm.d_model, heads * lm.head_dim) * sums + (SAVED_FF * lm.d_ff + key_width) * itemsize + extra
     by_layer = of_a_row * rows + 2 * heads * scores * sums + key_width * gathered * sums
     if not recomputes:

@@ -4,10 +4,9 @@ import pytest
 import torch
 import transformers
 
-import kedit_fast as kf
 from kedit_fast.model.family import FAMILIES, TESTED, Family
 from tests import tiny
-from tests.conftest import close, open_tiny, save_tiny
+from tests.conftest import close, on_disk, open_tiny, save_tiny
 from tests.tiny import ATTENTION, FAMILY_NAMES, sharpen, tiny_model, tiny_tokenizer
 
 MODELS = {"granite": "GraniteForCausalLM", "cohere": "CohereForCausalLM", "mixtral": "MixtralForCausalLM"}
@@ -99,14 +98,13 @@ def test_a_class_of_somebody_s_own_is_compared_too():
 
 @pytest.mark.parametrize("scaling", [1.0, 8.0])
 def test_a_model_on_disk_is_compared_layer_by_layer(entries, scaling, tmp_path):
-    model = stranger("granite", logits_scaling=scaling, layers=6)  # more than half of a megabyte
+    model = stranger("granite", logits_scaling=scaling, layers=6)
     model.set_attn_implementation("sdpa")
     save_tiny(tmp_path, model)
     if scaling != 1:
         with pytest.raises(ValueError, match=r"700\.0% of their size"):
-            kf.open_model(tmp_path, memory=1_000_000)
+            on_disk(tmp_path)
         return
-    lm = kf.open_model(tmp_path, memory=1_000_000)
-    assert lm.source.name == "disk" and lm.memory == 500_000
+    lm = on_disk(tmp_path)
     assert all(p.is_meta for p in lm.model.model.layers.parameters()), "no layer stays"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())

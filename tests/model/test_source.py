@@ -11,7 +11,7 @@ from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import Checkpoint
 from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
-from tests.conftest import close, disk_and_resident, save_tiny, tiny_lm
+from tests.conftest import close, disk_and_resident, on_disk, save_tiny, tiny_lm
 from tests.make import make_edit
 from tests.tiny import PROMPTS, tiny_model
 
@@ -125,9 +125,9 @@ def test_base_models_saved_without_the_heads_prefix(tmp_path):
 )
 def test_a_missing_tensor_is_named(lost, tmp_path):
     rewrite(saved(tmp_path, "llama"), lambda tensors: {n: t for n, t in tensors.items() if n != lost})
-    for memory in (1, None):
+    for opened in (on_disk, kf.open_model):
         with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 tensor of this model, '{lost}' first"):
-            kf.open_model(tmp_path, memory=memory)
+            opened(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} has no tensor '{lost}'"):
         Checkpoint(tmp_path).stored(lost)
 
@@ -140,24 +140,24 @@ def test_tied_heads_are_not_missing(family, tmp_path):
         assert lm.model.get_output_embeddings().weight is lm.model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("memory", [1, None])
-def test_tensors_of_another_shape_are_named(memory, tmp_path):
+@pytest.mark.parametrize("opened", [on_disk, kf.open_model])
+def test_tensors_of_another_shape_are_named(opened, tmp_path):
     name = "model.layers.2.mlp.up_proj.weight"
     rewrite(saved(tmp_path, "llama"), lambda tensors: tensors | {name: tensors[name][:40].clone()})
     says = rf"{tmp_path}: tensor '{name}' is \[40, 48\], its config.json says \[80, 48\]"
     with pytest.raises(ValueError, match=says):
-        kf.open_model(tmp_path, memory=memory)
+        opened(tmp_path)
 
 
-@pytest.mark.parametrize("memory", [1, None])
+@pytest.mark.parametrize("opened", [on_disk, kf.open_model])
 @pytest.mark.parametrize("length", [0, 7, 1000, -1])
-def test_files_cut_short_are_named(length, memory, tmp_path):
+def test_files_cut_short_are_named(length, opened, tmp_path):
     for folder, options in (("one", {}), ("shards", {"max_shard_size": "50KB"})):
         saved(tmp_path / folder, "llama", **options)
         file = sorted((tmp_path / folder).glob("*.safetensors"))[-1]
         file.write_bytes(file.read_bytes()[:length])
         with pytest.raises(ValueError, match=f"{file} is cut short or no safetensors file"):
-            kf.open_model(tmp_path / folder, memory=memory)
+            opened(tmp_path / folder)
 
 
 def test_a_tensor_may_begin_anywhere_in_a_file(tmp_path):
@@ -175,23 +175,14 @@ def test_a_damaged_index_is_named(text, tmp_path):
     saved(tmp_path, "llama", max_shard_size="50KB")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"index\.json is damaged"):
-        kf.open_model(tmp_path, memory=1)
+        on_disk(tmp_path)
 
 
 def test_no_safetensors_says_what_to_do(tmp_path):
     saved(tmp_path, "llama")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor its index; .*save_pretrained"):
-        kf.open_model(tmp_path, memory=1)
-
-
-def test_memory_decides(tmp_path):
-    """More than twice the checkpoint: in memory, and what is left of it is the sweeps'."""
-    saved(tmp_path, "llama")
-    n = Checkpoint(tmp_path).n_bytes
-    for memory, source in ((2 * n, "resident"), (2 * n - 1, "disk"), (None, "resident")):
-        assert kf.open_model(tmp_path, memory=memory).source.name == source
-    assert kf.open_model(tmp_path, memory="1GB").memory == 500_000_000
+        on_disk(tmp_path)
 
 
 def test_edits_on_layers_from_disk(tmp_path):
@@ -211,9 +202,9 @@ def test_nothing_is_written_to_the_files(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"
 
 
-@pytest.mark.parametrize("memory", [1, None])
+@pytest.mark.parametrize("opened", [on_disk, kf.open_model])
 @pytest.mark.parametrize("name", ["../{}", "{folder}/{}", "..\\{}"])
-def test_an_index_names_files_of_its_folder(name, memory, tmp_path):
+def test_an_index_names_files_of_its_folder(name, opened, tmp_path):
     """The file is there, so only its name is wrong."""
     folder = tmp_path / "model"
     saved(folder, "llama", max_shard_size="50KB")
@@ -225,4 +216,4 @@ def test_an_index_names_files_of_its_folder(name, memory, tmp_path):
     index["weight_map"] = {n: given if file == shard else file for n, file in index["weight_map"].items()}
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index\.json is damaged .*names the file .*; expected a plain name"):
-        kf.open_model(folder, memory=memory)
+        opened(folder)

@@ -1,13 +1,12 @@
 """Layers that come from elsewhere, fetched ahead: the same bits as in memory, and each read once a pass."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.model import opening, streamed
+from kedit_fast.model import streamed
 from kedit_fast.model.host import Host
 from kedit_fast.model.lm import LM
 from tests.conftest import disk_and_resident, save_tiny
@@ -131,18 +130,3 @@ def test_on_a_gpu_a_buffer_is_filled_once_it_is_free_and_read_once_it_is_filled(
         assert told[event] == (other, "records", event)
     free = [event for name, event in waits if name == "copy"]
     assert free == sorted(set(free))  # each buffer is free once for each time it is filled again
-
-
-def test_layers_lie_in_host_memory_where_they_are_computed_elsewhere(tmp_path, monkeypatch):
-    """And as many stay on the device as its memory leaves room for."""
-    _, lm = opened(tmp_path, "llama", "disk")
-    disk = lm.source
-    assert opening._in_host_memory(disk, 10**9) is disk
-    around = sum(p.nbytes for p in disk.model.parameters() if not p.is_meta)
-    monkeypatch.setattr(opening, "Host", lambda disk, keep: keep)
-    disk.device = SimpleNamespace(type="gpu")
-    one = disk.ring_bytes // 2
-    assert opening._in_host_memory(disk, around + 4 * one + 1) == 2
-    assert opening._in_host_memory(disk, 0) == 0
-    monkeypatch.setattr(opening.os, "sysconf", lambda name: 1)
-    assert opening._in_host_memory(disk, 10**9) is disk

@@ -15,7 +15,7 @@ from kedit_fast.jobs.score import next_token_probs
 from kedit_fast.model import smollm2
 from kedit_fast.model.family import as_out_in, projection
 from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, export_peft, load_peft
-from tests.conftest import open_tiny, refused, relative_error
+from tests.conftest import on_disk, open_tiny, refused, relative_error
 from tests.make import bits, logits, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import save_checkpoint
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
@@ -120,8 +120,8 @@ def test_a_models_folder_is_named_so_that_peft_finds_it_from_anywhere(tmp_path, 
     model = save_checkpoint(tmp_path / "base")
     edit = low_rank_edit(model)
     monkeypatch.chdir(tmp_path)
-    in_memory, on_disk = kf.open_model("base"), kf.open_model("base", memory=1)
-    given = {"name": "base", "path": Path("./base"), "loaded": in_memory.model, "lm": in_memory, "disk": on_disk}
+    in_memory, streamed = kf.open_model("base"), on_disk("base")
+    given = {"name": "base", "path": Path("./base"), "loaded": in_memory.model, "lm": in_memory, "disk": streamed}
     for name, base in given.items():
         assert export_peft(edit, name, model=base).base == str(tmp_path / "base")
     monkeypatch.chdir(tmp_path.parent)

@@ -18,7 +18,7 @@ from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.shipping import merge
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
-from tests.conftest import refused
+from tests.conftest import on_disk, refused
 from tests.make import bits, lowrank, make_edit, owned_edit, same_bits, watched
 from tests.shipping.checkpoints import base_checkpoint, contents, save_checkpoint, two_edits
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
@@ -46,7 +46,7 @@ def test_the_merged_checkpoint_is_the_edited_model_bit_for_bit(family, dtype, sh
     others = {name: data for name, data in before.items() if not name.endswith(".safetensors")}
     assert others.items() <= after.items()
     assert len([n for n in before if n.endswith(".safetensors")]) > 2 or shard == "5GB"
-    again = kf.open_model(tmp_path / "out", memory=1)  # streamed from disk
+    again = on_disk(tmp_path / "out")  # streamed from disk
     assert again.source.name == "disk"
     assert again.fingerprint == opened.fingerprint
 

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "edit": (edit_arguments.add_edit, "edit"),
     "edit inspect": (edit_arguments.add_inspect, "edits.inspect"),
     "edit diff": (edit_arguments.add_diff, "edits.diff"),
+    "edit only": (edit_arguments.add_only, "edits.only"),
     "eval": (arguments.add_eval, "eval"),
     "generate": (arguments.add_generate, "generate"),
     "gate": (arguments.add_gate, "gate"),

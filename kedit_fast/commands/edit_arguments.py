@@ -30,7 +30,7 @@ def add_edit(commands: Commands) -> None:
         "(many at once) or fine-tuning (to compare with), and writes that change to a file. The model itself stays\n"
         "as it is.",
         'kedit-fast edit --prompt "{} is in the city of" --subject "The Eiffel Tower" --target Rome',
-        also="with edits that are there: kedit-fast edit inspect --help, kedit-fast edit diff --help",
+        also="with edits that are there: kedit-fast edit inspect --help, also edit diff, edit only",
     )
     fact_options(parser, targets=True)
     how = parser.add_argument_group("how to edit")
@@ -39,7 +39,7 @@ def add_edit(commands: Commands) -> None:
     option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml)")
     statistics_options(how)
     option(how, "--on-top-of EDIT", path, f"what this edit is made on top of: {EDIT}; again for more", action="append")
-    flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once")
+    flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once; `edit only` takes one")
     kept = "keep finished parts there; the same command goes on after an interruption"
     option(how, "--checkpoint DIR", path, kept)
     flag(how, "--strict", "exit status 1 where the edited model does not say a fact's new answer")
@@ -94,6 +94,22 @@ def add_diff(commands: Commands) -> None:
         "kedit-fast edit diff old.safetensors new.safetensors",
     )
     edits_argument(parser, 2, EDIT)
+    ending(parser)
+
+
+def add_only(commands: Commands) -> None:
+    parser = commands.command(
+        "edit only EDIT N",
+        "one of the independent edits of a file, as an edit",
+        "An edit made with --independent holds an edit for each of its facts, and acts for one fact at a time. This\n"
+        "command writes one of them to a file of its own, which can be merged, gated and asked like any edit.",
+        "kedit-fast edit only edit.safetensors 0 -o first.safetensors",
+    )
+    edits_argument(parser, 1, "a file of independent edits")
+    number = "the fact, as `kedit-fast edit inspect` numbers them"
+    parser.add_argument("i", type=count, metavar="N", help=number)
+    option(parser, "-o --output FILE", path, "the edit", required=True)
+    flag(parser, "--force", "replace a file that is there already")
     ending(parser)
 
 

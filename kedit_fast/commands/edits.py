@@ -1,11 +1,11 @@
-"""``kedit-fast edit inspect | diff``: what edits hold, and how two differ."""
+"""``kedit-fast edit inspect | diff | only``: what edits hold, how two differ, one of many that are independent."""
 
 import json
 from pathlib import Path
 
 from kedit_fast.basics.printing import escaped
 from kedit_fast.commands.inputs import model_line, open_lm, read_edits
-from kedit_fast.commands.outputs import number, say, say_table
+from kedit_fast.commands.outputs import check_outputs, number, say, say_table, write_reports
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.differences import compare
@@ -92,6 +92,16 @@ def diff(args) -> None:
     say_table(("layer", "matrix", "|A|", "|B|", "|A - B|", "cosine"), rows)
 
 
+def only(args) -> None:
+    """Writes the edit of one fact, of independent ones, to a file."""
+    (path,) = check_outputs(args, "output")
+    (name,) = args.edits
+    edit = _one(name).only(args.i)
+    write_reports((path, edit.save))
+    say(f"{path}: {edit!r}")
+    _say_facts(edit.facts)
+
+
 # ---- words
 
 
@@ -99,14 +109,17 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:.3g} MB"
 
 
-def _say_facts(facts, independent: bool) -> None:
+def _say_facts(facts, independent: bool = False) -> None:
     rows = [
         (fact.label, fact.target_new or "", fact.target_true or "-", len(fact.paraphrases), len(fact.neighborhood))
         for fact in facts
     ]
-    say_table(("fact", "new answer", "instead of", "paraphrases", "neighborhood"), rows, SHOWN)
+    headers = ["fact", "new answer", "instead of", "paraphrases", "neighborhood"]
     if independent:
-        say("independent: each edit is for its own fact")
+        headers, rows = ["N", *headers], [(n, *row) for n, row in enumerate(rows)]
+    say_table(headers, rows, SHOWN)
+    if independent:
+        say("independent: each edit is for its own fact; `kedit-fast edit only EDIT N` takes one")
 
 
 def _say_values(title: str, values: dict) -> None:

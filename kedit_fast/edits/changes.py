@@ -304,12 +304,15 @@ def only_weights(edit, what: str) -> list[WeightChange]:
     return list(edit.changes)
 
 
+TAKE_ONE = "take one, edit.only(i) (kedit-fast edit only EDIT N)"
+
+
 def refuse_independent(edit, what: str) -> None:
     """Raises ValueError, with the way out, for independent edits; what: as in ``only_weights``."""
     if edit.independent:
         raise ValueError(
-            f"this edit holds {counted(len(edit.facts), 'independent edit')}, each for its own fact, and {what}: take "
-            "one, edit.only(i), or make the edit without independent=True (--independent)"
+            f"this edit holds {counted(len(edit.facts), 'independent edit')}, each for its own fact, and {what}: "
+            f"{TAKE_ONE}, or make the edit without independent=True (--independent)"
         )
 
 

@@ -101,7 +101,9 @@ def _inner(a: Delta, b: Delta) -> float:
 
 def _distance(a: Delta, b: Delta) -> float:
     """‖ΔA - ΔB‖, fp64. Not ‖ΔA‖² + ‖ΔB‖² - 2⟨ΔA, ΔB⟩, in which edits that nearly agree cancel: with
-    [uA, uB] = Q S and [vA, -vB] = P T (QR), it is ‖S Tᵀ‖."""
+    [uA, uB] = Q S and [vA, -vB] = P T (QR), it is ‖S Tᵀ‖. Exactly 0 for the same tensors."""
+    if type(a) is type(b) and all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)):
+        return 0.0
     if isinstance(a, Dense) or isinstance(b, Dense):
         rows = slice(None)
         return float((a.part(rows) - b.part(rows)).norm())

@@ -9,13 +9,11 @@
 Nothing in this file changes a model: the algebra of a delta is deltas.py, writing into a model is apply.py.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,10 +27,10 @@ from kedit_fast.basics.words import reason
 from kedit_fast.edits.apply import Applied, apply_edit
 from kedit_fast.edits.changes import KINDS, Change, WeightChange, check_owners, only_weights
 from kedit_fast.edits.deltas import Delta, written_delta
+from kedit_fast.edits.format import FORMAT, VERSION, as_version_2, fields_of, read, sha256_of, tensors_of
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.model.lm import LM, takes_lm
 
-FORMAT, VERSION = "kedit_fast.edit", 2  # of its file: one safetensors file, no pickle; files of version 1 are read too
 _CONTEXTS = 'groups of templates, e.g. [["{}"], ["So. {}"]]'
 PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
 WRITTEN_FROM = "written_from"  # of the provenance of an edit as some dtype holds it: the digest of the edit itself
@@ -81,6 +79,8 @@ class Edit:
         if not all(isinstance(template, str) for template in templates):
             checks.refuse("contexts", self.contexts, _CONTEXTS)
         _check_parts(self)
+        if len(self.facts) == 1 and self.independent:
+            object.__setattr__(self, "changes", _unowned(self.changes, 0))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class Edit:
 
     @property
     def independent(self) -> bool:
-        """Whether each part belongs to one fact alone."""
+        """Whether each part belongs to one fact of several alone; an edit of one fact is that fact's, of no owner."""
         return any(change.owners is not None for change in self.changes)
 
     @property
@@ -110,16 +110,15 @@ class Edit:
         if not self.independent and n > 1:
             raise ValueError(
                 f"these {n} facts were solved together and cannot be told apart; edit the one fact by itself, "
-                "or all with independent=True"
+                "or all with independent=True (--independent)"
             )
         if not self.independent:
             return self
         written = {name: [by_fact[i]] for name, by_fact in self.provenance.get("written", {}).items()}
-        mine = [change.only(i) for change in self.changes]
         return replace(
             self,
             facts=self.facts[i : i + 1],
-            changes=tuple(change for change in mine if change is not None),
+            changes=_unowned(self.changes, i),
             values=None if self.values is None else self.values[i : i + 1].clone(),
             keys={layer: key[i : i + 1].clone() for layer, key in self.keys.items()},
             provenance=self.provenance | ({"written": written} if written else {}),
@@ -147,14 +146,14 @@ class Edit:
 
         Equal edits make equal files, byte for byte.
         """
-        held = _tensors_of(self)  # copied, for safetensors takes neither views with strides nor shared memory
+        held = tensors_of(self)  # copied, for safetensors takes neither views with strides nor shared memory
         tensors = {name: x.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, x in held.items()}
         record = {name: getattr(self, name) for name in ("method", "hparams", "fingerprint", "contexts", "provenance")}
         record |= {"facts": [fact.to_record() for fact in self.facts], "tensors": sorted(tensors)}
         record["changes"] = [{"kind": change.kind} | change.record() for change in self.changes]
         # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
         tensors["record"] = json_tensor(record)
-        tensors["sha256"] = _sha256_of(tensors)
+        tensors["sha256"] = sha256_of(tensors)
         with replace_file(path) as unfinished:
             # One entry: of several, safetensors writes another order each time, and equal edits are to be equal files.
             save_file(tensors, unfinished, metadata={"format": f"{FORMAT} {VERSION}"})
@@ -167,18 +166,18 @@ class Edit:
         Raises ValueError, naming the file, if it is cut short, no edit, of another version or lacks a tensor.
         """
         path = checks.path("path", path)
-        tensors, version = _read(path)
+        tensors, version = read(path)
         try:
             given = tensors.pop("sha256", None)  # files of before have none
-            if given is not None and not torch.equal(given, _sha256_of(tensors)):
+            if given is not None and not torch.equal(given, sha256_of(tensors)):
                 raise ValueError("its contents are not those that were saved: their digest is another")
             record = json_of(tensors.pop("record"))
             expected = record.pop("tensors")
             if sorted(tensors) != expected:
                 raise ValueError(f"expected the tensors {expected}, found {sorted(tensors)}")
             if version == 1:
-                _as_version_2(record, tensors)
-            return cls(**_fields_of(record, tensors))
+                as_version_2(record, tensors)
+            return cls(**fields_of(record, tensors))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged edit ({reason(error)}); expected what Edit.save wrote") from error
 
@@ -234,6 +233,12 @@ def _change_list(changes) -> tuple[Change, ...]:
     return tuple(sorted(changes, key=lambda change: -1 if change.layer is None else change.layer))
 
 
+def _unowned(changes: Sequence[Change], fact: int) -> tuple[Change, ...]:
+    """What of the changes belongs to one fact, which nobody owns any more."""
+    mine = (change.only(fact) for change in changes)
+    return tuple(change for change in mine if change is not None)
+
+
 def _check_parts(edit):
     """Raises ValueError, naming the field, where an Edit's parts do not fit each other."""
     n, deltas = len(edit.facts), edit.deltas
@@ -276,74 +281,3 @@ def _digests(edit: Edit) -> set[str]:
     parts = {part["digest"] for part in edit.provenance.get(PARTS, ())}
     original = edit.provenance.get(WRITTEN_FROM)
     return parts | ({original} if original else set()) | ({digest(edit)} if edit.changes else set())
-
-
-# ---- its file
-
-
-def _sha256_of(tensors: dict[str, Tensor]) -> Tensor:
-    """[32] uint8: of all tensors of a file, bit for bit."""
-    made = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return torch.frombuffer(bytearray(made.digest()), dtype=torch.uint8)
-
-
-def _tensors_of(edit):
-    """{name in the file: tensor}; ``_fields_of`` is its inverse."""
-    tensors = {} if edit.values is None else {"values": edit.values}
-    tensors |= {f"keys.{layer}": key for layer, key in edit.keys.items()}
-    for number, change in enumerate(edit.changes):
-        tensors |= {f"changes.{number}.{name}": tensor for name, tensor in change.tensors().items()}
-    return tensors
-
-
-def _fields_of(record: dict, tensors: dict[str, Tensor]) -> dict:
-    """The fields of an Edit from the record and the tensors of a file."""
-    said = enumerate(record.pop("changes"))
-    changes = [KINDS[each.pop("kind")].of(each, _taken(tensors, f"changes.{number}.")) for number, each in said]
-    record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
-    keys = {int(layer): key for layer, key in _taken(tensors, "keys.").items()}
-    values = tensors.pop("values", None)
-    if tensors:
-        raise ValueError(f"no change has the tensors {sorted(tensors)}")
-    return record | {"changes": tuple(changes), "values": values, "keys": keys}
-
-
-def _as_version_2(record: dict, tensors: dict[str, Tensor]) -> None:
-    """Turns a file of version 1, which knew changes of down projections alone, into one of version 2."""
-    layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("deltas.")})
-    record["changes"] = [{"kind": WeightChange.kind, "layer": layer} for layer in layers]
-    for number, layer in enumerate(layers):
-        mine = _taken(tensors, f"deltas.{layer}.")
-        if f"owners.{layer}" in tensors:
-            mine["owners"] = tensors.pop(f"owners.{layer}")
-        tensors |= {f"changes.{number}.{name}": tensor for name, tensor in mine.items()}
-
-
-def _taken(tensors: dict[str, Tensor], head: str) -> dict[str, Tensor]:
-    """Takes out the tensors whose names begin so: {rest of the name: tensor}."""
-    names = [name for name in tensors if name.startswith(head)]
-    return {name.removeprefix(head): tensors.pop(name) for name in names}
-
-
-def _read(path):
-    """({name: tensor}, version) of an edit's file; ValueError if it is not one."""
-    expected = f"expected a {FORMAT} file of version 1 to {VERSION}, as Edit.save writes it"
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; {expected} (where it holds versions of edits: EditHistory(folder).current)"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            name, _, version = (file.metadata() or {}).get("format", "").partition(" ")
-            if name != FORMAT:
-                raise ValueError(f"{path} is a safetensors file but no edit; {expected}")
-            if version not in map(str, range(1, VERSION + 1)):
-                raise ValueError(f"{path} is an edit of version {version}; {expected}")
-            names = file.keys()  # (not iterable itself)
-            return {name: file.get_tensor(name) for name in names}, int(version)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut short or no safetensors file ({error}); {expected}") from error

@@ -16,6 +16,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
+from kedit_fast.edits.changes import TAKE_ONE
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.benchmark import Benchmark, Case, check_lengths
 from kedit_fast.evaluation.counterfact import COUNTERFACT
@@ -130,7 +131,7 @@ def _cases(lm, grouped: list[tuple[Fact, ...]], text) -> list[Case]:
     if text is not None:
         raise ValueError(
             "text= with independent edits: perplexity is of one model, and these are as many as facts; "
-            "evaluate edit.only(i) with the text"
+            f"{TAKE_ONE}, and evaluate it with the text"
         )
     if len(owners) > len(grouped):
         raise ValueError(

@@ -140,8 +140,8 @@ class LM(Sizes):
         """
         if self.independent:
             raise ValueError(
-                "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)), "
-                "or give evaluate the facts"
+                "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)) "
+                "(kedit-fast edit only EDIT N), or evaluate the facts, each under its own (kedit-fast eval)"
             )
         return 0 if self.edits else -1
 

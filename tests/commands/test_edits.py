@@ -167,7 +167,9 @@ def test_inspect_compares_with_the_model(work, said):
 
 def test_inspect_of_many_facts_and_of_none_edit(work, said, complaint):
     owned_edit(tiny_model("llama")).save("owned.safetensors")
-    assert "each edit is for its own fact" in said("edit", "inspect", "owned.safetensors")
+    shown = said("edit", "inspect", "owned.safetensors")
+    assert "each edit is for its own fact; `kedit-fast edit only EDIT N` takes one" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line[:1] in ("0", "1")][:2] == ["0", "1"]
     make_edit(facts=FACTS * 15, values=None, keys={}).save("many.safetensors")
     shown = said("edit", "inspect", "many.safetensors")
     assert "... and 10 more" in shown and shown.count("Miles Davis") == 10
@@ -186,8 +188,37 @@ def test_diff_shows_what_differs(work, said):
     norm = f"{edit.deltas[2].norm():.4g}"
     line = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["2"])
     assert line[:4] == ["2", "down", norm, norm]
-    assert float(line[4]) < 1e-10
-    assert line[5] == "1.0000"
+    assert line[4:] == ["0", "1.0000"]
+
+
+INDEPENDENT = [
+    ("generate", "owned.safetensors", "--prompt", "Paris"),
+    ("gate", "owned.safetensors"),
+    ("eval", "owned.safetensors", "--text", "text.txt"),
+    ("merge", "owned.safetensors", "-o", "out"),
+    ("merge", "owned.safetensors", "--peft", "-o", "out"),
+    ("history", "add", "edits", "owned.safetensors"),
+    ("edit", "--prompt", "{} is in", "--subject", "Rome", "--target", "Paris", "--on-top-of", "owned.safetensors"),
+]
+
+
+def test_of_independent_edits_one_can_be_taken(work, said, complaint):
+    """By every command that works with one model; an edit of one fact is it already."""
+    (work / "text.txt").write_text("The tower is in the city. " * 40)
+    owned_edit(tiny_model("llama")).save("owned.safetensors")
+    for words in INDEPENDENT:
+        model = [] if words[0] == "history" else ["--model", "base"]
+        assert "take one, " in (says := complaint(*words, *model)) and "kedit-fast edit only EDIT N" in says, words
+    assert "only.safetensors: Edit(" in said("edit", "only", "owned.safetensors", 1, "-o", "only.safetensors")
+    made, one = Edit.load("owned.safetensors").only(1), Edit.load("only.safetensors")
+    assert digest(one) == digest(made) and one.facts == made.facts and not one.independent
+    assert run("history", "add", "edits", "only.safetensors") == 0
+    assert "argument N: 2: expected a whole number from 0 to 1" in complaint(
+        "edit", "only", "owned.safetensors", 2, "-o", "other.safetensors"
+    )
+    assert "solved together" in complaint("edit", "only", "one.safetensors", 0, "-o", "other.safetensors")
+    assert "--force replaces it" in complaint("edit", "only", "owned.safetensors", 0, "-o", "only.safetensors")
+    assert "would replace an edit" in complaint("edit", "only", "owned.safetensors", 0, "-o", "owned.safetensors")
 
 
 def test_inspect_and_diff_take_what_eval_takes(work, said):

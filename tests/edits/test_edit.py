@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kedit_fast.edits.deltas import Dense, LowRank
-from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.edit import Edit, digest
 from tests.conftest import refused
 from tests.make import FACTS, lowrank, make_edit, owned_edit, watched
 from tests.tiny import D_FF, D_MODEL, tiny_model
@@ -47,6 +47,16 @@ def test_only_takes_the_factors_of_one_fact():
     assert first.only(0) is first
     refused(r"i = .*: expected a whole number from 0 to 1", edit.only, 2)
     refused("solved together", make_edit().only, 0)
+
+
+def test_an_independent_edit_of_one_fact_is_that_facts():
+    """Whoever makes it, or reads it: it can be merged, applied and asked as any edit."""
+    deltas, of_one = {1: lowrank()}, dict(facts=FACTS[:1], values=None, keys={})
+    owned = make_edit(deltas=deltas, owners={1: torch.tensor([0, 0])}, **of_one)
+    assert not owned.independent and owned.only(0) is owned
+    assert digest(owned) == digest(make_edit(deltas=deltas, **of_one))
+    with pytest.raises(ValueError, match="fact indices 0 to 0"):
+        make_edit(deltas=deltas, owners={1: torch.tensor([0, 1])}, **of_one)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""The file of an edit: one safetensors file without pickle, of tensors and a JSON record that says what they are."""
+
+import hashlib
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kedit_fast.edits.changes import KINDS, WeightChange
+from kedit_fast.facts.fact import Fact
+
+FORMAT, VERSION = "kedit_fast.edit", 2  # files of version 1 are read too
+
+
+def sha256_of(tensors: dict[str, Tensor]) -> Tensor:
+    """[32] uint8: of all tensors of a file, bit for bit."""
+    made = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(made.digest()), dtype=torch.uint8)
+
+
+def tensors_of(edit):
+    """{name in the file: tensor}; ``fields_of`` is its inverse."""
+    tensors = {} if edit.values is None else {"values": edit.values}
+    tensors |= {f"keys.{layer}": key for layer, key in edit.keys.items()}
+    for number, change in enumerate(edit.changes):
+        tensors |= {f"changes.{number}.{name}": tensor for name, tensor in change.tensors().items()}
+    return tensors
+
+
+def fields_of(record: dict, tensors: dict[str, Tensor]) -> dict:
+    """The fields of an Edit from the record and the tensors of a file."""
+    said = enumerate(record.pop("changes"))
+    changes = [KINDS[each.pop("kind")].of(each, _taken(tensors, f"changes.{number}.")) for number, each in said]
+    record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
+    keys = {int(layer): key for layer, key in _taken(tensors, "keys.").items()}
+    values = tensors.pop("values", None)
+    if tensors:
+        raise ValueError(f"no change has the tensors {sorted(tensors)}")
+    return record | {"changes": tuple(changes), "values": values, "keys": keys}
+
+
+def as_version_2(record: dict, tensors: dict[str, Tensor]) -> None:
+    """Turns a file of version 1, which knew changes of down projections alone, into one of version 2."""
+    layers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("deltas.")})
+    record["changes"] = [{"kind": WeightChange.kind, "layer": layer} for layer in layers]
+    for number, layer in enumerate(layers):
+        mine = _taken(tensors, f"deltas.{layer}.")
+        if f"owners.{layer}" in tensors:
+            mine["owners"] = tensors.pop(f"owners.{layer}")
+        tensors |= {f"changes.{number}.{name}": tensor for name, tensor in mine.items()}
+
+
+def _taken(tensors: dict[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Takes out the tensors whose names begin so: {rest of the name: tensor}."""
+    names = [name for name in tensors if name.startswith(head)]
+    return {name.removeprefix(head): tensors.pop(name) for name in names}
+
+
+def read(path):
+    """({name: tensor}, version) of an edit's file; ValueError if it is not one."""
+    expected = f"expected a {FORMAT} file of version 1 to {VERSION}, as Edit.save writes it"
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder; {expected} (where it holds versions of edits: EditHistory(folder).current)"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            name, _, version = (file.metadata() or {}).get("format", "").partition(" ")
+            if name != FORMAT:
+                raise ValueError(f"{path} is a safetensors file but no edit; {expected}")
+            if version not in map(str, range(1, VERSION + 1)):
+                raise ValueError(f"{path} is an edit of version {version}; {expected}")
+            names = file.keys()  # (not iterable itself)
+            return {name: file.get_tensor(name) for name in names}, int(version)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or no safetensors file ({error}); {expected}") from error

@@ -2,18 +2,15 @@
 
 import os
 
-from kedit_fast.basics.files import existing_folder
 from kedit_fast.basics.words import counted
-from kedit_fast.commands.inputs import read_chain
+from kedit_fast.commands.inputs import open_history, read_chain
 from kedit_fast.commands.outputs import say, say_table
 from kedit_fast.shipping.history import EditHistory
 
 
 def log(args) -> None:
     """Says the versions of a folder, and what is in force."""
-    folder = os.path.expanduser(args.folder)
-    way_out = f"as `kedit-fast history add {folder} EDIT` makes it"
-    history = EditHistory(existing_folder(folder, "a folder of versions", way_out))
+    history = open_history(args.folder)
     versions = history.versions
     rows = [(v.number, len(v.edits), v.when or "-", v.who or "-", v.message or "-") for v in versions]
     say_table(("version", "edits", "when", "who", "message"), rows)
@@ -33,7 +30,7 @@ def add(args) -> None:
 
 def rollback(args) -> None:
     """Makes a version of what was in force at an earlier one."""
-    history = EditHistory(os.path.expanduser(args.folder))
+    history = open_history(args.folder)
     new = history.rollback(args.number, args.message, args.who)
     in_force = counted(len(new.edits), "edit") if new.edits else "no edit"
     say(f"{history.folder}: version {new.number}, the same as version {args.number}: {in_force} in force")

@@ -17,10 +17,12 @@ from kedit_fast.basics.settings import statistics_folder
 from kedit_fast.basics.words import not_text, ranges
 from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.outputs import note, say
+from kedit_fast.commands.parser import EDIT
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import BUILTIN, Chat, Fact, load_facts
 from kedit_fast.facts.files import SUFFIXES
 from kedit_fast.facts.subjects import as_template
+from kedit_fast.model.folder import refuse_model
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL, checked_device, open_model
 from kedit_fast.moments import second_moment as moments
@@ -112,10 +114,21 @@ def read_edits(name: str) -> tuple[Edit, ...]:
                 f"{path}: an edit is a safetensors file, as `kedit-fast edit -o` writes it; facts go in --facts"
             )
         return (Edit.load(path),)
-    edits = EditHistory(path).current
+    refuse_model(path, EDIT)
+    edits = open_history(path).current
     if not edits:
         raise ValueError(f"{path} has no edits in force; `kedit-fast history log {path}` shows its versions")
     return edits
+
+
+def open_history(folder) -> EditHistory:
+    """A folder of versions that is there. Raises ValueError or OSError for anything else."""
+    folder = os.path.expanduser(folder)
+    way_out = f"as `kedit-fast history add {folder} EDIT` makes it"
+    history = EditHistory(existing_folder(folder, "a folder of versions", way_out))
+    if len(history.versions) == 1 and not history.begun:
+        raise ValueError(f"{folder} holds no versions of edits; expected a folder of versions, {way_out}")
+    return history
 
 
 def read_chain(names: Sequence[str]) -> tuple[Edit, ...]:

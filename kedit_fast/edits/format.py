@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kedit_fast.edits.changes import KINDS, WeightChange
 from kedit_fast.facts.fact import Fact
+from kedit_fast.model.folder import refuse_model
 
 FORMAT, VERSION = "kedit_fast.edit", 2  # files of version 1 are read too
 
@@ -64,6 +65,7 @@ def read(path):
     """({name: tensor}, version) of an edit's file; ValueError if it is not one."""
     expected = f"expected a {FORMAT} file of version 1 to {VERSION}, as Edit.save writes it"
     if path.is_dir():
+        refuse_model(path, f"a {FORMAT} file, as Edit.save writes it")
         raise IsADirectoryError(
             f"{path} is a folder; {expected} (where it holds versions of edits: EditHistory(folder).current)"
         )

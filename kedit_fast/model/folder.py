@@ -38,7 +38,7 @@ def read_config(name):
     if folder.is_dir():
         _check_folder(folder)
     elif folder.is_file():
-        raise ValueError(f"model {str(name)!r} is a file; expected the folder that it lies in")
+        raise ValueError(f"model {str(name)!r} is a file; expected a model's folder, such as a weight file lies in")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
@@ -99,6 +99,13 @@ def read_model(name, classes, dtype) -> "PreTrainedModel":
 
 
 # ---- what is refused
+
+
+def refuse_model(folder, wanted: str) -> None:
+    """Raises ValueError for the folder of a model or an adapter, where ``wanted`` is expected."""
+    for file, what in ((ADAPTER, "an adapter's"), (CONFIG, "a model's")):
+        if (Path(folder) / file).is_file():
+            raise ValueError(f"{folder} is {what} folder (it has {file}); expected {wanted}")
 
 
 def _check_folder(folder: Path) -> None:

@@ -33,6 +33,7 @@ from kedit_fast.basics.folders import sha256_of, write_json
 from kedit_fast.edits.chain import check_follows
 from kedit_fast.edits.changes import refuse_independent
 from kedit_fast.edits.edit import Edit, check_once
+from kedit_fast.model.folder import refuse_model
 
 FORMAT, VERSION = "kedit_fast.history", 1
 MANIFEST, EDITS = "history.json", "edits"
@@ -65,11 +66,17 @@ class EditHistory:
         self.folder = checks.path("", folder, "the name of a folder of versions")
         if os.path.lexists(folder):
             existing_folder(folder, "a folder of versions")
+            refuse_model(folder, "a folder of versions of edits")
 
     @property
     def versions(self) -> tuple[Version, ...]:
         """All versions, the oldest first; ``versions[n].number == n``."""
         return self._read()[1]
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are versions in the folder: one that nothing was added to has only the model as it is."""
+        return (self.folder / MANIFEST).is_file()
 
     @property
     def fingerprint(self) -> str:

@@ -88,7 +88,7 @@ def test_merge_as_an_adapter(work, said):
         (["--model", "nowhere", "one.safetensors", "-o", "out"], "no such folder"),
         (["--model", "base", "one.safetensors", "-o", "base"], "is not empty"),
         (["--model", "base", "none.safetensors", "-o", "out"], "none.safetensors"),
-        (["--model", "base", "empty", "-o", "out"], "has no edits in force"),
+        (["--model", "base", "empty", "-o", "out"], "holds no versions of edits"),
         (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "rank 2, over max_rank 1"),
         (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "truncate=True (--truncate)"),
         (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "(--max-rank none) suits PEFT"),
@@ -276,6 +276,34 @@ def test_versions_refuse(work, complaint):
     says = complaint("history", "rollback", "edits", 7)
     assert "error: argument N: 7: expected a whole number from 0 to 1" in says
     assert len(EditHistory("edits").versions) == 2
+
+
+@pytest.mark.parametrize("file, what", [("config.json", "a model's"), ("adapter_config.json", "an adapter's")])
+def test_the_folder_of_a_model_is_none_of_versions(work, complaint, file, what):
+    """Named as an edit, or to history: it is told what it is, and nothing is put into it."""
+    (work / "folder").mkdir()
+    (work / "folder" / file).write_text("{}")
+    for words in (
+        ["eval"],
+        ["edit", "inspect"],
+        ["merge", "--model", "base", "-o", "out"],
+        ["history", "add", "edits"],
+    ):
+        expected = f"folder is {what} folder (it has {file}); expected an edit file, or a folder of versions"
+        assert expected in complaint(*words, "folder"), words
+    for action in (["log", "folder"], ["rollback", "folder", 0], ["add", "folder", "one.safetensors"]):
+        assert f"{what} folder (it has {file}); expected a folder of versions" in complaint("history", *action), action
+    with pytest.raises(ValueError, match=f"is {what} folder"):
+        Edit.load(work / "folder")
+    assert contents(work / "folder").keys() == {file}
+
+
+def test_a_folder_without_versions_is_none_of_versions(work, complaint):
+    (work / "folder").mkdir()
+    (work / "folder" / "other.txt").write_text("text")
+    for words in (["edit", "inspect", "folder"], ["history", "log", "folder"], ["history", "rollback", "folder", 0]):
+        assert "folder holds no versions of edits; expected a folder of versions, as" in complaint(*words)
+    assert contents(work / "folder").keys() == {"other.txt"}
 
 
 def test_undo_refuses_what_was_changed(work, complaint):

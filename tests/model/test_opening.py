@@ -127,7 +127,7 @@ def test_a_folder_with_an_adapter_is_said_to_be_one_without_its_config_too(folde
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(ValueError, match=r"is a file; expected the folder that it lies in"):
+    with pytest.raises(ValueError, match=r"is a file; expected a model's folder"):
         kf.open_model(folder / "model.safetensors")
 
 

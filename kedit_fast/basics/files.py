@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -229,10 +229,29 @@ def replace_file(path) -> Iterator[Path]:
     with unfinished_file(target) as unfinished, _told_as(path, unfinished):
         mode = unfinished.stat().st_mode  # as the umask has it; safetensors makes files only their owner can read
         yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(unfinished)
         unfinished.chmod(mode)
-        os.replace(unfinished, target)
+        put_in_place(unfinished, target)
+
+
+def put_in_place(unfinished: Path, target: Path) -> None:
+    """Gives a file or folder its final name, also after the machine has lost power."""
+    os.replace(unfinished, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Has what a file or a folder holds on the disk, also after the machine has lost power.
+
+    Raises OSError, naming it, for a file; of a folder, that not all systems know to do.
+    """
+    is_folder = path.is_dir()
+    with suppress(OSError) if is_folder else named(path):
+        opened = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def write_text(path, text: str) -> None:

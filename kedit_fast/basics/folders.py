@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_folder, named, named_instead
+from kedit_fast.basics.files import check_folder, named, named_instead, put_in_place, sync
 from kedit_fast.basics.unfinished import unfinished_folder
 
 PIECE = 8 << 20  # bytes of a file held at a time
@@ -26,14 +26,17 @@ def new_folder(path):
     with unfinished_folder(path) as unfinished, named_instead(unfinished, path):
         check_new_folder(path)  # another run may have ended since
         yield unfinished
-        for file in unfinished.rglob("*"):  # on the disk before the name is
-            if file.is_file():
-                with named(file), open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+        sync_folder(unfinished)
         check_new_folder(path)
         if path.exists():  # empty; some systems rename onto nothing only
             path.rmdir()
-        os.replace(unfinished, path)
+        put_in_place(unfinished, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has a folder and all that lies in it on the disk, as it must be before it takes its final name."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def check_new_folder(path) -> Path:

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from kedit_fast.basics import settings
+from kedit_fast.basics.files import put_in_place
+from kedit_fast.basics.folders import sync_folder
 from kedit_fast.basics.unfinished import temporary_folder
 from kedit_fast.model.gguf import Gguf, read_gguf
 
@@ -99,7 +101,8 @@ def install(data: bytes, target: Path, work: Path) -> None:
     """
     convert(read_gguf(data), work)
     try:
-        work.replace(target)
+        sync_folder(work)
+        put_in_place(work, target)
     except OSError as error:
         if is_complete(target):
             return

@@ -25,6 +25,7 @@ from kedit_fast.basics.files import (
     existing_folder,
     file_in,
     named_instead,
+    put_in_place,
     read_object,
     reading,
     replace_file,
@@ -186,7 +187,7 @@ class EditHistory:
             with named_instead(new, self.folder / EDITS):
                 edit.save(new)
                 name = sha256_of(new)
-                new.replace(self.folder / EDITS / f"{name}.safetensors")
+                put_in_place(new, self.folder / EDITS / f"{name}.safetensors")
         finally:
             new.unlink(missing_ok=True)
         return name

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_format, file_in, read_object, reading, replace_file
+from kedit_fast.basics.files import check_format, file_in, put_in_place, read_object, reading, replace_file
 from kedit_fast.basics.folders import check_new_folder, copy_file, copy_folder, new_folder, pieces, sha256_of
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state
@@ -58,7 +58,7 @@ def unmerge(folder: checks.AnyPath, out: checks.AnyPath | None = None) -> Path:
             with replace_file(folder / name) as unfinished:
                 _restore(folder / name, unfinished, places, record["files"][name], bar)
     _check_base(folder, folder, record)
-    (folder / KEPT).rename(folder / UNDONE)
+    put_in_place(folder / KEPT, folder / UNDONE)
     _drop_record(folder)
     return folder
 
@@ -159,5 +159,5 @@ def _drop_record(folder: Path) -> None:
     takes its place."""
     done = folder / UNDONE
     if (done / BEFORE).is_dir() and not (folder / KEPT).exists():
-        (done / BEFORE).rename(folder / KEPT)
+        put_in_place(done / BEFORE, folder / KEPT)
     shutil.rmtree(done, ignore_errors=True)

@@ -199,7 +199,7 @@ def test_an_undo_that_was_killed_at_its_end_can_be_run_again(killed_at, tmp_path
     """After the record's first renaming, and before the earlier record takes its place."""
     one = merged_twice(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watched(patch, module.Path, "rename", break_at=(killed_at,), error=KeyboardInterrupt)
+        watched(patch, module, "put_in_place", break_at=(killed_at,), error=KeyboardInterrupt)
         unmerge(tmp_path / "two")
     unmerge(tmp_path / "two")
     assert contents(tmp_path / "two") == one

@@ -1,7 +1,11 @@
 """Small edits of the tiny models, for the tests of what makes, keeps or applies edits."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
+from kedit_fast.basics.parts import Parts
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.edits.edit import Edit
@@ -92,3 +96,11 @@ def watched(monkeypatch, owner, name, break_at=(), error=Broken, after=False):
 
     monkeypatch.setattr(owner, name, call)
     return calls
+
+
+@contextmanager
+def killed_at(n: int):
+    """Inside, the run of kept work dies when its ``n``-th part, from 1, is written."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, Parts, "write", break_at=(n,), error=KeyboardInterrupt, after=True)
+        yield

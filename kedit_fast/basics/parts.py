@@ -2,24 +2,223 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_fast.basics.files import check_folder, reading, replace_file, saying, write_text
-from kedit_fast.basics.unfinished import is_unfinished
+from kedit_fast.basics.files import (
+    append_records,
+    check_folder,
+    check_format,
+    named,
+    reading,
+    replace_file,
+    saying,
+    write_text,
+)
+from kedit_fast.basics.unfinished import LOCKS, is_unfinished, locked
 
 Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
-IDENTITY = "identity.json"
+FORMAT, VERSION, MANIFEST = "kedit_fast.run", 1, "run.json"
+PART = ".safetensors"
 
 
 def make_now(name: str, make: Make) -> dict[str, Tensor]:
     """The ``Keep`` of work that nobody keeps: makes each part."""
     return make()
+
+
+class Held:
+    """A ``Keep`` in memory: for work that is done again with less memory, and that nobody keeps on disk.
+
+    memory: bytes that the work was last cut for, None as it was begun; begun: when, of work that another run began
+    """
+
+    begun = ""
+
+    def __init__(self) -> None:
+        self.memory: int | None = None
+        self._parts: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
+        if name not in self._parts:
+            self._parts[name] = make()
+        return self._parts[name]
+
+    def narrow(self, memory: int) -> None:
+        """Notes that what is not done yet is cut for so many bytes."""
+        self.memory = memory
+
+    def forget(self, begins: str) -> None:
+        """Drops the parts whose names begin so."""
+        self._parts = {name: part for name, part in self._parts.items() if not name.startswith(begins)}
+
+
+class Parts:
+    """A ``Keep`` over a folder: a part that is there is read, one that is not is made and written, whole or not at all.
+
+    folder: made if need be; its parent must exist
+    asked: JSON values, all that the parts depend on; they are written down first, and compared when a run goes on
+
+    A part comes back bit for bit, so work that is cut into the same parts ends with the same bits, interrupted or not,
+    on the same machine with the same number of threads. The folder is this run's until ``close``, or until its process
+    ends, however it ends; a folder without any part goes then.
+    Raises ValueError where the folder is of other work, naming what differs, another run works in it, or a part is
+    damaged; OSError where the folder cannot be made or written.
+    """
+
+    def __init__(self, folder, asked: dict):
+        self.folder = check_checkpoint(folder)
+        self.begun, self.memory, self._lock = "", None, None
+        self.folder.mkdir(exist_ok=True)
+        self._claim()
+        try:
+            asked = json.loads(json.dumps(asked))
+            path = self.folder / MANIFEST
+            if path.exists():
+                self._compare(path, asked)
+            else:
+                self._manifest = {"format": FORMAT, "version": VERSION, "begun": _now(), "memory": None, "asked": asked}
+                self._write()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        if not any(self.folder.glob(f"*{PART}")):
+            with suppress(OSError):  # other things lie there
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+                self.folder.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def narrow(self, memory: int) -> None:
+        """Writes down that what is not done yet is cut for so many bytes: a run that goes on begins with them."""
+        self.memory = self._manifest["memory"] = memory
+        self._write()
+
+    def forget(self, begins: str) -> None:
+        """Removes the parts whose names begin so."""
+        for path in self.folder.iterdir():
+            if path.name.startswith(begins) and path.suffix == PART:
+                path.unlink(missing_ok=True)
+
+    def _claim(self) -> None:
+        if not LOCKS:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        held = locked(self._lock)
+        there = self.folder.exists() and os.path.samestat(os.fstat(self._lock), os.stat(self.folder))
+        if held is False or not there:  # not there: a run that ended has just removed it
+            os.close(self._lock)
+            raise ValueError(f"{self.folder}: another run works there; wait for it, or name another folder")
+
+    def _write(self) -> None:
+        write_text(self.folder / MANIFEST, json.dumps(self._manifest, indent=1))
+
+    def _compare(self, path: Path, asked: dict) -> None:
+        with reading(path, "delete the folder and begin again"):
+            self._manifest = found = json.loads(path.read_text(encoding="utf-8"))
+            check_format(found, FORMAT, version=VERSION)
+            before = dict(found["asked"])
+            self.begun, self.memory = str(found["begun"]), found["memory"]
+            if self.memory is not None and not (type(self.memory) is int and self.memory > 0):
+                raise ValueError(f"its memory is {self.memory!r}")
+        differing = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+        if differing:
+            name = differing[0]
+            raise OtherWork(
+                f"{self.folder} holds other work: its {name} is {_short(before.get(name))}, this one's "
+                f"{_short(asked.get(name))}"
+                + (f" (and {', '.join(differing[1:])} differ)" if differing[1:] else "")
+                + "; go on with what it was begun with, or name another folder"
+            )
+
+    def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
+        found = self.find(name)
+        if found is not None:
+            return found
+        self.write(name, make())
+        return self.read(name)  # what goes on must not depend on whether the part was made in this run
+
+    def find(self, name: str) -> dict[str, Tensor] | None:
+        """The part of that name; None where it is not there."""
+        return self.read(name) if self._path(name).exists() else None
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The part of that name. Raises ValueError where it is damaged or has changed."""
+        path = self._path(name)
+        with reading(path, "delete it, and it is made again"), safe_open(path, "pt") as file:
+            part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            if (file.metadata() or {}).get("digest") != _digest_of(part):
+                raise ValueError("its contents are not those that were kept: their digest is another")
+            return part
+
+    def write(self, name: str, part: dict[str, Tensor]) -> None:
+        """Writes a part, in place of one that is there."""
+        with (
+            saying("the parts before it are kept, and the same call goes on from there"),
+            replace_file(self._path(name)) as unfinished,
+        ):
+            held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in part.items()}
+            save_file(held, unfinished, {"digest": _digest_of(held)})
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{PART}"
+
+
+class Inside:
+    """A ``Keep`` of work that is a part itself: its own parts are named after it."""
+
+    def __init__(self, keep: "Held | Parts | Inside", name: str):
+        self._keep, self._name = keep, name
+
+    def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
+        return self._keep(f"{self._name}+{name}", make)
+
+    @property
+    def begun(self) -> str:
+        return self._keep.begun
+
+    @property
+    def memory(self) -> int | None:
+        return self._keep.memory
+
+    def narrow(self, memory: int) -> None:
+        self._keep.narrow(memory)
+
+    def forget(self, begins: str) -> None:
+        self._keep.forget(f"{self._name}+{begins}")
+
+
+def keep_whole(
+    keep: "Held | Parts | Inside", name: str, make: Callable[[Inside], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A part that is made in parts of its own, which are kept until it is whole."""
+    part = keep(name, lambda: make(Inside(keep, name)))
+    keep.forget(f"{name}+")
+    return part
+
+
+class OtherWork(ValueError):
+    """A run folder is of other work than is asked for."""
 
 
 def check_checkpoint(folder) -> Path:
@@ -28,59 +227,70 @@ def check_checkpoint(folder) -> Path:
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"{folder} cannot be made: there is no folder {folder.parent}; make it first")
     held = [path for path in folder.iterdir() if not is_unfinished(path)] if folder.exists() else []
-    if held and folder / IDENTITY not in held:
+    if held and folder / MANIFEST not in held:
         raise ValueError(f"{folder} is not empty and no checkpoint; name another folder")
     return folder
 
 
-class Parts:
-    """A ``Keep`` over a folder: a part that is there is read, one that is not is made and written, whole or not at all.
+def remove_parts(folder) -> None:
+    """Removes a run folder: the manifest after the parts, so that a run killed meanwhile leaves what can go on.
 
-    folder: made if need be; its parent must exist
-    identity: JSON values, all that the parts depend on; they are written down first, and compared when a run goes on
+    Does nothing where there is none; what else lies there stays.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        for path in folder.iterdir():
+            if path.suffix == PART or is_unfinished(path):
+                path.unlink(missing_ok=True)
+        (folder / MANIFEST).unlink()
+    with suppress(OSError):  # not there, or not ours alone
+        folder.rmdir()
 
-    A part comes back bit for bit, so work that is cut into the same parts ends with the same bits, interrupted or not,
-    on the same machine with the same number of threads.
-    Raises ValueError where the folder is of other work, naming what differs, or a part is damaged; OSError where the
-    folder cannot be made or written.
+
+class Log:
+    """A .jsonl log of work that may go on after it was killed: whole, and each line once.
+
+    path: None for no log; options: of ``append_records``
     """
 
-    def __init__(self, folder, identity: dict):
-        self.folder = check_checkpoint(folder)
-        path = self.folder / IDENTITY
-        identity = json.loads(json.dumps(identity))
-        if path.exists():
-            self._compare(path, identity)
-        else:
-            self.folder.mkdir(exist_ok=True)
-            write_text(path, json.dumps(identity, indent=1))
+    def __init__(self, path, **options):
+        self._path, self._options = path, options
+        self._there: Counter[bytes] | None = None
 
-    def _compare(self, path: Path, identity: dict) -> None:
-        with reading(path, "delete the folder and begin again"):
-            found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{self.folder} holds other work: its {name} is {_short(found.get(name))}, this one's "
-                f"{_short(identity.get(name))}"
-                + (f" (and {', '.join(differing[1:])} differ)" if differing[1:] else "")
-                + "; go on with what it was begun with, or name another folder"
-            )
+    def add(self, records: Iterable[dict], again: bool = False) -> None:
+        """Adds a line for each record; raises as ``append_records``.
 
-    def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
-        path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            with reading(path, "delete it, and it is made again"):
-                return load_file(path)
-        part = make()
-        with (
-            saying("the parts before it are kept, and the same call goes on from there"),
-            replace_file(path) as unfinished,
-        ):
-            save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in part.items()}, unfinished)
-        # Read again: what goes on must not depend on whether the part was made in this run.
-        return load_file(path)
+        again: of a part that was found, whose lines an earlier run may have added: those that are there are passed
+        over, and one that was cut short is written anew
+        """
+        if again and self._path is not None:
+            records = [record for record in records if not self._has(record)]
+        append_records(self._path, records, **self._options)
+
+    def _has(self, record: dict) -> bool:
+        if self._there is None:
+            self._there = Counter(_line_digest(line) for line in _whole_lines(Path(self._path)))
+        line = _line_digest(json.dumps(record).encode())
+        self._there[line] -= 1
+        return self._there[line] >= 0
+
+
+def _line_digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).digest()
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log, without their ends; what stands behind the last end was cut short, and goes."""
+    if not path.is_file():
+        return
+    with named(path), open(path, "rb+") as file:
+        whole = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            yield line[:-1]
+        file.truncate(whole)
 
 
 def keep_json(keep: Keep, name: str, make: Callable[[], object]):
@@ -113,3 +323,11 @@ def digest(*things) -> str:
 def _short(value) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _digest_of(part: dict[str, Tensor]) -> str:
+    return digest(*(x for key in sorted(part) for x in (key, part[key])))
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Numbers in sentences."""
+"""Numbers in sentences, and what errors say."""
 
 from collections.abc import Sequence
 
@@ -45,6 +45,18 @@ def reason(error: Exception) -> str:
     of_python = type(error) in (TypeError, AttributeError, IndexError) or text.startswith(_PYTHONS)
     return "a part of it is of another kind than expected" if of_python else text
 
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out; torch has several of no type of their own for it."""
+    text = str(error)
+    of_torch = type(error).__name__ == "OutOfMemoryError" or any(words in text for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate", "DefaultCPUAllocator: not enough memory", "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 # How ValueErrors of Python and numpy begin that are raised where a value of another kind is worked with.
 _PYTHONS = (

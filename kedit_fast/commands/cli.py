@@ -15,6 +15,7 @@ from importlib import import_module
 from kedit_fast import __version__
 from kedit_fast.basics.printing import STDOUT, any_encoding, escaped
 from kedit_fast.basics.progress import show_progress
+from kedit_fast.basics.words import is_out_of_memory
 from kedit_fast.commands import arguments, edit_arguments
 from kedit_fast.commands.parser import Commands
 
@@ -97,11 +98,7 @@ def build_parser() -> Commands:
 
 def is_the_users(error: Exception) -> bool:
     """Whether an error is of what was asked for or of the machine, and no fault of this package."""
-    if isinstance(error, (ValueError, OSError, MemoryError, ImportError)):
-        return True
-    # torch has no type of its own for memory that the CPU lacks
-    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
-    return isinstance(error, RuntimeError) and out_of_memory
+    return isinstance(error, (ValueError, OSError, ImportError)) or is_out_of_memory(error)
 
 
 def open_stderr() -> None:

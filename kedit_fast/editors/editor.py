@@ -8,13 +8,14 @@ in ``basics/catalog.py``. What it needs it says in class variables; what it chec
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
-from kedit_fast.basics.parts import Keep, Parts, check_checkpoint, digest, keep_json, make_now
+from kedit_fast.basics.parts import Keep, digest, keep_json
 from kedit_fast.basics.progress import stages
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.hyperparameters import Hyperparameters
@@ -29,6 +30,7 @@ from kedit_fast.moments.corpus import AnyCorpus
 from kedit_fast.moments.given import moments_for
 from kedit_fast.moments.second_moment import STAGES as MEASURING
 from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run, fitting
 
 
 class Work(NamedTuple):
@@ -108,7 +110,7 @@ class Editor(Hyperparameters):
         contexts: AnyContexts | None = None,
         previous: Edit | Iterable[Edit] | None = None,
         independent: bool = False,
-        checkpoint: checks.AnyPath | None = None,
+        checkpoint: Checkpoint = None,
         seed: int = 0,
     ) -> Edit:
         """One Edit that writes all facts. Nothing is changed: use ``lm.with_edit(edit)`` or ``edit.apply(model)``.
@@ -133,8 +135,7 @@ class Editor(Hyperparameters):
         """
         seed, independent = checks.seed("seed", seed), checks.flag("independent", independent)
         self._refuse(moments=moments, corpus=corpus, contexts=contexts, independent=independent, checkpoint=checkpoint)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint)
+        checkpoint = check_run(checkpoint)
         self.check(lm)
         facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
         groups = self._groups(contexts)
@@ -142,17 +143,22 @@ class Editor(Hyperparameters):
         lm = under(lm, previous, facts)
         with stages(*(MEASURING if moments is None and self.mom2_adjustment else ()), *self.stages(groups)):
             moments = self.moments_of(lm, moments, corpus)
-            keep = self._keep(checkpoint, lm, facts, groups or seed, moments, independent)
-            groups = groups or keep_json(keep, "contexts", lambda: self.sampled_contexts(lm, seed))
-            written = self.write(Work(lm, tuple(facts), groups, moments, independent, keep))
-            about = {"version": __version__, "layers": written.layers, "found": written.found._asdict()}
-            edit = Edit(
-                method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
-                changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
-                keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
-                provenance=about | written.about | chain(lm),
-            )  # fmt: skip
-            return with_written(lm, edit)
+            asked = partial(self._asked, lm, facts, groups or seed, moments, independent)
+            with begun(checkpoint, asked) as keep:
+                return fitting(lm, keep, lambda lm: self._made(lm, facts, groups, moments, independent, keep, seed))
+
+    def _made(self, lm, facts, groups, moments, independent: bool, keep: Keep, seed: int) -> Edit:
+        """The edit, of checked arguments; groups: None for contexts that have to be sampled."""
+        groups = groups or keep_json(keep, "contexts", lambda: self.sampled_contexts(lm, seed))
+        written = self.write(Work(lm, tuple(facts), groups, moments, independent, keep))
+        about = {"version": __version__, "layers": written.layers, "found": written.found._asdict()}
+        edit = Edit(
+            method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
+            changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
+            keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
+            provenance=about | written.about | chain(lm),
+        )  # fmt: skip
+        return with_written(lm, edit)
 
     @property
     def method(self) -> str:
@@ -210,17 +216,14 @@ class Editor(Hyperparameters):
         groups = None if contexts is None else checked_contexts(contexts)
         return [[t for group in groups for t in group]] if groups and self.FLAT_CONTEXTS else groups
 
-    def _keep(self, folder, lm, facts, contexts, moments, independent) -> Keep:
-        """The checkpoint's folder, or none."""
-        if folder is None:
-            return make_now
-        return Parts(folder, {
-            "method": self.method, "hparams": asdict(self), "version": __version__, "model": lm.fingerprint,
-            "dtype": str(lm.dtype), "device": lm.device.type, "memory": lm.memory, "weights": lm.source.name,
-            "independent": independent, "number of facts": len(facts),
-            "facts": digest(*(fact.to_record() for fact in facts)), "contexts": contexts,
-            "statistics": {layer: digest(moment.matrix) for layer, moment in moments.items()}, **chain(lm),
-        })  # fmt: skip
+    def _asked(self, lm, facts, contexts, moments, independent) -> dict:
+        """What an edit depends on, for the manifest of its checkpoint."""
+        statistics = {layer: digest(moment.matrix) for layer, moment in moments.items()}
+        hparams = asdict(self)
+        return asked_of(
+            lm, f"edit by {self.method}", facts, hparams=hparams, independent=independent, contexts=contexts,
+            statistics=statistics,
+        )  # fmt: skip
 
 
 def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:

@@ -47,7 +47,7 @@ def with_written(lm, edit: Edit) -> Edit:
         warnings.warn(
             f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}",
             NotWritten,
-            stacklevel=4,  # the line that called ``edit``
+            stacklevel=7,  # the line that called ``edit``
         )
     return replace(edit, provenance=edit.provenance | {"written": made})
 

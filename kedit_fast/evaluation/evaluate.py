@@ -5,6 +5,7 @@ The model without and with the edit goes through the same sweeps; below the firs
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import append_records, check_place
+from kedit_fast.basics.files import check_place
+from kedit_fast.basics.parts import Keep, Log, digest, json_of, json_tensor, keep_json
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import TAKE_ONE
@@ -28,6 +30,7 @@ from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import has_template
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import LM, takes_lm
+from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run, fitting, in_groups
 from kedit_fast.sweep.plan import RowCost, free, together
 
 OPS = ("attention", "linear", "lowrank", "target_logprob")  # that an evaluation runs
@@ -46,6 +49,7 @@ def evaluate(
     max_tokens: int = MAX_TOKENS,
     log: checks.AnyPath | None = None,
     both_forms: bool = True,
+    checkpoint: Checkpoint = None,
 ) -> EvalReport:
     """What facts are worth by a benchmark, for the model and, in the same sweeps, for the model with its edits.
 
@@ -59,6 +63,8 @@ def evaluate(
     log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
+    checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
+        arguments, and ends with the same bits. To be deleted once the report is saved
 
     CounterFact needs facts with target_new or target_true, same_subject prompts, or neighbors with answers of their
     own; a metric is NaN where a fact lacks what it compares. Neighborhood prompts that name a subject edited together
@@ -66,13 +72,14 @@ def evaluate(
     out and counted. A prompt whose answer is NaN (an edit that overflows) has probability 0 and is no success, and a
     text that is continued ends there; NaN of the base model is an error.
 
-    Raises ValueError where the base model gives NaN; all else before the first sweep: ValueError for no facts, nothing
-    to compare, text too short, an edit for another model or without those that it stands on, independent edits that do
-    not hold a fact, or text or cases of several facts together with them; TypeError for anything but Facts or an Edit;
-    OSError for a log that cannot be written.
+    Raises ValueError where the base model gives NaN, MemoryError where memory runs out however the work is cut; all
+    else before the first sweep: ValueError for no facts, nothing to compare, text too short, a checkpoint of other
+    work, an edit for another model or without those that it stands on, independent edits that do not hold a fact, or
+    text or cases of several facts together with them; TypeError for anything but Facts or an Edit; OSError for a log
+    that cannot be written.
     One weight pass for each chunk of cases (64, or as many as memory holds when weights are streamed) and for the text.
     """
-    grouped = _checked(benchmark, facts, generate, max_tokens, both_forms, log)
+    grouped, checkpoint = _checked(benchmark, facts, generate, max_tokens, both_forms, log), check_run(checkpoint)
     lm = with_edits(lm, edit, "edit")
     cases = _cases(lm, grouped, text)
     windows = None if text is None else text_windows(lm, text, max_tokens)
@@ -85,8 +92,8 @@ def evaluate(
     writing = ["generating"] * any(probe.n_written for one in asked for probe in one.everything)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
-        said = _read_all(lm, benchmark, forms, log)
-        drift = None if windows is None else perplexity(lm, windows)
+        asked_for = partial(_asked_for, lm, benchmark, grouped, generate, len(forms), windows)
+        said, drift = _answered(lm, benchmark, forms, windows, log, (checkpoint, asked_for))
     other = _report(benchmark, forms[1], said[1], meta | {"note": ""}) if len(forms) > 1 else None
     return _report(benchmark, forms[0], said[0], meta, perplexity=drift, other=other)
 
@@ -95,11 +102,13 @@ def evaluate(
 
 
 class Asked(NamedTuple):
-    """A case in one form, and what is asked of it. own: its facts' prompts, where they are to be written on"""
+    """A case in one form, and what is asked of it. own: its facts' prompts, where they are to be written on; texts:
+    what base and edited model wrote behind each of ``everything``, None where they were not asked to"""
 
     case: Case
     own: list[Probe]
     probes: list[Probe]
+    texts: list[tuple[str | None, str | None]] = []  # noqa: RUF012 (never changed)
 
     @property
     def everything(self) -> list[Probe]:
@@ -186,35 +195,70 @@ class Said(NamedTuple):
     edited: dict[str, float] | None
     generations: list[tuple[str, str, str | None]]
 
+    @classmethod
+    def of(cls, base, edited, generations) -> "Said":
+        """What JSON gives back of one."""
+        return cls(base, edited, [tuple(told) for told in generations])
 
-def _read_all(lm, benchmark: Benchmark, forms: list[list[Asked]], log) -> list[list[Said]]:
-    """What came of the cases, in each form."""
-    texts = [_written(lm, [probe for one in form for probe in one.everything]) for form in forms]
-    said: list[list[Said]] = [[] for _ in forms]
-    with progress("evaluating facts", len(forms[0])) as bar:
-        for chunk in _chunks(lm, zip(*forms, strict=True)):
-            advance = scaled(bar.advance, len(chunk) / len(forms))
-            by_form = zip(zip(*chunk, strict=True), texts, strict=True)
-            new = [_said(lm, benchmark, some, written, advance) for some, written in by_form]
-            rows = zip(chunk, zip(*new, strict=True), strict=True)
-            append_records(
-                log, (case_record(one[0].case.facts, *row[0], *(r[:2] for r in row[1:])) for one, row in rows)
-            )
+
+def _asked_for(lm, benchmark: Benchmark, grouped, generate: int, n_forms: int, windows) -> dict:
+    """What an evaluation depends on, for the manifest of its checkpoint."""
+    facts = [fact for some in grouped for fact in some]
+    settings = {"benchmark": benchmark.name, "generate": generate, "forms": n_forms}
+    return asked_of(lm, "evaluate", facts, **settings, text=None if windows is None else digest(windows))
+
+
+def _answered(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, run):
+    """(what came of the cases, in each form; the perplexities of base and edited model). run: of ``begun``"""
+    with begun(*run) as keep:
+        return fitting(lm, keep, lambda lm: _all_read(lm, benchmark, forms, windows, log, keep))
+
+
+def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, keep: Keep):
+    """As ``_answered``, with so much memory."""
+    written = keep_json(keep, "written", lambda: [_written(lm, form) for form in forms])
+    both = zip(forms, written, strict=True)
+    forms = [[one._replace(texts=texts) for one, texts in zip(*each, strict=True)] for each in both]
+    said = _read_all(lm, benchmark, list(zip(*forms, strict=True)), log, keep)
+    if windows is None:
+        return said, None
+    base, edited = keep_json(keep, "perplexity", lambda: perplexity(lm, windows))
+    return said, (base, edited)
+
+
+def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, keep: Keep) -> list[list[Said]]:
+    """What came of the cases, each in all its forms, by form."""
+    said: list[list[Said]] = [[] for _ in cases[0]]
+    lines = Log(log)
+    with progress("evaluating facts", len(cases)) as bar:
+
+        def make(chunk: Sequence[tuple[Asked, ...]], first: int) -> dict[str, Tensor]:
+            advance = scaled(bar.advance, len(chunk) / len(said))
+            made = [_said(lm, benchmark, some, advance) for some in zip(*chunk, strict=True)]
+            return {"said": json_tensor(made)}
+
+        for chunk in in_groups(keep, "cases", cases, lambda rest: _chunks(lm, rest), make, "case"):
+            new = [[Said.of(*one) for one in form] for form in json_of(chunk.part["said"])]
+            rows = zip(chunk.items, zip(*new, strict=True), strict=True)
+            records = (case_record(one[0].case.facts, *row[0], *(r[:2] for r in row[1:])) for one, row in rows)
+            lines.add(records, again=chunk.found)
             for before, more in zip(said, new, strict=True):
                 before += more
+            bar.resume(chunk.first + len(chunk.items) - bar.done)  # where the chunk had been kept
     return said
 
 
-def _written(lm, probes: list[Probe]) -> Iterator[tuple[str | None, str | None]]:
-    """What base and edited model write behind each probe that asks for it."""
+def _written(lm, form: list[Asked]) -> list[list[tuple[str | None, str | None]]]:
+    """What base and edited model write behind each probe of each case that asks for it."""
+    probes = [probe for one in form for probe in one.everything]
     before = write_probes(dataclasses.replace(lm, edits=()), probes)
-    return zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True)
+    both = iter(zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True))
+    return [list(islice(both, len(one.everything))) for one in form]
 
 
-def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], texts: Iterator, advance) -> list[Said]:
-    probes = [probe for one in chunk for probe in one.everything]
-    written = list(islice(texts, len(probes)))
-    base, edited = read_probes(lm, probes, advance)
+def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], advance) -> list[Said]:
+    written = [both for one in chunk for both in one.texts]
+    base, edited = read_probes(lm, [probe for one in chunk for probe in one.everything], advance)
     base = [answer._replace(text=before) for answer, (before, _) in zip(base, written, strict=True)]
     if edited is not None:
         edited = [answer._replace(text=after) for answer, (_, after) in zip(edited, written, strict=True)]

@@ -238,7 +238,7 @@ def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int
     worst = max(tasks, key=lambda task: len(task.prompt) + len(task.target))
     need = held_bytes(lm, worst, settings.layers, recompute=True)
     if need > left - rows:
-        raise ValueError(too_large(f"fine-tuning on fact {worst.name}", need + state + rows, lm.memory))
+        raise too_large(f"fine-tuning on fact {worst.name}", need + state + rows, lm.memory)
     return left - rows, rows
 
 

@@ -23,6 +23,7 @@ from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.kept import in_groups
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
 from kedit_fast.sweep.rows import KVStore
 from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
@@ -87,24 +88,25 @@ def optimize_values(
     upper layers a group. A fact too large for the memory takes as many sweeps a step as its contexts have to be cut
     into. No randomness.
 
-    keep, name: each group is a part of the work kept as "{name}-{number}" (basics/parts.py)
+    keep, name: each group is a part of the work kept under that name (``in_groups``)
     Raises ValueError where the model or a loss gives NaN or infinity; for a loss with the fact's number and name and
     the step; and, with the bytes needed, where a fact does not fit however it is cut.
     """
-    parts, n_done = [], 0
+    parts = []
     with progress(LABEL, settings.steps * len(tasks)) as bar:
-        for group in _groups(lm, tasks, settings):
-            made = keep(
-                f"{name}-{len(parts):05d}", lambda g=group, n=n_done: vars(_Group(lm, g, settings, n).optimize(bar))
-            )
-            parts.append(made)
-            n_done += len(group)
+
+        def make(group: Sequence[ValueTask], first: int) -> dict[str, Tensor]:
+            return vars(_Group(lm, list(group), settings, first).optimize(bar))
+
+        for group in in_groups(keep, name, tasks, lambda rest: _groups(lm, rest, settings), make):
+            parts.append(group.part)
+            n_done = group.first + len(group.items)
             bar.resume(n_done * settings.steps - bar.done)  # where the group had been kept
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return Values(**joined | {key: joined[key].to(lm.device) for key in ("values", "initial")})
 
 
-def _groups(lm, tasks: list[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
+def _groups(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
     """Consecutive facts that fit ``lm.memory`` together; one that is too large stands alone."""
     return together(tasks, lambda task: held_bytes(lm, task, settings), lm.memory)
 
@@ -342,7 +344,7 @@ def parts(lm, tasks: list[ValueTask], settings: ValueSettings) -> tuple[list[ran
             size = next(s for s in range(n, 0, -1) if _largest(lm, task, settings, s, recompute) <= room)
             return [range(i, min(i + size, n)) for i in range(0, n, size)], recompute
     what = f"fact {task.name}, one context at a time,"
-    raise ValueError(too_large(what, need + lm.memory - room, lm.memory))
+    raise too_large(what, need + lm.memory - room, lm.memory)
 
 
 def _largest(lm, task: ValueTask, settings: ValueSettings, size: int, recompute: bool) -> int:

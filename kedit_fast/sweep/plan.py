@@ -112,7 +112,7 @@ def cut(runs: Runs, cost: RowCost, memory: int, beside: int = 0) -> list[Tensor]
             added = sum(size[r] for r in new)
         if added > budget:
             need = added + cost.call + beside
-            raise ValueError(too_large("one run with its ancestors", need, memory))
+            raise too_large("one run with its ancestors", need, memory)
         pack.update(new)
         held += added
     if pack:
@@ -163,10 +163,14 @@ def together(
         yield group
 
 
-def too_large(what: str, need: int, memory: int) -> str:
-    """The message for something that does not fit the memory however it is cut. The need is rounded up, the memory
-    down: a need said in the memory's own figure would tell nothing."""
-    return (
+class TooLarge(ValueError):
+    """Something does not fit the memory however it is cut."""
+
+
+def too_large(what: str, need: int, memory: int) -> TooLarge:
+    """The error for it. The need is rounded up, the memory down: a need said in the memory's own figure would tell
+    nothing."""
+    return TooLarge(
         f"{what} needs {math.ceil(need / 1e7) / 100:.2f} GB and memory allows {memory // 10**7 / 100:.2f} GB; give "
         "open_model a larger memory=, or shorten the text"
     )

@@ -80,7 +80,7 @@ def _cut(lm, task: Task, n: int, kinds) -> tuple[list[Tensor], bool]:
         if one <= lm.memory:
             most = 1 + (lm.memory - one) // (two - one)
             return list(torch.arange(n).split(-(-n // -(-n // min(n, most))))), recompute
-    raise ValueError(too_large(f"the estimate of fact {task.fact.label}, one noise draw at a time,", one, lm.memory))
+    raise too_large(f"the estimate of fact {task.fact.label}, one noise draw at a time,", one, lm.memory)
 
 
 def most(effect: Tensor, n: int, among: Tensor) -> Tensor:

@@ -10,16 +10,20 @@ below and before its restoration with its corrupted run, which is exact in a cau
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import append_records, check_place
+from kedit_fast.basics.files import check_place
+from kedit_fast.basics.parts import Keep, Log, json_of, json_tensor
 from kedit_fast.basics.progress import logger, progress, scaled
 from kedit_fast.facts.fact import Fact, check_subject, fact_list
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import LM, takes_lm
+from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run, fitting, in_groups
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, free, together
 from kedit_fast.tracing.attribution import estimate, most
 from kedit_fast.tracing.exact import all_cells, restored_cells
@@ -63,6 +67,7 @@ def trace(
     method: str = "exact",
     top: int = 20,
     log: checks.AnyPath | None = None,
+    checkpoint: Checkpoint = None,
 ) -> list[TraceResult]:
     """Indirect effects of every (token, layer) for facts: a result for each fact and kind, facts in order.
 
@@ -80,9 +85,12 @@ def trace(
         "screen": the estimate ranks the cells of a result, and the ``top`` ones are exact. ``TraceResult.exact`` says
         which cells are
     log: a .jsonl path; each result is added to it as soon as its facts are done
+    checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
+        arguments, and ends with the same bits. To be deleted once the result is saved
 
-    Raises ValueError, before any work, for unknown choices, a subject of other length, a missing foil, and OSError for
-    a log that cannot be written; ValueError, before results are written, for a fact whose runs give NaN. One weight
+    Raises ValueError, before any work, for unknown choices, a subject of other length, a missing foil, a checkpoint of
+    other work, and OSError for a log that cannot be written; ValueError, before results are written, for a fact whose
+    runs give NaN; MemoryError where memory runs out however the work is cut. One weight
     pass for each group of facts that ``lm.memory`` holds (two and a half with an estimate), and one for the answers.
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
@@ -92,20 +100,42 @@ def trace(
     metric, method = checks.choice("metric", metric, METRICS), checks.choice("method", method, METHODS)
     _check_severed(kinds, sever, method)
     seed, answer = checks.seed("seed", seed), checks.optional(checks.text, "answer", answer, like="Paris")
-    log = None if log is None else check_place(log)
+    log, checkpoint = None if log is None else check_place(log), check_run(checkpoint)
     noisy = isinstance(corrupt, str) and corrupt == "noise"
     level, draws = (noise_level(lm, facts, noise), check_draws(lm, facts, kinds, samples)) if noisy else (None, 1)
     how = TraceSettings(kinds, window, metric, sever, draws, level, seed)
+    answers = (answer, corrupt, metric)
+    with begun(checkpoint, partial(_asked_for, lm, facts, how, answers, method, top)) as keep:
+        return fitting(lm, keep, lambda lm: _traced(lm, facts, how, answers, method, top, log, keep))
+
+
+def _asked_for(lm, facts, how: TraceSettings, answers, method, top) -> dict:
+    """What a trace depends on, for the manifest of its checkpoint; answers: as in ``_traced``."""
+    answer, corrupt, _ = answers
+    settings = {"answer": answer, "corrupt": corrupt if isinstance(corrupt, str) else list(corrupt), "method": method}
+    return asked_of(lm, "trace", facts, **asdict(how), **settings, top=top if method == "screen" else None)
+
+
+def _traced(lm, facts, how: TraceSettings, answers, method, top, log, keep: Keep) -> list[TraceResult]:
+    """The results of checked facts; answers: answer, corrupt and metric of ``tasks_of``."""
     backend = ", ".join(f"{op} {backend_for(op, lm.device, lm.dtype)}" for op in _OPS)
-    tasks = tasks_of(lm, facts, answer, corrupt, metric)
+    tasks = tasks_of(lm, facts, *answers)
     if method == "exact":
         _announce(lm, tasks, how)
     results: list[TraceResult] = []
+    lines = Log(log, allow_nan=True)
     with progress("tracing facts", len(tasks)) as bar:
-        for group in _groups(lm, tasks, how):
-            done = _trace_group(lm, group, how, method, top, backend, scaled(bar.advance, len(group)))
-            results += done
-            append_records(log, (result.to_record() for result in done), allow_nan=True)
+
+        def make(group: Sequence[Task], first: int) -> dict[str, Tensor]:
+            made = _trace_group(lm, list(group), how, method, top, backend, scaled(bar.advance, len(group)))
+            return {"results": json_tensor([result.to_record() for result in made])}
+
+        for group in in_groups(keep, "traces", tasks, lambda rest: _groups(lm, rest, how), make):
+            records = json_of(group.part["results"])
+            each = zip(records, (task.fact for task in group.items for _ in how.kinds), strict=True)
+            results += [replace(TraceResult.from_record(record), fact=fact) for record, fact in each]
+            lines.add(records, again=group.found)
+            bar.resume(group.first + len(group.items) - bar.done)  # where the group had been kept
     return results
 
 
@@ -117,7 +147,7 @@ def _check_severed(kinds, sever, method):
         )
 
 
-def _groups(lm, tasks: list[Task], how: TraceSettings) -> Iterator[list[Task]]:
+def _groups(lm, tasks: Sequence[Task], how: TraceSettings) -> Iterator[list[Task]]:
     """Consecutive facts whose runs fit the memory together; one that is too large is cut further."""
     budget = free(lm) // RowCost.of(lm).kept
     if not lm.source.pass_bytes:

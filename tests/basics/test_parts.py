@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
-from kedit_fast.basics.parts import Parts, digest, keep_json, make_now
+from kedit_fast.basics.parts import MANIFEST, Held, Log, Parts, digest, keep_json, keep_whole, make_now, remove_parts
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
 
@@ -23,7 +24,7 @@ def edit(lm, facts=FACTS, editor=EDITOR, **options):
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(values_module, "_groups", lambda lm, tasks, settings: [[task] for task in tasks])
+    monkeypatch.setattr(values_module, "_groups", lambda lm, tasks, settings: ([task] for task in tasks))
 
 
 def assert_same(a, b, folder):
@@ -34,6 +35,12 @@ def assert_same(a, b, folder):
 # ---- parts
 
 
+def begun(folder, asked):
+    """A run that has kept a part and is no longer at work."""
+    with Parts(folder, asked) as keep:
+        keep("part", lambda: {"x": torch.ones(3)})
+
+
 def test_a_part_is_made_once_and_comes_back_bit_for_bit(tmp_path):
     made = []
 
@@ -42,16 +49,18 @@ def test_a_part_is_made_once_and_comes_back_bit_for_bit(tmp_path):
         return {"x": torch.tensor([0.1, torch.nan, -0.0]), "n": torch.arange(3)[::2]}
 
     for _ in range(2):
-        part = Parts(tmp_path / "work", {"what": (1, 2)})("part", make)
+        with Parts(tmp_path / "work", {"what": (1, 2)}) as keep:
+            part = keep("part", make)
         assert digest(part["x"]) == digest(make()["x"]) and part["n"].tolist() == [0, 2]
         made.pop()
     assert len(made) == 1
     assert make_now("part", make)["n"].tolist() == [0, 2]
-    assert keep_json(Parts(tmp_path / "work", {"what": [1, 2]}), "text", lambda: [["é", 1]]) == [["é", 1]]
+    with Parts(tmp_path / "work", {"what": [1, 2]}) as keep:
+        assert keep_json(keep, "text", lambda: [["é", 1]]) == [["é", 1]]
 
 
 def test_a_checkpoint_of_other_work_is_refused(tmp_path):
-    Parts(tmp_path / "work", {"what": 1, "model": "a"})
+    begun(tmp_path / "work", {"what": 1, "model": "a"})
     with pytest.raises(ValueError, match='its model is "a", this one\'s "b"'):
         Parts(tmp_path / "work", {"what": 1, "model": "b"})
     (tmp_path / "other").mkdir()
@@ -65,12 +74,66 @@ def test_a_checkpoint_of_other_work_is_refused(tmp_path):
 
 
 def test_a_damaged_part_is_named(tmp_path):
-    keep = Parts(tmp_path / "work", {})
-    keep("part", lambda: {"x": torch.ones(3)})
+    begun(tmp_path / "work", {})
     path = tmp_path / "work" / "part.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"part\.safetensors is damaged"):
-        keep("part", lambda: {})
+    whole = path.read_bytes()
+    for damaged in (whole[:-5], whole[:-1] + b"\x01"):
+        path.write_bytes(damaged)
+        with Parts(tmp_path / "work", {}) as keep, pytest.raises(ValueError, match=r"part\.safetensors is damaged"):
+            keep("part", lambda: {})
+    (tmp_path / "work" / MANIFEST).write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*; delete the folder"):
+        Parts(tmp_path / "work", {})
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    with Parts(tmp_path / "work", {}), pytest.raises(ValueError, match="another run works there; wait for it"):
+        Parts(tmp_path / "work", {})
+    assert not (tmp_path / "work").exists()  # nothing was kept
+    Parts(tmp_path / "work", {}).close()
+
+
+def test_a_part_made_in_parts_of_its_own(tmp_path):
+    """They are found again until it is whole, and gone then."""
+    made = []
+
+    def make(keep, stop):
+        inner = [keep(name, lambda name=name: made.append(name) or {"x": torch.ones(1)})["x"] for name in "ab"]
+        if stop:
+            raise KeyboardInterrupt
+        return {"x": torch.cat(inner)}
+
+    held = Held()
+    for keep in (lambda: Parts(tmp_path / "work", {}), lambda: nullcontext(held)):
+        made.clear()
+        with keep() as run, pytest.raises(KeyboardInterrupt):
+            keep_whole(run, "whole", lambda inside: make(inside, stop=True))
+        with keep() as run:
+            assert keep_whole(run, "whole", lambda inside: make(inside, stop=False))["x"].tolist() == [1, 1]
+            assert keep_whole(run, "whole", None)["x"].tolist() == [1, 1]
+        assert made == ["a", "b"]
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [MANIFEST, "whole.safetensors"]
+    remove_parts(tmp_path / "work")
+    remove_parts(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_log_that_goes_on_has_each_line_once(tmp_path):
+    path, records = tmp_path / "log.jsonl", [{"n": n} for n in (1, 2, 2, 3)]
+    Log(path).add(records)
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):  # killed at any byte
+        path.write_bytes(whole[:cut])
+        log = Log(path)
+        log.add(records[:2], again=True)
+        log.add(records[2:], again=True)
+        assert path.read_bytes() == whole
+    Log(path).add(records[:1])
+    assert path.read_bytes() == whole + b'{"n": 1}\n'
+    path.unlink()
+    Log(path).add(records, again=True)
+    assert path.read_bytes() == whole
+    Log(None).add(records, again=True)
 
 
 def test_digests_tell_things_apart():
@@ -82,7 +145,7 @@ def test_digests_tell_things_apart():
 # ---- an edit
 
 
-@pytest.mark.parametrize("stop_at", ["contexts", "values-00002", "layer-1"])
+@pytest.mark.parametrize("stop_at", ["contexts", "values-000002", "layer-1"])
 def test_an_interrupted_edit_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, stop_at):
     one_by_one(monkeypatch)
     lm = tiny_lm("llama")
@@ -148,9 +211,9 @@ def test_a_killed_process(tmp_path, monkeypatch):
     """kill -9, in another process, while the third value has been kept and the fourth has not."""
     one_by_one(monkeypatch)
     folder = str(tmp_path / "work")
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, folder, "values-00002"]
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, folder, "values-000002"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while (line := child.stdout.readline().strip()) != "values-00002":
+    while (line := child.stdout.readline().strip()) != "values-000002":
         assert line, "the process ended before it was killed"
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -18,6 +18,7 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
 from kedit_fast.model.opening import open_model
 from tests.compare import refused
+from tests.make import killed_at
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
 module = importlib.import_module("kedit_fast.evaluation.evaluate")  # the package's attribute is the function
@@ -481,3 +482,23 @@ def test_helpful_errors(lm):
     refused(r"'Spain is'.*nothing to compare", evaluate, lm, [Fact("{} is", "Spain")])
     refused("open the model it was made on", evaluate, lm, FACTS, make_edit(make_lm("gpt2")))
     refused("generate = -1: expected a whole number of at least 0", evaluate, lm, FACTS, generate=-1)
+
+
+# --- long runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    edit = make_edit(lm)
+    options = {"text": TEXT, "generate": 3, "max_tokens": 100}
+    whole = evaluate(lm, FACTS, edit, log=tmp_path / "whole.jsonl", **options)
+    kept = {"log": tmp_path / "log.jsonl", "checkpoint": tmp_path / "run"} | options
+    for n in (1, 2, 2):  # the texts that are written, two chunks, the last one and the perplexity
+        with killed_at(n):
+            evaluate(lm, FACTS, edit, **kept)
+    again = evaluate(lm, FACTS, edit, **kept)
+    whole.save(tmp_path / "whole.json"), again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    refused("holds other work: its generate is 3", evaluate, lm, FACTS, edit, **kept | {"generate": 4})
+    refused("holds other work: its edits below", evaluate, lm, FACTS, make_edit(lm, deltas={1: lowrank(3)}), **kept)

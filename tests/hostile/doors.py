@@ -113,7 +113,8 @@ def doors(folder) -> list[Door]:
         Door("load_facts", _with(kf.load_facts, path="builtin"), dict(path="path", n="positive?", skip_bad="flag")),
         Door("trace", _with(kf.trace, t.lm, facts=t.facts[0], samples=1, kinds=("state",)), dict(
             facts="facts", kinds="choices", window="positive", samples="positive", noise="noise", seed="seed",
-            answer="text?", metric="choice", sever="choice?", method="choice", top="positive", log="path?")),
+            answer="text?", metric="choice", sever="choice?", method="choice", top="positive", log="path?",
+            checkpoint="path?")),
         Door("trace.corrupt", _with(kf.trace, t.lm, facts=t.facts[0], samples=1), dict(corrupt="object")),
         Door("average", _with(kf.average), dict(results="facts")),
         Door("AverageTrace.recommend_layers", _with(t.average["state"].recommend_layers), dict(n="positive")),
@@ -140,7 +141,7 @@ def doors(folder) -> list[Door]:
             facts="facts", previous="edit?", independent="flag", seed="seed")),
         Door("evaluate", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(
             facts="facts", edit="edit", benchmark="object", text="corpus", generate="whole", max_tokens="positive",
-            log="path?", both_forms="flag")),
+            log="path?", both_forms="flag", checkpoint="path?")),
         Door("EvalReport.load", _with(kf.EvalReport.load), dict(path="path")),
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),

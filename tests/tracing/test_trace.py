@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.edits.deltas import LowRank
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep import engine
@@ -18,7 +19,7 @@ from kedit_fast.tracing import tasks as trace_tasks
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.tasks import Task, Traced
 from tests.conftest import open_tiny, refused, tiny_lm
-from tests.make import watched
+from tests.make import killed_at, watched
 from tests.oracle.access import subject_span
 from tests.oracle.tracing import trace_oracle
 from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
@@ -392,3 +393,55 @@ def test_the_real_model_knows_where_the_tower_is(smollm2):
     assert result.p_corrupted < 0.3 and result.p_restored.shape == (len(result.tokens), 30)
     at_last = result.p_restored[-1]  # the answer reaches the last token in the upper layers, and only there
     assert at_last[-1] == np.float32(result.p_clean) and at_last[23:].min() > 0.4 and at_last[:20].max() < 0.02
+
+
+# ---- long runs
+
+
+def one_by_one(monkeypatch):
+    """Each fact is a group of its own."""
+    monkeypatch.setattr(tracing, "_groups", lambda lm, tasks, how: ([task] for task in tasks))
+
+
+def test_a_killed_trace_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    one_by_one(monkeypatch)
+    facts, options = [CAPITAL, EIFFEL, CAPITAL, NEEDLE], {"method": "screen", "top": 3, "noise": "s3"}
+    whole = traced("gpt2", facts, log=tmp_path / "whole.jsonl", **options)
+    kept = {"log": tmp_path / "log.jsonl", "checkpoint": tmp_path / "run"} | options
+    for _ in range(2):  # two more facts each time
+        with killed_at(2):
+            traced("gpt2", facts, **kept)
+    again = traced("gpt2", facts, **kept)
+    assert [result.to_record() for result in again] == [result.to_record() for result in whole]
+    assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert [result.fact is facts[i // 3] for i, result in enumerate(again)] == [True] * 12
+    refused("holds other work: its window is 3, this one's 4", traced, "gpt2", facts, window=4, **kept)
+    refused("holds other work: its edits below is null", traced, "gpt2", facts, lm=with_an_edit(), **kept)
+
+
+def with_an_edit() -> kf.LM:
+    lm = tiny_lm("gpt2")
+    delta = LowRank(torch.ones(lm.d_model, 1), torch.ones(lm.d_ff, 1))
+    return lm.with_edit(kf.Edit("by hand", {}, lm.fingerprint, (CAPITAL,), {1: delta}))
+
+
+def test_a_trace_that_runs_out_of_memory_goes_on_in_smaller_groups(monkeypatch):
+    """Two facts at a time are too many; what was done of them before is kept."""
+    lm, facts, made = tiny_lm("llama"), [CAPITAL, EIFFEL, NEEDLE, BEN], []
+    whole, trace_group = traced("llama", facts), tracing._trace_group
+
+    def short(lm, group, *rest):
+        if len(group) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        made.append(group[0].fact)
+        return trace_group(lm, group, *rest)
+
+    monkeypatch.setattr(tracing, "_groups", lambda now, tasks, how: (
+        [tasks[:2], tasks[2:]] if made and now.memory == lm.memory else [[task] for task in tasks]
+    ))  # fmt: skip
+    monkeypatch.setattr(tracing, "_trace_group", short)
+    with pytest.warns(UserWarning, match="out of memory"):
+        results = traced("llama", facts)
+    assert made == facts
+    for got, want in zip(results, whole, strict=True):
+        alike(got, want)

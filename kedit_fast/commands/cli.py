@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 
 from kedit_fast import __version__
@@ -60,7 +61,7 @@ def main(argv=None) -> int:
     if sys.stdout is None:
         return say_error("error: standard output is closed; nothing was done", PIPE_CLOSED)
     with warnings.catch_warnings(), show_progress(not args.quiet), any_encoding((sys.stdout, sys.stderr)):
-        warnings.showwarning = warning_line
+        warnings.showwarning = partial(warning_line, args)
         try:
             module, _, function = COMMANDS[args.command][1].partition(".")
             status = getattr(import_module(f"kedit_fast.commands.{module}"), function or "run")(args)
@@ -113,17 +114,27 @@ def stop_printing() -> None:
 
 
 def told(error: Exception, args=None) -> str:
-    """An error in words; the system's own as "file: what is wrong with it". An argument of ``args`` that it begins with
-    is named as the option that it is, or as its place in the usage."""
+    """An error in words; the system's own as "file: what is wrong with it". See ``in_options``."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    text = str(error).strip() or type(error).__name__
+    return in_options(str(error).strip() or type(error).__name__, args)
+
+
+def in_options(text: str, args=None) -> str:
+    """What a function says of its arguments, in options: one of ``args`` that the text begins with, or that it names as
+    ``memory=``, is the option that it is here, or its place in the usage."""
+    known = vars(args) if args else {}
+    text = re.sub(r"\b(\w+)=(?=[\s,;:.)]|$)", lambda name: _option(name[1]) if name[1] in known else name[0], text)
     name = re.match(r"(\w+)( = | is empty)", text)
-    if name is None or name[1] not in (vars(args) if args else ()):
+    if name is None or name[1] not in known:
         return text
     place = getattr(args, "places", {}).get(name[1])
-    called = f"argument {place}:" if place else f"--{name[1].replace('_', '-')}"
+    called = f"argument {place}:" if place else _option(name[1])
     return f"{called} {text[len(name[0]) :] if name[2] == ' = ' else text[len(name[1]) + 1 :]}"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def say_error(text: str, status: int) -> int:
@@ -133,11 +144,11 @@ def say_error(text: str, status: int) -> int:
     return status
 
 
-def warning_line(message, category, filename, lineno, file=None, line=None):
+def warning_line(args, message, category, filename, lineno, file=None, line=None):
     """A warning as a line on stderr, for ``warnings.showwarning``."""
     # The libraries' own notices to developers are not this user's.
     if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
-        say_error(f"warning: {message}", 0)
+        say_error(f"warning: {in_options(str(message), args)}", 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.state import wide
+from kedit_fast.basics.words import sized
 from kedit_fast.kernels.target_logprob import LOGITS
 from kedit_fast.sweep.runs import Runs
 
@@ -168,9 +169,11 @@ class TooLarge(ValueError):
 
 
 def too_large(what: str, need: int, memory: int) -> TooLarge:
-    """The error for it. The need is rounded up, the memory down: a need said in the memory's own figure would tell
-    nothing."""
+    """The error for it. The need is rounded up, the memory down, to three digits: a need said in the memory's own
+    figure would tell nothing."""
+    need, memory = math.ceil(need), int(memory)
+    need_step, memory_step = (10 ** max(0, len(str(n)) - 3) for n in (need, memory))
+    needed, allowed = sized(-(-need // need_step) * need_step), sized(memory // memory_step * memory_step)
     return TooLarge(
-        f"{what} needs {math.ceil(need / 1e7) / 100:.2f} GB and memory allows {memory // 10**7 / 100:.2f} GB; give "
-        "open_model a larger memory=, or shorten the text"
+        f"{what} needs {needed} and memory allows {allowed}; open the model with a larger memory=, or shorten the text"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.words import counted
+from kedit_fast.basics.words import counted, sized
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import TokenizedPrompt, fact_answer, fact_tokens
 from kedit_fast.jobs.finite import not_finite
@@ -135,8 +135,8 @@ def check_draws(lm, facts: Sequence[Fact], kinds: Sequence[str], draws: int) -> 
     most = lm.memory // each  # 0: the plan says what a single draw needs
     if 0 < most < draws:
         raise ValueError(
-            f"samples = {draws}: the noise and the runs of one fact would take {draws * each / 1e9:,.0f} GB, and this "
-            f"model's sweeps may hold {lm.memory / 1e9:,.1f} GB; take at most {most} samples"
+            f"samples = {draws}: the noise and the runs of one fact would take {sized(draws * each)}, and this "
+            f"model's sweeps may hold {sized(lm.memory)}; take at most {most} samples"
         )
     return draws
 

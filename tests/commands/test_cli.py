@@ -127,6 +127,26 @@ def test_too_little_memory_on_the_cpu_is_a_line(monkeypatch, capsys):
     assert run("info") == 2 and "can't allocate memory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "said, told",
+    [
+        ("needs 2 GB; open the model with a larger memory=, or shorten the text", "a larger --memory, or shorten"),
+        ("open the model without memory=", "without --memory"),
+        ("the edit (on_top_of=) is another's", "the edit (--on-top-of) is"),
+        ("samples = 0: expected a whole number", "error: --samples 0: expected"),
+        ("previous= and corpus= are both given", "previous= and --corpus are both given"),
+        ("x=3 and memory=8, not for a word=by itself", "x=3 and memory=8, not for a word=by itself"),
+    ],
+)
+def test_arguments_are_named_as_options(said, told, monkeypatch, capsys):
+    """In errors and warnings alike; what is no argument of the command stays as it is."""
+    args = ("edit", "--facts", "f.json") if "samples" not in said else ("trace", "--facts", "f.json")
+    for act in (raising(ValueError(said)), lambda args: warnings.warn(said, stacklevel=1)):
+        monkeypatch.setattr(f"kedit_fast.commands.{args[0]}.run", act)
+        run(*args)
+        assert told.removeprefix("error: ") in capsys.readouterr().err
+
+
 def test_an_error_without_words_is_named(monkeypatch, capsys):
     handler(monkeypatch, raising(MemoryError()))
     assert run("info") == 2 and capsys.readouterr().err == "kedit-fast: error: MemoryError\n"

@@ -295,7 +295,7 @@ def test_what_adam_holds_counts_too():
             budget, _ = job_module._budget(replace(lm, memory=memory), some, settings)
             cuts = list(job_module._cut(lm, some, range(len(some)), settings, budget))
             assert len(cuts) == n_packs and [i for cut in cuts for i in cut] == list(range(len(some)))
-        with pytest.raises(ValueError, match=r"fine-tuning on fact .* needs .* GB and memory allows"):
+        with pytest.raises(ValueError, match=r"fine-tuning on fact .* needs .*B and memory allows"):
             job_module._budget(replace(lm, memory=state), some, settings)
 
 

@@ -178,7 +178,7 @@ def test_contexts_cut_by_memory_are_the_whole(site, loss_layer, size, again, mon
         got = optimize_values(small, [task], chosen)
         assert relative(got.values[0], whole.values[i]) < 1e-10
         assert got.steps[0] == whole.steps[i] and relative(got.loss, whole.loss[i : i + 1]) < 1e-6
-    with pytest.raises(ValueError, match=r"fact '.*', one context at a time, needs .* GB and memory allows"):
+    with pytest.raises(ValueError, match=r"fact '.*', one context at a time, needs .*B and memory allows"):
         optimize_values(replace(lm, memory=1), tasks(lm)[:1], chosen)
 
 

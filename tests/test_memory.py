@@ -91,7 +91,7 @@ UNCUT = {
     "values": ("memit", MANY, 1_500_000, values, "together", whole),
     "fine-tuning": ("ft", MANY, 600_000, finetune, "together", whole),
     "rows of a sweep": ("perplexity", MANY, LIMIT, engine, "cut", lambda runs, *_: [torch.arange(len(runs))]),
-    "texts": ("sampled text", MANY, LIMIT, generate, "_batches", lambda lm, lengths, n: [list(range(len(lengths)))]),
+    "texts": ("sampled text", MANY, LIMIT, generate, "batches", lambda lm, lengths, n: [list(range(len(lengths)))]),
 }  # fmt: skip
 
 

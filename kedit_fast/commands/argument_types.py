@@ -37,6 +37,7 @@ positive = option_value(checks.whole, least=1)
 count = option_value(checks.whole)
 at_least_two = option_value(checks.whole, least=2, like=5_120)  # tokens: the first predicts the second
 seed = option_value(checks.seed)
+rate = option_value(checks.number, above=0)
 share = option_value(checks.share)
 noise = option_value(lambda name, text: (checks.noise(name, text), text)[1])
 size = option_value(checks.size, least=10**6)

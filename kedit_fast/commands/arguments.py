@@ -10,7 +10,9 @@ from kedit_fast.commands.argument_types import (
     noise,
     path,
     positive,
+    rate,
     share,
+    size,
     text_such_as,
 )
 from kedit_fast.commands.parser import (
@@ -31,6 +33,7 @@ from kedit_fast.commands.parser import (
 
 OUT = "kedit-fast-out"
 BENCHMARKS = tuple(catalog.BENCHMARKS)
+PLANS = ("trace", "edit", "stats")
 DTYPES = ("model", *checks.DTYPES.values(), "none")  # of an edit that is written
 
 
@@ -239,10 +242,19 @@ def add_layers(commands: Commands) -> None:
 
 def add_info(commands: Commands) -> None:
     parser = commands.command(
-        "info",
-        "what this installation can use",
-        "Shows versions, devices, which native code is there (or why not), and where files are kept.",
-        "kedit-fast info",
+        "info [MODEL]",
+        "what this installation can use, and what work on a model will cost",
+        "Shows versions, devices, which native code is there (or why not), and where files are kept. With --plan it\n"
+        "says what a piece of work costs, from a model's config.json alone: where its weights go, passes over them,\n"
+        "bytes, FLOP, time, and what would halve it.",
+        "kedit-fast info ./llama-70b --plan edit --facts 1000 --memory 24GiB --device cuda",
     )
+    parser.add_argument("of", nargs="?", type=path, metavar="MODEL", help="the same as --model")
+    plan = parser.add_argument_group("what work will cost")
+    option(plan, "--plan", PLANS, "for this work")
+    option(plan, "--facts N", positive, "on so many facts", 1_000)
+    option(plan, "--tflops N", rate, "that the device computes in the model's dtype (default: measured, if it is here)")
+    option(plan, "--bus GB/S", rate, "gigabytes a second that reach the device (default: measured, if it is here)")
+    option(plan, "--host SIZE", size, "host memory beside the device's (default: this machine's)")
     output(parser, "FILE", "the same as .json")
     machine_options(parser, seed=None, model=None)

@@ -20,7 +20,14 @@ PACKAGES = (
 
 def run(args) -> None:
     """Prints what is there, a line each; the same as JSON where ``args.output`` names a file."""
+    if None not in (args.of, args.model):
+        raise ValueError(f"{args.of} and --model {args.model} are both given; expected one of them")
+    args.model = args.model if args.of is None else args.of
     path = check_output(args.output, args.force)
+    if args.plan is not None:
+        from kedit_fast.commands import forecast
+
+        return forecast.run(args, path)
     found = {name: _told(tell) for name, tell in (*LINES, ("model", lambda: _model(args)))}
     found = {name: value for name, value in found.items() if value is not None}
     write_reports((path, lambda path: write_text(path, json.dumps(found, indent=1))))

@@ -18,6 +18,7 @@ from kedit_fast.jobs.collect import Collect
 from kedit_fast.jobs.finite import not_finite
 from kedit_fast.jobs.values import ValueSettings, ValueTask
 from kedit_fast.model.lm import LM
+from kedit_fast.model.shape import Shape
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import together
 from kedit_fast.sweep.runs import RunList, add_under
@@ -75,7 +76,7 @@ class Located(Editor):
         """How v* (ROME) is optimized: at a layer's mlp_out, for the loss of the model's own output."""
         return self._values_at(layer, Site.mlp_out, lm.n_layers - 1)
 
-    def z_settings(self, lm: LM) -> ValueSettings:
+    def z_settings(self, lm: LM | Shape) -> ValueSettings:
         """How z (MEMIT) is optimized: at the output of the last edit layer, for the loss at ``v_loss_layer``."""
         top, last = self.layers[-1], lm.n_layers - 1 if self.v_loss_layer is None else self.v_loss_layer
         return self._values_at(top, Site.layer_out, max(last, top))

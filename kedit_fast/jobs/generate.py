@@ -58,12 +58,12 @@ def generate(
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
     ends = lm.stop_tokens if stop else frozenset()
-    batches = list(_batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
+    cuts = list(batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
     made: list[list[int]] = [[] for _ in prompts]
-    with progress(f"{label} (tokens)", max_new_tokens * len(batches)) as bar:
-        for number, batch in enumerate(batches, 1):
+    with progress(f"{label} (tokens)", max_new_tokens * len(cuts)) as bar:
+        for number, batch in enumerate(cuts, 1):
             choose = partial(_choose, temperature=temperature, top_k=top_k, draw=draw)
-            tell = after if len(batches) == 1 else None
+            tell = after if len(cuts) == 1 else None
             texts = _written(lm, [prompts[i] for i in batch], max_new_tokens, choose, ends, nan_ends, tell, bar)
             for i, text in zip(batch, texts, strict=True):
                 made[i] = text
@@ -99,7 +99,7 @@ def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, aft
     return made
 
 
-def _batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
+def batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
     """Numbers of the texts of each batch, ascending. Keys and values of a batch stay for all layers, in a slab of the
     longest prompt's length for each text; and each text has a row of logits."""
     cost = RowCost.of(lm)

@@ -98,7 +98,7 @@ def optimize_values(
         def make(group: Sequence[ValueTask], first: int) -> dict[str, Tensor]:
             return vars(_Group(lm, list(group), settings, first).optimize(bar))
 
-        for group in in_groups(keep, name, tasks, lambda rest: _groups(lm, rest, settings), make):
+        for group in in_groups(keep, name, tasks, lambda rest: groups(lm, rest, settings), make):
             parts.append(group.part)
             n_done = group.first + len(group.items)
             bar.resume(n_done * settings.steps - bar.done)  # where the group had been kept
@@ -106,7 +106,7 @@ def optimize_values(
     return Values(**joined | {key: joined[key].to(lm.device) for key in ("values", "initial")})
 
 
-def _groups(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
+def groups(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
     """Consecutive facts that fit ``lm.memory`` together; one that is too large stands alone."""
     return together(tasks, lambda task: held_bytes(lm, task, settings), lm.memory)
 

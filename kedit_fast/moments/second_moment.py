@@ -10,7 +10,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -207,13 +207,18 @@ def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[i
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found
-    groups = list(together(layers, lambda layer: 4 * lm.d_ff**2, free(lm) // 4 * 3))
+    groups = list(layer_groups(lm, layers))
     made: dict[int, SecondMoment] = {}
     with progress("collecting second moments (tokens)", text.n_tokens * len(groups)) as bar:
         for number, group in enumerate(groups, 1):
             made |= _finished(lm, group, text.id, n_tokens, cache_dir) or _collected(lm, group, text, cache_dir, bar)
             bar.advance(number * text.n_tokens - bar.done)  # where a group had been kept
     return made
+
+
+def layer_groups(lm, layers: Sequence[int]) -> Iterator[list[int]]:
+    """Layers whose sums fit the memory together, in fp32 at least; the text is read once for each group."""
+    return together(layers, lambda layer: 4 * lm.d_ff**2, free(lm) // 4 * 3)
 
 
 def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMoment]:

@@ -90,21 +90,27 @@ def all_cells(lm, tasks, how: TraceSettings, advance: Callable[[float], None] | 
 
 def restored_cells(lm, tasks, how: TraceSettings, only, advance: Callable[[float], None] | None) -> list[Traced]:
     """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
-    runs = RunList()
-    clean, corrupted = add_runs(runs, tasks, how.draws)
-    cells = {kind: _Cells(SITE.get(how.sever if kind == "state" else kind)) for kind in how.kinds}
-    for i, task in enumerate(tasks):
-        for kind, of_kind in cells.items():
-            wanted = torch.ones(len(task.tokens), lm.n_layers, dtype=torch.bool) if only is None else only[i][kind]
-            wanted = wanted[task.span[0] :]  # before the subject nothing differs
-            add = _add_states if kind == "state" else _add_windows
-            add(runs, of_kind, task, clean[i], corrupted[i], wanted, how)
+    runs, clean, corrupted, cells = declared(lm.n_layers, tasks, how, only)
     jobs = [job for c in cells.values() for job in c.jobs()]
     noise = [] if how.level is None else [noise_job(lm, tasks, corrupted, how)]
     score = _score(lm, tasks, clean, corrupted, cells)
     held = sum(job.noise.nbytes for job in noise)
     sweep(lm, runs.runs(), [*jobs, *noise, score], held=held, advance=advance)
     return _read(lm, tasks, how, METRICS[how.metric](score.logprob), cells)
+
+
+def declared(n_layers: int, tasks, how: TraceSettings, only) -> tuple[RunList, list, list, dict[str, _Cells]]:
+    """(all runs, by fact the clean one and the corrupted ones, {kind: restored ones}) of the cells to compute."""
+    runs = RunList()
+    clean, corrupted = add_runs(runs, tasks, how.draws)
+    cells = {kind: _Cells(SITE.get(how.sever if kind == "state" else kind)) for kind in how.kinds}
+    for i, task in enumerate(tasks):
+        for kind, of_kind in cells.items():
+            wanted = torch.ones(len(task.tokens), n_layers, dtype=torch.bool) if only is None else only[i][kind]
+            wanted = wanted[task.span[0] :]  # before the subject nothing differs
+            add = _add_states if kind == "state" else _add_windows
+            add(runs, of_kind, task, clean[i], corrupted[i], wanted, how)
+    return runs, clean, corrupted, cells
 
 
 def _add_states(runs, cells, task, clean, corrupted, wanted, how):

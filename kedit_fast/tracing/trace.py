@@ -130,7 +130,7 @@ def _traced(lm, facts, how: TraceSettings, answers, method, top, log, keep: Keep
             made = _trace_group(lm, list(group), how, method, top, backend, scaled(bar.advance, len(group)))
             return {"results": json_tensor([result.to_record() for result in made])}
 
-        for group in in_groups(keep, "traces", tasks, lambda rest: _groups(lm, rest, how), make):
+        for group in in_groups(keep, "traces", tasks, lambda rest: groups(lm, rest, how), make):
             records = json_of(group.part["results"])
             each = zip(records, (task.fact for task in group.items for _ in how.kinds), strict=True)
             results += [replace(TraceResult.from_record(record), fact=fact) for record, fact in each]
@@ -147,7 +147,7 @@ def _check_severed(kinds, sever, method):
         )
 
 
-def _groups(lm, tasks: Sequence[Task], how: TraceSettings) -> Iterator[list[Task]]:
+def groups(lm, tasks: Sequence[Task], how: TraceSettings) -> Iterator[list[Task]]:
     """Consecutive facts whose runs fit the memory together; one that is too large is cut further."""
     budget = free(lm) // RowCost.of(lm).kept
     if not lm.source.pass_bytes:

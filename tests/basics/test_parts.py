@@ -24,7 +24,7 @@ def edit(lm, facts=FACTS, editor=EDITOR, **options):
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(values_module, "_groups", lambda lm, tasks, settings: ([task] for task in tasks))
+    monkeypatch.setattr(values_module, "groups", lambda lm, tasks, settings: ([task] for task in tasks))
 
 
 def assert_same(a, b, folder):
@@ -194,7 +194,7 @@ import sys
 import kedit_fast.jobs.values as values
 from kedit_fast.basics.parts import Parts
 from tests.basics.test_parts import FACTS, edit, tiny_lm
-values._groups = lambda lm, tasks, settings: [[task] for task in tasks]
+values.groups = lambda lm, tasks, settings: [[task] for task in tasks]
 call = Parts.__call__
 def told(self, name, make):
     part = call(self, name, make)

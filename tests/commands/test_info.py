@@ -29,3 +29,32 @@ def test_nothing_in_info_fails(work, said, monkeypatch):
     shown = said("info", "--model", "./none")
     assert "KEDIT_FAST_BACKEND=abacus: expected one of" in shown and "unknown: ZeroDivisionError" in shown
     assert "no such folder" in shown and "python" in shown
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "torch_dtype": "bfloat16",
+}  # fmt: skip
+AT = ("--memory", "24GiB", "--device", "cuda", "--tflops", "400", "--bus", "25", "--host", "512GiB")
+
+
+def test_a_plan_of_a_config_alone(work, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    shown = said("info", str(tmp_path), "--plan", "edit", "--facts", "50", *AT, "-o", "plan.json")
+    assert "edit, 50 facts" in shown and "141 GB in bfloat16: 80 layers of 1.71 GB" in shown
+    assert "from host memory" in shown and "values" in shown and "less: " in shown and "bound by" in shown
+    record = json.loads((work / "plan.json").read_text())
+    assert record["placement"]["source"] == "host" and all(step["seconds"] >= 0 for step in record["steps"])
+
+
+def test_a_plan_of_a_family_that_is_not_opened_says_so(said, tmp_path):
+    mixtral = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "hidden_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(mixtral))
+    shown = said("info", "--model", str(tmp_path), "--plan", "stats", *AT)
+    assert "mixtral models are not opened (its layers are mixtures of experts" in shown
+
+
+def test_a_plan_measures_this_machine_and_leaves_out_times_of_others(said, model):
+    assert "TFLOP/s" in said("info", model, "--plan", "trace", "--facts", "2", "--memory", "1GB")
+    shown = said("info", model, "--plan", "trace", "--facts", "2", "--device", "cuda")
+    assert "give --tflops and --bus" in shown or torch.cuda.is_available()

@@ -52,7 +52,7 @@ def test_each_is_on_top_of_a_shared_edit():
 def test_the_cut_into_groups_does_not_matter(monkeypatch):
     lm, editor = tiny_lm("gpt2", torch.float64), EDITORS["memit"]
     whole = edit(editor, lm, independent=True)
-    monkeypatch.setattr(values_module, "_groups", lambda lm, tasks, settings: [[task] for task in tasks])
+    monkeypatch.setattr(values_module, "groups", lambda lm, tasks, settings: [[task] for task in tasks])
     monkeypatch.setattr("kedit_fast.editors.located.together", lambda items, *size: [[i] for i in items])
     parts = edit(editor, lm, independent=True)
     assert apart(parts, whole) < 1e-8

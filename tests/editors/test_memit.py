@@ -149,8 +149,8 @@ def test_the_order_of_facts_does_not_matter():
 def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
     """Values are optimized in groups and rows collected in packs, beside a quarter of the memory for what is read."""
     groups, packs = [], []
-    grouped, cut = values_module._groups, engine.cut
-    monkeypatch.setattr(values_module, "_groups", lambda *a: groups.append(list(grouped(*a))) or groups[-1])
+    grouped, cut = values_module.groups, engine.cut
+    monkeypatch.setattr(values_module, "groups", lambda *a: groups.append(list(grouped(*a))) or groups[-1])
     for module in (plan, engine):  # small calls: with large ones a memory that holds one holds all these facts
         monkeypatch.setattr(module, "CALL_ROWS", 64)
     monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])

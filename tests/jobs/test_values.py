@@ -156,7 +156,7 @@ def test_groups_cut_by_memory_are_the_whole():
     whole = optimize_values(lm, tasks(lm), settings(lm))
     for memory, n_groups in ((one, 3), (2 * one, 2)):
         cut = replace(lm, memory=memory)
-        assert len(list(values_module._groups(cut, tasks(lm), settings(lm)))) == n_groups
+        assert len(list(values_module.groups(cut, tasks(lm), settings(lm)))) == n_groups
         parts = optimize_values(cut, tasks(lm), settings(lm))
         assert relative(parts.values, whole.values) < 1e-10
         assert torch.equal(parts.steps, whole.steps)

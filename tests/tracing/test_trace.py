@@ -400,7 +400,7 @@ def test_the_real_model_knows_where_the_tower_is(smollm2):
 
 def one_by_one(monkeypatch):
     """Each fact is a group of its own."""
-    monkeypatch.setattr(tracing, "_groups", lambda lm, tasks, how: ([task] for task in tasks))
+    monkeypatch.setattr(tracing, "groups", lambda lm, tasks, how: ([task] for task in tasks))
 
 
 def test_a_killed_trace_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -436,7 +436,7 @@ def test_a_trace_that_runs_out_of_memory_goes_on_in_smaller_groups(monkeypatch):
         made.append(group[0].fact)
         return trace_group(lm, group, *rest)
 
-    monkeypatch.setattr(tracing, "_groups", lambda now, tasks, how: (
+    monkeypatch.setattr(tracing, "groups", lambda now, tasks, how: (
         [tasks[:2], tasks[2:]] if made and now.memory == lm.memory else [[task] for task in tasks]
     ))  # fmt: skip
     monkeypatch.setattr(tracing, "_trace_group", short)

@@ -10,7 +10,6 @@ from kedit_fast.commands.inputs import corpus_of, read_chain, read_facts, statis
 from kedit_fast.commands.outputs import check_outputs, make_folder_of, say, say_table
 from kedit_fast.editors import EDITORS
 from kedit_fast.editors.written import not_written
-from kedit_fast.edits.chain import check_chain
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import check_facts
 from kedit_fast.moments.second_moment import STAGES as MEASURING
@@ -29,26 +28,20 @@ def run(args) -> int:
     (path,) = check_outputs(args, "output")
     parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
     below = read_chain(args.on_top_of or ())
-    check_chain(below)
     corpus = corpus_of(args)
     given = editor_class.from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
     editor = given or editor_class.for_model(lm)
     if args.layers:
         editor = replace(editor, layers=args.layers)
+    how = {"independent": args.independent, "checkpoint": parts}
+    view, facts = editor.check_edit(lm, facts, previous=below, **how)  # before statistics are measured
     source = f"read from {args.hparams}" if args.hparams else editor.source
     layers = ", ".join(map(str, editor.layers)) + " as given" * bool(args.layers)
     say(f"{args.method}, settings {source}; layers {layers}")
     with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
-        edit = editor.edit(
-            lm,
-            facts,
-            moments=statistics(args, lm, [editor], editor.layers, corpus),
-            previous=below,
-            independent=args.independent,
-            checkpoint=parts,
-            seed=args.seed,
-        )
+        moments = statistics(args, lm, [editor], editor.layers, corpus)
+        edit = editor.edit(view, facts, moments=moments, seed=args.seed, **how)
     make_folder_of(path)
     edit.save(path)
     say_layers(edit, lm.d_ff)

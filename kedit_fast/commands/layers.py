@@ -5,9 +5,7 @@ import math
 from kedit_fast.commands.inputs import corpus_of, known, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_table, say_written, write_reports
 from kedit_fast.editors import EDITORS
-from kedit_fast.editors.contexts import BARE
-from kedit_fast.editors.editor import check_lengths
-from kedit_fast.experiments.by_layer import LayerStudy, edit_by_layer
+from kedit_fast.experiments.by_layer import LayerStudy, check_study, edit_by_layer
 from kedit_fast.facts.fact import check_facts
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, read_log
 
@@ -24,9 +22,8 @@ def run(args) -> None:
     traces = _traces_of(args.traces, facts) if args.traces else None
     given = method.from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
-    layers = args.layers or tuple(range(lm.n_layers))
     editor = given or method.for_model(lm)
-    check_lengths(lm, facts, [[BARE]])
+    editor, layers, facts, _ = check_study(lm, facts, editor, args.layers, trace=traces)
     moments = statistics(args, lm, [editor], layers, corpus)
     with fresh_log(log):
         found = edit_by_layer(

@@ -20,7 +20,7 @@ from kedit_fast.basics.progress import stages
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.editors.written import ASKING, with_written
-from kedit_fast.edits.chain import chain, under
+from kedit_fast.edits.chain import chain, under, warn_of_overwritten
 from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact, check_facts
@@ -133,19 +133,30 @@ class Editor(Hyperparameters):
         model, layers out of range, missing or foreign statistics, a checkpoint of other work, and for what this editor
         does not read; later, naming the fact, where a loss or a residual turns NaN.
         """
-        seed, independent = checks.seed("seed", seed), checks.flag("independent", independent)
-        self._refuse(moments=moments, corpus=corpus, contexts=contexts, independent=independent, checkpoint=checkpoint)
-        checkpoint = check_run(checkpoint)
-        self.check(lm)
-        facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
-        groups = self._groups(contexts)
-        check_lengths(lm, facts, groups or [[BARE]])
-        lm = under(lm, previous, facts)
+        seed = checks.seed("seed", seed)
+        self._refuse(moments=moments, corpus=corpus)
+        asking = {"contexts": contexts, "independent": independent, "checkpoint": checkpoint}
+        lm, facts = self.check_edit(lm, facts, previous=previous, **asking)
+        warn_of_overwritten(lm.edits, facts)
+        groups, checkpoint = self._groups(contexts), check_run(checkpoint)
         with stages(*(MEASURING if moments is None and self.mom2_adjustment else ()), *self.stages(groups)):
             moments = self.moments_of(lm, moments, corpus)
             asked = partial(self._asked, lm, facts, groups or seed, moments, independent)
             with begun(checkpoint, asked) as keep:
                 return fitting(lm, keep, lambda lm: self._made(lm, facts, groups, moments, independent, keep, seed))
+
+    def check_edit(
+        self, lm: LM, facts, *, contexts=None, previous=None, independent=False, checkpoint: Checkpoint = None
+    ) -> tuple[LM, list[Fact]]:
+        """What ``edit`` refuses but for statistics, which take time to measure; gives the model with the earlier edits
+        on it, and the facts."""
+        independent = checks.flag("independent", independent)
+        self._refuse(contexts=contexts, independent=independent, checkpoint=checkpoint)
+        check_run(checkpoint)
+        self.check(lm)
+        facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
+        check_lengths(lm, facts, self._groups(contexts) or [[BARE]])
+        return under(lm, previous), facts
 
     def _made(self, lm, facts, groups, moments, independent: bool, keep: Keep, seed: int) -> Edit:
         """The edit, of checked arguments; groups: None for contexts that have to be sampled."""
@@ -205,9 +216,9 @@ class Editor(Hyperparameters):
 
     def _refuse(self, **given) -> None:
         """A setting without effect would look like one."""
-        for name, why in self.UNREAD.items():
-            if given[name] is not None and given[name] is not False:
-                raise ValueError(f"{name} = {checks.shown(given[name])}: {why}")
+        for name, value in given.items():
+            if name in self.UNREAD and value is not None and value is not False:
+                raise ValueError(f"{name} = {checks.shown(value)}: {self.UNREAD[name]}")
 
     def _groups(self, contexts) -> list[list[str]] | None:
         """Contexts as groups; None where they are to be sampled."""

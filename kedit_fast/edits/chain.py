@@ -81,15 +81,14 @@ def _listed(digests: Sequence[str]) -> str:
     return f"edit{'s' * (len(digests) > 1)} {', '.join(digests)}" if digests else "no edit"
 
 
-def under(lm, previous, facts: Sequence[Fact]):
-    """The model with earlier edits (an Edit, or several in order), for an edit of ``facts`` made on top of them.
+def under(lm, previous):
+    """The model with earlier edits (an Edit, or several in order), for an edit made on top of them.
 
-    Warns of facts that an earlier edit wrote with another target. Raises ValueError for independent edits, for one that
+    Raises ValueError for independent edits, for one that
     puts text before prompts, and for an edit that itself stands on others that are not given before it.
     """
     lm = with_edits(lm, previous, "previous")
     lm.run_owner, lm.acting  # noqa: B018 (they raise for edits that nothing can stand on: now, not in a sweep)
-    _warn_of_overwritten(lm.edits, facts)
     return lm
 
 
@@ -101,8 +100,10 @@ def edited_so_far(lm, deltas: dict[int, Delta], facts: Sequence[Fact], owner: Te
     return replace(lm, edits=(*lm.edits, Edit("in making", {}, "", tuple(facts), weight_changes(deltas, owner))))
 
 
-def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
-    """A later edit may correct an earlier one, so this is no error; but nobody should do it unknowingly."""
+def warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
+    """Warns of facts that an earlier edit wrote with another target.
+
+    A later edit may correct an earlier one, so this is no error; but nobody should do it unknowingly."""
     written = {place: fact for edit in edits for fact in edit.facts for place in _places(fact) if fact.target_new}
     pairs = []
     for fact in facts:
@@ -112,7 +113,7 @@ def _warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
             pairs.append(f"{other.label} -> {other.target_new!r} by {fact.label} -> {fact.target_new!r}")
     if pairs:
         shown = "; ".join(pairs[:5]) + ("; ..." if len(pairs) > 5 else "")
-        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=5)
+        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=4)
 
 
 def _places(fact: Fact) -> list[tuple[str, str]]:

@@ -173,16 +173,10 @@ def edit_by_layer(
     and ``evaluate`` refuse; OSError for a log that cannot be written. Cost: an independent edit of all facts and an
     evaluation for each layer; the trace.
     """
-    layers = tuple(sorted(set(range(lm.n_layers) if layers is None else checks.layers("layers", layers, lm.n_layers))))
     kinds = checks.choices("kinds", kinds, ALL_KINDS)
     samples, seed = checks.whole("samples", samples, least=1, like=10), checks.seed("seed", seed)
-    facts = checked_facts(facts, independent=True)
-    check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
-    COUNTERFACT.check_fit(lm, facts)
     checks.optional(lambda _, path: check_place(path), "log", log)
-    wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
-    editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Located, wanted)
-    traces = None if trace is None else _averaged(lm, trace)
+    editor, layers, facts, traces = check_study(lm, facts, editor, layers, contexts=contexts, trace=trace)
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
     edited: dict[int, Summary] = {}
@@ -222,6 +216,22 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 # ---- what is checked, and files
+
+
+def check_study(
+    lm, facts, editor, layers, *, contexts=None, trace=None
+) -> tuple[Located, tuple[int, ...], list[Fact], dict[str, AverageTrace] | None]:
+    """What ``edit_by_layer`` refuses but for statistics, which take time to measure; gives (editor, layers, facts,
+    averages of the traces that are given)."""
+    layers = tuple(sorted(set(range(lm.n_layers) if layers is None else checks.layers("layers", layers, lm.n_layers))))
+    facts = checked_facts(facts, independent=True)
+    wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
+    editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Located, wanted)
+    for layer in layers:
+        replace(editor, layers=(layer,)).check(lm)
+    check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
+    COUNTERFACT.check_fit(lm, facts)
+    return editor, layers, facts, None if trace is None else _averaged(lm, trace)
 
 
 def _averaged(lm, trace) -> dict[str, AverageTrace]:

@@ -10,7 +10,9 @@ from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.moments.second_moment import SecondMoment
 from tests.commands.cases import ONE, files, raising, run
-from tests.tiny import D_FF, TEXT
+from tests.make import make_edit, owned_edit
+from tests.tiny import D_FF, TEXT, tiny_model
+from tests.tracing.test_results import result
 
 
 def test_from_statistics_to_a_report(model, work, said):
@@ -124,3 +126,17 @@ def test_rome_with_statistics_from_the_cache(model, work, said, monkeypatch):
     assert run(*args, "--model", model, "-o", "b.safetensors") == 0
     assert torch.equal(Edit.load("a.safetensors").deltas[1].dense(), Edit.load("b.safetensors").deltas[1].dense())
     assert run(*args, "--layers", "2", "--tokens", "20", "--model", model) == 2  # other statistics are asked for
+
+
+def test_what_can_be_refused_is_before_statistics_are_measured(model, work, complaint, no_sweep):
+    """They take minutes: an edit of another model, independent ones, a trace of another model's depth."""
+    make_edit(tiny_model("llama", seed=1)).save("foreign.safetensors")
+    edit = ("edit", *ONE, "--target", "Rome", "--model", model)
+    assert "this edit was made on" in complaint(*edit, "--on-top-of", "foreign.safetensors")
+    owned_edit(kf.open_model(model).model).save("owned.safetensors")
+    assert "edit only EDIT N" in complaint(*edit, "--on-top-of", "owned.safetensors")
+    trace = result([[0.1] * 3] * 4, (1, 3), fact=kf.Fact(*ONE[1::2], target_new="Rome"))  # of 3 layers
+    (work / "traces.jsonl").write_text(json.dumps(trace.to_record()))
+    (work / "one.json").write_text(json.dumps([dict(prompt=ONE[1], subject=ONE[3], target_new="Rome")]))
+    layers = ("layers", "--facts", "one.json", "--model", model, "--traces", "traces.jsonl")
+    assert "has 3 layers, this model 4" in complaint(*layers)

@@ -65,8 +65,8 @@ def test_likeliest_tokens(lm):
 def test_independent_edits_need_an_owner(lm):
     generator = torch.Generator().manual_seed(0)
     delta = LowRank(*(torch.randn(n, 1, generator=generator) for n in (D_MODEL, D_FF)))
-    fact = Fact("{} is", "Big Ben", "Rome")
-    owned = Edit("by hand", {}, lm.fingerprint, (fact,), [WeightChange(2, delta, owners=torch.tensor([0]))])
+    facts = (Fact("{} is", "Big Ben", "Rome"), Fact("{} is", "The Louvre", "Oslo"))
+    owned = Edit("by hand", {}, lm.fingerprint, facts, [WeightChange(2, delta, owners=torch.tensor([0]))])
     for read in (next_token_probs, text_logprobs):
         with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
             read(lm.with_edit(owned), [TOKENS[:5]])

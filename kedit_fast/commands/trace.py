@@ -9,7 +9,6 @@ from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_facts, told_lm
 from kedit_fast.commands.outputs import check_output, fresh_log, output_folder, say, show
 from kedit_fast.facts.fact import check_facts, check_subject
-from kedit_fast.pictures.labels import ROLES
 from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.pictures.traces import plot_kinds
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, TraceResult, average
@@ -59,16 +58,10 @@ def run(args) -> None:
 
 
 def say_averages(results: list[TraceResult]) -> None:
-    """The layers that carried most, by kind."""
+    """Where the effect was, by kind."""
     for kind, mean in average(results).items():
-        n = min(RECOMMENDED, mean.mean.shape[1])
-        layers = mean.recommend_layers(n)
-        effect = mean.mean[ROLES.index("last subject token"), list(layers)].mean()
-        facts = counted(mean.n_facts, "fact")
-        say(
-            f"{kind}: layers {layers[0]}-{layers[-1]} carry most at the last subject token "
-            f"(mean indirect effect {effect:.3f}, total effect {mean.total_effect:.3f}, {facts})"
-        )
+        where = mean.in_words(min(RECOMMENDED, mean.mean.shape[1]))
+        say(f"{kind}: {where}; total effect {mean.total_effect:.3f}, {counted(mean.n_facts, 'fact')}")
     say(f"note: {LOCALIZATION_WARNING}")
 
 

@@ -92,19 +92,20 @@ class Thresholds:
             needed = f", {paraphrases:,} of them paraphrases ({self.min_paraphrases:,} needed)" if held else ""
             each = f", about {math.ceil(more / facts):,} a fact" if facts > 1 else ""
             said.append(
-                f"too few probes: add {counted(more, 'paraphrase')}{each}; there are {wordings:,} wordings of the "
+                f"{_TOO_FEW}: add {counted(more, 'paraphrase')}{each}; there are {wordings:,} wordings of the "
                 f"facts ({self.min_probes:,} needed){needed}"
             )
         more = self.min_specificity_prompts - prompts
         if more > 0 and self.max_specificity_drop is not None:
             said.append(
-                f"too few probes: add {counted(more, 'prompt')} that must keep their answer (neighbors, other "
+                f"{_TOO_FEW}: add {counted(more, 'prompt')} that must keep their answer (neighbors, other "
                 f"relations of the subjects, anything else); there are {prompts:,} ({self.min_specificity_prompts:,} "
                 "needed)"
             )
         return said
 
 
+_TOO_FEW = "too few probes to pass whatever is found"
 COUNTS = ("min_probes", "min_paraphrases", "min_specificity_prompts", "min_text_tokens")
 SHARES = tuple(f.name for f in fields(Thresholds) if f.name[:4] in ("min_", "max_") and f.name not in COUNTS)
 

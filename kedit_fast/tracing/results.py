@@ -24,6 +24,9 @@ LOCALIZATION_WARNING = (
     "check the layers by editing"
 )
 
+NOISE = 3  # standard errors: the largest of some hundred places is often two from nothing by chance
+LEAST = 0.05  # of the total effect: what a place gives back that carries anything to speak of
+
 
 @dataclass(frozen=True, eq=False)
 class TraceResult:
@@ -170,6 +173,30 @@ class AverageTrace:
         sums = np.convolve(effect, np.ones(n), mode="valid")
         first = int(sums.argmax())
         return tuple(range(first, first + n))
+
+    @property
+    def stands_out(self) -> np.ndarray:
+        """[6, L] bool: where the mean effect is above ``NOISE`` of its standard errors and ``LEAST`` of the total."""
+        noise = np.nan_to_num(NOISE * self.stderr)  # of one token nothing is known
+        return self.mean > np.maximum(noise, LEAST * max(self.total_effect, 0))
+
+    def in_words(self, n: int = 5) -> str:
+        """Where the effect is: at which n layers of the last subject token, and the strongest place where that is
+        another; or that nothing stands out."""
+        found = np.where(self.stands_out, self.mean, -np.inf)
+        role, layer = np.unravel_index(int(found.argmax()), found.shape)
+        if not self.stands_out.any():
+            role, layer = np.unravel_index(int(np.nanargmax(self.mean)), found.shape)
+            largest = f"the largest mean indirect effect is {self.mean[role, layer]:.2g}, at the {ROLES[role]}"
+            return f"no token and layer stands out ({largest}, layer {layer})"
+        layers, last = self.recommend_layers(n), ROLES.index("last subject token")
+        effect = f"{self.mean[last, list(layers)].mean():.3f}"
+        carrying = f"layers {layers[0]}-{layers[-1]} carry most"
+        if role == last:
+            return f"{carrying} at the last subject token (mean indirect effect {effect})"
+        at_subject = f"{carrying} ({effect})" if self.stands_out[last, list(layers)].any() else "nothing stands out"
+        strongest = f"strongest at the {ROLES[role]}, layer {layer} (mean indirect effect {found[role, layer]:.3f})"
+        return f"{strongest}; at the last subject token {at_subject}"
 
     def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map of the six roles; writes a PNG where ``path`` is given. Gives the figure."""

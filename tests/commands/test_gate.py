@@ -59,8 +59,13 @@ def test_a_context_beyond_the_model_is_noted(folder, tmp_path, capsys):
 def test_a_small_edit_is_told_what_to_add(folder, capsys):
     assert run(folder, "good.safetensors", "--min-probes", "30", "--min-specificity", "500") == REFUSED
     shown, before = capsys.readouterr()
-    assert "warning: too few probes: add 26 paraphrases; there are 4 wordings" in before  # said before the work
-    assert "4 found, at least 30 needed" in shown and "Note: too few probes: add 26 paraphrases" in shown
+    assert (
+        "warning: too few probes to pass whatever is found: add 26 paraphrases; there are 4 wordings" in before
+    )  # said before the work
+    assert (
+        "4 found, at least 30 needed" in shown
+        and "Note: too few probes to pass whatever is found: add 26 paraphrases" in shown
+    )
     complete = f"complete {folder / 'suite.json'}; to do with fewer: --min-probes, --min-specificity"
     assert f"to add probes: {complete}" in shown
     assert run_command("gate", folder / "good.safetensors", "--model", folder / "model", *QUICK) == REFUSED

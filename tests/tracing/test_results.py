@@ -161,6 +161,35 @@ def test_recommended_layers():
         refused(f"n = {n}: expected a whole number from 1 to 7", averaged.recommend_layers, n)
 
 
+@pytest.mark.parametrize(
+    "at_last_subject, at_last, total, says",
+    [
+        ([0.0, 0.3, 0.2, 0.0], 0.0, 0.8, "layers 1-2 carry most at the last subject token (mean indirect effect 0.25"),
+        ([0.0, 0.3, 0.2, 0.0], 0.4, 0.8, "strongest at the last token, layer 3 (mean indirect effect 0.400); at the "
+         "last subject token layers 1-2 carry most (0.250)"),
+        ([0.0, 0.01, 0.0, 0.0], 0.4, 0.8, "strongest at the last token, layer 3 (mean indirect effect 0.400); at the "
+         "last subject token nothing stands out"),
+        ([0.0, 0.01, 0.0, 0.0], 0.0, 0.8, "no token and layer stands out (the largest mean indirect effect is 0.01, at "
+         "the last subject token, layer 1)"),
+        ([0.0, 0.0, 0.0, 0.0], 0.0, 0.0, "no token and layer stands out (the largest"),
+    ],
+)  # fmt: skip
+def test_a_finding_is_told_from_noise(at_last_subject, at_last, total, says):
+    base = 0.1
+    tables = [np.array([[0] * 4, at_last_subject, [0] * 4, [0, 0, 0, at_last]]) + base for _ in range(2)]
+    averaged = average([result(table, (0, 2), p_clean=base + total, p_corrupted=base) for table in tables])["state"]
+    assert says in averaged.in_words(2)
+
+
+def test_what_differs_from_fact_to_fact_is_noise():
+    """A mean effect of 0.1 with a standard error of 0.1."""
+    up, down = (np.array([[0.0], [effect], [0.0]], dtype=np.float32) + 0.1 for effect in (0.2, 0.0))
+    averaged = average([result(table, (0, 2)) for table in (up, down)])["state"]
+    assert averaged.mean[2, 0] == pytest.approx(0.1) and averaged.stderr[2, 0] == pytest.approx(0.1)
+    assert "no token and layer stands out" in averaged.in_words(1)
+    assert "layers 0-0 carry most" in average([result(up, (0, 2))] * 2)["state"].in_words(1)
+
+
 @pytest.mark.parametrize("name", ["average.npz", "average"])
 def test_saved_averages_read_back_exactly(tmp_path, name):
     averaged = average([result(rows(0.1, 0.2, 0.3), (0, 1))])["state"]

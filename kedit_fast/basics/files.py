@@ -23,27 +23,22 @@ from kedit_fast.basics.unfinished import unfinished_file
 from kedit_fast.basics.words import json_kind, reason
 
 
-def check_place(path, make_folders: bool = False) -> Path:
-    """The path, if a file can be written there.
+def check_place(path) -> Path:
+    """The path, if a file can be written there; folders around it that are missing are made by whoever writes.
 
-    make_folders: whether whoever writes makes the folders around it; else its folder has to exist
-    Raises ValueError for an empty path, one that ends in a slash and what cannot be written to, FileNotFoundError where
-    its folder does not exist, NotADirectoryError where that is no folder, IsADirectoryError where ``path`` itself is
-    one, PermissionError where writing is not allowed, TypeError for what is no path.
+    Raises ValueError for an empty path, one that ends in a slash and what cannot be written to, NotADirectoryError
+    where a file stands in a folder's place, IsADirectoryError where ``path`` itself is one, PermissionError where
+    writing is not allowed, TypeError for what is no path.
     """
     path = checks.path("", path, "the name of a file to write", slash=False)
     target = written_file(path)
-    if make_folders:
+    if not target.exists():
         check_folder(target.parent, path)
-    elif not target.parent.exists():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}; make it first")
-    elif not target.parent.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {target.parent} is no folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
     if path.exists() and not (path.is_file() or written_through(path)):
         raise ValueError(f"{path} is a block device or a socket; expected the name of a file to write")
-    if not (os.access(path, os.W_OK) if path.exists() else make_folders or writable(target.parent)):
+    if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{path} cannot be written: you may not write there")
     return path
 
@@ -60,8 +55,9 @@ def check_folder(folder, path=None) -> Path:
     if not there.is_dir():
         raise NotADirectoryError(f"{path or folder} cannot be written: {there} is no folder")
     with named_instead(there, Path(path or folder)):
-        if not writable(there):
-            raise PermissionError(f"{path or folder} cannot be written: you may not write to {there}")
+        allowed = writable(there)
+    if not allowed:
+        raise PermissionError(f"{path or folder} cannot be written: you may not write to {there}")
     return folder
 
 
@@ -214,8 +210,9 @@ def saying(text: str):
 def replace_file(path) -> Iterator[Path]:
     """Gives a path to write to; what it holds is at ``path`` when the block ends without an error.
 
-    The file gets the mode of a plainly created one, whoever wrote it. A pipe or a device is written to, what a link
-    leads to is replaced. Raises what ``check_place`` raises, and OSError where writing fails; both name ``path``.
+    What is there is replaced, and folders around it that are missing are made: so is whatever this package saves. The
+    file gets the mode of a plainly created one, whoever wrote it. A pipe or a device is written to, what a link leads
+    to is replaced. Raises what ``check_place`` raises, and OSError where writing fails; both name ``path``.
     """
     path = check_place(path)
     if written_through(path):
@@ -226,12 +223,26 @@ def replace_file(path) -> Iterator[Path]:
                 shutil.copyfileobj(source, target)
         return
     target = written_file(path)
-    with unfinished_file(target) as unfinished, _told_as(path, unfinished):
+    with folders_around(target), unfinished_file(target) as unfinished, _told_as(path, unfinished):
         mode = unfinished.stat().st_mode  # as the umask has it; safetensors makes files only their owner can read
         yield unfinished
         sync(unfinished)
         unfinished.chmod(mode)
         put_in_place(unfinished, target)
+
+
+@contextmanager
+def folders_around(path: Path) -> Iterator[None]:
+    """Makes the folders around a path that are missing; on an error in this block those that are empty go again."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: it is in use
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def put_in_place(unfinished: Path, target: Path) -> None:
@@ -276,12 +287,14 @@ def _told_as(path: Path, unfinished: Path):
 def append_records(log, records: Iterable[dict], *, allow_nan: bool = False) -> None:
     """Adds a line of JSON for each record to a log, all of them or none; does nothing where ``log`` is None.
 
+    A log that is not there is made, and the folders around it.
     Raises ValueError, unless ``allow_nan``, for a record that holds NaN or infinity, which JSON has not; OSError,
     naming the log, where writing fails.
     """
     if log is None:
         return
     lines = "".join(json.dumps(record, allow_nan=allow_nan) + "\n" for record in records).encode()
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
     with saying("the lines before are kept"), named(log), open(log, "ab", buffering=0) as file:
         before = file.tell() if Path(log).is_file() else None
         try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import check_folder, named, named_instead, put_in_place, sync
+from kedit_fast.basics.files import check_folder, folders_around, named, named_instead, put_in_place, sync
 from kedit_fast.basics.unfinished import unfinished_folder
 
 PIECE = 8 << 20  # bytes of a file held at a time
@@ -18,12 +18,12 @@ PIECE = 8 << 20  # bytes of a file held at a time
 def new_folder(path):
     """Gives an empty folder beside ``path``; it takes the name ``path`` when the block ends without an error.
 
-    On an error nothing of it stays, and what a killed run left is deleted by the next one. Raises ValueError where
-    ``path`` is a file or holds something, and where another run writes there, FileNotFoundError where the folder
-    around it does not exist, and OSError, naming ``path`` or a file in it, where writing fails.
+    Folders around it that are missing are made. On an error nothing of it stays, and what a killed run left is deleted
+    by the next one. Raises ValueError where ``path`` is a file or holds something, and where another run writes there,
+    and OSError, naming ``path`` or a file in it, where writing fails.
     """
     path = check_new_folder(path)
-    with unfinished_folder(path) as unfinished, named_instead(unfinished, path):
+    with folders_around(path), unfinished_folder(path) as unfinished, named_instead(unfinished, path):
         check_new_folder(path)  # another run may have ended since
         yield unfinished
         sync_folder(unfinished)
@@ -47,8 +47,6 @@ def check_new_folder(path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "is not empty" if path.is_dir() else "is a file"
         raise ValueError(f"{path} {what}; expected a folder that is new or empty")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be made: there is no folder {path.parent}; make it first")
     return check_folder(path)
 
 

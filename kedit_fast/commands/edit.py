@@ -7,7 +7,7 @@ from statistics import mean
 from kedit_fast.basics.parts import check_checkpoint
 from kedit_fast.basics.progress import stages
 from kedit_fast.commands.inputs import corpus_of, read_chain, read_facts, statistics, told_lm
-from kedit_fast.commands.outputs import check_outputs, make_folder_of, say, say_table
+from kedit_fast.commands.outputs import check_outputs, say, say_table
 from kedit_fast.editors import EDITORS
 from kedit_fast.editors.written import not_written
 from kedit_fast.edits.edit import Edit
@@ -42,7 +42,6 @@ def run(args) -> int:
     with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
         moments = statistics(args, lm, [editor], editor.layers, corpus)
         edit = editor.edit(view, facts, moments=moments, seed=args.seed, **how)
-    make_folder_of(path)
     edit.save(path)
     say_layers(edit, lm.d_ff)
     say_facts(edit)

@@ -7,11 +7,19 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from kedit_fast.basics.catalog import SELF
-from kedit_fast.basics.files import check_folder, check_place, holds_something, named, written_file, written_through
+from kedit_fast.basics.files import (
+    check_folder,
+    check_place,
+    folders_around,
+    holds_something,
+    named,
+    written_file,
+    written_through,
+)
 from kedit_fast.basics.printing import STDOUT, columns, escaped
 from kedit_fast.facts.fact import BUILTIN
 
@@ -65,7 +73,9 @@ def check_output(path, force: bool) -> Path | None:
     """
     if path is None:
         return None
-    path = check_place(os.path.expanduser(path), make_folders=True)
+    path = check_place(os.path.expanduser(path))
+    if not written_through(path):
+        check_folder(written_file(path).parent, path)  # a file is replaced by another of that folder
     if holds_something(path) and not force:
         raise ValueError(f"{path} is there already; --force replaces it, or name another file")
     return path
@@ -111,10 +121,6 @@ def _same(a: Path, b: Path) -> bool:
     return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))
 
 
-def make_folder_of(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def write_reports(*reports: tuple[Path | None, Callable]) -> list[Path]:
     """Writes (path, what writes it) where there is a path; the paths, for ``say_written``.
 
@@ -122,7 +128,6 @@ def write_reports(*reports: tuple[Path | None, Callable]) -> list[Path]:
     """
     written = [(path, write) for path, write in reports if path is not None]
     for path, write in written:
-        make_folder_of(path)
         write(path)
     return [path for path, _ in written]
 
@@ -144,18 +149,14 @@ def fresh_log(path: Path | None):
             yield path
         return
     path = written_file(path)
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    make_folder_of(path)
     older = path.with_name(f".{path.name}.older")
-    if path.exists():
-        path.replace(older)
-    try:
-        yield path
-    finally:
+    with folders_around(path):
         if path.exists():
-            older.unlink(missing_ok=True)
-        elif older.exists():
-            older.replace(path)
-        with suppress(OSError):  # not empty: it is in use
-            for folder in made:
-                folder.rmdir()
+            path.replace(older)
+        try:
+            yield path
+        finally:
+            if path.exists():
+                older.unlink(missing_ok=True)
+            elif older.exists():
+                older.replace(path)

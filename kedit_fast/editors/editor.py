@@ -146,7 +146,14 @@ class Editor(Hyperparameters):
                 return fitting(lm, keep, lambda lm: self._made(lm, facts, groups, moments, independent, keep, seed))
 
     def check_edit(
-        self, lm: LM, facts, *, contexts=None, previous=None, independent=False, checkpoint: Checkpoint = None
+        self,
+        lm: LM,
+        facts: Fact | Iterable[Fact],
+        *,
+        contexts: AnyContexts | None = None,
+        previous: Edit | Iterable[Edit] | None = None,
+        independent: bool = False,
+        checkpoint: Checkpoint = None,
     ) -> tuple[LM, list[Fact]]:
         """What ``edit`` refuses but for statistics, which take time to measure; gives the model with the earlier edits
         on it, and the facts."""

@@ -142,7 +142,7 @@ class Edit:
         return self if written is None else written_form(self, lm.source.weight, written)
 
     def save(self, path: checks.AnyPath) -> None:
-        """Write one safetensors file, whole or not at all; a file of that name is replaced. See ``load``.
+        """Write one safetensors file, whole or not at all; one of that name is replaced, folders made. See ``load``.
 
         Equal edits make equal files, byte for byte.
         """

@@ -102,7 +102,10 @@ class EvalReport:
         return base, {name: float(column[i]) for name, column in self.edited.items()}
 
     def save(self, path: AnyPath) -> None:
-        """Writes one JSON file, whole or not at all; NaN and infinity are null in it, and NaN once loaded."""
+        """Writes one JSON file, whole or not at all; NaN and infinity are null in it, and NaN once loaded.
+
+        A file of that name is replaced, folders are made.
+        """
         record = {
             "format": FORMAT,
             "version": VERSION,

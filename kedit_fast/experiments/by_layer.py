@@ -108,7 +108,8 @@ class LayerStudy:
         }
 
     def save(self, path: checks.AnyPath) -> None:
-        """Writes one JSON file, whole or not at all; ``load`` gives it back."""
+        """Writes one JSON file, whole or not at all; ``load`` gives it back. One of that name is replaced, folders
+        are made."""
         record = {"format": FORMAT, "version": VERSION} | self.to_record()
         write_text(path, json.dumps(record, allow_nan=False))
 

@@ -99,7 +99,10 @@ class GateReport:
         raise KeyError(f"no check {name!r}; there are {'; '.join(dict.fromkeys(c.name for c in self.checks))}")
 
     def save(self, path: AnyPath) -> None:
-        """Writes the whole report as one JSON file, whole or not at all; NaN and infinity are null."""
+        """Writes the whole report as one JSON file, whole or not at all; NaN and infinity are null.
+
+        A file of that name is replaced, folders are made.
+        """
         write_text(path, json.dumps(self.to_record(), allow_nan=False, indent=1, ensure_ascii=False) + "\n")
 
     def to_record(self) -> dict:

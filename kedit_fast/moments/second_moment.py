@@ -96,7 +96,7 @@ class SecondMoment:
         return tuple(torch.linalg.eigh(self.matrix.double()))
 
     def save(self, path: checks.AnyPath) -> None:
-        """Writes one safetensors file, atomically."""
+        """Writes one safetensors file, whole or not at all. A file of that name is replaced, folders are made."""
         meta = {"layer": self.layer, "n_tokens": self.n_tokens, "fingerprint": self.fingerprint}
         meta |= {"corpus": self.corpus, "dtype": self.dtype}
         with replace_file(path) as unfinished:

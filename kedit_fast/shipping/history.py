@@ -108,8 +108,7 @@ class EditHistory:
         refuse_independent(edit, "a version is in force for every text")
         if not edit.fingerprint:
             raise ValueError("this edit does not say for which model it was made, so nobody could tell where it fits")
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / EDITS).mkdir(exist_ok=True)
+        (self.folder / EDITS).mkdir(parents=True, exist_ok=True)
         with self._alone():
             fingerprint, versions = self._read()
             if fingerprint and edit.fingerprint != fingerprint:

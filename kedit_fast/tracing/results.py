@@ -111,7 +111,7 @@ class TraceResult:
         })  # fmt: skip
 
     def save(self, path: checks.AnyPath) -> None:
-        """Writes an .npz file without pickle; ``load`` gives it back."""
+        """Writes an .npz file without pickle; ``load`` gives it back. One of that name is replaced, folders made."""
         record = self.to_record()
         del record["p_restored"]
         _write_npz(path, p_restored=self.p_restored, record=json.dumps(record))
@@ -205,7 +205,7 @@ class AverageTrace:
         return plot_average(self, path)
 
     def save(self, path: checks.AnyPath) -> None:
-        """Writes an .npz file without pickle; ``load`` gives it back."""
+        """Writes an .npz file without pickle; ``load`` gives it back. One of that name is replaced, folders made."""
         record = {k: v for k, v in asdict(self).items() if not isinstance(v, np.ndarray)}
         _write_npz(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
 

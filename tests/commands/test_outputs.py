@@ -85,8 +85,9 @@ def test_a_checkpoint_is_looked_at_before_statistics_are_measured(work, complain
 def test_a_trace_s_log_is_looked_at_before_the_sweeps(model, tmp_path, monkeypatch):
     lm = kf.open_model(model)
     monkeypatch.setattr("kedit_fast.tracing.trace.tasks_of", lambda *_: pytest.fail("work was begun"))
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        kf.trace(lm, Fact("The capital of {} is", "France"), log=tmp_path / "none" / "log.jsonl")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is no folder"):
+        kf.trace(lm, Fact("The capital of {} is", "France"), log=tmp_path / "file" / "log.jsonl")
 
 
 def test_folders_of_versions(work, complaint):

@@ -36,7 +36,8 @@ def passed(lm):
 def independent(edit):
     """The edit, said to be of facts that do not see each other."""
     owners = torch.zeros(1, dtype=torch.int64)
-    return dataclasses.replace(edit, changes=[dataclasses.replace(change, owners=owners) for change in edit.changes])
+    changes = [dataclasses.replace(change, owners=owners) for change in edit.changes]
+    return dataclasses.replace(edit, facts=edit.facts * 2, changes=changes, values=None, keys={})
 
 
 def verdicts(report):

@@ -17,7 +17,7 @@ from kedit_fast.model.family import as_out_in, projection
 from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, export_peft, load_peft
 from tests.conftest import on_disk, open_tiny, refused, relative_error
 from tests.make import bits, logits, lowrank, make_edit, owned_edit, same_bits
-from tests.shipping.checkpoints import save_checkpoint
+from tests.shipping.checkpoints import contents, save_checkpoint
 from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
 
 IDS = [5, 17, 23, 42]
@@ -294,4 +294,5 @@ def test_a_folder_in_use_and_a_wrong_limit_are_refused(tmp_path):
     export_peft(edit, tmp_path / "adapter")  # an empty folder will do
     refused("is not empty", export_peft, edit, tmp_path / "adapter")
     refused("max_rank = 0: expected a whole number of at least 1", export_peft, edit, tmp_path / "other", max_rank=0)
-    refused("no folder", export_peft, edit, tmp_path / "no" / "adapter", error=FileNotFoundError)
+    export_peft(edit, tmp_path / "new" / "adapter")  # what is missing is made
+    assert contents(tmp_path / "new" / "adapter") == contents(tmp_path / "adapter")

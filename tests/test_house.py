@@ -230,6 +230,21 @@ def test_the_environment_is_read_in_one_file(name):
     assert not read, f"{name} reads the environment in lines {read}; ask kedit_fast.basics.settings"
 
 
+def test_ranks_meet_in_one_file():
+    """torch.distributed is imported, or reached through torch, nowhere else."""
+    speaking = [name for name in NAMES if "torch.distributed" in names_in(tree_of(PACKAGE / name))]
+    assert speaking == ["basics/ranks.py"]
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    """Dotted names that code imports or reads."""
+    imported = {
+        each for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+        for each in (alias.name, f"{getattr(node, 'module', None)}.{alias.name}", getattr(node, "module", None))
+    }  # fmt: skip
+    return imported | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_and_functions_are_short(name):
     text = (PACKAGE / name).read_text(encoding="utf-8")

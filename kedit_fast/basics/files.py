@@ -14,6 +14,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -206,6 +207,24 @@ def saying(text: str):
         raise type(error)(error.errno, f"{error.strerror}; {text}", error.filename) from error
 
 
+_discards: ContextVar[bool] = ContextVar("kedit_fast_discards", default=False)
+
+
+@contextmanager
+def discarding(on: bool = True) -> Iterator[None]:
+    """Inside, ``replace_file`` keeps nothing: for processes that run a command beside the one that writes for all."""
+    token = _discards.set(on)
+    try:
+        yield
+    finally:
+        _discards.reset(token)
+
+
+def discards() -> bool:
+    """Whether files are being discarded."""
+    return _discards.get()
+
+
 @contextmanager
 def replace_file(path) -> Iterator[Path]:
     """Gives a path to write to; what it holds is at ``path`` when the block ends without an error.
@@ -215,6 +234,11 @@ def replace_file(path) -> Iterator[Path]:
     to is replaced. Raises what ``check_place`` raises, and OSError where writing fails; both name ``path``.
     """
     path = check_place(path)
+    if discards():
+        with tempfile.TemporaryDirectory() as folder:
+            (unfinished := Path(folder, "discarded")).touch()
+            yield unfinished
+        return
     if written_through(path):
         with tempfile.TemporaryDirectory() as folder, _told_as(path, unfinished := Path(folder, "written")):
             unfinished.touch()

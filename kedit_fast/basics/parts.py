@@ -25,6 +25,7 @@ from kedit_fast.basics.files import (
     write_text,
 )
 from kedit_fast.basics.unfinished import LOCKS, is_unfinished, locked
+from kedit_fast.basics.words import short
 
 Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
@@ -145,8 +146,8 @@ class Parts:
         if differing:
             name = differing[0]
             raise OtherWork(
-                f"{self.folder} holds other work: its {name} is {_short(before.get(name))}, this one's "
-                f"{_short(asked.get(name))}"
+                f"{self.folder} holds other work: its {name} is {short(before.get(name))}, this one's "
+                f"{short(asked.get(name))}"
                 + (f" (and {', '.join(differing[1:])} differ)" if differing[1:] else "")
                 + "; go on with what it was begun with, or name another folder"
             )
@@ -318,11 +319,6 @@ def digest(*things) -> str:
         else:
             made.update(json.dumps(thing).encode())
     return made.hexdigest()[:16]
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _digest_of(part: dict[str, Tensor]) -> str:

@@ -2,6 +2,24 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """A process's place among those that a launcher started: its number, how many there are, its number on its host."""
+
+    rank: int
+    n_ranks: int
+    local: int
+
+
+def launch() -> Launch | None:
+    """``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, as torchrun sets them beside the address where the processes meet; None
+    for a process that is alone."""
+    if any(name not in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    rank, n_ranks, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Launch(rank, n_ranks, local) if n_ranks > 1 else None
 
 
 def cache_dir() -> Path:

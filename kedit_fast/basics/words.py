@@ -1,5 +1,6 @@
 """Numbers in sentences, and what errors say."""
 
+import json
 from collections.abc import Sequence
 
 
@@ -28,6 +29,12 @@ def json_kind(value) -> str:
         float: "a number",
     }
     return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def short(value) -> str:
+    """A value's JSON, for a sentence."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def reason(error: Exception) -> str:

@@ -9,13 +9,14 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
 
 from kedit_fast import __version__
 from kedit_fast.basics.printing import STDOUT, any_encoding, escaped
 from kedit_fast.basics.progress import show_progress
+from kedit_fast.basics.settings import Launch, launch
 from kedit_fast.basics.words import is_out_of_memory
 from kedit_fast.commands import arguments, edit_arguments
 from kedit_fast.commands.parser import Commands
@@ -42,6 +43,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "history rollback": (edit_arguments.add_rollback, "history.rollback"),
     "info": (arguments.add_info, "info"),
 }
+SHARING = ("trace", "stats", "edit", "eval", "generate", "gate", "rounds", "layers")  # commands that ranks share
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as a shell gives them
 
 
@@ -50,8 +52,15 @@ def main(argv=None) -> int:
     after an error (one line on stderr) and where no command is given (help), 130 after Ctrl-C, 141 where nobody reads
     what it prints.
 
+    Of the processes that a launcher started (torchrun) the first one speaks and writes; all have the same status.
     An error that is a fault of this package is raised as it is, and with ``--debug`` every error.
     """
+    place = launch()
+    with silent() if place is not None and place.rank else nullcontext():
+        return _main(argv, place)
+
+
+def _main(argv, place: Launch | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command not in COMMANDS:  # no command, or the first word of several
@@ -63,8 +72,7 @@ def main(argv=None) -> int:
     with warnings.catch_warnings(), show_progress(not args.quiet), any_encoding((sys.stdout, sys.stderr)):
         warnings.showwarning = partial(warning_line, args)
         try:
-            module, _, function = COMMANDS[args.command][1].partition(".")
-            status = getattr(import_module(f"kedit_fast.commands.{module}"), function or "run")(args)
+            status = _run(args) if place is None else _run_together(args, place)
             sys.stdout.flush()
         except KeyboardInterrupt:
             return say_error("interrupted", INTERRUPTED)
@@ -76,8 +84,27 @@ def main(argv=None) -> int:
                 stop_printing()
             if args.debug or not is_the_users(error):
                 raise
-            return say_error(f"error: {told(error, args)}", FAILED)
+            # one that lost a companion may have lost the one that speaks
+            return say_error(
+                f"error: {told(error, args)}", FAILED, sys.__stderr__ if isinstance(error, ConnectionError) else None
+            )
     return status or 0
+
+
+def _run(args) -> int | None:
+    module, _, function = COMMANDS[args.command][1].partition(".")
+    return getattr(import_module(f"kedit_fast.commands.{module}"), function or "run")(args)
+
+
+def _run_together(args, place: Launch) -> int | None:
+    """Runs a command on all ranks, or, where it shares no work, on the first, for which the others wait."""
+    from kedit_fast.basics import ranks
+
+    with ranks.launched(place, getattr(args, "device", None)), ranks.joint():
+        if args.command in SHARING:
+            return _run(args)
+        with ranks.alone():
+            return _run(args) if place.rank == 0 else None
 
 
 def build_parser() -> Commands:
@@ -106,6 +133,13 @@ def open_stderr() -> None:
     """Where stderr is closed, lines to it go nowhere: else the next file opened would be in its place."""
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+
+
+@contextmanager
+def silent():
+    """Inside nothing that is printed is seen."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def stop_printing() -> None:
@@ -137,10 +171,10 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def say_error(text: str, status: int) -> int:
-    """Says a line on stderr; the exit status."""
+def say_error(text: str, status: int, file=None) -> int:
+    """Says a line on stderr, unless told where; the exit status."""
     with suppress(OSError):  # nobody reads it
-        print(f"kedit-fast: {escaped(text)}", file=sys.stderr)
+        print(f"kedit-fast: {escaped(text)}", file=file or sys.stderr)
     return status
 
 

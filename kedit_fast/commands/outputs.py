@@ -14,6 +14,7 @@ from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import (
     check_folder,
     check_place,
+    discards,
     folders_around,
     holds_something,
     named,
@@ -141,8 +142,8 @@ def say_written(paths: Sequence[Path]) -> None:
 @contextmanager
 def fresh_log(path: Path | None):
     """A log's path, to begin empty. If nothing is logged, an older file of that name comes back and no folder stays."""
-    if path is None:
-        yield None
+    if path is None or discards():
+        yield path
         return
     if written_through(path):
         with open(path, "ab"):  # a pipe's reader would take the end of a line's write for the end of all

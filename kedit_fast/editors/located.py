@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.editor import Editor
 from kedit_fast.facts.fact import Fact
@@ -131,19 +131,25 @@ class Prompts:
         """What sites hold at the lookup tokens, at the layer given for each: averaged over contexts by their weights,
         and of the bare prompt. Under independent edits each fact is read under its own.
 
-        One sweep for as many facts as a quarter of ``lm.memory`` holds rows of.
+        One sweep for as many facts as a quarter of ``lm.memory`` holds rows of; facts are shared by ranks.
         """
         held = self._fact_bytes(lm, averaged, bare)
-        groups = together(range(len(self.facts)), lambda i: held, lm.memory // 4)
-        parts = [self._read(lm, range(group[0], group[-1] + 1), averaged, bare) for group in groups]
-        return Read(*({site: torch.cat([part[i][site] for part in parts]) for site in parts[0][i]} for i in range(2)))
+
+        def read(facts: Sequence[int]) -> ranks.Part:
+            groups = together(facts, lambda i: held, lm.memory // 4)
+            return ranks.joined([self._read(lm, range(some[0], some[-1] + 1), averaged, bare) for some in groups])
+
+        found = ranks.joined(ranks.shared(range(len(self.facts)), read))
+        named = (("averaged", averaged), ("bare", bare))
+        return Read(*({site: found[f"{name} {site.value}"].to(lm.device) for site in sites} for name, sites in named))
 
     def _fact_bytes(self, lm, averaged: dict, bare: dict) -> int:
         """Bytes of the rows that are read of a fact."""
         of_all, of_bare = (sum(map(lm.width_of, sites)) for sites in (averaged, bare))
         return (of_all * self.n_contexts + of_bare) * lm.dtype.itemsize
 
-    def _read(self, lm, facts: range, averaged: dict, bare: dict) -> tuple[dict, dict]:
+    def _read(self, lm, facts: range, averaged: dict, bare: dict) -> ranks.Part:
+        """{"averaged SITE", "bare SITE": [n, width]} of some facts, by one sweep."""
         runs, m = RunList(), self.n_contexts
         every = torch.arange(facts.start * m, facts.stop * m)
         number = add_under(lm, runs, [self.sequences[i] for i in every.tolist()], every // m)
@@ -152,8 +158,8 @@ class Prompts:
         of_bare = {site: Collect(site, [layer], number[::m], pos[::m]) for site, layer in bare.items()}
         last = max([*averaged.values(), *bare.values()])
         sweep(lm, runs.runs(), [*of_all.values(), *of_bare.values()], last_layer=last, held=lm.memory // 4)
-        means = {site: self._mean(job.values[averaged[site]]) for site, job in of_all.items()}
-        return means, {site: job.values[bare[site]].double() for site, job in of_bare.items()}
+        means = {f"averaged {site.value}": self._mean(job.values[averaged[site]]) for site, job in of_all.items()}
+        return means | {f"bare {site.value}": job.values[bare[site]].double() for site, job in of_bare.items()}
 
     def _mean(self, rows: Tensor) -> Tensor:
         grouped = rows.double().view(-1, self.n_contexts, rows.shape[1])

@@ -6,13 +6,15 @@ each of their tokens is and which one it would say instead. Written (``write_pro
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import ranks
+from kedit_fast.basics.parts import json_of, json_tensor
 from kedit_fast.facts.tokens import answer_tokens, encode
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
@@ -75,6 +77,11 @@ class Answer(NamedTuple):
     p_top: float = math.nan
     text: str | None = None
 
+    @classmethod
+    def of(cls, p, exact, said, *rest) -> "Answer":
+        """From JSON, which has lists for tuples."""
+        return cls(tuple(p), tuple(exact), tuple(map(tuple, said)), *rest)
+
 
 def probe(lm, prompt: str, answers: Sequence[str | None] = (), attached: bool | None = None, **how) -> Probe:
     """The probe of a prompt as the model reads it (what ``tokens.asked`` gives) and of its answers.
@@ -93,9 +100,25 @@ def read_probes(lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer]
     """(what the base model answers, what the edited one does; None where ``lm`` carries no edits), by probe.
 
     One sweep for both: equal prefixes are one row, and below the first edited layer the two models share theirs. Under
-    independent edits each probe is asked under its owner's. Values are fp64. advance: as in ``sweep``
+    independent edits each probe is asked under its owner's. Values are fp64. Ranks share the probes. advance: as in
+    ``sweep``
     Raises ValueError where the base model gives NaN, of which there is nothing to say.
     """
+    base, edited = _of_all(probes, lambda some: _read(lm, some, advance))
+    return base, edited if lm.edits else None
+
+
+def _of_all(probes: Sequence[Probe], read: Callable[[Sequence[Probe]], list[list[Answer]]]) -> list[list[Answer]]:
+    """What ``read`` gives of the probes that each rank asks, one list or several of all of them."""
+    if ranks.n_ranks() == 1:
+        return read(probes)
+    parts = ranks.shared(probes, lambda some: {"said": json_tensor(read(some))}, lambda one: sum(one.lengths))
+    sides = zip(*(json_of(part["said"]) for part in parts), strict=True)
+    return [[Answer.of(*each) for some in side for each in some] for side in sides]
+
+
+def _read(lm, probes: Sequence[Probe], advance) -> list[list[Answer]]:
+    """The answers of the base model, and of the edited one, where there is one, else the same."""
     view, read = as_read(lm, probes)
     where, runs = _Places.of(probes), RunList()
     theirs = where if read is probes else _Places.of(read)
@@ -112,16 +135,21 @@ def read_probes(lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer]
             check_answers(bare, logprob, lambda i: where.sequences[where.places.pair[i]])
             check_answers(bare, p_top, where.sequences[len(where.pairs) :].__getitem__)
         read.append(_answers(lm, probes, where, h, logprob, p_top))
-    return read[0], read[-1] if lm.edits else None
+    return [read[0], read[-1]]
 
 
 @torch.no_grad()
 def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
     """What the model answers as its edits have it, by probe; as ``read_probes``, without rows of the base model."""
-    view, read = as_read(lm, probes)
-    where, runs = _Places.of(read), RunList()
-    (h,) = _hidden_states(view, runs, [(add_under(lm, runs, where.sequences, where.owners), where)], advance)
-    return _answers(lm, probes, where, h, *_probabilities(lm, h, where, likeliest_tokens(lm, h[where.n_tokens :])))
+
+    def read(some: Sequence[Probe]) -> list[list[Answer]]:
+        view, as_asked = as_read(lm, some)
+        where, runs = _Places.of(as_asked), RunList()
+        (h,) = _hidden_states(view, runs, [(add_under(lm, runs, where.sequences, where.owners), where)], advance)
+        top = likeliest_tokens(lm, h[where.n_tokens :])
+        return [_answers(lm, some, where, h, *_probabilities(lm, h, where, top))]
+
+    return _of_all(probes, read)[0]
 
 
 def as_read(lm, probes: Sequence[Probe]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import append_records, check_format, check_place, read_object, write_text
 from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.progress import progress, stages
@@ -191,7 +191,7 @@ def edit_by_layer(
                     contexts = edit.contexts  # sampled once
                     found = evaluate(lm, facts, edit, both_forms=False).summary()
                 edited[layer] = {name: one for name, both in found.items() if (one := both["edited"]) is not None}
-                append_records(log, [{"layer": layer, "edited": finite(edited[layer])}])
+                append_records(log if ranks.first() else None, [{"layer": layer, "edited": finite(edited[layer])}])
                 bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
         base = {name: one for name, both in found.items() if (one := both["base"]) is not None}
         if traces is None:
@@ -205,7 +205,7 @@ def spearman(a, b) -> float:
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if len(a) < 3 or np.isnan(a).any() or np.isnan(b).any():
         return math.nan
-    a, b = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
+    a, b = (each - each.mean() for each in (_ranks(a), _ranks(b)))
     size = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / size if size else math.nan
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import append_records, check_place
 from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.progress import Bar
@@ -186,7 +186,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -
             evaluate_s=time.perf_counter() - edited,
             edit=so_far,
         )
-        append_records(log, [found.to_record()])
+        append_records(log if ranks.first() else None, [found.to_record()])
         yield found
 
 

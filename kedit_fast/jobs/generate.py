@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.progress import progress
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.jobs.finite import check_answers, is_broken
@@ -37,6 +37,7 @@ def generate(
     """Token ids that follow each prompt, with the model's edits; greedy at temperature 0, else sampled from ``seed``.
 
     As many texts at a time as ``lm.memory`` holds, those of like length together; what is sampled depends on that cut.
+    Ranks share the texts of each batch, and draw as one of them would.
 
     draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step, where
         all texts go in one batch
@@ -62,41 +63,60 @@ def generate(
     made: list[list[int]] = [[] for _ in prompts]
     with progress(f"{label} (tokens)", max_new_tokens * len(cuts)) as bar:
         for number, batch in enumerate(cuts, 1):
-            choose = partial(_choose, temperature=temperature, top_k=top_k, draw=draw)
+            mine = ranks.mine([len(prompts[i]) for i in batch])
+            draws = partial(_draws, (len(batch), lm.n_vocab), mine, draw) if temperature > 0 else None
+            choose = partial(_choose, temperature=temperature, top_k=top_k, draws=draws)
             tell = after if len(cuts) == 1 else None
-            texts = _written(lm, [prompts[i] for i in batch], max_new_tokens, choose, ends, nan_ends, tell, bar)
+            own = [prompts[batch[i]] for i in mine]
+            texts = _written(lm, own, max_new_tokens, choose, ends, nan_ends, tell, bar)
             for i, text in zip(batch, texts, strict=True):
                 made[i] = text
             bar.advance(number * max_new_tokens - bar.done)  # where all texts ended early
     return made
 
 
+@ranks.joint()
 def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar) -> list[list[int]]:
-    """What follows each of the prompts of one batch. choose: logits [n, V] -> tokens [n]"""
-    cache = _Cache(lm, prompts, max_new_tokens)
+    """What follows each of the prompts of one batch, of all ranks. prompts: this rank's; choose: logits [n, V] of its
+    texts -> tokens [n]
+
+    All ranks take as many steps, for each of them draws for all texts.
+    """
+    cache = _Cache(lm, prompts, max_new_tokens) if prompts else None
     made: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(max_new_tokens):
-        logits = lm.head(cache.advance())
-        largest = logits.amax(-1).cpu()
-        if not nan_ends:
-            check_answers(lm, largest.where(running, 0.0), cache.text)
-        broken = is_broken(largest)
-        running &= ~broken
-        if broken.any():  # its rows go on beside the others, and nobody reads them
-            logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
-        tokens = choose(logits)
+        tokens = choose(_logits(lm, cache, running, nan_ends) if cache is not None and running.any() else None)
         for i in running.nonzero()[:, 0].tolist():
             running[i] = int(tokens[i]) not in ends
             if running[i]:
                 made[i].append(int(tokens[i]))
         if after is not None:
-            after(made)
+            after(_of_all(made))
         bar.advance()
-        if not running.any():
+        if not ranks.anyone(bool(running.any())):
             break
-        cache.append(tokens)
-    return made
+        if cache is not None and running.any():
+            cache.append(tokens)
+    return _of_all(made)
+
+
+def _of_all(made: list[list[int]]) -> list[list[int]]:
+    """The texts of all ranks, in order."""
+    return [text for of_rank in ranks.gathered_json(made) for text in of_rank]
+
+
+def _logits(lm, cache: "_Cache", running: Tensor, nan_ends: bool) -> Tensor:
+    """[n, V] after each text. One where the model gives NaN does not run on, or is an error unless ``nan_ends``."""
+    logits = lm.head(cache.advance())
+    largest = logits.amax(-1).cpu()
+    if not nan_ends:
+        check_answers(lm, largest.where(running, 0.0), cache.text)
+    broken = is_broken(largest)
+    running &= ~broken
+    if broken.any():  # its rows go on beside the others, and nobody reads them
+        logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
+    return logits
 
 
 def batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
@@ -119,14 +139,26 @@ def batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
         yield sorted(batch)
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, draw) -> Tensor:
-    """[n] one token for each row of logits [n, V]."""
-    if temperature == 0:
-        return logits.argmax(-1).cpu()
+def _draws(shape: tuple[int, int], mine: range, draw: torch.Generator) -> Tensor:
+    """[mine, V] of Exp(1): this rank's rows of those of a whole batch, so that all ranks' generators move alike."""
+    return torch.empty(shape).exponential_(generator=draw)[mine.start : mine.stop]
+
+
+def _choose(logits: Tensor | None, temperature: float, top_k: int | None, draws) -> Tensor | None:
+    """[n] one token for each row of logits [n, V]; None, of texts that have all ended, draws without choosing.
+
+    draws: gives [n, V] of Exp(1); a token is the largest p / Exp(1), which is what ``torch.multinomial`` gives, to the
+        bit. None: the likeliest token
+    """
+    if draws is None:
+        return logits if logits is None else logits.argmax(-1).cpu()
+    against = draws()
+    if logits is None:
+        return None
     logits = logits.float().cpu() / temperature
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
+    return (logits.softmax(-1) / against).argmax(-1)
 
 
 class _Cache:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import ranks
 from kedit_fast.basics.progress import progress, scaled
 from kedit_fast.basics.state import wide
 from kedit_fast.jobs.collect import collect
@@ -88,9 +89,17 @@ def text_logprobs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1].
 
-    An edit that puts text before prompts puts it before such a sequence too, behind its first token.
-    Raises ValueError where the base model gives NaN; the edited one may.
+    An edit that puts text before prompts puts it before such a sequence too, behind its first token. Ranks share the
+    sequences. Raises ValueError where the base model gives NaN; the edited one may.
     """
+    with progress(f"{label} (tokens)", sum(map(len, sequences))) as bar:
+        found = ranks.joined(ranks.shared(sequences, lambda some: _text_logprobs(lm, some, bar), len))
+    lengths = [len(ids) - 1 for ids in sequences]
+    return list(found["base"].split(lengths)), list(found["edited"].split(lengths))
+
+
+def _text_logprobs(lm, sequences: list[list[int]], bar) -> dict[str, Tensor]:
+    """{"base", "edited": [tokens]} of the sequences behind each other."""
     runs = RunList()
     tokens, length = padded(sequences)
     # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
@@ -109,12 +118,10 @@ def text_logprobs(
     run = torch.cat([side[places.pair] for side in sides])
     pos = torch.cat([places.pos, places.pos + shift[places.pair]][: len(sides)])
     job = Score(lm, run, pos, places.targets.repeat(len(sides)))
-    with progress(f"{label} (tokens)", n) as bar:
-        view = replace(lm, prompted=True)
-        sweep(view, runs.runs(), [job], held=PLACE * len(run), advance=scaled(bar.advance, n))
+    sweep(replace(lm, prompted=True), runs.runs(), [job], held=PLACE * len(run), advance=scaled(bar.advance, n))
     check_answers(replace(lm, edits=()), job.logprob[: len(places.pos)], lambda i: places.sequences[places.pair[i]])
-    read = [list(half.split(places.lengths)) for half in job.logprob.chunk(len(sides))]
-    return read[0], read[-1]
+    read = job.logprob.chunk(len(sides))
+    return {"base": read[0], "edited": read[-1]}
 
 
 @torch.no_grad()
@@ -128,11 +135,15 @@ def next_token_probs(lm, prompts: list[list[int]]) -> Tensor:
 
 @torch.no_grad()
 def next_tokens(lm, prompts: list[list[int]]) -> Tensor:
-    """[n] the likeliest next token after each prompt, with the model's edits; logits of a few rows at a time. Raises
-    ValueError for NaN."""
-    parts = [lm.head(rows).max(-1) for rows in _last_rows(lm, prompts).split(logit_rows(lm))]
-    check_answers(lm, torch.cat([part.values for part in parts]), prompts.__getitem__)
-    return torch.cat([part.indices for part in parts])
+    """[n] the likeliest next token after each prompt, with the model's edits; logits of a few rows at a time. Ranks
+    share the prompts. Raises ValueError for NaN."""
+
+    def tokens(some: list[list[int]]) -> dict[str, Tensor]:
+        parts = [lm.head(rows).max(-1) for rows in _last_rows(lm, some).split(logit_rows(lm))]
+        check_answers(lm, torch.cat([part.values for part in parts]), some.__getitem__)
+        return {"tokens": torch.cat([part.indices for part in parts])}
+
+    return ranks.joined(ranks.shared(prompts, tokens, len))["tokens"]
 
 
 def _last_rows(lm, prompts: list[list[int]]) -> Tensor:

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import reading, replace_file, saying
 from kedit_fast.basics.words import not_text
@@ -55,6 +56,7 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> C
     The column is "text" unless it is named; rows without a text in it are left out, and a warning counts them.
     keep_dir: a folder that keeps sampled text, also half of it, so that a killed run goes on there; whoever needs the
         text no longer deletes ``Corpus.kept``
+    Ranks share the sampling; text that is there the first of them reads for all.
 
     Raises ValueError for a corpus that is empty or too short, for a data set that cannot be read or lacks the column
     (with those it has), FileNotFoundError for a missing file.
@@ -62,6 +64,12 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> C
     checks.whole("n_tokens", n_tokens, least=1, like=100_000)
     if isinstance(corpus, str) and corpus == SELF:
         return _sampled(lm, n_tokens, seed, keep_dir)
+    name, windows = ranks.json_from_first(lambda: _read(lm, corpus, n_tokens))
+    return Corpus(name, windows)
+
+
+def _read(lm, corpus, n_tokens: int) -> tuple[str, list[list[int]]]:
+    """(its id, ``n_tokens`` tokens of it in windows)."""
     name, texts = _texts(check_corpus(corpus))
     windows, left = [], n_tokens
     for window in (window for text in texts for window in windows_of(lm, text)):
@@ -78,7 +86,7 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> C
         raise ValueError(
             f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
         )
-    return Corpus(name, windows)
+    return name, windows
 
 
 def check_corpus(corpus):
@@ -216,7 +224,8 @@ def sampled_windows(
 
 
 class _Kept:
-    """The tokens so far and the state of the random numbers behind them, in a file where there is a folder.
+    """The tokens so far and the state of the random numbers behind them, in a file where there is a folder: the first
+    rank's, who reads it for all.
 
     ids: [n, tokens so far] int64, without the start token; draw: the generator for those to come; path: the file
     """
@@ -227,18 +236,22 @@ class _Kept:
         self._last = time.monotonic()
         if folder is not None:
             self.path = folder / f"text-{lm.fingerprint}-{lm.dtype_name}-self-seed{seed}-{n}x{length}.safetensors"
-            if self.path.exists():
-                self._read(n, length, lm.n_vocab)
+            held = ranks.from_first(lambda: self._read(n, length, lm.n_vocab) if self.path.exists() else {})
+            if held:
+                self.ids = held["ids"]
+                self.draw.set_state(held["state"])
 
-    def _read(self, n: int, length: int, n_vocab: int) -> None:
+    def _read(self, n: int, length: int, n_vocab: int) -> dict[str, Tensor]:
+        """{"ids", "state"} of the file."""
         with reading(self.path, "delete it to sample the text anew"), safe_open(self.path, "pt") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ValueError("it is another file")
             ids = file.get_tensor("ids").long()
             if ids.ndim != 2 or len(ids) != n or ids.shape[1] >= length or bool(((ids < 0) | (ids >= n_vocab)).any()):
                 raise ValueError(f"its tokens are {list(ids.shape)}, or none of this model")
-            self.draw.set_state(file.get_tensor("state"))
-            self.ids = ids
+            state = file.get_tensor("state")
+            torch.Generator().set_state(state)  # raises for one that is none
+            return {"ids": ids, "state": state}
 
     def keep_now_and_then(self, made: list[list[int]]) -> None:
         """Keeps the tokens made after ``ids`` once some time has passed since the last."""
@@ -246,7 +259,7 @@ class _Kept:
             self.keep(made)
 
     def keep(self, made: list[list[int]]) -> None:
-        if self.path is None:
+        if self.path is None or not ranks.first():
             return
         ids = torch.cat([self.ids, torch.tensor(made)], 1).int()
         tensors = {"ids": ids, "state": self.draw.get_state()}

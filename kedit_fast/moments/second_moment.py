@@ -10,9 +10,9 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import check_folder, existing_file, reading, replace_file, saying
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.basics.state import own_state
@@ -163,6 +163,7 @@ def refuse_pickled(path) -> None:
 
 
 @takes_lm
+@ranks.joint()
 def second_moments(
     lm: LM,
     layers: Sequence[int],
@@ -180,7 +181,8 @@ def second_moments(
 
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
-    One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens. Sums in fp64 where that fits ``lm.memory``,
+    One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens; ranks share the tokens, and what is kept goes
+    on with any number of them. Sums in fp64 where that fits ``lm.memory``,
     else fp32; where those of all layers do not fit, the text is read again for each group of layers that does.
 
     Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that is damaged
@@ -192,6 +194,8 @@ def second_moments(
     corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
     if cache_dir is not None:
         check_folder(checks.path("cache_dir", cache_dir))
+    same = {"model": lm.fingerprint, "dtype": lm.dtype_name, "memory": lm.memory}
+    ranks.agreed(same | {"layers": layers, "n_tokens": n_tokens, "seed": seed})
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
     if found is not None:
         return found
@@ -227,22 +231,24 @@ def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMome
     held = sum(total.nbytes for total in sums.by_layer.values())
     bar.resume(sums.n_done)
     for batch in together(text.windows[sums.n_windows :], len, _batch_tokens(lm, text.n_tokens)):
-        runs, n = RunList(), sum(map(len, batch))
-        for window in batch:
-            runs.add(window)
-        sweep(
-            lm, runs.runs(), [Moments(lm, sums.by_layer)], last_layer=max(layers), held=held,
-            advance=scaled(bar.advance, n),
-        )  # fmt: skip
+        mine, runs, advance = ranks.mine([*map(len, batch)]), RunList(), scaled(bar.advance, sum(map(len, batch)))
+        for i in mine:
+            runs.add(batch[i])
+        with ranks.joint():
+            if mine:
+                jobs = [Moments(lm, sums.by_layer)]
+                sweep(lm, runs.runs(), jobs, last_layer=max(layers), held=held, advance=advance)
         sums.advance(batch)
     return sums.finish()
 
 
 def _batch_tokens(lm, n_tokens: int) -> int:
-    """Tokens a sweep. Weights in memory cost nothing to pass again: then little work is cut as well, to keep parts."""
+    """Tokens a sweep of each rank, for all of them. Weights in memory cost nothing to pass again: then little work is
+    cut as well, to keep parts."""
+    n = ranks.n_ranks()
     if lm.source.pass_bytes:
-        return BATCH_TOKENS
-    return min(BATCH_TOKENS, max(LEAST_TOKENS, n_tokens // PARTS))
+        return BATCH_TOKENS * n
+    return min(BATCH_TOKENS * n, max(LEAST_TOKENS * n, n_tokens // PARTS))
 
 
 def _name(lm, layer, corpus_id, n_tokens) -> str:
@@ -251,22 +257,37 @@ def _name(lm, layer, corpus_id, n_tokens) -> str:
 
 
 def _finished(lm, layers, corpus_id, n_tokens, cache_dir):
-    """The statistics of all layers, if they are in the cache."""
+    """The statistics of all layers, if they are in the cache (of ranks: the first one's)."""
     if cache_dir is None or corpus_id is None:
         return None
     paths = {layer: Path(cache_dir, _name(lm, layer, corpus_id, n_tokens)) for layer in layers}
-    if not all(path.exists() for path in paths.values()):
+    if not ranks.json_from_first(lambda: all(path.exists() for path in paths.values())):
         return None
-    found = {layer: SecondMoment.load(path) for layer, path in paths.items()}
-    for layer, moment in found.items():
-        wanted = (layer, n_tokens, lm.fingerprint, corpus_id, lm.dtype_name)
-        if (moment.layer, moment.n_tokens, moment.fingerprint, moment.corpus, moment.dtype) != wanted:
-            raise ValueError(f"{paths[layer]} is not what its name says; delete it")
-    return found
+
+    def load(path: Path, *wanted) -> SecondMoment:
+        moment = SecondMoment.load(path)
+        if (moment.n_tokens, moment.layer, moment.fingerprint, moment.corpus, moment.dtype) != wanted:
+            raise ValueError(f"{path} is not what its name says; delete it")
+        return moment
+
+    about = {layer: (n_tokens, layer, lm.fingerprint, corpus_id, lm.dtype_name) for layer in layers}
+    return {layer: _from_first(partial(load, path, *about[layer]), *about[layer]) for layer, path in paths.items()}
+
+
+def _from_first(make: Callable[[], SecondMoment], *about) -> SecondMoment:
+    """What ``make`` gives on the first rank, on all of them; about: its other fields, in order."""
+    made: list[SecondMoment] = []
+
+    def matrix() -> dict[str, Tensor]:
+        made.append(make())
+        return {"matrix": made[0].matrix}
+
+    found = ranks.from_first(matrix)
+    return made[0] if made else SecondMoment(found["matrix"], *about)
 
 
 class _Sums:
-    """Running sums of all layers, with a checkpoint where there is a cache."""
+    """Running sums of all layers, with a checkpoint where there is a cache: the first rank's, whom the others give."""
 
     def __init__(self, lm, layers, text: Corpus, cache_dir):
         self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
@@ -278,24 +299,30 @@ class _Sums:
             which = hashlib.sha256(str(layers).encode()).hexdigest()[:8]  # 80 numbers are too long for a file name
             name = _name(lm, f"s-{which}", text.id, text.n_tokens)
             self._partial = self._dir / name.replace("moment", "partial", 1)
-            self._resume()
+            self.n_windows = ranks.json_from_first(self._resume)
+            self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
 
-    def _resume(self):
+    def _resume(self) -> int:
+        """Takes up kept sums; how many windows they are of."""
         if not self._partial.exists():
-            return
+            return 0
         with reading(self._partial, "remove it to begin anew"), safe_open(self._partial, "pt") as f:
             meta = f.metadata() or {}
             if meta["name"] != self._partial.name:
                 raise ValueError("it is not what its name says")
-            self.n_windows = int(meta["windows"])
+            n_windows = int(meta["windows"])
             for layer in self.by_layer:
                 self.by_layer[layer].copy_(f.get_tensor(str(layer)))
-        self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
+        return n_windows
 
     def advance(self, batch) -> None:
         self.n_windows += len(batch)
         self.n_done += sum(map(len, batch))
-        if self._dir is not None and self.n_windows < len(self._text.windows):
+        if self._dir is None or self.n_windows == len(self._text.windows):
+            return
+        for total in self.by_layer.values():
+            ranks.summed_on_first_(total)
+        if ranks.first():
             meta = {"name": self._partial.name, "windows": str(self.n_windows)}
             with (
                 saying("the sums before it are kept, and the same call goes on"),
@@ -306,14 +333,17 @@ class _Sums:
     def finish(self) -> dict[int, SecondMoment]:
         made = {}
         for layer in list(self.by_layer):
-            total = self.by_layer.pop(layer)
-            matrix = fill_upper_(total.div_(self.n_done)).float().cpu()
-            made[layer] = SecondMoment(
-                matrix, self.n_done, layer, self._lm.fingerprint, self._text.id, self._lm.dtype_name
-            )
-            if self._dir is not None:
-                made[layer].save(self._dir / _name(self._lm, layer, self._text.id, self.n_done))
-        if self._dir is not None:
+            total, lm = self.by_layer.pop(layer), self._lm
+            ranks.summed_on_first_(total)
+            about = (self.n_done, layer, lm.fingerprint, self._text.id, lm.dtype_name)
+
+            def moment(total=total, about=about) -> SecondMoment:
+                return SecondMoment(fill_upper_(total.div_(self.n_done)).float().cpu(), *about)
+
+            made[layer] = _from_first(moment, *about)
+            if self._dir is not None and ranks.first():
+                made[layer].save(self._dir / _name(lm, layer, self._text.id, self.n_done))
+        if self._dir is not None and ranks.first():
             self._partial.unlink(missing_ok=True)
             if self._text.kept is not None:
                 self._text.kept.unlink(missing_ok=True)

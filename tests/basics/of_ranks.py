@@ -1,0 +1,116 @@
+"""What ranks share, from moments to an evaluation, on a tiny model: ``python -m tests.basics.of_ranks FOLDER [NAME]``.
+
+Each rank saves what came of it as FOLDER/rank-NUMBER.safetensors, and what errors said as .json.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import kedit_fast as kf
+from kedit_fast.basics import ranks
+from kedit_fast.basics.settings import launch
+from tests.conftest import tiny_lm
+
+TEXTS = ["The Eiffel Tower is in the city of Paris. " * 12, "Miles Davis plays the trumpet in a band. " * 9] * 4
+
+
+def facts(n: int = 5) -> list[kf.Fact]:
+    return kf.load_facts("builtin", n=n)
+
+
+def moments_of(folder: Path) -> dict[str, Tensor]:
+    """Of sampled text, kept on the way, and of given text."""
+    lm = tiny_lm("llama")
+    made = kf.second_moments(lm, [1, 2], n_tokens=3000, cache_dir=folder / "statistics")
+    given = kf.second_moments(lm, [2], TEXTS, n_tokens=900)
+    return {"sampled": made[1].matrix, "given": given[2].matrix}
+
+
+def texts_of(folder: Path) -> dict[str, Tensor]:
+    lm = tiny_lm("llama")
+    prompts = ["The", "Miles Davis plays", "In the city of"]
+    greedy, drawn = lm.generate(prompts, 6), lm.generate(prompts, 6, temperature=1.0, seed=3)
+    return {"texts": torch.tensor(list("|".join([*greedy, *drawn]).encode()))}
+
+
+def trace_of(folder: Path) -> dict[str, Tensor]:
+    found = kf.trace(tiny_lm("llama"), facts(), samples=2, window=3, log=folder / "traces.jsonl")
+    return {f"{i} {result.kind}": torch.from_numpy(result.p_restored) for i, result in enumerate(found)}
+
+
+def edit_of(folder: Path) -> dict[str, Tensor]:
+    """MEMIT of all facts, its parts kept; each of them as a ROME edit of its own; FT; what the evaluation says."""
+    lm, made = tiny_lm("llama"), {}
+    moments = kf.second_moments(lm, [1, 2], TEXTS, n_tokens=900)
+    memit = kf.Memit(layers=(1, 2), mom2_update_weight=10.0, v_num_grad_steps=5, v_loss_layer=3)
+    rome = kf.Rome(layers=(1,), v_num_grad_steps=5, context_template_length_params=((3, 2),))
+    edits = {
+        "memit": memit.edit(lm, facts(), moments=moments, checkpoint=folder / "parts"),
+        "rome": rome.edit(lm, facts(3), moments=moments, independent=True),
+        "ft": kf.Ft(layers=(1,), num_steps=3).edit(lm, facts(3)),
+    }
+    for name, edit in edits.items():
+        made |= {f"{name} {key}": x for change in edit.changes for key, x in change.tensors().items()}
+        report = kf.evaluate(lm, edit.facts, edit, text=None if name == "rome" else TEXTS, generate=3)
+        columns = {"base": report.base, "edited": report.edited}
+        made |= {f"{name} {side} {key}": x.nan_to_num(9) for side, of in columns.items() for key, x in of.items()}
+        if report.perplexity:
+            made[f"{name} perplexity"] = torch.tensor(report.perplexity)
+    made["z"] = edits["memit"].values
+    return made
+
+
+WORK = {"moments": moments_of, "texts": texts_of}
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    return {f"{name} {key}": x.contiguous() for name, work in WORK.items() for key, x in work(folder).items()}
+
+
+def errors() -> list[str]:
+    """What is said of what goes wrong on one rank; in the end one of two is killed, and the other tells."""
+    said = []
+
+    def expect(kind: type[Exception], call) -> None:
+        try:
+            call()
+        except kind as error:
+            said.append(str(error))
+
+    def fail(some) -> dict:
+        if 3 in some:
+            raise MemoryError("no room for 3")
+        return {"some": torch.tensor(some)}
+
+    @ranks.joint()
+    def refuse() -> None:
+        if ranks.rank():
+            raise FileNotFoundError("no such file")
+
+    expect(MemoryError, lambda: ranks.shared([1, 2, 3, 4], fail))
+    expect(OSError, refuse)
+    expect(ValueError, lambda: ranks.agreed({"number of facts": 5 + ranks.rank()}))
+    said.append(str(ranks.gathered_json(ranks.rank())))  # the group goes on
+    began = time.monotonic()
+    if ranks.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    expect(ConnectionError, lambda: list(ranks.dealt([1, 2], lambda number, n: {"n": torch.tensor(n)}, float)))
+    return [*said, str(time.monotonic() - began < 20)]
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    with ranks.launched(launch()):
+        found = (WORK[sys.argv[2]] if sys.argv[2:] else everything)(where)
+        save_file(found, where / f"rank-{ranks.rank()}.safetensors")
+        if not sys.argv[2:]:
+            said = errors()
+            (where / f"rank-{ranks.rank()}.json").write_text(json.dumps(said))

@@ -1,0 +1,103 @@
+"""Work shared by ranks equals one process's; their errors, and a rank that is gone. One run of two processes for all.
+
+What each public function shares is in ``of_ranks``, which both sides run.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kedit_fast.basics import ranks
+from kedit_fast.basics.settings import Launch, launch
+from tests.basics import of_ranks
+
+ROOT = Path(__file__).parent.parent.parent
+Z = 1e-4  # of values after all their steps; all else is equal to 1e-6 of its largest entry
+
+
+def started(n: int, folder: Path, *names: str) -> list[subprocess.Popen]:
+    """n ranks of ``of_ranks``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.basics.of_ranks", str(folder), *names]
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ) for i in range(n)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder in which two ranks left what they made."""
+    folder = tmp_path_factory.mktemp("ranks")
+    running = started(2, folder)
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert running[0].returncode == 0 and running[1].returncode == -9, "\n".join(said)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(two) -> list[dict[str, torch.Tensor]]:
+    return [load_file(two / f"rank-{i}.safetensors") for i in range(2)]
+
+
+@pytest.mark.parametrize("name", of_ranks.WORK)
+def test_ranks_give_what_one_process_gives(name, found, tmp_path):
+    of_first, of_second = ({k: x for k, x in of.items() if k.startswith(f"{name} ")} for of in found)
+    alone = {f"{name} {key}": x for key, x in of_ranks.WORK[name](tmp_path).items()}
+    assert alone and alone.keys() == of_first.keys() == of_second.keys()
+    for key, x in alone.items():
+        assert torch.equal(of_first[key], of_second[key]), f"{key} differs between ranks"
+        apart = (of_first[key].double() - x.double()).abs().max() / x.double().abs().max().clamp(min=1e-30)
+        assert apart <= (Z if name == "edit" else 1e-6), f"{key} is {apart:.1e} off"
+
+
+def test_an_error_of_one_rank_is_raised_on_all_and_a_rank_that_is_gone_ends_the_others(two):
+    memory, missing, other, after, lost, soon = json.loads((two / "rank-0.json").read_text())
+    assert (memory, missing) == ("rank 1: no room for 3", "rank 1: no such file")
+    assert other.startswith("number of facts: 5 on rank 0, 6 on rank 1; ranks share work themselves")
+    assert after == "[0, 1]"
+    assert lost.startswith("one of the 2 ranks is gone") and soon == "True"
+
+
+def test_shares_are_consecutive_and_of_like_sizes():
+    assert ranks.shares([1] * 10, 4) == [range(2), range(2, 5), range(5, 7), range(7, 10)]
+    assert ranks.shares([9, 1, 1, 1], 2) == [range(1), range(1, 4)]
+    assert ranks.shares([5], 3) == [range(0), range(1), range(1, 1)]
+    assert ranks.shares([], 2) == [range(0), range(0)]
+    assert ranks.shares([0, 0], 2) == [range(2), range(2, 2)]
+
+
+def test_without_a_group_every_function_is_what_one_process_does():
+    part = {"x": torch.arange(3)}
+    assert (ranks.n_ranks(), ranks.rank(), ranks.first(), ranks.anyone(True)) == (1, 0, True, True)
+    assert ranks.gathered(part) == [part] and ranks.from_first(lambda: part) is part
+    assert ranks.json_from_first(lambda: {1, 2}) == {1, 2}  # no JSON between
+    assert list(ranks.dealt([1, 2], lambda number, n: {"at": number, "n": n}, float))[1] == {"at": 1, "n": 2}
+    total = torch.ones(2, 2)
+    ranks.summed_on_first_(total)
+    assert total.sum() == 4
+    with pytest.raises(ValueError, match=r"^as it is$"), ranks.joint():
+        raise ValueError("as it is")
+
+
+def test_a_launcher_is_known_by_its_environment(monkeypatch):
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        assert launch() is None
+        monkeypatch.setenv(name, value)
+    assert launch() == Launch(1, 2, 0)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launch() is None

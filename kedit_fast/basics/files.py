@@ -14,13 +14,12 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.unfinished import unfinished_file
+from kedit_fast.basics.unfinished import discards, unfinished_file
 from kedit_fast.basics.words import json_kind, reason
 
 
@@ -205,24 +204,6 @@ def saying(text: str):
         if error.errno is None:
             raise type(error)(f"{error}; {text}") from error
         raise type(error)(error.errno, f"{error.strerror}; {text}", error.filename) from error
-
-
-_discards: ContextVar[bool] = ContextVar("kedit_fast_discards", default=False)
-
-
-@contextmanager
-def discarding(on: bool = True) -> Iterator[None]:
-    """Inside, ``replace_file`` keeps nothing: for processes that run a command beside the one that writes for all."""
-    token = _discards.set(on)
-    try:
-        yield
-    finally:
-        _discards.reset(token)
-
-
-def discards() -> bool:
-    """Whether files are being discarded."""
-    return _discards.get()
 
 
 @contextmanager

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kedit_fast.basics.files import discarding
 from kedit_fast.basics.settings import Launch
+from kedit_fast.basics.unfinished import discarding
 from kedit_fast.basics.words import is_out_of_memory, short
 
 T = TypeVar("T")

@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 try:
@@ -22,6 +23,24 @@ else:
 
 ENDING = ".unfinished"
 _NAME = 40  # characters of the final name that a name of ours begins with: a name may have 255 bytes
+
+
+_discards: ContextVar[bool] = ContextVar("kedit_fast_discards", default=False)
+
+
+@contextmanager
+def discarding(on: bool = True) -> Iterator[None]:
+    """Inside, ``replace_file`` keeps nothing: for processes that run a command beside the one that writes for all."""
+    token = _discards.set(on)
+    try:
+        yield
+    finally:
+        _discards.reset(token)
+
+
+def discards() -> bool:
+    """Whether files are being discarded."""
+    return _discards.get()
 
 
 def unfinished_file(path: Path) -> AbstractContextManager[Path]:

@@ -14,7 +14,6 @@ from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import (
     check_folder,
     check_place,
-    discards,
     folders_around,
     holds_something,
     named,
@@ -22,6 +21,7 @@ from kedit_fast.basics.files import (
     written_through,
 )
 from kedit_fast.basics.printing import STDOUT, columns, escaped
+from kedit_fast.basics.unfinished import discards
 from kedit_fast.facts.fact import BUILTIN
 
 EDITS = "edits"  # the argument that names edits without an option

@@ -46,6 +46,8 @@ def open_lm(args) -> LM:
         smollm2_folder(note)  # says what it fetches
     elif args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().is_dir():
         raise ValueError(f"model {args.model!r}: no such folder; give a model's folder, a hub id, or '{DEMO_MODEL}'")
+    elif (meant := did_you_mean(args.model.lower(), [DEMO_MODEL])) and not Path(args.model).is_dir():
+        raise ValueError(f"model {args.model!r}: no such folder, and no name of a model on the hub{meant}")
     model = str(Path(args.model).expanduser()) if args.model.startswith("~") else args.model
     return open_model(model, memory=args.memory, device=args.device, dtype=args.dtype)
 
@@ -147,11 +149,18 @@ def known(option: str, name: str, table: Mapping):
 
 
 def read_text(name: str) -> str:
-    """The text of a file; ValueError where it is none."""
+    """The text of a file; ValueError where it is none, or is one of facts."""
+    refuse_records(name)
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: {not_text(error)}; expected a text file") from error
+
+
+def refuse_records(name) -> None:
+    """Raises ValueError for a file of facts or other records, by its name, where a text is to be read as prose."""
+    if str(name).endswith(SUFFIXES):
+        raise ValueError(f"{name}: expected a text file to read as prose; what ends in .json holds records")
 
 
 # ---- statistics
@@ -168,6 +177,7 @@ def corpus_of(args) -> str:
     name = args.corpus or SELF
     if name == SELF or name.startswith("hf:"):
         return name
+    refuse_records(name)
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"corpus {name!r}: no such file; expected a text file, '{SELF}' or hf:NAME")

@@ -19,9 +19,8 @@ def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
     if made_on != found:
         raise ValueError(
             f"this edit was made on top of {_listed(made_on)} and would stand on {_listed(found)}: its values would be "
-            "wrong there. Make it on the model with those edits, editor.edit(lm, facts) with `for edit in "
-            "history.current: lm = lm.with_edit(edit)` (kedit-fast edit --on-top-of FOLDER); check_chain=False "
-            "(--force) adds it all the same"
+            "wrong there. Make it on top of those (previous=history.current, kedit-fast edit --on-top-of FOLDER), or "
+            "add it all the same (check_chain=False, --force)"
         )
 
 

@@ -44,7 +44,9 @@ def read_config(name):
     except OSError as error:
         _refuse_adapter(name)
         why = str(error).splitlines()[0]
-        raise OSError(f"model {str(name)!r} is no folder here and not found on the Hugging Face hub: {why}") from error
+        raise OSError(
+            f"model {str(name)!r} is no folder here, and the Hugging Face hub does not give it: {why}"
+        ) from error
     except Exception as error:  # transformers' and its checkers' own, of many types
         raise ValueError(_said(f"model {str(name)!r}", f"its {CONFIG}", error)) from error
     _refuse_adapter(name)

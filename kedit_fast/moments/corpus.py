@@ -84,7 +84,8 @@ def _read(lm, corpus, n_tokens: int) -> tuple[str, list[list[int]]]:
         )
     if left:
         raise ValueError(
-            f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text"
+            f"corpus {name} holds {n_tokens - left} tokens, fewer than the {n_tokens} asked for; give more text, "
+            "or ask for fewer (n_tokens=, --tokens)"
         )
     return name, windows
 

@@ -267,7 +267,7 @@ def test_versions_of_edits(work, said):
 def test_versions_refuse(work, complaint):
     assert "no such folder" in complaint("history", "log", "nowhere")
     says = complaint("history", "add", "edits", "two.safetensors")
-    for text in ("would stand on no edit", "--on-top-of FOLDER", "check_chain=False (--force)"):
+    for text in ("would stand on no edit", "--on-top-of FOLDER", "check_chain=False, --force"):
         assert text in says
     owned_edit(tiny_model("llama")).save("owned.safetensors")
     says = complaint("history", "add", "edits", "owned.safetensors")

@@ -155,3 +155,23 @@ def test_a_folder_of_versions_stands_for_its_edits(tmp_path):
         assert [digest(edit) for edit in read_edits(tmp_path / name)] == [digest(made)]
     history.rollback(0)
     refused(r"no edits in force; `kedit-fast history log .*versions` shows", read_edits, tmp_path / "versions")
+
+
+@pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smollm"])
+def test_a_slip_in_the_demos_name_asks_no_hub(name, complaint):
+    says = complaint("trace", *ONE, "--model", name)
+    assert f"model {name!r}: no such folder" in says and "did you mean smollm2?" in says
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "--facts", "builtin", "--text", "t.json"),
+        ("rounds", "--facts", "builtin", "--text", "t.jsonl.gz"),
+        ("stats", "--corpus", "t.jsonl"),
+        ("edit", *ONE, "--target", "Rome", "--corpus", "t.json.gz"),
+    ],
+)
+def test_records_are_no_prose(words, complaint):
+    """Their braces and field names would be what perplexity or statistics are of."""
+    assert f"{words[-1]}: expected a text file to read as prose" in complaint(*words)

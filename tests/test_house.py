@@ -59,6 +59,7 @@ TESTED_IN = {
     "commands/test_edits.py": "commands/history commands/merge",
     "commands/test_parser.py": "__main__ commands/argument_types",
     "commands/test_rounds.py": "commands/layers",
+    "commands/test_scale.py": "commands/unfinished",
     "editors/test_checks.py": "edits/chain moments/given",
     "editors/test_finetune.py": "jobs/finetune",
     "editors/test_memit.py": "editors/located",

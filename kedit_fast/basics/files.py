@@ -105,16 +105,20 @@ def read_object(path, what: str) -> dict:
     return found
 
 
+class Damaged(ValueError):
+    """A file does not hold what it should."""
+
+
 @contextmanager
 def reading(path, way_out: str):
     """Has a file whose contents this block cannot take refused: its name, what is wrong, the way out.
 
-    Raises ValueError for it; an OSError stays what it is.
+    Raises Damaged for it; an OSError stays what it is.
     """
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({reason(error)}); {way_out}") from error
+        raise Damaged(f"{path} is damaged ({reason(error)}); {way_out}") from error
 
 
 def check_format(record: dict, *formats: str, version: int) -> None:

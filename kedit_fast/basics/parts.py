@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -14,22 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_fast.basics.files import (
-    append_records,
-    check_folder,
-    check_format,
-    named,
-    reading,
-    replace_file,
-    saying,
-    write_text,
-)
-from kedit_fast.basics.unfinished import LOCKS, is_unfinished, locked
+from kedit_fast.basics.files import check_folder, check_format, reading, replace_file, saying, write_text
+from kedit_fast.basics.unfinished import LOCKS, MANIFEST, is_unfinished, locked
 from kedit_fast.basics.words import short
 
 Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
-FORMAT, VERSION, MANIFEST = "kedit_fast.run", 1, "run.json"
+FORMAT, VERSION = "kedit_fast.run", 1
 PART = ".safetensors"
 
 
@@ -59,6 +49,10 @@ class Held:
         """Notes that what is not done yet is cut for so many bytes."""
         self.memory = memory
 
+    def release(self, name: str) -> None:
+        """Lets go of a part that nobody asks for again."""
+        del self._parts[name]
+
     def forget(self, begins: str) -> None:
         """Drops the parts whose names begin so."""
         self._parts = {name: part for name, part in self._parts.items() if not name.startswith(begins)}
@@ -69,6 +63,7 @@ class Parts:
 
     folder: made if need be; its parent must exist
     asked: JSON values, all that the parts depend on; they are written down first, and compared when a run goes on
+    anew: whether other work that is there is removed, and not refused
 
     A part comes back bit for bit, so work that is cut into the same parts ends with the same bits, interrupted or not,
     on the same machine with the same number of threads. The folder is this run's until ``close``, or until its process
@@ -77,19 +72,13 @@ class Parts:
     damaged; OSError where the folder cannot be made or written.
     """
 
-    def __init__(self, folder, asked: dict):
+    def __init__(self, folder, asked: dict, anew: bool = False):
         self.folder = check_checkpoint(folder)
         self.begun, self.memory, self._lock = "", None, None
         self.folder.mkdir(exist_ok=True)
         self._claim()
         try:
-            asked = json.loads(json.dumps(asked))
-            path = self.folder / MANIFEST
-            if path.exists():
-                self._compare(path, asked)
-            else:
-                self._manifest = {"format": FORMAT, "version": VERSION, "begun": _now(), "memory": None, "asked": asked}
-                self._write()
+            self._begin(json.loads(json.dumps(asked)), anew)
         except BaseException:
             self.close()
             raise
@@ -115,6 +104,9 @@ class Parts:
         self.memory = self._manifest["memory"] = memory
         self._write()
 
+    def release(self, name: str) -> None:
+        """Nothing: parts on disk are for the run that may come."""
+
     def forget(self, begins: str) -> None:
         """Removes the parts whose names begin so."""
         for path in self.folder.iterdir():
@@ -131,6 +123,19 @@ class Parts:
             os.close(self._lock)
             raise ValueError(f"{self.folder}: another run works there; wait for it, or name another folder")
 
+    def _begin(self, asked: dict, anew: bool) -> None:
+        path = self.folder / MANIFEST
+        if path.exists():
+            try:
+                return self._compare(path, asked)
+            except ValueError:
+                if not anew:
+                    raise
+                self.forget("")
+        self._manifest = {"format": FORMAT, "version": VERSION, "begun": _now(), "memory": None, "asked": asked}
+        self.begun, self.memory = "", None
+        self._write()
+
     def _write(self) -> None:
         write_text(self.folder / MANIFEST, json.dumps(self._manifest, indent=1))
 
@@ -139,17 +144,16 @@ class Parts:
             self._manifest = found = json.loads(path.read_text(encoding="utf-8"))
             check_format(found, FORMAT, version=VERSION)
             before = dict(found["asked"])
-            self.begun, self.memory = str(found["begun"]), found["memory"]
+            self.begun, self.memory = datetime.fromisoformat(found["begun"]).strftime("%-d %b, %H:%M"), found["memory"]
             if self.memory is not None and not (type(self.memory) is int and self.memory > 0):
                 raise ValueError(f"its memory is {self.memory!r}")
         differing = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
         if differing:
             name = differing[0]
             raise OtherWork(
-                f"{self.folder} holds other work: its {name} is {short(before.get(name))}, this one's "
-                f"{short(asked.get(name))}"
-                + (f" (and {', '.join(differing[1:])} differ)" if differing[1:] else "")
-                + "; go on with what it was begun with, or name another folder"
+                self.folder,
+                f"its {name} is {short(before.get(name))}, this one's {short(asked.get(name))}"
+                + (f" (and {', '.join(differing[1:])} differ)" if differing[1:] else ""),
             )
 
     def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
@@ -205,6 +209,9 @@ class Inside:
     def narrow(self, memory: int) -> None:
         self._keep.narrow(memory)
 
+    def release(self, name: str) -> None:
+        self._keep.release(f"{self._name}+{name}")
+
     def forget(self, begins: str) -> None:
         self._keep.forget(f"{self._name}+{begins}")
 
@@ -219,7 +226,13 @@ def keep_whole(
 
 
 class OtherWork(ValueError):
-    """A run folder is of other work than is asked for."""
+    """A run folder is of other work than is asked for. differs: in words, what"""
+
+    def __init__(self, folder: Path, differs: str):
+        self.differs = differs
+        super().__init__(
+            f"{folder} holds other work: {differs}; go on with what it was begun with, or name another folder"
+        )
 
 
 def check_checkpoint(folder) -> Path:
@@ -246,52 +259,6 @@ def remove_parts(folder) -> None:
         (folder / MANIFEST).unlink()
     with suppress(OSError):  # not there, or not ours alone
         folder.rmdir()
-
-
-class Log:
-    """A .jsonl log of work that may go on after it was killed: whole, and each line once.
-
-    path: None for no log; options: of ``append_records``
-    """
-
-    def __init__(self, path, **options):
-        self._path, self._options = path, options
-        self._there: Counter[bytes] | None = None
-
-    def add(self, records: Iterable[dict], again: bool = False) -> None:
-        """Adds a line for each record; raises as ``append_records``.
-
-        again: of a part that was found, whose lines an earlier run may have added: those that are there are passed
-        over, and one that was cut short is written anew
-        """
-        if again and self._path is not None:
-            records = [record for record in records if not self._has(record)]
-        append_records(self._path, records, **self._options)
-
-    def _has(self, record: dict) -> bool:
-        if self._there is None:
-            self._there = Counter(_line_digest(line) for line in _whole_lines(Path(self._path)))
-        line = _line_digest(json.dumps(record).encode())
-        self._there[line] -= 1
-        return self._there[line] >= 0
-
-
-def _line_digest(line: bytes) -> bytes:
-    return hashlib.sha256(line).digest()
-
-
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a log, without their ends; what stands behind the last end was cut short, and goes."""
-    if not path.is_file():
-        return
-    with named(path), open(path, "rb+") as file:
-        whole = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            yield line[:-1]
-        file.truncate(whole)
 
 
 def keep_json(keep: Keep, name: str, make: Callable[[], object]):

@@ -22,6 +22,10 @@ else:
     LOCKS = True
 
 ENDING = ".unfinished"
+RUN, MANIFEST = (
+    ".run",
+    "run.json",
+)  # of a folder that keeps an unfinished run's parts (parts.py): its ending, its manifest
 _NAME = 40  # characters of the final name that a name of ours begins with: a name may have 255 bytes
 
 
@@ -173,3 +177,13 @@ def locked(descriptor: int) -> bool | None:
     except OSError:  # a file system without locks
         return None
     return True
+
+
+def run_folder(path: Path) -> Path:
+    """Where a command keeps the parts of its run until ``path``, its result, is written."""
+    return path.with_name((path.name if len(os.fsencode(path.name)) < 200 else path.name[:_NAME]) + RUN)
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a folder keeps an unfinished run."""
+    return (folder / MANIFEST).is_file()

@@ -20,6 +20,7 @@ from kedit_fast.commands.parser import (
     EDITS,
     Commands,
     chat_options,
+    checkpoint_option,
     edits_argument,
     fact_options,
     file_options,
@@ -77,6 +78,7 @@ def add_trace(commands: Commands) -> None:
     option(how, "--answer TEXT", text_such_as("Paris"), "trace this answer (default: the model's own)")
     output(parser, "DIR", "folder for traces.jsonl and pictures", f"{OUT}/trace")
     option(parser, "--plots N", count, "draw the first N facts' heat maps", 10)
+    checkpoint_option(parser)
     machine_options(parser, seed=1)  # published results were made with this one
 
 
@@ -115,6 +117,7 @@ def add_eval(commands: Commands) -> None:
     option(parser, "--log FILE", path, "a .jsonl file: a line for each fact as soon as it is done")
     option(parser, "--html FILE", path, "the table as a page")
     output(parser, "FILE", "everything as .json")
+    checkpoint_option(parser)
     machine_options(parser)
 
 
@@ -213,6 +216,7 @@ def add_rounds(commands: Commands) -> None:
     option(how, "--log FILE", path, "a .jsonl file: a line for each round as soon as it is done")
     option(how, "--plot FILE", path, "the picture, as .png")
     output(parser, "FILE", "everything as .json")
+    checkpoint_option(parser)
     machine_options(parser)
 
 
@@ -237,6 +241,7 @@ def add_layers(commands: Commands) -> None:
     option(how, "--log FILE", path, "a .jsonl file: a line for each layer as soon as it is done")
     option(how, "--plot FILE", path, "the picture, as .png")
     output(parser, "FILE", "everything as .json")
+    checkpoint_option(parser)
     machine_options(parser)
 
 

@@ -74,8 +74,8 @@ def _main(argv, place: Launch | None) -> int:
         try:
             status = _run(args) if place is None else _run_together(args, place)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            return say_error("interrupted", INTERRUPTED)
+        except KeyboardInterrupt as stopped:
+            return say_error(": ".join(["interrupted", *filter(None, [str(stopped)])]), INTERRUPTED)
         except BrokenPipeError:  # `kedit-fast ... | head`: nobody reads on
             stop_printing()
             return PIPE_CLOSED

@@ -1,13 +1,12 @@
 """``kedit-fast edit``: facts to an edit file."""
 
-import os
 from dataclasses import replace
 from statistics import mean
 
-from kedit_fast.basics.parts import check_checkpoint
 from kedit_fast.basics.progress import stages
 from kedit_fast.commands.inputs import corpus_of, read_chain, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, say, say_table
+from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
 from kedit_fast.editors.written import not_written
 from kedit_fast.edits.edit import Edit
@@ -26,7 +25,8 @@ def run(args) -> int:
         skip_bad=args.skip_bad,
     )  # fmt: skip
     (path,) = check_outputs(args, "output")
-    parts = args.checkpoint if args.checkpoint is None else check_checkpoint(os.path.expanduser(args.checkpoint))
+    keeps = args.checkpoint is not None or "checkpoint" not in editor_class.UNREAD
+    run = run_of(args, path) if keeps else None
     below = read_chain(args.on_top_of or ())
     corpus = corpus_of(args)
     given = editor_class.from_file(args.hparams) if args.hparams else None
@@ -34,15 +34,16 @@ def run(args) -> int:
     editor = given or editor_class.for_model(lm)
     if args.layers:
         editor = replace(editor, layers=args.layers)
-    how = {"independent": args.independent, "checkpoint": parts}
+    how = {"independent": args.independent, "checkpoint": run}
     view, facts = editor.check_edit(lm, facts, previous=below, **how)  # before statistics are measured
     source = f"read from {args.hparams}" if args.hparams else editor.source
     layers = ", ".join(map(str, editor.layers)) + " as given" * bool(args.layers)
     say(f"{args.method}, settings {source}; layers {layers}")
-    with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
-        moments = statistics(args, lm, [editor], editor.layers, corpus)
-        edit = editor.edit(view, facts, moments=moments, seed=args.seed, **how)
-    edit.save(path)
+    with kept(run):
+        with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
+            moments = statistics(args, lm, [editor], editor.layers, corpus)
+            edit = editor.edit(view, facts, moments=moments, seed=args.seed, **how)
+        edit.save(path)
     say_layers(edit, lm.d_ff)
     say_facts(edit)
     say(f"{path}: {edit!r}")

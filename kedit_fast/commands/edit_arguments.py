@@ -7,6 +7,7 @@ from kedit_fast.commands.argument_types import count, layers, path, positive, si
 from kedit_fast.commands.parser import (
     EDIT,
     Commands,
+    checkpoint_option,
     edits_argument,
     ending,
     fact_options,
@@ -40,8 +41,7 @@ def add_edit(commands: Commands) -> None:
     statistics_options(how)
     option(how, "--on-top-of EDIT", path, f"what this edit is made on top of: {EDIT}; again for more", action="append")
     flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once; `edit only` takes one")
-    kept = "keep finished parts there; the same command goes on after an interruption"
-    option(how, "--checkpoint DIR", path, kept)
+    checkpoint_option(how)
     flag(how, "--strict", "exit status 1 where the edited model does not say a fact's new answer")
     output(parser, "FILE", "the edit", "edit.safetensors")
     machine_options(parser)

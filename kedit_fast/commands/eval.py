@@ -2,6 +2,7 @@
 
 from kedit_fast.commands.inputs import fact_file, in_chat, known, open_lm, read_chain, read_text
 from kedit_fast.commands.outputs import check_outputs, fresh_log, say, say_written, write_reports
+from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.evaluation import BENCHMARKS, evaluate
 
@@ -15,10 +16,14 @@ def run(args) -> None:
     edits = read_chain(args.edits)
     facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else fact_file(args)
     text = None if args.text is None else read_text(args.text)
+    run = run_of(args, report, page, log)
     lm = open_lm(args)
-    with fresh_log(log):
-        found = evaluate(lm, facts, edits, benchmark=benchmark, text=text, generate=args.generate, log=log)
-    written = write_reports((report, found.save), (page, found.to_html))
+    with kept(run) as checkpoint:
+        with fresh_log(log):
+            found = evaluate(
+                lm, facts, edits, benchmark=benchmark, text=text, generate=args.generate, log=log, checkpoint=checkpoint
+            )
+        written = write_reports((report, found.save), (page, found.to_html))
     say(str(found))
     for prompt, before, after in found.generations:
         say(f"\n{prompt}\n  before: {before!r}" + (f"\n  after:  {after!r}" if after is not None else ""))

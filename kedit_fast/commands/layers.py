@@ -4,6 +4,7 @@ import math
 
 from kedit_fast.commands.inputs import corpus_of, known, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_table, say_written, write_reports
+from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
 from kedit_fast.experiments.by_layer import LayerStudy, check_study, edit_by_layer
 from kedit_fast.facts.fact import check_facts
@@ -18,6 +19,7 @@ def run(args) -> None:
     method = known("--method", args.method, EDITORS)
     facts = check_facts(read_facts(args), need_new=True, need_subject=True, together=False, skip_bad=args.skip_bad)
     output, picture, log = check_outputs(args, "output", "plot", "log")
+    run = run_of(args, output, picture, log)
     corpus = corpus_of(args)
     traces = _traces_of(args.traces, facts) if args.traces else None
     given = method.from_file(args.hparams) if args.hparams else None
@@ -25,11 +27,13 @@ def run(args) -> None:
     editor = given or method.for_model(lm)
     editor, layers, facts, _ = check_study(lm, facts, editor, args.layers, trace=traces)
     moments = statistics(args, lm, [editor], layers, corpus)
-    with fresh_log(log):
-        found = edit_by_layer(
-            lm, facts, editor, layers, moments=moments, trace=traces, samples=args.samples, seed=args.seed, log=log
-        )
-    written = write_reports((output, found.save), (picture, found.plot))
+    with kept(run) as checkpoint:
+        with fresh_log(log):
+            found = edit_by_layer(
+                lm, facts, editor, layers, moments=moments, trace=traces, samples=args.samples, seed=args.seed, log=log,
+                checkpoint=checkpoint,
+            )  # fmt: skip
+        written = write_reports((output, found.save), (picture, found.plot))
     say_layers(found)
     say_written(written)
 

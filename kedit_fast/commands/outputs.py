@@ -21,7 +21,7 @@ from kedit_fast.basics.files import (
     written_through,
 )
 from kedit_fast.basics.printing import STDOUT, columns, escaped
-from kedit_fast.basics.unfinished import discards
+from kedit_fast.basics.unfinished import discards, has_run, run_folder
 from kedit_fast.facts.fact import BUILTIN
 
 EDITS = "edits"  # the argument that names edits without an option
@@ -106,10 +106,17 @@ def check_outputs(args, *options: str) -> list[Path | None]:
                 what = "an edit that is read" if source == EDITS else f"what --{source.replace('_', '-')} reads"
                 raise ValueError(f"--{name} {path} would replace {what}; name another file")
         written[name] = path
-    checked = {name: check_output(getattr(args, name), args.force) for name in options}
+    force = args.force or goes_on(args, *written.values())
+    checked = {name: check_output(getattr(args, name), force) for name in options}
     if (picture := checked.get("plot")) is not None and picture.suffix.lower() != ".png":
         raise ValueError(f"--plot {args.plot}: pictures are written as .png; name a file that ends so")
     return list(checked.values())
+
+
+def goes_on(args, *paths: Path) -> bool:
+    """Whether an unfinished run of these files is there: what it has written of them it may replace."""
+    given = getattr(args, "checkpoint", None)
+    return any(map(has_run, [Path(given).expanduser()] if given else map(run_folder, paths)))
 
 
 def _paths_of(args, name: str) -> list[Path]:

@@ -191,6 +191,11 @@ def output(parser, metavar: str, text: str, default: str | None = None, force: b
         flag(parser, "--force", "replace files that are there already")
 
 
+def checkpoint_option(parser) -> None:
+    text = "keep the unfinished run there; the same command goes on with it (default: beside the output, in NAME.run)"
+    option(parser, "--checkpoint DIR", path, text)
+
+
 def machine_options(parser, seed: int | None = 0, model: str | None = "smollm2") -> None:
     shared = parser.add_argument_group("model and machine")
     default = "the demo model, SmolLM2-135M-Instruct" if model else "none"

@@ -3,16 +3,21 @@
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 from kedit_fast import __version__
-from kedit_fast.basics.files import write_text
+from kedit_fast.basics.files import Damaged, write_text
+from kedit_fast.basics.parts import Inside, digest
 from kedit_fast.commands.inputs import corpus_of, known, read_facts, read_text, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_written, write_reports
+from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
 from kedit_fast.experiments.rounds import Round, check_rounds, edit_in_rounds
 from kedit_fast.facts.fact import check_facts
 from kedit_fast.gating.canary import PROSE
+from kedit_fast.moments.given import digests
 from kedit_fast.pictures.rounds import plot_rounds
+from kedit_fast.sweep.kept import asked_of, begun
 
 FORMAT, VERSION = "kedit_fast.rounds", 1
 _COLUMNS = ("round", "facts", "new", "P(new)", "old", "P(old)", "paraphr.", "neighb.", "perplex.", "growth", "s")
@@ -32,6 +37,7 @@ def run(args) -> None:
     needs = any(editor.NEEDS_SUBJECT for editor in methods.values())
     facts = check_facts(read_facts(args), need_new=True, need_subject=needs, skip_bad=args.skip_bad)
     output, picture, log = check_outputs(args, "output", "plot", "log")
+    run = run_of(args, output, picture, log)
     corpus, text = corpus_of(args), read_text(args.text or PROSE)
     given = methods[args.method[0]].from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
@@ -45,30 +51,37 @@ def run(args) -> None:
     moments = statistics(args, lm, editors.values(), layers, corpus)
     rounds: dict[str, list[Round]] = {name: [] for name in editors}
     stopped: dict[str, str] = {}
-    with fresh_log(log):
-        # All at first: what is wrong with the last method is said before the first one's work.
-        made = {
-            name: edit_in_rounds(
-                lm, facts, editor, moments=moments if editor.mom2_adjustment else None, seed=args.seed, log=log,
-                **options,
-            )
-            for name, editor in editors.items()
-        }  # fmt: skip
-        for name, editor in editors.items():
-            say(f"\n{name}, layers {', '.join(map(str, editor.layers))}, settings {editor.source}")
-            try:
-                _follow(made[name], rounds[name])
-            except ValueError as error:
-                # A model that has collapsed may leave nothing to edit with; what was found until then counts.
-                if not any(rounds.values()):
+    asked = partial(
+        asked_of, lm, "rounds", facts, hparams={name: asdict(editor) for name, editor in editors.items()},
+        seed=args.seed, statistics=digests(moments), **options | {"text": digest(text)},
+    )  # fmt: skip
+    with kept(run) as checkpoint:
+        with fresh_log(log), begun(checkpoint, asked) as keep:
+            # All at first: what is wrong with the last method is said before the first one's work.
+            made = {
+                name: edit_in_rounds(
+                    lm, facts, editor, moments=moments if editor.mom2_adjustment else None, seed=args.seed, log=log,
+                    checkpoint=Inside(keep, name), **options,
+                )
+                for name, editor in editors.items()
+            }  # fmt: skip
+            for name, editor in editors.items():
+                say(f"\n{name}, layers {', '.join(map(str, editor.layers))}, settings {editor.source}")
+                try:
+                    _follow(made[name], rounds[name])
+                except Damaged:
                     raise
-                stopped[name] = str(error)
-                say(f"{name} ends here: {error}")
-    record = _record(args, lm, facts, editors, rounds, stopped)
-    written = write_reports(
-        (output, lambda path: write_text(path, json.dumps(record, allow_nan=False))),
-        (picture, lambda path: plot_rounds(rounds, path, model=lm.name)),
-    )
+                except ValueError as error:
+                    # A model that has collapsed may leave nothing to edit with; what was found until then counts.
+                    if not any(rounds.values()):
+                        raise
+                    stopped[name] = str(error)
+                    say(f"{name} ends here: {error}")
+        record = _record(args, lm, facts, editors, rounds, stopped)
+        written = write_reports(
+            (output, lambda path: write_text(path, json.dumps(record, allow_nan=False))),
+            (picture, lambda path: plot_rounds(rounds, path, model=lm.name)),
+        )
     say(_MEANING)
     say_written(written)
 

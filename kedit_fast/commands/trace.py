@@ -7,7 +7,8 @@ from pathlib import Path
 from kedit_fast.basics.files import saying
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_facts, told_lm
-from kedit_fast.commands.outputs import check_output, fresh_log, output_folder, say, show
+from kedit_fast.commands.outputs import check_output, fresh_log, goes_on, output_folder, say, show
+from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.facts.fact import check_facts, check_subject
 from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.pictures.traces import plot_kinds
@@ -32,21 +33,24 @@ def run(args) -> None:
         raise ValueError(f"--facts {args.facts} is the log that these traces would replace; give another --output")
     n_drawn = min(args.plots, len(facts))
     averages = (f"average-{kind}.{suffix}" for kind in args.kinds for suffix in ("png", "npz"))
-    for name in (LOG, *averages, *map(_picture, range(n_drawn))):
-        check_output(folder / name, args.force)
+    names = (LOG, *averages, *map(_picture, range(n_drawn)))
     log = folder / LOG
+    for name in names:
+        check_output(folder / name, args.force or goes_on(args, log))
+    run = run_of(args, *(folder / name for name in names))
     lm = told_lm(args)
-    with fresh_log(log):
-        results = trace(
-            lm, facts, kinds=args.kinds, window=args.window, samples=args.samples, noise=args.noise, seed=args.seed,
-            answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, method=args.method,
-            top=args.top, log=log,
-        )  # fmt: skip
-    with saying(f"the traces are in {log}, read_log reads them"):
-        _draw(results, folder, n_drawn)
-        for kind, mean in average(results).items():
-            mean.plot(folder / f"average-{kind}.png")
-            mean.save(folder / f"average-{kind}.npz")
+    with kept(run) as checkpoint:
+        with fresh_log(log):
+            results = trace(
+                lm, facts, kinds=args.kinds, window=args.window, samples=args.samples, noise=args.noise, seed=args.seed,
+                answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, method=args.method,
+                top=args.top, log=log, checkpoint=checkpoint,
+            )  # fmt: skip
+        with saying(f"the traces are in {log}, read_log reads them"):
+            _draw(results, folder, n_drawn)
+            for kind, mean in average(results).items():
+                mean.plot(folder / f"average-{kind}.png")
+                mean.save(folder / f"average-{kind}.npz")
     for result in results if len(facts) == 1 else ():
         say()
         show(TerminalHeatMap(result))

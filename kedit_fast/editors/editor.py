@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
-from kedit_fast.basics.parts import Keep, digest, keep_json
+from kedit_fast.basics.parts import Keep, keep_json
 from kedit_fast.basics.progress import stages
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.hyperparameters import Hyperparameters
@@ -27,7 +27,7 @@ from kedit_fast.facts.fact import Fact, check_facts
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
-from kedit_fast.moments.given import moments_for
+from kedit_fast.moments.given import digests, moments_for
 from kedit_fast.moments.second_moment import STAGES as MEASURING
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run, fitting
@@ -236,11 +236,9 @@ class Editor(Hyperparameters):
 
     def _asked(self, lm, facts, contexts, moments, independent) -> dict:
         """What an edit depends on, for the manifest of its checkpoint."""
-        statistics = {layer: digest(moment.matrix) for layer, moment in moments.items()}
-        hparams = asdict(self)
         return asked_of(
-            lm, f"edit by {self.method}", facts, hparams=hparams, independent=independent, contexts=contexts,
-            statistics=statistics,
+            lm, f"edit by {self.method}", facts, hparams=asdict(self), independent=independent, contexts=contexts,
+            statistics=digests(moments),
         )  # fmt: skip
 
 

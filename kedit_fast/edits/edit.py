@@ -141,11 +141,8 @@ class Edit:
         check_once((*lm.edits, self))
         return self if written is None else written_form(self, lm.source.weight, written)
 
-    def save(self, path: checks.AnyPath) -> None:
-        """Write one safetensors file, whole or not at all; one of that name is replaced, folders made. See ``load``.
-
-        Equal edits make equal files, byte for byte.
-        """
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors, copies on the CPU, as ``save`` writes them; ``from_tensors`` gives it back."""
         held = tensors_of(self)  # copied, for safetensors takes neither views with strides nor shared memory
         tensors = {name: x.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, x in held.items()}
         record = {name: getattr(self, name) for name in ("method", "hparams", "fingerprint", "contexts", "provenance")}
@@ -154,6 +151,29 @@ class Edit:
         # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
         tensors["record"] = json_tensor(record)
         tensors["sha256"] = sha256_of(tensors)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], version: int = VERSION) -> "Edit":
+        """What ``to_tensors`` gave. Raises ValueError, and what tensors that it never gave may bring about."""
+        tensors = dict(tensors)
+        given = tensors.pop("sha256", None)  # files of before have none
+        if given is not None and not torch.equal(given, sha256_of(tensors)):
+            raise ValueError("its contents are not those that were saved: their digest is another")
+        record = json_of(tensors.pop("record"))
+        expected = record.pop("tensors")
+        if sorted(tensors) != expected:
+            raise ValueError(f"expected the tensors {expected}, found {sorted(tensors)}")
+        if version == 1:
+            as_version_2(record, tensors)
+        return cls(**fields_of(record, tensors))
+
+    def save(self, path: checks.AnyPath) -> None:
+        """Write one safetensors file, whole or not at all; one of that name is replaced, folders made. See ``load``.
+
+        Equal edits make equal files, byte for byte.
+        """
+        tensors = self.to_tensors()
         with replace_file(path) as unfinished:
             # One entry: of several, safetensors writes another order each time, and equal edits are to be equal files.
             save_file(tensors, unfinished, metadata={"format": f"{FORMAT} {VERSION}"})
@@ -168,16 +188,7 @@ class Edit:
         path = checks.path("path", path)
         tensors, version = read(path)
         try:
-            given = tensors.pop("sha256", None)  # files of before have none
-            if given is not None and not torch.equal(given, sha256_of(tensors)):
-                raise ValueError("its contents are not those that were saved: their digest is another")
-            record = json_of(tensors.pop("record"))
-            expected = record.pop("tensors")
-            if sorted(tensors) != expected:
-                raise ValueError(f"expected the tensors {expected}, found {sorted(tensors)}")
-            if version == 1:
-                as_version_2(record, tensors)
-            return cls(**fields_of(record, tensors))
+            return cls.from_tensors(tensors, version)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged edit ({reason(error)}); expected what Edit.save wrote") from error
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from kedit_fast import __version__
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import check_place
-from kedit_fast.basics.parts import Keep, Log, digest, json_of, json_tensor, keep_json
+from kedit_fast.basics.log import Log
+from kedit_fast.basics.parts import Keep, digest, json_of, json_tensor, keep_json
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import TAKE_ONE
@@ -244,7 +245,7 @@ def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, kee
             lines.add(records, again=chunk.found)
             for before, more in zip(said, new, strict=True):
                 before += more
-            bar.resume(chunk.first + len(chunk.items) - bar.done)  # where the chunk had been kept
+            bar.resume(len(chunk.items) * chunk.found)
     return said
 
 

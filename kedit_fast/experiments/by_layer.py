@@ -9,14 +9,18 @@ are chosen by editing.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
-from kedit_fast.basics.files import append_records, check_format, check_place, read_object, write_text
+from kedit_fast.basics.files import check_format, check_place, read_object, write_text
 from kedit_fast.basics.intervals import SCORE, Interval
+from kedit_fast.basics.log import Log
+from kedit_fast.basics.parts import Inside, json_of, json_tensor, keep_whole
 from kedit_fast.basics.progress import progress, stages
 from kedit_fast.basics.words import reason
 from kedit_fast.editors import Rome
@@ -30,8 +34,10 @@ from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
+from kedit_fast.moments.given import digests
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.pictures.labels import ROLES
+from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult
 from kedit_fast.tracing.results import average as average_of
 from kedit_fast.tracing.tasks import KINDS as ALL_KINDS
@@ -157,6 +163,7 @@ def edit_by_layer(
     samples: int = 10,
     seed: int = 0,
     log: checks.AnyPath | None = None,
+    checkpoint: Checkpoint = None,
 ) -> LayerStudy:
     """Edits the facts at each layer, every fact as an edit of its own, and traces them.
 
@@ -167,36 +174,74 @@ def edit_by_layer(
         contexts: as in ``Rome.edit``; None samples them once, from ``seed``
     trace: results of ``trace`` or of ``average`` for these facts; None traces them: kinds, with ``samples`` noise draws
     log: a .jsonl path; a line is added for each layer as soon as it is done
+    checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
+        arguments, and ends with the same bits. To be deleted once the study is saved
 
     Localization does not by itself predict edit success (Hase et al. 2023): the result says how the two rank together.
 
-    Raises ValueError, before any work, for layers out of range, a trace of another model's depth, and for what ``edit``
-    and ``evaluate`` refuse; OSError for a log that cannot be written. Cost: an independent edit of all facts and an
-    evaluation for each layer; the trace.
+    Raises ValueError, before any work, for layers out of range, a trace of another model's depth, a checkpoint of other
+    work, and for what ``edit`` and ``evaluate`` refuse; OSError for a log that cannot be written. Cost: an independent
+    edit of all facts and an evaluation for each layer; the trace.
     """
     kinds = checks.choices("kinds", kinds, ALL_KINDS)
     samples, seed = checks.whole("samples", samples, least=1, like=10), checks.seed("seed", seed)
     checks.optional(lambda _, path: check_place(path), "log", log)
+    checkpoint = check_run(checkpoint)
     editor, layers, facts, traces = check_study(lm, facts, editor, layers, contexts=contexts, trace=trace)
     if editor.mom2_adjustment:
         moments = replace(editor, layers=layers).moments_of(lm, moments, corpus)
-    edited: dict[int, Summary] = {}
-    with stages("editing at each layer", *(["tracing facts"] if traces is None else [])):
-        with progress("editing at each layer", len(layers)) as bar:
-            for layer in layers:
-                with bar.inside(f"layer {layer}"), counted_elsewhere():
-                    edit = replace(editor, layers=(layer,)).edit(
-                        lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed
-                    )
-                    contexts = edit.contexts  # sampled once
-                    found = evaluate(lm, facts, edit, both_forms=False).summary()
-                edited[layer] = {name: one for name, both in found.items() if (one := both["edited"]) is not None}
-                append_records(log if ranks.first() else None, [{"layer": layer, "edited": finite(edited[layer])}])
-                bar.advance(1, f"layer {layer}: efficacy {edited[layer]['efficacy'].mean:.2f}")
-        base = {name: one for name, both in found.items() if (one := both["base"]) is not None}
+    of_facts = partial(_edited_at, lm, facts, editor, moments, seed)
+    asked = partial(_asked, lm, facts, editor, layers, contexts, moments, seed, traces is None and (kinds, samples))
+    with (
+        stages("editing at each layer", *(["tracing facts"] if traces is None else [])),
+        begun(checkpoint, asked) as keep,
+    ):
+        base, edited = _edited(of_facts, layers, contexts, Log(log if ranks.first() else None), keep)
         if traces is None:
-            traces = average_of(trace_facts(lm, facts, kinds=tuple(kinds), samples=samples))
-    return LayerStudy(edited, base, traces, edit.method, len(facts), lm.name)
+            traces = average_of(
+                trace_facts(lm, facts, kinds=tuple(kinds), samples=samples, checkpoint=Inside(keep, "trace"))
+            )
+    return LayerStudy(edited, base, traces, editor.method, len(facts), lm.name)
+
+
+def _asked(lm, facts, editor, layers, contexts, moments, seed, traced) -> dict:
+    """What a study depends on, for the manifest of its checkpoint. traced: (kinds, samples), False where traces are
+    given"""
+    return asked_of(
+        lm, "edit by layer", facts, method=editor.method, hparams=asdict(editor), layers=layers, seed=seed,
+        contexts=contexts and checked_contexts(contexts), statistics=digests(moments), traced=traced,
+    )  # fmt: skip
+
+
+def _edited(of_facts, layers, contexts, log: Log, keep) -> tuple[Summary, dict[int, Summary]]:
+    """(what the model says without edits, {layer: with those at that layer}). of_facts: ``_edited_at``"""
+    edited: dict[int, Summary] = {}
+    with progress("editing at each layer", len(layers)) as bar:
+        for layer in layers:
+            new: list[int] = []
+            make = partial(of_facts, layer, contexts)
+            with bar.inside(f"layer {layer}"):
+                part = keep_whole(
+                    keep, f"layer-{layer:04d}", lambda keep, make=make, new=new: new.append(1) or make(keep)
+                )
+            contexts, *both = json_of(part["json"])  # sampled once
+            base, edited[layer] = ({name: Interval(*one) for name, one in side.items()} for side in both)
+            log.add([{"layer": layer, "edited": finite(edited[layer])}], again=not new)
+            (bar.advance if new else bar.resume)(1)
+    return base, edited
+
+
+def _edited_at(lm, facts, editor, moments, seed, layer, contexts, keep) -> dict[str, Tensor]:
+    """A layer's part: the contexts, and what the model says without and with the edits there."""
+    with counted_elsewhere():
+        edit = replace(editor, layers=(layer,)).edit(
+            lm, facts, moments=moments, contexts=contexts, independent=True, seed=seed, checkpoint=keep
+        )
+    found = evaluate(lm, facts, edit, both_forms=False, checkpoint=keep).summary()
+    sides = (
+        {name: both[side] for name, both in found.items() if both[side] is not None} for side in ("base", "edited")
+    )
+    return {"json": json_tensor([edit.contexts, *sides])}
 
 
 def spearman(a, b) -> float:

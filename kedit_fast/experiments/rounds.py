@@ -11,14 +11,17 @@ facts 0.50, then 0.12; its layer has moved by 2, then 3.5 times its weight's nor
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
-from kedit_fast.basics.files import append_records, check_place
+from kedit_fast.basics.files import check_place
 from kedit_fast.basics.intervals import Interval, summarize
+from kedit_fast.basics.log import Log
+from kedit_fast.basics.parts import digest, json_of, json_tensor, keep_whole
 from kedit_fast.basics.progress import Bar
 from kedit_fast.basics.state import own_state
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
@@ -34,9 +37,12 @@ from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
+from kedit_fast.moments.given import digests
 from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run
 
 Summary = dict[str, Interval]
+SIDES, FIGURES = ("new", "old", "base"), "figures"
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ def edit_in_rounds(
     old: int = 100,
     seed: int = 0,
     log: checks.AnyPath | None = None,
+    checkpoint: Checkpoint = None,
 ) -> Iterator[Round]:
     """Edits facts in rounds of ``per_round``, each on top of those before; a Round as soon as it is done and judged.
 
@@ -115,25 +122,39 @@ def edit_in_rounds(
     old: facts of earlier rounds asked again after each round, a new draw each time; seed: of these draws, and of the
         sampled contexts
     log: a .jsonl path; each round's record is added to it as soon as it is done
+    checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
+        arguments, and ends with the same bits. To be deleted once the last round is saved
 
     Edits that ``lm`` carries already count as written before round 1: they are built on and stand in ``growth``, and
     ``base`` is the model without them. Their facts are not asked.
 
     Raises ValueError, before any work, for what the editor refuses (facts of all rounds are looked at), per_round < 1,
-    old < 0 or a text too short; OSError for a log that cannot be written; ValueError in the round where a value turns
-    NaN, which a model that has collapsed may bring about: the rounds before it have been given by then.
+    old < 0, a text too short or a checkpoint of other work; OSError for a log that cannot be written; ValueError in the
+    round where a value turns NaN, which a model that has collapsed may bring about: the rounds before it have been
+    given by then.
     """
     facts = check_rounds(
         lm, facts, editor, per_round=per_round, contexts=contexts, text=text, max_tokens=max_tokens, old=old, log=log
     )
-    seed = checks.seed("seed", seed)
+    seed, checkpoint = checks.seed("seed", seed), check_run(checkpoint)
     bare = replace(lm, edits=())
     below = compose(lm.edits) if lm.edits else None
     if editor.mom2_adjustment:
         moments, corpus = editor.moments_of(bare, moments, corpus), None
     given: dict[str, Any] = {"moments": moments, "corpus": corpus, "contexts": contexts, "seed": seed}
     asked: dict[str, Any] = {"text": text, "max_tokens": max_tokens}
-    return _rounds(bare, facts, editor, per_round, below, given, asked, old, random.Random(seed), log)
+    run = (checkpoint, partial(_asked_for, lm, facts, editor, per_round, given, asked, old))
+    lines = Log(log if ranks.first() else None)
+    return _rounds(bare, facts, editor, per_round, below, given, asked, old, lines, run)
+
+
+def _asked_for(lm, facts, editor, per_round: int, given: dict, asked: dict, old: int) -> dict:
+    """What the rounds depend on, for the manifest of their checkpoint."""
+    return asked_of(
+        lm, "edit in rounds", facts, method=editor.method, hparams=asdict(editor), per_round=per_round, old=old,
+        seed=given["seed"], contexts=given["contexts"] and checked_contexts(given["contexts"]),
+        text=asked["text"] and digest(text_windows(lm, **asked)), statistics=digests(given["moments"]),
+    )  # fmt: skip
 
 
 def check_rounds(
@@ -156,38 +177,56 @@ def check_rounds(
     return facts
 
 
-def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, rng, log) -> Iterator[Round]:
-    """The work of ``edit_in_rounds``. lm: without edits; so_far: all that was written, as one edit."""
+def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, log: Log, run) -> Iterator[Round]:
+    """The work of ``edit_in_rounds``. lm: without edits; so_far: all that was written, as one edit; run: ``begun``'s"""
     weights: dict[tuple[int, str], float] = {}
-    bar = Bar("editing in rounds", -(-len(facts) // per_round))
-    for number, first in enumerate(range(0, len(facts), per_round), 1):
-        new, earlier = facts[first : first + per_round], facts[:first]
-        began = time.perf_counter()
-        with bar.inside(f"round {number}"):
-            with counted_elsewhere():
-                edit = editor.edit(lm, new, previous=so_far, **given)
+    rng, bar = random.Random(given["seed"]), Bar("editing in rounds", -(-len(facts) // per_round))
+    with begun(*run) as keep:
+        for number, first in enumerate(range(0, len(facts), per_round), 1):
+            new, earlier = facts[first : first + per_round], rng.sample(facts[:first], min(old, first))
+            work = partial(_worked, lm, editor, new, earlier, so_far, given, asked)
+            name, is_new = f"round-{number:05d}", []
+            with bar.inside(f"round {number}"):
+                part = keep_whole(keep, name, lambda keep, work=work, is_new=is_new: is_new.append(1) or work(keep))
+            keep.release(name)
+            figures = json_of(part.pop(FIGURES))
+            figures["perplexity"] = figures["perplexity"] and tuple(figures["perplexity"])
+            figures |= {side: {name: Interval(*one) for name, one in figures[side].items()} for side in SIDES}
+            edit = Edit.from_tensors(part)
             if edit.contexts:  # of the first round; fine-tuning has none
                 given["contexts"] = edit.contexts
-            so_far = edit if so_far is None else compose([so_far, edit])
-            edited = time.perf_counter()
-            asking = [*new, *rng.sample(earlier, min(old, len(earlier)))]
-            report = evaluate(lm, asking, so_far, both_forms=False, **asked)
-        bar.done += 1
-        found = Round(
-            number=number,
-            method=edit.method,
-            n_facts=first + len(new),
-            new=_summary(report.edited, slice(0, len(new))),
-            old=_summary(report.edited, slice(len(new), None)),
-            base=_summary(report.base, slice(None)),
-            perplexity=cast(tuple[float, float] | None, report.perplexity),
-            growth=_growth(lm, so_far, weights),
-            edit_s=edited - began,
-            evaluate_s=time.perf_counter() - edited,
-            edit=so_far,
-        )
-        append_records(log if ranks.first() else None, [found.to_record()])
-        yield found
+            so_far = _on_top(so_far, edit)
+            (bar.advance if is_new else bar.resume)(1)
+            found = Round(
+                number=number, method=edit.method, n_facts=first + len(new), growth=_growth(lm, so_far, weights),
+                edit=so_far, **figures,
+            )  # fmt: skip
+            log.add([found.to_record()], again=not is_new)
+            yield found
+
+
+def _on_top(so_far: Edit | None, edit: Edit) -> Edit:
+    return edit if so_far is None else compose([so_far, edit])
+
+
+def _worked(lm, editor, new, earlier, so_far, given, asked, keep) -> dict[str, Tensor]:
+    """One round as a part: the edit of its facts, and ``FIGURES``, what is a Round's own. earlier: facts that are asked
+    too; keep: of the round's own parts"""
+    began = time.perf_counter()
+    with counted_elsewhere():
+        checkpoint = None if "checkpoint" in editor.UNREAD else keep
+        edit = editor.edit(lm, new, previous=so_far, checkpoint=checkpoint, **given)
+    edited = time.perf_counter()
+    report = evaluate(lm, [*new, *earlier], _on_top(so_far, edit), both_forms=False, checkpoint=keep, **asked)
+    figures = {
+        "new": _summary(report.edited, slice(0, len(new))),
+        "old": _summary(report.edited, slice(len(new), None)),
+        "base": _summary(report.base, slice(None)),
+        "perplexity": report.perplexity,
+        "edit_s": edited - began,
+        "evaluate_s": time.perf_counter() - edited,
+    }
+    return edit.to_tensors() | {FIGURES: json_tensor(figures)}
 
 
 def _summary(columns: dict[str, Tensor] | None, facts: slice) -> Summary:

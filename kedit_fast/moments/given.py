@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.parts import digest
 from kedit_fast.kernels.solve import MomentFactor, factor
 from kedit_fast.moments.second_moment import SecondMoment, second_moments
 
@@ -85,3 +86,8 @@ def gains(factor_of_c: MomentFactor, keys: Tensor) -> Tensor:
     """g = kᵀ C⁻¹ k [n], fp64, of each key [n, d_ff]: one layer reaches g / (g + λ) of what is asked of it."""
     half = torch.linalg.solve_triangular(factor_of_c.lower, keys.double().T, upper=False)
     return half.square().sum(0) * factor_of_c.weight  # the factor is of weight * C
+
+
+def digests(moments: Mapping[int, SecondMoment] | None) -> dict[int, str]:
+    """{layer: digest of C}, for what has to say which statistics it was made with."""
+    return {layer: digest(moment.matrix) for layer, moment in (moments or {}).items()}

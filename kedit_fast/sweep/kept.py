@@ -8,8 +8,9 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +25,21 @@ from kedit_fast.sweep.plan import RowCost, TooLarge
 T = TypeVar("T")
 R = TypeVar("R")
 Run = Held | Parts | Inside
-Checkpoint = checks.AnyPath | Run | None  # a folder; or the run that the work is a part of
+Checkpoint: TypeAlias = "checks.AnyPath | RunFolder | Run | None"  # a folder; or the run that the work is a part of
 WAYS_OUT = "end other programs, or take a smaller model, another dtype or another device"
 ITEMS = "items"  # the tensor of a part that says which items it holds: [first, end]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder as ``checkpoint``, of a run that more than its work tells apart.
+
+    more: JSON values that are compared as well; anew: whether other work that is there is removed, and not refused
+    """
+
+    folder: Path
+    more: dict
+    anew: bool = False
 
 
 def asked_of(lm, what: str, facts: Sequence, **asked) -> dict:
@@ -54,7 +67,9 @@ def _flat(values) -> Iterator:
 
 def check_run(checkpoint: Checkpoint) -> Checkpoint:
     """A ``checkpoint=`` that can be begun or gone on with; raises as ``check_checkpoint``."""
-    return checkpoint if checkpoint is None or isinstance(checkpoint, Run) else check_checkpoint(checkpoint)
+    if checkpoint is None or isinstance(checkpoint, Run | RunFolder):
+        return checkpoint
+    return check_checkpoint(checkpoint)
 
 
 @contextmanager
@@ -68,7 +83,8 @@ def begun(checkpoint: Checkpoint, asked: Callable[[], dict]) -> Iterator[Run]:
     elif checkpoint is None:
         yield Held()
     else:
-        with Parts(checkpoint, asked()) as parts:
+        run = checkpoint if isinstance(checkpoint, RunFolder) else RunFolder(Path(checkpoint), {})
+        with Parts(run.folder, asked() | run.more, run.anew) as parts:
             yield parts
 
 

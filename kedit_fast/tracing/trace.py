@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import check_place
-from kedit_fast.basics.parts import Keep, Log, json_of, json_tensor
+from kedit_fast.basics.log import Log
+from kedit_fast.basics.parts import Keep, json_of, json_tensor
 from kedit_fast.basics.progress import logger, progress, scaled
 from kedit_fast.facts.fact import Fact, check_subject, fact_list
 from kedit_fast.kernels.dispatch import backend_for
@@ -135,7 +136,7 @@ def _traced(lm, facts, how: TraceSettings, answers, method, top, log, keep: Keep
             each = zip(records, (task.fact for task in group.items for _ in how.kinds), strict=True)
             results += [replace(TraceResult.from_record(record), fact=fact) for record, fact in each]
             lines.add(records, again=group.found)
-            bar.resume(group.first + len(group.items) - bar.done)  # where the group had been kept
+            bar.resume(len(group.items) * group.found)
     return results
 
 

@@ -11,7 +11,7 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
-from kedit_fast.basics.parts import MANIFEST, Held, Log, Parts, digest, keep_json, keep_whole, make_now, remove_parts
+from kedit_fast.basics.parts import MANIFEST, Held, Parts, digest, keep_json, keep_whole, make_now, remove_parts
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
 
@@ -116,24 +116,6 @@ def test_a_part_made_in_parts_of_its_own(tmp_path):
     remove_parts(tmp_path / "work")
     remove_parts(tmp_path / "work")
     assert not (tmp_path / "work").exists()
-
-
-def test_a_log_that_goes_on_has_each_line_once(tmp_path):
-    path, records = tmp_path / "log.jsonl", [{"n": n} for n in (1, 2, 2, 3)]
-    Log(path).add(records)
-    whole = path.read_bytes()
-    for cut in range(len(whole) + 1):  # killed at any byte
-        path.write_bytes(whole[:cut])
-        log = Log(path)
-        log.add(records[:2], again=True)
-        log.add(records[2:], again=True)
-        assert path.read_bytes() == whole
-    Log(path).add(records[:1])
-    assert path.read_bytes() == whole + b'{"n": 1}\n'
-    path.unlink()
-    Log(path).add(records, again=True)
-    assert path.read_bytes() == whole
-    Log(None).add(records, again=True)
 
 
 def test_digests_tell_things_apart():

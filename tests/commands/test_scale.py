@@ -5,9 +5,11 @@ import json
 import pytest
 
 import kedit_fast as kf
+from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.edit_arguments import METHODS
 from kedit_fast.edits.edit import Edit, digest
 from tests.commands.cases import run as run_command
+from tests.make import killed_at, watched
 from tests.tiny import D_FF
 
 FACTS = [
@@ -71,12 +73,37 @@ def test_on_top_of_others(run):
     assert [each["digest"] for each in three.provenance["on_top_of"]] == [digest(one), digest(two)]
 
 
-def test_a_checkpoint_is_gone_on_with(run, tmp_path, capsys):
-    assert run("memit", FACTS, "--checkpoint", "parts", "-o", "one.safetensors") == 0
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
-    assert run("memit", FACTS, "--checkpoint", "parts", "-o", "two.safetensors") == 0
-    assert kept == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-    assert run("memit", FACTS[:2], "--checkpoint", "parts", "-o", "three.safetensors") == 2
-    assert "parts holds other work: its number of facts is 3, this one's 2" in capsys.readouterr().err
-    assert not (tmp_path / "three.safetensors").exists()
+def test_the_same_command_goes_on_after_an_interruption(run, tmp_path, capsys):
+    """Beside the output, or where --checkpoint says; with the same bits, and nothing is left of the run."""
+    assert run("memit", FACTS, "-o", "whole.safetensors") == 0
+    before = set(tmp_path.iterdir())
+    for more, parts in (((), "one.safetensors.run"), (("--checkpoint", "parts"), "parts")):
+        one = (*more, "-o", "one.safetensors")
+        capsys.readouterr()
+        with killed_at(2):
+            run("memit", FACTS, *one)
+        assert {path.name for path in set(tmp_path.iterdir()) - before} == {parts}
+        assert run("memit", FACTS[:2], *one) == 2
+        shown = capsys.readouterr().err
+        assert f"{parts} keeps an unfinished run: its number of facts is 3, this one's 2" in shown
+        assert "--force to begin anew" in shown and not (tmp_path / "one.safetensors").exists()
+        assert run("memit", FACTS, *one) == 0
+        assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+        assert {path.name for path in set(tmp_path.iterdir()) - before} == {"one.safetensors"}
+        (tmp_path / "one.safetensors").unlink()
+    with killed_at(2):
+        run("memit", FACTS, "-o", "one.safetensors")
+    assert run("memit", FACTS[:2], "-o", "one.safetensors", "--force") == 0
+    assert len(Edit.load("one.safetensors").facts) == 2 and not (tmp_path / "one.safetensors.run").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(run, tmp_path, capsys):
+    def stopped(n):
+        with pytest.MonkeyPatch.context() as patch:
+            watched(patch, Parts, "write", break_at=(n,), error=lambda *_: KeyboardInterrupt())
+            return run("rome", FACTS, "-o", "one.safetensors"), capsys.readouterr().err
+
+    status, shown = stopped(1)
+    assert (status, shown) == (130, "kedit-fast: interrupted\n") and not list(tmp_path.glob("*.run"))
+    status, shown = stopped(2)
+    assert status == 130 and "one.safetensors.run; the same command goes on" in shown

@@ -14,6 +14,7 @@ from kedit_fast.tracing.results import AverageTrace
 from tests.conftest import refused, tiny_lm
 from tests.editors import cases
 from tests.experiments.test_rounds import FACTS, counted_asks
+from tests.make import killed_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 EDITOR = kf.Rome(layers=(1,), v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.5)
@@ -180,3 +181,17 @@ def test_the_picture(tmp_path):
     assert "fficacy" not in unknown.plot().get_label() and unknown.plot().axes[0].get_legend() is not None
     drawn = [line.get_label() for line in made_up([0.9, 0.2, 0.3, 0.4]).plot().axes[1].lines]
     assert "MLP" in drawn  # one layer has no effect
+
+
+def test_a_killed_study_goes_on_to_the_same_bits(tmp_path):
+    options = {"layers": (0, 2), "samples": 2} | GIVEN
+    whole = kf.edit_by_layer(tiny_lm("llama"), FACTS, EDITOR, log=tmp_path / "whole.jsonl", **options)
+    kept = {"log": tmp_path / "log.jsonl", "checkpoint": tmp_path / "run"} | options
+    for n in (2, 5):
+        with killed_at(n):
+            kf.edit_by_layer(tiny_lm("llama"), FACTS, EDITOR, **kept)
+    again = kf.edit_by_layer(tiny_lm("llama"), FACTS, EDITOR, **kept)
+    assert again.to_record() == whole.to_record()
+    assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    other = kept | {"samples": 3}
+    refused("holds other work: its traced is", kf.edit_by_layer, tiny_lm("llama"), FACTS, EDITOR, **other)

@@ -17,7 +17,7 @@ from kedit_fast.experiments.rounds import Round, edit_in_rounds
 from kedit_fast.pictures.rounds import plot_rounds
 from tests.conftest import refused, tiny_lm
 from tests.editors import cases
-from tests.make import lowrank
+from tests.make import killed_at, lowrank
 from tests.tiny import TEXT
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
@@ -239,3 +239,24 @@ def test_the_picture_of_few_figures():
     collapsed = replace(alone, n_facts=8, growth={0: 100 * alone.growth[0], 1: 100 * alone.growth[1]})
     assert plot_rounds({"memit": [alone, collapsed]}).axes[3].get_yscale() == "log"
     refused("no rounds to plot", plot_rounds, {"rome": []})
+
+
+def test_killed_rounds_go_on_to_the_same_bits(tmp_path):
+    """Killed inside a round, and between two; the times are those of the run that did the round."""
+    lm = tiny_lm("llama")
+    options = {"per_round": 1, "old": 2, "seed": 3}
+    whole = list(in_rounds(lm, log=tmp_path / "whole.jsonl", **options))
+    kept = {"log": tmp_path / "log.jsonl", "checkpoint": tmp_path / "run"} | options
+    for n in (2, 8):  # parts: a round's values, layers and evaluation, then the round
+        with killed_at(n):
+            list(in_rounds(lm, **kept))
+    again = list(in_rounds(lm, **kept))
+    for one, other in zip(again, whole, strict=True):
+        one.edit.save(tmp_path / "one"), other.edit.save(tmp_path / "other")
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+        timeless = [replace(each, edit_s=0.0, evaluate_s=0.0).to_record() for each in (one, other)]
+        assert timeless[0] == timeless[1]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [one.to_record() for one in again]
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == len(again)
+    refused("holds other work: its old is 2", list, in_rounds(lm, **kept | {"old": 3}))

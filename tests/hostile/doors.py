@@ -181,10 +181,10 @@ def doors(folder) -> list[Door]:
             n_facts="whole", growth="dict", policy="object")),
         Door("edit_in_rounds", _with(kf.edit_in_rounds, t.lm, facts=t.facts, editor=t.rome, **rounds), dict(
             facts="facts", editor="object", per_round="positive", contexts="contexts?", max_tokens="positive",
-            old="whole", seed="seed", log="path?")),
+            old="whole", seed="seed", log="path?", checkpoint="path?")),
         Door("edit_by_layer", _with(kf.edit_by_layer, t.lm, facts=t.facts, editor=t.rome, contexts=["{}"]), dict(
             facts="facts", editor="object", layers="layers?", contexts="contexts?", trace="object", kinds="choices",
-            samples="positive", seed="seed", log="path?")),
+            samples="positive", seed="seed", log="path?", checkpoint="path?")),
         Door("LayerStudy.load", _with(kf.LayerStudy.load), dict(path="path")),
         Door("plot_rounds", _with(kf.plot_rounds), dict(rounds="object")),
         *(

@@ -221,7 +221,7 @@ def test_progress_reaches_the_number_of_facts(method, monkeypatch):
 
     @contextmanager
     def progress(label, total):
-        yield SimpleNamespace(advance=lambda n: told.append(n / total))
+        yield SimpleNamespace(advance=lambda n: told.append(n / total), resume=lambda n: told.append(n / total))
 
     monkeypatch.setattr(tracing, "progress", progress)
     monkeypatch.setattr(tracing, "TOGETHER", 1)

@@ -16,8 +16,9 @@ from kedit_fast.evaluation.probes import probe, write_probes
 from kedit_fast.jobs import finetune, generate, values
 from kedit_fast.sweep import engine, plan
 from kedit_fast.tracing import attribution
-from tests.conftest import tiny_lm
+from tests.conftest import on_disk, save_tiny, tiny_lm
 from tests.live import LiveBytes
+from tests.tiny import tiny_model
 
 LIMIT = 2_500_000
 TEXT = "The night train left the harbor at ten. Rain ran down the windows. "
@@ -64,8 +65,8 @@ def small_calls(monkeypatch):
     monkeypatch.setattr(engine, "CALL_ROWS", 64)
 
 
-def peak(flow: str, facts, limit: int = LIMIT) -> int:
-    lm = replace(tiny_lm("llama"), memory=limit)
+def peak(flow: str, facts, limit: int = LIMIT, lm=None) -> int:
+    lm = replace(lm or tiny_lm("llama"), memory=limit)
     with LiveBytes(lm.model) as held:
         FLOWS[flow](lm, facts)
     return held.peak
@@ -75,6 +76,13 @@ def peak(flow: str, facts, limit: int = LIMIT) -> int:
 @pytest.mark.parametrize("flow", FLOWS)
 def test_no_flow_holds_more_than_it_may(flow, facts, small_calls):
     assert peak(flow, facts) <= LIMIT
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_layers_that_come_from_disk_are_held_in_the_ring_alone(flow, small_calls, tmp_path):
+    """What lies around them is there before; both are what ``placement.weights`` counts."""
+    lm = on_disk(save_tiny(tmp_path, tiny_model("llama")))
+    assert peak(flow, MANY, lm=lm) <= LIMIT + lm.source.ring_bytes
 
 
 def whole(items, size, most, count=None):

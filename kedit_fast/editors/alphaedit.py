@@ -20,7 +20,7 @@ from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Work, Written
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.located import Located
-from kedit_fast.editors.memit import check_order, early_middle, solved, spread, with_kept
+from kedit_fast.editors.memit import check_order, early_middle, solved, spread
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described
@@ -91,7 +91,7 @@ class AlphaEdit(Located):
         moment = work.moments[layer]
         space = self._null_space(moment).to(work.lm.device)
         x, earlier = k @ space, [keys.to(space) @ space for keys in earlier]
-        kept = factor(with_kept(torch.eye(space.shape[1]).to(space), earlier, self.L2), self.L2)
+        kept = factor(torch.eye(space.shape[1]).to(space), self.L2, kept=torch.cat(earlier) if earlier else None)
         u, v = solved(kept, x, residual, work.independent)
         g = x.square().sum(1).mean().item()
         notes = {"null_space": space.shape[1] / len(space), "g": g, "fit": g / (g + self.L2)}

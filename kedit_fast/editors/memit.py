@@ -27,9 +27,9 @@ from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
 from kedit_fast.jobs.values import Values, optimize_values
-from kedit_fast.kernels.solve import MomentFactor, factor, memit_solve
+from kedit_fast.kernels.solve import MomentFactor, memit_solve
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.moments.given import described, gains
+from kedit_fast.moments.given import described, factored, gains
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.sites import Site
 
@@ -82,8 +82,7 @@ class Memit(Located):
     ) -> tuple[Tensor, Tensor, dict]:
         """(u, v, notes) of Δ = u vᵀ = Rᵀ K (λ C + Kᵀ K)⁻¹, eq. 14."""
         weight, moment = self.mom2_update_weight, work.moments.get(layer) or _identity(work.lm, layer)
-        matrix = with_kept(moment.matrix.to(work.lm.device), earlier, weight)
-        c = factor(matrix, weight, regularizer=self.regularizer, n_tokens=moment.n_tokens)
+        c = factored(work.lm, moment, weight, self.regularizer, earlier)
         g = gains(c, k).mean().item()
         u, v = solved(c, k, residual, work.independent)
         return u, v, {"g": g, "fit": g / (g + weight), "condition": c.condition} | described(moment)
@@ -155,23 +154,18 @@ def check_order(layers: Sequence[int]) -> None:
         raise ValueError(f"layers {layers}: expected lowest first; z lives at the last one, above all others")
 
 
-def with_kept(matrix: Tensor, keys: list[Tensor], weight: float) -> Tensor:
-    """C + KₚᵀKₚ / λ: λ times it keeps what C stands for and the earlier keys Kₚ, a list of [nₚ, d_ff]."""
-    if not keys:
-        return matrix
-    rows = torch.cat(keys).to(matrix.device, torch.float64)
-    return torch.addmm(matrix.double(), rows.T, rows, alpha=1 / weight)
-
-
 def solved(kept: MomentFactor, k: Tensor, residual: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
     """u = Rᵀ and v = (A + Kᵀ K)⁻¹ Kᵀ of Δ = u vᵀ, for the kept A = λ C.
 
     alone: each fact as if there were no other, v = A⁻¹ k / (1 + kᵀ A⁻¹ k) (Sherman and Morrison)
     """
-    if not alone:
-        return memit_solve(k, residual, kept, kept.weight)
-    half = kept.solve(k.T)
-    return residual.T, half / (1 + (k.T * half).sum(0))
+    here, k, residual = k.device, k.to(kept.lower.device), residual.to(kept.lower.device)
+    if alone:
+        half = kept.solve(k.T)
+        u, v = residual.T, half / (1 + (k.T * half).sum(0))
+    else:
+        u, v = memit_solve(k, residual, kept, kept.weight)
+    return u.to(here), v.to(here)
 
 
 def early_middle(n_layers: int) -> tuple[int, ...]:

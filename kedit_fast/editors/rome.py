@@ -98,7 +98,7 @@ class Rome(Located):
         sites = {Site.mlp_key: layer, Site.mlp_out: layer}
         averaged, bare = prompts.read(lm, averaged=sites, bare=sites if self.key == "published" else {})
         k_star = averaged[Site.mlp_key]
-        left = k_star if moment is None else moment.solve(k_star.T).T
+        left = k_star if moment is None else moment.solve(k_star.T.to(moment.lower.device)).T.to(k_star.device)
         left = left / left.norm(dim=1, keepdim=True)
         v = optimize_values(lm, prompts.value_tasks(lm), self.v_settings(lm, layer), keep, name)
         at = bare if self.key == "published" else averaged

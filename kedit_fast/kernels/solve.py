@@ -61,12 +61,18 @@ class MomentFactor:
 
 
 def factor(
-    moment: Tensor, weight: float = 1.0, *, regularizer: float = 0.0, n_tokens: int | None = None
+    moment: Tensor,
+    weight: float = 1.0,
+    *,
+    kept: Tensor | None = None,
+    regularizer: float = 0.0,
+    n_tokens: int | None = None,
 ) -> MomentFactor:
-    """Factors ``weight * (C + regularizer * mean(diag C) * I)``.
+    """Factors ``weight * (C + regularizer * mean(diag C) * I) + KₚᵀKₚ``.
 
     moment: C [d_ff, d_ff] any float dtype, the MEAN of k kᵀ; only its lower triangle is read. Not changed.
     weight: λ > 0.
+    kept: Kₚ [m, d_ff] keys of earlier edits, whose outputs are to stay; any float dtype.
     regularizer: ε >= 0, relative to the mean diagonal of C; 0 factors C as it is.
     n_tokens: keys behind C, if known: then too few are reported before any work.
 
@@ -74,14 +80,19 @@ def factor(
     Raises ValueError for fewer tokens than d_ff without a regularizer, a matrix that is not positive definite or whose
     condition exceeds MAX_CONDITION, NaN or infinity, a wrong shape or argument.
     """
-    return _factor(_algebra(moment.device), moment, weight, regularizer, n_tokens)
+    return _factor(_algebra(moment.device), moment, weight, kept, regularizer, n_tokens)
 
 
 def factor_ref(
-    moment: Tensor, weight: float = 1.0, *, regularizer: float = 0.0, n_tokens: int | None = None
+    moment: Tensor,
+    weight: float = 1.0,
+    *,
+    kept: Tensor | None = None,
+    regularizer: float = 0.0,
+    n_tokens: int | None = None,
 ) -> MomentFactor:
     """``factor`` in plain torch; same arguments, result and errors."""
-    return _factor(_TORCH, moment, weight, regularizer, n_tokens)
+    return _factor(_TORCH, moment, weight, kept, regularizer, n_tokens)
 
 
 def condition(moment: Tensor) -> float:
@@ -139,14 +150,21 @@ def _algebra(device) -> _Algebra:
     return _OPENBLAS if device.type == "cpu" else _CUSOLVER
 
 
-def _factor(algebra, moment, weight, regularizer, n_tokens):
+def _factor(algebra, moment, weight, kept, regularizer, n_tokens):
     _check_moment(moment, weight, regularizer)
     d_ff = len(moment)
+    if kept is not None:
+        if kept.ndim != 2 or kept.shape[1] != d_ff:
+            raise ValueError(f"kept has shape {list(kept.shape)}; expected [m, {d_ff}], a row a key")
+        _check_tensor("kept", kept, moment.device)
     if n_tokens is not None and n_tokens < d_ff and not regularizer:
         raise ValueError(
             f"the second moment has rank ≤ n_tokens = {n_tokens} < d_ff = {d_ff} and so no inverse; {_COLLECT}"
         )
-    lower, condition_number = _cholesky(algebra, _weighted(moment, weight, regularizer), "the second moment")
+    matrix = _weighted(moment, weight, regularizer)
+    if kept is not None and len(kept):
+        algebra.add_gram_(matrix, _own_rows(kept.detach()))
+    lower, condition_number = _cholesky(algebra, matrix, "the second moment")
     return MomentFactor(lower, float(weight), condition_number)
 
 
@@ -167,7 +185,7 @@ def _memit_solve(algebra, keys, residual, moment, weight, way):
     elif dense:
         _check_moment(moment, weight, 0.0)
     else:
-        moment = _factor(algebra, moment, weight, 0.0, None)
+        moment = _factor(algebra, moment, weight, None, 0.0, None)
     return u, _dense(algebra, k, moment, weight) if dense else _woodbury(algebra, k, moment.lower)
 
 

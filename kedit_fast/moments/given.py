@@ -1,7 +1,7 @@
 """The statistics behind an edit: the second moments of the keys, given or measured, checked before any work."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.parts import digest
 from kedit_fast.kernels.solve import MomentFactor, factor
-from kedit_fast.moments.second_moment import SecondMoment, second_moments
+from kedit_fast.moments.second_moment import ROWS, SecondMoment, second_moments
+from kedit_fast.sweep.plan import too_large
 
 
 def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, SecondMoment]:
@@ -20,6 +21,7 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
     finite; TypeError for anything but {layer: SecondMoment}, and for a corpus that is no text. Warns of statistics that
     do not say which model they are of (published npz files).
     """
+    check_room(lm)
     if moments is None:
         if corpus is None:
             raise ValueError(
@@ -68,7 +70,7 @@ def _check_moment(lm, layer: int, m: SecondMoment, regularizer: float) -> None:
             f"the second moment of layer {layer} is of {m.n_tokens} tokens, fewer than d_ff = {lm.d_ff}, so it has "
             "no inverse; collect more tokens, or give the editor a regularizer such as 1e-6"
         )
-    if not torch.isfinite(m.matrix).all():
+    if not all(torch.isfinite(rows).all() for rows in m.matrix.split(ROWS)):  # beside a matrix of gigabytes
         raise ValueError(f"the second moment of layer {layer} holds NaN or infinity; collect it again")
 
 
@@ -77,14 +79,33 @@ def described(moment: SecondMoment) -> dict:
     return {"corpus": moment.corpus, "n_tokens": moment.n_tokens, "fingerprint": moment.fingerprint}
 
 
-def factored(lm, moment: SecondMoment, weight: float, regularizer: float) -> MomentFactor:
-    """Cholesky factor of weight * C on the model's device."""
-    return factor(moment.matrix.to(lm.device), weight, regularizer=regularizer, n_tokens=moment.n_tokens)
+def factored(
+    lm, moment: SecondMoment, weight: float, regularizer: float = 0.0, earlier: Sequence[Tensor] = ()
+) -> MomentFactor:
+    """Cholesky factor of weight * C, and of what the keys [n, d_ff] of earlier edits add to it, KₚᵀKₚ: on the model's
+    device where its memory has room for it, else on the host."""
+    where = lm.device if factor_bytes(lm) <= lm.memory else torch.device("cpu")
+    kept = torch.cat([keys.to(where, torch.float64) for keys in earlier]) if len(earlier) else None
+    return factor(
+        moment.matrix.to(where), weight, kept=kept, regularizer=regularizer, n_tokens=moment.n_tokens
+    )  # fmt: skip
+
+
+def factor_bytes(lm) -> int:
+    """Bytes of a layer's factor on the model's device, and of the second moment where it has to be brought there."""
+    return (8 + 4 * (lm.device.type != "cpu")) * lm.d_ff**2
+
+
+def check_room(lm) -> None:
+    """Raises ValueError, with the bytes needed, where a layer cannot be solved in the model's memory, nor elsewhere."""
+    if lm.device.type == "cpu" and factor_bytes(lm) > lm.memory:
+        raise ValueError(too_large(f"solving a layer of d_ff {lm.d_ff:,}", factor_bytes(lm), lm.memory))
 
 
 def gains(factor_of_c: MomentFactor, keys: Tensor) -> Tensor:
     """g = kᵀ C⁻¹ k [n], fp64, of each key [n, d_ff]: one layer reaches g / (g + λ) of what is asked of it."""
-    half = torch.linalg.solve_triangular(factor_of_c.lower, keys.double().T, upper=False)
+    rows = keys.to(factor_of_c.lower.device, torch.float64)
+    half = torch.linalg.solve_triangular(factor_of_c.lower, rows.T, upper=False)
     return half.square().sum(0) * factor_of_c.weight  # the factor is of weight * C
 
 

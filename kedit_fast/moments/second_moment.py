@@ -31,7 +31,7 @@ from kedit_fast.kernels.solve import condition
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, known_id, read_corpus
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import free, together
+from kedit_fast.sweep.plan import free, together, too_large
 from kedit_fast.sweep.runs import RunList
 
 FORMAT = "kedit_fast.second_moment"
@@ -176,22 +176,27 @@ def second_moments(
     """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
 
     n_tokens: default 8 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
-    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer);
+    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer); matrices
+    are then views of their files, so that five of 3.3 GB need no memory;
     ``statistics_folder()`` is the command line's and the demo's.
 
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
     One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens; ranks share the tokens, and what is kept goes
-    on with any number of them. Sums in fp64 where that fits ``lm.memory``,
-    else fp32; where those of all layers do not fit, the text is read again for each group of layers that does.
+    on with any number of them. Sums in fp64 where that fits ``lm.memory``, else fp32; where those of all layers do not
+    fit, the text is read again for each group of layers that does.
 
-    Raises ValueError for a layer out of range, a corpus that is too short, or a file in ``cache_dir`` that is damaged
-    or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any work.
+    Raises ValueError for a layer out of range, one whose sum does not fit, a corpus that is too short, or a file in
+    ``cache_dir`` that is damaged or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any
+    work.
     """
     lm, layers = replace(lm, edits=()), sorted(set(checks.layers("layers", layers, lm.n_layers)))
     n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000)
     n_tokens = n_tokens or TOKENS_PER_FEATURE * lm.d_ff
     corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
+    if _sum_bytes(lm) > _room(lm):
+        need = _sum_bytes(lm) * 4 // 3 + lm.memory - free(lm)
+        raise ValueError(too_large(f"the second moment of a layer of d_ff {lm.d_ff:,}", need, lm.memory))
     if cache_dir is not None:
         check_folder(checks.path("cache_dir", cache_dir))
     same = {"model": lm.fingerprint, "dtype": lm.dtype_name, "memory": lm.memory}
@@ -222,7 +227,17 @@ def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[i
 
 def layer_groups(lm, layers: Sequence[int]) -> Iterator[list[int]]:
     """Layers whose sums fit the memory together, in fp32 at least; the text is read once for each group."""
-    return together(layers, lambda layer: 4 * lm.d_ff**2, free(lm) // 4 * 3)
+    return together(layers, lambda layer: _sum_bytes(lm), _room(lm))
+
+
+def _sum_bytes(lm) -> int:
+    """Bytes of a layer's sum in fp32."""
+    return 4 * lm.d_ff**2
+
+
+def _room(lm) -> int:
+    """Bytes that sums may take beside the sweep that fills them."""
+    return free(lm) // 4 * 3
 
 
 def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMoment]:
@@ -341,8 +356,11 @@ class _Sums:
                 return SecondMoment(fill_upper_(total.div_(self.n_done)).float().cpu(), *about)
 
             made[layer] = _from_first(moment, *about)
+            del total, moment
             if self._dir is not None and ranks.first():
-                made[layer].save(self._dir / _name(lm, layer, self._text.id, self.n_done))
+                path = self._dir / _name(lm, layer, self._text.id, self.n_done)
+                made[layer].save(path)
+                made[layer] = SecondMoment.load(path)  # its matrix is then a view of the file, not memory
         if self._dir is not None and ranks.first():
             self._partial.unlink(missing_ok=True)
             if self._text.kept is not None:

@@ -154,6 +154,19 @@ def test_regularizer_is_relative_to_the_mean_diagonal():
         factor(moment, regularizer=-1e-3)
 
 
+def test_what_earlier_edits_wrote_is_kept():
+    moment, earlier, keys, residual = random_moment(20), normal(4, 20, seed=2), normal(3, 20), normal(3, 2)
+    kept = factor(moment, 2.0, kept=earlier)
+    for way in ("dense", "woodbury"):
+        got = delta(*memit_solve(keys, residual, kept, 2.0, way=way))
+        close("Δ", got, truth(keys, residual, moment + earlier.T @ earlier / 2, 2.0), torch.float64)
+    assert torch.equal(factor(moment, kept=earlier[:0]).lower, factor(moment).lower)
+    with pytest.raises(ValueError, match=r"kept has shape \[4, 7\]; expected \[m, 20\]"):
+        factor(moment, kept=normal(4, 7))
+    with pytest.raises(ValueError, match=r"kept\[2, 1\] is nan"):
+        factor(moment, kept=spoiled(earlier))
+
+
 def test_too_few_tokens():
     text = normal(12, 20)
     moment = text.T @ text / 12

@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from safetensors.torch import save_file
 import kedit_fast as kf
 import kedit_fast.moments.second_moment as moments_module
 from kedit_fast.commands.inputs import find_moments
+from kedit_fast.kernels.solve import factor
+from kedit_fast.moments.given import check_room, factored
 from kedit_fast.moments.second_moment import SecondMoment, second_moments
 from kedit_fast.sweep.plan import RowCost, together
-from tests.conftest import close, disk_and_resident, open_tiny, relative_error, save_tiny, tiny_lm
+from tests.conftest import close, disk_and_resident, open_tiny, refused, relative_error, save_tiny, tiny_lm
 from tests.make import bits, make_edit, same_bits
 from tests.oracle.access import site_module
 from tests.tiny import D_FF, FAMILY_NAMES, TEXT, tiny_model, tiny_tokenizer
@@ -142,6 +146,32 @@ def test_sums_of_layers_that_do_not_fit_take_passes_of_their_own(monkeypatch):
     whole, cut = (measured(x, range(4)) for x in (lm, small))
     assert [0, 1] in layers and [2, 3] in layers
     all_close(cut, whole)
+
+
+def test_a_layer_whose_sum_does_not_fit_is_refused_before_any_work(no_sweep):
+    lm = tiny_lm("llama")
+    cost = RowCost.of(lm)
+    small = replace(lm, memory=cost.call + 4 * D_FF**2)  # a quarter of what is free is the sweep's
+    with pytest.raises(ValueError, match=f"the second moment of a layer of d_ff {D_FF} needs .* memory allows"):
+        measured(small)
+
+
+def test_a_layer_is_solved_on_the_host_where_the_device_has_no_room():
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), memory=0, d_ff=D_FF)
+    moment = measured(tiny_lm("llama"), [0])[0]
+    found = factored(elsewhere, moment, 2.0, 1e-6)
+    assert found.lower.device.type == "cpu" and found.lower.equal(factor(moment.matrix, 2.0, regularizer=1e-6).lower)
+    check_room(elsewhere)
+    refused(f"solving a layer of d_ff {D_FF} needs", check_room, replace(tiny_lm("llama"), memory=8 * D_FF**2 - 1))
+
+
+def test_kept_matrices_are_views_of_their_files(tmp_path):
+    """So that the layers of a large model need no memory of their own."""
+    lm = tiny_lm("llama")
+    kept, held = measured(lm, cache_dir=tmp_path), measured(lm)
+    assert equal(kept, held)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or maps.read_text().count(str(tmp_path)) >= len(kept)
 
 
 def test_edits_are_left_out():

@@ -41,6 +41,7 @@ LONG_FILES: dict[str, str] = {
     "edits/changes.py": "every kind of change, a class each",
     "facts/formats.py": "every published format of a fact, a reader each",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
+    "moments/second_moment.py": "what a second moment is, its files, and the pass that measures it",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
 DEVICE_NAMES = {

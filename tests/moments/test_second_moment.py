@@ -467,7 +467,7 @@ def test_records_that_say_too_little(record, tmp_path):
 
 def test_saving_where_that_cannot_be_names_the_file_asked_for(tmp_path):
     (tmp_path / "file").touch()
-    for place in (tmp_path / "absent" / "m.safetensors", tmp_path, tmp_path / "file" / "m.safetensors"):
+    for place in (tmp_path, tmp_path / "file" / "m.safetensors"):
         with pytest.raises(OSError, match=str(place)) as error:
             SecondMoment(torch.eye(3), 9, 1).save(place)
         assert "unfinished" not in str(error.value)

@@ -41,7 +41,6 @@ LONG_FILES: dict[str, str] = {
     "edits/changes.py": "every kind of change, a class each",
     "facts/formats.py": "every published format of a fact, a reader each",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
-    "moments/second_moment.py": "what a second moment is, its files, and the pass that measures it",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
 DEVICE_NAMES = {
@@ -77,7 +76,7 @@ TESTED_IN = {
     "model/test_opening.py": "model/folder",
     "model/test_streamed.py": "model/host",
     "model/test_source.py": "model/disk model/fingerprint",
-    "moments/test_second_moment.py": "jobs/moments",
+    "moments/test_second_moment.py": "jobs/moments moments/published",
     "pictures/test_traces.py": "pictures/figure pictures/labels pictures/terminal",
     "shipping/test_merge.py": "model/stored_tensors",
     "sweep/test_engine.py": "model/seam sweep/sites",

@@ -182,7 +182,7 @@ class Parts:
             saying("the parts before it are kept, and the same call goes on from there"),
             replace_file(self._path(name)) as unfinished,
         ):
-            held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in part.items()}
+            held = {key: _whole(tensor.detach().cpu()) for key, tensor in part.items()}
             save_file(held, unfinished, {"digest": _digest_of(held)})
 
     def _path(self, name: str) -> Path:
@@ -249,9 +249,19 @@ def check_checkpoint(folder) -> Path:
 def remove_parts(folder) -> None:
     """Removes a run folder: the manifest after the parts, so that a run killed meanwhile leaves what can go on.
 
-    Does nothing where there is none; what else lies there stays.
+    Does nothing where there is none, or where a run works in it; what else lies there stays.
     """
     folder = Path(folder)
+    lock = os.open(folder, os.O_RDONLY) if LOCKS and folder.is_dir() else None
+    try:
+        if lock is None or locked(lock) is not False:
+            _removed(folder)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _removed(folder: Path) -> None:
     if (folder / MANIFEST).exists():
         for path in folder.iterdir():
             if path.suffix == PART or is_unfinished(path):
@@ -286,6 +296,11 @@ def digest(*things) -> str:
         else:
             made.update(json.dumps(thing).encode())
     return made.hexdigest()[:16]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, a copy unless it is contiguous and has its memory to itself, as safetensors needs it."""
+    return tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _digest_of(part: dict[str, Tensor]) -> str:

@@ -1,6 +1,5 @@
 """What the commands share: the model, the facts and the files that arguments name, checked before any work."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,8 @@ from kedit_fast.model.folder import refuse_model
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL, checked_device, open_model
 from kedit_fast.moments import second_moment as moments
-from kedit_fast.moments.second_moment import SecondMoment, refuse_pickled, second_moments
+from kedit_fast.moments.published import refuse_pickled
+from kedit_fast.moments.second_moment import SecondMoment, second_moments
 from kedit_fast.shipping.history import EditHistory
 
 # ---- the model
@@ -239,8 +239,7 @@ def _described(path: Path) -> tuple[int | None, str | None, int]:
     if path.suffix != ".safetensors" or path.name.startswith("."):
         return None, None, 0
     with reading(path, "delete it and measure again"), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != moments.FORMAT:
+        record = moments.record_of(file.metadata())
+        if record is None:
             return None, None, 0
-        record = json.loads(metadata["record"])
         return int(record["layer"]), record["fingerprint"], int(record["n_tokens"])

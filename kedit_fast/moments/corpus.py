@@ -36,11 +36,10 @@ FORMAT = "kedit_fast.text 1"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token windows and the name under which statistics remember them; kept: the file that holds sampled ones."""
+    """Token windows and the name under which statistics remember them."""
 
     id: str
     windows: list[list[int]]
-    kept: Path | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -54,8 +53,7 @@ def read_corpus(lm, corpus, n_tokens: int, *, seed: int = 0, keep_dir=None) -> C
     trial, and needs no download), a text file (.txt or .txt.gz), a list of texts, or a Hugging Face data set's train
     split: "hf:NAME", "hf:NAME#CONFIG", "hf:NAME#CONFIG:COLUMN" or "hf:NAME:COLUMN" (needs the package ``datasets``).
     The column is "text" unless it is named; rows without a text in it are left out, and a warning counts them.
-    keep_dir: a folder that keeps sampled text, also half of it, so that a killed run goes on there; whoever needs the
-        text no longer deletes ``Corpus.kept``
+    keep_dir: a folder that keeps sampled text, also half of it, so that a killed run goes on there
     Ranks share the sampling; text that is there the first of them reads for all.
 
     Raises ValueError for a corpus that is empty or too short, for a data set that cannot be read or lacks the column
@@ -192,15 +190,11 @@ def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
     folder = None if keep_dir is None else Path(keep_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    windows, kept = sampled_windows(lm, n_tokens, lm.window(LENGTH), seed, folder)
-    return Corpus(str(known_id(SELF, seed)), windows, kept)
+    return Corpus(str(known_id(SELF, seed)), sampled_windows(lm, n_tokens, lm.window(LENGTH), seed, folder))
 
 
-def sampled_windows(
-    lm, n_tokens: int, length: int, seed: int, folder: Path | None = None
-) -> tuple[list[list[int]], Path | None]:
-    """(``n_tokens`` tokens in texts of ``length``, the last may be shorter, each from the model's start token on; the
-    file that holds them).
+def sampled_windows(lm, n_tokens: int, length: int, seed: int, folder: Path | None = None) -> list[list[int]]:
+    """``n_tokens`` tokens in texts of ``length``, the last may be shorter, each from the model's start token on.
 
     folder: keeps the texts, whole and half; it has to exist. Raises ValueError for a tokenizer without start and end
     token, and for a file there that is damaged.
@@ -221,7 +215,7 @@ def sampled_windows(
         kept.keep(made)
         texts = [text + more for text, more in zip(texts, made, strict=True)]
     texts[-1] = texts[-1][: n_tokens - length * (n - 1)]
-    return texts, kept.path
+    return texts
 
 
 class _Kept:

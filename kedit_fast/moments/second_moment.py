@@ -4,33 +4,33 @@ k is the input of a layer's MLP down projection at each token, uncentered (Meng 
 published code makes one pass over the data for each layer; one shared pass gives the same sums.
 """
 
-import hashlib
 import json
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
-from kedit_fast.basics.files import check_folder, existing_file, reading, replace_file, saying
+from kedit_fast.basics.files import check_folder, existing_file, folders_around, reading, replace_file
+from kedit_fast.basics.parts import Held, Parts, digest, remove_parts
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.basics.state import own_state
+from kedit_fast.basics.unfinished import RUN
 from kedit_fast.jobs.moments import Moments
 from kedit_fast.kernels.second_moment import fill_upper_
 from kedit_fast.kernels.solve import condition
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, known_id, read_corpus
+from kedit_fast.moments.published import read_published, refuse_pickled
 from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.kept import RunFolder, asked_of, begun, fitting
 from kedit_fast.sweep.plan import free, together, too_large
 from kedit_fast.sweep.runs import RunList
 
@@ -100,7 +100,8 @@ class SecondMoment:
         meta = {"layer": self.layer, "n_tokens": self.n_tokens, "fingerprint": self.fingerprint}
         meta |= {"corpus": self.corpus, "dtype": self.dtype}
         with replace_file(path) as unfinished:
-            save_file({"matrix": self.matrix.contiguous()}, unfinished, {"format": FORMAT, "record": json.dumps(meta)})
+            # One entry: of several, safetensors writes another order each time, and equal moments make equal files.
+            save_file({"matrix": self.matrix.contiguous()}, unfinished, {FORMAT: json.dumps(meta)})
 
     @classmethod
     @own_state()
@@ -111,55 +112,28 @@ class SecondMoment:
         """
         path = checks.path("path", path)
         if path.name.endswith(".npz"):
-            return cls._load_published(path, checks.optional(checks.whole, "layer", layer, most=checks.MOST_LAYERS))
+            layer = checks.optional(checks.whole, "layer", layer, most=checks.MOST_LAYERS)
+            matrix, n_tokens = read_published(path, layer)
+            try:
+                return cls(matrix, n_tokens, layer)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         refuse_pickled(existing_file(path, "a statistics file"))
         with reading(path, "collect these statistics again"), safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            if meta.get("format") == FORMAT:
-                record = json.loads(meta["record"])
-                if not isinstance(record, dict):
-                    raise TypeError("its record says no layer and no number of tokens")
+            record = record_of(f.metadata())
+            if record is not None:
                 return cls(f.get_tensor("matrix"), **record)
         raise ValueError(f"{path} is not a second moment; expected what SecondMoment.save wrote, or an .npz")
 
-    @classmethod
-    def _load_published(cls, path, layer) -> "SecondMoment":
-        if layer is None:
-            raise ValueError(f"{path} does not say which layer it is of; give layer=")
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                missing = {"mom2.mom2", "mom2.count"} - set(data.files)
-                if missing:
-                    raise ValueError(f"it lacks {sorted(missing)}")
-                total, count = data["mom2.mom2"], int(data["mom2.count"])
-        except FileNotFoundError:
-            raise
-        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged or not a statistics file of rome or memit ({error})") from error
-        if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1:
-            raise ValueError(
-                f"{path}: expected a square sum over at least one token, got {list(total.shape)} over {count}"
-            )
-        try:
-            return cls(torch.from_numpy(total / count).float(), count, layer)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
-
-def refuse_pickled(path) -> None:
-    """Raises ValueError for a file of torch's pickle format, and says why it is not needed."""
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(9)
-    except OSError:  # whoever reads it says so
-        return
-    is_safetensors = begin[8:] == b"{"  # behind the length of its header, which may begin as a pickle does
-    if begin[:4] == b"PK\x03\x04" or (begin[:1] == b"\x80" and not is_safetensors):
-        raise ValueError(
-            f"{path} is a pickle of torch, which runs code when it is read, so it is not. A projection published for "
-            "AlphaEdit (null_space_project.pt) is not needed: its null space is computed here from the second moments, "
-            "which kedit_fast.second_moments (kedit-fast stats) measures, or rome's and memit's .npz files hold"
-        )
+def record_of(metadata: dict[str, str] | None) -> dict | None:
+    """What the header of a statistics file says of its matrix; None where it is another file's."""
+    metadata = metadata or {}
+    text = metadata["record"] if metadata.get("format") == FORMAT else metadata.get(FORMAT)  # files of before have two
+    record = None if text is None else json.loads(text)
+    if text is not None and not isinstance(record, dict):
+        raise TypeError("its record says no layer and no number of tokens")
+    return record
 
 
 @takes_lm
@@ -175,20 +149,21 @@ def second_moments(
 ) -> dict[int, SecondMoment]:
     """C of each layer over ``n_tokens`` tokens of a corpus (see ``corpus.read_corpus``): {layer: SecondMoment}.
 
-    n_tokens: default 8 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and
-    an interrupted pass goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer); matrices
-    are then views of their files, so that five of 3.3 GB need no memory;
-    ``statistics_folder()`` is the command line's and the demo's.
+    n_tokens: default 8 d_ff. seed: of the sampled text. cache_dir: finished statistics are kept and found there, and a
+    run that was killed goes on from its last ``BATCH_TOKENS`` (a quarter of the tokens, where they are fewer), to the
+    same bits; matrices are then views of their files, so that five of 3.3 GB need no memory; ``statistics_folder()`` is
+    the command line's and the demo's.
 
     Of the base model: edits that ``lm`` carries are left out, as the fingerprint says (and as published).
 
     One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens; ranks share the tokens, and what is kept goes
     on with any number of them. Sums in fp64 where that fits ``lm.memory``, else fp32; where those of all layers do not
-    fit, the text is read again for each group of layers that does.
+    fit, the text is read again for each group of layers that does. Where memory runs out, half of it is used from the
+    last sums on that are kept.
 
-    Raises ValueError for a layer out of range, one whose sum does not fit, a corpus that is too short, or a file in
-    ``cache_dir`` that is damaged or not what its name says; OSError where ``cache_dir`` cannot be a folder, before any
-    work.
+    Raises ValueError for a layer out of range, one whose sum does not fit, a corpus that is too short, a file in
+    ``cache_dir`` that is damaged or not what its name says, or statistics that another process measures there; OSError
+    where ``cache_dir`` cannot be a folder, before any work.
     """
     lm, layers = replace(lm, edits=()), sorted(set(checks.layers("layers", layers, lm.n_layers)))
     n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000)
@@ -201,18 +176,27 @@ def second_moments(
         check_folder(checks.path("cache_dir", cache_dir))
     same = {"model": lm.fingerprint, "dtype": lm.dtype_name, "memory": lm.memory}
     ranks.agreed(same | {"layers": layers, "n_tokens": n_tokens, "seed": seed})
+    asked = {"layers": layers, "corpus": digest(str(corpus)), "n_tokens": n_tokens, "seed": seed}
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
-    if found is not None:
-        return found
-    with stages(*STAGES):
-        return _measured(lm, layers, corpus, n_tokens, seed, cache_dir)
+    if cache_dir is None:
+        with stages(*STAGES):
+            return fitting(lm, Held(), lambda lm: _measured(lm, layers, corpus, n_tokens, seed, None, Held()))
+    run = Path(cache_dir, f"moments-{lm.fingerprint}-{lm.dtype_name}-{digest(asked)}{RUN}")
+    if found is None:
+        kept = RunFolder(run, {}, anew=True) if ranks.first() else None
+        with (
+            stages(*STAGES), folders_around(run),
+            begun(kept, lambda: asked_of(lm, "second moments", (), **asked)) as keep,
+        ):  # fmt: skip
+            found = fitting(lm, keep, lambda lm: _measured(lm, layers, corpus, n_tokens, seed, Path(cache_dir), keep))
+    if ranks.first():
+        remove_parts(run)  # also of a run that was killed when all was saved
+    return found
 
 
-def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[int, SecondMoment]:
+def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir: Path | None, keep) -> dict[int, SecondMoment]:
     """The statistics of all layers, of a text that has yet to be read or sampled."""
-    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=cache_dir)
-    if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=getattr(keep, "folder", None))
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found
@@ -220,7 +204,8 @@ def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir) -> dict[i
     made: dict[int, SecondMoment] = {}
     with progress("collecting second moments (tokens)", text.n_tokens * len(groups)) as bar:
         for number, group in enumerate(groups, 1):
-            made |= _finished(lm, group, text.id, n_tokens, cache_dir) or _collected(lm, group, text, cache_dir, bar)
+            found = _finished(lm, group, text.id, n_tokens, cache_dir)
+            made |= found or _collected(lm, group, text, cache_dir, keep, bar)
             bar.advance(number * text.n_tokens - bar.done)  # where a group had been kept
     return made
 
@@ -240,9 +225,9 @@ def _room(lm) -> int:
     return free(lm) // 4 * 3
 
 
-def _collected(lm, layers, text: Corpus, cache_dir, bar) -> dict[int, SecondMoment]:
+def _collected(lm, layers, text: Corpus, cache_dir: Path | None, keep, bar) -> dict[int, SecondMoment]:
     """Of some layers, in one pass over the text."""
-    sums = _Sums(lm, layers, text, cache_dir)
+    sums = _Sums(lm, layers, text, cache_dir, keep)
     held = sum(total.nbytes for total in sums.by_layer.values())
     bar.resume(sums.n_done)
     for batch in together(text.windows[sums.n_windows :], len, _batch_tokens(lm, text.n_tokens)):
@@ -304,31 +289,24 @@ def _from_first(make: Callable[[], SecondMoment], *about) -> SecondMoment:
 class _Sums:
     """Running sums of all layers, with a checkpoint where there is a cache: the first rank's, whom the others give."""
 
-    def __init__(self, lm, layers, text: Corpus, cache_dir):
-        self._lm, self._text, self._dir = lm, text, cache_dir and Path(cache_dir)
+    def __init__(self, lm, layers, text: Corpus, cache_dir: Path | None, keep):
+        self._lm, self._text, self._dir = lm, text, cache_dir
+        self._keep = keep if isinstance(keep, Parts) else None  # in memory they would be held twice
         wide = 8 * lm.d_ff**2 * len(layers) <= free(lm) // 2
         dtype = torch.float64 if wide else torch.float32
         self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
-        self.n_windows = self.n_done = 0
-        if self._dir is not None:
-            which = hashlib.sha256(str(layers).encode()).hexdigest()[:8]  # 80 numbers are too long for a file name
-            name = _name(lm, f"s-{which}", text.id, text.n_tokens)
-            self._partial = self._dir / name.replace("moment", "partial", 1)
-            self.n_windows = ranks.json_from_first(self._resume)
-            self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
+        self._name = f"sums-{digest(layers, text.id)}"
+        self.n_windows = ranks.json_from_first(self._resume)
+        self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
 
     def _resume(self) -> int:
         """Takes up kept sums; how many windows they are of."""
-        if not self._partial.exists():
+        kept = self._keep.find(self._name) if self._keep is not None else None
+        if kept is None:
             return 0
-        with reading(self._partial, "remove it to begin anew"), safe_open(self._partial, "pt") as f:
-            meta = f.metadata() or {}
-            if meta["name"] != self._partial.name:
-                raise ValueError("it is not what its name says")
-            n_windows = int(meta["windows"])
-            for layer in self.by_layer:
-                self.by_layer[layer].copy_(f.get_tensor(str(layer)))
-        return n_windows
+        for layer, total in self.by_layer.items():
+            total.copy_(kept[str(layer)])
+        return int(kept["windows"])
 
     def advance(self, batch) -> None:
         self.n_windows += len(batch)
@@ -337,13 +315,9 @@ class _Sums:
             return
         for total in self.by_layer.values():
             ranks.summed_on_first_(total)
-        if ranks.first():
-            meta = {"name": self._partial.name, "windows": str(self.n_windows)}
-            with (
-                saying("the sums before it are kept, and the same call goes on"),
-                replace_file(self._partial) as unfinished,
-            ):
-                save_file({str(i): s for i, s in self.by_layer.items()}, unfinished, meta)
+        if self._keep is not None:
+            sums = {str(i): total for i, total in self.by_layer.items()}
+            self._keep.write(self._name, sums | {"windows": torch.tensor(self.n_windows)})
 
     def finish(self) -> dict[int, SecondMoment]:
         made = {}
@@ -361,8 +335,4 @@ class _Sums:
                 path = self._dir / _name(lm, layer, self._text.id, self.n_done)
                 made[layer].save(path)
                 made[layer] = SecondMoment.load(path)  # its matrix is then a view of the file, not memory
-        if self._dir is not None and ranks.first():
-            self._partial.unlink(missing_ok=True)
-            if self._text.kept is not None:
-                self._text.kept.unlink(missing_ok=True)
         return made

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast import __version__
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.parts import Held, Inside, Keep, Parts, check_checkpoint, digest
 from kedit_fast.basics.progress import logger
 from kedit_fast.basics.words import counted, is_out_of_memory
@@ -138,7 +138,7 @@ def fitting(lm, keep: Run, work: Callable[..., R]) -> R:
     A run that goes on begins with what the one before it came to. Warns of each cut. Raises MemoryError where nothing
     fits however it is cut.
     """
-    memory = keep.memory or lm.memory
+    memory = ranks.json_from_first(lambda: keep.memory) or lm.memory
     while True:
         try:
             return work(replace(lm, memory=memory))

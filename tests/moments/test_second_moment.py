@@ -20,7 +20,7 @@ from kedit_fast.moments.given import check_room, factored
 from kedit_fast.moments.second_moment import SecondMoment, second_moments
 from kedit_fast.sweep.plan import RowCost, together
 from tests.conftest import close, disk_and_resident, open_tiny, refused, relative_error, save_tiny, tiny_lm
-from tests.make import bits, make_edit, same_bits
+from tests.make import bits, make_edit, same_bits, watched
 from tests.oracle.access import site_module
 from tests.tiny import D_FF, FAMILY_NAMES, TEXT, tiny_model, tiny_tokenizer
 
@@ -249,8 +249,7 @@ def test_an_interrupted_pass_goes_on_with_the_same_bits(after, tmp_path, monkeyp
     lm, folder = tiny_lm("llama"), tmp_path / "made" / "here"
     expected = measured(lm)
     interrupt(lm, LAYERS, folder, after)
-    (partial,) = folder.iterdir()
-    assert partial.name.startswith("partial-")
+    assert sorted(path.name[:5] for path in folder.glob("*.run/*")) == ["run.j", "sums-"]
     calls, sweep = [], moments_module.sweep
     monkeypatch.setattr(moments_module, "sweep", lambda *a, **k: calls.append(1) or sweep(*a, **k))
     assert equal(measured(lm, cache_dir=folder), expected)
@@ -337,13 +336,56 @@ def test_a_damaged_checkpoint_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
     lm = tiny_lm("gpt2")
     interrupt(lm, [1], tmp_path)
-    (partial,) = tmp_path.iterdir()
-    whole = partial.read_bytes()
-    for content in (whole[:-8], whole.replace(b"layers-", b"layerz-")):  # cut short; another one's
-        partial.write_bytes(content)
-        with pytest.raises(ValueError, match=r"is damaged.*remove it to begin anew") as error:
-            measured(lm, [1], cache_dir=tmp_path)
-        assert str(partial) in str(error.value)
+    (sums,) = tmp_path.glob("*.run/*.safetensors")
+    sums.write_bytes(sums.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"is damaged.*delete it, and it is made again") as error:
+        measured(lm, [1], cache_dir=tmp_path)
+    assert str(sums) in str(error.value)
+
+
+def test_a_run_that_was_killed_when_all_was_saved_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
+    lm = tiny_lm("gpt2")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        watched(patch, moments_module, "remove_parts", break_at=(1,), error=Interrupted)
+        measured(lm, LAYERS, "self", cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(LAYERS) + 1
+    monkeypatch.setattr(moments_module, "sweep", None)
+    measured(lm, LAYERS, "self", cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(LAYERS)
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path, monkeypatch):
+    lm, sweep = tiny_lm("gpt2"), moments_module.sweep
+
+    def twice(*args, **how):
+        monkeypatch.setattr(moments_module, "sweep", sweep)
+        refused("another run works there; wait for it", measured, lm, cache_dir=tmp_path)
+        sweep(*args, **how)
+
+    monkeypatch.setattr(moments_module, "sweep", twice)
+    assert equal(measured(lm, cache_dir=tmp_path), measured(lm))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_out_of_memory_counts_no_token_twice(kept, tmp_path, monkeypatch):
+    """In the middle of the third batch, when its sums are there already."""
+    monkeypatch.setattr(moments_module, "BATCH_TOKENS", 40)
+    lm, calls, sweep = tiny_lm("llama"), [], moments_module.sweep
+    expected = measured(lm)
+
+    def short(now, *args, **how):
+        calls.append(now.memory)
+        sweep(now, *args, **how)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(moments_module, "sweep", short)
+    with pytest.warns(UserWarning, match="out of memory: what is not done yet is cut for"):
+        made = measured(lm, cache_dir=tmp_path / "cache" if kept else None)
+    assert equal(made, expected) and calls[:3] == [lm.memory] * 3 and set(calls[3:]) == {lm.memory // 2}
+    n_batches = len(list(together(moments_module.read_corpus(lm, LINES, N_TOKENS).windows, len, 40)))
+    assert len(calls) == n_batches + (1 if kept else 3)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
 FORMAT, VERSION = "kedit_fast.run", 1
 PART = ".safetensors"
+AGAIN = "delete it, and it is made again"
 
 
 def make_now(name: str, make: Make) -> dict[str, Tensor]:
@@ -45,6 +46,19 @@ class Held:
             self._parts[name] = make()
         return self._parts[name]
 
+    @property
+    def own(self) -> "Held":
+        """What keeps parts that are no other rank's (``Together``)."""
+        return self
+
+    def names(self) -> list[str]:
+        """Of all parts."""
+        return list(self._parts)
+
+    def look(self, name: str, key: str) -> Tensor | None:
+        """One tensor of a part; None where it has none of that name."""
+        return self._parts[name].get(key)
+
     def narrow(self, memory: int) -> None:
         """Notes that what is not done yet is cut for so many bytes."""
         self.memory = memory
@@ -64,6 +78,7 @@ class Parts:
     folder: made if need be; its parent must exist
     asked: JSON values, all that the parts depend on; they are written down first, and compared when a run goes on
     anew: whether other work that is there is removed, and not refused
+    beside: whether the run is that of another process, which this one works with
 
     A part comes back bit for bit, so work that is cut into the same parts ends with the same bits, interrupted or not,
     on the same machine with the same number of threads. The folder is this run's until ``close``, or until its process
@@ -72,11 +87,12 @@ class Parts:
     damaged; OSError where the folder cannot be made or written.
     """
 
-    def __init__(self, folder, asked: dict, anew: bool = False):
+    def __init__(self, folder, asked: dict, anew: bool = False, beside: bool = False):
         self.folder = check_checkpoint(folder)
-        self.begun, self.memory, self._lock = "", None, None
+        self.begun, self.memory, self._lock, self._beside = "", None, None, beside
         self.folder.mkdir(exist_ok=True)
-        self._claim()
+        if not beside:
+            self._claim()
         try:
             self._begin(json.loads(json.dumps(asked)), anew)
         except BaseException:
@@ -91,13 +107,25 @@ class Parts:
 
     def close(self) -> None:
         """Leaves the folder to others."""
-        if not any(self.folder.glob(f"*{PART}")):
+        if not self._beside and not any(self.folder.glob(f"*{PART}")):
             with suppress(OSError):  # other things lie there
                 (self.folder / MANIFEST).unlink(missing_ok=True)
                 self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @property
+    def own(self) -> "Parts":
+        return self
+
+    def names(self) -> list[str]:
+        return [path.stem for path in self.folder.glob(f"*{PART}") if not is_unfinished(path)]
+
+    def look(self, name: str, key: str) -> Tensor | None:
+        path = self._path(name)
+        with reading(path, AGAIN), safe_open(path, "pt") as file:
+            return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118 (no dict)
 
     def narrow(self, memory: int) -> None:
         """Writes down that what is not done yet is cut for so many bytes: a run that goes on begins with them."""
@@ -170,7 +198,7 @@ class Parts:
     def read(self, name: str) -> dict[str, Tensor]:
         """The part of that name. Raises ValueError where it is damaged or has changed."""
         path = self._path(name)
-        with reading(path, "delete it, and it is made again"), safe_open(path, "pt") as file:
+        with reading(path, AGAIN), safe_open(path, "pt") as file:
             part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
             if (file.metadata() or {}).get("digest") != _digest_of(part):
                 raise ValueError("its contents are not those that were kept: their digest is another")
@@ -197,6 +225,17 @@ class Inside:
 
     def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
         return self._keep(f"{self._name}+{name}", make)
+
+    @property
+    def own(self) -> "Inside":
+        return Inside(self._keep.own, self._name)
+
+    def names(self) -> list[str]:
+        begins = f"{self._name}+"
+        return [name.removeprefix(begins) for name in self._keep.names() if name.startswith(begins)]
+
+    def look(self, name: str, key: str) -> Tensor | None:
+        return self._keep.look(f"{self._name}+{name}", key)
 
     @property
     def begun(self) -> str:

@@ -72,9 +72,9 @@ def launched(place: Launch, device: str | None = None) -> Iterator[None]:
 
     device: where is computed; each rank takes the GPU that its LOCAL_RANK numbers
     """
-    backend, kind = "cpu:gloo", torch.device(device or "cpu").type
+    backend, kind = "gloo", torch.device(device or "cpu").type
     if kind != "cpu":
-        backend += f",{kind}:{dist.get_default_backend_for_device(kind)}"
+        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
         torch.accelerator.set_device_index(place.local)
     dist.init_process_group(backend, timeout=WAIT)
     try:
@@ -300,22 +300,22 @@ def joined(parts: Sequence[Part]) -> Part:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
 
-def dealt(groups: Sequence[T], make: Callable[[int, T], Part], size: Callable[[T], float]) -> Iterator[Part]:
-    """``make(number, group)`` of every group, in order, each made by one rank, alone: the largest first, by whoever has
-    least.
+def dealt(
+    groups: Sequence[T], make: Callable[[T], Part], size: Callable[[T], float], holder: Callable[[T], int | None]
+) -> Iterator[Part]:
+    """``make(group)`` of every group, in order, each made by one rank, alone: by its holder, if it has one, else by
+    whoever has least, the largest first.
 
-    A few groups a rank are exchanged at a time; without a group each comes as it is made.
+    A few groups a rank are exchanged at a time; without ranks each comes as it is made.
     """
     if n_ranks() == 1:
-        for number, group in enumerate(groups):
-            yield make(number, group)
+        yield from map(make, groups)
         return
     step = ROUND * n_ranks()
     for some in (range(i, min(i + step, len(groups))) for i in range(0, len(groups), step)):
-        owner = _owners([size(groups[i]) for i in some])
+        owner = _owners([size(groups[i]) for i in some], [holder(groups[i]) for i in some])
         with joint():
-            mine = [i for i, who in zip(some, owner, strict=True) if who == rank()]
-            made = {i: _by_itself(make, i, groups[i]) for i in mine}
+            made = {i: _by_itself(make, groups[i]) for i, who in zip(some, owner, strict=True) if who == rank()}
         found: dict[int, Part] = {i: {} for i in some}
         for part in gathered({f"{i} {name}": x for i, each in made.items() for name, x in each.items()}):
             for name, x in part.items():
@@ -324,12 +324,13 @@ def dealt(groups: Sequence[T], make: Callable[[int, T], Part], size: Callable[[T
         yield from found.values()
 
 
-def _owners(sizes: Sequence[float]) -> list[int]:
-    """Which rank takes each."""
-    load, owner = [0.0] * n_ranks(), [0] * len(sizes)
+def _owners(sizes: Sequence[float], holders: Sequence[int | None]) -> list[int]:
+    """Which rank takes each; those that are held cost nothing."""
+    load, owner = [0.0] * n_ranks(), list(holders)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        owner[i] = load.index(min(load))
-        load[owner[i]] += sizes[i]
+        if owner[i] is None:
+            owner[i] = load.index(min(load))
+            load[owner[i]] += sizes[i]
     return owner
 
 

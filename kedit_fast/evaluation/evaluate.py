@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast import __version__
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import check_place
 from kedit_fast.basics.log import Log
 from kedit_fast.basics.parts import Keep, digest, json_of, json_tensor, keep_json
@@ -230,15 +230,18 @@ def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, 
 def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, keep: Keep) -> list[list[Said]]:
     """What came of the cases, each in all its forms, by form."""
     said: list[list[Said]] = [[] for _ in cases[0]]
-    lines = Log(log)
+    lines = Log(log if ranks.first() else None)
     with progress("evaluating facts", len(cases)) as bar:
+
+        def rows(forms: tuple[Asked, ...]) -> int:
+            return forms[0].n_rows
 
         def make(chunk: Sequence[tuple[Asked, ...]], first: int) -> dict[str, Tensor]:
             advance = scaled(bar.advance, len(chunk) / len(said))
             made = [_said(lm, benchmark, some, advance) for some in zip(*chunk, strict=True)]
             return {"said": json_tensor(made)}
 
-        for chunk in in_groups(keep, "cases", cases, lambda rest: _chunks(lm, rest), make, "case"):
+        for chunk in in_groups(keep, "cases", cases, lambda rest: _chunks(lm, rest), make, "case", size=rows):
             new = [[Said.of(*one) for one in form] for form in json_of(chunk.part["said"])]
             rows = zip(chunk.items, zip(*new, strict=True), strict=True)
             records = (case_record(one[0].case.facts, *row[0], *(r[:2] for r in row[1:])) for one, row in rows)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import ranks
 from kedit_fast.basics.parts import Keep, make_now
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state, wide
@@ -84,9 +85,9 @@ class Values:
 def optimize_values(
     lm, tasks: list[ValueTask], settings: ValueSettings, keep: Keep = make_now, name: str = "values"
 ) -> Values:
-    """Values of all facts; facts are cut into groups by ``lm.memory``. One base sweep and up to ``steps`` sweeps of the
-    upper layers a group. A fact too large for the memory takes as many sweeps a step as its contexts have to be cut
-    into. No randomness.
+    """Values of all facts; facts are cut into groups by ``lm.memory``, which ranks share. One base sweep and up to
+    ``steps`` sweeps of the upper layers a group. A fact too large for the memory takes as many sweeps a step as its
+    contexts have to be cut into. No randomness.
 
     keep, name: each group is a part of the work kept under that name (``in_groups``)
     Raises ValueError where the model or a loss gives NaN or infinity; for a loss with the fact's number and name and
@@ -95,15 +96,18 @@ def optimize_values(
     parts = []
     with progress(LABEL, settings.steps * len(tasks)) as bar:
 
+        def size(task: ValueTask) -> int:
+            return held_bytes(lm, task, settings)
+
         def make(group: Sequence[ValueTask], first: int) -> dict[str, Tensor]:
             return vars(_Group(lm, list(group), settings, first).optimize(bar))
 
-        for group in in_groups(keep, name, tasks, lambda rest: groups(lm, rest, settings), make):
+        for group in in_groups(keep, name, tasks, lambda rest: groups(lm, rest, settings), make, size=size):
             parts.append(group.part)
             n_done = group.first + len(group.items)
             bar.resume(n_done * settings.steps - bar.done)  # where the group had been kept
-    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return Values(**joined | {key: joined[key].to(lm.device) for key in ("values", "initial")})
+    found = ranks.joined(parts)
+    return Values(**found | {key: found[key].to(lm.device) for key in ("values", "initial")})
 
 
 def groups(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:

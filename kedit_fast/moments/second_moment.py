@@ -137,7 +137,6 @@ def record_of(metadata: dict[str, str] | None) -> dict | None:
 
 
 @takes_lm
-@ranks.joint()
 def second_moments(
     lm: LM,
     layers: Sequence[int],
@@ -179,14 +178,13 @@ def second_moments(
     asked = {"layers": layers, "corpus": digest(str(corpus)), "n_tokens": n_tokens, "seed": seed}
     found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
     if cache_dir is None:
-        with stages(*STAGES):
+        with stages(*STAGES), ranks.joint():
             return fitting(lm, Held(), lambda lm: _measured(lm, layers, corpus, n_tokens, seed, None, Held()))
     run = Path(cache_dir, f"moments-{lm.fingerprint}-{lm.dtype_name}-{digest(asked)}{RUN}")
     if found is None:
-        kept = RunFolder(run, {}, anew=True) if ranks.first() else None
         with (
             stages(*STAGES), folders_around(run),
-            begun(kept, lambda: asked_of(lm, "second moments", (), **asked)) as keep,
+            begun(RunFolder(run, {}, anew=True), lambda: asked_of(lm, "second moments", (), **asked)) as keep,
         ):  # fmt: skip
             found = fitting(lm, keep, lambda lm: _measured(lm, layers, corpus, n_tokens, seed, Path(cache_dir), keep))
     if ranks.first():
@@ -196,7 +194,7 @@ def second_moments(
 
 def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir: Path | None, keep) -> dict[int, SecondMoment]:
     """The statistics of all layers, of a text that has yet to be read or sampled."""
-    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=getattr(keep, "folder", None))
+    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=getattr(keep.own, "folder", None))
     found = _finished(lm, layers, text.id, n_tokens, cache_dir)
     if found is not None:
         return found
@@ -291,7 +289,8 @@ class _Sums:
 
     def __init__(self, lm, layers, text: Corpus, cache_dir: Path | None, keep):
         self._lm, self._text, self._dir = lm, text, cache_dir
-        self._keep = keep if isinstance(keep, Parts) else None  # in memory they would be held twice
+        # in memory they would be held twice
+        self._keep = keep.own if isinstance(keep.own, Parts) and ranks.first() else None
         wide = 8 * lm.d_ff**2 * len(layers) <= free(lm) // 2
         dtype = torch.float64 if wide else torch.float32
         self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}

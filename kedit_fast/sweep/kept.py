@@ -5,9 +5,10 @@ done yet is cut anew. The same cut gives the same bits; another one, of the rest
 """
 
 import gc
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -17,16 +18,57 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks, ranks
-from kedit_fast.basics.parts import Held, Inside, Keep, Parts, check_checkpoint, digest
+from kedit_fast.basics.parts import Held, Inside, Keep, Make, Parts, check_checkpoint, digest
 from kedit_fast.basics.progress import logger
+from kedit_fast.basics.unfinished import discarding
 from kedit_fast.basics.words import counted, is_out_of_memory
 from kedit_fast.sweep.plan import RowCost, TooLarge
 
 T = TypeVar("T")
 R = TypeVar("R")
-Run = Held | Parts | Inside
+
+
+class Together:
+    """A ``Keep`` of all ranks: a part that they make together is found or written by the first, and all take its bits.
+
+    own: what keeps the parts that a rank makes by itself; memory, begun: as in ``Held``, the first rank's
+    """
+
+    def __init__(self, own: "Held | Parts"):
+        self.own = own
+        self.memory, self.begun = ranks.json_from_first(lambda: [own.memory, own.begun])
+
+    def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
+        begun: list[bool] = []
+
+        def with_others() -> dict[str, Tensor]:
+            begun.append(ranks.anyone(True))
+            return make()
+
+        with ranks.joint():
+            part = self.own(name, with_others) if ranks.first() else {}
+            if not begun and ranks.anyone(False):
+                make()
+        return ranks.from_first(lambda: part)
+
+    def narrow(self, memory: int) -> None:
+        self.memory = memory
+        if ranks.first():
+            self.own.narrow(memory)
+
+    def release(self, name: str) -> None:
+        if ranks.first():
+            self.own.release(name)
+
+    def forget(self, begins: str) -> None:
+        if ranks.first() or isinstance(self.own, Held):
+            self.own.forget(begins)
+
+
+Run = Held | Parts | Inside | Together
 Checkpoint: TypeAlias = "checks.AnyPath | RunFolder | Run | None"  # a folder; or the run that the work is a part of
 WAYS_OUT = "end other programs, or take a smaller model, another dtype or another device"
+SEVERAL = 4  # groups a rank, from which they are dealt as they are cut: fewer leave one idle for too long
 ITEMS = "items"  # the tensor of a part that says which items it holds: [first, end]
 
 
@@ -74,18 +116,32 @@ def check_run(checkpoint: Checkpoint) -> Checkpoint:
 
 @contextmanager
 def begun(checkpoint: Checkpoint, asked: Callable[[], dict]) -> Iterator[Run]:
-    """What keeps the parts of a piece of work: a folder, the run that it is a part of, or, for None, memory.
+    """What keeps the parts of a piece of work: a folder, the run that it is a part of, or, for None, memory. Ranks
+    begin it together, and an error of one of them ends it on all.
 
     asked: what ``asked_of`` gives, where there is a folder; raises as ``Parts``
     """
     if isinstance(checkpoint, Run):
         yield checkpoint
-    elif checkpoint is None:
-        yield Held()
-    else:
-        run = checkpoint if isinstance(checkpoint, RunFolder) else RunFolder(Path(checkpoint), {})
-        with Parts(run.folder, asked() | run.more, run.anew) as parts:
-            yield parts
+        return
+    if ranks.n_ranks() > 1:
+        ranks.agreed(asked())
+    with ranks.joint(), nullcontext(Held()) if checkpoint is None else _in_folder(checkpoint, asked) as own:
+        yield own if ranks.n_ranks() == 1 else Together(own)
+
+
+@contextmanager
+def _in_folder(checkpoint: Checkpoint, asked: Callable[[], dict]) -> Iterator[Parts]:
+    """A run folder, begun by the first rank, whose it is, and then open to the others."""
+    run = checkpoint if isinstance(checkpoint, RunFolder) else RunFolder(Path(checkpoint), {})
+    first = ranks.first()
+    with ExitStack() as stack:
+        for is_turn in (first, not first):
+            with ranks.joint(), discarding(False):  # each host may have the folder for itself
+                if is_turn:
+                    made = Parts(run.folder, asked() | run.more, anew=run.anew and first, beside=not first)
+                    parts = stack.enter_context(made)
+        yield parts
 
 
 class Group(NamedTuple):
@@ -104,32 +160,76 @@ def in_groups(
     groups: Callable[[Sequence[T]], Iterator[Sequence[T]]],
     make: Callable[[Sequence[T], int], dict[str, Tensor]],
     noun: str = "fact",
+    *,
+    size: Callable[[T], float],
 ) -> Iterator[Group]:
     """Items in order, in groups that are a part each, made or found.
 
-    keep, name: a group is kept as "{name}-{number of its first item}"; groups: cuts items, consecutive ones in a group,
-    of which only the first is taken: the rest is cut when it is its turn; make: (items, number of the first) -> the
-    part; noun: what an item is called. Raises ValueError where a part does not say which items it holds.
+    keep, name: a group is kept as "{name}-{number of its first item}"; groups: cuts items, consecutive ones in a group;
+    make: (items, number of the first) -> the part; noun: what an item is called; size: what an item costs
+
+    Ranks share the groups: what is not kept is cut into a share for each, and these by ``groups``. What another number
+    of them kept is found all the same. Raises ValueError where a part does not say which items it holds.
     """
-    first, n_found = 0, 0
-    while first < len(items):
-        rest, new = items[first:], []
+    own = getattr(keep, "own", keep)
+    held = _held(own, name, len(items), noun)
+    sizes = [size(item) for item in items]
+    spans = list(_spans(held, items, sizes, groups))
+    if held:
+        n_held, since = sum(end - first for first, (end, _) in held.items()), getattr(keep, "begun", "")
+        run = f" with the run of {since}" if since else ""
+        logger.info("going on%s: %d of %s are done", run, n_held, counted(len(items), noun))
 
-        def made(first=first, rest=rest, new=new, going_on=n_found == first > 0) -> dict[str, Tensor]:
-            if going_on:
-                since = getattr(keep, "begun", "")
-                run = f" with the run of {since}" if since else ""
-                logger.info("going on%s: %d of %s are done", run, first, counted(len(items), noun))
-            new.append(next(iter(groups(rest))))
-            return make(new[0], first) | {ITEMS: torch.tensor([first, first + len(new[0])])}
+    def part(span: range) -> dict[str, Tensor]:
+        some, where = items[span.start : span.stop], {ITEMS: torch.tensor([span.start, span.stop])}
+        return own(f"{name}-{span.start:06d}", lambda: make(some, span.start) | where)
 
-        part = dict(keep(f"{name}-{first:06d}", made))
-        begin, end = part.pop(ITEMS, torch.tensor([-1, -1])).tolist()
-        if begin != first or not first < end <= len(items):
-            raise ValueError(f"part {name}-{first:06d} holds {noun}s {begin} to {end} of {len(items)}; begin anew")
-        n_found = n_found if new else end
-        yield Group(first, items[first:end], part, not new)
-        first = end
+    parts = ranks.dealt(
+        spans, part, lambda span: sum(sizes[span.start : span.stop]), lambda span: held.get(span.start, (0, None))[1]
+    )
+    for span, made in zip(spans, parts, strict=True):
+        _extent(f"{name}-{span.start:06d}", made.get(ITEMS), len(items), noun)
+        rest = {key: x for key, x in made.items() if key != ITEMS}
+        yield Group(span.start, items[span.start : span.stop], rest, span.start in held)
+
+
+def _extent(part: str, where: Tensor | None, n_items: int, noun: str) -> tuple[int, int]:
+    """(number of the first item, end) of a part. Raises ValueError where it does not say so."""
+    begin, end = (-1, -1) if where is None else where.tolist()
+    if begin != int(part.rpartition("-")[2]) or not begin < end <= n_items:
+        raise ValueError(f"part {part} holds {noun}s {begin} to {end} of {n_items}; begin anew")
+    return begin, end
+
+
+def _held(keep: Keep, name: str, n_items: int, noun: str) -> dict[int, tuple[int, int]]:
+    """{number of the first item: (end, which rank)} of the parts of that name that a rank has, none over another."""
+    mine = []
+    for part in getattr(keep, "names", list)():
+        if re.fullmatch(re.escape(name) + r"-\d{6,}", part):
+            mine.append(_extent(part, keep.look(part, ITEMS), n_items, noun))
+    held: dict[int, tuple[int, int]] = {}
+    done = 0
+    every = [(first, end, who) for who, of_rank in enumerate(ranks.gathered_json(mine)) for first, end in of_rank]
+    for first, end, who in sorted(every):
+        if first >= done:
+            held[first], done = (end, who), end
+    return held
+
+
+def _spans(held: dict[int, tuple[int, int]], items: Sequence[T], sizes: list[float], groups) -> Iterator[range]:
+    """The numbers of the items of each group: those that are kept, and what lies between, cut anew: as one rank would,
+    to the same bits, where that gives every rank several groups, else a share for each."""
+    done, n = 0, ranks.n_ranks()
+    for first, end in [*((first, end) for first, (end, _) in held.items()), (len(items), len(items))]:
+        cut = list(groups(items[done:first])) if done < first else []
+        if n > 1 and len(cut) < SEVERAL * n:
+            shares = [range(done + share.start, done + share.stop) for share in ranks.shares(sizes[done:first], n)]
+            cut = [group for share in shares if share for group in groups(items[share.start : share.stop])]
+        for group in cut:
+            yield range(done, done := done + len(group))
+        if first < end:
+            yield range(first, end)
+        done = end
 
 
 def fitting(lm, keep: Run, work: Callable[..., R]) -> R:

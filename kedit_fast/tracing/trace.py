@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kedit_fast.basics import checks
+from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import check_place
 from kedit_fast.basics.log import Log
 from kedit_fast.basics.parts import Keep, json_of, json_tensor
@@ -103,7 +103,8 @@ def trace(
     seed, answer = checks.seed("seed", seed), checks.optional(checks.text, "answer", answer, like="Paris")
     log, checkpoint = None if log is None else check_place(log), check_run(checkpoint)
     noisy = isinstance(corrupt, str) and corrupt == "noise"
-    level, draws = (noise_level(lm, facts, noise), check_draws(lm, facts, kinds, samples)) if noisy else (None, 1)
+    level = tuple(ranks.json_from_first(lambda: noise_level(lm, facts, noise))) if noisy else None
+    draws = check_draws(lm, facts, kinds, samples) if noisy else 1
     how = TraceSettings(kinds, window, metric, sever, draws, level, seed)
     answers = (answer, corrupt, metric)
     with begun(checkpoint, partial(_asked_for, lm, facts, how, answers, method, top)) as keep:
@@ -124,14 +125,17 @@ def _traced(lm, facts, how: TraceSettings, answers, method, top, log, keep: Keep
     if method == "exact":
         _announce(lm, tasks, how)
     results: list[TraceResult] = []
-    lines = Log(log, allow_nan=True)
+    lines = Log(log if ranks.first() else None, allow_nan=True)
     with progress("tracing facts", len(tasks)) as bar:
+
+        def rows(task: Task) -> int:
+            return n_rows(lm, task, how)
 
         def make(group: Sequence[Task], first: int) -> dict[str, Tensor]:
             made = _trace_group(lm, list(group), how, method, top, backend, scaled(bar.advance, len(group)))
             return {"results": json_tensor([result.to_record() for result in made])}
 
-        for group in in_groups(keep, "traces", tasks, lambda rest: groups(lm, rest, how), make):
+        for group in in_groups(keep, "traces", tasks, lambda rest: groups(lm, rest, how), make, size=rows):
             records = json_of(group.part["results"])
             each = zip(records, (task.fact for task in group.items for _ in how.kinds), strict=True)
             results += [replace(TraceResult.from_record(record), fact=fact) for record, fact in each]

@@ -68,7 +68,7 @@ def edit_of(folder: Path) -> dict[str, Tensor]:
     return made
 
 
-WORK = {"moments": moments_of, "texts": texts_of}
+WORK = {"moments": moments_of, "texts": texts_of, "trace": trace_of, "edit": edit_of}
 
 
 def everything(folder: Path) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def errors() -> list[str]:
     began = time.monotonic()
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    expect(ConnectionError, lambda: list(ranks.dealt([1, 2], lambda number, n: {"n": torch.tensor(n)}, float)))
+    expect(ConnectionError, lambda: list(ranks.dealt([1, 2], lambda n: {"n": torch.tensor(n)}, float, lambda n: None)))
     return [*said, str(time.monotonic() - began < 20)]
 
 

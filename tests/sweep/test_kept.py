@@ -33,7 +33,13 @@ class Work:
             return {"squares": torch.tensor(group) ** 2}
 
         groups = in_groups(
-            keep, "squares", self.items, lambda rest: together(rest, float, lm.memory // self.unit), make, "number"
+            keep,
+            "squares",
+            self.items,
+            lambda rest: together(rest, float, lm.memory // self.unit),
+            make,
+            "number",
+            size=float,
         )
         return torch.cat([group.part["squares"] for group in groups]).tolist()
 
@@ -88,4 +94,4 @@ def test_memory_that_never_suffices_is_told(monkeypatch):
 
 def test_a_part_that_does_not_say_its_items_is_refused():
     with pytest.raises(ValueError, match="holds numbers -1 to -1 of 3; begin anew"):
-        list(in_groups(lambda name, make: {}, "x", [1, 2, 3], lambda rest: iter([rest]), None, "number"))
+        list(in_groups(lambda name, make: {}, "x", [1, 2, 3], lambda rest: iter([rest]), None, "number", size=float))

@@ -426,7 +426,7 @@ def with_an_edit() -> kf.LM:
 
 
 def test_a_trace_that_runs_out_of_memory_goes_on_in_smaller_groups(monkeypatch):
-    """Two facts at a time are too many; what was done of them before is kept."""
+    """Three facts at a time are too many; what was done before them is kept."""
     lm, facts, made = tiny_lm("llama"), [CAPITAL, EIFFEL, NEEDLE, BEN], []
     whole, trace_group = traced("llama", facts), tracing._trace_group
 
@@ -437,7 +437,7 @@ def test_a_trace_that_runs_out_of_memory_goes_on_in_smaller_groups(monkeypatch):
         return trace_group(lm, group, *rest)
 
     monkeypatch.setattr(tracing, "groups", lambda now, tasks, how: (
-        [tasks[:2], tasks[2:]] if made and now.memory == lm.memory else [[task] for task in tasks]
+        [tasks[:1], tasks[1:]] if now.memory == lm.memory else [[task] for task in tasks]
     ))  # fmt: skip
     monkeypatch.setattr(tracing, "_trace_group", short)
     with pytest.warns(UserWarning, match="out of memory"):

@@ -1,6 +1,7 @@
 """What ranks share, from moments to an evaluation, on a tiny model: ``python -m tests.basics.of_ranks FOLDER [NAME]``.
 
-Each rank saves what came of it as FOLDER/rank-NUMBER.safetensors, and what errors said as .json.
+Each rank saves what came of it as FOLDER/rank-NUMBER.safetensors, and what errors said as .json. Unless one piece of
+work is named, a command runs first, of the model in FOLDER/model, and in the end the second rank is killed.
 """
 
 import json
@@ -17,6 +18,8 @@ from torch import Tensor
 import kedit_fast as kf
 from kedit_fast.basics import ranks
 from kedit_fast.basics.settings import launch
+from kedit_fast.commands.cli import main
+from kedit_fast.jobs import values
 from tests.conftest import tiny_lm
 
 TEXTS = ["The Eiffel Tower is in the city of Paris. " * 12, "Miles Davis plays the trumpet in a band. " * 9] * 4
@@ -75,7 +78,7 @@ def everything(folder: Path) -> dict[str, Tensor]:
     return {f"{name} {key}": x.contiguous() for name, work in WORK.items() for key, x in work(folder).items()}
 
 
-def errors() -> list[str]:
+def errors(folder: Path) -> list[str]:
     """What is said of what goes wrong on one rank; in the end one of two is killed, and the other tells."""
     said = []
 
@@ -101,16 +104,30 @@ def errors() -> list[str]:
     said.append(str(ranks.gathered_json(ranks.rank())))  # the group goes on
     began = time.monotonic()
     if ranks.rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    expect(ConnectionError, lambda: list(ranks.dealt([1, 2], lambda n: {"n": torch.tensor(n)}, float, lambda n: None)))
+        values._Group.optimize = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+    expect(ConnectionError, lambda: begun_and_killed(folder))
     return [*said, str(time.monotonic() - began < 20)]
+
+
+def begun_and_killed(folder: Path | None) -> kf.Edit:
+    """An edit of which one rank may be killed while it optimizes its values, when the other's are there."""
+    editor = kf.Memit(layers=(1, 2), mom2_adjustment=False, v_num_grad_steps=5, v_loss_layer=3)
+    return editor.edit(tiny_lm("llama"), facts(), contexts=["{}"], checkpoint=folder and folder / "killed")
+
+
+def command(folder: Path) -> int:
+    """Traces of the model in the folder, by the command line."""
+    given = ["--facts", "builtin", "-n", "3", "--samples", "1", "--kinds", "state", "--plots", "1"]
+    return main(["trace", "--model", str(folder / "model"), *given, "-o", str(folder / "command")])
 
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
+    if not sys.argv[2:]:
+        assert command(where) == 0
     with ranks.launched(launch()):
         found = (WORK[sys.argv[2]] if sys.argv[2:] else everything)(where)
         save_file(found, where / f"rank-{ranks.rank()}.safetensors")
         if not sys.argv[2:]:
-            said = errors()
+            said = errors(where)
             (where / f"rank-{ranks.rank()}.json").write_text(json.dumps(said))

@@ -16,7 +16,11 @@ from safetensors.torch import load_file
 
 from kedit_fast.basics import ranks
 from kedit_fast.basics.settings import Launch, launch
+from kedit_fast.editors.written import counted_elsewhere
+from kedit_fast.tracing.results import read_log
 from tests.basics import of_ranks
+from tests.conftest import save_tiny
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 Z = 1e-4  # of values after all their steps, and what is made of them; all else is equal to 1e-6
@@ -40,10 +44,11 @@ def started(n: int, folder: Path, *names: str) -> list[subprocess.Popen]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """The folder in which two ranks left what they made."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = save_tiny(tmp_path_factory.mktemp("ranks") / "model", tiny_model("llama")).parent
     running = started(2, folder)
     said = [process.communicate(timeout=300)[0] for process in running]
     assert running[0].returncode == 0 and running[1].returncode == -9, "\n".join(said)
+    assert "3 facts, 3 traces" in said[0] and "3 facts" not in said[1]
     return folder
 
 
@@ -70,6 +75,29 @@ def test_an_error_of_one_rank_is_raised_on_all_and_a_rank_that_is_gone_ends_the_
     assert other.startswith("number of facts: 5 on rank 0, 6 on rank 1; ranks share work themselves")
     assert after == "[0, 1]"
     assert lost.startswith("one of the 2 ranks is gone") and soon == "True"
+
+
+def test_a_command_of_several_ranks_leaves_the_files_of_one(two, tmp_path):
+    (tmp_path / "model").symlink_to(two / "model")
+    assert of_ranks.command(tmp_path) == 0
+    ours, theirs = (read_log(folder / "command" / "traces.jsonl") for folder in (tmp_path, two))
+    assert {p.name for p in (two / "command").iterdir()} == {p.name for p in (tmp_path / "command").iterdir()}
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.answer == other.answer and abs(mine.p_restored - other.p_restored).max() < 1e-6
+
+
+def test_what_a_rank_had_done_when_another_was_killed_is_found_by_one_alone(two, tmp_path):
+    """The first rank's values are a part; the second one's facts are done anew, and the edit is that of one process."""
+    parts = two / "killed"
+    (kept,) = parts.glob("values-*.safetensors")
+    before = kept.stat().st_mtime_ns
+    with counted_elsewhere():
+        resumed, whole = of_ranks.begun_and_killed(two), of_ranks.begun_and_killed(None)
+    assert kept.name == "values-000000.safetensors" and kept.stat().st_mtime_ns == before
+    assert sorted(path.name for path in parts.glob("values-*")) == [kept.name, "values-000003.safetensors"]
+    assert (resumed.values - whole.values).abs().max() < Z
+    for got, want in zip(resumed.changes, whole.changes, strict=True):
+        assert (got.delta.dense() - want.delta.dense()).norm() < Z * want.delta.dense().norm()
 
 
 def test_shares_are_consecutive_and_of_like_sizes():

@@ -110,15 +110,19 @@ class Damaged(ValueError):
 
 
 @contextmanager
-def reading(path, way_out: str):
+def reading(path, way_out: str, what: str = "is damaged"):
     """Has a file whose contents this block cannot take refused: its name, what is wrong, the way out.
 
-    Raises Damaged for it; an OSError stays what it is.
+    what: "is not a saved trace". Raises Damaged for it; an OSError stays what it is.
     """
     try:
         yield
-    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise Damaged(f"{path} is damaged ({reason(error)}); {way_out}") from error
+    except DAMAGE as error:
+        raise Damaged(f"{path} {what} ({reason(error)}); {way_out}") from error
+
+
+# What working with values raises that are of another kind, size or number than expected.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 def check_format(record: dict, *formats: str, version: int) -> None:

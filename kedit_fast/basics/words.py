@@ -37,19 +37,25 @@ def short(value) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def brief(text: str) -> str:
+    """A sentence in which a value of a file stands, which can be of any length: its beginning and its end."""
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-150:]}"
+
+
 def reason(error: Exception) -> str:
     """What is wrong with a file's contents, of the error that reading them gave; Python's own words say nothing to whom
     the file belongs to."""
-    text = str(error)
+    text = brief(str(error))
     if isinstance(error, UnicodeDecodeError):
         return not_text(error)
     if isinstance(error, KeyError):
-        return f"it lacks {error.args[0]!r}"
+        return f"it lacks {brief(repr(error.args[0]))}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if "unexpected keyword argument" in text or "required positional argument" in text:
         return "it has not the fields that it should"
-    of_python = type(error) in (TypeError, AttributeError, IndexError) or text.startswith(_PYTHONS)
+    of_python = type(error) in (TypeError, AttributeError, IndexError) or isinstance(error, ArithmeticError)
+    of_python |= text.startswith(_PYTHONS)
     return "a part of it is of another kind than expected" if of_python else text
 
 

@@ -242,4 +242,5 @@ def _described(path: Path) -> tuple[int | None, str | None, int]:
         record = moments.record_of(file.metadata())
         if record is None:
             return None, None, 0
-        return int(record["layer"]), record["fingerprint"], int(record["n_tokens"])
+        fingerprint = checks.optional(checks.text, "fingerprint", record["fingerprint"], blank=True)
+        return checks.whole("layer", record["layer"]), fingerprint, checks.whole("n_tokens", record["n_tokens"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import existing_file
-from kedit_fast.basics.words import json_kind, reason
+from kedit_fast.basics.words import brief, json_kind, reason
 from kedit_fast.model.lm import LM
 
 _Own = TypeVar("_Own", bound="Hyperparameters")
@@ -86,7 +86,7 @@ class Hyperparameters:
             made = cls(**values)
             made._check_rest(given)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {reason(error)}") from error
         return made
 
     from_json = from_file
@@ -180,6 +180,8 @@ def _yaml(text: str):
 
         def construct_mapping(self, node, deep=False):
             names = [key.value for key, _ in node.value]
+            if any(isinstance(name, list) for name in names):
+                raise ValueError(f"a name that is none in line {node.start_mark.line + 1}")
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{twice[0]!r} is there twice")
             return super().construct_mapping(node, deep)
@@ -204,7 +206,7 @@ def check_known(path, given: Collection[str], fields: Collection[str], editor: s
     unused = [name for name in given if name not in fields]
     strange = sorted(str(name) for name in unused if name not in MODULES | ELSEWHERE)
     if strange:
-        raise ValueError(f"{path}: {editor} has no field {strange}; it has {', '.join(sorted(fields))}")
+        raise ValueError(f"{path}: {editor} has no field {brief(str(strange))}; it has {', '.join(sorted(fields))}")
     said = [name for name in unused if name not in MODULES and name != "alg_name"]
     if said:
         said += ["module paths (they follow from the model)"] * any(name in MODULES for name in unused)

@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import replace_file
+from kedit_fast.basics.files import reading, replace_file
 from kedit_fast.basics.parts import digest as digest_of
 from kedit_fast.basics.parts import json_of, json_tensor
 from kedit_fast.basics.printing import escaped
 from kedit_fast.basics.state import own_state
-from kedit_fast.basics.words import reason
 from kedit_fast.edits.apply import Applied, apply_edit
 from kedit_fast.edits.changes import KINDS, Change, WeightChange, check_owners, only_weights
 from kedit_fast.edits.deltas import Delta, written_delta
@@ -187,10 +186,8 @@ class Edit:
         """
         path = checks.path("path", path)
         tensors, version = read(path)
-        try:
+        with reading(path, "expected what Edit.save wrote", "is a damaged edit"):
             return cls.from_tensors(tensors, version)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged edit ({reason(error)}); expected what Edit.save wrote") from error
 
     def __repr__(self):
         n, layers = len(self.facts), ", ".join(map(str, self.layers)) or "none"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import checks
 from kedit_fast.basics.checks import AnyPath
-from kedit_fast.basics.files import check_format, read_object, write_text
+from kedit_fast.basics.files import check_format, read_object, reading, write_text
 from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.basics.printing import columns, escaped
-from kedit_fast.basics.words import reason
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.facts.fact import Fact
@@ -130,22 +130,19 @@ class EvalReport:
     def load(cls, path: AnyPath) -> "EvalReport":
         """The report that ``save`` wrote, columns bit for bit. Raises ValueError for any other file."""
         record = read_object(path, "a saved report")
-        try:
+        way_out = f"expected {FORMAT}, version {VERSION}, as EvalReport.save writes it"
+        with reading(path, way_out, "is not a saved report"):
             check_format(record, FORMAT, version=VERSION)
+            _check_meta(record["meta"])
             facts = tuple(Fact.from_record(fact) for fact in record["facts"])
             perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
             found = _loaded(record, record, facts, record["meta"])
             return replace(
                 found,
                 perplexity=None if perplexity is None else _pair(perplexity, record["edited"] is not None),
-                generations=tuple(tuple(generation) for generation in record["generations"]),
+                generations=tuple(map(_generation, record["generations"])),
                 other=other and _loaded(record, other, tuple(map(other_form, facts)), found.meta | {"note": ""}),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a saved report ({reason(error)}); expected {FORMAT}, version {VERSION}, "
-                "as EvalReport.save writes it"
-            ) from error
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
@@ -246,8 +243,8 @@ def summary_of_record(record: dict[str, list]) -> dict[str, Interval]:
 
 
 def as_float(value: float | None) -> float:
-    """What ``finite`` gave, with NaN for None."""
-    return math.nan if value is None else value
+    """What ``finite`` gave, with NaN for None. Raises BadArgument for what it never gives."""
+    return math.nan if value is None else checks.number("value", value)
 
 
 def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
@@ -278,8 +275,24 @@ def _columns(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Ten
     }
 
 
+def _check_meta(meta) -> None:
+    """Raises BadArgument where what is shown of it is not what it should be; the rest is free."""
+    checks.instance("meta", meta, dict, "an object")
+    checks.instance("text", meta.get("text", {}), dict, "an object")
+    for name in ("model", "method", "note"):
+        checks.optional(checks.text, name, meta.get(name), blank=True)
+
+
+def _generation(said) -> tuple[str, str, str | None]:
+    prompt, before, after = said
+    for text in (prompt, before):
+        checks.text("generations", text, blank=True)
+    return prompt, before, checks.optional(checks.text, "generations", after, blank=True)
+
+
 def _pair(perplexity, has_edited) -> tuple[float, float | None]:
     base, edited = map(as_float, perplexity)
+    checks.optional(checks.number, "perplexity", None if math.isnan(base) else base, above=0)
     return base, edited if has_edited else None
 
 

@@ -17,12 +17,11 @@ import numpy as np
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
-from kedit_fast.basics.files import check_format, check_place, read_object, write_text
+from kedit_fast.basics.files import check_format, check_place, read_object, reading, write_text
 from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.log import Log
 from kedit_fast.basics.parts import Inside, json_of, json_tensor, keep_whole
 from kedit_fast.basics.progress import progress, stages
-from kedit_fast.basics.words import reason
 from kedit_fast.editors import Rome
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import check_lengths, checked_facts
@@ -123,7 +122,7 @@ class LayerStudy:
     def load(cls, path: checks.AnyPath) -> "LayerStudy":
         """What ``save`` wrote. Raises ValueError for any other file."""
         record = read_object(path, "a saved study of layers")
-        try:
+        with reading(path, f"expected {FORMAT}, version {VERSION}, by save", "is no study of layers"):
             check_format(record, FORMAT, BEFORE, version=VERSION)
             return cls(
                 edited={int(layer): _summary(listed) for layer, listed in record["edited"].items()},
@@ -133,10 +132,6 @@ class LayerStudy:
                 n_facts=record["n_facts"],
                 model=record["model"],
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no study of layers ({reason(error)}); expected {FORMAT}, version {VERSION}, by save"
-            ) from error
 
     def __repr__(self) -> str:
         n = self.n_facts
@@ -300,6 +295,8 @@ def _summary(listed: dict[str, list]) -> Summary:
     unknown = set(listed) - {*COUNTERFACT.metrics, SCORE}
     if unknown:
         raise ValueError(f"unknown metrics {sorted(unknown)}")
+    if missing := set(COMPARED) - set(listed):
+        raise ValueError(f"it lacks the metrics {sorted(missing)}")
     return summary_of_record(listed)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.words import counted
+from kedit_fast.basics.words import brief, counted
 from kedit_fast.facts.files import Notes, read_records
 from kedit_fast.facts.formats import READ, Question, fact_fields
 from kedit_fast.facts.subjects import folded
@@ -249,7 +249,7 @@ def facts_of(records: Iterable[tuple[str, Any]], notes: Notes, skip_bad: bool = 
         try:
             facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record, notes)]
         except ValueError as error:
-            problem = str(error) if error is record else f"{place}: {error}{notes.misspelled(record)}"
+            problem = str(error) if error is record else f"{place}: {brief(f'{error}{notes.misspelled(record)}')}"
             if not skip_bad:
                 raise ValueError(problem) from error
             notes.skipped.append(problem)

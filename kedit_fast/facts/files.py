@@ -1,15 +1,16 @@
 """Fact files: .json and .jsonl, as records with their places, and what must be said once they are read."""
 
-import gzip
+import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.packed import unpacked
 from kedit_fast.basics.words import counted, json_kind, not_text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -46,7 +47,7 @@ class Notes:
 
     def misspelled(self, record) -> str:
         """For the message on a record that makes no fact, its fields that are nearly one that is read."""
-        near = [(name, self._near(name)) for name in record] if isinstance(record, dict) else []
+        near = [(name, self._near(name)) for name in islice(record, 100)] if isinstance(record, dict) else []
         return "".join(f"; is {name!r} meant to be {known!r}?" for name, known in near if known)
 
     def _near(self, name: str) -> str | None:
@@ -80,16 +81,13 @@ def read_records(path, notes: Notes | None = None) -> Iterator[tuple[str, Any]]:
     path, notes = checks.path("path", path), notes or Notes()
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: a fact file ends in one of {', '.join(SUFFIXES)}")
-    opened = gzip.open if path.suffix == ".gz" else open
     read = _read_lines if ".jsonl" in path.suffixes[-2:] else _read_array
     found = False
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            for item in read(path, file, notes):
+        with unpacked(path) if path.suffix == ".gz" else open(path, "rb") as raw:
+            for item in read(path, io.TextIOWrapper(raw, encoding="utf-8-sig"), notes):
                 found = True
                 yield item
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a complete gzip file ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {not_text(error)}") from error
     if not found:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.words import json_kind
+from kedit_fast.basics.words import brief, json_kind, reason
 from kedit_fast.facts.fact import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
 from kedit_fast.facts.files import Notes, read_json
 from kedit_fast.facts.formats import READ, questions_of
@@ -162,7 +162,8 @@ def _from_object(path: Path, record: dict, notes: Notes, skip_bad: bool) -> Suit
     known = {f.name for f in fields(Suite)} - {"name"}
     unknown = set(record) - known - {"format", "version", "name"}
     if unknown:
-        raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; a suite has {', '.join(sorted(known))}")
+        named = brief(", ".join(sorted(unknown)))
+        raise ValueError(f"{path}: unknown fields {named}; a suite has {', '.join(sorted(known))}")
     entries = ((f"{path}: facts, entry {i}", entry) for i, entry in enumerate(_list(path, "facts", record)))
     facts = tuple(facts_of(entries, notes, skip_bad))
     asked = (*questions_of(record.get("portability"), f"{path}: portability"), *portability_of(facts, str(path)))
@@ -176,7 +177,7 @@ def _from_object(path: Path, record: dict, notes: Notes, skip_bad: bool) -> Suit
             name=path.name,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {reason(error)}") from error
 
 
 def _list(path: Path, name: str, record: dict) -> list:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import read_object
+from kedit_fast.basics.files import DAMAGE, read_object
 from kedit_fast.basics.intervals import Interval
 from kedit_fast.basics.words import counted, reason
 from kedit_fast.gating.policy import EditPolicy
@@ -77,7 +77,7 @@ class Thresholds:
             if unknown:
                 raise ValueError(f"unknown fields {', '.join(sorted(unknown))}; known: {', '.join(sorted(known[0]))}")
             return cls(**record | {"policy": EditPolicy(**record.get("policy", {}))})
-        except (TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path}: {reason(error)}") from error
 
     def missing(self, facts: int, wordings: int, paraphrases: int, prompts: int) -> list[str]:

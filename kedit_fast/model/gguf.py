@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kedit_fast.basics.words import not_text
+
 MAGIC, VERSION = b"GGUF", 3
 BLOCK = 32  # weights that share one scale in the quantized types
+MOST_DIMS = 4  # of the format
 DEFAULT_ALIGNMENT = 32  # where the metadata has no "general.alignment"
 
 # One entry a scalar metadata type, by its number in the file; 8 is a string and 9 an array.
@@ -150,7 +153,10 @@ class _Cursor:
 
     def string(self) -> str:
         (length,) = struct.unpack("<Q", self.take(8))
-        return bytes(self.take(length)).decode("utf-8")
+        try:
+            return bytes(self.take(length)).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"a name or text in this GGUF file is none: {not_text(error)}") from error
 
     def value(self, kind: int):
         """A metadata value: number, bool, str, or a list of them (arrays of arrays included)."""
@@ -170,5 +176,7 @@ class _Cursor:
         """(name, shape with rows first, type, offset from the start of the tensor data)."""
         name = self.string()
         n_dims = self.scalar("<u4")
+        if n_dims > MOST_DIMS:
+            raise ValueError(f"tensor {name!r} has {n_dims} dimensions; the file is damaged")
         dims = struct.unpack(f"<{n_dims}Q", self.take(8 * n_dims))
         return name, tuple(reversed(dims)), self.scalar("<u4"), self.scalar("<u8")

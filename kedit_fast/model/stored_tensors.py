@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kedit_fast.basics.files import named
+from kedit_fast.basics.files import named, reading
 from kedit_fast.basics.folders import pieces
-from kedit_fast.basics.words import reason
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 INTEGERS = {"BOOL": torch.bool, "U8": torch.uint8} | {f"I{n}": getattr(torch, f"int{n}") for n in (8, 16, 32, 64)}
@@ -105,8 +104,8 @@ def stored_tensors(file) -> list[StoredTensor]:
     Raises ValueError, naming the file, for one that is cut short or something else: the tensors' bytes have to follow
     each other and to fill the file, each as many as its dtype and shape say.
     """
-    file = Path(file)
-    try:
+    file, way_out = Path(file), "fetch or save the checkpoint again"
+    with reading(file, way_out, "is cut short or no safetensors file"):
         with named(file), open(file, "rb") as opened:
             stamp = _stamp(os.fstat(opened.fileno()))
             length = int.from_bytes(opened.read(8), "little")
@@ -121,10 +120,6 @@ def stored_tensors(file) -> list[StoredTensor]:
         ]
         found.sort(key=lambda tensor: (tensor.begin, tensor.size))
         _check_places(found, 8 + length, stamp[0])
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is cut short or no safetensors file ({reason(error)}); fetch or save the checkpoint again"
-        ) from error
     return found
 
 

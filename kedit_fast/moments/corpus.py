@@ -6,12 +6,10 @@ between two tokens (keys and values of tokens read together differ in their last
 one).
 """
 
-import gzip
 import hashlib
 import re
 import time
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import reading, replace_file, saying
+from kedit_fast.basics.packed import unpacked
 from kedit_fast.basics.words import not_text
 from kedit_fast.jobs.generate import generate
 
@@ -120,11 +119,11 @@ def _texts(corpus) -> tuple[str, Iterable[str]]:
                 f"corpus {str(corpus)!r}: no such file; give a text file, a list of texts, 'self' or 'hf:NAME'"
             )
         try:
-            raw = path.read_bytes()
-            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+            with unpacked(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                text = file.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"corpus {str(corpus)!r}: {not_text(error)}; expected UTF-8 text or its .gz") from error
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"corpus {str(corpus)!r} cannot be read ({error}); expected UTF-8 text or its .gz"
             ) from error

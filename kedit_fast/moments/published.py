@@ -1,12 +1,12 @@
 """Statistics that the rome and memit repositories published: .npz files; pickles are refused."""
 
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from kedit_fast.basics.files import existing_file, reading
+from kedit_fast.basics.packed import read_arrays
 
 
 def read_published(path: Path, layer: int | None) -> tuple[Tensor, int]:
@@ -14,19 +14,13 @@ def read_published(path: Path, layer: int | None) -> tuple[Tensor, int]:
     layer, which the file does not say."""
     if layer is None:
         raise ValueError(f"{path} does not say which layer it is of; give layer=")
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            missing = {"mom2.mom2", "mom2.count"} - set(data.files)
-            if missing:
-                raise ValueError(f"it lacks {sorted(missing)}")
-            total, count = data["mom2.mom2"], int(data["mom2.count"])
-    except FileNotFoundError:
-        raise
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or not a statistics file of rome or memit ({error})") from error
-    if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1:
-        raise ValueError(f"{path}: expected a square sum over at least one token, got {list(total.shape)} over {count}")
-    return torch.from_numpy(total / count).float(), count
+    what = "is damaged or not a statistics file of rome or memit"
+    with reading(existing_file(path, "a statistics file"), "fetch it again, or measure (kedit-fast stats)", what):
+        total, count = read_arrays(path, ("mom2.mom2", "mom2.count")).values()
+        count = int(count)
+        if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1:
+            raise ValueError(f"expected a square sum over at least one token, got {list(total.shape)} over {count}")
+        return torch.from_numpy(total / count).float(), count
 
 
 def refuse_pickled(path) -> None:

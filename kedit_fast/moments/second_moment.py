@@ -64,6 +64,8 @@ class SecondMoment:
         checks.instance("matrix", self.matrix, Tensor, "a tensor [d_ff, d_ff]")
         checks.whole("n_tokens", self.n_tokens, least=1, like=100_000)
         checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)
+        for name in ("fingerprint", "corpus", "dtype"):
+            checks.optional(checks.text, name, getattr(self, name), blank=True)
         size, apart = list(self.matrix.shape), 0.0
         if len(size) != 2 or size[0] != size[1]:
             raise ValueError(f"the second moment of layer {self.layer} is {size}; expected a square matrix")

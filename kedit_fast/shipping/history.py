@@ -55,6 +55,13 @@ class Version:
     when: str = ""
     rollback_of: int | None = None
 
+    def __post_init__(self):
+        checks.whole("number", self.number)
+        checks.listed("edits", self.edits, str, "digests", empty=True)
+        for name in ("message", "who", "when"):
+            checks.text(name, getattr(self, name), blank=True)
+        checks.optional(checks.whole, "rollback_of", self.rollback_of)
+
 
 class EditHistory:
     """The versions of a chain of edits in a folder, which the first ``add`` makes.
@@ -170,6 +177,8 @@ class EditHistory:
             if record["sha256"] != _sha256_of_list(record["fingerprint"], record["versions"]):
                 raise ValueError("its digest does not fit its contents; was it edited by hand?")
             versions = tuple(Version(**(each | {"edits": tuple(each["edits"])})) for each in record["versions"])
+            if not versions or [version.number for version in versions] != list(range(len(versions))):
+                raise ValueError("its versions are not numbered from 0 on")
             return record["fingerprint"], versions
 
     def _write(self, fingerprint: str, versions: Sequence[Version]) -> None:

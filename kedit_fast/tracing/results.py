@@ -1,8 +1,6 @@
 """Results of causal tracing: one fact's table of effects, and the average over facts by the role of the token."""
 
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
@@ -11,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.files import existing_file, replace_file
-from kedit_fast.basics.words import not_text, reason
+from kedit_fast.basics.files import existing_file, reading, replace_file
+from kedit_fast.basics.packed import read_arrays
+from kedit_fast.basics.words import not_text
 from kedit_fast.facts.fact import Fact
 from kedit_fast.pictures.labels import ROLES
 
@@ -68,6 +67,7 @@ class TraceResult:
         b, e = self.subject_span
         if not 0 <= checks.whole("subject_span", b) < checks.whole("subject_span", e) <= len(self.tokens):
             raise ValueError(f"subject_span = {(b, e)}: expected a part of {len(self.tokens)} tokens")
+        _check_numbers("p_restored", self.p_restored)
         for name in ("p_clean", "p_corrupted"):
             checks.instance(name, getattr(self, name), Real, "a number")
         for name in ("answer", "kind", "metric"):
@@ -162,6 +162,12 @@ class AverageTrace:
             raise ValueError(
                 f"mean, stderr, counts: expected [{len(ROLES)}, layers] twice and [{len(ROLES)}]: {shapes}"
             )
+        for name in ("mean", "stderr", "counts"):
+            _check_numbers(name, getattr(self, name))
+        checks.whole("n_facts", self.n_facts)
+        checks.instance("total_effect", self.total_effect, Real, "a number")
+        for name in ("kind", "metric"):
+            checks.text(name, getattr(self, name), blank=True)
 
     def recommend_layers(self, n: int = 5) -> tuple[int, ...]:
         """The n consecutive layers with the largest mean effect at the last subject token, where facts are edited.
@@ -229,6 +235,11 @@ class AverageTrace:
         return figure_html(self.plot())
 
 
+def _check_numbers(name: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "fiu":
+        checks.refuse(name, array.dtype, "an array of numbers")
+
+
 def _write_npz(path, **arrays) -> None:
     # opened: np.savez would put another suffix behind a path that has none
     with replace_file(path) as unfinished, open(unfinished, "wb") as file:
@@ -238,15 +249,8 @@ def _write_npz(path, **arrays) -> None:
 def _npz(path, made: Callable, *names: str):
     """What ``made`` makes of the arrays of these names in a file."""
     path = existing_file(path, "a saved trace")
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            return made(*(data[name] for name in names))
-    except (
-        AttributeError, KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
-        raise ValueError(
-            f"{path} is not a saved trace ({reason(error)}); expected the arrays {', '.join(names)}"
-        ) from error
+    with reading(path, f"expected the arrays {', '.join(names)}", "is not a saved trace"):
+        return made(*read_arrays(path, names).values())
 
 
 def read_log(path) -> list[TraceResult]:
@@ -257,12 +261,8 @@ def read_log(path) -> list[TraceResult]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no trace log: {not_text(error)}") from error
     for number, line in enumerate(lines, 1):
-        try:
+        with reading(f"{path}: line {number}", "cut short by an interrupt?", "is no trace"):
             results.append(TraceResult.from_record(json.loads(line)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: line {number} is no trace ({reason(error)}); cut short by an interrupt?"
-            ) from error
     return results
 
 

@@ -69,7 +69,7 @@ class TraceResult:
             raise ValueError(f"subject_span = {(b, e)}: expected a part of {len(self.tokens)} tokens")
         _check_numbers("p_restored", self.p_restored)
         for name in ("p_clean", "p_corrupted"):
-            checks.instance(name, getattr(self, name), Real, "a number")
+            _check_number(name, getattr(self, name))
         for name in ("answer", "kind", "metric"):
             checks.text(name, getattr(self, name), blank=True)
 
@@ -165,7 +165,7 @@ class AverageTrace:
         for name in ("mean", "stderr", "counts"):
             _check_numbers(name, getattr(self, name))
         checks.whole("n_facts", self.n_facts)
-        checks.instance("total_effect", self.total_effect, Real, "a number")
+        _check_number("total_effect", self.total_effect)
         for name in ("kind", "metric"):
             checks.text(name, getattr(self, name), blank=True)
 
@@ -233,6 +233,13 @@ class AverageTrace:
         from kedit_fast.pictures.figure import figure_html
 
         return figure_html(self.plot())
+
+
+def _check_number(name: str, value) -> None:
+    """NaN and infinity are numbers of a metric; a whole number that no float can hold is none."""
+    checks.instance(name, value, Real, "a number")
+    if isinstance(value, int):
+        checks.number(name, value)
 
 
 def _check_numbers(name: str, array: np.ndarray) -> None:

@@ -150,7 +150,9 @@ def run(name: str, reader: Reader, folder: Path, seeds: Iterator[int], until: fl
             break
         rng = Random(f"{name} {seed}")
         path, good = rng.choice(files)
-        data = mutated(reader, good, rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = mutated(reader, good, rng)
         path.write_bytes(data)
         said, why = verdict(reader, path)
         count.inputs += 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.conftest import save_tiny
-from tests.tiny import D_FF, tiny_model
+from tests.tiny import D_FF, TEXT, tiny_model
 
 CALLS = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir")  # of ``os``, at which a process is killed
 WHERE = ("before", "after", "torn")
@@ -62,6 +62,8 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         model = save_tiny(folder / "model", tiny_model("llama"))
+        text = folder / "text.txt"
+        text.write_text(TEXT)
         self.facts, self.hparams, self.edit = folder / "facts.json", folder / "memit.json", folder / "edit.safetensors"
         asked = "{} is in the city of"
         self.facts.write_text(json.dumps([
@@ -74,50 +76,30 @@ class Bench:
         settings = (*facts, "--hparams", str(self.hparams), "--tokens", str(4 * D_FF))
         edit = str(self.edit)
         self.commands: dict[str, tuple[str, ...]] = {
-            "trace": ("trace", *facts, "--samples", "2", "--window", "2", "--plots", "1", *model, "-o", "out"),
-            "stats": ("stats", "--layers", "1,2", "--tokens", "3000", *model, "-o", "stats"),
+            "trace": ("trace", *facts, "--samples", "2", "--kinds", "state", "--plots", "1", *model, "-o", "out"),
+            "stats": ("stats", "--layers", "1,2", "--tokens", "2100", *model, "-o", "stats"),
             "edit": ("edit", *settings, *model, "-o", "one.safetensors"),
             "eval": (
-                "eval",
-                edit,
-                "--generate",
-                "4",
-                "--text",
-                str(self.facts),
-                "--log",
-                "log.jsonl",
-                *model,
-                "-o",
-                "r.json",
+                "eval", edit, "--generate", "4", "--text", str(text), "--log", "log.jsonl", *model, "-o", "r.json",
             ),
             "rounds": ("rounds", *settings, "--per-round", "2", "--log", "log.jsonl", *model, "-o", "rounds.json"),
             "layers": (
-                "layers",
-                *facts,
-                "--layers",
-                "0,2",
-                "--tokens",
-                "300",
-                "--samples",
-                "2",
-                *model,
-                "-o",
-                "l.json",
+                "layers", *facts, "--layers", "0,2", "--tokens", "300", "--samples", "2", *model, "-o", "l.json",
             ),
             "merge": ("merge", edit, "--model", str(folder / "model"), "-o", "merged"),
             "history": ("history", "add", "edits", edit, "-m", "why"),
-        }
+        }  # fmt: skip
         made = self.run(("edit", *settings, *model, "-o", edit), folder / "making")
         assert made.status == 0, made.said
-        self._whole: dict[str, tuple[Ended, dict[str, str]]] = {}
+        self.whole_of: dict[str, tuple[Ended, dict[str, str]]] = {}
 
     def whole(self, name: str) -> tuple[Ended, dict[str, str]]:
         """(how an uninterrupted run of a command ends, the digests of the files that it leaves)."""
-        if name not in self._whole:
+        if name not in self.whole_of:
             ended = self.run(self.commands[name], self.folder / f"whole-{name}")
             assert ended.status == 0, ended.said
-            self._whole[name] = ended, files_of(self.folder / f"whole-{name}")
-        return self._whole[name]
+            self.whole_of[name] = ended, files_of(self.folder / f"whole-{name}")
+        return self.whole_of[name]
 
     def run(self, argv, work: Path, kill: Kill | None = None) -> Ended:
         """Runs a command in a process of its own, in the folder ``work``."""

@@ -257,11 +257,17 @@ class Inside:
 
 def keep_whole(
     keep: "Held | Parts | Inside", name: str, make: Callable[[Inside], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """A part that is made in parts of its own, which are kept until it is whole."""
-    part = keep(name, lambda: make(Inside(keep, name)))
+) -> tuple[dict[str, Tensor], bool]:
+    """(a part that is made in parts of its own, which are kept until it is whole; whether it was found)."""
+    new: list[str] = []
+
+    def made() -> dict[str, Tensor]:
+        new.append(name)
+        return make(Inside(keep, name))
+
+    part = keep(name, made)
     keep.forget(f"{name}+")
-    return part
+    return part, not new
 
 
 class OtherWork(ValueError):

@@ -14,14 +14,14 @@ from kedit_fast.sweep.kept import RunFolder
 
 def run_of(args, *outputs: Path | None) -> RunFolder | None:
     """Where the run is kept that writes these files: beside the first one that is a file, or where ``--checkpoint``
-    says; None for a run that writes none, and for one that ranks share.
+    says; None for a run that writes none.
 
     Raises as ``check_checkpoint``, before any work.
     """
     files = [written_file(path).absolute() for path in outputs if path is not None and not written_through(path)]
     if args.checkpoint is not None:
         folder = check_checkpoint(os.path.expanduser(args.checkpoint))
-    elif files and ranks.n_ranks() == 1:
+    elif files:
         folder = run_folder(files[0])
     else:
         return None
@@ -50,4 +50,7 @@ def kept(run: RunFolder | None) -> Iterator[RunFolder | None]:
             if not has_run(run.folder):
                 raise
             raise KeyboardInterrupt(f"what is done is in {run.folder}; the same command goes on") from None
-        remove_parts(run.folder)
+        for is_turn in (ranks.first(), not ranks.first()):  # each host may have the folder for itself
+            with ranks.joint():
+                if is_turn:
+                    remove_parts(run.folder)

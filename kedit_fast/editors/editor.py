@@ -9,7 +9,7 @@ in ``basics/catalog.py``. What it needs it says in class variables; what it chec
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -135,7 +135,7 @@ class Editor(Hyperparameters):
         """
         seed = checks.seed("seed", seed)
         self._refuse(moments=moments, corpus=corpus)
-        asking = {"contexts": contexts, "independent": independent, "checkpoint": checkpoint}
+        asking: dict[str, Any] = {"contexts": contexts, "independent": independent, "checkpoint": checkpoint}
         lm, facts = self.check_edit(lm, facts, previous=previous, **asking)
         warn_of_overwritten(lm.edits, facts)
         groups, checkpoint = self._groups(contexts), check_run(checkpoint)

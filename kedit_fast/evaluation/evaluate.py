@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class Asked(NamedTuple):
     case: Case
     own: list[Probe]
     probes: list[Probe]
-    texts: list[tuple[str | None, str | None]] = []  # noqa: RUF012 (never changed)
+    texts: list[tuple[Any, Any]] = []  # noqa: RUF012 (never changed)
 
     @property
     def everything(self) -> list[Probe]:
@@ -199,7 +199,7 @@ class Said(NamedTuple):
     @classmethod
     def of(cls, base, edited, generations) -> "Said":
         """What JSON gives back of one."""
-        return cls(base, edited, [tuple(told) for told in generations])
+        return cls(base, edited, [(prompt, before, after) for prompt, before, after in generations])
 
 
 def _asked_for(lm, benchmark: Benchmark, grouped, generate: int, n_forms: int, windows) -> dict:

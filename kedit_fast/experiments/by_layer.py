@@ -213,16 +213,12 @@ def _edited(of_facts, layers, contexts, log: Log, keep) -> tuple[Summary, dict[i
     edited: dict[int, Summary] = {}
     with progress("editing at each layer", len(layers)) as bar:
         for layer in layers:
-            new: list[int] = []
-            make = partial(of_facts, layer, contexts)
             with bar.inside(f"layer {layer}"):
-                part = keep_whole(
-                    keep, f"layer-{layer:04d}", lambda keep, make=make, new=new: new.append(1) or make(keep)
-                )
+                part, is_found = keep_whole(keep, f"layer-{layer:04d}", partial(of_facts, layer, contexts))
             contexts, *both = json_of(part["json"])  # sampled once
             base, edited[layer] = ({name: Interval(*one) for name, one in side.items()} for side in both)
-            log.add([{"layer": layer, "edited": finite(edited[layer])}], again=not new)
-            (bar.advance if new else bar.resume)(1)
+            log.add([{"layer": layer, "edited": finite(edited[layer])}], again=is_found)
+            (bar.resume if is_found else bar.advance)(1)
     return base, edited
 
 

@@ -185,9 +185,9 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, log: Log, r
         for number, first in enumerate(range(0, len(facts), per_round), 1):
             new, earlier = facts[first : first + per_round], rng.sample(facts[:first], min(old, first))
             work = partial(_worked, lm, editor, new, earlier, so_far, given, asked)
-            name, is_new = f"round-{number:05d}", []
+            name = f"round-{number:05d}"
             with bar.inside(f"round {number}"):
-                part = keep_whole(keep, name, lambda keep, work=work, is_new=is_new: is_new.append(1) or work(keep))
+                part, is_found = keep_whole(keep, name, work)
             keep.release(name)
             figures = json_of(part.pop(FIGURES))
             figures["perplexity"] = figures["perplexity"] and tuple(figures["perplexity"])
@@ -196,12 +196,12 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, log: Log, r
             if edit.contexts:  # of the first round; fine-tuning has none
                 given["contexts"] = edit.contexts
             so_far = _on_top(so_far, edit)
-            (bar.advance if is_new else bar.resume)(1)
+            (bar.resume if is_found else bar.advance)(1)
             found = Round(
                 number=number, method=edit.method, n_facts=first + len(new), growth=_growth(lm, so_far, weights),
                 edit=so_far, **figures,
             )  # fmt: skip
-            log.add([found.to_record()], again=not is_new)
+            log.add([found.to_record()], again=is_found)
             yield found
 
 

@@ -226,11 +226,12 @@ class _Kept:
 
     def __init__(self, lm, n: int, length: int, seed: int, folder: Path | None):
         self.ids, self.draw = torch.zeros(n, 0, dtype=torch.int64), torch.Generator().manual_seed(seed)
-        self.path = None
+        self.path: Path | None = None
         self._last = time.monotonic()
         if folder is not None:
-            self.path = folder / f"text-{lm.fingerprint}-{lm.dtype_name}-self-seed{seed}-{n}x{length}.safetensors"
-            held = ranks.from_first(lambda: self._read(n, length, lm.n_vocab) if self.path.exists() else {})
+            name = f"text-{lm.fingerprint}-{lm.dtype_name}-self-seed{seed}-{n}x{length}.safetensors"
+            self.path = path = folder / name
+            held = ranks.from_first(lambda: self._read(n, length, lm.n_vocab) if path.exists() else {})
             if held:
                 self.ids = held["ids"]
                 self.draw.set_state(held["state"])

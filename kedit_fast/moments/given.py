@@ -99,7 +99,7 @@ def factor_bytes(lm) -> int:
 def check_room(lm) -> None:
     """Raises ValueError, with the bytes needed, where a layer cannot be solved in the model's memory, nor elsewhere."""
     if lm.device.type == "cpu" and factor_bytes(lm) > lm.memory:
-        raise ValueError(too_large(f"solving a layer of d_ff {lm.d_ff:,}", factor_bytes(lm), lm.memory))
+        raise too_large(f"solving a layer of d_ff {lm.d_ff:,}", factor_bytes(lm), lm.memory)
 
 
 def gains(factor_of_c: MomentFactor, keys: Tensor) -> Tensor:

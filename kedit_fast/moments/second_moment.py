@@ -29,7 +29,7 @@ from kedit_fast.kernels.solve import condition
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, known_id, read_corpus
 from kedit_fast.moments.published import read_published, refuse_pickled
-from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.engine import Job, sweep
 from kedit_fast.sweep.kept import RunFolder, asked_of, begun, fitting
 from kedit_fast.sweep.plan import free, together, too_large
 from kedit_fast.sweep.runs import RunList
@@ -172,7 +172,7 @@ def second_moments(
     corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
     if _sum_bytes(lm) > _room(lm):
         need = _sum_bytes(lm) * 4 // 3 + lm.memory - free(lm)
-        raise ValueError(too_large(f"the second moment of a layer of d_ff {lm.d_ff:,}", need, lm.memory))
+        raise too_large(f"the second moment of a layer of d_ff {lm.d_ff:,}", need, lm.memory)
     if cache_dir is not None:
         check_folder(checks.path("cache_dir", cache_dir))
     same = {"model": lm.fingerprint, "dtype": lm.dtype_name, "memory": lm.memory}
@@ -236,7 +236,7 @@ def _collected(lm, layers, text: Corpus, cache_dir: Path | None, keep, bar) -> d
             runs.add(batch[i])
         with ranks.joint():
             if mine:
-                jobs = [Moments(lm, sums.by_layer)]
+                jobs: list[Job] = [Moments(lm, sums.by_layer)]
                 sweep(lm, runs.runs(), jobs, last_layer=max(layers), held=held, advance=advance)
         sums.advance(batch)
     return sums.finish()

@@ -1,5 +1,7 @@
 """Checkpoints: a killed run goes on where it stood and ends with the same bits."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import kedit_fast.jobs.values as values_module
 from kedit_fast.basics.parts import MANIFEST, Held, Parts, digest, keep_json, keep_whole, make_now, remove_parts
 from tests.conftest import tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
+from tests.make import watched
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 EDITOR = kf.Memit(layers=(0, 1, 2), mom2_update_weight=5.0, v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.4)
@@ -86,6 +89,17 @@ def test_a_damaged_part_is_named(tmp_path):
         Parts(tmp_path / "work", {})
 
 
+def test_a_full_disk_leaves_the_parts_before_and_nothing_half(tmp_path, monkeypatch):
+    begun(tmp_path / "work", {})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()}
+    with Parts(tmp_path / "work", {}) as keep, monkeypatch.context() as patch:
+        watched(patch, os, "fsync", break_at=(1,), error=lambda _: OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match="No space left on device; the parts before it are kept") as error:
+            keep("next", lambda: {"x": torch.ones(3)})
+    assert error.value.filename == str(tmp_path / "work" / "next.safetensors")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
+
+
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
     with Parts(tmp_path / "work", {}), pytest.raises(ValueError, match="another run works there; wait for it"):
         Parts(tmp_path / "work", {})
@@ -109,8 +123,9 @@ def test_a_part_made_in_parts_of_its_own(tmp_path):
         with keep() as run, pytest.raises(KeyboardInterrupt):
             keep_whole(run, "whole", lambda inside: make(inside, stop=True))
         with keep() as run:
-            assert keep_whole(run, "whole", lambda inside: make(inside, stop=False))["x"].tolist() == [1, 1]
-            assert keep_whole(run, "whole", None)["x"].tolist() == [1, 1]
+            for was_found in (False, True):
+                part, is_found = keep_whole(run, "whole", lambda inside: make(inside, stop=False))
+                assert part["x"].tolist() == [1, 1] and is_found is was_found
         assert made == ["a", "b"]
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [MANIFEST, "whole.safetensors"]
     remove_parts(tmp_path / "work")

@@ -25,6 +25,7 @@ BENCHES = {
     "mass": "10,000 edits on the shape of GPT-J with random weights (on a GPU only; 10 minutes)",
     "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",
     "editors": "every editor, one fact at a time and many at once, on known CounterFact facts (50 minutes)",
+    "ranks": "moments, traces, MEMIT and evaluation by one, two and four processes (15 minutes)",
     "forms": "one edit asked plainly, behind a space, behind a line end and in a chat (10 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }

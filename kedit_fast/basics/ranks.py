@@ -324,6 +324,14 @@ def dealt(
         yield from found.values()
 
 
+def busy(sizes: Sequence[float]) -> float:
+    """The share of the time that ranks work, on average, when groups of these sizes are dealt to them."""
+    load = [0.0] * n_ranks()
+    for size, who in zip(sizes, _owners(sizes, [None] * len(sizes)), strict=True):
+        load[who] += size
+    return sum(load) / (len(load) * max(load)) if any(load) else 1.0
+
+
 def _owners(sizes: Sequence[float], holders: Sequence[int | None]) -> list[int]:
     """Which rank takes each; those that are held cost nothing."""
     load, owner = [0.0] * n_ranks(), list(holders)

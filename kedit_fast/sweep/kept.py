@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -68,7 +69,7 @@ class Together:
 Run = Held | Parts | Inside | Together
 Checkpoint: TypeAlias = "checks.AnyPath | RunFolder | Run | None"  # a folder; or the run that the work is a part of
 WAYS_OUT = "end other programs, or take a smaller model, another dtype or another device"
-SEVERAL = 4  # groups a rank, from which they are dealt as they are cut: fewer leave one idle for too long
+BUSY = 0.8  # share of the time that ranks must work for groups to be dealt as one process cuts them
 ITEMS = "items"  # the tensor of a part that says which items it holds: [first, end]
 
 
@@ -217,12 +218,12 @@ def _held(keep: Keep, name: str, n_items: int, noun: str) -> dict[int, tuple[int
 
 
 def _spans(held: dict[int, tuple[int, int]], items: Sequence[T], sizes: list[float], groups) -> Iterator[range]:
-    """The numbers of the items of each group: those that are kept, and what lies between, cut anew: as one rank would,
-    to the same bits, where that gives every rank several groups, else a share for each."""
+    """The numbers of the items of each group: those that are kept, and what lies between, cut anew: as one process
+    cuts it, to the same bits, where that keeps all ranks busy, else a share for each."""
     done, n = 0, ranks.n_ranks()
     for first, end in [*((first, end) for first, (end, _) in held.items()), (len(items), len(items))]:
         cut = list(groups(items[done:first])) if done < first else []
-        if n > 1 and len(cut) < SEVERAL * n:
+        if cut and ranks.busy(_sizes(cut, sizes[done:first])) < BUSY:
             shares = [range(done + share.start, done + share.stop) for share in ranks.shares(sizes[done:first], n)]
             cut = [group for share in shares if share for group in groups(items[share.start : share.stop])]
         for group in cut:
@@ -230,6 +231,12 @@ def _spans(held: dict[int, tuple[int, int]], items: Sequence[T], sizes: list[flo
         if first < end:
             yield range(first, end)
         done = end
+
+
+def _sizes(cut: list, sizes: list[float]) -> list[float]:
+    """Of each group of consecutive items, by those of the items."""
+    left = iter(sizes)
+    return [sum(islice(left, len(group))) for group in cut]
 
 
 def fitting(lm, keep: Run, work: Callable[..., R]) -> R:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kedit_fast as kf
+import kedit_fast.tracing.trace as tracing
 from kedit_fast.basics import ranks
 from kedit_fast.basics.settings import launch
 from kedit_fast.commands.cli import main
@@ -23,6 +24,9 @@ from kedit_fast.jobs import values
 from tests.conftest import tiny_lm
 
 TEXTS = ["The Eiffel Tower is in the city of Paris. " * 12, "Miles Davis plays the trumpet in a band. " * 9] * 4
+
+
+tracing.TOGETHER = 1  # rows: facts are traced one by one, so that dealing them keeps both ranks busy
 
 
 def facts(n: int = 5) -> list[kf.Fact]:

@@ -1,0 +1,157 @@
+"""Work of several ranks (gloo, on this machine's cores) against that of one: the same results, and how much sooner.
+
+Second moments of given text, a trace, MEMIT with the values it optimizes, and its evaluation, of known CounterFact
+facts on SmolLM2. Each arrangement is started by itself, as a launcher would, and opens its own models. Results are
+compared with those of one rank with one thread, or nothing is reported. Ratios are of wall time, and of CPU time by the
+rank that took the most of it, which another program on the machine disturbs least.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import kedit_fast as kf
+from bench import edit as edit_bench
+from bench.common import ROOT, CheckFailed, Figure, Measured, peak_matmul, timed
+from kedit_fast.basics import ranks
+from kedit_fast.basics.settings import launch
+
+FACTS, QUICK = 40, 4
+N_TOKENS = 12_288
+# What may differ: probabilities of traces, as between any two cuts of the facts (the same cut gives the same bits);
+# moments, values after all their steps, what is written and the probabilities after it relative to the largest.
+TOLERANCE = {"moments": 1e-6, "trace": 1e-5, "memit": 1e-4, "evaluation": 1e-4}
+
+
+class Arrangement(NamedTuple):
+    """So many processes with so many threads each."""
+
+    ranks: int
+    threads: int
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" * (self.threads > 1)
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}{threads}"
+
+
+ALONE = Arrangement(1, 1)
+ARRANGEMENTS = (Arrangement(2, 1), Arrangement(4, 1), Arrangement(1, 2))
+
+
+def run(options) -> Measured:
+    """All arrangements, one after the other. Raises Skipped without the public data sets."""
+    edit_bench.check_data()
+    n = QUICK if options.quick else FACTS
+    with tempfile.TemporaryDirectory() as folder:
+        alone = _made(ALONE, Path(folder), n)
+        figures = [figure for each in ARRANGEMENTS for figure in _compared(each, _made(each, Path(folder), n), alone)]
+    peak = peak_matmul()
+    note = (
+        f"{n} facts; {N_TOKENS:,} tokens of text, five layers; states of one noise draw. Ratios: to one rank with one "
+        "thread, whose wall times were " + ", ".join(f"{k} {t.wall:.0f} s" for k, t in alone.times)
+    )
+    return Measured(figures, peak, [note])
+
+
+class Times(NamedTuple):
+    """Seconds on the wall, of the first rank, and CPU seconds of the rank that took the most."""
+
+    wall: float
+    cpu: float
+
+
+class Made(NamedTuple):
+    """What an arrangement gave, by part: its tensors, and how long it took."""
+
+    tensors: dict[str, Tensor]
+    times: list[tuple[str, Times]]
+
+
+def _made(how: Arrangement, folder: Path, n: int) -> Made:
+    """Starts the ranks of an arrangement and waits for them. Raises CheckFailed where one fails."""
+    folder = folder / str(how)
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(how.ranks)}
+    place["OMP_NUM_THREADS"] = str(how.threads)
+    command = [sys.executable, "-m", "bench.ranks", str(folder), str(n), str(how.threads)]
+    print(f"{how} ...", flush=True)
+    running = [
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place, "RANK": str(i)}) for i in range(how.ranks)
+    ]
+    if any([process.wait() for process in running]):
+        raise CheckFailed(f"{how} did not end well")
+    of_ranks = [json.loads((folder / f"{i}.json").read_text()) for i in range(how.ranks)]
+    times = [(part, Times(of_ranks[0][part][0], max(of[part][1] for of in of_ranks))) for part in TOLERANCE]
+    return Made(load_file(folder / "0.safetensors"), times)
+
+
+def _compared(how: Arrangement, made: Made, alone: Made) -> list[Figure]:
+    """The figures of an arrangement. Raises CheckFailed where its results are others."""
+    figures = []
+    for (part, took), (_, one) in zip(made.times, alone.times, strict=True):
+        apart = max(_apart(part, made.tensors[key], x) for key, x in alone.tensors.items() if key.startswith(part))
+        if apart > TOLERANCE[part]:
+            raise CheckFailed(f"{part} of {how} is {apart:.1e} off, more than {TOLERANCE[part]:.0e}")
+        figures += [
+            Figure(str(how), f"{part}, wall time", one.wall / took.wall, "x"),
+            Figure(str(how), f"{part}, CPU time of a rank", one.cpu / took.cpu, "x"),
+            Figure(str(how), f"{part}, largest difference", apart, "difference"),
+            Figure(str(how), f"{part}, wall seconds", took.wall, "s"),
+        ]
+    return figures
+
+
+def _apart(part: str, got: Tensor, want: Tensor) -> float:
+    """The largest difference: of probabilities as it is, else relative to the largest entry."""
+    off = float((got.double() - want.double()).abs().max())
+    return off if part == "trace" else off / max(float(want.double().abs().max()), 1e-30)
+
+
+# ---- one rank
+
+
+def work(folder: Path, n: int) -> None:
+    """All parts, timed; leaves what came of them in the folder, under this rank's number."""
+    lm = kf.open_model("smollm2")
+    editor = kf.Memit.for_model(lm)
+    facts = edit_bench.draw()[:n]
+    times: dict[str, tuple[float, float]] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def part(name: str, call):
+        ranks.anyone(False)  # all begin together
+        took = timed(call)
+        times[name] = (took.wall, took.cpu)
+        return took.result
+
+    text = edit_bench.DATA / edit_bench.STATISTICS_TEXT
+    moments = part("moments", lambda: kf.second_moments(lm, editor.layers, text, n_tokens=N_TOKENS))
+    tensors |= {f"moments {layer}": moment.matrix for layer, moment in moments.items()}
+    traces = part("trace", lambda: kf.trace(lm, facts, kinds=("state",), samples=1))
+    tensors |= {f"trace {i}": torch.from_numpy(trace.p_restored) for i, trace in enumerate(traces)}
+    edit = part("memit", lambda: editor.edit(lm, facts, moments=moments))
+    tensors |= {"memit z": edit.values} | {f"memit Δ {c.layer}": c.delta.dense() for c in edit.changes}
+    report = part("evaluation", lambda: kf.evaluate(lm, facts, edit))
+    sides = {"base": report.base, "edited": report.edited}
+    tensors |= {f"evaluation {side} {key}": x.nan_to_num(9) for side, of in sides.items() for key, x in of.items()}
+    save_file({key: x.contiguous() for key, x in tensors.items()}, folder / f"{ranks.rank()}.safetensors")
+    (folder / f"{ranks.rank()}.json").write_text(json.dumps(times))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    place = launch()
+    with nullcontext() if place is None else ranks.launched(place):
+        work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -48,19 +49,19 @@ ALONE = Arrangement(1, 1)
 ARRANGEMENTS = (Arrangement(2, 1), Arrangement(4, 1), Arrangement(1, 2))
 
 
-def run(options) -> Measured:
+def run(options) -> Iterator[Measured]:
     """All arrangements, one after the other. Raises Skipped without the public data sets."""
     edit_bench.check_data()
     n = QUICK if options.quick else FACTS
     with tempfile.TemporaryDirectory() as folder:
         alone = _made(ALONE, Path(folder), n)
-        figures = [figure for each in ARRANGEMENTS for figure in _compared(each, _made(each, Path(folder), n), alone)]
-    peak = peak_matmul()
-    note = (
-        f"{n} facts; {N_TOKENS:,} tokens of text, five layers; states of one noise draw. Ratios: to one rank with one "
-        "thread, whose wall times were " + ", ".join(f"{k} {t.wall:.0f} s" for k, t in alone.times)
-    )
-    return Measured(figures, peak, [note])
+        took = ", ".join(f"{part} {times.wall:.0f} s ({times.cpu:.0f} CPU s)" for part, times in alone.times)
+        note = (
+            f"{n} facts; {N_TOKENS:,} tokens of text, five layers; states of one noise draw. Ratios: to one rank with "
+            f"one thread, which took {took}."
+        )
+        for each in ARRANGEMENTS:
+            yield Measured(_compared(each, _made(each, Path(folder), n), alone), peak_matmul(), [note])
 
 
 class Times(NamedTuple):

@@ -8,6 +8,7 @@ import gzip
 import io
 import math
 import os
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -53,6 +54,10 @@ def _array(name: str, data: bytes) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject or min(shape, default=0) < 0 or not dtype.itemsize or size != len(data) - head.tell():
             raise ValueError(f"{shape} of {dtype} in {len(data)} bytes")
+        if dtype.kind == "U":  # numpy makes texts of letters that there are not, and Python then stops in a SystemError
+            letters = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder), offset=head.tell())
+            if letters.size and letters.max() > sys.maxunicode:
+                raise ValueError("letters that there are not")
         return np.frombuffer(data, dtype, offset=head.tell()).reshape(shape, order="F" if by_columns else "C")
     except Exception as error:  # numpy's parser of headers raises what Python's own raises, of many types
         raise ValueError(f"its {name} is no array of numbers or text") from error

@@ -52,6 +52,8 @@ def reason(error: Exception) -> str:
         return f"it lacks {brief(repr(error.args[0]))}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if text.startswith("Exceeds the limit"):
+        return "a number in it has thousands of digits"
     if "unexpected keyword argument" in text or "required positional argument" in text:
         return "it has not the fields that it should"
     of_python = type(error) in (TypeError, AttributeError, IndexError) or isinstance(error, ArithmeticError)

@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kedit_fast.basics.words import brief
 from kedit_fast.edits.changes import KINDS, WeightChange
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.folder import refuse_model
@@ -75,8 +76,8 @@ def read(path):
             if name != FORMAT:
                 raise ValueError(f"{path} is a safetensors file but no edit; {expected}")
             if version not in map(str, range(1, VERSION + 1)):
-                raise ValueError(f"{path} is an edit of version {version}; {expected}")
+                raise ValueError(f"{path} is an edit of version {brief(version)}; {expected}")
             names = file.keys()  # (not iterable itself)
             return {name: file.get_tensor(name) for name in names}, int(version)
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut short or no safetensors file ({error}); {expected}") from error
+        raise ValueError(f"{path} is cut short or no safetensors file ({brief(str(error))}); {expected}") from error

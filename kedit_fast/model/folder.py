@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from kedit_fast.basics.files import file_in, reading
-from kedit_fast.basics.words import counted, json_kind
+from kedit_fast.basics.words import brief, counted, json_kind, reason
 from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read_config(name):
             f"model {str(name)!r} is no folder here, and the Hugging Face hub does not give it: {why}"
         ) from error
     except Exception as error:  # transformers' and its checkers' own, of many types
-        raise ValueError(_said(f"model {str(name)!r}", f"its {CONFIG}", error)) from error
+        raise ValueError(said_by(f"model {str(name)!r}", f"its {CONFIG}", error)) from error
     _refuse_adapter(name)
     _say_what_is_not_run(name, getattr(config, "auto_map", None), type(config))
     return config
@@ -74,7 +74,7 @@ def read_tokenizer(name):
     except Exception as error:
         if Path(name).is_dir() and not (Path(name) / TOKENIZER).exists() and not _needs_code(error):
             raise ValueError(_NO_TOKENIZER.format(name)) from error
-        raise ValueError(_said(f"the tokenizer of {str(name)!r}", f"its {TOKENIZER}", error)) from error
+        raise ValueError(said_by(f"the tokenizer of {str(name)!r}", f"its {TOKENIZER}", error)) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # of no file at all an empty one is made
         raise ValueError(_NO_TOKENIZER.format(name))
     _say_what_is_not_run(name, getattr(tokenizer, "init_kwargs", {}).get("auto_map"), type(tokenizer))
@@ -91,7 +91,8 @@ def read_model(name, classes, dtype) -> "PreTrainedModel":
     except SafetensorError as error:  # it does not say of which file
         for path in sorted(Path(name).glob("*.safetensors")):
             stored_tensors(path)
-        raise ValueError(f"a weight file of {name} is cut short or damaged ({error}); fetch it again") from error
+        why = brief(str(error))
+        raise ValueError(f"a weight file of {name} is cut short or damaged ({why}); fetch it again") from error
     check_complete(
         name,
         [n for n, _ in model.named_parameters() if n in info["missing_keys"]],
@@ -124,8 +125,8 @@ def _json_object(file: Path) -> dict:
     """The object that a JSON file holds. Raises ValueError, with the line, for anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # also what is not UTF-8
-        raise ValueError(f"{file} is not JSON ({error}); fetch or save it again") from error
+    except (RecursionError, ValueError) as error:  # also what is not UTF-8
+        raise ValueError(f"{file} is not JSON ({reason(error)}); fetch or save it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds {json_kind(found)}; expected an object")
     return found
@@ -149,7 +150,7 @@ def _needs_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-def _said(whose: str, what: str, error: Exception) -> str:
+def said_by(whose: str, what: str, error: Exception) -> str:
     """transformers' refusal in a line; its advice to trust code is not one that can be followed here."""
     if _needs_code(error):
         return f"{whose} {OWN_CODE}"

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kedit_fast.basics import checks
 from kedit_fast.model import family as fam
 from kedit_fast.model.family import EXPERTS, FAMILIES
+from kedit_fast.model.folder import CONFIG, said_by
 from kedit_fast.model.source import DEFAULT_MEMORY
 
 
@@ -81,8 +83,18 @@ class Shape(Sizes):
 def shape_of(config, dtype: torch.dtype | None = None) -> Shape:
     """The shape of a Hugging Face config's model, also of a family that cannot be opened; dtype: default the config's.
 
-    A quarter of a second for Llama-3-70B; no memory.
+    A quarter of a second for Llama-3-70B; no memory. Raises ValueError for a config that makes no model.
     """
+    named = f"model {config._name_or_path!r}"
+    n_layers = getattr(getattr(config, "text_config", None) or config, "num_hidden_layers", 0)
+    checks.whole(f"{named}: num_hidden_layers", n_layers, most=checks.MOST_LAYERS)  # else they would be made
+    try:
+        return _shape_of(config, dtype)
+    except Exception as error:  # transformers' and torch's own, of many types
+        raise ValueError(said_by(named, f"its {CONFIG}", error)) from error
+
+
+def _shape_of(config, dtype: torch.dtype | None) -> Shape:
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)

@@ -43,9 +43,10 @@ def header(shape: str, descr: str = "'<f8'") -> bytes:
         (zipped({"a.npy": header("(-1,)") + bytes(8)}), "its a is no array"),
         (zipped({"a.npy": header("(1,)", "'|O'") + bytes(8)}), "its a is no array"),
         (zipped({"a.npy": header("((((")}), "its a is no array"),
+        (zipped({"a.npy": header("(1,)", "'<U2'") + b"\xff" * 8}), "its a is no array"),
         (zipped({"a.npy": npy(np.zeros(10**7))}, packed=True), "would unpack to 80,000,128 bytes from"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_arrays_that_are_none(data, says, tmp_path):
     (tmp_path / "a.npz").write_bytes(data)

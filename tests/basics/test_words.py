@@ -1,10 +1,12 @@
 """Numbers in sentences, and what errors say."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from kedit_fast.basics.words import counted, is_out_of_memory, ranges
+from kedit_fast.basics.words import brief, counted, is_out_of_memory, ranges, reason
 
 
 def test_one_is_singular():
@@ -24,3 +26,19 @@ def test_memory_that_runs_out_is_told_from_other_errors():
     said = ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
     assert all(map(is_out_of_memory, [*real, torch.OutOfMemoryError("x"), *map(RuntimeError, said)]))
     assert not any(map(is_out_of_memory, [RuntimeError("shapes differ"), ValueError(said[0])]))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("9" * 5_000, "a number in it has thousands of digits"), ("[" * 100_000, "it is nested too deeply")],
+)
+def test_what_json_cannot_hold_is_said_plainly(text, says):
+    with pytest.raises((ValueError, RecursionError)) as caught:
+        json.loads(text)
+    assert reason(caught.value) == says
+
+
+def test_a_value_of_any_length_makes_a_sentence():
+    made = brief(f"found {'x' * 10**6}; expected a text")
+    assert len(made) < 600 and made.startswith("found xxx") and made.endswith("xxx; expected a text")
+    assert brief("short") == "short" and len(reason(ValueError("y" * 10**6))) < 600

@@ -117,7 +117,7 @@ def fault_of(error: BaseException, reader: Reader, path: Path) -> str:
     if len(said) > LONGEST:
         return f"{type(error).__name__} of {len(said)} characters"
     of_system = isinstance(error, OSError) and error.filename  # of which the command line says "file: what is wrong"
-    foreign = next((words for words in FOREIGN if words in said and not of_system), None)
+    foreign = next((words for words in FOREIGN if words in said and not (of_system or reader.quotes)), None)
     return f"not in words that help: {foreign!r}" if foreign else ""
 
 

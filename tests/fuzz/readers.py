@@ -17,8 +17,9 @@ from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.edits.changes import MemoryChange, PromptChange
 from kedit_fast.gating import Thresholds
-from kedit_fast.model.folder import INDEX, Checkpoint
+from kedit_fast.model.folder import CONFIG, INDEX, TOKENIZER, Checkpoint, read_config, read_tokenizer
 from kedit_fast.model.gguf import read_gguf
+from kedit_fast.model.shape import shape_of
 from kedit_fast.model.stored_tensors import stored_tensors
 from kedit_fast.moments.corpus import FORMAT as TEXT
 from kedit_fast.moments.corpus import _Kept
@@ -34,7 +35,7 @@ from tests.experiments.test_by_layer import made_up
 from tests.fuzz import mutate
 from tests.make import FACTS, lowrank, make_edit, owned_edit
 from tests.model.test_gguf import F32, Q4_1, Q8_0, gguf_file, q4_1_block, q8_0_block
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tracing.test_results import result
 
 EXAMPLE = {
@@ -58,13 +59,14 @@ KNOWN = {"subject": "Big Ben", "attribute": "London", "template": "{} is in", "p
 class Reader:
     """read: reads the file at a path, and looks at what it was given; name: of the file, below its folder; made: writes
     files that are taken, ``folder / name`` for each of some folders; mutations: of the file; named: whether what it
-    refuses names the file: one that reads bytes knows of none"""
+    refuses names the file: one that reads bytes knows of none; quotes: whether it says what a library says"""
 
     read: Callable[[Path], object]
     name: str
     made: Callable[[Path], None]
     mutations: tuple[mutate.Mutation, ...] = (mutate.of_json, mutate.of_bytes)
     named: bool = True
+    quotes: bool = False
 
 
 def _written(name: str, *contents) -> Callable[[Path], None]:
@@ -219,6 +221,16 @@ def _adapter(folder: Path) -> None:
     kf.export_peft(make_edit(tiny_model("llama"), deltas={1: lowrank()}), folder / "0")
 
 
+def _model(folder: Path) -> None:
+    for number, family in enumerate(("llama", "gpt2", "gemma3")):
+        tiny_model(family, layers=2).config.save_pretrained(folder / str(number))
+        tiny_tokenizer().save_pretrained(folder / str(number))
+
+
+def _shape(path: Path) -> None:
+    shape_of(read_config(path.parent), None)
+
+
 MEMIT = {
     "layers": [3, 4], "v_lr": 0.5, "clamp_norm_factor": 0.75, "mom2_update_weight": 15000, "alg_name": "MEMIT",
     "context_template_length_params": [[5, 10]], "rewrite_module_tmp": "x.{}", "fact_token": "subject_last",
@@ -252,6 +264,8 @@ READERS = {
     ),
     "gguf": Reader(_gguf, "model.gguf", _written("model.gguf", _gguf_bytes()), (mutate.of_gguf,), named=False),
     "checkpoint": Reader(_all_read, "model.safetensors", _tensors, TENSORS),
+    "model config": Reader(_shape, CONFIG, _model, quotes=True),
+    "tokenizer": Reader(lambda path: read_tokenizer(path.parent), TOKENIZER, _model, quotes=True),
     "checkpoint index": Reader(_indexed, INDEX, _index),
     "suite": Reader(
         kf.load_suite, "suite.json", _written("suite.json", EXAMPLE | {"facts": [COUNTERFACT]}, [COUNTERFACT])

@@ -1,6 +1,7 @@
 """Checkpoints: a killed run goes on where it stood and ends with the same bits."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,9 @@ import torch
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
 from kedit_fast.basics.parts import MANIFEST, Held, Parts, digest, keep_json, keep_whole, make_now, remove_parts
-from tests.conftest import tiny_lm
+from tests.conftest import close, tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
-from tests.make import watched
+from tests.make import killed_at, watched
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 EDITOR = kf.Memit(layers=(0, 1, 2), mom2_update_weight=5.0, v_lr=1.0, v_num_grad_steps=4, clamp_norm_factor=0.4)
@@ -164,6 +165,29 @@ def test_an_interrupted_edit_goes_on_and_ends_with_the_same_bits(tmp_path, monke
     assert_same(again, whole, tmp_path)
     assert_same(edit(lm, checkpoint=tmp_path / "work", **sampled), whole, tmp_path)
     assert len(made) == 1 + len(FACTS) + 3
+
+
+def test_an_edit_that_runs_out_of_memory_is_cut_anew_and_that_is_kept(tmp_path, monkeypatch):
+    lm, seen, optimize = tiny_lm("llama"), [], values_module._Group.optimize
+    whole = edit(lm)
+
+    def short(self, bar):
+        seen.append((len(self.tasks), self.lm.memory))
+        if len(self.tasks) > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        return optimize(self, bar)
+
+    monkeypatch.setattr(values_module._Group, "optimize", short)
+    one = values_module.held_bytes
+    monkeypatch.setattr(values_module, "held_bytes", lambda now, *task: one(now, *task) and lm.memory // len(FACTS))
+    with pytest.warns(UserWarning, match="out of memory: what is not done yet is cut for 2.15 GB"), killed_at(2):
+        edit(lm, checkpoint=tmp_path / "work")
+    assert seen == [(4, lm.memory), (2, lm.memory // 2), (2, lm.memory // 2)]
+    assert json.loads((tmp_path / "work" / MANIFEST).read_text())["memory"] == lm.memory // 2
+    again = edit(lm, checkpoint=tmp_path / "work")
+    assert len(seen) == 3
+    for layer, delta in whole.deltas.items():
+        close(f"layer {layer}", again.deltas[layer].dense(), delta.dense())
 
 
 CHANGES = {

@@ -58,6 +58,7 @@ TESTED_IN = {
     "commands/test_edit.py": "commands/edit_arguments commands/eval commands/stats",
     "commands/test_edits.py": "commands/history commands/merge",
     "commands/test_parser.py": "__main__ commands/argument_types",
+    "basics/test_parts.py": "basics/bits",
     "commands/test_rounds.py": "commands/layers",
     "commands/test_scale.py": "commands/unfinished",
     "editors/test_checks.py": "edits/chain moments/given",

@@ -1,6 +1,5 @@
 """Parts of a long piece of work on disk, so that a killed run goes on where it stood and ends with the same bits."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -8,11 +7,11 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kedit_fast.basics.bits import digest, json_of, json_tensor
 from kedit_fast.basics.files import check_folder, check_format, reading, replace_file, saying, write_text
 from kedit_fast.basics.unfinished import LOCKS, MANIFEST, is_unfinished, locked
 from kedit_fast.basics.words import short
@@ -319,28 +318,6 @@ def _removed(folder: Path) -> None:
 def keep_json(keep: Keep, name: str, make: Callable[[], object]):
     """A part that is plain JSON values."""
     return json_of(keep(name, lambda: {"json": json_tensor(make())})["json"])
-
-
-def json_tensor(value) -> Tensor:
-    """A JSON value as [bytes] uint8, for files that hold tensors alone; ``json_of`` gives it back."""
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def json_of(tensor: Tensor):
-    """The value of ``json_tensor``."""
-    return json.loads(bytes(tensor.numpy()))
-
-
-def digest(*things) -> str:
-    """16 hex digits that tell things apart: tensors by their bits, anything else by its JSON."""
-    made = hashlib.sha256()
-    for thing in things:
-        if isinstance(thing, Tensor):
-            made.update(f"{thing.dtype} {tuple(thing.shape)}".encode())
-            made.update(thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            made.update(json.dumps(thing).encode())
-    return made.hexdigest()[:16]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from kedit_fast import __version__
+from kedit_fast.basics.bits import digest
 from kedit_fast.basics.files import Damaged, write_text
-from kedit_fast.basics.parts import Inside, digest
+from kedit_fast.basics.parts import Inside
 from kedit_fast.commands.inputs import corpus_of, known, read_facts, read_text, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kedit_fast.basics.parts import json_of, json_tensor
+from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.editors.editor import Found, Work, Written
 from kedit_fast.editors.hyperparameters import published

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kedit_fast.basics.parts import digest
+from kedit_fast.basics.bits import digest
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
 from kedit_fast.edits.edit import Edit

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.bits import digest as digest_of
+from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.files import reading, replace_file
-from kedit_fast.basics.parts import digest as digest_of
-from kedit_fast.basics.parts import json_of, json_tensor
 from kedit_fast.basics.printing import escaped
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.apply import Applied, apply_edit

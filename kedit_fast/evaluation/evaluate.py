@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks, ranks
+from kedit_fast.basics.bits import digest, json_of, json_tensor
 from kedit_fast.basics.files import check_place
 from kedit_fast.basics.log import Log
-from kedit_fast.basics.parts import Keep, digest, json_of, json_tensor, keep_json
+from kedit_fast.basics.parts import Keep, keep_json
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import TAKE_ONE

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import ranks
-from kedit_fast.basics.parts import json_of, json_tensor
+from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.facts.tokens import answer_tokens, encode
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers

@@ -17,10 +17,11 @@ import numpy as np
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
+from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.files import check_format, check_place, read_object, reading, write_text
 from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.log import Log
-from kedit_fast.basics.parts import Inside, json_of, json_tensor, keep_whole
+from kedit_fast.basics.parts import Inside, keep_whole
 from kedit_fast.basics.progress import progress, stages
 from kedit_fast.editors import Rome
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts

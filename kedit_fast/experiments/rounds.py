@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
+from kedit_fast.basics.bits import digest, json_of, json_tensor
 from kedit_fast.basics.files import check_place
 from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.log import Log
-from kedit_fast.basics.parts import digest, json_of, json_tensor, keep_whole
+from kedit_fast.basics.parts import keep_whole
 from kedit_fast.basics.progress import Bar
 from kedit_fast.basics.state import own_state
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.parts import digest
+from kedit_fast.basics.bits import digest
 from kedit_fast.kernels.solve import MomentFactor, factor
 from kedit_fast.moments.second_moment import ROWS, SecondMoment, second_moments
 from kedit_fast.sweep.plan import too_large

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
+from kedit_fast.basics.bits import digest
 from kedit_fast.basics.files import check_folder, existing_file, folders_around, reading, replace_file
-from kedit_fast.basics.parts import Held, Parts, digest, remove_parts
+from kedit_fast.basics.parts import Held, Parts, remove_parts
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.basics.state import own_state
 from kedit_fast.basics.unfinished import RUN

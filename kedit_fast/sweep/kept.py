@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks, ranks
-from kedit_fast.basics.parts import Held, Inside, Keep, Make, Parts, check_checkpoint, digest
+from kedit_fast.basics.bits import digest
+from kedit_fast.basics.parts import Held, Inside, Keep, Make, Parts, check_checkpoint
 from kedit_fast.basics.progress import logger
 from kedit_fast.basics.unfinished import discarding
 from kedit_fast.basics.words import counted, is_out_of_memory

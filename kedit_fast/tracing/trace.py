@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
+from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.files import check_place
 from kedit_fast.basics.log import Log
-from kedit_fast.basics.parts import Keep, json_of, json_tensor
+from kedit_fast.basics.parts import Keep
 from kedit_fast.basics.progress import logger, progress, scaled
 from kedit_fast.facts.fact import Fact, check_subject, fact_list
 from kedit_fast.kernels.dispatch import backend_for
@@ -48,6 +49,7 @@ _OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace
 # Rows of facts traced together while the weights are in memory: more make the products no faster, and results come,
 # and are safe in the log, later.
 TOGETHER = 32 * CALL_ROWS
+CELLS = ("p_restored", "exact")  # fields of a result that are tables [T, L]
 LONG = 100_000  # rows from which an exact trace says how many there are, before it begins: a minute on a small model
 
 
@@ -133,14 +135,33 @@ def _traced(lm, facts, how: TraceSettings, answers, method, top, log, keep: Keep
 
         def make(group: Sequence[Task], first: int) -> dict[str, Tensor]:
             made = _trace_group(lm, list(group), how, method, top, backend, scaled(bar.advance, len(group)))
-            return {"results": json_tensor([result.to_record() for result in made])}
+            return _as_part(made)
 
         for group in in_groups(keep, "traces", tasks, lambda rest: groups(lm, rest, how), make, size=rows):
-            records = json_of(group.part["results"])
-            each = zip(records, (task.fact for task in group.items for _ in how.kinds), strict=True)
-            results += [replace(TraceResult.from_record(record), fact=fact) for record, fact in each]
-            lines.add(records, again=group.found)
+            new = _of_part(group.part, [task.fact for task in group.items for _ in how.kinds])
+            results += new
+            lines.add((result.to_record() for result in new), again=group.found)
             bar.resume(len(group.items) * group.found)
+    return results
+
+
+def _as_part(results: Sequence[TraceResult]) -> dict[str, Tensor]:
+    """Results as tensors, which take less than their lines of JSON; ``_of_part`` gives them back."""
+    # The records are of results without a layer: of the cells, tensors are kept.
+    bare = (replace(result, p_restored=result.p_restored[:, :0], exact=None) for result in results)
+    part = {"records": json_tensor([result.to_record() for result in bare])}
+    for name in CELLS:
+        cells = ((i, getattr(result, name)) for i, result in enumerate(results))
+        part |= {f"{name}-{i}": torch.from_numpy(table) for i, table in cells if table is not None}
+    return part
+
+
+def _of_part(part: dict[str, Tensor], facts: Sequence[Fact]) -> list[TraceResult]:
+    """The results that a part holds; facts: of each."""
+    results = []
+    for i, (record, fact) in enumerate(zip(json_of(part["records"]), facts, strict=True)):
+        cells = {name: part[key].numpy() for name in CELLS if (key := f"{name}-{i}") in part}
+        results.append(replace(TraceResult.from_record(record), fact=fact, **cells))
     return results
 
 

@@ -14,7 +14,8 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.jobs.values as values_module
-from kedit_fast.basics.parts import MANIFEST, Held, Parts, digest, keep_json, keep_whole, make_now, remove_parts
+from kedit_fast.basics.bits import digest
+from kedit_fast.basics.parts import MANIFEST, Held, Parts, keep_json, keep_whole, make_now, remove_parts
 from tests.conftest import close, tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments
 from tests.make import killed_at, watched

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -20,6 +20,7 @@ Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
 FORMAT, VERSION = "kedit_fast.run", 1
 PART = ".safetensors"
+_TAKEN = "{}: another run works there; wait for it, or name another folder"
 AGAIN = "delete it, and it is made again"
 
 
@@ -148,7 +149,7 @@ class Parts:
         there = self.folder.exists() and os.path.samestat(os.fstat(self._lock), os.stat(self.folder))
         if held is False or not there:  # not there: a run that ended has just removed it
             os.close(self._lock)
-            raise ValueError(f"{self.folder}: another run works there; wait for it, or name another folder")
+            raise ValueError(_TAKEN.format(self.folder))
 
     def _begin(self, asked: dict, anew: bool) -> None:
         path = self.folder / MANIFEST
@@ -296,10 +297,24 @@ def remove_parts(folder) -> None:
     Does nothing where there is none, or where a run works in it; what else lies there stays.
     """
     folder = Path(folder)
+    with _free(folder) as is_free:
+        if is_free:
+            _removed(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError where a run works in a folder."""
+    with _free(folder) as is_free:
+        if not is_free:
+            raise ValueError(_TAKEN.format(folder))
+
+
+@contextmanager
+def _free(folder: Path) -> Iterator[bool]:
+    """Whether no run works in a folder, nor begins to in this context; where there are no locks nobody knows."""
     lock = os.open(folder, os.O_RDONLY) if LOCKS and folder.is_dir() else None
     try:
-        if lock is None or locked(lock) is not False:
-            _removed(folder)
+        yield lock is None or locked(lock) is not False
     finally:
         if lock is not None:
             os.close(lock)
@@ -310,7 +325,7 @@ def _removed(folder: Path) -> None:
         for path in folder.iterdir():
             if path.suffix == PART or is_unfinished(path):
                 path.unlink(missing_ok=True)
-        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).unlink(missing_ok=True)
     with suppress(OSError):  # not there, or not ours alone
         folder.rmdir()
 

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kedit_fast.basics.catalog import SELF
@@ -116,7 +116,13 @@ def check_outputs(args, *options: str) -> list[Path | None]:
 def goes_on(args, *paths: Path) -> bool:
     """Whether an unfinished run of these files is there: what it has written of them it may replace."""
     given = getattr(args, "checkpoint", None)
-    return any(map(has_run, [Path(given).expanduser()] if given else map(run_folder, paths)))
+    if given:
+        return has_run(Path(given).expanduser())
+    folders = [run_folder(written_file(path)) for path in paths]
+    for folder in folders:
+        with suppress(OSError):  # not there, or not empty: else it is of a run that was killed at its very end
+            folder.rmdir()
+    return any(map(has_run, folders))
 
 
 def _paths_of(args, name: str) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kedit_fast.basics import ranks
 from kedit_fast.basics.files import folders_around, written_file, written_through
-from kedit_fast.basics.parts import OtherWork, check_checkpoint, remove_parts
+from kedit_fast.basics.parts import OtherWork, check_checkpoint, check_free, remove_parts
 from kedit_fast.basics.unfinished import has_run, run_folder
 from kedit_fast.sweep.kept import RunFolder
 
@@ -32,12 +32,14 @@ def run_of(args, *outputs: Path | None) -> RunFolder | None:
 def kept(run: RunFolder | None) -> Iterator[RunFolder | None]:
     """``checkpoint=`` for a block that does the work and writes its result: the run is removed when it ends.
 
-    After an error what is done stays. Raises ValueError where an unfinished run of other work is there; a
-    KeyboardInterrupt says how to go on.
+    After an error what is done stays. Raises ValueError where an unfinished run of other work is there, or a run is at
+    work, before any file of it is touched; a KeyboardInterrupt says how to go on.
     """
     if run is None:
         yield None
         return
+    with ranks.joint():
+        check_free(run.folder)
     with folders_around(run.folder):
         try:
             yield run

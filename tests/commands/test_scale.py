@@ -95,6 +95,9 @@ def test_the_same_command_goes_on_after_an_interruption(run, tmp_path, capsys):
         run("memit", FACTS, "-o", "one.safetensors")
     assert run("memit", FACTS[:2], "-o", "one.safetensors", "--force") == 0
     assert len(Edit.load("one.safetensors").facts) == 2 and not (tmp_path / "one.safetensors.run").exists()
+    (tmp_path / "one.safetensors.run").mkdir()  # killed at its very end
+    assert run("memit", FACTS[:2], "-o", "one.safetensors") == 2
+    assert "there already" in capsys.readouterr().err and not (tmp_path / "one.safetensors.run").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(run, tmp_path, capsys):

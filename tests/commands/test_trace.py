@@ -1,6 +1,7 @@
 """``kedit-fast trace``: what it says, draws and logs."""
 
 import kedit_fast as kf
+from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.trace import KINDS, read_log
 from tests.commands.cases import FACTS, ONE, files, run
 
@@ -51,3 +52,23 @@ def test_trace_options_arrive(model, work):
     assert screened[0].exact[:, :-1].sum() == screened[1].exact.sum() == 3
     assert run("trace", *ONE, "--corrupt", "England", "--model", model, "-o", "b") == 0
     assert read_log(work / "b" / "traces.jsonl")[0].noise is None
+
+
+def test_a_second_trace_is_refused_and_leaves_the_first_one_s_log(model, work, capsys, monkeypatch):
+    """While the first is at its second fact."""
+    args = ["trace", "--facts", "../facts.json", "--model", model, "--samples", "1", "--kinds", "state", "--plots", "0"]
+    assert run(*args, "-o", "alone") == 0
+    trace_group, said = tracing._trace_group, []
+
+    def meanwhile(*each):
+        if (work / "out" / "traces.jsonl").exists():
+            said.append((run(*args, "-o", "out", "--force"), capsys.readouterr().err))
+        return trace_group(*each)
+
+    monkeypatch.setattr(tracing, "TOGETHER", 1)
+    monkeypatch.setattr(tracing, "_trace_group", meanwhile)
+    assert run(*args, "-o", "out") == 0
+    ((status, shown),) = said
+    assert status == 2 and "traces.jsonl.run: another run works there; wait for it" in shown
+    assert (work / "out" / "traces.jsonl").read_bytes() == (work / "alone" / "traces.jsonl").read_bytes()
+    assert files(work / "out") == files(work / "alone")

@@ -330,9 +330,9 @@ def file_in(folder, name, source) -> Path:
     source: the file that the name stands in. Raises ValueError, naming it.
     """
     folder = Path(folder)
-    is_plain = isinstance(name, str) and name.strip(". ") and name.isprintable()
+    is_plain = isinstance(name, str) and name.strip(". ") and name.isprintable() and len(name.encode()) < 256
     if not is_plain or "/" in name or "\\" in name or re.match("[A-Za-z]:", name):
-        raise ValueError(f"{source} names the file {name!r}; expected a plain name of a file in {folder}")
+        raise ValueError(f"{source} names the file {checks.shown(name)}; expected a plain name of a file in {folder}")
     path = folder / name
     home, file = (Path(os.path.realpath(each)) for each in (folder, path))
     if file.is_relative_to(home) or (home.parent.name == "snapshots" and file.is_relative_to(home.parent.parent)):

@@ -13,7 +13,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import existing_folder, reading
 from kedit_fast.basics.settings import statistics_folder
-from kedit_fast.basics.words import not_text, ranges
+from kedit_fast.basics.words import brief, not_text, ranges
 from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.commands.parser import EDIT
@@ -223,7 +223,7 @@ def find_moments(lm: LM, folder, layers: Sequence[int]) -> dict[int, SecondMomen
     if missing:
         for path in sorted(folder.glob("*.pt")):
             refuse_pickled(path)
-        foreign = f"; it holds statistics of {', '.join(sorted(others))}" if others else ""
+        foreign = f"; it holds statistics of {brief(', '.join(sorted(others)))}" if others else ""
         raise ValueError(
             f"{folder} has no statistics of {lm.fingerprint} for layers {ranges(missing)}{foreign}. "
             f"`kedit-fast stats --layers {ranges(missing).replace(' ', '')} -o {folder}` measures them"

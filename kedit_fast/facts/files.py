@@ -84,8 +84,11 @@ def read_records(path, notes: Notes | None = None) -> Iterator[tuple[str, Any]]:
     read = _read_lines if ".jsonl" in path.suffixes[-2:] else _read_array
     found = False
     try:
-        with unpacked(path) if path.suffix == ".gz" else open(path, "rb") as raw:
-            for item in read(path, io.TextIOWrapper(raw, encoding="utf-8-sig"), notes):
+        with (
+            unpacked(path) if path.suffix == ".gz" else open(path, "rb") as raw,
+            io.TextIOWrapper(raw, encoding="utf-8-sig") as file,
+        ):
+            for item in read(path, file, notes):
                 found = True
                 yield item
     except UnicodeDecodeError as error:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Set
 from functools import partial
 from typing import NamedTuple
 
+from kedit_fast.basics.checks import shown
 from kedit_fast.basics.words import json_kind
 from kedit_fast.facts.files import Notes
 from kedit_fast.facts.subjects import as_template, folded, is_named
@@ -135,7 +136,7 @@ def _template(prompt, subject: str) -> tuple[str | list, str]:
         return as_template(_text("prompt", prompt), subject)
     last = prompt[-1] if prompt else None
     if not isinstance(last, dict) or not isinstance(last.get("content"), str):
-        raise ValueError(f"prompt: expected a string or messages with role and content, found {prompt!r}")
+        raise ValueError(f"prompt: expected a string or messages with role and content, found {shown(prompt)}")
     content, subject = as_template(last["content"], subject)
     return [*prompt[:-1], last | {"content": content}], subject
 
@@ -230,13 +231,13 @@ def _id(record, *keys):
 def _provenance(record):
     value = {} if record.get("provenance") is None else record["provenance"]
     if not isinstance(value, dict):
-        raise ValueError(f"provenance: expected an object with named fields, found {value!r}")
+        raise ValueError(f"provenance: expected an object with named fields, found {shown(value)}")
     return dict(value)
 
 
 def _text(key, value):
     if not isinstance(value, str):
-        raise ValueError(f"{key}: expected a string, found {value!r}")
+        raise ValueError(f"{key}: expected a string, found {shown(value)}")
     return value
 
 
@@ -252,10 +253,10 @@ def _target(value, key):
     """A target given as a string, {"str": ...}, or a list of answers, of which the first is meant; None if absent."""
     while isinstance(value, list | dict):
         if isinstance(value, dict) and "str" not in value:
-            raise ValueError(f"{key}: expected a string or an object with 'str', found {value!r}")
+            raise ValueError(f"{key}: expected a string or an object with 'str', found {shown(value)}")
         value = value["str"] if isinstance(value, dict) else (value[0] if value else None)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{key}: expected a string, found {value!r}")
+        raise ValueError(f"{key}: expected a string, found {shown(value)}")
     return value
 
 
@@ -267,12 +268,12 @@ def _prompts(record, key, answered: bool, notes: Notes) -> list[str | Question]:
     value = record.get(key)
     items = [value] if isinstance(value, str) else value or []
     if not isinstance(items, list):
-        raise ValueError(f"{key}: expected a list of prompts, found {value!r}")
+        raise ValueError(f"{key}: expected a list of prompts, found {shown(value)}")
     prompts = []
     for item in items:
         prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str):
-            raise ValueError(f"{key}: expected a string or an object with 'prompt', found {item!r}")
+            raise ValueError(f"{key}: expected a string or an object with 'prompt', found {shown(item)}")
         answer = _first_of(item, ANSWERS) if isinstance(item, dict) else None
         if answer is not None and not answered:
             notes.unused[f"{key}.answer"] += 1
@@ -296,7 +297,7 @@ def questions_of(value, key: str) -> list[Question]:
         return [question for each in value for question in questions_of(each, key)]
     if isinstance(value, dict) and not any(name in value for name in ASKED):
         if alone := [name for name in ANSWERS if name in value]:
-            raise ValueError(f"{key}: {value!r} has {alone[0]!r} and no 'prompt'; expected both")
+            raise ValueError(f"{key}: {shown(value)} has {alone[0]!r} and no 'prompt'; expected both")
         return [question for each in value.values() for question in questions_of(each, key)]
     record = {"prompt": value} if isinstance(value, str) else value
     prompts = _first_of(record, ASKED) if isinstance(record, dict) else None
@@ -305,7 +306,7 @@ def questions_of(value, key: str) -> list[Question]:
     else:
         answers = _answers_to(prompts, _first_of(record, ANSWERS), key)
     if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise ValueError(f"{key}: expected a prompt or an object with 'prompt' and 'answer', found {value!r}")
+        raise ValueError(f"{key}: expected a prompt or an object with 'prompt' and 'answer', found {shown(value)}")
     about = _follows_from(record, key)
     return [Question(p, _answer_to(p, a, key), about) for p, a in zip(prompts, answers, strict=True)]
 
@@ -326,14 +327,14 @@ def _answer_to(prompt: str, answer, key: str) -> str | None:
     while isinstance(answer, list):  # data sets list spellings; the first is meant
         answer = answer[0] if answer else None
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-        raise ValueError(f"{key}: the answer to {prompt!r} is {answer!r}; expected a text")
+        raise ValueError(f"{key}: the answer to {shown(prompt)} is {shown(answer)}; expected a text")
     return answer
 
 
 def _follows_from(record: dict, key: str) -> tuple[tuple[str, str], ...]:
     facts = record.get("follows_from") or []
     if not all(isinstance(fact, dict) and isinstance(fact.get("prompt"), str) for fact in _as_list(facts)):
-        raise ValueError(f"{key}: follows_from: expected objects with 'prompt' and 'subject', found {facts!r}")
+        raise ValueError(f"{key}: follows_from: expected objects with 'prompt' and 'subject', found {shown(facts)}")
     return tuple((folded(fact.get("subject") or ""), folded(fact["prompt"])) for fact in _as_list(facts))
 
 

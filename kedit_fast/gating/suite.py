@@ -197,12 +197,12 @@ def _texts(path: Path, name: str, record: dict) -> tuple[str, ...]:
 
 def _translation(entry: Any) -> Translation:
     if not isinstance(entry, dict):
-        raise ValueError(f"languages: expected objects, found {entry!r}")
+        raise ValueError(f"languages: expected objects, found {checks.shown(entry)}")
     try:
         return Translation(**entry)
     except TypeError:
         names = ", ".join(f.name for f in fields(Translation))
-        raise ValueError(f"languages: {entry!r} has not the fields of a translation ({names})") from None
+        raise ValueError(f"languages: {checks.shown(entry)} has not the fields of a translation ({names})") from None
 
 
 # ---- which fact is which

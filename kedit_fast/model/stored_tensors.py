@@ -21,6 +21,7 @@ from kedit_fast.basics.folders import pieces
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 INTEGERS = {"BOOL": torch.bool, "U8": torch.uint8} | {f"I{n}": getattr(torch, f"int{n}") for n in (8, 16, 32, 64)}
 SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | INTEGERS).items()}
+MOST_DIMS = 64  # numpy has no more
 LONGEST_HEADER = 100_000_000  # bytes, as the format has it
 
 
@@ -125,6 +126,8 @@ def stored_tensors(file) -> list[StoredTensor]:
 
 def _check_places(tensors: list[StoredTensor], end: int, size: int) -> None:
     for tensor in tensors:
+        if len(tensor.shape) > MOST_DIMS or not all(type(n) is int for n in (tensor.begin, tensor.size, *tensor.shape)):
+            raise ValueError(f"tensor {tensor.name!r} is of no shape, or lies nowhere")
         wanted = math.prod(tensor.shape) * SIZES[tensor.dtype] if tensor.dtype in SIZES else tensor.size
         if tensor.begin != end or tensor.size != wanted or min((tensor.size, *tensor.shape)) < 0:
             raise ValueError(f"tensor {tensor.name!r}: {tensor.size} bytes at {tensor.begin} of {tensor.shape}")

@@ -71,7 +71,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_whatever_is_saved_makes_its_folders_and_replaces_what_is_there(writer, tmp_path):
     path = tmp_path / "new" / "deep" / "file"
@@ -79,6 +78,7 @@ def test_whatever_is_saved_makes_its_folders_and_replaces_what_is_there(writer, 
     assert names(path.parent) == ["file"] and path.read_bytes() != b"old"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_the_mode_is_that_of_any_file(writer, umask, tmp_path):
     before = os.umask(umask)

@@ -26,6 +26,7 @@ BENCHES = {
     "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",
     "editors": "every editor, one fact at a time and many at once, on known CounterFact facts (50 minutes)",
     "ranks": "moments, traces, MEMIT and evaluation by one, two and four processes (15 minutes)",
+    "streamed": "a model of 3 GB under a hard limit of 1.1 GB against the same in memory (15 minutes)",
     "forms": "one edit asked plainly, behind a space, behind a line end and in a chat (10 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }
@@ -40,6 +41,7 @@ OPTIONS = {
     "mass": ["device"],
     "values": ["parts", "threads"],
     "editors": ["rows", "threads"],
+    "streamed": ["threads"],
     "forms": ["threads"],
     "edit": ["method", "n", "sets", "threads"],
 }

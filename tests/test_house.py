@@ -72,6 +72,7 @@ TESTED_IN = {
     "facts/test_formats.py": "facts/files",
     "gating/test_forms.py": "model/overlaid",
     "gating/test_judge.py": "gating/ask gating/questions gating/report gating/thresholds",
+    "jobs/test_values.py": "sweep/ascent",
     "kernels/test_dispatch.py": "basics/settings",
     "kernels/test_linear.py": "kernels/openblas",
     "model/test_opening.py": "model/folder",

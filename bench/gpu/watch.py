@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, record_function
 
 from bench.common import ROOT
 from bench.gpu.readings import CALLS, ON_GPU, PHASE, Profile
+from kedit_fast.jobs import values
 from kedit_fast.jobs.score import Score
-from kedit_fast.jobs.values import _Group
 from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.rows import RowTable
 from kedit_fast.tracing import exact
@@ -32,14 +32,15 @@ PHASES = {  # (where a phase's work is called from, its name there): what it is 
     (engine, "cut"): "packs cut",
     (RowTable, "grow"): "row table",
     (engine, "branch_rows"): "branch rows",
-    (engine._Pack, "_call"): "row index",
-    (engine._Pack, "_block"): "block, all but attention",
+    (engine.Pack, "_call"): "row index",
+    (engine.Pack, "_block"): "block, all but attention",
     (engine, "attention"): "attention",
     (Score, "at"): "head",
-    (_Group, "_declare"): "values: declared",
-    (_Group, "_base_sweep"): "values: base sweep",
-    (_Group, "_losses"): "values: loss",
-    (_Group, "_kl"): "values: KL",
+    (values._Pack, "_declare"): "values: declared",
+    (values, "ascend"): "values: way up",
+    (values, "descend"): "values: way down",
+    (values, "target_logprob"): "values: loss",
+    (values._Pack, "_kl"): "values: KL",
     (torch.Tensor, "backward"): "values: backward",
     (torch.optim.Adam, "step"): "values: Adam",
 }

@@ -21,7 +21,7 @@ from kedit_fast.jobs.values import ValueSettings, ValueTask, groups
 from kedit_fast.model.placement import Placement, place
 from kedit_fast.model.shape import Shape
 from kedit_fast.moments.corpus import LENGTH
-from kedit_fast.moments.second_moment import BATCH_TOKENS, TOKENS_PER_FEATURE, layer_groups
+from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, batch_tokens, layer_groups
 from kedit_fast.sweep.plan import RowCost, cut
 from kedit_fast.sweep.runs import RunList, Runs, add_sequences
 from kedit_fast.tracing import attribution, trace
@@ -267,7 +267,7 @@ def _stats(lm: Shape, n_facts: int, sampled: bool = True, share: float = 1.0) ->
         yield _generating(lm, "sampling text", -(-n_tokens // LENGTH), LENGTH - 1)
     layers = early_middle(lm.n_layers)
     parts, last = list(layer_groups(lm, layers)), layers[-1] + 1
-    passes = len(parts) * max(1, round(n_tokens / BATCH_TOKENS))
+    passes = len(parts) * -(-n_tokens // batch_tokens(n_tokens))
     flop = len(parts) * n_tokens * last * lm.layer_flop + len(layers) * n_tokens * lm.d_ff**2
     yield Step("second moments", passes * last, flop, held=4 * max(map(len, parts)) * lm.d_ff**2)
 

@@ -33,10 +33,16 @@ class Collect:
 
 
 class GraphRows:
-    """layer_out rows at places run [k], pos [k] of one layer, with their graph: ``take`` after a sweep with grad."""
+    """layer_out rows at places run [k], pos [k] of one layer, for a loss: ``take`` after a sweep with grad.
+
+    With their graph; or, on a way that goes down again (``sweep/ascent.py``), leaves whose gradients it begins with.
+    """
 
     def __init__(self, layer: int, run: Tensor, pos: Tensor):
-        self.layer, self.run, self.pos, self._parts = layer, run, pos, []
+        self.layer, self.run, self.pos = layer, run, pos
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._again: list[tuple[Tensor, Tensor]] = []
+        self._leaf: Tensor | None = None
 
     def sites(self, layer):
         return (Site.layer_out,) if layer == self.layer else ()
@@ -49,14 +55,32 @@ class GraphRows:
         picked = x[row.to(x.device)]
         if not call.again:
             self._parts.append((which, picked))
+        elif self._leaf is not None:
+            self._again.append((which, picked))
         return None
 
     def take(self) -> Tensor:
         """The rows [k, d], given away: a layer that the backward pass runs again holds its jobs, so a job that still
         held their graph would be in a circle that no garbage collector sees."""
         parts, self._parts = self._parts, []
-        order = torch.cat([which for which, _ in parts]).argsort()
-        return torch.cat([x for _, x in parts])[order.to(parts[0][1].device)]
+        rows = _joined(parts)
+        if not rows.requires_grad:
+            self._leaf = rows.requires_grad_()
+        return rows
+
+    def back(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """(the rows once more, with their graph; the gradient of those taken), in their layer on the way down."""
+        if layer != self.layer or self._leaf is None:
+            return None, None
+        again, self._again = self._again, []
+        leaf, self._leaf = self._leaf, None
+        return _joined(again), leaf.grad
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows of several calls in the order of their places."""
+    order = torch.cat([which for which, _ in parts]).argsort()
+    return torch.cat([x for _, x in parts])[order.to(parts[0][1].device)]
 
 
 def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor, advance=None) -> dict[int, Tensor]:

@@ -7,6 +7,7 @@ below does not change: it is computed once. After each step every entry of Δ ma
 2020, arXiv:2012.00363: fine-tuning with ||W - W_0||_inf bounded).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from kedit_fast.jobs.finite import check_losses
 from kedit_fast.jobs.score import continuation_places
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
-from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
 from kedit_fast.sweep.runs import RunList, Runs, add_sequences, spans
 from kedit_fast.sweep.sites import Site
@@ -105,7 +106,9 @@ class _Tuning:
     def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings):
         self.lm, self.settings, self.n_tasks = lm, settings, len(tasks)
         size = settings.batch_size
-        budget, rows = _budget(lm, tasks, settings)
+        self.budget, rows = _budget(lm, tasks, settings)
+        shared = self.budget if lm.source.in_memory or lm.source.beside else self.budget // 2  # the other half waits
+        budget = shared if len(tasks) > 1 else self.budget
         cuts = [
             list(_cut(lm, tasks, range(i, min(i + size, len(tasks))), settings, budget))
             for i in range(0, len(tasks), size)
@@ -124,29 +127,37 @@ class _Tuning:
                 losses.append(sum(self._step(batch, step) for batch in self.batches) / self.n_tasks)
                 bar.advance(1, f"loss {losses[-1]:.3f}")
         with torch.no_grad():
-            nll = torch.cat([self._final(pack) for batch in self.batches for pack in batch])
+            nll = torch.cat([nll for batch in self.batches for _, found in self._read(batch) for nll in found])
         return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
-
-    def _final(self, pack: "_Pack") -> Tensor:
-        nll = pack.nll(self.deltas)
-        pack.check(nll)
-        return nll.cpu()
 
     def _step(self, batch: list["_Pack"], step: int) -> float:
         """One Adam step on a batch; gives its summed loss before it, in nats."""
         n = sum(len(pack) for pack in batch)
         total = 0.0
         self.adam.zero_grad()
-        for pack in batch:
-            nll = pack.nll(self.deltas)
-            pack.check(nll.detach(), step)
-            total += float(nll.detach().double().sum())
+        for ascents, found in self._read(batch, step):
+            total += float(sum(nll.detach().double().sum() for nll in found))
             # of several packs, whether the batch is done is known after the last: its gradients are then left unused
             if len(batch) > 1 or total / n >= STOP_BELOW:
-                (nll.sum() / n).backward()
+                for nll in found:
+                    (nll.sum() / n).backward()
+                descend(self.lm, ascents)
         if total / n >= STOP_BELOW:
             self._update()
         return total
+
+    def _read(self, batch: list["_Pack"], step: int | None = None) -> Iterator[tuple[list[Ascent], list[Tensor]]]:
+        """The losses [tasks] of a batch's packs, with their graph where autograd is on: pack by pack, or of as many
+        side by side as may wait where layers come in turns. step: None in the end"""
+        side = self.lm.source.beside or self.budget // 2
+        for some in together(batch, lambda pack: pack.waiting_bytes, 0 if self.lm.source.in_memory else side):
+            going = [pack.going_up(self.deltas) for pack in some]
+            ascents = [ascent for ascent, _ in going]
+            ascend(self.lm, ascents)
+            found = [pack.nll(top) for pack, (_, top) in zip(some, going, strict=True)]
+            for pack, nll in zip(some, found, strict=True):
+                pack.check(nll.detach(), step)
+            yield ascents, found
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -184,16 +195,25 @@ class _Pack:
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def nll(self, deltas: dict[int, Tensor]) -> Tensor:
-        """[tasks] nats, the mean over each task's target tokens; with its graph where autograd is on."""
+    @property
+    def waiting_bytes(self) -> float:
+        """Of rows that wait while other packs are on a layer; infinite for a pack that has to be alone."""
+        if self.recompute:
+            return math.inf
+        rows, n_layers = int(self.runs.n_rows.sum()), self.lm.n_layers - min(self.settings.layers)
+        return rows * n_layers * self.lm.d_model * self.lm.dtype.itemsize
+
+    def going_up(self, deltas: dict[int, Tensor]) -> tuple[Ascent, GraphRows]:
+        """Its way up, and the rows that are read there."""
         lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
         h = _on(lm.device, self.h if self.keeps else _entering(lm, self.runs, min(deltas)))
-        sweep(
-            lm, self.runs, [_Tune(deltas), top], first_layer=min(deltas), h=h, grad=torch.is_grad_enabled(),
-            recompute=self.recompute,
-        )  # fmt: skip
-        with frozen(lm.model):
-            log_p = target_logprob(top.take(), lm.fusable_head, self.targets, lm.n_vocab)
+        how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute}
+        return Ascent(self.runs, [_Tune(deltas), top], grad=torch.is_grad_enabled(), **how), top
+
+    def nll(self, top: GraphRows) -> Tensor:
+        """[tasks] nats, the mean over each task's target tokens."""
+        with frozen(self.lm.model):
+            log_p = target_logprob(top.take(), self.lm.fusable_head, self.targets, self.lm.n_vocab)
         share = -log_p * self.weight.to(log_p)
         return share.new_zeros(len(self)).index_add(0, self.task.to(share.device), share)
 

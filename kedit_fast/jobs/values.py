@@ -9,8 +9,10 @@ at the subject's last token of "{subject} is a", and δ acts there too. Deltas o
 is exact. Everything before the lookup token and below the layer is computed once.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from kedit_fast.jobs.collect import Collect, GraphRows
 from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
-from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.kept import in_groups
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
 from kedit_fast.sweep.rows import KVStore
@@ -89,6 +91,9 @@ def optimize_values(
     ``steps`` sweeps of the upper layers a group. A fact too large for the memory takes as many sweeps a step as its
     contexts have to be cut into. No randomness.
 
+    Where layers come in turns, the packs of a group go up and down side by side: a step is two passes over the weights
+    of the upper layers, for as many facts as there is room for rows that wait.
+
     keep, name: each group is a part of the work kept under that name (``in_groups``)
     Raises ValueError where the model or a loss gives NaN or infinity; for a loss with the fact's number and name and
     the step; and, with the bytes needed, where a fact does not fit however it is cut.
@@ -100,7 +105,7 @@ def optimize_values(
             return held_bytes(lm, task, settings)
 
         def make(group: Sequence[ValueTask], first: int) -> dict[str, Tensor]:
-            return vars(_Group(lm, list(group), settings, first).optimize(bar))
+            return _side_by_side(lm, list(group), settings, first, bar)
 
         for group in in_groups(keep, name, tasks, lambda rest: groups(lm, rest, settings), make, size=size):
             parts.append(group.part)
@@ -111,8 +116,39 @@ def optimize_values(
 
 
 def groups(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
-    """Consecutive facts that fit ``lm.memory`` together; one that is too large stands alone."""
-    return together(tasks, lambda task: held_bytes(lm, task, settings), lm.memory)
+    """Consecutive facts that are held together; one that is too large stands alone."""
+    if lm.source.in_memory:
+        return together(tasks, lambda task: held_bytes(lm, task, settings), lm.memory)
+    return together(tasks, lambda task: _waiting_bytes(lm, task, settings), lm.source.beside or lm.memory // 2)
+
+
+def packs(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
+    """The facts of a group in packs that are on a layer together; all of them where layers are in memory."""
+    room = lm.memory if lm.source.in_memory or lm.source.beside else lm.memory // 2
+    if lm.source.in_memory or len(tasks) == 1:
+        return iter([list(tasks)])
+    return together(tasks, lambda task: _passing_bytes(lm, task, settings), room)
+
+
+def _side_by_side(lm, tasks: list[ValueTask], settings: ValueSettings, first: int, bar) -> dict[str, Tensor]:
+    """The values of a group, as a part of the work: its packs take each way up and each way down together."""
+    cut, at = list(packs(lm, tasks, settings)), first
+    work = {}
+    for number, some in enumerate(cut):
+        work[number] = _Pack(lm, some, settings, at).work(bar)
+        at += len(some)
+    found: dict[int, dict[str, Tensor]] = {}
+    asked = {number: next(each) for number, each in work.items()}
+    while asked:
+        ascend(lm, [one for one in asked.values() if not one.is_up])
+        descend(lm, [one for one in asked.values() if one.goes_down])
+        for number in list(asked):
+            try:
+                asked[number] = next(work[number])
+            except StopIteration as done:
+                found[number] = vars(done.value)
+                del asked[number]
+    return {key: torch.cat([found[number][key] for number in sorted(found)]) for key in found[0]}
 
 
 class _AddValue:
@@ -132,8 +168,11 @@ class _AddValue:
         return x.index_add(0, row.to(x.device), self.delta[self.fact[which].to(x.device)].to(x.dtype))
 
 
-class _Group:
-    """The facts of one pack, from the base sweep to their values. first: the number of the first of them."""
+class _Pack:
+    """The facts of one pack, from the base sweep to their values. first: the number of the first of them.
+
+    ``work`` gives each sweep that it wants next, so that packs can be swept side by side.
+    """
 
     def __init__(self, lm, tasks: list[ValueTask], settings: ValueSettings, first: int = 0):
         self.lm, self.tasks, self.settings, self.first = lm, tasks, settings, first
@@ -141,10 +180,9 @@ class _Group:
         into_stream = settings.site is Site.layer_out or lm.family.post_norm is None
         self.above = into_stream and settings.layer < settings.loss_layer
         self.begin = settings.layer + self.above
-        self.store = KVStore(from_layer=self.begin)
+        self.store = KVStore(from_layer=self.begin, on_host=lm.source.beside > 0)
         self.parts, self.recompute = parts(lm, tasks, settings)
         self._declare()
-        self._base_sweep()
 
     def _declare(self) -> None:
         """Every (fact, context) and every KL prompt as one list of sequences, with what is read of each.
@@ -170,7 +208,7 @@ class _Group:
         self.kl_index = torch.where(inside, self.bare, own)
         self.has_rows = torch.ones(len(self.sequences), dtype=torch.bool).index_fill_(0, own[inside], False)
 
-    def _base_sweep(self) -> None:
+    def _base_sweep(self) -> Iterator[Ascent]:
         """Keys, values and rows of every sequence from the layer on; the initial values; p_0 of the KL prompts."""
         lm, settings = self.lm, self.settings
         runs = RunList()
@@ -178,7 +216,7 @@ class _Group:
         self.base = runs.runs()
         initial = Collect(settings.site, [settings.layer], self.number[self.bare], self.lookup[self.bare])
         essence = Collect(Site.layer_out, [lm.n_layers - 1], self.number[self.is_essence], self.lookup[self.is_essence])
-        sweep(lm, self.base, [initial, essence], keep=self.store)
+        yield Ascent(self.base, [initial, essence], keep=self.store)
         self.initial = initial.values[settings.layer].to(wide(lm.dtype))
         essence_h = essence.values[lm.n_layers - 1]
         with torch.no_grad():
@@ -187,7 +225,9 @@ class _Group:
             raise not_finite(lm, f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts")
         check_answers(lm, self.log_p0.amax(-1), lambda i: self.tasks[i].essence)
 
-    def optimize(self, bar) -> Values:
+    def work(self, bar) -> Generator[Ascent, None, Values]:
+        """Its sweeps, one after the other; the values in the end."""
+        yield from self._base_sweep()
         settings, n = self.settings, len(self.tasks)
         delta = torch.zeros_like(self.initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=settings.lr)
@@ -198,7 +238,7 @@ class _Group:
         for step in range(settings.steps):
             adam.zero_grad()
             is_last = step + 1 == settings.steps
-            part_nll, part_loss = self._all_losses(active, delta, is_last)
+            part_nll, part_loss, ascent = yield from self._all_losses(active, delta, is_last)
             # a value that is NaN would go into the edit, and from there into every row
             names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
             check_losses(self.lm, part_loss.detach(), names, f"at step {step + 1} of {settings.steps}")
@@ -211,8 +251,8 @@ class _Group:
             if not active.any():
                 break
             kept = delta.detach().clone()
-            if part_loss.requires_grad:
-                part_loss.sum().backward()
+            if ascent is not None:
+                yield from _back(part_loss, ascent)
             adam.step()
             with torch.no_grad():
                 still = ~active.to(delta.device)
@@ -220,24 +260,23 @@ class _Group:
                 delta *= (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return Values((self.initial + delta.detach()), self.initial, steps, loss, nll)
 
-    def _all_losses(self, active: Tensor, delta: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
-        """(-log p of the target, whole loss) [active facts] in nats: with their graph, or, where the sequences are cut
-        into parts, with δ's gradient from all of them (in the last step nobody needs it)."""
+    def _all_losses(self, active: Tensor, delta: Tensor, is_last: bool) -> Generator[Ascent, None, "_Losses"]:
+        """The losses: with their graph, or, where the sequences are cut into parts, with δ's gradient from all of them
+        (in the last step nobody needs it) and no ascent."""
         if len(self.parts) == 1:
-            return self._losses(active, delta, self.parts[0])
+            return (yield from self._losses(active, delta, self.parts[0]))
         nll = loss = 0
         for part in self.parts:
             if not self.has_rows[part.start : part.stop].any():
                 continue
-            part_nll, part_loss = self._losses(active, delta, part)
+            part_nll, part_loss, ascent = yield from self._losses(active, delta, part)
             if not is_last:
-                part_loss.sum().backward()
+                yield from _back(part_loss, ascent)
             nll, loss = nll + part_nll.detach(), loss + part_loss.detach()
-        return nll, loss
+        return _Losses(nll, loss, None)
 
-    def _losses(self, active: Tensor, delta: Tensor, part: range) -> tuple[Tensor, Tensor]:
-        """(-log p of the target, whole loss) [active facts] in nats, with their graph, as far as these sequences make
-        them."""
+    def _losses(self, active: Tensor, delta: Tensor, part: range) -> Generator[Ascent, None, "_Losses"]:
+        """The losses with their graph, as far as these sequences make them."""
         lm, settings = self.lm, self.settings
         here = torch.zeros(len(self.sequences), dtype=torch.bool)
         here[part.start : part.stop] = True
@@ -255,20 +294,18 @@ class _Group:
         top = GraphRows(settings.loss_layer, *place)
         kl_top = GraphRows(lm.n_layers - 1, number[kl], self.lookup[kl])
         jobs, last = ([*adding, top, kl_top], None) if len(kl) else ([*adding, top], settings.loss_layer)
-        sweep(
-            lm, runs, jobs, first_layer=self.begin, last_layer=last, h=h, store=self.store, grad=True,
-            recompute=self.recompute,
-        )  # fmt: skip
+        how = {"first_layer": self.begin, "last_layer": last, "h": h, "store": self.store, "recompute": self.recompute}
+        yield (ascent := Ascent(runs, jobs, grad=True, **how))
         with torch.enable_grad(), frozen(lm.model):
             log_p = target_logprob(top.take(), lm.fusable_head, target, lm.n_vocab)
             nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
             if not len(kl):
-                return nll[active], nll[active]
+                return _Losses(nll[active], nll[active], ascent)
             kl = self._kl(kl_top.take(), kl_here)
             decay = (delta.norm(dim=1) / self.initial.norm(dim=1).square())[kl_here.to(delta.device)]
             rest = settings.kl_factor * kl + settings.weight_decay * decay
             total = nll.index_add(0, kl_here.nonzero()[:, 0].to(nll.device), rest)
-        return nll[active], total[active]
+        return _Losses(nll[active], total[active], ascent)
 
     def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor, Tensor]:
         """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;
@@ -286,7 +323,7 @@ class _Group:
         which, pos = spans(self.lookup[chosen], length)
         run = base[which]
         numbers = torch.full((len(self.sequences),), -1).index_copy_(0, chosen, number)
-        h = self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach()
+        h = self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach().to(self.lm.device)
         return runs.runs(), h, numbers, count.cumsum(0) - count
 
     def _target_places(self, chosen: Tensor, number: Tensor):
@@ -302,6 +339,22 @@ class _Group:
         return (log_p.exp() * (log_p - self.log_p0[active.to(h.device)])).sum(-1)
 
 
+class _Losses(NamedTuple):
+    """(-log p of the target, whole loss) [active facts] in nats, and the ascent that they were read of."""
+
+    nll: Tensor
+    whole: Tensor
+    ascent: Ascent | None
+
+
+def _back(loss: Tensor, ascent: Ascent) -> Iterator[Ascent]:
+    """Gradients of δ: by autograd, and then down the layers where these come in turns."""
+    if loss.requires_grad:
+        loss.sum().backward()
+        ascent.goes_down = True
+        yield ascent
+
+
 # ---- what fits the memory
 
 
@@ -313,6 +366,22 @@ def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     rows and of the KL row.
     """
     return _stored_bytes(lm, task, settings) + _step_bytes(lm, task, settings, range(len(task.sequences) + 1))
+
+
+def _waiting_bytes(lm, task: ValueTask, settings: ValueSettings) -> float:
+    """Of one fact where layers come in turns: what waits while other packs are on a layer. Infinite for a fact that is
+    too large to share the memory: it stands alone."""
+    rows = sum(len(s) - k + len(task.target) - 1 for s, k in zip(task.sequences, task.lookups, strict=True)) + 1
+    entering = (lm.n_layers - settings.layer) * rows * lm.d_model * lm.dtype.itemsize
+    alone = _passing_bytes(lm, task, settings) > lm.memory // 2
+    return math.inf if alone else _stored_bytes(lm, task, settings) + entering
+
+
+def _passing_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
+    """Of one fact where layers come in turns: what its pack holds while it is on a layer, or reads its losses."""
+    waiting = (lm.n_layers - settings.layer) * lm.d_model * lm.dtype.itemsize
+    rows = sum(len(s) - k + len(task.target) - 1 for s, k in zip(task.sequences, task.lookups, strict=True)) + 1
+    return _step_bytes(lm, task, settings, range(len(task.sequences) + 1)) - waiting * rows
 
 
 def _stored_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:

@@ -21,13 +21,14 @@ from kedit_fast.model.source import DEFAULT_MEMORY
 SLOTS = 2  # layers in the ring: the one that computes, and the one on its way
 WEIGHTS_SHARE = 0.75  # of the memory that weights may take: the rest is to work in
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-HOST_SHARE = 0.8  # of host memory that layers may take
+HOST_SHARE, BESIDE = 0.8, 0.15  # of host memory that layers may take, and rows that wait
 
 
 @dataclass(frozen=True)
 class Placement:
     """source: "resident", "host" or "disk"; memory: bytes on the device for all, None: no limit was given;
-    weights: of them for weights; work: for sweeps (``LM.memory``); keep: layers that stay beside the ring"""
+    weights: of them for weights; work: for sweeps (``LM.memory``); keep: layers that stay beside the ring;
+    beside: bytes of host memory in which rows may wait"""
 
     shape: Shape
     source: str
@@ -35,6 +36,7 @@ class Placement:
     weights: int
     work: int
     keep: int = 0
+    beside: int = 0
 
     @property
     def pass_bytes(self) -> int:
@@ -91,11 +93,12 @@ def place(shape: Shape, memory: int | None, device: torch.device, host: int | No
             "a quarter of it to work in"
         )
     host = host_memory() if host is None else host
+    beside = 0 if device.type == "cpu" else int(BESIDE * (host or 0))
     if device.type == "cpu" or host is None or sum(shape.layers) > HOST_SHARE * host:
-        return Placement(shape, "disk", memory, weights, memory - weights)
+        return Placement(shape, "disk", memory, weights, memory - weights, beside=beside)
     keep = min((memory // 2 - weights) // largest, shape.n_layers) if memory // 2 > weights else 0
     weights += keep * largest
-    return Placement(shape, "host", memory, weights, memory - weights, keep)
+    return Placement(shape, "host", memory, weights, memory - weights, keep, beside)
 
 
 def host_memory() -> int | None:

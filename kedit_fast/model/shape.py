@@ -51,6 +51,7 @@ class OnPaper:
 
     in_memory: bool = True
     pass_bytes: int = 0
+    beside: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Source(Protocol):
     in_memory: whether all weights stand in memory all the time: only then can an edit be written into them, and may
         autograd keep those that it multiplied by
     pass_bytes: what a pass over all layers reads from somewhere slower; 0: passes cost nothing to repeat
+    beside: bytes of host memory in which rows may wait meanwhile; 0: rows wait where they are computed
     """
 
     name: str
@@ -26,6 +27,9 @@ class Source(Protocol):
 
     @property
     def pass_bytes(self) -> int: ...
+
+    @property
+    def beside(self) -> int: ...
 
     def expect(self, order: Iterable[int]) -> None:
         """The layers that will be called, in their order: one that reads them from somewhere slower reads ahead."""
@@ -49,7 +53,7 @@ class Source(Protocol):
 class Resident:
     """The layers of a loaded model, as they are; weights are views of its parameters."""
 
-    name, in_memory, pass_bytes = "resident", True, 0
+    name, in_memory, pass_bytes, beside = "resident", True, 0, 0
 
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, layers_of(model)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kedit_fast.model.family import family_of, is_conv1d, layers_of, projection
-from kedit_fast.model.placement import SLOTS
+from kedit_fast.model.placement import BESIDE, SLOTS, host_memory
 from kedit_fast.model.source import hidden
 
 ALIGN = 256  # bytes: where tensors begin in a buffer, so that products choose the kernels that they choose otherwise
@@ -68,6 +68,11 @@ class Streamed(ABC):
     @abstractmethod
     def pass_bytes(self) -> int:
         """What a pass over all layers reads."""
+
+    @property
+    def beside(self) -> int:
+        """Bytes of host memory in which rows may wait, beside layers that lie there."""
+        return 0 if self.device.type == "cpu" else int(BESIDE * (host_memory() or 0))
 
     @abstractmethod
     def rows(self, layer: int, name: str, index: tuple) -> Tensor:

@@ -231,7 +231,7 @@ def _collected(lm, layers, text: Corpus, cache_dir: Path | None, keep, bar) -> d
     sums = _Sums(lm, layers, text, cache_dir, keep)
     held = sum(total.nbytes for total in sums.by_layer.values())
     bar.resume(sums.n_done)
-    for batch in together(text.windows[sums.n_windows :], len, _batch_tokens(lm, text.n_tokens)):
+    for batch in together(text.windows[sums.n_windows :], len, batch_tokens(text.n_tokens)):
         mine, runs, advance = ranks.mine([*map(len, batch)]), RunList(), scaled(bar.advance, sum(map(len, batch)))
         for i in mine:
             runs.add(batch[i])
@@ -243,12 +243,10 @@ def _collected(lm, layers, text: Corpus, cache_dir: Path | None, keep, bar) -> d
     return sums.finish()
 
 
-def _batch_tokens(lm, n_tokens: int) -> int:
-    """Tokens a sweep of each rank, for all of them. Weights in memory cost nothing to pass again: then little work is
-    cut as well, to keep parts."""
+def batch_tokens(n_tokens: int) -> int:
+    """Tokens a sweep of each rank, for all of them: the same for weights in memory and on disk, whose sums are then the
+    same bits. Little work is cut as well, to keep parts."""
     n = ranks.n_ranks()
-    if lm.source.pass_bytes:
-        return BATCH_TOKENS * n
     return min(BATCH_TOKENS * n, max(LEAST_TOKENS * n, n_tokens // PARTS))
 
 

@@ -6,7 +6,7 @@ at which sites of which layers it reads or writes; it knows rows, not facts, and
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kedit_fast.kernels.attention import attention
 from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
-from kedit_fast.sweep.rows import Call, KVStore, RowTable
+from kedit_fast.sweep.rows import Call, KVStore, RowTable, on_host
 from kedit_fast.sweep.runs import Runs
 from kedit_fast.sweep.sites import INSIDE, Site
 
@@ -80,8 +80,7 @@ def sweep(
     if keep is not None and store is not None:
         raise ValueError("a sweep reads a store or keeps one, not both")
     whole = grad or h is not None or store is not None or keep is not None
-    everything = torch.arange(len(runs))
-    cuts = [everything] if whole else cut(runs, RowCost.of(lm), lm.memory, held + runs.nbytes)
+    cuts = [torch.arange(len(runs))] if whole else cut(runs, RowCost.of(lm), lm.memory, held + runs.nbytes)
 
     def taken(which: Tensor) -> Runs:  # one pack at a time: all of them would be the runs' tables once more
         return runs if len(which) == len(runs) else runs.take(which)
@@ -94,20 +93,22 @@ def sweep(
         for which in cuts:
             number = torch.full((len(runs),), -1)
             number[which] = torch.arange(len(which))
-            pack = _Pack(lm, taken(which), number, jobs, store, slots, keep)
+            pack = Pack(lm, taken(which), number, jobs, store, slots, keep)
             pack.recomputes = grad and (recompute or not lm.source.in_memory)
             for rows in pack.run(first_layer, last_layer, h):
                 if advance is not None:
                     advance(rows / work)
 
 
-class _Pack:
-    """One pack on its way up."""
+class Pack:
+    """One pack on its way up, and down again where what enters its layers is waiting (``ascent.py``)."""
 
     def __init__(self, lm, runs, number, jobs, store, slots, keep):
         self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
         self.store, self.slots, self.keep = store, slots, keep
         self.again = self.recomputes = False
+        self.waiting: list[_Entering] | None = None
+        self.start = self.grad = None  # rows that the pack was given, with their graph; gradient of those on their way
         self.room = room(lm)
         self.n_positions = int(runs.length.max()) if len(runs) else 0
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
@@ -119,11 +120,14 @@ class _Pack:
         for layer in range(first, last + 1):
             source = table.grow(layer)
             if layer == first:
-                h = self._embed(table, source) if h is None else _in_table_order(h, table)
+                h = self._embed(table, source) if h is None else self._begun(h, table)
             elif len(source):
                 h = branch_rows(h, source.to(h.device))
-            if self.keep is not None and layer == self.keep.from_layer:
-                self.keep.h = h
+            if self.keep is not None:
+                self.keep.enter(layer, h)
+            if self.waiting is not None:
+                waits = on_host(h) if self.lm.source.beside else h
+                self.waiting.append(_Entering(layer, waits, table.at_layer(layer), layer == last))
             h = (self._recomputed if self.recomputes else self._layer)(layer, h, table, layer == last)
             yield len(table)
         if self.keep is not None:
@@ -140,6 +144,28 @@ class _Pack:
         if (source >= 0).any():
             x = x[origin.to(x.device)]
         return self.lm.add_positions(x, table.pos)
+
+    def _begun(self, h: Tensor, table: RowTable) -> Tensor:
+        """Rows h [rows, d] as the table has them; on a way that goes down again they stay behind with their graph."""
+        if self.waiting is None:
+            return table.ordered(h)
+        with torch.enable_grad():
+            self.start = table.ordered(h)
+        return self.start.detach()
+
+    def back(self) -> None:
+        """Takes the gradients down through the highest layer that waits: it runs again, as it ran before."""
+        layer, h, table, is_last = self.waiting.pop()
+        h = h.to(self.lm.device, non_blocking=True).requires_grad_()
+        self.again = True
+        out = self._layer(layer, h, table, is_last)
+        self.again = False
+        ends = [(out, self.grad), *(job.back(layer) for job in self.jobs if hasattr(job, "back"))]
+        if ends := [end for end in ends if end[1] is not None]:
+            torch.autograd.backward(*zip(*ends, strict=True))
+        self.grad = h.grad
+        if not self.waiting and self.grad is not None and self.start is not None and self.start.requires_grad:
+            self.start.backward(self.grad)
 
     # ---- one layer
 
@@ -280,6 +306,15 @@ class _Pack:
         return next((site for site in reversed(INSIDE) if site in read), None)
 
 
+class _Entering(NamedTuple):
+    """The rows h [rows, d] that entered a layer."""
+
+    layer: int
+    h: Tensor
+    table: RowTable
+    is_last: bool
+
+
 class _Attend:
     """The attention of one call: writes the call's keys and values to their slots, then reads through the row table."""
 
@@ -299,16 +334,6 @@ class _Attend:
             query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap,
             room=self.room,
         )  # fmt: skip
-
-
-def _in_table_order(h: Tensor, table: RowTable) -> Tensor:
-    """Rows h [rows, d] in declared order as the table has them: a trie's children stand behind all their parents."""
-    if len(h) != len(table):
-        raise ValueError(
-            f"h has {len(h)} rows and these runs own {len(table)} in their first layer; expected one for each"
-        )
-    order = (table.run * table.key_rows.shape[1] + table.pos).argsort()
-    return h[order.argsort().to(h.device)]
 
 
 def _pick(h: Tensor, index: Tensor) -> Tensor:

@@ -54,6 +54,18 @@ class RowTable:
             made.key_rows = self.key_rows.clone()
         return made
 
+    def ordered(self, h: Tensor) -> Tensor:
+        """Rows h [rows, d] in declared order as the table has them: a trie's children stand behind all their parents.
+
+        Raises ValueError for another number of rows.
+        """
+        if len(h) != len(self):
+            raise ValueError(
+                f"h has {len(h)} rows and these runs own {len(self)} in their first layer; expected one for each"
+            )
+        order = (self.run * self.key_rows.shape[1] + self.pos).argsort()
+        return h[order.argsort().to(h.device)]
+
     def _inherit(self, born: Tensor) -> None:
         parent = self.runs.parent[born]
         child = born[parent >= 0]
@@ -105,10 +117,11 @@ class KVStore:
     """Slots of keys and values by layer. ``table`` [runs, T] says which slot holds position t of run r.
 
     from_layer: keys and values are kept from this layer on, and ``h`` [size, d] is what its rows were on entering it
+    on_host: whether they wait there, and come to the device in each sweep
     """
 
-    def __init__(self, from_layer: int = 0, table: Tensor | None = None, size: int = 0):
-        self.from_layer, self.table, self.size = from_layer, table, size
+    def __init__(self, from_layer: int = 0, table: Tensor | None = None, size: int = 0, on_host: bool = False):
+        self.from_layer, self.table, self.size, self.on_host = from_layer, table, size, on_host
         self.h: Tensor | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -121,18 +134,33 @@ class KVStore:
     def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keeps one layer's keys and values [slots, Hkv, D]."""
         if layer >= self.from_layer:
-            self._kept[layer] = keys.detach(), values.detach()
+            self._kept[layer] = self._kept_as(keys), self._kept_as(values)
+
+    def enter(self, layer: int, h: Tensor) -> None:
+        """Keeps the rows that enter the first layer that is kept."""
+        if layer == self.from_layer:
+            self.h = self._kept_as(h)
+
+    def _kept_as(self, x: Tensor) -> Tensor:
+        return on_host(x.detach()) if self.on_host else x.detach()
 
     def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of it stand behind."""
         kept = self._kept.get(layer)
-        if kept is None or len(kept[0]) < self.size + n:
+        if kept is None or self.on_host or len(kept[0]) < self.size + n:
             # zeros, not empty: a slab's later slots are gathered with the others and only then masked
             grown = tuple(like.new_zeros(self.size + n, *shape) for _ in range(2))
             for new, old in zip(grown, kept or (), strict=False):
-                new[: len(old)] = old
+                new[: len(old)].copy_(old, non_blocking=True)
+            if self.on_host:
+                return grown
             self._kept[layer] = kept = grown
         return kept[0].detach(), kept[1].detach()
+
+
+def on_host(x: Tensor) -> Tensor:
+    """A copy in host memory that waits there; whoever reads it on the host waits for the device first."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu").copy_(x, non_blocking=True)
 
 
 @dataclass(frozen=True)

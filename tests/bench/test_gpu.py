@@ -277,13 +277,13 @@ def traced():
 
 def test_calls_have_the_size_that_is_asked_for(traced, monkeypatch):
     ours, facts = traced
-    block, sizes = engine._Pack._block, []
+    block, sizes = engine.Pack._block, []
 
     def seen(pack, layer, h, call, *args, **options):
         sizes.append(len(call.index))
         return block(pack, layer, h, call, *args, **options)
 
-    monkeypatch.setattr(engine._Pack, "_block", seen)
+    monkeypatch.setattr(engine.Pack, "_block", seen)
     usual = ours(facts)[0].p_restored
     largest = max(sizes)
     sizes.clear()

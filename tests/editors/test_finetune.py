@@ -17,7 +17,8 @@ from kedit_fast.edits.deltas import Dense
 from kedit_fast.facts.tokens import answer_tokens, fact_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.source import Resident
-from tests.conftest import close, open_tiny, refused, tiny_lm
+from kedit_fast.sweep import ascent
+from tests.conftest import close, disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors.cases import FACTS, MODULE_PATHS, left_as_it_was, make_exact, named, oracle_facts, relative, written
 from tests.editors.test_editor import complaints
 from tests.editors.test_editor import facts as known_facts  # noqa: F401 (a fixture)
@@ -267,12 +268,12 @@ def test_a_task_that_does_not_fit_computes_its_layers_again(layer, monkeypatch):
     """And where the rows that enter the first layer take too much, they are made anew in each step."""
     lm, settings = tiny_lm("gpt2", torch.float64), TuneSettings((layer,), 5e-3, 3)
     some, whole, swept = tasks(lm), fine_tune(lm, tasks(lm), settings), []
-    counted, sweep = job_module.held_bytes, job_module.sweep
+    counted, sweep = job_module.held_bytes, ascent.sweep
     many, state = 200 * some, 4 * 48 * 80 * 8
     rows = sum(len(task.prompt) + len(task.target) - 1 for task in many) * 48 * 8
     for memory, kept in ((2 * rows + state, rows), (2 * rows + state - 1, 0)):
         assert job_module._budget(replace(lm, memory=memory), many, settings) == (memory - state - kept, kept)
-    monkeypatch.setattr(job_module, "sweep", lambda *a, **k: swept.append(k["recompute"]) or sweep(*a, **k))
+    monkeypatch.setattr(ascent, "sweep", lambda *a, **k: swept.append(k["recompute"]) or sweep(*a, **k))
     monkeypatch.setattr(
         job_module, "held_bytes",
         lambda lm, task, layers, recompute=False: counted(lm, task, layers) if recompute else lm.memory,
@@ -282,6 +283,27 @@ def test_a_task_that_does_not_fit_computes_its_layers_again(layer, monkeypatch):
     assert len(swept) > 3 * len(some) and all(swept)
     assert relative(parts.deltas[layer], whole.deltas[layer]) < 1e-10
     close("nll", parts.nll, whole.nll)
+
+
+def test_packs_from_disk_go_up_and_down_side_by_side(tmp_path, monkeypatch):
+    """A pack for each task takes no more passes than one for all, and the same bits as in memory for the same cut."""
+    lm, resident = disk_and_resident(save_tiny(tmp_path, tiny_model("gpt2", layers=6)))
+    settings, found = TuneSettings((1,), 5e-3, 3), {}
+
+    def read(name, one):
+        before = getattr(one.source, "fetched", 0)
+        found[name] = fine_tune(one, tasks(one), settings)
+        return getattr(one.source, "fetched", 0) - before
+
+    read("ring", lm)
+    n_whole = read("whole", lm)
+    monkeypatch.setattr(job_module, "_cut", lambda lm, tasks, batch, settings, budget: ([i] for i in batch))
+    n_cut, n_tasks = read("cut", lm), len(tasks(lm))
+    read("resident", resident)
+    lowest = 2 * (n_tasks - 1)  # layers below the tuned one, read once for each pack
+    assert n_whole <= n_cut <= n_whole + lowest and lm.source.missed == 0
+    assert torch.equal(found["cut"].deltas[1], found["resident"].deltas[1])
+    assert relative(found["cut"].deltas[1], found["whole"].deltas[1]) < 1e-3
 
 
 def test_what_adam_holds_counts_too():

@@ -230,6 +230,46 @@ def test_layers_from_disk_are_read_twice_a_step(family, dtype, site, from_disk):
     assert fetched[2] - fetched[1] == 2 * 2 * (n_above - 2) and lm.source.missed == 0
 
 
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_packs_go_up_and_down_side_by_side(family, site, from_disk, monkeypatch):
+    """A pack for each fact takes no more passes over the weights than one for all, and gives the same values."""
+    lm, resident = from_disk(family)
+    chosen, early = settings(lm, site, steps=5), settings(lm, site, steps=3)
+    after_three = optimize_values(resident, tasks(resident), early).loss.median().item()
+    monkeypatch.setattr(values_module, "STOP_BELOW", after_three + 1e-3)  # so that some packs are done before others
+
+    def read(one):
+        before = lm.source.fetched
+        return optimize_values(one, tasks(one), chosen), lm.source.fetched - before
+
+    read(lm)  # leaves the ring as the others find it
+    (whole, n_read), expected = read(lm), optimize_values(resident, tasks(resident), chosen)
+    monkeypatch.setattr(values_module, "packs", lambda lm, tasks, settings: ([task] for task in tasks))
+    cut, n_cut = read(lm)
+    assert n_cut == n_read and lm.source.missed == 0
+    assert torch.equal(whole.values, expected.values)
+    assert relative(cut.values, whole.values) < 1e-4 and torch.equal(cut.steps, whole.steps)
+    assert len(set(whole.steps.tolist())) > 1
+    alone = [optimize_values(resident, [task], chosen) for task in tasks(resident)]
+    assert torch.equal(cut.values, torch.cat([each.values for each in alone]))  # the same cut, the same bits
+
+
+def test_rows_wait_in_half_of_the_memory_and_packs_take_the_other(from_disk):
+    lm, _ = from_disk("llama")
+    chosen, some = settings(lm, layer=0, steps=2), tasks(lm)
+    waiting = [values_module._waiting_bytes(lm, task, chosen) for task in some]
+    passing = [values_module._passing_bytes(lm, task, chosen) for task in some]
+    small = replace(lm, memory=2 * max(sum(waiting), max(passing)))
+    assert len(list(values_module.groups(small, some, chosen))) == 1
+    assert len(list(values_module.packs(small, some, chosen))) > 1
+    with LiveBytes(lm.model) as held:
+        optimize_values(small, some, chosen)
+    assert held.peak <= small.memory
+    tight = replace(lm, memory=2 * min(passing) - 2)  # too large to share: each stands alone
+    assert all(len(group) == 1 for group in values_module.groups(tight, some, chosen))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("layer", [0, 3])
@@ -265,7 +305,7 @@ def test_damaged_weights_are_found_before_the_first_step(monkeypatch):
     lm = open_tiny(tiny_model("gpt2"))
     with torch.no_grad():
         lm.model.transformer.h[3].mlp.c_fc.weight[0, 0] = torch.nan
-    monkeypatch.setattr(values_module._Group, "_losses", None)
+    monkeypatch.setattr(values_module._Pack, "_losses", None)
     with pytest.raises(ValueError, match="NaN or infinity at the facts' prompts"):
         optimize_values(lm, tasks(lm), settings(lm))
 

@@ -90,8 +90,7 @@ def test_a_damaged_text_is_named(tmp_path):
 
 def test_the_default_is_cut_into_parts():
     """8 d_ff of the demo model, 12,288 tokens, are under ``BATCH_TOKENS``."""
-    lm = tiny_lm("llama")
-    assert [moments._batch_tokens(lm, n) for n in (100, 12_288, 10**6)] == [1024, 3072, moments.BATCH_TOKENS]
+    assert [moments.batch_tokens(n) for n in (100, 12_288, 10**6)] == [1024, 3072, moments.BATCH_TOKENS]
 
 
 def test_nothing_is_kept_without_a_folder(tmp_path, monkeypatch):

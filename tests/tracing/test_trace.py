@@ -239,7 +239,7 @@ def test_packed_equals_alone(three):
 def test_cut_into_packs_equals_whole(three, rows, monkeypatch):
     """Facts apart, facts together, and one fact in many packs."""
     lm = tiny_lm("gpt2")
-    cost, packs = RowCost.of(lm), watched(monkeypatch, engine._Pack, "run")
+    cost, packs = RowCost.of(lm), watched(monkeypatch, engine.Pack, "run")
     lm = replace(lm, memory=CALL_ROWS * cost.passing + rows * cost.kept)
     for got, want in zip(traced("gpt2", [EIFFEL, BEN, CAPITAL], lm), three, strict=True):
         alike(got, want)

@@ -100,7 +100,7 @@ class Hyperparameters:
             if str(alg_name).casefold() == known.casefold():
                 return dict(values)
         raise ValueError(
-            f"{path} holds settings of {alg_name} (alg_name), not of {cls.__name__}; expected a file of "
+            f"{path} holds settings of {brief(str(alg_name))} (alg_name), not of {cls.__name__}; expected a file of "
             f"{' or '.join(cls.ALG_NAMES)}, or the editor (--method) that this one is for"
         )
 

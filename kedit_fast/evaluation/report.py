@@ -137,11 +137,13 @@ class EvalReport:
             facts = tuple(Fact.from_record(fact) for fact in record["facts"])
             perplexity, other = record["perplexity"], record.get("other")  # a report of before had no other form
             found = _loaded(record, record, facts, record["meta"])
+            if other is not None:
+                other = _loaded(record, other, tuple(map(other_form, facts)), found.meta | {"note": ""})
             return replace(
                 found,
                 perplexity=None if perplexity is None else _pair(perplexity, record["edited"] is not None),
                 generations=tuple(map(_generation, record["generations"])),
-                other=other and _loaded(record, other, tuple(map(other_form, facts)), found.meta | {"note": ""}),
+                other=other,
             )
 
     def to_html(self, path: AnyPath | None = None) -> str:
@@ -259,7 +261,11 @@ def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> Ev
     cases = tuple(record.get("cases", ()))
     if cases and sum(cases) != len(facts):
         raise ValueError(f"it has {len(facts)} facts in cases of {sum(cases)}")
-    base, edited = (said[side] and _columns(said[side], metrics, len(cases or facts)) for side in ("base", "edited"))
+    checks.instance("base", said["base"], dict, "an object")
+    base, edited = (
+        None if said[side] is None else _columns(said[side], metrics, len(cases or facts))
+        for side in ("base", "edited")
+    )
     if "metrics" not in record:  # a report of before is CounterFact's, and its sentences were made when it was shown
         return EvalReport.of(COUNTERFACT, base, edited, facts, meta)
     verdict, notes = (tuple(map(str, said[name])) for name in ("verdict", "notes"))

@@ -125,10 +125,15 @@ class LayerStudy:
         record = read_object(path, "a saved study of layers")
         with reading(path, f"expected {FORMAT}, version {VERSION}, by save", "is no study of layers"):
             check_format(record, FORMAT, BEFORE, version=VERSION)
+            traces = {kind: _average_trace(one) for kind, one in record["traces"].items()}
+            depth = min((average.mean.shape[1] for average in traces.values()), default=checks.MOST_LAYERS)
             return cls(
-                edited={int(layer): _summary(listed) for layer, listed in record["edited"].items()},
+                edited={
+                    checks.whole("layer", int(layer), most=depth - 1): _summary(listed)
+                    for layer, listed in record["edited"].items()
+                },
                 base=_summary(record["base"]),
-                traces={kind: _average_trace(one) for kind, one in record["traces"].items()},
+                traces=traces,
                 method=record["method"],
                 n_facts=record["n_facts"],
                 model=record["model"],

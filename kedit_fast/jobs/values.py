@@ -28,7 +28,7 @@ from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.kept import in_groups
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
-from kedit_fast.sweep.rows import KVStore
+from kedit_fast.sweep.rows import KVStore, on_host
 from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
 from kedit_fast.sweep.sites import Site
 
@@ -224,6 +224,8 @@ class _Pack:
         if not (torch.isfinite(self.initial).all() and torch.isfinite(essence_h).all()):
             raise not_finite(lm, f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts")
         check_answers(lm, self.log_p0.amax(-1), lambda i: self.tasks[i].essence)
+        if self.store.on_host:
+            self.log_p0 = on_host(self.log_p0)
 
     def work(self, bar) -> Generator[Ascent, None, Values]:
         """Its sweeps, one after the other; the values in the end."""
@@ -336,7 +338,8 @@ class _Pack:
     def _kl(self, h: Tensor, active: Tensor) -> Tensor:
         """KL(p_δ || p_0) in nats for each active fact."""
         log_p = self.lm.head(h).to(self.log_p0.dtype).log_softmax(-1)
-        return (log_p.exp() * (log_p - self.log_p0[active.to(h.device)])).sum(-1)
+        log_p0 = self.log_p0[active.to(self.log_p0.device)].to(h.device)
+        return (log_p.exp() * (log_p - log_p0)).sum(-1)
 
 
 class _Losses(NamedTuple):

@@ -49,7 +49,7 @@ class Placement:
         return replace(
             self.shape,
             memory=self.work,
-            source=OnPaper(in_memory=self.source == "resident", pass_bytes=self.pass_bytes),
+            source=OnPaper(self.source == "resident", self.pass_bytes, self.beside),
         )
 
     def __str__(self) -> str:

@@ -159,8 +159,8 @@ class KVStore:
 
 
 def on_host(x: Tensor) -> Tensor:
-    """A copy in host memory that waits there; whoever reads it on the host waits for the device first."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu").copy_(x, non_blocking=True)
+    """A copy in host memory, pinned where it is a GPU's; there once this returns."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu").copy_(x)
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,15 @@ def test_packs_go_up_and_down_side_by_side(family, site, from_disk, monkeypatch)
     assert torch.equal(cut.values, torch.cat([each.values for each in alone]))  # the same cut, the same bits
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_rows_that_wait_on_the_host_come_back_as_they_were(site, from_disk, monkeypatch):
+    lm, resident = from_disk("llama")
+    chosen = settings(lm, site, steps=3)
+    monkeypatch.setattr(type(lm.source), "beside", 10**9)
+    got, expected = (optimize_values(one, tasks(one), chosen) for one in (lm, resident))
+    assert torch.equal(got.values, expected.values) and torch.equal(got.loss, expected.loss)
+
+
 def test_rows_wait_in_half_of_the_memory_and_packs_take_the_other(from_disk):
     lm, _ = from_disk("llama")
     chosen, some = settings(lm, layer=0, steps=2), tasks(lm)

@@ -7,7 +7,7 @@ import kedit_fast as kf
 from kedit_fast.model import placement
 from kedit_fast.model.host import Host
 from kedit_fast.model.placement import Placement, host_memory, place
-from kedit_fast.model.shape import shape_of
+from kedit_fast.model.shape import OnPaper, shape_of
 from tests.conftest import least_memory, on_disk, refused, save_tiny
 from tests.tiny import tiny_model
 
@@ -54,7 +54,8 @@ def test_for_a_gpu_layers_lie_in_host_memory_where_that_holds_them_all(shape):
     found = place(shape, memory, GPU, host=10 * shape.n_bytes)
     assert (found.source, found.keep) == ("host", 1)  # half the memory holds what is around, the ring and one more
     assert found.weights == shape.around + 3 * one and found.work == memory - found.weights
-    assert found.pass_bytes == 7 * one
+    assert found.pass_bytes == 7 * one and found.beside == int(0.15 * 10 * shape.n_bytes)
+    assert found.on_paper().source == OnPaper(False, 7 * one, found.beside)
     assert place(shape, memory, GPU, host=sum(shape.layers)).source == "disk"
     assert place(shape, memory, CPU, host=10 * shape.n_bytes).source == "disk"
 

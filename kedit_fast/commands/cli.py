@@ -101,7 +101,7 @@ def _run_together(args, place: Launch) -> int | None:
     from kedit_fast.basics import ranks
 
     with ranks.launched(place, getattr(args, "device", None)), ranks.joint():
-        if args.command in SHARING:
+        if args.command in SHARING and not getattr(args, "init", None):  # gate --init asks no model
             return _run(args)
         with ranks.alone():
             return _run(args) if place.rank == 0 else None

@@ -129,6 +129,7 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     if not sys.argv[2:]:
         assert command(where) == 0
+        os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]  # a group's first process may still hold the first one
     with ranks.launched(launch()):
         found = (WORK[sys.argv[2]] if sys.argv[2:] else everything)(where)
         save_file(found, where / f"rank-{ranks.rank()}.safetensors")

@@ -28,10 +28,12 @@ Z = 1e-4  # of values after all their steps, and what is made of them; all else 
 
 def started(n: int, folder: Path, *names: str) -> list[subprocess.Popen]:
     """n ranks of ``of_ranks``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+        ports = [str(free.getsockname()[1]) for free in (one, two)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "SECOND_PORT": ports[1]}
+    place |= {"WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.basics.of_ranks", str(folder), *names]
     return [
         subprocess.Popen(

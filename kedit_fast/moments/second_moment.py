@@ -161,7 +161,7 @@ def second_moments(
     One weight pass up to the last layer for each ``BATCH_TOKENS`` tokens; ranks share the tokens, and what is kept goes
     on with any number of them. Sums in fp64 where that fits ``lm.memory``, else fp32; where those of all layers do not
     fit, the text is read again for each group of layers that does. Where memory runs out, half of it is used from the
-    last sums on that are kept.
+    last sums on that are kept; text that was still being sampled is then another, as good as the first.
 
     Raises ValueError for a layer out of range, one whose sum does not fit, a corpus that is too short, a file in
     ``cache_dir`` that is damaged or not what its name says, or statistics that another process measures there; OSError

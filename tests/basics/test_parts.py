@@ -169,16 +169,16 @@ def test_an_interrupted_edit_goes_on_and_ends_with_the_same_bits(tmp_path, monke
 
 
 def test_an_edit_that_runs_out_of_memory_is_cut_anew_and_that_is_kept(tmp_path, monkeypatch):
-    lm, seen, optimize = tiny_lm("llama"), [], values_module._Group.optimize
+    lm, seen, found = tiny_lm("llama"), [], values_module._side_by_side
     whole = edit(lm)
 
-    def short(self, bar):
-        seen.append((len(self.tasks), self.lm.memory))
-        if len(self.tasks) > 2:
+    def short(now, tasks, *rest):
+        seen.append((len(tasks), now.memory))
+        if len(tasks) > 2:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
-        return optimize(self, bar)
+        return found(now, tasks, *rest)
 
-    monkeypatch.setattr(values_module._Group, "optimize", short)
+    monkeypatch.setattr(values_module, "_side_by_side", short)
     one = values_module.held_bytes
     monkeypatch.setattr(values_module, "held_bytes", lambda now, *task: one(now, *task) and lm.memory // len(FACTS))
     with pytest.warns(UserWarning, match="out of memory: what is not done yet is cut for 2.15 GB"), killed_at(2):

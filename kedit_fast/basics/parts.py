@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from kedit_fast.basics.words import short
 
 Make = Callable[[], dict[str, Tensor]]
 Keep = Callable[[str, Make], dict[str, Tensor]]  # ``keep(name, make)``: the part of that name, made if need be
+Run = Any  # a ``Keep`` of a whole piece of work: ``Held``, ``Parts``, ``Inside`` or, of several ranks, ``Together``
 FORMAT, VERSION = "kedit_fast.run", 1
 PART = ".safetensors"
 _TAKEN = "{}: another run works there; wait for it, or name another folder"
@@ -220,7 +222,7 @@ class Parts:
 class Inside:
     """A ``Keep`` of work that is a part itself: its own parts are named after it."""
 
-    def __init__(self, keep: "Held | Parts | Inside", name: str):
+    def __init__(self, keep: Run, name: str):
         self._keep, self._name = keep, name
 
     def __call__(self, name: str, make: Make) -> dict[str, Tensor]:
@@ -255,9 +257,7 @@ class Inside:
         self._keep.forget(f"{self._name}+{begins}")
 
 
-def keep_whole(
-    keep: "Held | Parts | Inside", name: str, make: Callable[[Inside], dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], bool]:
+def keep_whole(keep: Run, name: str, make: Callable[[Inside], dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
     """(a part that is made in parts of its own, which are kept until it is whole; whether it was found)."""
     new: list[str] = []
 

@@ -244,8 +244,8 @@ def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, kee
 
         for chunk in in_groups(keep, "cases", cases, lambda rest: _chunks(lm, rest), make, "case", size=rows):
             new = [[Said.of(*one) for one in form] for form in json_of(chunk.part["said"])]
-            rows = zip(chunk.items, zip(*new, strict=True), strict=True)
-            records = (case_record(one[0].case.facts, *row[0], *(r[:2] for r in row[1:])) for one, row in rows)
+            both = zip(chunk.items, zip(*new, strict=True), strict=True)
+            records = (case_record(one[0].case.facts, *row[0], *(r[:2] for r in row[1:])) for one, row in both)
             lines.add(records, again=chunk.found)
             for before, more in zip(said, new, strict=True):
                 before += more

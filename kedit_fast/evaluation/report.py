@@ -262,10 +262,9 @@ def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> Ev
     if cases and sum(cases) != len(facts):
         raise ValueError(f"it has {len(facts)} facts in cases of {sum(cases)}")
     checks.instance("base", said["base"], dict, "an object")
-    base, edited = (
-        None if said[side] is None else _columns(said[side], metrics, len(cases or facts))
-        for side in ("base", "edited")
-    )
+    n = len(cases or facts)
+    base, after = _columns(said["base"], metrics, n), said["edited"]
+    edited = None if after is None else _columns(after, metrics, n)
     if "metrics" not in record:  # a report of before is CounterFact's, and its sentences were made when it was shown
         return EvalReport.of(COUNTERFACT, base, edited, facts, meta)
     verdict, notes = (tuple(map(str, said[name])) for name in ("verdict", "notes"))

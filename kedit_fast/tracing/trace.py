@@ -12,6 +12,7 @@ below and before its restoration with its corrupted run, which is exact in a cau
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +106,10 @@ def trace(
     seed, answer = checks.seed("seed", seed), checks.optional(checks.text, "answer", answer, like="Paris")
     log, checkpoint = None if log is None else check_place(log), check_run(checkpoint)
     noisy = isinstance(corrupt, str) and corrupt == "noise"
-    level = tuple(ranks.json_from_first(lambda: noise_level(lm, facts, noise))) if noisy else None
-    draws = check_draws(lm, facts, kinds, samples) if noisy else 1
+    level, draws = None, 1
+    if noisy:
+        kind, amount = ranks.json_from_first(lambda: noise_level(lm, facts, noise))
+        level, draws = (kind, amount), check_draws(lm, facts, kinds, samples)
     how = TraceSettings(kinds, window, metric, sever, draws, level, seed)
     answers = (answer, corrupt, metric)
     with begun(checkpoint, partial(_asked_for, lm, facts, how, answers, method, top)) as keep:
@@ -160,7 +163,7 @@ def _of_part(part: dict[str, Tensor], facts: Sequence[Fact]) -> list[TraceResult
     """The results that a part holds; facts: of each."""
     results = []
     for i, (record, fact) in enumerate(zip(json_of(part["records"]), facts, strict=True)):
-        cells = {name: part[key].numpy() for name in CELLS if (key := f"{name}-{i}") in part}
+        cells: dict[str, Any] = {name: part[key].numpy() for name in CELLS if (key := f"{name}-{i}") in part}
         results.append(replace(TraceResult.from_record(record), fact=fact, **cells))
     return results
 

@@ -438,12 +438,10 @@ def test_log_has_one_record_a_fact(lm, tmp_path, monkeypatch):
                 assert value is None is other[side][name] or value == pytest.approx(other[side][name], rel=1e-6)
 
 
-@pytest.mark.parametrize("place, error", [("none/log", FileNotFoundError), (".", IsADirectoryError)])
-def test_a_log_that_cannot_be_written_is_refused_first(lm, tmp_path, monkeypatch, place, error):
+def test_a_log_that_cannot_be_written_is_refused_first(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "read_probes", lambda *args: pytest.fail("a sweep began"))
-    with pytest.raises(error) as caught:
-        evaluate(lm, FACTS, log=tmp_path / place)
-    assert str(tmp_path / place) in str(caught.value)
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        evaluate(lm, FACTS, log=tmp_path)
 
 
 def test_a_report_says_which_backend_ran(lm, monkeypatch):

@@ -33,10 +33,10 @@ from kedit_fast.shipping.merge import merge_checkpoint
 
 SHAPES = {  # d, d_ff, layers, heads, key heads, words
     True: (128, 352, 60, 4, 2, 1_000),
-    False: (1536, 4096, 30, 12, 4, 49_152),
+    False: (1536, 4096, 30, 12, 4, 16_384),
 }
 FACTS, STEPS, LAYERS = 20, 4, (3, 4)
-PYTHON = 330_000_000  # bytes of the limit that Python and torch take themselves
+PYTHON = 440_000_000  # bytes of the limit that Python, torch and the allocator take themselves
 SHARE = 3  # the limit is the checkpoint's size over this
 MARK = "<= 1.3"
 GROUP = "KEDIT_FAST_BENCH_GROUP"  # in a process's environment: the control group that it belongs to

@@ -125,7 +125,8 @@ def _phases(lm: kf.LM, way: str, folder: Path) -> dict[str, Callable[[], dict[st
         return {f"trace {i}": torch.from_numpy(each.p_restored.copy()) for i, each in enumerate(found)}
 
     def statistics():
-        held["moments"] = kf.second_moments(lm, LAYERS, [text], n_tokens=lm.d_ff + 500)
+        kept = folder.parent / f"statistics {way}"  # of which the matrices are views then
+        held["moments"] = kf.second_moments(lm, LAYERS, [text], n_tokens=lm.d_ff + 500, cache_dir=kept)
         return {f"C {layer}": moment.matrix for layer, moment in held["moments"].items()}
 
     def edit():

@@ -17,12 +17,12 @@ from kedit_fast.basics.words import sized
 from kedit_fast.editors.memit import Memit, early_middle
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import batches
-from kedit_fast.jobs.values import ValueSettings, ValueTask, groups
+from kedit_fast.jobs.values import ValueSettings, ValueTask, groups, upper_rows
 from kedit_fast.model.placement import Placement, place
 from kedit_fast.model.shape import Shape
 from kedit_fast.moments.corpus import LENGTH
-from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, batch_tokens, layer_groups
-from kedit_fast.sweep.plan import RowCost, cut
+from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, batch_tokens, layer_groups, sum_bytes
+from kedit_fast.sweep.plan import RowCost, cut, free
 from kedit_fast.sweep.runs import RunList, Runs, add_sequences
 from kedit_fast.tracing import attribution, trace
 from kedit_fast.tracing.exact import declared
@@ -176,7 +176,7 @@ def trace_steps(lm: Shape, tasks: list[Task], how: TraceSettings, method: str, t
     runs = declared(n_layers, tasks[:1], how, cells)[0].runs()
     rows, read = runs.row_layers(0, n_layers - 1), len(runs)
     packs = sum(_packs(lm, runs, size) * n for size, n in Counter(map(len, found)).items())
-    held = min(len(found[0]) * int(runs.n_rows.sum()) * RowCost.of(lm).kept + RowCost.of(lm).call, lm.memory)
+    held = _held(lm, len(found[0]) * int(runs.n_rows.sum()))
     flop = len(tasks) * (rows * lm.layer_flop + read * lm.head_flop)
     yield Step("cells" if method == "exact" else f"the {top} strongest cells", packs * n_layers, flop, held=held)
 
@@ -188,7 +188,7 @@ def _packs(lm: Shape, runs: Runs, n_facts: int) -> int:
         return of_one * n_facts
     cost = RowCost.of(lm)
     rows = int(runs.n_rows.sum()) * cost.kept + runs.tokens.numel() * cost.position + runs.nbytes
-    return max(1, -(-n_facts * rows // (lm.memory - cost.call)))
+    return max(1, -(-n_facts * rows // free(lm)))
 
 
 def _estimating(lm: Shape, tasks: list[Task], how: TraceSettings) -> Step:
@@ -236,9 +236,7 @@ def _values(lm: Shape, tasks: list[ValueTask], settings: ValueSettings) -> Step:
     """A pass for each group of facts, then two of the upper layers a step: forth, and back but for the highest."""
     n_groups, upper = len(list(groups(lm, tasks, settings))), lm.n_layers - settings.layer - 1
     base = _rows(s for task in tasks for s in (*(p + task.target[:-1] for p in task.sequences), task.essence))
-    ends = [len(task.target) - 1 for task in tasks]
-    rows = sum(len(s) + end - at for task, end in zip(tasks, ends, strict=True)
-               for s, at in zip(task.sequences, task.lookups, strict=True)) + len(tasks)  # fmt: skip
+    rows = sum(map(upper_rows, tasks))
     read = sum(len(task.target) * len(task.sequences) + 1 for task in tasks)
     times = 2 if lm.source.in_memory else 3  # forth, perhaps again, and back
     flop = base * lm.n_layers * lm.layer_flop + settings.steps * (
@@ -269,7 +267,7 @@ def _stats(lm: Shape, n_facts: int, sampled: bool = True, share: float = 1.0) ->
     parts, last = list(layer_groups(lm, layers)), layers[-1] + 1
     passes = len(parts) * -(-n_tokens // batch_tokens(n_tokens))
     flop = len(parts) * n_tokens * last * lm.layer_flop + len(layers) * n_tokens * lm.d_ff**2
-    yield Step("second moments", passes * last, flop, held=4 * max(map(len, parts)) * lm.d_ff**2)
+    yield Step("second moments", passes * last, flop, held=max(map(len, parts)) * sum_bytes(lm))
 
 
 # ---- what several have
@@ -277,9 +275,14 @@ def _stats(lm: Shape, n_facts: int, sampled: bool = True, share: float = 1.0) ->
 
 def _asking(lm: Shape, name: str, rows: int, read: int) -> Step:
     """Rows that go up once."""
-    packs = max(1, -(-rows * RowCost.of(lm).kept // (lm.memory - RowCost.of(lm).call)))
-    held = min(rows * RowCost.of(lm).kept + RowCost.of(lm).call, lm.memory)
-    return Step(name, packs * lm.n_layers, rows * lm.n_layers * lm.layer_flop + read * lm.head_flop, held=held)
+    packs = max(1, -(-rows * RowCost.of(lm).kept // free(lm)))
+    flop = rows * lm.n_layers * lm.layer_flop + read * lm.head_flop
+    return Step(name, packs * lm.n_layers, flop, held=_held(lm, rows))
+
+
+def _held(lm: Shape, rows: int) -> int:
+    """Bytes of so many rows of a sweep, in packs where they are too many."""
+    return min(rows * RowCost.of(lm).kept + RowCost.of(lm).call, lm.memory)
 
 
 def _generating(lm: Shape, name: str, n_texts: int, n_tokens: int) -> Step:

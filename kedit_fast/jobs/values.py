@@ -124,9 +124,9 @@ def groups(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[
 
 def packs(lm, tasks: Sequence[ValueTask], settings: ValueSettings) -> Iterator[list[ValueTask]]:
     """The facts of a group in packs that are on a layer together; all of them where layers are in memory."""
-    room = lm.memory if lm.source.in_memory or lm.source.beside else lm.memory // 2
     if lm.source.in_memory or len(tasks) == 1:
         return iter([list(tasks)])
+    room = lm.memory if lm.source.beside else lm.memory // 2
     return together(tasks, lambda task: _passing_bytes(lm, task, settings), room)
 
 
@@ -374,17 +374,25 @@ def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
 def _waiting_bytes(lm, task: ValueTask, settings: ValueSettings) -> float:
     """Of one fact where layers come in turns: what waits while other packs are on a layer. Infinite for a fact that is
     too large to share the memory: it stands alone."""
-    rows = sum(len(s) - k + len(task.target) - 1 for s, k in zip(task.sequences, task.lookups, strict=True)) + 1
-    entering = (lm.n_layers - settings.layer) * rows * lm.d_model * lm.dtype.itemsize
     alone = _passing_bytes(lm, task, settings) > lm.memory // 2
-    return math.inf if alone else _stored_bytes(lm, task, settings) + entering
+    return math.inf if alone else _stored_bytes(lm, task, settings) + _entering_bytes(lm, task, settings)
 
 
 def _passing_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     """Of one fact where layers come in turns: what its pack holds while it is on a layer, or reads its losses."""
-    waiting = (lm.n_layers - settings.layer) * lm.d_model * lm.dtype.itemsize
-    rows = sum(len(s) - k + len(task.target) - 1 for s, k in zip(task.sequences, task.lookups, strict=True)) + 1
-    return _step_bytes(lm, task, settings, range(len(task.sequences) + 1)) - waiting * rows
+    everything = range(len(task.sequences) + 1)
+    return _step_bytes(lm, task, settings, everything) - _entering_bytes(lm, task, settings)
+
+
+def _entering_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
+    """Of one fact's rows as they enter each layer of a step."""
+    return (lm.n_layers - settings.layer) * upper_rows(task) * lm.d_model * lm.dtype.itemsize
+
+
+def upper_rows(task: ValueTask) -> int:
+    """Rows of one fact in a layer of a step: from each lookup token on, and its KL row."""
+    behind = len(task.target) - 1  # the target's last token is predicted, not read
+    return sum(len(s) + behind - k for s, k in zip(task.sequences, task.lookups, strict=True)) + 1
 
 
 def _stored_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:

@@ -93,12 +93,17 @@ def place(shape: Shape, memory: int | None, device: torch.device, host: int | No
             "a quarter of it to work in"
         )
     host = host_memory() if host is None else host
-    beside = 0 if device.type == "cpu" else int(BESIDE * (host or 0))
+    beside = room_beside(device, host)
     if device.type == "cpu" or host is None or sum(shape.layers) > HOST_SHARE * host:
         return Placement(shape, "disk", memory, weights, memory - weights, beside=beside)
     keep = min((memory // 2 - weights) // largest, shape.n_layers) if memory // 2 > weights else 0
     weights += keep * largest
     return Placement(shape, "host", memory, weights, memory - weights, keep, beside)
+
+
+def room_beside(device: torch.device, host: int | None) -> int:
+    """Bytes of host memory in which rows may wait, beside layers that lie there; 0: the device is the host."""
+    return 0 if device.type == "cpu" else int(BESIDE * (host or 0))
 
 
 def host_memory() -> int | None:

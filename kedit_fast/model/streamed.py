@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kedit_fast.model.family import family_of, is_conv1d, layers_of, projection
-from kedit_fast.model.placement import BESIDE, SLOTS, host_memory
+from kedit_fast.model.placement import SLOTS, host_memory, room_beside
 from kedit_fast.model.source import hidden
 
 ALIGN = 256  # bytes: where tensors begin in a buffer, so that products choose the kernels that they choose otherwise
@@ -69,10 +69,10 @@ class Streamed(ABC):
     def pass_bytes(self) -> int:
         """What a pass over all layers reads."""
 
-    @property
+    @cached_property
     def beside(self) -> int:
-        """Bytes of host memory in which rows may wait, beside layers that lie there."""
-        return 0 if self.device.type == "cpu" else int(BESIDE * (host_memory() or 0))
+        """Bytes of host memory in which rows may wait; asked once, for each layer of each pack wants to know."""
+        return room_beside(self.device, host_memory())
 
     @abstractmethod
     def rows(self, layer: int, name: str, index: tuple) -> Tensor:

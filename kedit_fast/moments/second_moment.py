@@ -172,8 +172,8 @@ def second_moments(
     n_tokens = checks.optional(checks.whole, "n_tokens", n_tokens, least=1, like=100_000)
     n_tokens = n_tokens or TOKENS_PER_FEATURE * lm.d_ff
     corpus, seed = check_corpus(corpus), checks.seed("seed", seed)
-    if _sum_bytes(lm) > _room(lm):
-        need = _sum_bytes(lm) * 4 // 3 + lm.memory - free(lm)
+    if sum_bytes(lm) > _room(lm):
+        need = sum_bytes(lm) * 4 // 3 + lm.memory - free(lm)
         raise too_large(f"the second moment of a layer of d_ff {lm.d_ff:,}", need, lm.memory)
     if cache_dir is not None:
         check_folder(checks.path("cache_dir", cache_dir))
@@ -214,10 +214,10 @@ def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir: Path | No
 
 def layer_groups(lm, layers: Sequence[int]) -> Iterator[list[int]]:
     """Layers whose sums fit the memory together, in fp32 at least; the text is read once for each group."""
-    return together(layers, lambda layer: _sum_bytes(lm), _room(lm))
+    return together(layers, lambda layer: sum_bytes(lm), _room(lm))
 
 
-def _sum_bytes(lm) -> int:
+def sum_bytes(lm) -> int:
     """Bytes of a layer's sum in fp32."""
     return 4 * lm.d_ff**2
 

@@ -34,6 +34,7 @@ def read_arrays(path, names: Iterable[str] | None = None) -> dict[str, np.ndarra
                 if missing := [name for name in names if name not in there]:
                     raise ValueError(f"it lacks {missing}")
                 return {name: _array(name, _member(file, there[name])) for name in names}
+        # zipfile's own for what is damaged: of another compression, encrypted, with places before its beginning
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
             raise ValueError("it is no npz file, or cut short") from error
 

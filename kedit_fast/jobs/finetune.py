@@ -107,8 +107,8 @@ class _Tuning:
         self.lm, self.settings, self.n_tasks = lm, settings, len(tasks)
         size = settings.batch_size
         self.budget, rows = _budget(lm, tasks, settings)
-        shared = self.budget if lm.source.in_memory or lm.source.beside else self.budget // 2  # the other half waits
-        budget = shared if len(tasks) > 1 else self.budget
+        waiting = len(tasks) > 1 and not (lm.source.in_memory or lm.source.beside)
+        budget = self.budget // 2 if waiting else self.budget  # the other half is of packs that wait
         cuts = [
             list(_cut(lm, tasks, range(i, min(i + size, len(tasks))), settings, budget))
             for i in range(0, len(tasks), size)
@@ -127,7 +127,7 @@ class _Tuning:
                 losses.append(sum(self._step(batch, step) for batch in self.batches) / self.n_tasks)
                 bar.advance(1, f"loss {losses[-1]:.3f}")
         with torch.no_grad():
-            nll = torch.cat([nll for batch in self.batches for _, found in self._read(batch) for nll in found])
+            nll = torch.cat([nll.cpu() for batch in self.batches for _, found in self._read(batch) for nll in found])
         return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
 
     def _step(self, batch: list["_Pack"], step: int) -> float:

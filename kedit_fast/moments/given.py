@@ -86,9 +86,7 @@ def factored(
     device where its memory has room for it, else on the host."""
     where = lm.device if factor_bytes(lm) <= lm.memory else torch.device("cpu")
     kept = torch.cat([keys.to(where, torch.float64) for keys in earlier]) if len(earlier) else None
-    return factor(
-        moment.matrix.to(where), weight, kept=kept, regularizer=regularizer, n_tokens=moment.n_tokens
-    )  # fmt: skip
+    return factor(moment.matrix.to(where), weight, kept=kept, regularizer=regularizer, n_tokens=moment.n_tokens)
 
 
 def factor_bytes(lm) -> int:

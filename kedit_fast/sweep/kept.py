@@ -23,7 +23,7 @@ from kedit_fast.basics.bits import digest
 from kedit_fast.basics.parts import Held, Inside, Keep, Make, Parts, check_checkpoint
 from kedit_fast.basics.progress import logger
 from kedit_fast.basics.unfinished import discarding
-from kedit_fast.basics.words import counted, is_out_of_memory
+from kedit_fast.basics.words import counted, is_out_of_memory, sized
 from kedit_fast.sweep.plan import RowCost, TooLarge
 
 T = TypeVar("T")
@@ -258,18 +258,14 @@ def fitting(lm, keep: Run, work: Callable[..., R]) -> R:
             if not is_out_of_memory(error):
                 raise
             if memory // 2 < RowCost.of(lm).call:
-                raise MemoryError(f"out of memory, also with {_gb(memory)} to work in; {WAYS_OUT}") from error
+                raise MemoryError(f"out of memory, also with {sized(memory)} to work in; {WAYS_OUT}") from error
         _empty_caches()  # here the error is gone, and with it what its frames held
         keep.narrow(memory := memory // 2)
         warnings.warn(
-            f"out of memory: what is not done yet is cut for {_gb(memory)}, half of what was tried; results differ by "
-            "rounding from those of one cut",
+            f"out of memory: what is not done yet is cut for {sized(memory)}, half of what was tried; results differ "
+            "by rounding from those of one cut",
             stacklevel=4,  # the line that called the verb
         )
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.3g} GB"
 
 
 def _empty_caches() -> None:

@@ -27,7 +27,7 @@ BENCHES = {
     "editors": "every editor, one fact at a time and many at once, on known CounterFact facts (50 minutes)",
     "ranks": "moments, traces, MEMIT and evaluation by one, two and four processes (15 minutes)",
     "tokens": "MEMIT's scores by the tokens that its statistics are measured over (25 minutes)",
-    "streamed": "a model of 3 GB under a hard limit of 1.1 GB against the same in memory (15 minutes)",
+    "streamed": "a model of 3 GB under a hard limit of 1 GB against the same in memory (15 minutes)",
     "forms": "one edit asked plainly, behind a space, behind a line end and in a chat (10 minutes)",
     "edit": "MEMIT (or ROME) on known CounterFact facts: what changed and what did not (25 minutes)",
 }

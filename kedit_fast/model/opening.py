@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.allocator import give_back_what_is_freed
 from kedit_fast.basics.state import own_state
 from kedit_fast.jobs.compared import check_own_logits
 from kedit_fast.model import family as fam
@@ -40,7 +41,9 @@ def open_model(
 
     memory: bytes (or "8GB") for weights and work together. Of a model that needs more than three quarters of it each
         layer is read ahead of its use: from disk, or for a GPU from host memory where that holds them all; None keeps
-        the model in memory. ``print(lm.placement)`` says what goes where (``placement.py``).
+        the model in memory. ``print(lm.placement)`` says what goes where (``placement.py``). A limit would not hold
+        with glibc's allocator as it is: this process's is told to return large blocks when they are freed
+        (``allocator.py``).
     device: where to compute (default: the model's own, else the CPU); dtype: a torch dtype or its name (default: the
         checkpoint's)
     tokenizer: for a loaded model; default: the one saved under the model's name
@@ -57,6 +60,8 @@ def open_model(
     checks.instance(
         "model", model, nn.Module | str | Path, "a folder, a hub id, a loaded Hugging Face model or 'smollm2'"
     )
+    if memory is not None:
+        give_back_what_is_freed()
     if isinstance(model, nn.Module):
         lm = _from_loaded(model, tokenizer, memory, device, dtype)
     else:

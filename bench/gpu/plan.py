@@ -19,14 +19,15 @@ class Part:
 
 # By arithmetic and by what one core did; no GPU has timed them yet.
 PARTS = (
-    Part("machine", 30, 8),
-    Part("smoke", 60, 15),
-    Part("trace-llama-3-8b", 95, 25),
-    Part("trace-gpt2-xl", 60, 20),
-    Part("values", 50, 20),
-    Part("memit", 70, 40),
-    Part("kernels", 50, 10),
-    Part("tests", 35, 15),
+    Part("machine", 25, 8),
+    Part("smoke", 50, 15),
+    Part("trace-llama-3-8b", 80, 25),
+    Part("trace-gpt2-xl", 50, 20),
+    Part("values", 40, 20),
+    Part("memit", 60, 40),
+    Part("larger", 85, 50),
+    Part("kernels", 35, 10),
+    Part("tests", 25, 15),
 )
 
 

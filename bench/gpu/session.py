@@ -26,6 +26,7 @@ PARTS = {
     "trace": ("bench.gpu.traces", "trace"),
     "values": ("bench.gpu.edits", "values"),
     "memit": ("bench.gpu.edits", "memit"),
+    "larger": ("bench.gpu.larger", "larger"),
     "kernels": ("bench.gpu.machine", "kernels_of_models"),
 }
 WHERE = signal.SIGUSR1  # makes a process print where it stands

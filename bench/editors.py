@@ -23,7 +23,7 @@ from bench import edit as edit_bench
 from bench.common import Figure, Measured, peak_matmul
 from bench.values import asked
 from kedit_fast.basics.intervals import SHARE, Interval, harmonic_mean, interval
-from kedit_fast.editors import memit, rome
+from kedit_fast.editors import rome, spread
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
 from kedit_fast.facts.fact import Fact
@@ -179,7 +179,7 @@ def _drift(ground: Ground, edit: kf.Edit, facts: list[Fact], tokens: int) -> flo
 def shared_values() -> Iterator[None]:
     """While open, editors find the values that another row optimized under the same settings, on the same model."""
     known: dict[tuple, tuple] = {}
-    right = memit.optimize_values
+    right = spread.optimize_values
 
     def optimize(lm, tasks, settings, *rest) -> Values:
         if lm.edits:
@@ -193,7 +193,7 @@ def shared_values() -> Iterator[None]:
         return Values(*(torch.stack(column) for column in zip(*(known[key] for key in keys), strict=True)))
 
     with ExitStack() as stack:
-        for module in (memit, rome):
+        for module in (spread, rome):
             stack.enter_context(patch.object(module, "optimize_values", optimize))
         yield
 

@@ -5,11 +5,11 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 from bench.common import Timing, timed
-from kedit_fast.editors import memit
+from kedit_fast.editors import memit, spread
 from kedit_fast.editors.located import Prompts
 
 PHASES = (  # where a phase's work is called from, and its name
-    (memit, "optimize_values", "z"),
+    (spread, "optimize_values", "z"),
     (Prompts, "read", "keys and current values"),
     (memit, "factored", "solves"),
     (memit, "solved", "solves"),

@@ -11,7 +11,7 @@ import kedit_fast as kf
 from bench.common import DATA, Figure, Measured, peak_matmul
 from bench.edit import STATISTICS_TEXT, Outcome, check_data, draw, perplexity_text, table
 from kedit_fast.basics.settings import cache_dir
-from kedit_fast.editors import memit
+from kedit_fast.editors import spread
 from kedit_fast.jobs.values import optimize_values
 
 FACTS, QUICK = 40, 4
@@ -48,7 +48,7 @@ def _measured(lm, editor, facts, text: str, features) -> Iterator[Figure]:
         moments = kf.second_moments(
             lm, editor.layers, DATA / STATISTICS_TEXT, n_tokens=n_tokens, cache_dir=cache_dir() / "bench"
         )
-        with patch.object(memit, "optimize_values", once):
+        with patch.object(spread, "optimize_values", once):
             edit = editor.edit(lm, facts, moments=moments, contexts=contexts)
         contexts = edit.contexts  # sampled once
         judged = Outcome(kf.evaluate(lm, facts, edit, text=text, both_forms=False), 0.0, 0.0)

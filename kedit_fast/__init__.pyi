@@ -4,9 +4,15 @@ from kedit_fast.basics.progress import show_progress as show_progress
 from kedit_fast.basics.settings import statistics_folder as statistics_folder
 from kedit_fast.editors import EDITORS as EDITORS
 from kedit_fast.editors.alphaedit import AlphaEdit as AlphaEdit
+from kedit_fast.editors.betaedit import BetaEdit as BetaEdit
+from kedit_fast.editors.blue import AlphaEditBlue as AlphaEditBlue
+from kedit_fast.editors.blue import MemitBlue as MemitBlue
+from kedit_fast.editors.emmet import Emmet as Emmet
+from kedit_fast.editors.encore import Encore as Encore
 from kedit_fast.editors.finetune import Ft as Ft
 from kedit_fast.editors.finetune import FtL as FtL
 from kedit_fast.editors.memit import Memit as Memit
+from kedit_fast.editors.rect import Rect as Rect
 from kedit_fast.editors.rome import Rome as Rome
 from kedit_fast.edits.compose import compose as compose
 from kedit_fast.edits.edit import Edit as Edit

@@ -63,7 +63,7 @@ TESTED_IN = {
     "commands/test_scale.py": "commands/unfinished",
     "editors/test_checks.py": "edits/chain moments/given",
     "editors/test_finetune.py": "jobs/finetune",
-    "editors/test_memit.py": "editors/located",
+    "editors/test_memit.py": "editors/located editors/spread",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_logit_lens.py": "pictures/lens",
     "experiments/test_by_layer.py": "pictures/by_layer",

@@ -23,7 +23,7 @@ from bench.phases import phase_times
 from kedit_fast.basics.words import sized
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.located import Prompts
-from kedit_fast.editors.memit import early_middle
+from kedit_fast.editors.spread import early_middle
 from kedit_fast.experiments.forecast import Forecast, Rates, Step, edit_steps, trace_steps
 from kedit_fast.model.disk import open_on_disk
 from kedit_fast.model.host import Host

@@ -10,6 +10,12 @@ EDITORS = {
     "rome": "editors.rome.Rome",
     "memit": "editors.memit.Memit",
     "alphaedit": "editors.alphaedit.AlphaEdit",
+    "emmet": "editors.emmet.Emmet",
+    "encore": "editors.encore.Encore",
+    "memit-blue": "editors.blue.MemitBlue",
+    "alphaedit-blue": "editors.blue.AlphaEditBlue",
+    "betaedit": "editors.betaedit.BetaEdit",
+    "rect": "editors.rect.Rect",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
 }

@@ -9,7 +9,7 @@ In the coordinates x = k U this is MEMIT's own system with C = I and λ = L2, an
 kept, so edits in sequence disturb neither what text needs nor each other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.editors.editor import Work, Written
+from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import Located
-from kedit_fast.editors.memit import check_order, early_middle, solved, spread
+from kedit_fast.editors.spread import Spread, early_middle, solved
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described
@@ -28,8 +27,8 @@ from kedit_fast.moments.second_moment import SecondMoment
 
 
 @dataclass(frozen=True)
-class AlphaEdit(Located):
-    """MEMIT's hyper-parameters (see ``Memit`` and ``Located``), and
+class AlphaEdit(Spread):
+    """MEMIT's hyper-parameters (see ``Spread`` and ``Located``), and
 
     nullspace_threshold: eigenvalues of C below it are the null space; in units of C, so it fits one kind of model.
         0: take ``nullspace_share`` instead
@@ -41,16 +40,13 @@ class AlphaEdit(Located):
     coordinates in fp64, which is the same Δ.
     """
 
-    mom2_update_weight: float = 15_000
-    keep_previous: bool = True
     nullspace_threshold: float = 2e-2
     nullspace_share: float = 0.9
     L2: float = 10.0
 
     METHOD: ClassVar = "alphaedit"
-    STAGES: ClassVar = ("optimizing values", "solving layers")
-    ALG_NAMES: ClassVar = {"AlphaEdit": {}}
-    POSITIVE: ClassVar[tuple[str, ...]] = (*Located.POSITIVE, "mom2_update_weight", "L2")
+    ALG_NAMES: ClassVar[dict[str, dict]] = {"AlphaEdit": {}}
+    POSITIVE: ClassVar[tuple[str, ...]] = (*Spread.POSITIVE, "L2")
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +55,6 @@ class AlphaEdit(Located):
     def check(self, lm: LM) -> None:
         """Raises ValueError for layers that do not fit, and without second moments."""
         super().check(lm)
-        check_order(self.layers)
         if not self.mom2_adjustment:
             raise ValueError("mom2_adjustment False: AlphaEdit needs second moments, for its null space is theirs")
 
@@ -73,40 +68,44 @@ class AlphaEdit(Located):
         """
         source = f"derived for {lm.n_layers} layers"
         derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source)
-        return published(PUBLISHED, lm) or derived
+        return published(PUBLISHED, lm, cls) or derived
 
     def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:
         """Raises ValueError where a null space is empty."""
         for moment in moments.values():
-            self._null_space(moment)  # an empty one is an error before any work
+            self.space(moment)  # an empty one is an error before any work
 
-    def write(self, work: Work) -> Written:
-        """MEMIT's algorithm 1 with the system above."""
-        return spread(work, self, self._update)
-
-    def _update(
+    def update(
         self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
-        """(u, v, notes) of Δ = u vᵀ, solved in the null space's coordinates x = k U."""
+        """The system above, solved in the null space's coordinates x = k U."""
         moment = work.moments[layer]
-        space = self._null_space(moment).to(work.lm.device)
+        space = self.space(moment, earlier).to(work.lm.device)
         x, earlier = k @ space, [keys.to(space) @ space for keys in earlier]
-        kept = factor(torch.eye(space.shape[1]).to(space), self.L2, kept=torch.cat(earlier) if earlier else None)
+        kept = factor(self.kept_system(moment, space), kept=torch.cat(earlier) if earlier else None)
         u, v = solved(kept, x, residual, work.independent)
         g = x.square().sum(1).mean().item()
         notes = {"null_space": space.shape[1] / len(space), "g": g, "fit": g / (g + self.L2)}
         return u, space @ v, notes | {"condition": kept.condition} | described(moment)
 
-    def _null_space(self, moment: SecondMoment) -> Tensor:
-        """U [d_ff, r] fp64, orthonormal columns."""
-        eigenvalues, vectors = moment.spectrum
+    def space(self, moment: SecondMoment, earlier: Sequence[Tensor] = ()) -> Tensor:
+        """U [d_ff, r] fp64, orthonormal columns: C's null space, whatever the keys [nₚ, d_ff] of edits below."""
+        return self.null_space(*moment.spectrum, moment.layer)
+
+    def kept_system(self, moment: SecondMoment, space: Tensor) -> Tensor:
+        """[r, r] what stands beside the keys in the null space's coordinates: L2 I."""
+        return self.L2 * torch.eye(space.shape[1]).to(space)
+
+    def null_space(self, eigenvalues: Tensor, vectors: Tensor, layer: int) -> Tensor:
+        """The eigenvectors of a second moment, ascending by eigenvalue, that are its null space. Raises ValueError
+        where none is."""
         if self.nullspace_threshold:
             n = int((eigenvalues < self.nullspace_threshold).sum())
         else:
             n = round(self.nullspace_share * len(eigenvalues))
         if not n:
             raise ValueError(
-                f"layer {moment.layer}: no eigenvalue of C is below nullspace_threshold {self.nullspace_threshold} "
+                f"layer {layer}: no eigenvalue of C is below nullspace_threshold {self.nullspace_threshold} "
                 f"(smallest {eigenvalues[0]:.2g}), so nothing may be written; raise it, or set it to 0 and give "
                 "nullspace_share"
             )

@@ -19,7 +19,7 @@ from kedit_fast.basics.parts import Keep, keep_json
 from kedit_fast.basics.progress import stages
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.hyperparameters import Hyperparameters
-from kedit_fast.editors.written import ASKING, with_written
+from kedit_fast.editors.written import ASKING, with_growth, with_written
 from kedit_fast.edits.chain import chain, under, warn_of_overwritten
 from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
@@ -176,7 +176,7 @@ class Editor(Hyperparameters):
             keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
             provenance=about | written.about | chain(lm),
         )  # fmt: skip
-        return with_written(lm, edit)
+        return with_growth(lm, with_written(lm, edit))
 
     @property
     def method(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import existing_file
@@ -129,14 +129,17 @@ _KINDS = {
 }
 
 
-def published(table: Mapping[str, _Known], lm: LM) -> _Known | None:
+def published(table: Mapping[str, _Known], lm: LM, cls: type | None = None) -> Any:
     """The editor published for this very model, or None: its name is known and its depth is that model's.
 
     The name alone says little: any folder can be called "gpt2-xl".
+    cls: a method built on the one that the table is of; it takes over these settings
     """
     name = Path(str(lm.name)).name.lower()
     editor = next((editor for known, editor in table.items() if known.lower() == name), None)
-    return editor if editor is not None and editor.v_loss_layer == lm.n_layers - 1 else None
+    if editor is None or editor.v_loss_layer != lm.n_layers - 1:
+        return None
+    return editor if cls is None or isinstance(editor, cls) else cls(**vars(editor))
 
 
 # ---- files

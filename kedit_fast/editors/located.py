@@ -76,9 +76,11 @@ class Located(Editor):
         """How v* (ROME) is optimized: at a layer's mlp_out, for the loss of the model's own output."""
         return self._values_at(layer, Site.mlp_out, lm.n_layers - 1)
 
-    def z_settings(self, lm: LM | Shape) -> ValueSettings:
-        """How z (MEMIT) is optimized: at the output of the last edit layer, for the loss at ``v_loss_layer``."""
-        top, last = self.layers[-1], lm.n_layers - 1 if self.v_loss_layer is None else self.v_loss_layer
+    def z_settings(self, lm: LM | Shape, top: int | None = None) -> ValueSettings:
+        """How z (MEMIT) is optimized: at the output of a layer (default: the last edit layer), for the loss at
+        ``v_loss_layer``."""
+        top = self.layers[-1] if top is None else top
+        last = lm.n_layers - 1 if self.v_loss_layer is None else self.v_loss_layer
         return self._values_at(top, Site.layer_out, max(last, top))
 
     def _values_at(self, layer: int, site: Site, loss_layer: int) -> ValueSettings:

@@ -1,7 +1,8 @@
-"""Whether an edit is written: its facts asked of the model with the edit on it, by a forward pass as anyone would.
+"""Whether an edit is written, and how far it moves the weights, before it is handed over.
 
 An editor's own figures are of its optimization: P(new) with the value put in place by hand. What the weights make of it
-is another matter (a ridge gives a share, facts edited together pull at each other), so every edit is asked once.
+is another matter (a ridge gives a share, facts edited together pull at each other), so every edit's facts are asked
+once of the model with the edit on it, by a forward pass as anyone would.
 """
 
 import warnings
@@ -10,6 +11,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from kedit_fast.basics.progress import progress
+from kedit_fast.edits.deltas import Dense, grown
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
 from kedit_fast.facts.fact import Fact
@@ -17,10 +19,46 @@ from kedit_fast.facts.tokens import asked, fact_tokens
 
 ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names
+# ‖Δ‖ / ‖W‖ of a layer. 100 facts by MEMIT move SmolLM2-135M's most changed layer by 0.3, and its perplexity by 1 %.
+MOST_GROWTH = 0.5
 
 
 class NotWritten(UserWarning):
     """Facts of an edit that the model with the edit does not say."""
+
+
+class Overgrown(UserWarning):
+    """An edit that moves a weight so far that the model is likely to collapse."""
+
+
+def with_growth(lm, edit: Edit) -> Edit:
+    """The edit with ``provenance["growth"]``: {layer: ‖Δ‖ / ‖W‖} of the matrix that it moves furthest.
+
+    Warns (Overgrown) where that is more than ``MOST_GROWTH``. Independent edits are no one change of the weights, and
+    what changes none has none.
+    """
+    if not edit.weights or edit.independent:
+        return edit
+    moved = growth(lm, edit, {})
+    layer = max(moved, key=moved.__getitem__)
+    if moved[layer] > MOST_GROWTH:
+        warnings.warn(
+            f"the edit moves the weights of layer {layer} by {moved[layer]:.0%} of their norm; beyond "
+            f"{MOST_GROWTH:.0%} models collapse: evaluate it with a text before you use it, or edit fewer facts at "
+            "once, with a larger mom2_update_weight or fewer steps",
+            Overgrown,
+            stacklevel=7,  # the line that called ``edit``
+        )
+    return replace(edit, provenance=edit.provenance | {"growth": {str(i): round(x, 6) for i, x in moved.items()}})
+
+
+def growth(lm, edit: Edit, norms: dict[tuple[int, str], float]) -> dict[int, float]:
+    """{layer: ‖Δ‖ / ‖W‖ (Frobenius) of its matrix that moves furthest}; norms: {(layer, role): ‖W‖}, those known, and
+    added to."""
+    for place in edit.weights:
+        if place not in norms:
+            norms[place] = Dense(lm.source.weight(*place).detach()).norm()
+    return grown({place: (delta.norm(), norms[place]) for place, delta in edit.weights.items()})
 
 
 def with_written(lm, edit: Edit) -> Edit:

@@ -14,7 +14,8 @@ import torch
 from kedit_fast.basics.printing import columns
 from kedit_fast.basics.progress import duration
 from kedit_fast.basics.words import sized
-from kedit_fast.editors.memit import Memit, early_middle
+from kedit_fast.editors.memit import Memit
+from kedit_fast.editors.spread import early_middle
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import batches
 from kedit_fast.jobs.values import ValueSettings, ValueTask, groups, upper_rows

@@ -24,12 +24,10 @@ from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.log import Log
 from kedit_fast.basics.parts import keep_whole
 from kedit_fast.basics.progress import Bar
-from kedit_fast.basics.state import own_state
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import Editor, check_lengths, checked_facts
-from kedit_fast.editors.written import counted_elsewhere
+from kedit_fast.editors.written import counted_elsewhere, growth
 from kedit_fast.edits.compose import compose
-from kedit_fast.edits.deltas import Dense, grown
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
@@ -199,7 +197,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, log: Log, r
             so_far = _on_top(so_far, edit)
             (bar.resume if is_found else bar.advance)(1)
             found = Round(
-                number=number, method=edit.method, n_facts=first + len(new), growth=_growth(lm, so_far, weights),
+                number=number, method=edit.method, n_facts=first + len(new), growth=growth(lm, so_far, weights),
                 edit=so_far, **figures,
             )  # fmt: skip
             log.add([found.to_record()], again=is_found)
@@ -234,12 +232,3 @@ def _summary(columns: dict[str, Tensor] | None, facts: slice) -> Summary:
     assert columns is not None  # a round has an edit
     some = {name: column[facts] for name, column in columns.items()}
     return summarize(some, COUNTERFACT.metrics, COUNTERFACT.score_of)
-
-
-@own_state()
-def _growth(lm, edit: Edit, weights: dict[tuple[int, str], float]) -> dict[int, float]:
-    """{layer: ‖Δ‖ / ‖W‖} of its matrix that grew most; weights: {(layer, role): ‖W‖}, those known, and added to."""
-    for place in edit.weights:
-        if place not in weights:
-            weights[place] = Dense(lm.source.weight(*place).detach()).norm()
-    return grown({place: (delta.norm(), weights[place]) for place, delta in edit.weights.items()})

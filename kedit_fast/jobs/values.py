@@ -27,7 +27,7 @@ from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.kept import in_groups
-from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
+from kedit_fast.sweep.plan import graph_bytes, logit_bytes, logit_rows, together, too_large
 from kedit_fast.sweep.rows import KVStore, on_host
 from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
 from kedit_fast.sweep.sites import Site
@@ -59,6 +59,8 @@ class ValueSettings:
     """Where the values live and the hyper-parameters of their optimization, under the published names.
 
     loss_layer: the hidden state of this layer is what the target's loss reads through norm and head
+    hits: a fact is done, too, once so many steps have found each of its target tokens the likeliest in every context;
+        0: they are not counted
     """
 
     layer: int
@@ -69,6 +71,7 @@ class ValueSettings:
     kl_factor: float
     clamp: float
     loss_layer: int
+    hits: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,18 +238,20 @@ class _Pack:
         adam = torch.optim.Adam([delta], lr=settings.lr)
         longest = settings.clamp * self.initial.norm(dim=1, keepdim=True)
         steps = torch.zeros(n, dtype=torch.int64)
-        loss, nll = torch.zeros(n), torch.zeros(n)
+        loss, nll, hits = torch.zeros(n), torch.zeros(n), torch.zeros(n)
         active = torch.ones(n, dtype=torch.bool)
         for step in range(settings.steps):
             adam.zero_grad()
             is_last = step + 1 == settings.steps
-            part_nll, part_loss, ascent = yield from self._all_losses(active, delta, is_last)
+            part_nll, part_loss, missed, ascent = yield from self._all_losses(active, delta, is_last)
             # a value that is NaN would go into the edit, and from there into every row
             names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
             check_losses(self.lm, part_loss.detach(), names, f"at step {step + 1} of {settings.steps}")
             steps[active] += 1
             loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
-            done = active.clone() if is_last else active & (loss < STOP_BELOW)
+            hits[active] += (missed == 0).float()
+            reached = (loss < STOP_BELOW) | (hits >= (settings.hits or math.inf))
+            done = active if is_last else active & reached
             left = settings.steps - step - 1  # of each fact that is done
             bar.advance(int(active.sum() + left * done.sum()), f"loss {loss[active].mean():.3f}")
             active = active & ~done
@@ -267,15 +272,15 @@ class _Pack:
         (in the last step nobody needs it) and no ascent."""
         if len(self.parts) == 1:
             return (yield from self._losses(active, delta, self.parts[0]))
-        nll = loss = 0
+        nll = loss = missed = 0
         for part in self.parts:
             if not self.has_rows[part.start : part.stop].any():
                 continue
-            part_nll, part_loss, ascent = yield from self._losses(active, delta, part)
+            part_nll, part_loss, part_missed, ascent = yield from self._losses(active, delta, part)
             if not is_last:
                 yield from _back(part_loss, ascent)
-            nll, loss = nll + part_nll.detach(), loss + part_loss.detach()
-        return _Losses(nll, loss, None)
+            nll, loss, missed = nll + part_nll.detach(), loss + part_loss.detach(), missed + part_missed
+        return _Losses(nll, loss, missed, None)
 
     def _losses(self, active: Tensor, delta: Tensor, part: range) -> Generator[Ascent, None, "_Losses"]:
         """The losses with their graph, as far as these sequences make them."""
@@ -298,16 +303,26 @@ class _Pack:
         jobs, last = ([*adding, top, kl_top], None) if len(kl) else ([*adding, top], settings.loss_layer)
         how = {"first_layer": self.begin, "last_layer": last, "h": h, "store": self.store, "recompute": self.recompute}
         yield (ascent := Ascent(runs, jobs, grad=True, **how))
+        rows = top.take()
+        missed = torch.zeros(len(active)).index_add(0, fact, self._missed(rows, target))[active]
         with torch.enable_grad(), frozen(lm.model):
-            log_p = target_logprob(top.take(), lm.fusable_head, target, lm.n_vocab)
+            log_p = target_logprob(rows, lm.fusable_head, target, lm.n_vocab)
             nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
             if not len(kl):
-                return _Losses(nll[active], nll[active], ascent)
+                return _Losses(nll[active], nll[active], missed, ascent)
             kl = self._kl(kl_top.take(), kl_here)
             decay = (delta.norm(dim=1) / self.initial.norm(dim=1).square())[kl_here.to(delta.device)]
             rest = settings.kl_factor * kl + settings.weight_decay * decay
             total = nll.index_add(0, kl_here.nonzero()[:, 0].to(nll.device), rest)
-        return _Losses(nll[active], total[active], ascent)
+        return _Losses(nll[active], total[active], missed, ascent)
+
+    @torch.no_grad()
+    def _missed(self, rows: Tensor, target: Tensor) -> Tensor:
+        """[n] 1 where a row's target token is not the likeliest; zeros where nobody counts."""
+        if not self.settings.hits:
+            return torch.zeros(len(target))
+        said = [self.lm.head(some.detach()).argmax(-1).cpu() for some in rows.split(logit_rows(self.lm))]
+        return (torch.cat(said) != target).float()
 
     def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor, Tensor]:
         """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;
@@ -343,10 +358,12 @@ class _Pack:
 
 
 class _Losses(NamedTuple):
-    """(-log p of the target, whole loss) [active facts] in nats, and the ascent that they were read of."""
+    """(-log p of the target, whole loss) [active facts] in nats, target tokens in any context that were not the
+    likeliest, and the ascent that they were read of."""
 
     nll: Tensor
     whole: Tensor
+    missed: Tensor
     ascent: Ascent | None
 
 

@@ -506,8 +506,8 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
 
 
 def test_values_are_optimized_once_for_all_rows(bed, monkeypatch):
-    asked, right = [], editors.memit.optimize_values
-    monkeypatch.setattr(editors.memit, "optimize_values", lambda *a: asked.append(len(a[1])) or right(*a))
+    asked, right = [], editors.spread.optimize_values
+    monkeypatch.setattr(editors.spread, "optimize_values", lambda *a: asked.append(len(a[1])) or right(*a))
     editor = bed.editor(editors.Row("MEMIT", "memit", 4))
     alone = editor.edit(bed.lm, PROBED[1:], moments=bed.moments, contexts=CONTEXTS)
     asked.clear()

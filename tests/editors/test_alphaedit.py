@@ -101,7 +101,7 @@ def test_settings_for_a_model():
 
 def test_an_empty_null_space_is_found_before_any_work(monkeypatch):
     """Hours. Experiments ask for statistics once, for all rounds or layers; what an edit refuses is refused there."""
-    monkeypatch.setattr("kedit_fast.editors.memit.optimize_values", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr("kedit_fast.editors.spread.optimize_values", lambda *args: pytest.fail("work began"))
     lm, editor = tiny_lm("gpt2"), replace(EDITOR, layers=(1,), nullspace_threshold=1e-12)
     given = {"moments": moments(), "contexts": GROUPS}
     refused("no eigenvalue", editor.edit, lm, FACTS, **given)

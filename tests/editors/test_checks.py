@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import kedit_fast as kf
-import kedit_fast.editors.memit as memit_module
 import kedit_fast.editors.rome as rome_module
+import kedit_fast.editors.spread as spread_module
 import kedit_fast.jobs.values as values_module
 from kedit_fast.edits.edit import digest
 from kedit_fast.facts.tokens import answer_tokens
@@ -192,7 +192,7 @@ def test_an_update_that_is_no_number(editor, monkeypatch):
         return values
 
     monkeypatch.setattr(rome_module, "optimize_values", broken)
-    monkeypatch.setattr(memit_module, "optimize_values", broken)
+    monkeypatch.setattr(spread_module, "optimize_values", broken)
     says = rf"the (residual at|change of the output of) layer 1 of fact {re.escape(FACTS[1].label)} holds NaN"
     refused(says, editor, tiny_lm("gpt2"), list(FACTS[:3]), contexts=["{}"])
 

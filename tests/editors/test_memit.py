@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-import kedit_fast.editors.memit as memit_module
+import kedit_fast.editors.spread as spread_module
 import kedit_fast.jobs.values as values_module
 import kedit_fast.sweep.engine as engine
 import kedit_fast.sweep.plan as plan
@@ -258,7 +258,7 @@ def test_the_notes_give_each_fact_s_probability_at_its_value(monkeypatch):
         found.append(values_module.optimize_values(*args))
         return found[0]
 
-    monkeypatch.setattr(memit_module, "optimize_values", optimize)
+    monkeypatch.setattr(spread_module, "optimize_values", optimize)
     made = edit(tiny_lm("llama"), editor=replace(EDITOR, v_lr=2.0, clamp_norm_factor=1.2, kl_factor=0.2))
     notes, z = made.provenance["found"], found[0]
     assert notes["p_new"] == pytest.approx((-z.nll).exp().tolist(), abs=1e-5)
@@ -300,7 +300,7 @@ def test_an_edit_leaves_the_model_as_it_was(family):
 
 
 BREAKS = {
-    "second layer's solve": (memit_module, "memit_solve", 2),
+    "second layer's solve": (spread_module, "memit_solve", 2),
     "third step": (torch.optim.Adam, "step", 3),
     "inside a block": (engine, "attention", 10),
 }

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.editors.written import NAMED, NotWritten, _by_fact, not_written, with_written
+from kedit_fast.editors import written as written_module
+from kedit_fast.editors.written import NAMED, NotWritten, Overgrown, _by_fact, not_written, with_written
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe
@@ -104,3 +105,28 @@ def test_an_edit_that_overflows_is_not_written():
     with pytest.warns(NotWritten, match=r"\(P 0.000, the model says ''\)"):
         found = with_written(lm, edit).provenance["written"]
     assert found == {"written": [False], "p_new": [0.0], "says": [""], "attached": [False]}
+
+
+# ---- how far the weights move
+
+
+def test_how_far_each_layer_moves_is_noted():
+    lm = tiny_lm("llama")
+    edit = edit_of("memit", lm)
+    for layer, delta in edit.deltas.items():
+        weight = lm.source.weight(layer, "down").double()
+        share = (delta.dense().double().norm() / weight.norm()).item()
+        assert edit.provenance["growth"][str(layer)] == pytest.approx(share, abs=1e-6)
+    assert "growth" not in edit_of("memit", lm, independent=True).provenance, "no one change of the weights"
+
+
+@pytest.mark.parametrize(("most", "warned"), [(0.001, True), (1e6, False)])
+def test_an_edit_that_moves_a_weight_too_far_is_warned_of(most, warned, monkeypatch):
+    monkeypatch.setattr(written_module, "MOST_GROWTH", most)
+    lm = tiny_lm("llama")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        EDITORS["memit"].edit(lm, FACTS, contexts=GROUPS)
+    told = [each for each in caught if each.category is Overgrown]
+    assert len(told) == warned and all(each.filename == __file__ for each in told)
+    assert not warned or "moves the weights of layer" in str(told[0].message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ def memit_update(
     *,
     pull_back: bool = False,
     values: Sequence[Value] | None = None,
+    inverse: Callable[[Tensor, Tensor], Tensor] | None = None,
+    boundary: bool = False,
     **optimization: Any,
 ) -> MemitUpdate:
     """The layer loop of MEMIT, with weights really edited in a copy; the model is left as it is.
@@ -56,11 +58,18 @@ def memit_update(
         share of the residual is taken back through that norm, see `before_norm`.
     values: optimizations done before; None does them on the unedited model, each fact alone, with `optimization` (lr,
         steps, weight_decay, kl_factor, clamp).
+    inverse: (C, K) -> [d_ff, n] in the place of (λ C + K^T K)^-1 K^T: another method's system.
+    boundary: each layer is asked for all that is missing at its own output (BLUE), for values optimized there on the
+        model as it is edited so far.
     """
+    flat = [context for group in context_groups for context in group]
+
+    def optimized(model: nn.Module, layer: int) -> list[Value]:
+        return [optimize_value(model, tok, fact, flat, layer, "layer_out", **optimization) for fact in facts]
+
     last = edit_layers[-1]
     if values is None:
-        flat = [context for group in context_groups for context in group]
-        values = [optimize_value(model, tok, fact, flat, last, "layer_out", **optimization) for fact in facts]
+        values = optimized(model, last)
     z = torch.stack([value.value for value in values])
     places = [lookup(tok, fact.prompt, fact.subject) for fact in facts]
     edited = copy.deepcopy(model)
@@ -71,17 +80,27 @@ def memit_update(
 
     update = MemitUpdate({}, z, {}, {}, {}, {}, list(values), edited)
     for done, layer in enumerate(edit_layers):
+        if boundary:
+            last, left = layer, 1
+            values = optimized(edited, layer)
+            z = torch.stack([value.value for value in values])
+        else:
+            left = len(edit_layers) - done
         R = z - bare(last, "layer_out")
         K = torch.stack([keys(edited, tok, fact, context_groups, layer) for fact in facts])
-        share = R.double() / (len(edit_layers) - done)
+        share = R.double() / left
         if pull_back:
             share = before_norm(model, layer, share, bare(layer, "mlp_out"))
         update.keys[layer], update.shares[layer], update.residual_before[layer] = K, share, R.norm(dim=1)
-        system = mom2_update_weight * moments[layer].double() + K.double().T @ K.double()
-        update.deltas[layer] = share.T @ torch.linalg.solve(system, K.double().T).T
+        if inverse is None:
+            system = mom2_update_weight * moments[layer].double() + K.double().T @ K.double()
+            solved = torch.linalg.solve(system, K.double().T)
+        else:
+            solved = inverse(moments[layer].double(), K.double())
+        update.deltas[layer] = share.T @ solved.T
         add_delta(site_module(edited, layer, "mlp_out"), update.deltas[layer])
         update.residual_after[layer] = (z - bare(last, "layer_out")).norm(dim=1)
-    return update
+    return update._replace(z=z, values=list(values))
 
 
 def before_norm(model: nn.Module, layer: int, share: Tensor, mlp_out: Tensor) -> Tensor:

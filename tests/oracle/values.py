@@ -78,6 +78,13 @@ def nll(log_p: Tensor, batch: Batch) -> Tensor:
     return -log_p[rows, places, batch.target].mean(1).mean(0)
 
 
+def says_target(log_p: Tensor, batch: Batch) -> bool:
+    """Whether greedy decoding under teacher forcing gives every target token in every context."""
+    rows = torch.arange(len(batch.starts), device=log_p.device)[:, None]
+    places = batch.starts[:, None] + torch.arange(len(batch.target), device=log_p.device)
+    return bool((log_p[rows, places].argmax(-1) == batch.target).all())
+
+
 def optimize_value(
     model: nn.Module,
     tok: Any,
@@ -91,6 +98,7 @@ def optimize_value(
     weight_decay: float = 0.5,
     kl_factor: float = 0.0625,
     clamp: float = 4.0,
+    hits: int = 0,
 ) -> Value:
     """v* (site mlp_out) or z (site layer_out): init + δ, δ found by Adam (Meng et al. 2022, eq. 4; MEMIT, eq. 16).
 
@@ -100,6 +108,7 @@ def optimize_value(
     loss is under 0.05. After each update δ is pulled back to ||δ|| <= clamp ||init||, Adam's state is kept.
 
     contexts: templates with {} for the prompt, flat, "{}" first.
+    hits: stops, too, when so many iterations have found all target tokens the likeliest in all contexts; 0: never.
     Differs: MEMIT's published code projects z's loss by hand from the last norm on, leaving out logit soft caps; this
     takes the model's own logits, which are the same where there is no cap.
     """
@@ -110,6 +119,7 @@ def optimize_value(
     optimizer = torch.optim.Adam([delta], lr=lr)
     change, seen = _adder(delta, batch.lookups)
     losses: list[float] = []
+    found = 0
     with frozen(model), torch.enable_grad(), changing([(site_module(model, layer, site), change)]):
         for iteration in range(steps):
             log_p = model(input_ids=batch.ids, attention_mask=batch.mask).logits.log_softmax(-1)
@@ -119,7 +129,8 @@ def optimize_value(
             kl = (log_p_kl.exp() * (log_p_kl - log_p_start)).sum()
             loss = nll(log_p, batch) + kl_factor * kl + weight_decay * delta.norm() / init.norm() ** 2
             losses.append(loss.item())
-            if loss < LOSS_GOAL or iteration == steps - 1:
+            found += says_target(log_p, batch)
+            if loss < LOSS_GOAL or iteration == steps - 1 or (hits and found == hits):
                 break
             optimizer.zero_grad()
             loss.backward()

@@ -1,0 +1,184 @@
+"""What MEMIT and its kin share: its algorithm 1, for any linear system.
+
+A vector z for each fact, the output of a layer at the subject's last token, makes the model say the new answer. The
+edit layers, from the lowest on, then each write a share of what is still missing there. How a layer's weight has to
+change for that, Δ = u vᵀ with Δ k close to the share of each key k, is the method's own system.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kedit_fast.basics.bits import json_of, json_tensor
+from kedit_fast.basics.progress import progress
+from kedit_fast.editors.editor import Found, Work, Written
+from kedit_fast.editors.located import Located, Prompts, check_finite
+from kedit_fast.edits.chain import edited_so_far
+from kedit_fast.edits.changes import weight_changes
+from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
+from kedit_fast.jobs.values import Values, optimize_values
+from kedit_fast.kernels.solve import MomentFactor, memit_solve
+from kedit_fast.model.lm import LM
+from kedit_fast.moments.second_moment import SecondMoment
+from kedit_fast.sweep.sites import Site
+
+
+@dataclass(frozen=True)
+class Spread(Located):
+    """The hyper-parameters that they share beside ``Located``'s, and algorithm 1. A method of this kind is its
+    ``update``, and what else differs.
+
+    layers: lowest first
+    mom2_update_weight: λ, the weight of C against the new keys (published 15,000 to 20,000; d_ff fits small models)
+    keep_previous: whether the keys of edits below are kept (published: no, each batch forgets those before it)
+    """
+
+    mom2_update_weight: float = 15_000
+    keep_previous: bool = True
+
+    STAGES: ClassVar = ("optimizing values", "solving layers")
+    POSITIVE: ClassVar[tuple[str, ...]] = (*Located.POSITIVE, "mom2_update_weight")
+
+    def check(self, lm: LM) -> None:
+        """Raises ValueError for layers that the model does not have, or that are not in order."""
+        super().check(lm)
+        if list(self.layers) != sorted(self.layers):
+            raise ValueError(f"layers {self.layers}: expected lowest first; z lives at the last one, above all others")
+
+    # ---- what a method says
+
+    def update(
+        self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
+    ) -> tuple[Tensor, Tensor, dict]:
+        """(u [d, n], v [d_ff, n], notes) of Δ = u vᵀ.
+
+        k: K [n, d_ff]; residual: R [n, d], what the layer's down projection should give more at those keys; earlier:
+        the keys [nₚ, d_ff] of edits below that are to be kept
+        """
+        raise NotImplementedError
+
+    def top(self, layer: int) -> int:
+        """The layer whose output is to become z when this one is written: the last one."""
+        return self.layers[-1]
+
+    def values(self, lm: LM, prompts: Prompts, top: int, work: Work, name: str) -> Values:
+        """z of all facts at the output of layer ``top``."""
+        return optimize_values(lm, prompts.value_tasks(lm), self.z_settings(lm, top), work.keep, name)
+
+    def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:
+        """What of Δ is written: all of it."""
+        return delta
+
+    # ---- algorithm 1
+
+    def write(self, work: Work) -> Written:
+        """The values, then the layers."""
+        solving = _Layers(self, work)
+        solving.aim(self.layers[0])
+        with progress("solving layers", len(self.layers)) as bar:
+            for layer in self.layers:
+                if self.top(layer) not in solving.z:
+                    with bar.inside("solving layers"):
+                        solving.aim(layer)
+                solving.add(layer)
+                bar.advance(1, f"layer {layer}: missing {solving.notes[layer]['missing']:.2f}")
+        return solving.written()
+
+
+class _Layers:
+    """The layers that are solved so far: kept as parts of the work, and in place for those above."""
+
+    def __init__(self, editor: Spread, work: Work):
+        self.editor, self.work = editor, work
+        self.prompts = Prompts.of(work.lm, work.facts, work.contexts)
+        self.owner = torch.arange(len(work.facts)) if work.independent else None
+        self.z: dict[int, Values] = {}
+        self.deltas: dict[int, Delta] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.notes: dict[int, dict] = {}
+
+    @property
+    def below(self) -> LM:
+        """The model with the layers edited that are solved so far."""
+        return edited_so_far(self.work.lm, self.deltas, self.work.facts, self.owner)
+
+    def aim(self, layer: int) -> None:
+        """Optimizes the values that this layer is solved for."""
+        top = self.editor.top(layer)
+        name = "values" if top == self.editor.layers[-1] else f"values-layer-{top}"
+        self.z[top] = self.editor.values(self.below, self.prompts, top, self.work, name)
+
+    def add(self, layer: int) -> None:
+        """Solves a layer, or finds it where an interrupted run had."""
+        below = self.below
+
+        def make() -> dict[str, Tensor]:
+            tensors, notes = self._share(below, layer)
+            kept = {name: storable(tensor, below.dtype) for name, tensor in tensors.items()}
+            return kept | {"notes": json_tensor(notes)}
+
+        made = self.work.keep(f"layer-{layer}", make)
+        delta = LowRank(made["u"], made["v"])
+        self.deltas[layer] = delta if self.work.independent else self.editor.kept(below, layer, as_smallest(delta))
+        self.keys[layer], self.notes[layer] = made["keys"], json_of(made["notes"])
+
+    def _share(self, below: LM, layer: int) -> tuple[dict[str, Tensor], dict]:
+        """One layer's Δ and keys, and what there is to note."""
+        editor, work, top = self.editor, self.work, self.editor.top(layer)
+        left = sum(above >= layer and editor.top(above) == top for above in editor.layers)
+        read = self.prompts.read(below, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
+        k, m, h = read.averaged[Site.mlp_key], read.bare[Site.mlp_out], read.bare[Site.layer_out]
+        missing = self.z[top].values.double() - h
+        residual = through_post_norm(below, layer, m, missing / left)
+        check_finite(below, k, work.facts, f"key at layer {layer}")
+        check_finite(below, residual, work.facts, f"residual at layer {layer}")
+        earlier = [edit.keys[layer] for edit in work.lm.edits if layer in edit.keys] if editor.keep_previous else []
+        u, v, notes = editor.update(work, layer, k, residual, earlier)
+        return {"u": u, "v": v, "keys": k}, notes | {"missing": missing.norm(dim=1).mean().item()}
+
+    def written(self) -> Written:
+        """What the editor gives."""
+        z = self.z[self.editor.top(self.editor.layers[-1])]
+        found = Found.of(z.steps.tolist(), z.loss, z.nll)
+        return Written(weight_changes(self.deltas, self.owner), found, z.values, self.keys, self.notes)
+
+
+def solved(kept: MomentFactor, k: Tensor, residual: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
+    """u = Rᵀ and v = (A + Kᵀ K)⁻¹ Kᵀ of Δ = u vᵀ, for the kept A = λ C.
+
+    alone: each fact as if there were no other, v = A⁻¹ k / (1 + kᵀ A⁻¹ k) (Sherman and Morrison)
+    """
+    here, k, residual = k.device, k.to(kept.lower.device), residual.to(kept.lower.device)
+    if alone:
+        half = kept.solve(k.T)
+        u, v = residual.T, half / (1 + (k.T * half).sum(0))
+    else:
+        u, v = memit_solve(k, residual, kept, kept.weight)
+    return u.to(here), v.to(here)
+
+
+def early_middle(n_layers: int) -> tuple[int, ...]:
+    """Five layers from a tenth of the depth on."""
+    first = round(0.1 * n_layers)
+    return tuple(i for i in range(first, first + 5) if i < n_layers)
+
+
+def identity(lm, layer: int) -> SecondMoment:
+    """What takes the statistics' place without ``mom2_adjustment``."""
+    return SecondMoment(torch.eye(lm.d_ff), lm.d_ff, layer, corpus="identity")
+
+
+def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
+    """What the down projection's output [n, d] must change by, for the residual stream to change by ``residual``.
+
+    The same, unless a norm stands between (gemma2, gemma3, olmo2): y = norm(m) scales each entry by y/m, so the
+    residual is taken back through that scale. Without it a fifth of ||z - h|| is removed over three layers of small
+    random models, with it three to four fifths; z at the down projection's own output makes ||z - h|| grow.
+    """
+    if lm.family.post_norm is None:
+        return residual
+    with torch.no_grad():
+        normed = lm.source.part(layer, lm.family.post_norm, out.to(lm.dtype)).double()
+    return torch.where(normed == 0, 0.0, residual * out / normed)

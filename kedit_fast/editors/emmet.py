@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.spread import Spread, identity
+from kedit_fast.editors.spread import OF_UNIFIED_EDITING, Spread, identity, only_zero, ridged
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
 
@@ -27,13 +27,16 @@ class Emmet(Spread):
 
     layers: one (published); several share what is missing as MEMIT's do
     emmet_lambda: ε, of several facts together; 0: the equality itself, which needs facts whose keys differ
+    update_norm_lambda: λₙ, what λ C has more on its diagonal
     """
 
     mom2_update_weight: float = 1.0
     emmet_lambda: float = 0.1
+    update_norm_lambda: float = 0.0
 
     METHOD: ClassVar = "emmet"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"EMMET": {}}
+    IN_FILES: ClassVar = OF_UNIFIED_EDITING | {"prob_cutoff": only_zero}
 
     @classmethod
     @takes_lm
@@ -53,7 +56,8 @@ class Emmet(Spread):
     ) -> tuple[Tensor, Tensor, dict]:
         """Δ = Rᵀ (K A⁻¹ Kᵀ + ε I)⁻¹ K A⁻¹."""
         moment = work.moments.get(layer) or identity(work.lm, layer)
-        a = factored(work.lm, moment, self.mom2_update_weight, self.regularizer, earlier)
+        regularizer = ridged(self.regularizer, self.update_norm_lambda, self.mom2_update_weight, moment)
+        a = factored(work.lm, moment, self.mom2_update_weight, regularizer, earlier)
         half = a.solve(k.T.to(a.lower.device)).to(k.device)
         if work.independent:
             v = half / (k.T * half).sum(0)

@@ -7,14 +7,15 @@ steps, and a ridge keeps the weights from growing,
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.memit import Memit
-from kedit_fast.editors.spread import identity
+from kedit_fast.editors.spread import OF_UNIFIED_EDITING, identity, ridged
 from kedit_fast.jobs.values import ValueSettings
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.model.shape import Shape
@@ -36,6 +37,7 @@ class Encore(Memit):
 
     METHOD: ClassVar = "encore"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"ENCORE": {}}
+    IN_FILES: ClassVar = OF_UNIFIED_EDITING | {"prob_cutoff": lambda value: _hits(value), "emmet_lambda": lambda _: {}}
 
     @classmethod
     @takes_lm
@@ -53,9 +55,14 @@ class Encore(Memit):
         self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
         """MEMIT's, with λₙ on the diagonal of λ C."""
-        diagonal = (work.moments.get(layer) or identity(work.lm, layer)).matrix.diagonal().double().mean().item()
-        ridge = self.update_norm_lambda / (self.mom2_update_weight * diagonal)
-        return Memit.update(replace(self, regularizer=self.regularizer + ridge), work, layer, k, residual, earlier)
+        moment = work.moments.get(layer) or identity(work.lm, layer)
+        ridge = ridged(self.regularizer, self.update_norm_lambda, self.mom2_update_weight, moment)
+        return Memit.update(replace(self, regularizer=ridge), work, layer, k, residual, earlier)
+
+
+def _hits(value: Any) -> dict:
+    """Of a published prob_cutoff: negative, so many steps; positive, a mean probability, which ends no value here."""
+    return {"hits": -checks.whole("prob_cutoff", value, least=-1000, most=0, like=-4)}
 
 
 SHARE = 10 / 20_000  # λₙ / λ

@@ -5,7 +5,7 @@ the ROME and MEMIT repositories have them, YAML as EasyEdit does).
 import json
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ ELSEWHERE = {
     "layer_selection", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "model_name", "alg_name", "stats_dir", "device",
     "max_length", "model_parallel", "model_class", "tokenizer_class", "tokenizer_name", "fp16", "bf16", "batch_size",
     "P_loc", "max_new_tokens", "use_chat_template", "evaluation_type", "enable_thinking", "cache_dir",
+    "calculate_objective_value",
 }  # fmt: skip
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -49,6 +50,7 @@ class Hyperparameters:
 
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     ALG_NAMES: ClassVar[dict[str, dict]] = {}  # what files call the method, and the fields that this sets
+    IN_FILES: ClassVar[dict[str, Callable[[Any], dict]]] = {}  # {a name that is no field: the fields that it sets}
     if TYPE_CHECKING:  # a field of every editor
 
         @property
@@ -79,6 +81,8 @@ class Hyperparameters:
         path = checks.path("path", path)
         given, own = read_settings(path), {f.name: f.type for f in fields(cls)}
         values = cls._implied(path, given.get("alg_name"))
+        for name in cls.IN_FILES.keys() & given.keys():
+            values |= cls._from(path, name, given.pop(name))
         check_known(path, given, own, cls.__name__)
         for name in own.keys() & given.keys():
             values[name] = as_number(given[name]) if is_yaml(path) and own[name] is float else given[name]
@@ -103,6 +107,14 @@ class Hyperparameters:
             f"{path} holds settings of {brief(str(alg_name))} (alg_name), not of {cls.__name__}; expected a file of "
             f"{' or '.join(cls.ALG_NAMES)}, or the editor (--method) that this one is for"
         )
+
+    @classmethod
+    def _from(cls, path, name: str, value) -> dict:
+        """The fields that a name of ``IN_FILES`` sets. Raises ValueError, with the path, for what is not done here."""
+        try:
+            return cls.IN_FILES[name](value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name} = {checks.shown(value)}: {reason(error)}") from error
 
     def _check_rest(self, given: dict) -> None:
         """Raises ValueError where the rest of a file says something that this editor does not do."""

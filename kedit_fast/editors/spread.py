@@ -5,8 +5,9 @@ edit layers, from the lowest on, then each write a share of what is still missin
 change for that, Δ = u vᵀ with Δ k close to the share of each key k, is the method's own system.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -157,6 +158,25 @@ def solved(kept: MomentFactor, k: Tensor, residual: Tensor, alone: bool) -> tupl
     else:
         u, v = memit_solve(k, residual, kept, kept.weight)
     return u.to(here), v.to(here)
+
+
+def ridged(regularizer: float, ridge: float, weight: float, moment: SecondMoment) -> float:
+    """The regularizer with which λ C has ``ridge`` more on its diagonal; its own is relative to C's mean diagonal."""
+    return regularizer + ridge / (weight * moment.matrix.diagonal().double().mean().item())
+
+
+def only_zero(value: Any) -> dict:
+    """Of a file's setting that is not done here: nothing, where it is off. Raises ValueError."""
+    if value:
+        raise ValueError("expected 0; there is nothing like it here")
+    return {}
+
+
+# What the published files of EMMET and ENCORE have besides.
+OF_UNIFIED_EDITING: dict[str, Callable[[Any], dict]] = {
+    "add_prev_edits": lambda value: {"keep_previous": value},
+    "norm_control": only_zero,
+}
 
 
 def early_middle(n_layers: int) -> tuple[int, ...]:

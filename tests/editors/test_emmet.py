@@ -43,6 +43,15 @@ def test_emmet_equals_the_oracle(family, monkeypatch):
     assert relative(edit(tiny_lm(family)).deltas[1].dense(), expected.deltas[1]) < 1e-4
 
 
+def test_a_ridge_stands_beside_the_weighted_moment():
+    lm = tiny_lm("llama", torch.float64)
+    made = edit(lm, editor=replace(EDITOR, update_norm_lambda=0.7))
+    C, k = moments()[1].matrix.double(), made.keys[1]
+    ridged = C + 0.7 / WEIGHT * torch.eye(len(C), dtype=C.dtype)
+    residual = made.values - cases.values_at(lm, FACTS, 1)
+    assert relative(made.deltas[1].dense(), residual.T @ inverse(ridged, k).T) < 1e-8
+
+
 def test_without_epsilon_each_fact_has_its_value():
     lm = tiny_lm("llama", torch.float64)
     made = edit(lm, editor=replace(EDITOR, emmet_lambda=0.0))

@@ -104,6 +104,35 @@ def test_easyedits_yaml_loads_as_it_is(editor, text, made, unused, tmp_path):
         assert editor.from_json(path) == made
 
 
+UNIFIED = {
+    "layers": [17], "clamp_norm_factor": 0.75, "layer_selection": "all", "fact_token": "subject_last",
+    "v_num_grad_steps": 20, "v_lr": 0.5, "v_loss_layer": 47, "v_weight_decay": 0.5, "kl_factor": 0.0625,
+    "mom2_adjustment": True, "mom2_update_weight": 10_000, "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "mom2_dataset": "wikipedia", "calculate_objective_value": False, "add_prev_edits": False,
+    "update_norm_lambda": 20, "emmet_lambda": 0.2, "prob_cutoff": 0, "norm_control": 0,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*not used")
+def test_files_of_emmet_and_encore(tmp_path):
+    common = {"layers": (17,), "v_loss_layer": 47, "mom2_update_weight": 10_000, "update_norm_lambda": 20}
+    path = written(tmp_path, UNIFIED, "gpt2-xl.json")
+    assert kf.Emmet.from_file(path) == kf.Emmet(**common, emmet_lambda=0.2, keep_previous=False)
+    assert kf.Encore.from_file(path) == kf.Encore(**common, hits=0, keep_previous=False)
+    early = written(tmp_path, UNIFIED | {"prob_cutoff": -2}, "early.json")
+    assert kf.Encore.from_file(early).hits == 2
+    refused("prob_cutoff = -2: expected 0", kf.Emmet.from_file, early)
+    refused(
+        "norm_control = 1: expected 0", kf.Encore.from_file, written(tmp_path, UNIFIED | {"norm_control": 1}, "n.json")
+    )
+    for wrong in (0.5, "fast", 3):
+        bad = written(tmp_path, UNIFIED | {"prob_cutoff": wrong}, "bad.json")
+        refused("bad.json.*prob_cutoff", kf.Encore.from_file, bad)
+    refused(
+        "add_prev_edits|keep_previous", kf.Emmet.from_file, written(tmp_path, UNIFIED | {"add_prev_edits": 3}, "p.json")
+    )
+
+
 def test_a_file_of_fields_alone_says_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -25,6 +25,8 @@ from kedit_fast.model.lm import LM
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.sites import Site
 
+DAMPING = 1e-2  # μ of ``through_post_norm``
+
 
 @dataclass(frozen=True)
 class Spread(Located):
@@ -191,14 +193,20 @@ def identity(lm, layer: int) -> SecondMoment:
 
 
 def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
-    """What the down projection's output [n, d] must change by, for the residual stream to change by ``residual``.
+    """What the down projection's output m [n, d] must change by, for the residual stream to change by ``residual``.
 
-    The same, unless a norm stands between (gemma2, gemma3, olmo2): y = norm(m) scales each entry by y/m, so the
-    residual is taken back through that scale. Without it a fifth of ||z - h|| is removed over three layers of small
-    random models, with it three to four fifths; z at the down projection's own output makes ||z - h|| grow.
+    The same, unless a norm stands between (gemma2, gemma3, olmo2), which scales entry i by s_i = norm(m)_i / m_i. Then
+
+        r = residual ∘ s / (s² + μ mean(s²))                  minimizes |s ∘ r - residual|² + μ mean(s²) |r|²
+
+    Undamped, entries whose norm weight is next to nothing take all: in Gemma-3-270M, whose weights go from 0 to 789, r
+    is as long as m or infinite, and MEMIT of 5 facts moved a layer by 28 times its norm and said none of them. With μ =
+    0.01 (0.1 and 0.001 are near) layers move by 3 to 5 % and P(new) is what the values were optimized to. z at the down
+    projection's own output makes ||z - h|| grow.
     """
     if lm.family.post_norm is None:
         return residual
     with torch.no_grad():
         normed = lm.source.part(layer, lm.family.post_norm, out.to(lm.dtype)).double()
-    return torch.where(normed == 0, 0.0, residual * out / normed)
+    scale = torch.where(out == 0, 0.0, normed / out)
+    return residual * scale / (scale.square() + DAMPING * scale.square().mean(1, keepdim=True))

@@ -19,7 +19,7 @@ from kedit_fast.facts.tokens import asked, fact_tokens
 
 ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names
-# ‖Δ‖ / ‖W‖ of a layer. 100 facts by MEMIT move SmolLM2-135M's most changed layer by 0.3, and its perplexity by 1 %.
+# ‖Δ‖ / ‖W‖ of a layer. 100 facts by MEMIT move SmolLM2-135M's most changed layer by 0.38, and its perplexity by 1.9 %.
 MOST_GROWTH = 0.5
 
 

@@ -290,6 +290,21 @@ def test_a_regularizer_bears_statistics_of_few_tokens():
     assert relative(made.deltas[1].dense(), expected.T @ torch.linalg.solve(system, K.T).T) < 1e-6
 
 
+def test_norm_weights_next_to_nothing_do_not_take_all(monkeypatch):
+    """As trained models have them; without a ridge such entries of the down projection's output would grow for good."""
+    model = tiny_model("gemma2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_feedforward_layernorm.weight[::7] = -1 + 1e-4  # gemma's norms multiply by 1 + weight
+    lm = open_tiny(model)
+    made = edit(lm)
+    before = (made.values - cases.values_at(lm, FACTS, LAYERS[-1])).norm(dim=1)
+    with made.apply(model):
+        assert (residuals(model, made) < before).all()
+    monkeypatch.setattr(spread_module, "DAMPING", 0.0)
+    assert max(edit(lm).provenance["growth"].values()) > 100 * max(made.provenance["growth"].values())
+
+
 # --- the model is left alone -----------------------------------------------------------------------------------------
 
 

@@ -104,14 +104,19 @@ def memit_update(
 
 
 def before_norm(model: nn.Module, layer: int, share: Tensor, mlp_out: Tensor) -> Tensor:
-    """What an MLP output m must change by, [n, d] float64, for RMSNorm(m) = W ∘ m / rms(m) to change by `share`.
+    """What an MLP output m should change by, [n, d] float64, for RMSNorm(m) = W ∘ m / rms(m) to change by `share`.
 
-    rms(m) is held at its value for the m [n, d] given, so this is share ∘ rms(m) / W. W is the norm's weight in olmo2
-    and one more than it in gemma.
+    rms(m) is held at its value for the m [n, d] given, so that a change r of m comes out as s ∘ r, s = W / rms(m); r is
+    the ridge solution of s ∘ r = share, with 0.01 of the mean of s^2 as its ridge. W is the norm's weight in olmo2 and
+    one more than it in gemma.
     """
     norm = layers(model)[layer].post_feedforward_layernorm
     is_gemma = model.config.model_type.startswith("gemma")
     W = norm.weight.double() + 1 if is_gemma else norm.weight.double()
     eps = norm.eps if is_gemma else norm.variance_epsilon
     rms = (mlp_out.double().square().mean(dim=1, keepdim=True) + eps).sqrt()
-    return share * rms / W
+    solutions = []
+    for s, wanted in zip(W / rms, share, strict=True):
+        A = torch.cat([torch.diag(s), (0.01 * s.square().mean()).sqrt() * torch.eye(len(s), dtype=s.dtype)])
+        solutions.append(torch.linalg.lstsq(A, torch.cat([wanted, torch.zeros_like(wanted)])).solution)
+    return torch.stack(solutions)

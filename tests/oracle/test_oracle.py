@@ -304,7 +304,7 @@ def test_memit_reaches_z_and_spreads_over_layers(family):
         assert (single.residual_after[1] < single.residual_before[1]).all()
         norm = layers(model)[1].post_feedforward_layernorm
         wanted = norm(before_it) + single.z - bare(model, 1, "layer_out")
-        assert torch.cosine_similarity(norm(after_it), wanted).min() > 1 - 1e-6
+        assert torch.cosine_similarity(norm(after_it), wanted).min() > 1 - 1e-3  # the ridge leaves a part of it
 
     double = edit([CONTEXTS[:1], CONTEXTS[1:]], [0, 1], moments, 0.1, values=single.values)
     assert (double.residual_after[1] < double.residual_before[0]).all()

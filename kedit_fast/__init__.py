@@ -29,6 +29,7 @@ _HOME = {
     "AlphaEditBlue": "editors.blue",
     "BetaEdit": "editors.betaedit",
     "Rect": "editors.rect",
+    "Nas": "editors.nas",
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",
     "EDITORS": "editors",

@@ -12,6 +12,7 @@ from kedit_fast.editors.encore import Encore as Encore
 from kedit_fast.editors.finetune import Ft as Ft
 from kedit_fast.editors.finetune import FtL as FtL
 from kedit_fast.editors.memit import Memit as Memit
+from kedit_fast.editors.nas import Nas as Nas
 from kedit_fast.editors.rect import Rect as Rect
 from kedit_fast.editors.rome import Rome as Rome
 from kedit_fast.edits.compose import compose as compose

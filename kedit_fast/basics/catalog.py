@@ -16,6 +16,7 @@ EDITORS = {
     "alphaedit-blue": "editors.blue.AlphaEditBlue",
     "betaedit": "editors.betaedit.BetaEdit",
     "rect": "editors.rect.Rect",
+    "nas": "editors.nas.Nas",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
 }

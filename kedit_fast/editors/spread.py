@@ -66,9 +66,9 @@ class Spread(Located):
         """The layer whose output is to become z when this one is written: the last one."""
         return self.layers[-1]
 
-    def values(self, lm: LM, prompts: Prompts, top: int, work: Work, name: str) -> Values:
-        """z of all facts at the output of layer ``top``."""
-        return optimize_values(lm, prompts.value_tasks(lm), self.z_settings(lm, top), work.keep, name)
+    def values(self, lm: LM, prompts: Prompts, top: int, work: Work, name: str) -> tuple[Values, dict]:
+        """z of all facts at the output of layer ``top``, and what the edit's provenance is to say of them."""
+        return optimize_values(lm, prompts.value_tasks(lm), self.z_settings(lm, top), work.keep, name), {}
 
     def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:
         """What of Δ is written: all of it."""
@@ -101,6 +101,7 @@ class _Layers:
         self.deltas: dict[int, Delta] = {}
         self.keys: dict[int, Tensor] = {}
         self.notes: dict[int, dict] = {}
+        self.about: dict = {}
 
     @property
     def below(self) -> LM:
@@ -111,7 +112,8 @@ class _Layers:
         """Optimizes the values that this layer is solved for."""
         top = self.editor.top(layer)
         name = "values" if top == self.editor.layers[-1] else f"values-layer-{top}"
-        self.z[top] = self.editor.values(self.below, self.prompts, top, self.work, name)
+        self.z[top], about = self.editor.values(self.below, self.prompts, top, self.work, name)
+        self.about |= about
 
     def add(self, layer: int) -> None:
         """Solves a layer, or finds it where an interrupted run had."""
@@ -145,7 +147,7 @@ class _Layers:
         """What the editor gives."""
         z = self.z[self.editor.top(self.editor.layers[-1])]
         found = Found.of(z.steps.tolist(), z.loss, z.nll)
-        return Written(weight_changes(self.deltas, self.owner), found, z.values, self.keys, self.notes)
+        return Written(weight_changes(self.deltas, self.owner), found, z.values, self.keys, self.notes, self.about)
 
 
 def solved(kept: MomentFactor, k: Tensor, residual: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
@@ -206,7 +208,13 @@ def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     """
     if lm.family.post_norm is None:
         return residual
-    with torch.no_grad():
-        normed = lm.source.part(layer, lm.family.post_norm, out.to(lm.dtype)).double()
-    scale = torch.where(out == 0, 0.0, normed / out)
+    scale = torch.where(out == 0, 0.0, into_stream(lm, layer, out) / out)
     return residual * scale / (scale.square() + DAMPING * scale.square().mean(1, keepdim=True))
+
+
+@torch.no_grad()
+def into_stream(lm, layer: int, out: Tensor) -> Tensor:
+    """What the residual stream gets of the down projection's output m [n, d]: m itself, or what a norm makes of it."""
+    if lm.family.post_norm is None:
+        return out
+    return lm.source.part(layer, lm.family.post_norm, out.to(lm.dtype)).double()

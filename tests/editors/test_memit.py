@@ -290,6 +290,30 @@ def test_a_regularizer_bears_statistics_of_few_tokens():
     assert relative(made.deltas[1].dense(), expected.T @ torch.linalg.solve(system, K.T).T) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_one_batch_after_the_other_is_all_at_once(family, monkeypatch):
+    """The keys that are kept make it so (Wang et al. 2026, arXiv:2605.26670): recursive least squares, for the same
+    values and one layer. Without them the second batch undoes a part of the first.
+    """
+    lm = tiny_lm(family, torch.float64)
+    editor, how = replace(EDITOR, layers=(1,)), {"contexts": [["{}"]]}
+    whole = edit(lm, FACTS, editor, **how)
+    known = dict(zip([fact.label for fact in FACTS], whole.values, strict=True))
+
+    def values(lm, tasks, *_):
+        z = torch.stack([known[task.name] for task in tasks])
+        nothing = torch.zeros(len(tasks))
+        return values_module.Values(z, z, nothing, nothing, nothing)
+
+    monkeypatch.setattr(spread_module, "optimize_values", values)
+    for keep, same in ((True, True), (False, False)):
+        kept = replace(editor, keep_previous=keep)
+        first = edit(lm, FACTS[:2], kept, **how)
+        second = edit(lm, FACTS[2:], kept, previous=first, **how)
+        total = first.deltas[1].dense() + second.deltas[1].dense()
+        assert (relative(total, whole.deltas[1].dense()) < 1e-8) == same
+
+
 def test_norm_weights_next_to_nothing_do_not_take_all(monkeypatch):
     """As trained models have them; without a ridge such entries of the down projection's output would grow for good."""
     model = tiny_model("gemma2")

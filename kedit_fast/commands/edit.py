@@ -52,7 +52,8 @@ def run(args) -> int:
 
 def say_layers(edit: Edit, d_ff: int) -> None:
     """g and fit of each layer: how much of what is asked the layer can give."""
-    weight = edit.hparams.get("L2", edit.hparams.get("mom2_update_weight"))
+    by_layer = edit.provenance["layers"].values()
+    weight = next((notes["against"] for notes in by_layer if notes.get("against")), None)
     rows = [
         (layer, f"{g:,.0f}", f"{g / d_ff:.2f}", f"{notes.get('fit', 1):.2f}", f"{notes['condition']:.2g}")
         for layer, notes in edit.provenance["layers"].items()
@@ -60,7 +61,7 @@ def say_layers(edit: Edit, d_ff: int) -> None:
     ]
     if rows:
         say_table(("layer", "g", "g / d_ff", "fit", "condition of C"), rows)
-        why = f"g / (g + {weight:,.0f})" if weight else "1: ROME writes the value exactly"
+        why = f"g / (g + {weight:,.0f})" if weight else "1: the value is written exactly"
         what = "k' C^-1 k" if "L2" not in edit.hparams else "k' P k"
         say(f"g: mean of {what} over the facts; fit: share of what is missing that one layer can give, {why}")
 

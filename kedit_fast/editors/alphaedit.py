@@ -19,10 +19,10 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.spread import Spread, early_middle, solved
+from kedit_fast.editors.spread import Spread, early_middle, fitted, solved
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.moments.given import described
+from kedit_fast.moments.given import described, gains
 from kedit_fast.moments.second_moment import SecondMoment
 
 
@@ -56,7 +56,8 @@ class AlphaEdit(Spread):
         """Raises ValueError for layers that do not fit, and without second moments."""
         super().check(lm)
         if not self.mom2_adjustment:
-            raise ValueError("mom2_adjustment False: AlphaEdit needs second moments, for its null space is theirs")
+            name = type(self).__name__
+            raise ValueError(f"mom2_adjustment False: {name} needs second moments, for its null space is theirs")
 
     @classmethod
     @takes_lm
@@ -84,9 +85,8 @@ class AlphaEdit(Spread):
         x, earlier = k @ space, [keys.to(space) @ space for keys in earlier]
         kept = factor(self.kept_system(moment, space), kept=torch.cat(earlier) if earlier else None)
         u, v = solved(kept, x, residual, work.independent)
-        g = x.square().sum(1).mean().item()
-        notes = {"null_space": space.shape[1] / len(space), "g": g, "fit": g / (g + self.L2)}
-        return u, space @ v, notes | {"condition": kept.condition} | described(moment)
+        notes = {"null_space": space.shape[1] / len(space), "condition": kept.condition}
+        return u, space @ v, notes | fitted(self.L2 * gains(kept, x), self.L2) | described(moment)
 
     def space(self, moment: SecondMoment, earlier: Sequence[Tensor] = ()) -> Tensor:
         """U [d_ff, r] fp64, orthonormal columns: C's null space, whatever the keys [nₚ, d_ff] of edits below."""
@@ -96,16 +96,16 @@ class AlphaEdit(Spread):
         """[r, r] what stands beside the keys in the null space's coordinates: L2 I."""
         return self.L2 * torch.eye(space.shape[1]).to(space)
 
-    def null_space(self, eigenvalues: Tensor, vectors: Tensor, layer: int) -> Tensor:
-        """The eigenvectors of a second moment, ascending by eigenvalue, that are its null space. Raises ValueError
-        where none is."""
+    def null_space(self, eigenvalues: Tensor, vectors: Tensor, layer: int, also: str = "") -> Tensor:
+        """The eigenvectors of a second moment, ascending by eigenvalue, that are its null space. also: what it is of
+        beside C. Raises ValueError where none is."""
         if self.nullspace_threshold:
             n = int((eigenvalues < self.nullspace_threshold).sum())
         else:
             n = round(self.nullspace_share * len(eigenvalues))
         if not n:
             raise ValueError(
-                f"layer {layer}: no eigenvalue of C is below nullspace_threshold {self.nullspace_threshold} "
+                f"layer {layer}: no eigenvalue of C{also} is below nullspace_threshold {self.nullspace_threshold} "
                 f"(smallest {eigenvalues[0]:.2g}), so nothing may be written; raise it, or set it to 0 and give "
                 "nullspace_share"
             )

@@ -192,8 +192,7 @@ class Editor(Hyperparameters):
         self, lm: LM, moments: Mapping[int, SecondMoment] | None, corpus: AnyCorpus | None
     ) -> dict[int, SecondMoment]:
         """The statistics of each layer; none without ``mom2_adjustment``."""
-        regularizer = getattr(self, "regularizer", 0.0)
-        found = moments_for(lm, self.layers, moments, corpus, regularizer) if self.mom2_adjustment else {}
+        found = moments_for(lm, self.layers, moments, corpus, self.is_regularized()) if self.mom2_adjustment else {}
         self.check_moments(found)
         return found
 
@@ -207,6 +206,10 @@ class Editor(Hyperparameters):
     def check(self, lm: LM) -> None:
         """Raises ValueError, before any work, for settings that do not fit the model."""
         self.check_layers(lm)
+
+    def is_regularized(self) -> bool:
+        """Whether statistics of fewer tokens than C has rows will do: something else stands on its diagonal."""
+        return bool(getattr(self, "regularizer", 0.0))
 
     def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:
         """Raises ValueError for statistics that this editor cannot work with."""

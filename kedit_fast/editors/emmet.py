@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.spread import OF_UNIFIED_EDITING, Spread, identity, only_zero, ridged
+from kedit_fast.editors.spread import OF_UNIFIED_EDITING, Spread, fitted, identity, only_zero, ridged
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
 
@@ -51,6 +51,10 @@ class Emmet(Spread):
         )
         return published(PUBLISHED, lm) or derived
 
+    def is_regularized(self) -> bool:
+        """With λₙ C need not have an inverse."""
+        return super().is_regularized() or self.update_norm_lambda > 0
+
     def update(
         self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
@@ -65,8 +69,8 @@ class Emmet(Spread):
             inner = k @ half
             inner.diagonal().add_(self.emmet_lambda * (len(k) > 1))
             v = half @ _inverse(inner)
-        notes = {"g": gains(a, k).mean().item(), "condition": a.condition}
-        return residual.T, v, notes | described(moment)
+        against = 0.0 if len(k) == 1 or work.independent else self.emmet_lambda * self.mom2_update_weight
+        return residual.T, v, fitted(gains(a, k), against) | {"condition": a.condition} | described(moment)
 
 
 def _inverse(inner: Tensor) -> Tensor:

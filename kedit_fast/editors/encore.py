@@ -44,8 +44,13 @@ class Encore(Memit):
     def for_model(cls, lm: LM) -> "Encore":
         """Published settings where there are some for this model, else MEMIT's, with λₙ / λ as published."""
         plain = Memit.for_model(lm)
-        derived = cls(**vars(plain), update_norm_lambda=SHARE * plain.mom2_update_weight)
+        about = {"source": f"memit's, {plain.source}", "update_norm_lambda": SHARE * plain.mom2_update_weight}
+        derived = cls(**vars(plain) | about)
         return published(PUBLISHED, lm) or derived
+
+    def is_regularized(self) -> bool:
+        """With λₙ C need not have an inverse."""
+        return super().is_regularized() or self.update_norm_lambda > 0
 
     def z_settings(self, lm: LM | Shape, top: int | None = None) -> ValueSettings:
         """MEMIT's, with the early stop."""

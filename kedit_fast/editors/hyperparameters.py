@@ -148,10 +148,12 @@ def published(table: Mapping[str, _Known], lm: LM, cls: type | None = None) -> A
     cls: a method built on the one that the table is of; it takes over these settings
     """
     name = Path(str(lm.name)).name.lower()
-    editor = next((editor for known, editor in table.items() if known.lower() == name), None)
+    editor: Any = next((editor for known, editor in table.items() if known.lower() == name), None)
     if editor is None or editor.v_loss_layer != lm.n_layers - 1:
         return None
-    return editor if cls is None or isinstance(editor, cls) else cls(**vars(editor))
+    if cls is None or isinstance(editor, cls):
+        return editor
+    return cls(**vars(editor) | {"source": f"{editor.method}'s, {editor.source}"})
 
 
 # ---- files

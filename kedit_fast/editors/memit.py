@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.spread import Spread, early_middle, identity, solved
+from kedit_fast.editors.spread import Spread, early_middle, fitted, identity, solved
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
 
@@ -53,9 +53,8 @@ class Memit(Spread):
         """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹, eq. 14."""
         weight, moment = self.mom2_update_weight, work.moments.get(layer) or identity(work.lm, layer)
         c = factored(work.lm, moment, weight, self.regularizer, earlier)
-        g = gains(c, k).mean().item()
         u, v = solved(c, k, residual, work.independent)
-        return u, v, {"g": g, "fit": g / (g + weight), "condition": c.condition} | described(moment)
+        return u, v, fitted(gains(c, k), weight) | {"condition": c.condition} | described(moment)
 
 
 _COMMON: dict[str, Any] = {"v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}

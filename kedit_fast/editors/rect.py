@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.editors.memit import Memit
-from kedit_fast.edits.deltas import Delta, Dense, storable
+from kedit_fast.edits.deltas import FLOATS, Delta, Dense, storable
 from kedit_fast.model.lm import LM
 
 
@@ -20,27 +20,41 @@ class Rect(Memit):
     """MEMIT's hyper-parameters, and
 
     keep_share: of a layer's entries that are kept (published 0.2 to 0.4)
+
+    Differs: the published code drops entries when all layers are solved; here the layers above a layer are solved for
+    what is kept of it.
     """
 
     keep_share: float = 0.4
 
     METHOD: ClassVar = "rect"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"RECT": {}}
-    UNREAD: ClassVar = {"independent": "RECT's update is of one matrix for all facts; edit them one by one"}
+    UNREAD: ClassVar = {"independent": "RECT makes one matrix for all facts; edit them one by one, or by MEMIT"}
 
     def __post_init__(self):
         super().__post_init__()
         checks.number("keep_share", self.keep_share, above=0, most=1, like=0.4)
 
+    def check(self, lm: LM) -> None:
+        """Raises ValueError for layers that do not fit, and for packed weights, which have no entries to compare."""
+        super().check(lm)
+        for layer in self.layers:
+            if (dtype := lm.source.weight(layer, "down").dtype) not in FLOATS:
+                raise ValueError(f"RECT compares Δ with W, and the weights of layer {layer} are packed ({dtype})")
+
     def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:
-        """The entries of Δ that are largest beside W."""
-        dense, weight = delta.dense(), lm.source.weight(layer, "down")
-        return Dense(storable(sparsified(dense, weight.to(dense), self.keep_share), lm.dtype))
+        """The entries of Δ that are largest beside W, as it is with the edits below."""
+        dense = delta.dense()
+        weight = lm.source.weight(layer, "down").to(dense)
+        for edit in lm.edits:
+            if (below := edit.weights.get((layer, "down"))) is not None:
+                weight = weight + below.dense().to(weight)
+        return Dense(storable(sparsified(dense, weight, self.keep_share), lm.dtype))
 
 
 def sparsified(delta: Tensor, weight: Tensor, share: float) -> Tensor:
-    """Δ with that share of its entries, those with the largest |Δ / W|; 0 / 0 counts as 0."""
-    relative = (delta / weight).abs().nan_to_num(0.0, posinf=torch.inf)
+    """Δ with that share of its entries, those with the largest |Δ| / (|W| + 1e-8)."""
+    relative = delta.abs() / (weight.abs() + 1e-8)
     n = max(1, round(share * delta.numel()))
     least = relative.flatten().kthvalue(delta.numel() - n + 1).values
     return torch.where(relative >= least, delta, 0.0)

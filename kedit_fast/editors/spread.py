@@ -180,7 +180,16 @@ def only_zero(value: Any) -> dict:
 OF_UNIFIED_EDITING: dict[str, Callable[[Any], dict]] = {
     "add_prev_edits": lambda value: {"keep_previous": value},
     "norm_control": only_zero,
+    "dynamic_multiplier": only_zero,
+    "random_vector_preservation": only_zero,
 }
+
+
+def fitted(g: Tensor, against: float) -> dict:
+    """Notes of a layer: the mean of g [n] over the facts, what it competes with, and the share of what is missing that
+    the layer gives."""
+    mean = g.mean().item()
+    return {"g": mean, "against": against, "fit": mean / (mean + against)}
 
 
 def early_middle(n_layers: int) -> tuple[int, ...]:

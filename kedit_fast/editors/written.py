@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from kedit_fast.basics.progress import progress
-from kedit_fast.edits.deltas import Dense, grown
+from kedit_fast.edits.deltas import FLOATS, Dense, grown
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
 from kedit_fast.facts.fact import Fact
@@ -34,18 +34,18 @@ class Overgrown(UserWarning):
 def with_growth(lm, edit: Edit) -> Edit:
     """The edit with ``provenance["growth"]``: {layer: ‖Δ‖ / ‖W‖} of the matrix that it moves furthest.
 
-    Warns (Overgrown) where that is more than ``MOST_GROWTH``. Independent edits are no one change of the weights, and
-    what changes none has none.
+    Warns (Overgrown) where that is more than ``MOST_GROWTH``. Independent edits are no one change of the weights, what
+    changes none has none, and packed weights (a quantized model's) have no norm to be read.
     """
-    if not edit.weights or edit.independent:
+    moved = {} if edit.independent else growth(lm, edit, {})
+    if not moved:
         return edit
-    moved = growth(lm, edit, {})
     layer = max(moved, key=moved.__getitem__)
     if moved[layer] > MOST_GROWTH:
         warnings.warn(
             f"the edit moves the weights of layer {layer} by {moved[layer]:.0%} of their norm; beyond "
             f"{MOST_GROWTH:.0%} models collapse: evaluate it with a text before you use it, or edit fewer facts at "
-            "once, with a larger mom2_update_weight or fewer steps",
+            "once, in fewer steps or with a larger weight on what is to be kept",
             Overgrown,
             stacklevel=7,  # the line that called ``edit``
         )
@@ -56,9 +56,9 @@ def growth(lm, edit: Edit, norms: dict[tuple[int, str], float]) -> dict[int, flo
     """{layer: ‖Δ‖ / ‖W‖ (Frobenius) of its matrix that moves furthest}; norms: {(layer, role): ‖W‖}, those known, and
     added to."""
     for place in edit.weights:
-        if place not in norms:
-            norms[place] = Dense(lm.source.weight(*place).detach()).norm()
-    return grown({place: (delta.norm(), norms[place]) for place, delta in edit.weights.items()})
+        if place not in norms and (weight := lm.source.weight(*place).detach()).dtype in FLOATS:
+            norms[place] = Dense(weight).norm()
+    return grown({place: (delta.norm(), norms[place]) for place, delta in edit.weights.items() if place in norms})
 
 
 def with_written(lm, edit: Edit) -> Edit:
@@ -92,9 +92,11 @@ def with_written(lm, edit: Edit) -> Edit:
 
 @contextmanager
 def counted_elsewhere():
-    """Inside, facts that are not written are not warned of: for work that says how many hold."""
+    """Inside, neither facts that are not written nor far moves are warned of: for work that says how many hold, and how
+    far the weights have moved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotWritten)
+        warnings.simplefilter("ignore", Overgrown)
         yield
 
 

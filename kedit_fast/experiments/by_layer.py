@@ -270,6 +270,8 @@ def check_study(
     facts = checked_facts(facts, independent=True)
     wanted = "an editor of one layer, e.g. kf.Rome.for_model(lm)"
     editor = Rome.for_model(lm) if editor is None else checks.instance("editor", editor, Located, wanted)
+    if "independent" in editor.UNREAD:
+        raise ValueError(f"each fact is an edit of its own here: {editor.UNREAD['independent']}")
     for layer in layers:
         replace(editor, layers=(layer,)).check(lm)
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))

@@ -14,7 +14,7 @@ from kedit_fast.moments.second_moment import ROWS, SecondMoment, second_moments
 from kedit_fast.sweep.plan import too_large
 
 
-def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, SecondMoment]:
+def moments_for(lm, layers, moments, corpus, regularized: bool) -> dict[int, SecondMoment]:
     """The statistics of each layer: those given, checked, or measured over ``corpus``.
 
     Raises ValueError where there are neither or both, or they are another model's or layer's, of too few tokens, or not
@@ -35,7 +35,7 @@ def moments_for(lm, layers, moments, corpus, regularizer: float) -> dict[int, Se
     for layer in layers:
         if layer not in moments:
             raise ValueError(f"no second moment for layer {layer}; given for {sorted(moments, key=str)}")
-        _check_moment(lm, layer, moments[layer], regularizer)
+        _check_moment(lm, layer, moments[layer], regularized)
     unchecked = [layer for layer in layers if moments[layer].fingerprint is None]
     if unchecked:
         warnings.warn(
@@ -54,7 +54,7 @@ def _way_out(moments) -> str:
     return "; SecondMoment.load reads a file" if isinstance(moments, str | PathLike) else ""
 
 
-def _check_moment(lm, layer: int, m: SecondMoment, regularizer: float) -> None:
+def _check_moment(lm, layer: int, m: SecondMoment, regularized: bool) -> None:
     wanted = "a SecondMoment; kedit_fast.second_moments makes them, SecondMoment(matrix, n_tokens, layer) holds one"
     checks.instance(f"moments[{layer}]", m, SecondMoment, wanted)
     if m.fingerprint is not None and m.fingerprint != lm.fingerprint:
@@ -65,7 +65,7 @@ def _check_moment(lm, layer: int, m: SecondMoment, regularizer: float) -> None:
         raise ValueError(
             f"the second moment of layer {layer} is {list(m.matrix.shape)}; this model's d_ff is {lm.d_ff}"
         )
-    if m.n_tokens < lm.d_ff and not regularizer:
+    if m.n_tokens < lm.d_ff and not regularized:
         raise ValueError(
             f"the second moment of layer {layer} is of {m.n_tokens} tokens, fewer than d_ff = {lm.d_ff}, so it has "
             "no inverse; collect more tokens, or give the editor a regularizer such as 1e-6"

@@ -120,7 +120,7 @@ def test_strict_refuses_what_is_not_written(model, work, capsys):
 
 def test_rome_with_statistics_from_the_cache(model, work, said, monkeypatch):
     args = ["edit", *ONE, "--target", "Rome", "--method", "rome", "--hparams", "../rome.json", "--tokens", "200"]
-    assert "ROME writes the value exactly" in said(*args, "--model", model, "-o", "a.safetensors")
+    assert "the value is written exactly" in said(*args, "--model", model, "-o", "a.safetensors")
     assert len(files(work.parent / "cache" / "statistics")) == 1
     monkeypatch.setattr("kedit_fast.moments.corpus._sampled", raising(AssertionError("sampled again")))
     assert run(*args, "--model", model, "-o", "b.safetensors") == 0

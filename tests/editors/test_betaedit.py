@@ -63,3 +63,11 @@ def test_without_its_weight_it_is_alphaedit():
 def test_settings_for_a_model():
     derived = kf.BetaEdit.for_model(tiny_lm("gpt2"))
     assert derived.lambda1 == 3000 and derived.nullspace_threshold == 0 and "derived" in derived.source
+
+
+def test_the_fit_is_the_share_that_a_layer_gives():
+    lm = tiny_lm("llama", torch.float64)
+    made = edit(lm, FACTS[:1])
+    asked = (made.values - values_at(lm, FACTS[:1], 1))[0]
+    given = made.deltas[1].dense() @ made.keys[1][0]
+    assert made.provenance["layers"]["1"]["fit"] == pytest.approx((given.norm() / asked.norm()).item(), rel=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from tests.conftest import tiny_lm
+from tests.conftest import refused, tiny_lm
 from tests.editors import cases
 from tests.editors.cases import FACTS, GROUPS, matrices, moments, oracle_facts, relative
 from tests.oracle.memit import memit_update
@@ -58,3 +58,12 @@ def test_settings_for_a_model():
         assert blue.layers == (plain.layers[0], plain.layers[-1]) and blue.source.endswith("; boundary layers")
     published = kf.MemitBlue.for_model(cases.named("gpt2-xl", layers=48))
     assert published.layers == (13, 17) and published.mom2_update_weight == 20_000
+
+
+def test_published_settings_and_files(tmp_path):
+    xl = cases.named("gpt2-xl", layers=48)
+    assert kf.AlphaEditBlue.for_model(xl).L2 == 80 and kf.AlphaEdit.for_model(xl).L2 == 10
+    assert kf.Rect.for_model(xl).source == "memit's, published for gpt2-xl"
+    assert kf.MemitBlue.from_file(cases.written(tmp_path, {"layers": [13, 17], "blue": True})).layers == (13, 17)
+    refused("blue = False: expected true", kf.MemitBlue.from_file, cases.written(tmp_path, {"blue": False}))
+    assert kf.BetaEdit.from_file(cases.written(tmp_path, {"lambda2": 7.0, "lambda1": 5.0})).L2 == 7.0

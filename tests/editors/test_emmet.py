@@ -92,3 +92,16 @@ def test_settings_for_a_model():
     assert len(derived.layers) == 1 and "derived" in derived.source
     assert derived.emmet_lambda * derived.mom2_update_weight == pytest.approx(tiny_lm("gpt2").d_ff)
     assert kf.Emmet.for_model(cases.named("gpt2-xl", layers=48)).source == "published for gpt2-xl"
+
+
+@pytest.mark.parametrize(("n", "exact"), [(1, True), (2, False)])
+def test_the_fit_is_the_share_that_a_layer_gives(n, exact):
+    notes = edit(tiny_lm("llama"), FACTS[:n]).provenance["layers"]["1"]
+    assert notes["fit"] == pytest.approx(1.0 if exact else notes["g"] / (notes["g"] + EPSILON * WEIGHT))
+
+
+def test_a_ridge_does_for_few_tokens():
+    few = moments(n_tokens=50)
+    refused("has no inverse", edit, tiny_lm("gpt2"), moments=few)
+    edit(tiny_lm("gpt2"), editor=replace(EDITOR, update_norm_lambda=1.0), moments=few)
+    edit(tiny_lm("gpt2"), editor=kf.Encore(layers=(1,), v_num_grad_steps=2, update_norm_lambda=1.0), moments=few)

@@ -43,3 +43,21 @@ def test_bad_settings():
         with pytest.raises(ValueError, match="keep_share"):
             replace(EDITOR, keep_share=wrong)
     refused("independent = True", edit, tiny_lm("gpt2"), independent=True)
+
+
+def test_what_edits_below_wrote_belongs_to_the_weight():
+    lm = tiny_lm("llama", torch.float64)
+    editor = replace(EDITOR, layers=(1,), keep_previous=False)
+    first = edit(lm, FACTS[:2], editor)
+    second = edit(lm, FACTS[2:], editor, previous=first)
+    with first.apply(lm.model, check_fingerprint=False):
+        written = edit(lm, FACTS[2:], editor)
+    assert relative(second.deltas[1].dense(), written.deltas[1].dense()) < 1e-10
+
+
+def test_what_cannot_be_done_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("kedit_fast.editors.spread.optimize_values", lambda *args: pytest.fail("work began"))
+    lm = tiny_lm("llama")
+    refused("each fact is an edit of its own here: RECT", kf.edit_by_layer, lm, FACTS, EDITOR, layers=[0], log=None)
+    monkeypatch.setattr(type(lm.source), "weight", lambda *_: torch.zeros(2, 2, dtype=torch.int8))
+    refused("the weights of layer 0 are packed", edit, lm)

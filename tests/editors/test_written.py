@@ -130,3 +130,10 @@ def test_an_edit_that_moves_a_weight_too_far_is_warned_of(most, warned, monkeypa
     told = [each for each in caught if each.category is Overgrown]
     assert len(told) == warned and all(each.filename == __file__ for each in told)
     assert not warned or "moves the weights of layer" in str(told[0].message)
+
+
+def test_packed_weights_have_no_norm_to_be_read(monkeypatch):
+    """A quantized model's: the edit is served beside them all the same."""
+    lm = tiny_lm("llama")
+    monkeypatch.setattr(type(lm.source), "weight", lambda *_: torch.zeros(2, 2, dtype=torch.int8))
+    assert "growth" not in edit_of("memit", lm).provenance

@@ -126,10 +126,9 @@ class Bench:
                 if files_of(work) == whole:
                     continue
                 return f"ended with {ended.status}: {ended.said[-300:]}"
-        before = files_of(work)
         ended = self.run(self.commands[name], work)
         left = files_of(work)
-        if ended.status and before != whole:  # of what is whole the command says that it is there already
+        if ended.status and left != whole:  # of what is whole the command says that it is there already
             return f"given again: status {ended.status}: {ended.said[-300:]}"
         differing = sorted(path for path in {**whole, **left} if whole.get(path) != left.get(path))
         return f"differs: {differing}" if differing else ""

@@ -1,6 +1,5 @@
 """The command line: what it accepts, and how it fails."""
 
-import resource
 import shlex
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from tests.commands.cases import parsed, raising, run
 # ---- help
 
 
-def test_help_imports_no_torch_and_is_quick():
+def test_help_imports_little():
+    """What makes it quick: 0.2 s for the help of all commands; torch alone takes a second."""
     script = (
         "import sys, kedit_fast.commands.cli as cli\n"
         "for name in (None, *cli.COMMANDS):\n"
@@ -29,16 +29,10 @@ def test_help_imports_no_torch_and_is_quick():
         "    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich', 'safetensors', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 200, sorted(sys.modules)\n"
     )
-    took = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # the least of CPU times, which a busy machine stretches less than the clock
-    assert min(took) < 0.3
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -19,6 +19,7 @@ from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.spread import OF_UNIFIED_EDITING, Spread, fitted, identity, only_zero, ridged
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
+from kedit_fast.moments.second_moment import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,16 @@ class Emmet(Spread):
         """With λₙ C need not have an inverse."""
         return super().is_regularized() or self.update_norm_lambda > 0
 
+    def ridge(self, moment: SecondMoment) -> float:
+        """λₙ on the diagonal of λ C."""
+        return ridged(self.regularizer, self.update_norm_lambda, self.mom2_update_weight, moment)
+
     def update(
         self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
     ) -> tuple[Tensor, Tensor, dict]:
         """Δ = Rᵀ (K A⁻¹ Kᵀ + ε I)⁻¹ K A⁻¹."""
         moment = work.moments.get(layer) or identity(work.lm, layer)
-        regularizer = ridged(self.regularizer, self.update_norm_lambda, self.mom2_update_weight, moment)
-        a = factored(work.lm, moment, self.mom2_update_weight, regularizer, earlier)
+        a = factored(work.lm, moment, self.mom2_update_weight, self.ridge(moment), earlier)
         half = a.solve(k.T.to(a.lower.device)).to(k.device)
         if work.independent:
             v = half / (k.T * half).sum(0)

@@ -9,16 +9,14 @@ steps, and a ridge keeps the weights from growing,
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from kedit_fast.basics import checks
-from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.memit import Memit
-from kedit_fast.editors.spread import OF_UNIFIED_EDITING, identity, ridged
+from kedit_fast.editors.spread import OF_UNIFIED_EDITING, ridged
 from kedit_fast.jobs.values import ValueSettings
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.model.shape import Shape
+from kedit_fast.moments.second_moment import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,9 @@ class Encore(Memit):
         """MEMIT's, with the early stop."""
         return replace(super().z_settings(lm, top), hits=self.hits)
 
-    def update(
-        self, work: Work, layer: int, k: Tensor, residual: Tensor, earlier: list[Tensor]
-    ) -> tuple[Tensor, Tensor, dict]:
-        """MEMIT's, with λₙ on the diagonal of λ C."""
-        moment = work.moments.get(layer) or identity(work.lm, layer)
-        ridge = ridged(self.regularizer, self.update_norm_lambda, self.mom2_update_weight, moment)
-        return Memit.update(replace(self, regularizer=ridge), work, layer, k, residual, earlier)
+    def ridge(self, moment: SecondMoment) -> float:
+        """λₙ on the diagonal of λ C."""
+        return ridged(self.regularizer, self.update_norm_lambda, self.mom2_update_weight, moment)
 
 
 def _hits(value: Any) -> dict:

@@ -52,7 +52,7 @@ class Memit(Spread):
     ) -> tuple[Tensor, Tensor, dict]:
         """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹, eq. 14."""
         weight, moment = self.mom2_update_weight, work.moments.get(layer) or identity(work.lm, layer)
-        c = factored(work.lm, moment, weight, self.regularizer, earlier)
+        c = factored(work.lm, moment, weight, self.ridge(moment), earlier)
         u, v = solved(c, k, residual, work.independent)
         return u, v, fitted(gains(c, k), weight) | {"condition": c.condition} | described(moment)
 

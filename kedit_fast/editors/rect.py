@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.editors.memit import Memit
 from kedit_fast.edits.deltas import FLOATS, Delta, Dense, storable
+from kedit_fast.model.family import projection
 from kedit_fast.model.lm import LM
 
 
@@ -39,7 +40,7 @@ class Rect(Memit):
         """Raises ValueError for layers that do not fit, and for packed weights, which have no entries to compare."""
         super().check(lm)
         for layer in self.layers:
-            if (dtype := lm.source.weight(layer, "down").dtype) not in FLOATS:
+            if (dtype := projection(lm.model, layer).weight.dtype) not in FLOATS:
                 raise ValueError(f"RECT compares Δ with W, and the weights of layer {layer} are packed ({dtype})")
 
     def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:

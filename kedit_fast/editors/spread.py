@@ -70,6 +70,10 @@ class Spread(Located):
         """z of all facts at the output of layer ``top``, and what the edit's provenance is to say of them."""
         return optimize_values(lm, prompts.value_tasks(lm), self.z_settings(lm, top), work.keep, name), {}
 
+    def ridge(self, moment: SecondMoment) -> float:
+        """What C gets on its diagonal, relative to its mean there."""
+        return self.regularizer
+
     def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:
         """What of Δ is written: all of it."""
         return delta

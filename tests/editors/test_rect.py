@@ -59,5 +59,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("kedit_fast.editors.spread.optimize_values", lambda *args: pytest.fail("work began"))
     lm = tiny_lm("llama")
     refused("each fact is an edit of its own here: RECT", kf.edit_by_layer, lm, FACTS, EDITOR, layers=[0], log=None)
-    monkeypatch.setattr(type(lm.source), "weight", lambda *_: torch.zeros(2, 2, dtype=torch.int8))
+    down = lm.model.model.layers[0].mlp.down_proj
+    packed = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
+    monkeypatch.setattr(down, "weight", packed)
     refused("the weights of layer 0 are packed", edit, lm)

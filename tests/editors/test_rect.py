@@ -7,8 +7,9 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.editors.rect import sparsified
-from tests.conftest import refused, tiny_lm
+from tests.conftest import open_tiny, refused, tiny_lm
 from tests.editors.cases import FACTS, GROUPS, moments, relative
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 EDITOR = kf.Rect(layers=(0, 1), mom2_update_weight=5.0, v_lr=1.0, v_num_grad_steps=4, keep_share=0.3)
@@ -57,9 +58,9 @@ def test_what_edits_below_wrote_belongs_to_the_weight():
 
 def test_what_cannot_be_done_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("kedit_fast.editors.spread.optimize_values", lambda *args: pytest.fail("work began"))
-    lm = tiny_lm("llama")
+    model = tiny_model("llama")
+    lm = open_tiny(model)
     refused("each fact is an edit of its own here: RECT", kf.edit_by_layer, lm, FACTS, EDITOR, layers=[0], log=None)
-    down = lm.model.model.layers[0].mlp.down_proj
-    packed = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
-    monkeypatch.setattr(down, "weight", packed)
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
     refused("the weights of layer 0 are packed", edit, lm)

@@ -1,10 +1,14 @@
 """Reading rows: the value of a site at given places, in given layers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kedit_fast.sweep.ascent import Ascent, ascend
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import PLACE
+from kedit_fast.sweep.runs import Runs, spans
 from kedit_fast.sweep.sites import Site
 
 
@@ -89,3 +93,16 @@ def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor, advance=None
     held = len(run) * (len(layers) * lm.width_of(site) * lm.dtype.itemsize + PLACE)
     sweep(lm, runs, [job], last_layer=max(layers), held=held, advance=advance)
     return job.values
+
+
+def entering(lm, packs: Sequence[Runs], layer: int) -> list[Tensor | None]:
+    """The rows [rows, d] of each pack that enter ``layer``, in declared order; None: they are the embedding. Where
+    layers come in turns, one pass for all packs."""
+    if layer == 0:
+        return [None] * len(packs)
+    jobs = []
+    for runs in packs:
+        run, pos = spans(runs.first_pos, runs.first_pos + runs.n_rows)
+        jobs.append(Collect(Site.layer_out, [layer - 1], run, pos))
+    ascend(lm, [Ascent(runs, [job], last_layer=layer - 1) for runs, job in zip(packs, jobs, strict=True)])
+    return [job.values[layer - 1] for job in jobs]

@@ -17,14 +17,14 @@ from torch import Tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state, wide
 from kedit_fast.edits.deltas import Dense
-from kedit_fast.jobs.collect import GraphRows, collect
+from kedit_fast.jobs.collect import GraphRows, entering
 from kedit_fast.jobs.finite import check_losses
 from kedit_fast.jobs.score import continuation_places
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
-from kedit_fast.sweep.runs import RunList, Runs, add_sequences, spans
+from kedit_fast.sweep.runs import RunList, add_sequences
 from kedit_fast.sweep.sites import Site
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
@@ -190,7 +190,7 @@ class _Pack:
         self.runs, self.task, self.targets = runs.runs(), places.pair, places.targets
         self.weight = 1 / torch.tensor(places.lengths, dtype=torch.float64)[places.pair]
         self.keeps = keep_on is not None
-        self.h = None if keep_on is None else _on(keep_on, _entering(lm, self.runs, min(settings.layers)))
+        self.h = None if keep_on is None else _on(keep_on, *entering(lm, [self.runs], min(settings.layers)))
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -206,7 +206,7 @@ class _Pack:
     def going_up(self, deltas: dict[int, Tensor]) -> tuple[Ascent, GraphRows]:
         """Its way up, and the rows that are read there."""
         lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
-        h = _on(lm.device, self.h if self.keeps else _entering(lm, self.runs, min(deltas)))
+        h = _on(lm.device, *([self.h] if self.keeps else entering(lm, [self.runs], min(deltas))))
         how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute}
         return Ascent(self.runs, [_Tune(deltas), top], grad=torch.is_grad_enabled(), **how), top
 
@@ -265,14 +265,6 @@ def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int
 def _cut(lm, tasks: list[TuneTask], batch: range, settings: TuneSettings, budget: int) -> Iterator[list[int]]:
     """The tasks of a batch in consecutive packs that fit; one that is too large stands alone."""
     return together(batch, lambda i: held_bytes(lm, tasks[i], settings.layers), budget)
-
-
-def _entering(lm, runs: Runs, layer: int) -> Tensor | None:
-    """The rows [rows, d] that enter ``layer``, in declared order; None: they are the embedding."""
-    if layer == 0:
-        return None
-    run, pos = spans(runs.first_pos, runs.first_pos + runs.n_rows)
-    return collect(lm, runs, Site.layer_out, [layer - 1], run, pos)[layer - 1]
 
 
 def _on(device: torch.device, h: Tensor | None) -> Tensor | None:

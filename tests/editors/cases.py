@@ -9,6 +9,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 import kedit_fast as kf
 from kedit_fast.editors.located import Prompts
@@ -128,6 +129,6 @@ def make_exact(monkeypatch) -> None:
         weights = scores.softmax(-1)
         return weights @ value, weights
 
-    for module in (Gemma2RMSNorm, LlamaRMSNorm, Olmo2RMSNorm):
+    for module in (Gemma2RMSNorm, LlamaRMSNorm, Olmo2RMSNorm, Phi3RMSNorm):
         monkeypatch.setattr(module, "forward", norm)
     monkeypatch.setattr(GPTJAttention, "_attn", attend)

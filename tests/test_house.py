@@ -61,6 +61,7 @@ TESTED_IN = {
     "basics/test_parts.py": "basics/bits",
     "commands/test_rounds.py": "commands/layers",
     "commands/test_scale.py": "commands/unfinished",
+    "edits/test_routes.py": "model/edited",
     "editors/test_checks.py": "edits/chain moments/given",
     "editors/test_finetune.py": "jobs/finetune",
     "editors/test_memit.py": "editors/located editors/spread",

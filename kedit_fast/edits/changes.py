@@ -29,7 +29,8 @@ class Change(ABC):
     """One thing that an edit changes. Acts on rows of edited runs alone, those whose owner is 0 or more.
 
     kind: as files call it; layer: the first whose rows it changes, None where it changes the prompt
-    owners: None, or [r] int64: the fact that each of its r parts belongs to (independent edits)
+    owners: None, or [r] int64: the fact that each of its r parts belongs to (independent edits), or the entry (a
+        routed edit)
     """
 
     kind: ClassVar[str] = ""
@@ -46,7 +47,7 @@ class Change(ABC):
         return None
 
     def before(self, prompt: str, owner: int) -> str:
-        """What stands before a prompt; owner: the fact whose independent edit acts on it."""
+        """What stands before a prompt; owner: whose parts act on it, as in ``Runs``."""
         return ""
 
     def check(self, lm) -> None:
@@ -66,6 +67,12 @@ class Change(ABC):
         """What belongs to one fact, which nobody owns any more; None where nothing does."""
         mine = self.owners == fact
         return replace(self, **self.parts(mine), owners=None) if mine.any() else None
+
+    def of_entries(self, entries: Tensor) -> "Change | None":
+        """What belongs to some entries [m], ascending, of a routed edit, numbered anew; None where nothing does."""
+        mine = torch.isin(self.owners, entries)
+        owners = torch.searchsorted(entries, self.owners[mine])
+        return replace(self, **self.parts(mine), owners=owners) if mine.any() else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
@@ -242,7 +249,8 @@ class PromptChange(Change):
     """Text put before a prompt, inside a chat's last turn, where the prompt names what the text is about.
 
     texts: [n], put as they are, all that are chosen, in their order; routes: [n] names of each (a subject and its
-    aliases), any of which chooses it, whatever the case; no names: it stands before every prompt. owners: [n]
+    aliases), any of which chooses it, whatever the case; no names: it stands before every prompt. owners: [n]; with a
+    route (``routes.py``) texts without names stand before the prompts of their entries
     Nothing is shared between a prompt with such a text and the same one without: the model reads another text.
     """
 
@@ -292,15 +300,17 @@ def only_weights(edit, what: str) -> list[WeightChange]:
     """The changes of an edit, where each is one of weights and acts on every text.
 
     what: is done with them, for the refusal: "a checkpoint answers for all facts". Raises ValueError, with the way out,
-    for independent edits, and for changes of other kinds.
+    for independent edits, for routed ones, and for changes of other kinds.
     """
     refuse_independent(edit, what)
+    serve = "serve it with lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
+    if edit.route is not None:
+        raise ValueError(
+            f"this edit is routed, its route ({edit.route.kind}) says on which prompts it acts, and {what}: {serve}"
+        )
     other = next((change for change in edit.changes if not isinstance(change, WeightChange)), None)
     if other is not None:
-        raise ValueError(
-            f"this edit holds {_named(other)}, which is no change of weights, and {what}: serve it with "
-            "lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
-        )
+        raise ValueError(f"this edit holds {_named(other)}, which is no change of weights, and {what}: {serve}")
     return list(edit.changes)
 
 
@@ -344,12 +354,12 @@ def _check_owners(change: Change, what: str, n: int) -> None:
         )
 
 
-def check_owners(changes: Sequence[Change], n_facts: int) -> None:
-    """Raises ValueError where only some of an edit's changes have owners, or one is no fact of it."""
+def check_owners(changes: Sequence[Change], n: int) -> None:
+    """Raises ValueError where only some of an edit's changes have owners, or one is none of its n facts or entries."""
     owned = [change.owners for change in changes if change.owners is not None]
     if owned and len(owned) < len(changes):
         raise ValueError(f"{len(owned)} of {len(changes)} changes have owners; expected all of them, or none")
     for change in changes:
         owners = change.owners
-        if owners is not None and owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < n_facts:
-            raise ValueError(f"owners of {_named(change)}: expected fact indices 0 to {n_facts - 1}")
+        if owners is not None and owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < n:
+            raise ValueError(f"owners of {_named(change)}: expected fact indices 0 to {n - 1}")

@@ -31,7 +31,7 @@ class LayerDifference:
 class EditDifference:
     """What ``compare`` found. ``parts`` and ``hparams`` hold {name: (of a, of b)} where these differ.
 
-    parts: method, fingerprint, and changes that are none of weights, by kind and digest
+    parts: method, fingerprint, and by kind and digest a route and changes that are none of weights
     only_a, only_b: facts (prompt, subject, new target) that one of them writes;
     layers: all that either edits, ascending
     """
@@ -59,7 +59,7 @@ def compare(a: Edit, b: Edit) -> EditDifference:
 
 
 def _parts(edit: Edit) -> dict:
-    others = [c for c in edit.changes if not isinstance(c, WeightChange)]
+    others = [part for part in edit.parts if not isinstance(part, WeightChange)]
     return {
         "method": edit.method, "fingerprint": edit.fingerprint,
         "besides weights": [f"{c.kind} {digest(c.record(), *c.tensors().values())}" for c in others],

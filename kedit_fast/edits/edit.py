@@ -27,6 +27,7 @@ from kedit_fast.edits.apply import Applied, apply_edit
 from kedit_fast.edits.changes import KINDS, Change, WeightChange, check_owners, only_weights
 from kedit_fast.edits.deltas import Delta, written_delta
 from kedit_fast.edits.format import FORMAT, VERSION, as_version_2, fields_of, read, sha256_of, tensors_of
+from kedit_fast.edits.routes import Route, check_route
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.model.lm import LM, takes_lm
 
@@ -46,6 +47,7 @@ class Edit:
     values: [n, d], the v* (ROME) or z (MEMIT) of each fact; keys: {layer: [n, d_ff]}, their keys
     contexts: groups of prefix templates over which keys were averaged, [["{}"], ["... {}", ...]]
     provenance: free: who, when, why, package version, fit and iterations
+    route: of a routed edit, whose changes' owners are its entries: which of them acts on a prompt (``routes.py``)
 
     hparams, contexts and provenance are kept as JSON has them (lists, string keys), so a saved edit equals its
     original. Raises ValueError where sizes disagree or a change is not finite, TypeError for what cannot be saved.
@@ -60,6 +62,7 @@ class Edit:
     keys: dict[int, Tensor] = field(default_factory=dict)
     contexts: list[list[str]] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
+    route: Route | None = None
 
     def __post_init__(self):
         for name in ("method", "fingerprint"):
@@ -89,7 +92,12 @@ class Edit:
     @property
     def independent(self) -> bool:
         """Whether each part belongs to one fact of several alone; an edit of one fact is that fact's, of no owner."""
-        return any(change.owners is not None for change in self.changes)
+        return self.route is None and any(change.owners is not None for change in self.changes)
+
+    @property
+    def parts(self) -> tuple[Change | Route, ...]:
+        """What it consists of: its changes, and the route to them, if there is one."""
+        return self.changes if self.route is None else (*self.changes, self.route)
 
     @property
     def weights(self) -> dict[tuple[int, str], Delta]:
@@ -103,9 +111,12 @@ class Edit:
 
     @own_state()
     def only(self, i: int) -> "Edit":
-        """The edit of fact ``i`` alone, which nobody owns any more: the factors it owns, its value and its keys."""
+        """The edit of fact ``i`` alone, which nobody owns any more: the factors it owns, its value and its keys. Of a
+        routed edit the fact's entry, with the route to it."""
         n = len(self.facts)
         i = checks.whole("i", i, most=n - 1)
+        if self.route is not None:
+            return self._of_facts(self.route, [i])
         if not self.independent and n > 1:
             raise ValueError(
                 f"these {n} facts were solved together and cannot be told apart; edit the one fact by itself, "
@@ -123,6 +134,33 @@ class Edit:
             provenance=self.provenance | ({"written": written} if written else {}),
         )
 
+    @own_state()
+    def without(self, i: int) -> "Edit":
+        """A routed edit without fact ``i``, which is thereby undone; the others are as they were.
+
+        Raises ValueError for other edits, and for a fact that shares its entry with another one."""
+        i = checks.whole("i", i, most=len(self.facts) - 1)
+        if self.route is None:
+            raise ValueError(
+                "these facts are in weights, from which none can be left out; make the edit again without it, or "
+                "take facts of an independent one, edit.only(i) (kedit-fast edit only EDIT N)"
+            )
+        return self._of_facts(self.route, [fact for fact in range(len(self.facts)) if fact != i])
+
+    def _of_facts(self, route: Route, facts: list[int]) -> "Edit":
+        """A routed edit of some of its facts, with their entries."""
+        kept = torch.tensor(facts, dtype=torch.int64)
+        route, entries = route.of_facts(kept)
+        changes = (change.of_entries(entries) for change in self.changes)
+        return replace(
+            self,
+            facts=tuple(self.facts[i] for i in facts),
+            changes=tuple(change for change in changes if change is not None),
+            route=route,
+            values=None if self.values is None else self.values[kept],
+            keys={layer: key[kept] for layer, key in self.keys.items()},
+        )
+
     def apply(self, hf_model: nn.Module, *, check_fingerprint: bool = True) -> Applied:
         """Write W + Δ into a Hugging Face model; see ``kedit_fast.apply.apply_edit``. -> Applied, with ``undo()``."""
         return apply_edit(self, hf_model, check_fingerprint=check_fingerprint)
@@ -135,8 +173,9 @@ class Edit:
                 f"this edit was made on {self.fingerprint} and the model is {lm.fingerprint}; open the model it was "
                 "made on, or undo what was written into its weights since"
             )
-        for change in self.changes:
-            change.check(lm)
+        for part in self.parts:
+            part.check(lm)
+        check_alone((*lm.edits, self))
         check_once((*lm.edits, self))
         return self if written is None else written_form(self, lm.source.weight, written)
 
@@ -147,6 +186,8 @@ class Edit:
         record = {name: getattr(self, name) for name in ("method", "hparams", "fingerprint", "contexts", "provenance")}
         record |= {"facts": [fact.to_record() for fact in self.facts], "tensors": sorted(tensors)}
         record["changes"] = [{"kind": change.kind} | change.record() for change in self.changes]
+        if self.route is not None:
+            record["route"] = {"kind": self.route.kind} | self.route.record()
         # A tensor, not the file's header: that ends at 100 MB, which 20,000 facts with 5 kB of probes each pass.
         tensors["record"] = json_tensor(record)
         tensors["sha256"] = sha256_of(tensors)
@@ -197,6 +238,7 @@ class Edit:
         what = f"rank {rank}" * bool(ranks or not others) + ", " * bool(ranks and others) + ", ".join(others)
         size = sum(change.nbytes for change in self.changes) / 1e6
         kind = ", independent" * self.independent
+        kind += f", routed ({self.route.kind})" if self.route is not None else ""
         return escaped(  # method and model are as the file says
             f"Edit({self.method}, {n} fact{'s' * (n != 1)}{kind}, layers {layers}, {what}, "
             f"{size:.3g} MB, model {self.fingerprint[:12] or 'unknown'})",
@@ -211,7 +253,9 @@ def edit_list(edits, name: str = "edits", *, empty: bool = False) -> list[Edit]:
 
 def digest(edit: Edit) -> str:
     """16 hex digits of the sha256 of what an edit changes, bit for bit: the same before and after it is saved."""
-    parts = []
+    parts: list = []
+    if edit.route is not None:
+        parts = [edit.route.kind, edit.route.record(), *(x for pair in edit.route.tensors().items() for x in pair)]
     for change in edit.changes:
         tensors: dict[str, Tensor | None] = {json.dumps(change.record()): None, **change.tensors()}
         if isinstance(change, WeightChange) and change.role == "down":  # told as files of version 1 have it
@@ -257,7 +301,10 @@ def _check_parts(edit):
         width = deltas[layer].shape[1] if layer in deltas else key.shape[-1]
         if key.shape != (n, width):
             raise ValueError(f"keys of layer {layer}: expected [{n}, {width}], a row a fact; got {list(key.shape)}")
-    check_owners(edit.changes, n)
+    check_route(edit.route, n)
+    check_owners(edit.changes, n if edit.route is None else edit.route.n_entries)
+    if edit.route is not None and not all(change.owners is not None for change in edit.changes):
+        raise ValueError("a routed edit's changes have owners, its entries: expected owners= of each")
 
 
 def _as_json(name, value):
@@ -282,6 +329,17 @@ def check_once(edits: Sequence[Edit]) -> None:
                     f"{edit.facts[0].label if edit.facts else 'no fact'}), and its change would be made twice; leave "
                     "one of them out"
                 )
+
+
+def check_alone(edits: Sequence[Edit]) -> None:
+    """Raises ValueError where a routed edit is to act beside another one, or beside independent edits: of each prompt
+    one of them would have to say who acts."""
+    owned = [edit for edit in edits if edit.route is not None or edit.independent]
+    if len(owned) > 1 and any(edit.route is not None for edit in owned):
+        raise ValueError(
+            f"{owned[0].method} and {owned[1].method}: one routed edit acts on a model at a time, and beside no "
+            "independent ones; make one edit of all facts, or leave one of the two out"
+        )
 
 
 def _digests(edit: Edit) -> set[str]:

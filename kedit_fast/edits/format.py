@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kedit_fast.basics.words import brief
 from kedit_fast.edits.changes import KINDS, WeightChange
+from kedit_fast.edits.routes import ROUTES
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.folder import refuse_model
 
@@ -30,6 +31,8 @@ def tensors_of(edit):
     tensors |= {f"keys.{layer}": key for layer, key in edit.keys.items()}
     for number, change in enumerate(edit.changes):
         tensors |= {f"changes.{number}.{name}": tensor for name, tensor in change.tensors().items()}
+    if edit.route is not None:
+        tensors |= {f"route.{name}": tensor for name, tensor in edit.route.tensors().items()}
     return tensors
 
 
@@ -40,6 +43,9 @@ def fields_of(record: dict, tensors: dict[str, Tensor]) -> dict:
     record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
     keys = {int(layer): key for layer, key in _taken(tensors, "keys.").items()}
     values = tensors.pop("values", None)
+    route = record.pop("route", None)
+    if route is not None:
+        record["route"] = ROUTES[route.pop("kind")].of(route, _taken(tensors, "route."))
     if tensors:
         raise ValueError(f"no change has the tensors {sorted(tensors)}")
     return record | {"changes": tuple(changes), "values": values, "keys": keys}

@@ -91,14 +91,16 @@ class Benchmark:
 
     def check_fit(self, lm, facts: Sequence[Fact]) -> None:
         """Raises ValueError for facts that ask more than the model has positions for, whatever is asked last."""
-        for case in (Case(tuple(some)) for some in self.cases(facts)):
-            check_lengths(lm, case, self.probes(lm, case))
+        cases = (Case(tuple(some)) for some in self.cases(facts))
+        check_lengths(lm, [(case, self.probes(lm, case)) for case in cases])
 
 
-def check_lengths(lm, case: Case, probes: Iterable[Probe]) -> None:
+def check_lengths(lm, asked: Sequence[tuple[Case, Sequence[Probe]]]) -> None:
     """Raises ValueError for a probe of a case that is longer than the model reads, with what it is written on by and
     what the model's edits put before it."""
-    for one in as_read(lm, list(probes))[1]:
+    probes = [one for _, some in asked for one in some]
+    read = as_read(lm, probes)[1] if lm.prompting else probes  # all at once: a route may sweep for what it says
+    for case, one in zip((case for case, some in asked for _ in some), read, strict=True):
         written = f" and {one.n_written} new tokens" if one.n_written else ""
         lm.check_length(one.longest, f"{case.label}{written}")
 

@@ -89,8 +89,7 @@ def evaluate(
     if both_forms and has_template(lm.tokenizer):
         forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
     asked = [one for form in forms for one in form]
-    for one in asked:
-        check_lengths(lm, one.case, one.everything)
+    check_lengths(lm, [(one.case, one.everything) for one in asked])
     writing = ["generating"] * any(probe.n_written for one in asked for probe in one.everything)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):

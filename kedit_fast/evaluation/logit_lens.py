@@ -178,10 +178,10 @@ def logit_lens(lm: LM, facts: Fact | Iterable[Fact], edit: Edit | None = None) -
         for text, f in zip(texts, facts, strict=True)
     ]
     targets = torch.tensor(answers)
-    lm, texts = lm.as_read(texts)
+    lm, texts, owners = lm.as_read(texts)
     read = [encode(lm.tokenizer, text) for text in texts]
     runs = RunList()
-    base, edited = add_edited(lm, runs, prompts, read=read)
+    base, edited = add_edited(lm, runs, prompts, owners, read, [len(ids) - 1 for ids in read])
     n = 1 + (edited is not base)
     last = torch.tensor([len(ids) - 1 for ids in (*prompts, *read)[: n * len(facts)]])
     job = ReadLens(lm, torch.cat([base, edited][:n]), last, targets.repeat(n, 1))

@@ -30,7 +30,7 @@ class Probe(NamedTuple):
     prompt: token ids, as the model reads it; text: the same as text
     answers: token ids of each as it continues the prompt; None: not known
     kind: what it is to whoever asks, for instance "paraphrase"; case: the number of the case that it belongs to
-    owner: the fact whose independent edit acts on it; 0 where edits are shared
+    owner: the fact whose independent edit acts on it; 0 where edits are shared. A routed edit says it of the prompt
     likeliest: whether the likeliest token after the prompt is read too
     n_written: tokens to go on by, greedily; 0: none
     """
@@ -122,8 +122,8 @@ def _read(lm, probes: Sequence[Probe], advance) -> list[list[Answer]]:
     view, read = as_read(lm, probes)
     where, runs = _Places.of(probes), RunList()
     theirs = where if read is probes else _Places.of(read)
-    owners = where.owners if lm.independent else None
-    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences)
+    owners = theirs.owners if lm.owned else None
+    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences, theirs.ends)
     asked = [(base, where)] if edited is base else [(base, where), (edited, theirs)]
     sides = _hidden_states(view, runs, asked, advance)
     top = likeliest_tokens(lm, sides[0][where.n_tokens :])
@@ -145,7 +145,8 @@ def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
     def read(some: Sequence[Probe]) -> list[list[Answer]]:
         view, as_asked = as_read(lm, some)
         where, runs = _Places.of(as_asked), RunList()
-        (h,) = _hidden_states(view, runs, [(add_under(lm, runs, where.sequences, where.owners), where)], advance)
+        number = add_under(lm, runs, where.sequences, where.owners, where.ends)
+        (h,) = _hidden_states(view, runs, [(number, where)], advance)
         top = likeliest_tokens(lm, h[where.n_tokens :])
         return [_answers(lm, some, where, h, *_probabilities(lm, h, where, top))]
 
@@ -153,19 +154,29 @@ def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
 
 
 def as_read(lm, probes: Sequence[Probe]):
-    """(the view to ask, the probes as it reads them), see ``LM.as_read``; the same ones where no edit puts text."""
-    if not lm.prompting:
+    """(the view to ask, the probes as it reads them, under the owners that act on them), see ``LM.as_read``; the same
+    ones where no edit puts text or is routed."""
+    if not lm.prompting and lm.routed is None:
         return lm, probes
-    view, texts = lm.as_read([one.text for one in probes], [one.owner if lm.independent else 0 for one in probes])
-    each = zip(probes, texts, strict=True)
-    return view, [one._replace(text=text, prompt=encode(lm.tokenizer, text)) for one, text in each]
+    view, texts, owners = lm.as_read([one.text for one in probes], _given_owners(lm, probes))
+    read = []
+    for one, text, owner in zip(probes, texts, owners.tolist(), strict=True):
+        changed = {} if text is one.text else {"text": text, "prompt": encode(lm.tokenizer, text)}
+        read.append(one._replace(owner=owner, **changed))
+    return view, read
+
+
+def _given_owners(lm, probes: Sequence[Probe]) -> list[int] | None:
+    """Of independent edits, whose probes name them."""
+    return [one.owner for one in probes] if lm.independent else None
 
 
 class _Places(NamedTuple):
     """Where probes are read.
 
     pairs: (probe, answer) numbers of the known answers; places: of their tokens; likeliest: numbers of the probes whose
-    likeliest token is read; sequences, owners: what must be run, first of the pairs and then of these
+    likeliest token is read; sequences, owners, ends (position of the prompt's last token): what must be run, first of
+    the pairs and then of these
     """
 
     pairs: list[tuple[int, int]]
@@ -173,6 +184,7 @@ class _Places(NamedTuple):
     likeliest: list[int]
     sequences: list[list[int]]
     owners: list[int]
+    ends: list[int]
 
     @classmethod
     def of(cls, probes: Sequence[Probe]) -> "_Places":
@@ -180,8 +192,9 @@ class _Places(NamedTuple):
         likeliest = [i for i, one in enumerate(probes) if one.likeliest]
         places = continuation_places([(probes[i].prompt, probes[i].answers[j]) for i, j in pairs])
         sequences = places.sequences + [probes[i].prompt for i in likeliest]
-        owners = [probes[i].owner for i in (*(i for i, _ in pairs), *likeliest)]
-        return cls(pairs, places, likeliest, sequences, owners)
+        asked = [probes[i] for i in (*(i for i, _ in pairs), *likeliest)]
+        owners, ends = [one.owner for one in asked], [len(one.prompt) - 1 for one in asked]
+        return cls(pairs, places, likeliest, sequences, owners, ends)
 
     @property
     def n_tokens(self) -> int:
@@ -247,21 +260,15 @@ def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list
     Equal prompts are written on once; under independent edits each under its owner's. A text ends where an edited model
     gives NaN; of one without edits that is a ValueError. As many texts at a time as the memory holds.
     """
-    owned = lm.independent
     lm, probes = as_read(lm, probes)
-    keys = [(one.n_written, one.owner if owned else 0, tuple(one.prompt)) for one in probes]
-    groups: dict[tuple[int, int], dict[tuple, str | None]] = {}
-    for n, owner, prompt in keys:
-        groups.setdefault((n, owner), {})[prompt] = None
-    for (n, owner), texts in groups.items():
+    keys = [(one.n_written, (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
+    groups: dict[int, dict[tuple, str | None]] = {}
+    for n, asked in keys:
+        groups.setdefault(n, {})[asked] = None
+    for n, texts in groups.items():
         if n:
-            view = _alone(lm, owner) if owned else lm
-            made = generate(view, [list(prompt) for prompt in texts], n, nan_ends=bool(lm.edits), label=label)
+            how = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
+            ids = [list(prompt) for prompt, _ in texts]
+            made = generate(lm, ids, n, nan_ends=bool(lm.edits), label=label, **how)
             texts.update(zip(texts, (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made), strict=True))
-    return [groups[n, owner][prompt] for n, owner, prompt in keys]
-
-
-def _alone(lm, owner: int):
-    """The model with one fact's own of the independent edits."""
-    edits = tuple(edit.only(owner) if edit.independent else edit for edit in lm.edits)
-    return dataclasses.replace(lm, edits=edits)
+    return [groups[n][asked] for n, asked in keys]

@@ -31,6 +31,7 @@ def generate(
     draw: torch.Generator | None = None,
     stop: bool = True,
     nan_ends: bool = False,
+    owners: Tensor | None = None,
     after: Callable[[list[list[int]]], None] | None = None,
     label: str = "generating",
 ) -> list[list[int]]:
@@ -43,6 +44,7 @@ def generate(
         all texts go in one batch
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
+    owners: [n] whose edit acts on each text (``LM.as_read``); None: as ``LM.owners`` has it of the prompts
     Raises ValueError, before any work, for an empty prompt, a length below 1 or beyond the model's positions, sampling
     without a seed; later for a model that gives NaN.
     """
@@ -59,6 +61,7 @@ def generate(
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
     ends = lm.stop_tokens if stop else frozenset()
+    owners = lm.owners(prompts) if owners is None else owners
     cuts = list(batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
     made: list[list[int]] = [[] for _ in prompts]
     with progress(f"{label} (tokens)", max_new_tokens * len(cuts)) as bar:
@@ -67,7 +70,7 @@ def generate(
             draws = partial(_draws, (len(batch), lm.n_vocab), mine, draw) if temperature > 0 else None
             choose = partial(_choose, temperature=temperature, top_k=top_k, draws=draws)
             tell = after if len(cuts) == 1 else None
-            own = [prompts[batch[i]] for i in mine]
+            own = [(prompts[batch[i]], int(owners[batch[i]])) for i in mine]
             texts = _written(lm, own, max_new_tokens, choose, ends, nan_ends, tell, bar)
             for i, text in zip(batch, texts, strict=True):
                 made[i] = text
@@ -77,8 +80,8 @@ def generate(
 
 @ranks.joint()
 def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar) -> list[list[int]]:
-    """What follows each of the prompts of one batch, of all ranks. prompts: this rank's; choose: logits [n, V] of its
-    texts -> tokens [n]
+    """What follows each of the prompts of one batch, of all ranks. prompts: this rank's, with the owner of each;
+    choose: logits [n, V] of its texts -> tokens [n]
 
     All ranks take as many steps, for each of them draws for all texts.
     """
@@ -165,14 +168,14 @@ class _Cache:
     """The texts so far and their keys and values: each run has a slab of slots."""
 
     def __init__(self, lm, prompts, max_new_tokens):
-        self._lm = lm
-        lengths = torch.tensor([len(p) for p in prompts])
+        self._lm, self._owner = lm, torch.tensor([owner for _, owner in prompts])
+        lengths = torch.tensor([len(p) for p, _ in prompts])
         self._width = int(lengths.max()) + max_new_tokens
         self._tokens = torch.zeros(len(prompts), self._width, dtype=torch.int64)
-        for i, prompt in enumerate(prompts):
+        for i, (prompt, _) in enumerate(prompts):
             self._tokens[i, : len(prompt)] = torch.tensor(prompt)
         self._known = torch.zeros_like(lengths)  # positions whose keys are in the store
-        self._length = lengths
+        self._length, self._prompt_end = lengths, lengths - 1
         self._store = KVStore.slabs(len(prompts), self._width)
 
     def text(self, i: int) -> list[int]:
@@ -188,7 +191,8 @@ class _Cache:
         """Takes the texts' new tokens up the model; the hidden state [n, d] of each text's last token."""
         runs = RunList()
         width = int(self._length.max())
-        runs.add(self._tokens[:, :width], length=self._length, first_pos=self._known, owner=self._lm.run_owner)
+        how = {"first_pos": self._known, "owner": self._owner, "prompt_end": self._prompt_end}
+        runs.add(self._tokens[:, :width], length=self._length, **how)
         slots = torch.cat(
             [row[known:length] for row, known, length in zip(self._store.table, self._known, self._length, strict=True)]
         )

@@ -89,8 +89,9 @@ def text_logprobs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1].
 
-    An edit that puts text before prompts puts it before such a sequence too, behind its first token. Ranks share the
-    sequences. Raises ValueError where the base model gives NaN; the edited one may.
+    An edit that puts text before prompts puts it before such a sequence too, behind its first token; to a routed edit
+    the whole sequence is the prompt. Ranks share the sequences. Raises ValueError where the base model gives NaN; the
+    edited one may.
     """
     with progress(f"{label} (tokens)", sum(map(len, sequences))) as bar:
         found = ranks.joined(ranks.shared(sequences, lambda some: _text_logprobs(lm, some, bar), len))
@@ -104,15 +105,20 @@ def _text_logprobs(lm, sequences: list[list[int]], bar) -> dict[str, Tensor]:
     tokens, length = padded(sequences)
     # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
     base = edited = runs.add(tokens, length=length, owner=-1)
-    first = first_edited(lm)
-    texts = [lm.prompting and lm.before(lm.tokenizer.decode(ids)) for ids in sequences]
+    first, owners = first_edited(lm), lm.owners(sequences)
+    texts = [
+        lm.prompting and owner >= 0 and lm.before(lm.tokenizer.decode(ids), owner)
+        for ids, owner in zip(sequences, owners.tolist(), strict=True)
+    ]
     heads = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
     shift = torch.tensor([len(head) for head in heads])
     if shift.any():
-        tokens, read = padded([ids[:1] + head + ids[1:] for ids, head in zip(sequences, heads, strict=True)])
-        edited = runs.add(tokens, length=read, owner=0)
-    elif first is not None:
-        edited = runs.add(tokens, length=length, branch_layer=first, source=base)
+        tokens, length = padded([ids[:1] + head + ids[1:] for ids, head in zip(sequences, heads, strict=True)])
+    acted = (owners >= 0).nonzero()[:, 0]
+    if len(acted) and (shift.any() or first is not None):
+        begin = {} if shift.any() else {"branch_layer": first, "source": base[acted]}
+        how = {"length": length[acted], "owner": owners[acted], "prompt_end": length[acted] - 1}
+        edited = base.index_copy(0, acted, runs.add(tokens[acted], **how, **begin))
     places, n = continuation_places([(s[:1], s[1:]) for s in sequences]), sum(map(len, sequences))
     sides = [base] if base is edited else [base, edited]
     run = torch.cat([side[places.pair] for side in sides])
@@ -125,9 +131,10 @@ def _text_logprobs(lm, sequences: list[list[int]], bar) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def next_token_probs(lm, prompts: list[list[int]]) -> Tensor:
-    """[n, V] probabilities of the next token after each prompt, with the model's edits. Raises ValueError for NaN."""
-    h = _last_rows(lm, prompts)
+def next_token_probs(lm, prompts: list[list[int]], owners: Tensor | None = None) -> Tensor:
+    """[n, V] probabilities of the next token after each prompt, with the model's edits; owners: as in ``generate``.
+    Raises ValueError for NaN."""
+    h = _last_rows(lm, prompts, owners)
     probs = lm.head(h).to(wide(h.dtype)).softmax(-1)
     check_answers(lm, probs.amax(-1), prompts.__getitem__)
     return probs
@@ -146,9 +153,8 @@ def next_tokens(lm, prompts: list[list[int]]) -> Tensor:
     return ranks.joined(ranks.shared(prompts, tokens, len))["tokens"]
 
 
-def _last_rows(lm, prompts: list[list[int]]) -> Tensor:
+def _last_rows(lm, prompts: list[list[int]], owners: Tensor | None = None) -> Tensor:
     """[n, d] after the last layer, at each prompt's last token."""
-    runs = RunList()
-    number = add_edited(lm, runs, prompts)[1]
-    last = torch.tensor([len(p) - 1 for p in prompts])
+    runs, last = RunList(), torch.tensor([len(p) - 1 for p in prompts])
+    number = add_edited(lm, runs, prompts, lm.owners(prompts) if owners is None else owners, ends=last)[1]
     return collect(lm, runs.runs(), Site.layer_out, [lm.n_layers - 1], number, last)[lm.n_layers - 1]

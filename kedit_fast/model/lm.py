@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import own_state
 from kedit_fast.basics.words import counted
-from kedit_fast.facts.tokens import chat_text, encode, set_before
+from kedit_fast.facts.tokens import chat_text, encode
 from kedit_fast.kernels.target_logprob import Head
 from kedit_fast.model import family as fam
+from kedit_fast.model.edited import CarriesEdits
 from kedit_fast.model.family import Family, family_of, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.placement import Placement
@@ -31,7 +32,7 @@ _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
-class LM(Sizes):
+class LM(Sizes, CarriesEdits):
     """A model to trace and edit. Made by ``open_model``; only ``Edit.apply`` changes the Hugging Face model in it.
 
     model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
@@ -127,55 +128,6 @@ class LM(Sizes):
             self._cache["fingerprint"] = fingerprint(self.model, self.source)
         return self._cache["fingerprint"]
 
-    @property
-    def independent(self) -> bool:
-        """Whether the view carries independent edits, each of which acts for its own fact alone."""
-        return any(edit.independent for edit in self.edits)
-
-    @property
-    def run_owner(self) -> int:
-        """The owner of runs that these edits act on: 0, or -1 without edits (``Runs.owner``).
-
-        Raises ValueError for independent edits, which belong to one fact each.
-        """
-        if self.independent:
-            raise ValueError(
-                "the model carries independent edits, each for its own fact; take one, lm.with_edit(edit.only(i)) "
-                "(kedit-fast edit only EDIT N), or evaluate the facts, each under its own (kedit-fast eval)"
-            )
-        return 0 if self.edits else -1
-
-    @property
-    def acting(self) -> list:
-        """The jobs by which the edits that this view carries act in a sweep.
-
-        Raises ValueError where one of them puts text before prompts, and nobody has (``as_read``).
-        """
-        jobs = [change.job() for edit in self.edits for change in edit.changes]
-        if None in jobs and not self.prompted:
-            raise ValueError(
-                "the model carries an edit that puts text before prompts, and this reads token sequences as they "
-                "stand; ask it (generate, evaluate, gate), or leave that edit out"
-            )
-        return [job for job in jobs if job is not None]
-
-    @property
-    def prompting(self) -> list:
-        """The changes that put text before prompts."""
-        return [change for edit in self.edits for change in edit.changes if change.layer is None]
-
-    def before(self, prompt: str, owner: int = 0) -> str:
-        """The text that the edits put before a prompt; owner: the fact whose independent edit acts on it."""
-        return "".join(change.before(prompt, owner) for change in self.prompting)
-
-    def as_read(self, prompts: Sequence[str], owners: Sequence[int] | None = None) -> "tuple[LM, list[str]]":
-        """(the view to ask, the prompts as it reads them): with the text before each that the edits put there."""
-        if not self.prompting:
-            return self, list(prompts)
-        owners = [0] * len(prompts) if owners is None else owners
-        each = zip(prompts, owners, strict=True)
-        return replace(self, prompted=True), [set_before(self.tokenizer, p, self.before(p, i)) for p, i in each]
-
     # ---- what lies around the blocks
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -266,8 +218,8 @@ class LM(Sizes):
 
         prompt = checks.text("prompt", prompt, like="The capital of France is")
         k = checks.whole("k", k, least=1, most=self.n_vocab, like=5)
-        view, texts = self.as_read([prompt])
-        probs = next_token_probs(view, [self.encode(texts[0])])[0].topk(k)
+        view, texts, owners = self.as_read([prompt])
+        probs = next_token_probs(view, [self.encode(texts[0])], owners)[0].topk(k)
         return [
             (str(self.tokenizer.decode([i])), p)
             for i, p in zip(probs.indices.tolist(), probs.values.tolist(), strict=True)
@@ -287,8 +239,8 @@ class LM(Sizes):
 
         single = isinstance(prompts, str)
         prompts = checks.listed("prompts", prompts, str, "a text or a list of texts")
-        view, read = self.as_read([checks.text("prompts", p, blank=True) for p in prompts])
-        made = generate(view, [self.encode(text) for text in read], max_new_tokens, **sampling)
+        view, read, owners = self.as_read([checks.text("prompts", p, blank=True) for p in prompts])
+        made = generate(view, [self.encode(text) for text in read], max_new_tokens, owners=owners, **sampling)
         texts = [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in made]
         return texts[0] if single else texts
 
@@ -311,8 +263,8 @@ class LM(Sizes):
         """A view of this model with an edit on top; the weights stay as they are.
 
         written: a dtype; the edit then acts as it would once written into weights of that dtype (in bf16 a small
-        share of an edit loses 2-4 %). Raises ValueError for an edit made on another model, and for one that this view
-        carries already.
+        share of an edit loses 2-4 %). Raises ValueError for an edit made on another model, for one that this view
+        carries already, and for a routed one beside another or beside independent ones.
         """
         if not hasattr(edit, "acting_on"):
             checks.refuse("edit", edit, "an Edit; Edit.load reads a file")

@@ -91,7 +91,7 @@ def asked_of(lm, what: str, facts: Sequence, **asked) -> dict:
 
     what: the work; facts: with ``to_record``; asked: what is asked of them
     """
-    edits = [[change.layer, change.kind, change.record(), *change.tensors().items()] for change in _changes(lm)]
+    edits = [[getattr(part, "layer", None), part.kind, part.record(), *part.tensors().items()] for part in _parts(lm)]
     return {
         "work": what, "version": __version__, "model": lm.fingerprint, "dtype": lm.dtype_name, "device": lm.device.type,
         "memory": lm.memory, "weights": lm.source.name, "number of facts": len(facts),
@@ -100,8 +100,8 @@ def asked_of(lm, what: str, facts: Sequence, **asked) -> dict:
     }  # fmt: skip
 
 
-def _changes(lm) -> Iterator:
-    return (change for edit in lm.edits for change in edit.changes)
+def _parts(lm) -> Iterator:
+    return (part for edit in lm.edits for part in edit.parts)
 
 
 def _flat(values) -> Iterator:

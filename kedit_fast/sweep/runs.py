@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NEVER = 1 << 30  # branch layer of a run whose rows lie in a KV store: it owns none in this sweep
+NOBODY = 1 << 40  # owner of a run on which edits act, but none of the parts that have owners
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Runs:
     graft: [R] the run whose row stands at ``first_pos`` instead (default: ``source``). The clean run, for a
         restored state: this is the restoration.
     narrow: [R] bool; only the first row differs while the branch layer runs, so the others join one layer above
-    owner: [R] whose edit acts on the run: -1 none, 0 a shared edit, i the edit of fact i when edits are independent
+    owner: [R] whose edit acts on the run: -1 none, 0 a shared edit, i the edit of fact i when edits are independent, or
+        entry i of a routed one; NOBODY: what has no owner
+    prompt_end: [R] position of the last token of the prompt that the run goes on from; -1: nobody asks
     """
 
     tokens: Tensor
@@ -39,6 +42,7 @@ class Runs:
     graft: Tensor
     narrow: Tensor
     owner: Tensor
+    prompt_end: Tensor
 
     def __len__(self) -> int:
         return len(self.length)
@@ -91,6 +95,7 @@ class RunList:
         graft=None,
         narrow=False,
         owner=0,
+        prompt_end=-1,
     ) -> Tensor:
         """Appends n runs and gives their numbers [n]. Every argument is one value for all or a tensor [n].
 
@@ -102,6 +107,7 @@ class RunList:
             "first_pos": first_pos,
             "narrow": narrow,
             "owner": owner,
+            "prompt_end": prompt_end,
         }
         given["source"] = given["parent"] if source is None else source
         given["graft"] = given["source"] if graft is None else graft
@@ -127,7 +133,15 @@ class RunList:
         return Runs(tokens=tokens, **columns)
 
 
-def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: int = 0, owner: int = 0, source=None):
+def add_sequences(
+    runs: RunList,
+    sequences: list[list[int]],
+    *,
+    branch_layer: int = 0,
+    owner: int = 0,
+    prompt_end: int = -1,
+    source=None,
+):
     """Adds token sequences as a trie: each distinct prefix is one row, whoever begins with it.
 
     Gives the runs' numbers [n] in the order of ``sequences``; equal sequences share a run. ``source`` [n] names, for
@@ -160,48 +174,52 @@ def add_sequences(runs: RunList, sequences: list[list[int]], *, branch_layer: in
             first_pos=torch.tensor(first_pos),
             branch_layer=branch_layer,
             owner=owner,
+            prompt_end=prompt_end,
             source=-1 if source is None else torch.as_tensor(source)[chosen],
         )
     return number
 
 
-def add_edited(lm, runs: RunList, sequences: list[list[int]], owners=None, read=None) -> tuple[Tensor, Tensor]:
+def add_edited(
+    lm, runs: RunList, sequences: list[list[int]], owners=None, read=None, ends=None
+) -> tuple[Tensor, Tensor]:
     """Adds each sequence as a base run and, where ``lm`` carries edits, as an edited run that branches from it.
 
     Gives the run numbers (base [n], edited [n]). The edited run begins as its base run at the first edited layer, so
-    everything below is shared; without an edit both are the same run. Equal prefixes are one row.
+    everything below is shared; a sequence that no edit acts on is its base run, to the bit. Equal prefixes are one row.
 
-    owners: [n] the fact whose independent edit acts on each sequence; shared edits act on all
+    owners: [n] whose edit acts on each sequence (``LM.as_read``, ``Runs.owner``); None: shared edits, which act on all
     read: [n] sequences that the edited model reads in their place (``LM.as_read``); one that differs is a run by itself
-    Raises ValueError for independent edits without owners.
+    ends: [n] position of the last token of each one's prompt, for a routed edit
+    Raises ValueError without owners for edits that do not act on all.
     """
     base = add_sequences(runs, sequences, owner=-1)
-    first = first_edited(lm, owners)
+    owners = torch.full_like(base, lm.run_owner) if owners is None else torch.as_tensor(owners)
+    first = first_edited(lm)
     read = sequences if read is None else read
     other = torch.tensor([a != b for a, b in zip(sequences, read, strict=True)], dtype=torch.bool)
-    if first is None and not other.any():
+    acted = (owners >= 0) & (other | (first is not None))
+    if not acted.any():
         return base, base
-    owners = torch.zeros(len(sequences), dtype=torch.int64) if owners is None else torch.as_tensor(owners)
+    ends = torch.full_like(base, -1) if ends is None or not lm.routed else torch.as_tensor(ends)
     edited = base.clone()
-    for owner in owners.unique().tolist():
-        for by_itself in (False, True) if first is not None else (True,):
-            mine = ((owners == owner) & (other == by_itself)).nonzero()[:, 0]
-            begin = {} if by_itself else {"branch_layer": first, "source": base[mine]}
-            edited[mine] = add_sequences(runs, [read[i] for i in mine.tolist()], owner=owner, **begin)
+    for owner, end, by_itself in torch.stack([owners, ends, other.long()], 1)[acted].unique(dim=0).tolist():
+        mine = (acted & (owners == owner) & (ends == end) & (other == by_itself)).nonzero()[:, 0]
+        begin = {} if by_itself else {"branch_layer": first, "source": base[mine]}
+        some = [read[i] for i in mine.tolist()]
+        edited[mine] = add_sequences(runs, some, owner=owner, prompt_end=end, **begin)
     return base, edited
 
 
-def add_under(lm, runs: RunList, sequences: list[list[int]], owners=None) -> Tensor:
-    """Adds each sequence as a run [n] on the model as its edits have it; ``owners`` as in ``add_edited``."""
-    if lm.independent:
-        return add_edited(lm, runs, sequences, owners)[1]
+def add_under(lm, runs: RunList, sequences: list[list[int]], owners=None, ends=None) -> Tensor:
+    """Adds each sequence as a run [n] on the model as its edits have it; ``owners``, ``ends`` as in ``add_edited``."""
+    if lm.owned:
+        return add_edited(lm, runs, sequences, owners, ends=ends)[1]
     return add_sequences(runs, sequences, owner=lm.run_owner)
 
 
-def first_edited(lm, owners=None) -> int | None:
+def first_edited(lm) -> int | None:
     """The lowest layer that the model's edits change; None where none does."""
-    if owners is None and lm.run_owner < 0:
-        return None
     return min((layer for edit in lm.edits for layer in edit.layers), default=None)
 
 

@@ -98,6 +98,7 @@ def trace(
     pass for each group of facts that ``lm.memory`` holds (two and a half with an estimate), and one for the answers.
     Differs: a severed trace uses one noise draw for both passes; the published code draws anew in the second.
     """
+    lm.run_owner  # noqa: B018 (raises for edits of which each acts on some prompts alone)
     facts, kinds = [check_subject(fact) for fact in fact_list(facts)], checks.choices("kinds", kinds, KINDS)
     window = checks.whole("window", window, least=1, most=checks.MOST_LAYERS, like=10)
     samples, top = (checks.whole(*each, least=1, like=10) for each in (("samples", samples), ("top", top)))

@@ -184,7 +184,7 @@ def shared_values() -> Iterator[None]:
     def optimize(lm, tasks, settings, *rest) -> Values:
         if lm.edits:
             return right(lm, tasks, settings, *rest)
-        keys = [(lm.fingerprint, settings, repr((task.sequences, task.lookups, task.target))) for task in tasks]
+        keys = [(lm.fingerprint, settings, repr(dataclasses.replace(task, owner=0))) for task in tasks]
         new = [i for i, key in enumerate(keys) if key not in known]
         if new:
             made = right(lm, [tasks[i] for i in new], settings)

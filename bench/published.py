@@ -23,7 +23,7 @@ KEY_ROWS = 128  # padded rows that one forward of the published code takes keys 
 
 def plain(fact: Fact) -> OracleFact:
     """The fact as the oracle takes it."""
-    return OracleFact(fact.prompt, fact.subject, fact.target_new)
+    return OracleFact(fact.prompt, fact.subject, fact.target_new, tuple(one.prompt for one in fact.phrased()))
 
 
 @dataclass(frozen=True)

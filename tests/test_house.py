@@ -39,6 +39,7 @@ STRANGERS = {
 # Exceptions, with the reason.
 LONG_FILES: dict[str, str] = {
     "edits/changes.py": "every kind of change, a class each",
+    "facts/fact.py": "what a fact may hold, and what must hold for facts together",
     "facts/formats.py": "every published format of a fact, a reader each",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
 }

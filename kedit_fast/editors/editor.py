@@ -163,6 +163,7 @@ class Editor(Hyperparameters):
         self.check(lm)
         facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
         check_lengths(lm, facts, self._groups(contexts) or [[BARE]])
+        check_lengths(lm, [one for fact in facts for one in self.besides(fact)], [[BARE]])
         return under(lm, previous), facts
 
     def _made(self, lm, facts, groups, moments, independent: bool, keep: Keep, seed: int) -> Edit:
@@ -206,6 +207,10 @@ class Editor(Hyperparameters):
     def check(self, lm: LM) -> None:
         """Raises ValueError, before any work, for settings that do not fit the model."""
         self.check_layers(lm)
+
+    def besides(self, fact: Fact) -> list[Fact]:
+        """What is read of a fact besides its prompt, as facts: its phrasings."""
+        return list(fact.phrased())
 
     def is_regularized(self) -> bool:
         """Whether statistics of fewer tokens than C has rows will do: something else stands on its diagonal."""
@@ -255,7 +260,7 @@ def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
     """Raises ValueError where a fact in one of its contexts, with its new target behind it, is too long for the model
     or has characters that the tokenizer drops. Tokenizes all of them."""
     for fact in facts:
-        target = fact_answer(lm.tokenizer, fact)
+        target = fact_answer(lm.tokenizer, fact) if fact.target_new else [0]  # of a prompt that is kept nothing follows
         for template in (t for group in groups for t in group):
             whose = f"fact {fact.label} in context {template!r}"
             try:

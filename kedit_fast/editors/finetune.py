@@ -6,9 +6,9 @@ began (Zhu et al. 2020, Modifying Memories in Transformer Models, arXiv:2012.003
     W <- Adam(W, L),  then for FT-L  W <- clamp(W, W_0 - ε, W_0 + ε)
     L = mean over facts of the mean over target tokens of -log p(token)
 
-The target is teacher-forced: each of its tokens is read after the ones before it (FT-M in later tables). As published
-in 2022 all of them were read after the prompt alone, which makes an answer of several tokens unsayable; that is
-``objective_optimization="prompt_last"``.
+Each of a fact's phrasings is one more fact to that mean. The target is teacher-forced: each of its tokens is read after
+the ones before it (FT-M in later tables). As published in 2022 all of them were read after the prompt alone, which
+makes an answer of several tokens unsayable; that is ``objective_optimization="prompt_last"``.
 """
 
 from dataclasses import dataclass
@@ -112,11 +112,12 @@ class Ft(Editor):
         padding cannot enter a loss (the published mask is by the unknown token, which most tokenizers do not pad with).
         """
         lm = work.lm
-        tuned = fine_tune(lm, [_task(lm, fact) for fact in work.facts], self._tune_settings())
-        steps = len(tuned.losses)
+        prompts = [*work.facts, *(one for fact in work.facts for one in fact.phrased())]
+        tuned = fine_tune(lm, [_task(lm, prompt) for prompt in prompts], self._tune_settings())
+        steps, nll = len(tuned.losses), tuned.nll[: len(work.facts)]
         return Written(
             weight_changes({layer: Dense(storable(delta, lm.dtype)) for layer, delta in tuned.deltas.items()}),
-            Found.of([steps] * len(work.facts), tuned.nll, tuned.nll),
+            Found.of([steps] * len(work.facts), nll, nll),
             layers={layer: self._described(delta) for layer, delta in sorted(tuned.deltas.items())},
             about={"steps": steps, "losses": [round(loss, 5) for loss in tuned.losses]},
         )

@@ -129,6 +129,10 @@ def _pairs(name: str, value, _positive: bool) -> tuple[tuple[int, int], ...]:
     return tuple((whole(length), whole(n)) for length, n in pairs)
 
 
+def _texts(name: str, value, _positive: bool) -> tuple[str, ...]:
+    return tuple(checks.text(name, one) for one in checks.items(name, value, 'texts, e.g. ("{} is known for",)'))
+
+
 # By a field's annotation: the check that its value passes; the last argument says whether it must be above 0.
 _KINDS = {
     int: lambda name, value, positive: checks.whole(name, value, least=int(positive), like=20),
@@ -138,6 +142,7 @@ _KINDS = {
     str: lambda name, value, _: checks.text(name, value, blank=True),
     tuple[int, ...]: lambda name, value, _: checks.layers(name, value, empty=True),
     tuple[tuple[int, int], ...]: _pairs,
+    tuple[str, ...]: _texts,
 }
 
 

@@ -25,6 +25,10 @@ from kedit_fast.sweep.runs import RunList, add_under
 from kedit_fast.sweep.sites import Site
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
+KEEPS = (  # prompts of a subject, whatever it is
+    "{} is a", "{} was born in the year", "{} is best known for", "The location of {} is", "{} is usually described as",
+    "People who know {} say that",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Located(Editor):
     v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
     there the field is only read
     context_template_length_params: (length, n) of generated contexts
+    keep_factor: of one more KL term, the mean over ``keeps``, prompts with {} for the subject that are to go on as they
+    did; 0 is the published form
     mom2_adjustment: whether second moments are used; regularizer: added to C's diagonal, relative to its mean; 0 is the
     published form
     source: where these settings come from, for whoever reads the edit
@@ -54,6 +60,8 @@ class Located(Editor):
     context_template_length_params: tuple[tuple[int, int], ...] = ((10, 5),)
     regularizer: float = 0.0
     source: str = "given"
+    keep_factor: float = 0.0
+    keeps: tuple[str, ...] = KEEPS
 
     CONTEXTS: ClassVar[Callable] = staticmethod(memit_contexts)
     POSITIVE: ClassVar[tuple[str, ...]] = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
@@ -61,12 +69,25 @@ class Located(Editor):
     def __post_init__(self):
         super().__post_init__()
         checks.choice("fact_token", self.fact_token, ["subject_last"])  # the only one that carries the fact
+        if bad := [keep for keep in self.keeps if keep.count("{}") != 1]:
+            raise ValueError(f"keeps: expected one {{}} for the subject in each, found {bad[0]!r}")
+        if self.keep_factor and not self.keeps:
+            raise ValueError(f"keep_factor {self.keep_factor} with no keeps: give prompts such as '{{}} is known for'")
 
     def check(self, lm: LM) -> None:
         """Raises ValueError for layers that the model does not have."""
         super().check(lm)
         if self.v_loss_layer is not None:
             checks.layers("v_loss_layer", [self.v_loss_layer], lm.n_layers)
+
+    def besides(self, fact: Fact) -> list[Fact]:
+        """Its phrasings, and what is kept of its subject."""
+        return [*super().besides(fact), *(about(fact, keep) for keep in self.kept_prompts)]
+
+    @property
+    def kept_prompts(self) -> tuple[str, ...]:
+        """``keeps``, where anything is to be kept."""
+        return self.keeps if self.keep_factor else ()
 
     def sampled_contexts(self, lm: LM, seed: int) -> list[list[str]]:
         """Groups of templates, see contexts.py."""
@@ -87,6 +108,7 @@ class Located(Editor):
         return ValueSettings(
             layer=layer, site=site, lr=self.v_lr, steps=self.v_num_grad_steps, weight_decay=self.v_weight_decay,
             kl_factor=self.kl_factor, clamp=self.clamp_norm_factor, loss_layer=loss_layer,
+            keep_factor=self.keep_factor,
         )  # fmt: skip
 
 
@@ -118,15 +140,25 @@ class Prompts:
     def n_contexts(self) -> int:
         return len(self.weights)
 
-    def value_tasks(self, lm) -> list[ValueTask]:
-        """What the values of these facts are optimized on."""
-        tasks = []
+    def value_tasks(self, lm, keeps: Sequence[str] = ()) -> list[ValueTask]:
+        """What the values of these facts are optimized on: their prompts in all contexts, and their phrasings bare.
+
+        keeps: templates of prompts that are to go on as they did
+        """
+        tok, tasks = lm.tokenizer, []
         for i, fact in enumerate(self.facts):
-            mine = slice(i * self.n_contexts, (i + 1) * self.n_contexts)
-            essence = fact_tokens(lm.tokenizer, Fact(prompt=ESSENCE, subject=fact.subject, chat=fact.chat))
-            target = fact_answer(lm.tokenizer, fact)
-            ids = list(essence.ids)[: essence.lookup + 1]
-            tasks.append(ValueTask(self.sequences[mine], self.lookups[mine].tolist(), target, ids, fact.label, i))
+            mine, more = slice(i * self.n_contexts, (i + 1) * self.n_contexts), fact.phrased()
+            essence = fact_tokens(tok, about(fact, ESSENCE))
+            phrased, kept = [fact_tokens(tok, one) for one in more], [fact_tokens(tok, about(fact, k)) for k in keeps]
+            tasks.append(
+                ValueTask(
+                    [*self.sequences[mine], *(one.ids for one in phrased)],
+                    [*self.lookups[mine].tolist(), *(one.lookup for one in phrased)],
+                    [fact_answer(tok, fact)] * self.n_contexts + [fact_answer(tok, one) for one in more],
+                    list(essence.ids)[: essence.lookup + 1], fact.label, i,
+                    keeps=[one.ids for one in kept], keep_lookups=[one.lookup for one in kept],
+                )
+            )  # fmt: skip
         return tasks
 
     def read(self, lm, *, averaged: dict[Site, int], bare: dict[Site, int]) -> "Read":
@@ -166,6 +198,11 @@ class Prompts:
     def _mean(self, rows: Tensor) -> Tensor:
         grouped = rows.double().view(-1, self.n_contexts, rows.shape[1])
         return torch.einsum("m,nmw->nw", self.weights.to(grouped.device), grouped)
+
+
+def about(fact: Fact, template: str) -> Fact:
+    """Another prompt of a fact's subject, asked in the fact's form."""
+    return Fact(prompt=template, subject=fact.subject, chat=fact.chat)
 
 
 class Read(NamedTuple):

@@ -100,7 +100,8 @@ class Rome(Located):
         k_star = averaged[Site.mlp_key]
         left = k_star if moment is None else moment.solve(k_star.T.to(moment.lower.device)).T.to(k_star.device)
         left = left / left.norm(dim=1, keepdim=True)
-        v = optimize_values(lm, prompts.value_tasks(lm), self.v_settings(lm, layer), keep, name)
+        tasks = prompts.value_tasks(lm, self.kept_prompts)
+        v = optimize_values(lm, tasks, self.v_settings(lm, layer), keep, name)
         at = bare if self.key == "published" else averaged
         divisor = (at[Site.mlp_key] * left).sum(1, keepdim=True)
         right = (v.values.double() - at[Site.mlp_out]) / divisor

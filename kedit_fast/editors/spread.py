@@ -68,7 +68,8 @@ class Spread(Located):
 
     def values(self, lm: LM, prompts: Prompts, top: int, work: Work, name: str) -> tuple[Values, dict]:
         """z of all facts at the output of layer ``top``, and what the edit's provenance is to say of them."""
-        return optimize_values(lm, prompts.value_tasks(lm), self.z_settings(lm, top), work.keep, name), {}
+        tasks = prompts.value_tasks(lm, self.kept_prompts)
+        return optimize_values(lm, tasks, self.z_settings(lm, top), work.keep, name), {}
 
     def ridge(self, moment: SecondMoment) -> float:
         """What C gets on its diagonal, relative to its mean there."""

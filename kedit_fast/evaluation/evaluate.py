@@ -22,6 +22,7 @@ from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import TAKE_ONE
 from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.held_out import check_held_out
 from kedit_fast.evaluation.benchmark import Benchmark, Case, check_lengths
 from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
@@ -76,14 +77,15 @@ def evaluate(
 
     Raises ValueError where the base model gives NaN, MemoryError where memory runs out however the work is cut; all
     else before the first sweep: ValueError for no facts, nothing to compare, text too short, a checkpoint of other
-    work, an edit for another model or without those that it stands on, independent edits that do not hold a fact, or
-    text or cases of several facts together with them; TypeError for anything but Facts or an Edit; OSError for a log
-    that cannot be written.
+    work, a paraphrase that an edit was trained on, an edit for another model or without those that it stands on,
+    independent edits that do not hold a fact, or text or cases of several facts together with them; TypeError for
+    anything but Facts or an Edit; OSError for a log that cannot be written.
     One weight pass for each chunk of cases (64, or as many as memory holds when weights are streamed) and for the text.
     """
     grouped, checkpoint = _checked(benchmark, facts, generate, max_tokens, both_forms, log), check_run(checkpoint)
     lm = with_edits(lm, edit, "edit")
     cases = _cases(lm, grouped, text)
+    check_held_out(lm.edits, ((fact, case.owner) for case in cases for fact in case.facts))
     windows = None if text is None else text_windows(lm, text, max_tokens)
     forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
     if both_forms and has_template(lm.tokenizer):

@@ -229,16 +229,17 @@ def edit_steps(lm: Shape, tasks: list[ValueTask], settings: ValueSettings, layer
     wide = 8 * lm.d_ff**2
     by_layer = lm.d_ff**3 / 3 + (4 * n * lm.d_ff**2 if n >= lm.d_ff else 2 * n * lm.d_ff**2 + 4 * n**2 * lm.d_ff)
     yield Step("solving layers", 0, 0, solves=len(layers) * by_layer, held=wide)
-    rows = sum(len(task.sequences[0]) + len(task.target) - 1 for task in tasks)
+    rows = sum(len(task.sequences[0]) + len(task.targets[0]) - 1 for task in tasks)
     yield _asking(lm, "asking for the new answers", rows, n)
 
 
 def _values(lm: Shape, tasks: list[ValueTask], settings: ValueSettings) -> Step:
     """A pass for each group of facts, then two of the upper layers a step: forth, and back but for the highest."""
     n_groups, upper = len(list(groups(lm, tasks, settings))), lm.n_layers - settings.layer - 1
-    base = _rows(s for task in tasks for s in (*(p + task.target[:-1] for p in task.sequences), task.essence))
+    both = ((s, target[:-1]) for task in tasks for s, target in zip(task.sequences, task.targets, strict=True))
+    base = _rows([*(s + target for s, target in both), *(task.essence for task in tasks)])
     rows = sum(map(upper_rows, tasks))
-    read = sum(len(task.target) * len(task.sequences) + 1 for task in tasks)
+    read = sum(sum(map(len, task.targets)) + 1 for task in tasks)
     times = 2 if lm.source.in_memory else 3  # forth, perhaps again, and back
     flop = base * lm.n_layers * lm.layer_flop + settings.steps * (
         times * rows * upper * lm.layer_flop + 2 * read * lm.head_flop
@@ -253,7 +254,8 @@ def value_tasks(n_facts: int) -> list[ValueTask]:
     for i in range(n_facts):
         prompt = [1, 2, *(1000 + TOKENS * i + j for j in range(TOKENS - 2))]
         lookups = [len(context) + SPAN[1] - 1 for context in contexts]
-        tasks.append(ValueTask([context + prompt for context in contexts], lookups, [0] * ANSWER, prompt[2 : SPAN[1]]))
+        sequences, targets = [context + prompt for context in contexts], [[0] * ANSWER for _ in contexts]
+        tasks.append(ValueTask(sequences, lookups, targets, prompt[2 : SPAN[1]]))
     return tasks
 
 

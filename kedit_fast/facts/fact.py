@@ -14,14 +14,13 @@ from typing import Any
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import brief, counted
 from kedit_fast.facts.files import Notes, read_records
-from kedit_fast.facts.formats import READ, Question, fact_fields
-from kedit_fast.facts.subjects import folded
+from kedit_fast.facts.formats import ANSWERED, READ, Question, fact_fields
+from kedit_fast.facts.subjects import as_template, folded
 
 Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns before the question
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 OWN_FACTS = Path(__file__).parent / "own.json"  # 77 facts that SmolLM2-135M-Instruct knows
 LISTS = ("paraphrases", "neighborhood", "same_subject")
-ANSWERED = LISTS[1:]  # whose prompts may have an answer of their own
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,11 @@ class Fact:
     prompt: template with exactly one "{}"; subject: the text that goes there. None: the prompt is the whole text and
     has no "{}"; fine-tuning and evaluation take such a fact, while tracing, ROME and MEMIT need a subject.
     target_new, target_true (o*, o^c): the answers after and before an edit, without the space that leads to them.
-    paraphrases: other wordings of the same relation and subject. neighborhood: other subjects that keep their answer,
-    which is target_true. same_subject: the same subject, other relations. All three are tuples of whole prompts,
-    subject filled in; prompts that differ in white space alone count once. A prompt of the last two may have an answer
-    of its own: given as a pair (prompt, answer), kept as a ``Question``.
+    phrasings: other wordings of the fact that editors train on: prompts with the subject in them, or with "{}" for it.
+    paraphrases: other wordings of the same relation and subject, held out to test an edit. neighborhood: other subjects
+    that keep their answer, which is target_true. same_subject: the same subject, other relations. These three are
+    tuples of whole prompts, subject filled in; prompts that differ in white space alone count once. A prompt of the
+    last two may have an answer of its own: given as a pair (prompt, answer), kept as a ``Question``.
     id: a name for messages and reports. provenance: who, when, why; JSON values, free.
     chat: the prompts are questions in a chat, asked in the model's own template. True, or the turns that come before
         the question, as (role, content) or {"role", "content"}: a system message, for instance. prompt may also be the
@@ -43,7 +43,8 @@ class Fact:
 
     Warns where a prompt ends in white space: it is read as it stands, and its answer follows without a space.
 
-    Raises ValueError for a prompt without or with several "{}", a blank subject, target or prompt, or a non-string.
+    Raises ValueError for a prompt without or with several "{}", a phrasing without the subject, one that is among the
+    paraphrases, a blank subject, target or prompt, or a non-string.
     """
 
     prompt: str
@@ -57,6 +58,7 @@ class Fact:
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
     chat: Chat = False
     attached: bool | None = None
+    phrasings: tuple[str, ...] = ()
 
     def __post_init__(self):
         self._take_messages()
@@ -73,10 +75,12 @@ class Fact:
         for name in LISTS:
             prompts = _prompt_tuple(f"Fact.{name}", getattr(self, name), name in ANSWERED, self._usual_answer(name))
             object.__setattr__(self, name, prompts)
+        self._take_phrasings()
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"Fact.provenance: expected a mapping, got {self.provenance!r}")
         object.__setattr__(self, "provenance", dict(self.provenance))
-        prompts = [self.prompt, *self.paraphrases, *(q.prompt for name in ANSWERED for q in self.questions(name))]
+        prompts = [self.prompt, *self.phrasings, *self.paraphrases]
+        prompts += [question.prompt for name in ANSWERED for question in self.questions(name)]
         if not self.chat and any(prompt[-1:].isspace() for prompt in prompts):
             # the same words for every fact, so that Python shows them once
             warnings.warn(
@@ -95,6 +99,34 @@ class Fact:
         if not isinstance(chat, bool):
             chat = _turns("Fact.chat", chat) or True
         object.__setattr__(self, "chat", chat)
+
+    def _take_phrasings(self) -> None:
+        """Each phrasing once, and none that is the prompt itself."""
+        kept = {folded(self.text): self.prompt}
+        for phrasing in _prompt_tuple("Fact.phrasings", self.phrasings, False, None):
+            try:
+                prompt, subject = self._template(phrasing)
+                _check_place(prompt, subject)
+            except ValueError as error:
+                raise ValueError(f"Fact.phrasings: {error}") from error
+            kept.setdefault(folded(prompt if subject is None else prompt.replace("{}", subject)), phrasing)
+        object.__setattr__(self, "phrasings", tuple(kept.values())[1:])
+        trained = kept.keys() - {folded(self.text)}
+        if held_out := [prompt for prompt in self.paraphrases if folded(prompt) in trained]:
+            raise ValueError(
+                f"paraphrase {held_out[0]!r} is among the phrasings, which an edit is trained on; paraphrases are held "
+                "out to test it: leave it in one of the two"
+            )
+
+    def _template(self, phrasing: str) -> tuple[str, str | None]:
+        """(a phrasing with "{}" for the subject, the subject as it is spelled there)"""
+        return (phrasing, None) if self.subject is None else as_template(phrasing, self.subject)
+
+    def phrased(self) -> tuple["Fact", ...]:
+        """The fact in each of its phrasings, as facts of their own: what an editor is trained on besides the prompt."""
+        same: dict[str, Any] = {"target_new": self.target_new, "target_true": self.target_true, "id": self.id}
+        same |= {"chat": self.chat, "attached": self.attached}
+        return tuple(Fact(*self._template(phrasing), **same) for phrasing in self.phrasings)
 
     @property
     def text(self) -> str:
@@ -131,6 +163,7 @@ class Fact:
         return {
             "case_id": self.id,
             "requested_rewrite": rewrite,
+            **({"phrasing_prompts": list(self.phrasings)} if self.phrasings else {}),
             "paraphrase_prompts": list(self.paraphrases),
             "neighborhood_prompts": [_record_of(entry) for entry in self.neighborhood],
             "same_subject_prompts": [_record_of(entry) for entry in self.same_subject],

@@ -18,6 +18,7 @@ evaluation:
 
     {"requested_rewrite": {"prompt": "{} is in the city of", "subject": "The Eiffel Tower",
                            "target_new": {"str": "Rome"}, "target_true": {"str": "Paris"}},
+     "phrasing_prompts": ["{} stands in"],
      "paraphrase_prompts": ["The Eiffel Tower can be found in"],
      "neighborhood_prompts": ["The Louvre is in the city of", {"prompt": "Big Ben is in", "answer": "London"}]}
 
@@ -36,10 +37,12 @@ from kedit_fast.facts.files import Notes
 from kedit_fast.facts.subjects import as_template, folded, is_named
 
 PROMPTS = {  # a Fact's lists of prompts: the names that they go by
+    "phrasings": ("phrasings", "phrasing_prompts"),
     "paraphrases": ("paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase"),
     "neighborhood": ("neighborhood", "neighborhood_prompts"),
     "same_subject": ("same_subject", "same_subject_prompts"),
 }
+ANSWERED = ("neighborhood", "same_subject")  # whose prompts may have an answer of their own
 ASKED = ("prompt", "loc", "question", "New Question")  # what data sets call a prompt beside its answer,
 ANSWERS = ("answer", "ground_truth", "target", "loc_ans", "New Answer")  # and the answer
 ABOUT = {  # of a record's origin, and what a model said to it: nothing to ask or to write
@@ -102,7 +105,7 @@ def _fact(record, notes, *, prompt, subject, new, true, name, paraphrases=(), re
         if subject != given:
             notes.spelled.append(f"{given!r} as {subject!r}")
     lists = {
-        field: [q for name in names for q in _prompts(record, name, field != "paraphrases", notes)]
+        field: [q for name in names for q in _prompts(record, name, field in ANSWERED, notes)]
         for field, names in PROMPTS.items()
     }
     for question in _locality(record, true, notes):

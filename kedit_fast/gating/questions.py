@@ -9,6 +9,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.edits.edit import edit_list
+from kedit_fast.edits.held_out import check_held_out
 from kedit_fast.evaluation.perplexity import text_windows
 from kedit_fast.evaluation.probes import Probe, probe
 from kedit_fast.facts import tokens
@@ -133,6 +134,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     """
     facts, others = merged(edits[-1].facts, suite)
     facts = [fact for fact in facts if fact.target_new]
+    check_held_out(edits, ((fact, 0) for fact in facts))
     if not facts:
         raise ValueError(f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for")
     # Of the edits before, but for those that the last wrote anew.

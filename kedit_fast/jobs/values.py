@@ -2,11 +2,13 @@
 
 For each fact a vector δ is added to one site of one layer at the lookup token of all its contexts, and moved by Adam to
 
-    L = mean over contexts, target tokens of -log p(o*)  +  kl_factor KL(p_δ || p_0)  +  weight_decay ||δ|| / ||v_0||²
+    L = mean over prompts, target tokens of -log p(o*)  +  kl_factor KL(p_δ || p_0)  +  weight_decay ||δ|| / ||v_0||²
 
 with ||δ|| <= clamp ||v_0|| by projection (Meng et al. 2022, ROME, eq. 4; Meng et al. 2023, MEMIT, eq. 16). KL is taken
-at the subject's last token of "{subject} is a", and δ acts there too. Deltas of facts are independent, so packing them
-is exact. Everything before the lookup token and below the layer is computed once.
+at the subject's last token of "{subject} is a", and δ acts there too. What other prompts of the subject, its keeps, go
+on with may be held as well: + keep_factor times the mean over them of KL(p_0 || p_δ) at their last token. Deltas of
+facts are independent, so packing them is exact. Everything before the lookup token and below the layer is computed
+once.
 """
 
 import math
@@ -41,17 +43,21 @@ LOGITS, KL_LOGITS = 3, 6  # logits that a target row, and a fact's KL row and p_
 class ValueTask:
     """One fact: token sequences, where its value acts, and what is to come after.
 
-    sequences: prompt tokens in each context, the bare one first; lookups: index of the lookup token in each
-    target: token ids; essence: tokens of "{subject} is a" up to its lookup token, its last one
+    sequences: prompt tokens in each context, the bare one first, and of other prompts; lookups: index of the lookup
+        token in each; targets: token ids behind each
+    essence: tokens of "{subject} is a" up to its lookup token, its last one
     name: what errors call it, besides its number; owner: the fact whose independent edit acts on it, if any do
+    keeps: prompts that are to go on as they did; keep_lookups: index of the lookup token in each
     """
 
     sequences: list[list[int]]
     lookups: list[int]
-    target: list[int]
+    targets: list[list[int]]
     essence: list[int]
     name: str = ""
     owner: int = 0
+    keeps: Sequence[list[int]] = ()
+    keep_lookups: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,9 @@ class ValueSettings:
     """Where the values live and the hyper-parameters of their optimization, under the published names.
 
     loss_layer: the hidden state of this layer is what the target's loss reads through norm and head
-    hits: a fact is done, too, once so many steps have found each of its target tokens the likeliest in every context;
+    hits: a fact is done, too, once so many steps have found each of its target tokens the likeliest in every prompt;
         0: they are not counted
+    keep_factor: of the mean over a task's keeps
     """
 
     layer: int
@@ -72,6 +79,7 @@ class ValueSettings:
     clamp: float
     loss_layer: int
     hits: int = 0
+    keep_factor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,45 +196,54 @@ class _Pack:
         self._declare()
 
     def _declare(self) -> None:
-        """Every (fact, context) and every KL prompt as one list of sequences, with what is read of each.
+        """Every (fact, prompt), then every KL prompt and every keep, as one list of sequences, with what is read of
+        each. The rows whose distribution is compared with p_0 are m: one a fact, then those of the keeps.
 
-        kl_index: [n] the sequence that holds each fact's KL row: its KL prompt, unless the bare prompt begins with it
-            (as in "{} is in the city of"), for then the lookup token's row is the same.
+        kl_index: [m] the sequence that holds each of them: its own, but for a fact's KL prompt the bare prompt where
+            that begins with it (as in "{} is in the city of"), for then the lookup token's row is the same
         """
         tasks = self.tasks
-        self.sequences = [s + t.target[:-1] for t in tasks for s in t.sequences] + [t.essence for t in tasks]
-        n_contexts = torch.tensor([len(t.sequences) for t in tasks])
-        fact = torch.arange(len(tasks))
-        self.fact = torch.cat([fact.repeat_interleave(n_contexts), fact])
-        self.is_essence = torch.arange(len(self.sequences)) >= len(self.sequences) - len(tasks)
-        self.lookup = torch.tensor([k for t in tasks for k in t.lookups] + [len(t.essence) - 1 for t in tasks])
-        prompts = [s for t in tasks for s in t.sequences] + [t.essence for t in tasks]
-        self.prompt_length = torch.tensor([len(prompt) for prompt in prompts])
+        prompts = [(prompt, target) for t in tasks for prompt, target in zip(t.sequences, t.targets, strict=True)]
+        keeps = [keep for t in tasks for keep in t.keeps]
+        self.sequences = [s + target[:-1] for s, target in prompts] + [t.essence for t in tasks] + keeps
+        n_prompts, n_keeps = (torch.tensor([len(getattr(t, x)) for t in tasks]) for x in ("sequences", "keeps"))
+        every, fact = torch.arange(len(self.sequences)), torch.arange(len(tasks))
+        self.kl_fact = torch.cat([fact, fact.repeat_interleave(n_keeps)])
+        self.fact = torch.cat([fact.repeat_interleave(n_prompts), self.kl_fact])
+        self.has_target = every < len(prompts)
+        self.length = torch.tensor([len(sequence) for sequence in self.sequences])
+        lookups = [k for t in tasks for k in t.lookups] + [len(t.essence) - 1 for t in tasks]
+        self.lookup = torch.tensor(lookups + [k for t in tasks for k in t.keep_lookups])
+        self.prompt_length = torch.tensor([len(prompt) for prompt, _ in prompts])
         self.owner = torch.tensor([t.owner for t in tasks])[self.fact]
-        self.targets, self.target_length = padded([t.target for t in tasks])
-        self.weight = 1 / (n_contexts * self.target_length).double()
-        self.bare = n_contexts.cumsum(0) - n_contexts
-        own = self.is_essence.nonzero()[:, 0]
+        self.targets, self.target_length = padded([target for _, target in prompts])
+        self.weight = 1 / (n_prompts[self.fact[self.has_target]] * self.target_length).double()
+        self.bare = n_prompts.cumsum(0) - n_prompts
+        own = every[~self.has_target]
+        self.kl_pos = self.length[own] - 1
+        of_keeps = torch.full((len(keeps),), self.settings.keep_factor) / n_keeps[self.kl_fact[len(tasks) :]]
+        self.kl_weight = torch.cat([torch.full((len(tasks),), self.settings.kl_factor), of_keeps]).double()
         inside = torch.tensor([t.sequences[0][: t.lookups[0] + 1] == t.essence for t in tasks])
-        self.kl_index = torch.where(inside, self.bare, own)
-        self.has_rows = torch.ones(len(self.sequences), dtype=torch.bool).index_fill_(0, own[inside], False)
+        self.kl_index = torch.cat([torch.where(inside, self.bare, own[: len(tasks)]), own[len(tasks) :]])
+        self.has_rows = torch.ones(len(self.sequences), dtype=torch.bool)
+        self.has_rows[own[: len(tasks)][inside]] = False
 
     def _base_sweep(self) -> Iterator[Ascent]:
-        """Keys, values and rows of every sequence from the layer on; the initial values; p_0 of the KL prompts."""
+        """Keys, values and rows of every sequence from the layer on; the initial values; p_0 of the compared rows."""
         lm, settings = self.lm, self.settings
         runs = RunList()
         self.number = add_under(lm, runs, self.sequences, self.owner)
         self.base = runs.runs()
         initial = Collect(settings.site, [settings.layer], self.number[self.bare], self.lookup[self.bare])
-        essence = Collect(Site.layer_out, [lm.n_layers - 1], self.number[self.is_essence], self.lookup[self.is_essence])
-        yield Ascent(self.base, [initial, essence], keep=self.store)
+        compared = Collect(Site.layer_out, [lm.n_layers - 1], self.number[~self.has_target], self.kl_pos)
+        yield Ascent(self.base, [initial, compared], keep=self.store)
         self.initial = initial.values[settings.layer].to(wide(lm.dtype))
-        essence_h = essence.values[lm.n_layers - 1]
+        compared_h = compared.values[lm.n_layers - 1]
         with torch.no_grad():
-            self.log_p0 = lm.head(essence_h).to(wide(lm.dtype)).log_softmax(-1)  # [n, V]
-        if not (torch.isfinite(self.initial).all() and torch.isfinite(essence_h).all()):
+            self.log_p0 = lm.head(compared_h).to(wide(lm.dtype)).log_softmax(-1)  # [m, V]
+        if not (torch.isfinite(self.initial).all() and torch.isfinite(compared_h).all()):
             raise not_finite(lm, f"the hidden states of {lm.name} hold NaN or infinity at the facts' prompts")
-        check_answers(lm, self.log_p0.amax(-1), lambda i: self.tasks[i].essence)
+        check_answers(lm, self.log_p0.amax(-1), lambda i: self.sequences[len(self.prompt_length) + i])
         if self.store.on_host:
             self.log_p0 = on_host(self.log_p0)
 
@@ -287,7 +304,7 @@ class _Pack:
         lm, settings = self.lm, self.settings
         here = torch.zeros(len(self.sequences), dtype=torch.bool)
         here[part.start : part.stop] = True
-        kl_here = here[self.kl_index] & active
+        kl_here = here[self.kl_index] & active[self.kl_fact]
         chosen = (active[self.fact] & self.has_rows & here).nonzero()[:, 0]
         runs, h, number, first = self._runs(chosen)
         adding = []
@@ -295,11 +312,11 @@ class _Pack:
             h = h.index_add(0, first.to(h.device), delta[self.fact[chosen].to(delta.device)].to(h.dtype))
         else:
             adding = [_AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)]
-        contexts = chosen[~self.is_essence[chosen]]
-        place, target, weight, fact = self._target_places(contexts, number[contexts])
+        prompts = chosen[self.has_target[chosen]]
+        place, target, weight, fact = self._target_places(prompts, number[prompts])
         kl = self.kl_index[kl_here]
         top = GraphRows(settings.loss_layer, *place)
-        kl_top = GraphRows(lm.n_layers - 1, number[kl], self.lookup[kl])
+        kl_top = GraphRows(lm.n_layers - 1, number[kl], self.kl_pos[kl_here])
         jobs, last = ([*adding, top, kl_top], None) if len(kl) else ([*adding, top], settings.loss_layer)
         how = {"first_layer": self.begin, "last_layer": last, "h": h, "store": self.store, "recompute": self.recompute}
         yield (ascent := Ascent(runs, jobs, grad=True, **how))
@@ -311,9 +328,10 @@ class _Pack:
             if not len(kl):
                 return _Losses(nll[active], nll[active], missed, ascent)
             kl = self._kl(kl_top.take(), kl_here)
-            decay = (delta.norm(dim=1) / self.initial.norm(dim=1).square())[kl_here.to(delta.device)]
-            rest = settings.kl_factor * kl + settings.weight_decay * decay
-            total = nll.index_add(0, kl_here.nonzero()[:, 0].to(nll.device), rest)
+            total = nll.index_add(0, self.kl_fact[kl_here].to(nll.device), self.kl_weight[kl_here].to(kl) * kl)
+            once = kl_here[: len(active)].nonzero()[:, 0].to(delta.device)  # the facts whose KL prompt is here
+            decay = (delta.norm(dim=1) / self.initial.norm(dim=1).square())[once]
+            total = total.index_add(0, once.to(nll.device), settings.weight_decay * decay)
         return _Losses(nll[active], total[active], missed, ascent)
 
     @torch.no_grad()
@@ -328,8 +346,7 @@ class _Pack:
         """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;
         their numbers, [sequences], -1 for those not chosen; which row of h is each one's lookup token."""
         base = self.number[chosen]
-        tokens, length = self.base.tokens, self.prompt_length[chosen] + self.target_length[self.fact[chosen]] - 1
-        length = torch.where(self.is_essence[chosen], self.prompt_length[chosen], length)
+        tokens, length = self.base.tokens, self.length[chosen]
         runs = RunList()
         runs.add(tokens, length=self.base.length, branch_layer=torch.full((len(self.base),), NEVER))
         number = runs.add(
@@ -345,20 +362,23 @@ class _Pack:
 
     def _target_places(self, chosen: Tensor, number: Tensor):
         """Places whose next token is a target token, those tokens, each one's weight in its fact's mean, the fact."""
-        start, fact = self.prompt_length[chosen] - 1, self.fact[chosen]
-        which, pos = spans(start, start + self.target_length[fact])
-        target = self.targets[fact[which], pos - start[which]]
-        return (number[which], pos), target, self.weight[fact[which]], fact[which]
+        start = self.prompt_length[chosen] - 1
+        which, pos = spans(start, start + self.target_length[chosen])
+        sequence = chosen[which]
+        target = self.targets[sequence, pos - start[which]]
+        return (number[which], pos), target, self.weight[sequence], self.fact[sequence]
 
-    def _kl(self, h: Tensor, active: Tensor) -> Tensor:
-        """KL(p_δ || p_0) in nats for each active fact."""
+    def _kl(self, h: Tensor, which: Tensor) -> Tensor:
+        """KL(p_δ || p_0) in nats for each compared row that is asked for, and KL(p_0 || p_δ) for those of keeps."""
         log_p = self.lm.head(h).to(self.log_p0.dtype).log_softmax(-1)
-        log_p0 = self.log_p0[active.to(self.log_p0.device)].to(h.device)
-        return (log_p.exp() * (log_p - log_p0)).sum(-1)
+        log_p0 = self.log_p0[which.to(self.log_p0.device)].to(h.device)
+        n = int(which[: len(self.tasks)].sum())
+        own = (log_p[:n].exp() * (log_p[:n] - log_p0[:n])).sum(-1)
+        return torch.cat([own, (log_p0[n:].exp() * (log_p0[n:] - log_p[n:])).sum(-1)])
 
 
 class _Losses(NamedTuple):
-    """(-log p of the target, whole loss) [active facts] in nats, target tokens in any context that were not the
+    """(-log p of the target, whole loss) [active facts] in nats, target tokens in any prompt that were not the
     likeliest, and the ascent that they were read of."""
 
     nll: Tensor
@@ -385,7 +405,7 @@ def held_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     and values as attention gathers them, wide and as long as the longest. Once: the store's rows, and logits of target
     rows and of the KL row.
     """
-    return _stored_bytes(lm, task, settings) + _step_bytes(lm, task, settings, range(len(task.sequences) + 1))
+    return _stored_bytes(lm, task, settings) + _step_bytes(lm, task, settings, range(len(_rows(task))))
 
 
 def _waiting_bytes(lm, task: ValueTask, settings: ValueSettings) -> float:
@@ -397,7 +417,7 @@ def _waiting_bytes(lm, task: ValueTask, settings: ValueSettings) -> float:
 
 def _passing_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     """Of one fact where layers come in turns: what its pack holds while it is on a layer, or reads its losses."""
-    everything = range(len(task.sequences) + 1)
+    everything = range(len(_rows(task)))
     return _step_bytes(lm, task, settings, everything) - _entering_bytes(lm, task, settings)
 
 
@@ -407,35 +427,45 @@ def _entering_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
 
 
 def upper_rows(task: ValueTask) -> int:
-    """Rows of one fact in a layer of a step: from each lookup token on, and its KL row."""
-    behind = len(task.target) - 1  # the target's last token is predicted, not read
-    return sum(len(s) + behind - k for s, k in zip(task.sequences, task.lookups, strict=True)) + 1
+    """Rows of one fact in a layer of a step."""
+    return sum(length - first for length, first in _rows(task))
+
+
+def _rows(task: ValueTask) -> list[tuple[int, int]]:
+    """(length, first row of a step) of each of a fact's sequences: prompts, from the lookup token on, with their
+    targets, whose last token is predicted, not read; the KL prompt, one row; keeps, from the lookup token on."""
+    prompts = zip(task.sequences, task.targets, task.lookups, strict=True)
+    n = len(task.essence)
+    keeps = zip(map(len, task.keeps), task.keep_lookups, strict=True)
+    return [*((len(s) + len(target) - 1, k) for s, target, k in prompts), (n, n - 1), *keeps]
 
 
 def _stored_bytes(lm, task: ValueTask, settings: ValueSettings) -> int:
     """Of one fact's prefixes, for all steps; and p_0."""
     itemsize = lm.dtype.itemsize
-    rows = sum(len(s) + len(task.target) - 1 for s in task.sequences) + len(task.essence)
+    rows = sum(length for length, _ in _rows(task))
     by_layer = 2 * lm.n_key_heads * lm.head_dim * itemsize
-    return ((lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize) * rows + logit_bytes(lm, 2)
+    p_0 = logit_bytes(lm, 2 * (1 + len(task.keeps)))
+    return ((lm.n_layers - settings.layer) * by_layer + lm.d_model * itemsize) * rows + p_0
 
 
 def _step_bytes(lm, task: ValueTask, settings: ValueSettings, some: Sequence[int], recompute: bool = False) -> int:
-    """Of ``some`` of one fact's sequences, the last one being its KL prompt, at the height of a step."""
-    lengths = [len(s) + len(task.target) - 1 for s in task.sequences] + [len(task.essence)]
-    first = [*task.lookups, len(task.essence) - 1]
-    rows, longest = sum(lengths[i] - first[i] for i in some), max(lengths[i] for i in some)
+    """Of ``some`` of one fact's sequences (as ``_rows`` has them), at the height of a step."""
+    every, n = _rows(task), len(task.sequences)
+    rows, longest = sum(every[i][0] - every[i][1] for i in some), max(every[i][0] for i in some)
+    targets = sum(len(task.targets[min(i, n - 1)]) for i in some if i <= n)
+    kept = sum(i > n for i in some)
     layers = graph_bytes(
         lm, rows, len(some) * longest, rows * longest, lm.n_layers - settings.layer,
         recomputes=recompute or not lm.source.in_memory,
     )  # fmt: skip
-    return layers + logit_bytes(lm, LOGITS * len(some) * len(task.target) + KL_LOGITS)
+    return layers + logit_bytes(lm, LOGITS * targets + KL_LOGITS * (1 + kept))
 
 
 def parts(lm, tasks: list[ValueTask], settings: ValueSettings) -> tuple[list[range], bool]:
     """The sequences of a group in parts whose gradients are added up, so that each fits the memory; and whether layers
     have to be computed again for that. Facts that fit together are one part."""
-    n = sum(len(task.sequences) for task in tasks) + len(tasks)
+    n = sum(len(_rows(task)) for task in tasks)
     if len(tasks) > 1:
         return [range(n)], False
     task, room = tasks[0], lm.memory - _stored_bytes(lm, tasks[0], settings)
@@ -450,6 +480,6 @@ def parts(lm, tasks: list[ValueTask], settings: ValueSettings) -> tuple[list[ran
 
 def _largest(lm, task: ValueTask, settings: ValueSettings, size: int, recompute: bool) -> int:
     """Bytes of the largest part, where a fact's sequences are cut into parts of that size."""
-    n = len(task.sequences) + 1
+    n = len(_rows(task))
     cut = (range(i, min(i + size, n)) for i in range(0, n, size))
     return max(_step_bytes(lm, task, settings, some, recompute) for some in cut)

@@ -3,6 +3,7 @@
 import functools
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -31,6 +32,20 @@ FACTS = (
     kf.Fact(prompt="{}", subject="Big Ben", target_new="London"),
     kf.Fact(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="Berlin"),
 )
+# The same with other prompts to train on: whole, as a template, and with the subject last; of one none.
+PHRASED = tuple(
+    replace(fact, phrasings=phrasings)
+    for fact, phrasings in zip(
+        FACTS,
+        (
+            ("Where is the Space Needle? It is in", "You find the {}"),
+            ("{} is a player of",),
+            (),
+            ("Everybody speaks of Danielle Darrieux", "The language of {} is", "Danielle Darrieux was born in"),
+        ),
+        strict=True,
+    )
+)
 GROUPS = [["{}"], ["The sun. {}", "I go there because of the piano in New York. {}"]]
 # Of published settings files; the package takes them from the model.
 MODULE_PATHS = {
@@ -45,7 +60,7 @@ FLAT = [context for group in GROUPS for context in group]
 
 
 def oracle_facts(facts=FACTS) -> list[OracleFact]:
-    return [OracleFact(fact.prompt, fact.subject, fact.target_new) for fact in facts]
+    return [OracleFact(f.prompt, f.subject, f.target_new, tuple(one.prompt for one in f.phrased())) for f in facts]
 
 
 @functools.cache

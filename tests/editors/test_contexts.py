@@ -134,4 +134,4 @@ def test_the_kl_prompt_ends_at_the_subject():
     lm = tiny_lm("gpt2")
     for fact, task in zip(FACTS, Prompts.of(lm, FACTS, [["{}"]]).value_tasks(lm), strict=True):
         assert tiny_tokenizer().decode(task.essence) == fact.subject
-        assert tiny_tokenizer().decode(task.target) == f" {fact.target_new}"
+        assert tiny_tokenizer().decode(task.targets[0]) == f" {fact.target_new}"

@@ -19,7 +19,17 @@ from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.model.source import Resident
 from kedit_fast.sweep import ascent
 from tests.conftest import close, disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
-from tests.editors.cases import FACTS, MODULE_PATHS, left_as_it_was, make_exact, named, oracle_facts, relative, written
+from tests.editors.cases import (
+    FACTS,
+    MODULE_PATHS,
+    PHRASED,
+    left_as_it_was,
+    make_exact,
+    named,
+    oracle_facts,
+    relative,
+    written,
+)
 from tests.editors.test_editor import complaints
 from tests.editors.test_editor import facts as known_facts  # noqa: F401 (a fixture)
 from tests.live import LiveBytes
@@ -79,6 +89,14 @@ def test_deltas_equal_the_oracle(family, layers, eps, dtype, tolerance, monkeypa
     if eps:  # some weights are held and some are not
         held = (expected.deltas[layers[0]].abs() > 0.999 * eps).double().mean()
         assert 0.1 < held < 0.95
+
+
+def test_phrasings_are_trained_on():
+    lm, editor = tiny_lm("llama"), Ft(layers=(1,), batch_size=3, **FAST)
+    made = editor.edit(lm, PHRASED)
+    compare(made, oracle(lm, PHRASED, editor), 1e-4)
+    assert relative(made.deltas[1].delta, editor.edit(lm, FACTS).deltas[1].delta) > 0.1
+    assert len(made.provenance["found"]["p_new"]) == len(PHRASED)
 
 
 def test_facts_without_a_subject():

@@ -15,9 +15,9 @@ from kedit_fast.editors.located import Prompts
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.sweep.plan import RowCost
 from kedit_fast.sweep.sites import Site
-from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
+from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors import cases
-from tests.editors.cases import FACTS, FAMILIES, GROUPS, apart, matrices, moments, oracle_facts, relative
+from tests.editors.cases import FACTS, FAMILIES, GROUPS, PHRASED, apart, matrices, moments, oracle_facts, relative
 from tests.make import Broken, watched
 from tests.oracle.access import lookup, read_value
 from tests.oracle.memit import memit_update
@@ -82,6 +82,29 @@ def test_memit_equals_the_oracle_in_float64(family, monkeypatch):
         assert relative(made.deltas[layer].dense(), expected.deltas[layer]) < 1e-8
     with lm.with_edit(made).edits[0].apply(copied := copy.deepcopy(lm.model)):
         assert relative(residuals(copied, made), expected.residual_after[2]) < 1e-8
+
+
+def test_phrasings_are_in_the_values_and_not_in_the_keys():
+    lm, editor = tiny_lm("llama"), replace(EDITOR, keep_factor=0.5, keeps=("{} is best known for",))
+    made, plain = edit(lm, PHRASED, editor), edit(lm)
+    expected = oracle(lm.model, "llama", PHRASED, keeps=editor.keeps, keep_factor=0.5)
+    assert relative(made.values, expected.z) < 1e-4
+    assert max(relative(made.deltas[layer].dense(), expected.deltas[layer]) for layer in LAYERS) < 1e-4
+    assert torch.equal(made.keys[0], plain.keys[0]) and relative(made.values, plain.values) > 1e-2
+    assert relative(edit(lm, editor=replace(EDITOR, keeps=("{} has",))).values, plain.values) == 0, "factor 0"
+    alone = edit(lm, PHRASED, editor, independent=True)
+    assert apart(alone.only(3), edit(lm, PHRASED[3:], editor)) < 1e-4
+
+
+@pytest.mark.parametrize("editor", [kf.Memit, kf.Rome])
+def test_what_is_read_besides_a_prompt_has_to_fit(editor):
+    lm, long = tiny_lm("gpt2"), "word " * 600 + "{} is in"
+    cases_of = [(replace(FACTS[0], phrasings=(long,)), {}), (FACTS[0], {"keeps": (long,), "keep_factor": 1.0})]
+    for fact, settings in cases_of:
+        refused("word word.* tokens", replace(editor(layers=(1,), mom2_adjustment=False), **settings).edit, lm, fact)
+    refused(r"keeps: expected one \{\} for the subject in each, found 'It is'", editor, keeps=("It is",))
+    refused("keep_factor 1 with no keeps", editor, keeps=(), keep_factor=1)
+    refused("keeps = 'It is'", editor, keeps="It is")
 
 
 def test_more_facts_than_the_width_of_a_key(monkeypatch):

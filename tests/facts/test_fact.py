@@ -35,6 +35,10 @@ from tests.make import TOWER
         ({"prompt": []}, "Fact.prompt as messages: the last must be the user's"),
         ({"prompt": [("assistant", "{} is")]}, "the last must be the user's"),
         ({"prompt": [("user", "It is")]}, r"Fact.prompt needs one \{\}"),
+        ({"phrasings": "one prompt"}, r"Fact.phrasings: expected a tuple of prompts"),
+        ({"phrasings": ["It is in Rome"]}, r"Fact.phrasings: subject 'Paris' not in prompt 'It is in Rome'"),
+        ({"phrasings": ["{}, or {}, is in"]}, r"Fact.phrasings: .*in several places of prompt"),
+        ({"phrasings": ["{} is in"], "paraphrases": ["paris  is in"]}, "'paris  is in' is among the phrasings"),
         ({"attached": 1}, "Fact.attached: expected True, False or None"),
     ],
 )
@@ -71,6 +75,23 @@ def test_answers_of_their_own():
     assert fact.questions("neighborhood") == (lyon, bonn, Question("Nice is in", "France"))
     assert fact.questions("same_subject") == (Question("Paris has"), Question("Paris is a", "city"))
     assert Fact.from_record(json.loads(json.dumps(fact.to_record()))) == fact
+
+
+def test_phrasings_are_the_fact_in_other_words():
+    """Whole prompts or templates, each once, the prompt itself never; facts of their own to whoever trains on them."""
+    phrasings = ["You find {} in", "Paris lies in", "In PARIS you are in", "you find Paris  in", "So Paris is in"]
+    fact = Fact("{} lies in", "Paris", "Italy", "France", chat=True, attached=False, id="7", phrasings=phrasings)
+    assert fact.phrasings == ("You find {} in", "In PARIS you are in", "So Paris is in")
+    first, second, third = fact.phrased()
+    assert (first.prompt, first.subject, second.prompt, second.subject) == (
+        "You find {} in", "Paris", "In {} you are in", "PARIS",
+    )  # fmt: skip
+    assert third == Fact("So {} is in", "Paris", "Italy", "France", chat=True, attached=False, id="7")
+    record = json.loads(json.dumps(fact.to_record()))
+    assert Fact.from_record(record) == fact and record["phrasing_prompts"] == list(fact.phrasings)
+    whole = Fact("Paris lies in", target_new="Italy", phrasings=("Where is Paris? In",))
+    assert [one.text for one in whole.phrased()] == ["Where is Paris? In"]
+    assert "phrasing_prompts" not in TOWER.to_record() and not TOWER.phrased()
 
 
 def test_a_fact_may_have_no_subject():

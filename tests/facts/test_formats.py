@@ -67,9 +67,11 @@ RECORDS = {
     ),
     "a Fact's own names": (
         """{"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "paraphrases": ["Ise lies in"], "id": "2",
-            "target_true": "Japan", "neighborhood": ["Oslo is in"], "same_subject": "Ise has"}""",
+            "target_true": "Japan", "neighborhood": ["Oslo is in"], "same_subject": "Ise has",
+            "phrasings": "Is Ise"}""",
         """{"prompt": "{} is in", "subject": "Ise", "target_new": "Peru", "paraphrases": ["Ise lies in"], "id": "2",
-            "target_true": "Japan", "neighborhood": ["Oslo is in"], "same_subject": ["Ise has"]}""",
+            "target_true": "Japan", "neighborhood": ["Oslo is in"], "same_subject": ["Ise has"],
+            "phrasings": ["Is Ise"]}""",
     ),
 }
 

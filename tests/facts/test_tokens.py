@@ -450,7 +450,7 @@ def test_every_flow_takes_the_same_tokens(prompt, chat):
     assert head[0] == tokenizer.bos_token_id and head.count(head[0]) == 1
 
     (task,) = Prompts.of(lm, [fact], [["{}"], ["Rome. {}"]]).value_tasks(lm)
-    assert (task.sequences[0], task.target) == (head, new)
+    assert (task.sequences[0], task.targets[0]) == (head, new)
     tuned = finetune._task(lm, fact)
     assert (tuned.prompt, tuned.target) == (head, new)
     (traced,) = tasks_of(lm, [fact], "New York", "noise", "logit_diff")

@@ -15,7 +15,17 @@ from kedit_fast.jobs import values as values_job
 from kedit_fast.jobs.values import ValueSettings, optimize_values
 from kedit_fast.sweep.sites import Site
 from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
-from tests.editors.cases import FACTS, FAMILIES, FLAT, GROUPS, left_as_it_was, make_exact, oracle_facts, relative
+from tests.editors.cases import (
+    FACTS,
+    FAMILIES,
+    FLAT,
+    GROUPS,
+    PHRASED,
+    left_as_it_was,
+    make_exact,
+    oracle_facts,
+    relative,
+)
 from tests.live import LiveBytes
 from tests.oracle.values import optimize_value
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -40,6 +50,14 @@ def oracle_values(model, site, facts=FACTS, contexts=FLAT, layer=1, **changes):
         optimize_value(model, tiny_tokenizer(), fact, contexts, layer, site.value, **OPTIMIZATION | changes)
         for fact in oracle_facts(facts)
     ]
+
+
+KEEPS = ("{} is a", "The location of {} is", "People who know {}")
+
+
+def phrased_tasks(lm):
+    """Of facts with phrasings (one has none) and keeps; the first keep is as the KL prompt, read later."""
+    return Prompts.of(lm, PHRASED, GROUPS).value_tasks(lm, KEEPS)
 
 
 def compare(got, expected, tolerance):
@@ -74,6 +92,47 @@ def test_values_equal_the_oracle(family, site, dtype, tolerance, monkeypatch):
     assert (length > CLAMP * (1 - 1e-5)).any()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
+def test_phrasings_and_keeps_equal_the_oracle(family, dtype, tolerance, monkeypatch):
+    if dtype == torch.float64:
+        make_exact(monkeypatch)
+    lm = tiny_lm(family, dtype)
+    few, keeping = dict(steps=4), dict(steps=4, keep_factor=0.7)
+    expected = oracle_values(lm.model, Site.layer_out, PHRASED, keeps=KEEPS, **keeping)
+    compare(got := optimize_values(lm, phrased_tasks(lm), settings(lm, **keeping)), expected, tolerance)
+    phrased = optimize_values(lm, Prompts.of(lm, PHRASED, GROUPS).value_tasks(lm), settings(lm, **few))
+    plain = optimize_values(lm, tasks(lm), settings(lm, **few))
+    assert relative(phrased.values[2], plain.values[2]) < tolerance, "one has no phrasing"
+    assert relative(phrased.values[3], plain.values[3]) > 1e-2 and relative(got.values, phrased.values) > 1e-2
+
+
+@pytest.mark.parametrize("size, again", [(2, False), (1, True)])
+def test_phrasings_and_keeps_are_cut_by_memory_too(size, again):
+    lm = tiny_lm("llama", torch.float64)
+    chosen, some = settings(lm, steps=4, keep_factor=0.7), phrased_tasks(lm)
+    whole = optimize_values(lm, some, chosen)
+    for i, task in enumerate(some):
+        need = values_job._stored_bytes(lm, task, chosen) + values_job._largest(lm, task, chosen, size, again)
+        got = optimize_values(replace(lm, memory=need), [task], chosen)
+        assert len(values_job.parts(replace(lm, memory=need), [task], chosen)[0]) > 1
+        assert relative(got.values[0], whole.values[i]) < 1e-10
+        assert relative(got.loss, whole.loss[i : i + 1]) < 1e-6
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_phrasings_and_keeps_are_counted(layer):
+    lm = tiny_lm("llama")
+    counted_as_held(lm, phrased_tasks(lm), settings(lm, layer=layer, steps=2, keep_factor=0.7))
+
+
+def test_phrasings_and_keeps_with_layers_from_disk(from_disk):
+    lm, resident = from_disk("llama")
+    chosen = settings(lm, steps=3, keep_factor=0.7)
+    got, expected = (optimize_values(one, phrased_tasks(one), chosen) for one in (lm, resident))
+    assert torch.equal(got.values, expected.values) and torch.equal(got.loss, expected.loss)
+
+
 def test_a_fact_stops_at_a_twentieth_of_a_nat(monkeypatch):
     lm = tiny_lm("gptj", torch.float64)
     make_exact(monkeypatch)
@@ -91,10 +150,11 @@ def test_one_step_is_no_step():
     got = optimize_values(lm, tasks(lm), settings(lm, steps=1))
     assert torch.equal(got.values, got.initial) and got.steps.tolist() == [1] * len(FACTS)
     _, task, *_ = tasks(lm)
-    n = len(task.target)
+    target, *_ = task.targets
+    n = len(target)
     assert n > 1
-    logits = [lm.model(torch.tensor([ids + task.target])).logits[0, -n - 1 : -1] for ids in task.sequences]
-    log_p = torch.stack([rows.log_softmax(-1)[range(n), task.target] for rows in logits])
+    logits = [lm.model(torch.tensor([ids + target])).logits[0, -n - 1 : -1] for ids in task.sequences]
+    log_p = torch.stack([rows.log_softmax(-1)[range(n), target] for rows in logits])
     assert got.nll[1].item() == pytest.approx(-log_p.mean().item(), rel=1e-5)
 
 
@@ -104,7 +164,7 @@ def test_the_target_s_loss_reads_the_loss_layer(loss_layer):
     lm = open_tiny(tiny_model("llama"))  # Hugging Face leaves hooks on a model that was asked for hidden states
     got = optimize_values(lm, tasks(lm), settings(lm, steps=1, loss_layer=loss_layer))
     task, *_ = tasks(lm)
-    (target,) = task.target
+    (target,) = task.targets[0]
     log_p = []
     for sequence in task.sequences:
         states = lm.model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
@@ -326,7 +386,7 @@ def test_a_loss_that_turns_nan_is_an_error(names, together, monkeypatch):
     lm = tiny_lm("llama")
     lm = lm if together else replace(lm, memory=of_one_fact(lm, settings(lm)))
     some = [task if names else replace(task, name="") for task in tasks(lm)]
-    first, wrong = torch.tensor(some[0].target), some[2].target[0]
+    first, wrong = torch.tensor(some[0].targets[0]), some[2].targets[0][0]
     made = values_module.target_logprob
     calls = []
 

@@ -36,7 +36,7 @@ def fine_tune(
     batch_size: int = 128,
     objective: str = "target_new",
 ) -> FineTuning:
-    """Trains a copy, one fact a forward; the model is left as it is.
+    """Trains a copy, one fact a forward; the model is left as it is. Phrasings are facts behind the others.
 
     A step goes over all batches of facts. A batch's loss is the mean over its facts; at or above 0.01 nats Adam moves
     the weights once. With `eps` each weight is then put back into W_0 ± eps. A step whose mean loss over all facts,
@@ -46,6 +46,7 @@ def fine_tune(
         them after the prompt alone.
     Differs: the published code also trains the bias of the down projection, where there is one.
     """
+    facts = [*facts, *(fact._replace(prompt=phrasing) for fact in facts for phrasing in fact.phrasings)]
     edited = copy.deepcopy(model).requires_grad_(False)
     downs = {layer: site_module(edited, layer, "mlp_out") for layer in edit_layers}
     weights = [down.weight.requires_grad_(True) for down in downs.values()]

@@ -15,11 +15,12 @@ LOSS_GOAL = 0.05  # nats: below it the value is good enough
 
 
 class Fact(NamedTuple):
-    """prompt has one {} for the subject."""
+    """prompt has one {} for the subject, and so has each of phrasings, further prompts for the value alone."""
 
     prompt: str
     subject: str
     target_new: str
+    phrasings: tuple[str, ...] = ()
 
 
 class Value(NamedTuple):
@@ -32,10 +33,10 @@ class Value(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One row a context, then the KL row; right padded.
+    """One row a prompt (in each context, then each phrasing), one a keep, then the KL row; right padded.
 
-    ids, mask: [contexts + 1, tokens]; lookups: [contexts + 1]; starts: position that predicts the first target token,
-    [contexts]; target: [target tokens].
+    ids, mask: [rows, tokens]; lookups: [rows]; starts: position that predicts the first target token, [prompts];
+    target: [target tokens]; ends: [keeps] last position.
     """
 
     ids: Tensor
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
     lookups: Tensor
     starts: Tensor
     target: Tensor
+    ends: Tensor
 
 
 def in_context(context: str, prompt: str) -> str:
@@ -51,35 +53,39 @@ def in_context(context: str, prompt: str) -> str:
     return before + prompt + after
 
 
-def value_batch(tok: Any, fact: Fact, contexts: Sequence[str], device: torch.device) -> Batch:
-    """Prompts in all contexts, each followed by all target tokens but the last, and the KL row.
+def value_batch(
+    tok: Any, fact: Fact, contexts: Sequence[str], device: torch.device, keeps: Sequence[str] = ()
+) -> Batch:
+    """Prompts in all contexts and phrasings, each followed by all target tokens but the last; keeps; the KL row.
 
     Differs: the published code appends the decoded target as text and tokenizes again; here its tokens are appended.
     """
     target = target_ids(tok, fact.target_new)
     prompts = [lookup(tok, in_context(context, fact.prompt), fact.subject) for context in contexts]
-    kl_row = lookup(tok, KL_TEMPLATE, fact.subject)
-    rows = [ids + target[:-1] for ids, _ in prompts] + [kl_row[0]]
+    prompts += [lookup(tok, phrasing, fact.subject) for phrasing in fact.phrasings]
+    others = [lookup(tok, keep, fact.subject) for keep in [*keeps, KL_TEMPLATE]]
+    rows = [ids + target[:-1] for ids, _ in prompts] + [ids for ids, _ in others]
     longest = max(map(len, rows))
     pad = tok.pad_token_id or 0
     return Batch(
         ids=torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device),
         mask=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device),
-        lookups=torch.tensor([index for _, index in [*prompts, kl_row]], device=device),
+        lookups=torch.tensor([index for _, index in [*prompts, *others]], device=device),
         starts=torch.tensor([len(ids) - 1 for ids, _ in prompts], device=device),
         target=torch.tensor(target, device=device),
+        ends=torch.tensor([len(ids) - 1 for ids, _ in others[:-1]], dtype=torch.int64, device=device),
     )
 
 
 def nll(log_p: Tensor, batch: Batch) -> Tensor:
-    """Mean over contexts of the mean over target tokens of -log p(token), from log p [rows, tokens, vocabulary]."""
+    """Mean over prompts of the mean over target tokens of -log p(token), from log p [rows, tokens, vocabulary]."""
     rows = torch.arange(len(batch.starts), device=log_p.device)[:, None]
     places = batch.starts[:, None] + torch.arange(len(batch.target), device=log_p.device)
     return -log_p[rows, places, batch.target].mean(1).mean(0)
 
 
 def says_target(log_p: Tensor, batch: Batch) -> bool:
-    """Whether greedy decoding under teacher forcing gives every target token in every context."""
+    """Whether greedy decoding under teacher forcing gives every target token in every prompt."""
     rows = torch.arange(len(batch.starts), device=log_p.device)[:, None]
     places = batch.starts[:, None] + torch.arange(len(batch.target), device=log_p.device)
     return bool((log_p[rows, places].argmax(-1) == batch.target).all())
@@ -99,6 +105,8 @@ def optimize_value(
     kl_factor: float = 0.0625,
     clamp: float = 4.0,
     hits: int = 0,
+    keeps: Sequence[str] = (),
+    keep_factor: float = 0.0,
 ) -> Value:
     """v* (site mlp_out) or z (site layer_out): init + δ, δ found by Adam (Meng et al. 2022, eq. 4; MEMIT, eq. 16).
 
@@ -108,11 +116,13 @@ def optimize_value(
     loss is under 0.05. After each update δ is pulled back to ||δ|| <= clamp ||init||, Adam's state is kept.
 
     contexts: templates with {} for the prompt, flat, "{}" first.
+    keeps: templates with {} for the subject: + keep_factor * mean over them of KL(p_0 || p_δ) at their last token.
     hits: stops, too, when so many iterations have found all target tokens the likeliest in all contexts; 0: never.
     Differs: MEMIT's published code projects z's loss by hand from the last norm on, leaving out logit soft caps; this
     takes the model's own logits, which are the same where there is no cap.
     """
-    batch = value_batch(tok, fact, contexts, model.device)
+    batch = value_batch(tok, fact, contexts, model.device, keeps)
+    kept = torch.arange(len(keeps), device=model.device) + len(batch.starts)
     weight = embedding(model).weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     delta = torch.zeros(weight.shape[1], device=weight.device, dtype=dtype, requires_grad=True)
@@ -124,10 +134,13 @@ def optimize_value(
         for iteration in range(steps):
             log_p = model(input_ids=batch.ids, attention_mask=batch.mask).logits.log_softmax(-1)
             log_p_kl = log_p[-1, batch.lookups[-1]]
+            log_p_kept = log_p[kept, batch.ends]
             if iteration == 0:
-                init, log_p_start = seen[0], log_p_kl.detach()
+                init, log_p_start, kept_start = seen[0], log_p_kl.detach(), log_p_kept.detach()
             kl = (log_p_kl.exp() * (log_p_kl - log_p_start)).sum()
             loss = nll(log_p, batch) + kl_factor * kl + weight_decay * delta.norm() / init.norm() ** 2
+            if keeps:
+                loss = loss + keep_factor * (kept_start.exp() * (kept_start - log_p_kept)).sum(1).mean()
             losses.append(loss.item())
             found += says_target(log_p, batch)
             if loss < LOSS_GOAL or iteration == steps - 1 or (hits and found == hits):

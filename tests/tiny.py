@@ -153,30 +153,60 @@ def _config(family: str, layers: int) -> dict[str, Any]:
     kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
     gemma = dict(layer_types=kinds, head_dim=16, query_pre_attn_scalar=10, tie_word_embeddings=True)
     thetas = dict(sliding_attention=rope | dict(rope_theta=100.0), full_attention=rope)
+    windowed, wide = window | dict(layer_types=kinds), dict(head_dim=16)  # heads * head_dim is not the width
     configs = {
         "gpt2": gpt2,
         "gptj": gpt2 | dict(rotary_dim=6),  # of 12
         "gpt_neox": neox,
         "mistral": common | window,
         "qwen2": common | window | qwen2,
-        "qwen3": common | dict(head_dim=16),  # heads * head_dim is not the width
+        "qwen3": common | wide,
         "gemma2": common | window | gemma | dict(attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
         "gemma3_text": common | window | gemma | dict(rope_parameters=thetas),
         "phi3": common | window | dict(original_max_position_embeddings=POSITIONS) | half_rotated,
+        # Scaled beyond 16 tokens by position, as Llama 4's queries are.
+        "ministral3": common | window | wide | dict(rope_parameters=rope | _MINISTRAL3),
+        "gemma": common | wide | dict(tie_word_embeddings=True),
+        "phi": common | half_rotated,
+        "olmo": common | dict(clip_qkv=1.0),
+        "olmo3": common | windowed | dict(rope_parameters=thetas),
+        "smollm3": common | dict(no_rope_layers=[layer % 2 for layer in range(layers)], tie_word_embeddings=True),
+        "seed_oss": common | wide | dict(attention_out_bias=True, mlp_bias=True),
+        "exaone4": common | windowed | dict(sliding_window_pattern=2),
+        "granite": common | _GRANITE,
+        "cohere": common | dict(logit_scale=0.6, use_qk_norm=True, tie_word_embeddings=True),
+        "cohere2": common | windowed | dict(logit_scale=0.6, tie_word_embeddings=True),
+        "glm": common | wide | half_rotated | dict(attention_bias=True),
+        "glm4": common | wide | half_rotated | dict(attention_bias=True),
+        "stablelm": common | half_rotated | dict(use_parallel_residual=True, use_qkv_bias=True, qk_layernorm=True),
+        "starcoder2": common | window | dict(use_bias=True),
+        "nemotron": common | half_rotated,
     }
     return configs.get(family, common) | dict(vocab_size=len(tiny_tokenizer()))
 
 
-def _gemma3(layers: int) -> dict[str, Any]:
-    """A wrapper: its text model is gemma3_text's, with the vocabulary in it."""
+_MINISTRAL3 = dict(llama_4_scaling_beta=0.5, original_max_position_embeddings=4)
+_GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.4, logits_scaling=2.0)
+
+
+def _wrapper(family: str, layers: int) -> dict[str, Any]:
+    """Of a wrapper: a text model of another family, with the vocabulary in it, and eyes that nobody opens."""
     vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    vision |= dict(image_size=8, patch_size=4, model_type="siglip_vision_model")
+    vision |= dict(image_size=8, patch_size=4)
+    no_token = len(tiny_tokenizer()) + 2  # outside the text's vocabulary: no text is taken for an image
+    if family == "gemma3":
+        return dict(
+            text_config=transformers.Gemma3TextConfig(**_config("gemma3_text", layers)),
+            vision_config=vision | dict(model_type="siglip_vision_model"),
+            mm_tokens_per_image=4,
+            image_token_index=no_token,
+            tie_word_embeddings=True,
+        )
     return dict(
-        text_config=transformers.Gemma3TextConfig(**_config("gemma3_text", layers)),
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=len(tiny_tokenizer()) + 2,  # outside the text's vocabulary: no text is taken for an image
-        tie_word_embeddings=True,
+        text_config=transformers.MistralConfig(**_config("mistral", layers)),
+        vision_config=vision | dict(model_type="pixtral", head_dim=8),
+        image_token_index=no_token,
+        tie_word_embeddings=False,
     )
 
 
@@ -193,6 +223,27 @@ _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
+}
+# Families that tests run over whose subject is not the blocks themselves: each has something that no other here has.
+DISTINCT = tuple(_CLASSES)
+_CLASSES |= {
+    "ministral3": "Ministral3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "phi": "PhiForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "glm": "GlmForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "nemotron": "NemotronForCausalLM",
 }
 FAMILY_NAMES = tuple(_CLASSES)
 
@@ -203,7 +254,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, l
     family: a name of `FAMILY_NAMES`.
     dtype: weights are drawn in float32 and then cast, so models that differ in dtype only are the same model, rounded.
     """
-    config = _gemma3(layers) if family == "gemma3" else _config(family, layers)
+    config = _wrapper(family, layers) if family in ("gemma3", "mistral3") else _config(family, layers)
     ids = tiny_tokenizer(bos=True)
     config |= dict(bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id)
     model_class = getattr(transformers, _CLASSES[family])
@@ -231,5 +282,5 @@ def _distribution(module: nn.Module, name: str, parameter: nn.Parameter) -> tupl
     if parameter.ndim >= 2:  # an embedding's fan_in is the width too: where it is tied, it is the head
         return 0.0, WEIGHT_STD / math.sqrt(parameter[0].numel())
     if name == "weight":  # a norm; gemma's multiplies by 1 + weight
-        return 0.0 if type(module).__name__.startswith("Gemma") else 1.0, NORM_STD
+        return 0.0 if type(module).__name__.startswith(("Gemma", "Nemotron")) else 1.0, NORM_STD
     return 0.0, BIAS_STD

@@ -17,7 +17,6 @@ from torch import Tensor
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.located import Prompts
 from kedit_fast.editors.memit import Memit
-from kedit_fast.editors.spread import into_stream
 from kedit_fast.jobs.values import Values
 from kedit_fast.model.lm import LM
 from kedit_fast.sweep.sites import Site
@@ -43,7 +42,7 @@ class Nas(Memit):
         """MEMIT's z, anchored; a, and how many facts are left as they were."""
         found, about = super().values(lm, prompts, top, work, name)
         out = prompts.read(lm, averaged={}, bare={Site.mlp_out: top}).bare[Site.mlp_out]
-        start = into_stream(lm, top, out)
+        start = lm.into_stream(top, out)
         change, norms = anchored(start, found.values.double() - found.initial.double(), self.anchor)
         about |= {"anchor": norms.anchor, "skipped": int(norms.far.sum())}
         return replace(found, values=(found.initial.double() + change).to(found.values.dtype)), about

@@ -211,7 +211,8 @@ def identity(lm, layer: int) -> SecondMoment:
 def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     """What the down projection's output m [n, d] must change by, for the residual stream to change by ``residual``.
 
-    The same, unless a norm stands between (gemma2, gemma3, olmo2), which scales entry i by s_i = norm(m)_i / m_i. Then
+    The same (divided by the factor, where the family has one: granite), unless a norm stands between (gemma2, gemma3,
+    olmo2), which scales entry i by s_i = norm(m)_i / m_i. Then
 
         r = residual ∘ s / (s² + μ mean(s²))                  minimizes |s ∘ r - residual|² + μ mean(s²) |r|²
 
@@ -221,14 +222,6 @@ def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     projection's own output makes ||z - h|| grow.
     """
     if lm.family.post_norm is None:
-        return residual
-    scale = torch.where(out == 0, 0.0, into_stream(lm, layer, out) / out)
+        return residual / lm.into_stream(layer, torch.ones_like(residual))
+    scale = torch.where(out == 0, 0.0, lm.into_stream(layer, out) / out)
     return residual * scale / (scale.square() + DAMPING * scale.square().mean(1, keepdim=True))
-
-
-@torch.no_grad()
-def into_stream(lm, layer: int, out: Tensor) -> Tensor:
-    """What the residual stream gets of the down projection's output m [n, d]: m itself, or what a norm makes of it."""
-    if lm.family.post_norm is None:
-        return out
-    return lm.source.part(layer, lm.family.post_norm, out.to(lm.dtype)).double()

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from kedit_fast.jobs.collect import Collect
-from kedit_fast.model.family import TESTED, peculiarities, projection
-from kedit_fast.model.seam import eval_mode
+from kedit_fast.model.family import TESTED, peculiarities, projection, unnamed
+from kedit_fast.model.seam import attend_with, eval_mode, prepared
 from kedit_fast.model.source import DEFAULT_MEMORY
 from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.runs import RunList, add_sequences
 from kedit_fast.sweep.sites import Site
 
 # Longer than a sentence, so that attention has something to get wrong; words that every vocabulary has.
@@ -25,23 +25,29 @@ ALLOWED = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.
 @torch.no_grad()
 def check_own_logits(lm) -> None:
     """Compares a short text's logits, through a sweep and through the model's own forward, where no test has done so;
-    and looks whether what a down projection gives is what the residual stream gets, as MEMIT takes it.
+    and looks whether the residual stream gets what MEMIT takes it to get of the down projection.
 
-    Raises ValueError where they differ or the family's entry does not fit the model. Cost: two weight passes; nothing
-    for a tested family. What begins beyond the text (a longer sliding window) is not seen.
+    A second text, which leaves the first one half way, lies in the same pack: blocks that mix rows anywhere but in
+    attention, or that count them to know positions, give it other logits. Windows longer than the text are seen by what
+    the blocks hand to attention.
+
+    Raises ValueError where they differ or the family's entry does not fit the model. Cost: four weight passes; nothing
+    for a tested family.
     """
     model_type = lm.model.config.model_type
     if model_type in TESTED and type(lm.model).__module__.partition(".")[0] == "transformers":
         return
     said = f"model family {model_type!r} is covered by no test of kedit_fast, and "
-    odd = "; ".join(peculiarities(lm.model.config))
+    odd = "; ".join([*peculiarities(lm.model.config), *unnamed(lm.model.config)])
     lm = replace(lm, memory=max(lm.memory, DEFAULT_MEMORY))  # the text needs next to nothing of it
     try:
         for layer in range(lm.n_layers):
             projection(lm.model, layer)
-        ids = lm.encode(TEXT)[: lm.longest or None]
-        off = _distance(lm, lm.head(_rows(lm, ids, lm.n_layers - 1)), _own_logits(lm, ids))
-        turned = 0.0 if lm.family.post_norm else _turned(lm, ids)
+        texts = _texts(lm)
+        own = torch.cat([_own_logits(lm, ids) for ids in texts])
+        off = _distance(lm, lm.head(_rows(lm, texts, lm.n_layers - 1)), own)
+        unseen = "" if off else _unseen_window(lm)
+        turned = _turned(lm, texts)
     except Exception as error:  # whatever a module that is not as its entry says raises
         raise ValueError(f"{said}its entry does not fit this model: {odd or error}") from error
     if off:
@@ -49,11 +55,50 @@ def check_own_logits(lm) -> None:
             f"{said}its logits through a sweep differ from the model's own by {off:.1%} of their size, so traces and "
             "edits would be wrong: " + (odd or "its forward does something around the layers that the entry leaves out")
         )
+    if unseen or peculiarities(lm.model.config):
+        raise ValueError(f"{said}traces and edits of longer texts would be wrong: {unseen or odd}")
     if turned:
         raise ValueError(
-            f"{said}what its down projection gives is changed before the residual stream gets it, by {turned:.1%} of "
-            "its size, so edits would be wrong: name the norm in between as the entry's post_norm; a factor has no name"
+            f"{said}what its down projection gives is not what its entry says that the residual stream gets, by "
+            f"{turned:.1%} of its size, so edits would be wrong: name the norm in between as the entry's post_norm, a "
+            "factor as its residual_scale" + f" ({odd})" * bool(odd)
         )
+
+
+def _texts(lm) -> list[list[int]]:
+    """The text, and a shorter one that goes on otherwise from its middle."""
+    ids = lm.encode(TEXT)[: lm.longest or None]
+    half = len(ids) // 2
+    return [ids, ids[:half] + ids[1 : half // 2]]
+
+
+def _unseen_window(lm) -> str:
+    """Which layer's sliding window its block does not hand to attention, or hands to it unsaid; "" where none."""
+    seen: list[int | None] = []
+
+    def record(query, key, value, *, window=None, **how):
+        seen.append(window)
+        return torch.zeros_like(query)
+
+    x = torch.zeros(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device)
+    kwargs = {"attention_mask": None, "position_ids": torch.zeros(1, 1, dtype=torch.int64, device=lm.device)}
+    with prepared(lm.model, lm.family), attend_with(record):
+        lm.source.expect(range(lm.n_layers))
+        for layer in range(lm.n_layers):
+            rotary = lm.rotary(layer, 1)
+            positions = {} if rotary is None else {"position_embeddings": tuple(table[None] for table in rotary)}
+            lm.source.call(layer, x, kwargs | positions)
+    config = lm.config
+    width = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if width else "full_attention"] * lm.n_layers
+    for layer, (kind, given) in enumerate(zip(kinds, seen, strict=True)):
+        wanted = width if kind == "sliding_attention" else None
+        if given != wanted:
+            return (
+                f"the config of layer {layer} says {kind.replace('_', ' ')}, a window of {wanted}, and its block hands "
+                f"a window of {given} to attention"
+            )
+    return ""
 
 
 def _distance(lm, got: Tensor, want: Tensor) -> float:
@@ -68,21 +113,28 @@ def _own_logits(lm, ids: list[int]) -> Tensor:
         return lm.model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False).logits[0]
 
 
-def _rows(lm, ids: list[int], layer: int, *jobs) -> Tensor:
-    """The text's hidden states [T, d] after a layer."""
+def _rows(lm, texts: list[list[int]], layer: int, *jobs) -> Tensor:
+    """The texts' hidden states [rows, d] after a layer, one text behind the other."""
+    return _read(lm, texts, Site.layer_out, layer, *jobs)
+
+
+def _read(lm, texts: list[list[int]], site: Site, layer: int, *jobs) -> Tensor:
+    """Rows [n, width] of all tokens of the texts, in one pack."""
     runs = RunList()
-    run = runs.add(ids).expand(len(ids))
-    top = Collect(Site.layer_out, [layer], run, torch.arange(len(ids)))
-    sweep(lm, runs.runs(), [*jobs, top], last_layer=layer)
-    return top.values[layer]
+    number = add_sequences(runs, texts).tolist()
+    places = [(run, pos) for run, ids in zip(number, texts, strict=True) for pos in range(len(ids))]
+    read = Collect(site, [layer], *torch.tensor(places).unbind(1))
+    sweep(lm, runs.runs(), [*jobs, read], last_layer=layer)
+    return read.values[layer]
 
 
-def _turned(lm, ids: list[int]) -> float:
-    """How far a change of the first layer's mlp_out is from what it does to the layer's output."""
-    plain = _rows(lm, ids, 0)
+def _turned(lm, texts: list[list[int]]) -> float:
+    """How far what a change of the first layer's mlp_out does to the layer's output is from what the entry says."""
+    plain, out = _rows(lm, texts, 0), _read(lm, texts, Site.mlp_out, 0)
     draw = torch.Generator().manual_seed(0)
-    change = torch.randn(lm.d_model, generator=draw) * plain.float().square().mean().sqrt().cpu()
-    return _distance(lm, _rows(lm, ids, 0, _Change(change)) - plain, change.expand_as(plain))
+    change = torch.randn(lm.d_model, generator=draw) * out.float().square().mean().sqrt().cpu()
+    wanted = lm.into_stream(0, out + change.to(out)) - lm.into_stream(0, out)
+    return _distance(lm, _rows(lm, texts, 0, _Change(change)) - plain, wanted)
 
 
 class _Change:

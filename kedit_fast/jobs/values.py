@@ -188,7 +188,7 @@ class _Pack:
     def __init__(self, lm, tasks: list[ValueTask], settings: ValueSettings, first: int = 0):
         self.lm, self.tasks, self.settings, self.first = lm, tasks, settings, first
         # Where nothing stands between the site and the residual stream, δ goes to the rows that enter the next layer.
-        into_stream = settings.site is Site.layer_out or lm.family.post_norm is None
+        into_stream = settings.site is Site.layer_out or lm.family.adds_as_is
         self.above = into_stream and settings.layer < settings.loss_layer
         self.begin = settings.layer + self.above
         self.store = KVStore(from_layer=self.begin, on_host=lm.source.beside > 0)

@@ -27,6 +27,10 @@ class Family:
     rotary_by_type: bool = False  # one rotary table for each layer type (gemma3)
     attention: str = "interface"  # "interface": transformers' attention registry; "_attn": replaced on the instance
     post_norm: str | None = None  # in a layer: the norm between the down projection and the residual add
+    embedding_scale: str | None = None  # in the config: what the embedding's output is multiplied by, outside of it
+    residual_scale: str | None = None  # in the config: what attention and MLP are multiplied by before the residual add
+    logit_scale: str | None = None  # in the config: what logits are multiplied by
+    logit_divisor: str | None = None  # in the config: what they are divided by
     text_config: str | None = None  # where the text model's config lies in a wrapper's config
     stored_as: tuple[tuple[str, str], ...] = ()  # beginnings of parameter names, and what checkpoint files have there
 
@@ -36,9 +40,20 @@ class Family:
         return self.mlp_down.rpartition(".")[0]
 
     @property
+    def adds_as_is(self) -> bool:
+        """Whether the residual stream gets what the down projection gives, as it is."""
+        return self.post_norm is None and self.residual_scale is None
+
+    @property
     def around(self) -> tuple[str, ...]:
         """Paths of what lies around the layers, beside embedding and head."""
         return (self.norm, self.positions) if self.positions else (self.norm,)
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Names, in the config, of the factors that the entry knows."""
+        named = (self.embedding_scale, self.residual_scale, self.logit_scale, self.logit_divisor)
+        return tuple(name for name in named if name)
 
     @property
     def roles(self) -> dict[str, str]:
@@ -61,6 +76,17 @@ _GPT2 = Family(
     rotary=None,
 )
 
+_POST_NORM = replace(_LLAMA, post_norm="post_feedforward_layernorm")
+_FUSED = replace(_LLAMA, mlp_up=None, mlp_gate=None, mlp_gate_up="mlp.gate_up_proj")
+# A wrapper around a text model of Llama's names.
+_WRAPPED = Family(
+    layers="model.language_model.layers",
+    norm="model.language_model.norm",
+    rotary="model.language_model.rotary_emb",
+    text_config="text_config",
+    stored_as=(("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
+)
+
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
     "gptj": replace(
@@ -79,34 +105,62 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral3": _LLAMA,
+    "mistral3": _WRAPPED,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": replace(_LLAMA, post_norm="post_feedforward_layernorm"),
-    "gemma3_text": replace(_LLAMA, post_norm="post_feedforward_layernorm", rotary_by_type=True),
-    "gemma3": Family(
-        layers="model.language_model.layers",
-        norm="model.language_model.norm",
-        rotary="model.language_model.rotary_emb",
+    "gemma": _LLAMA,
+    "gemma2": _POST_NORM,
+    "gemma3_text": replace(_POST_NORM, rotary_by_type=True),
+    "gemma3": replace(
+        _WRAPPED,
         rotary_by_type=True,
         post_norm="post_feedforward_layernorm",
-        text_config="text_config",
         stored_as=(("model.language_model.", "language_model.model."),),
     ),
-    "phi3": replace(_LLAMA, mlp_up=None, mlp_gate=None, mlp_gate_up="mlp.gate_up_proj"),
-    "olmo2": replace(_LLAMA, post_norm="post_feedforward_layernorm"),
+    "phi": replace(
+        _LLAMA,
+        attn_proj="self_attn.dense",
+        mlp_down="mlp.fc2",
+        mlp_up="mlp.fc1",
+        mlp_gate=None,
+        norm="model.final_layernorm",
+    ),
+    "phi3": _FUSED,
+    "olmo": _LLAMA,
+    "olmo2": _POST_NORM,
+    "olmo3": replace(_POST_NORM, rotary_by_type=True),
+    "smollm3": _LLAMA,
+    "seed_oss": _LLAMA,
+    "exaone4": _POST_NORM,
+    "granite": replace(
+        _LLAMA,
+        embedding_scale="embedding_multiplier",
+        residual_scale="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
+    "cohere": replace(_LLAMA, logit_scale="logit_scale"),
+    "cohere2": replace(_LLAMA, logit_scale="logit_scale"),
+    "glm": _FUSED,
+    "glm4": replace(_FUSED, post_norm="post_mlp_layernorm"),
+    "stablelm": _LLAMA,
+    "starcoder2": replace(_LLAMA, mlp_down="mlp.c_proj", mlp_up="mlp.c_fc", mlp_gate=None),
+    "nemotron": replace(_LLAMA, mlp_gate=None),
 }
 
 
 # Families that the parity tests cover. Others are compared with the model's own logits when they are opened.
 TESTED = (
-    "gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3",
-    "olmo2",
+    "gpt2", "gptj", "gpt_neox", "llama", "mistral", "ministral3", "mistral3", "qwen2", "qwen3", "gemma", "gemma2",
+    "gemma3", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "olmo3", "smollm3", "seed_oss", "exaone4", "granite",
+    "cohere", "cohere2", "glm", "glm4", "stablelm", "starcoder2", "nemotron",
 )  # fmt: skip
-# What families call the factors around their layers, which no entry can say, and the number of their experts.
+# What families call the factors around their layers, and the number of their experts.
 MULTIPLIERS = (
     "embedding_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier", "scale_emb", "embedding_scale",
-    "logits_multiplier", "mup_width_multiplier", "output_multiplier_scale",
+    "logits_multiplier", "mup_width_multiplier", "output_multiplier_scale", "residual_multiplier",
 )  # fmt: skip
+ATTENTION = ("full_attention", "sliding_attention")  # kinds of layers
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -128,28 +182,51 @@ def _way_to_add(name, config) -> str:
         f'    "{name}": Family(layers="model.layers", attn="self_attn", attn_proj="self_attn.o_proj",\n'
         f'        mlp_down="mlp.down_proj", norm="model.norm"),\n'
         "It is compared with the model's own logits each time it is opened, until its name stands in tests/tiny.py and "
-        "in TESTED, so that the parity test covers it"
+        "in TESTED, so that the parity test covers it" + "".join(f"; {why}" for why in unnamed(config))
+    )
+
+
+def unnamed(config) -> list[str]:
+    """The factors of a model that its entry leaves out: none, or a clause with the way out."""
+    family = FAMILIES.get(getattr(config, "model_type", None), Family())
+    given = {name: getattr(each, name, None) for each in _configs(config) for name in MULTIPLIERS}
+    factors = [f"{name} = {x}" for name, x in given.items() if x not in (None, 1, True, False, *())]
+    factors = [each for each in factors if each.split(" = ")[0] not in family.scales]
+    said = "by embedding_scale, residual_scale, logit_scale or logit_divisor"
+    return [f"it multiplies embeddings or logits ({', '.join(factors)}): name that in the entry, {said}"] * bool(
+        factors
     )
 
 
 def peculiarities(config) -> list[str]:
-    """What an entry of the table cannot say of a model: a clause for each."""
-    configs = [config, *(inner for inner in vars(config).values() if hasattr(inner, "model_type"))]
+    """What no entry of the table can say of a model: a clause for each."""
     found = []
-    for each in configs:
-        given = {name: getattr(each, name, None) for name in (*MULTIPLIERS, *EXPERTS)}
-        factors = [f"{name} = {given[name]}" for name in MULTIPLIERS if given[name] not in (None, 1, True, False)]
-        if factors:
-            found.append(f"it multiplies embeddings or logits ({', '.join(factors)}), which a sweep would leave out")
-        experts = [f"{name} = {given[name]}" for name in EXPERTS if isinstance(given[name], int) and given[name] > 1]
+    for each in _configs(config):
+        experts = [(name, n) for name in EXPERTS if isinstance(n := getattr(each, name, None), int) and n > 1]
         if experts:
             found.append(
-                f"its layers are mixtures of experts ({experts[0]}) and have no single down projection to trace and "
-                "edit"
+                f"its layers are mixtures of experts ({experts[0][0]} = {experts[0][1]}) and have no single down "
+                "projection to trace and edit"
+            )
+        kinds = dict.fromkeys(getattr(each, "layer_types", None) or ())
+        if other := [kind for kind in kinds if kind not in ATTENTION]:
+            found.append(
+                f"it has layers of {' and '.join(str(kind).replace('_', ' ') for kind in other)}, and a sweep knows "
+                "full attention and sliding windows: rows of many texts lie side by side in it"
+            )
+        if getattr(each, "attn_temperature_tuning", None):
+            found.append(
+                "it scales queries by their place in the call (attn_temperature_tuning), not by their position"
             )
     if getattr(config, "is_encoder_decoder", False):
         found.append("it is an encoder and a decoder, and only decoders are swept")
     return found
+
+
+def _configs(config) -> list:
+    """A config, and the text model's in it."""
+    inner = getattr(config, "text_config", None)
+    return [config] if inner is None else [config, inner]
 
 
 def text_config(config):

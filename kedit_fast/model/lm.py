@@ -13,8 +13,8 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.state import own_state
 from kedit_fast.basics.words import counted
 from kedit_fast.facts.tokens import chat_text, encode
-from kedit_fast.kernels.target_logprob import Head
 from kedit_fast.model import family as fam
+from kedit_fast.model.around import Around
 from kedit_fast.model.edited import CarriesEdits
 from kedit_fast.model.family import Family, family_of, text_config
 from kedit_fast.model.fingerprint import fingerprint
@@ -32,7 +32,7 @@ _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
-class LM(Sizes, CarriesEdits):
+class LM(Around, Sizes, CarriesEdits):
     """A model to trace and edit. Made by ``open_model``; only ``Edit.apply`` changes the Hugging Face model in it.
 
     model: the Hugging Face model (its layers on meta when they are read from disk); tokenizer: a fast tokenizer;
@@ -128,27 +128,7 @@ class LM(Sizes, CarriesEdits):
             self._cache["fingerprint"] = fingerprint(self.model, self.source)
         return self._cache["fingerprint"]
 
-    # ---- what lies around the blocks
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token embeddings [rows, d] of tokens [rows], before learned positions: the site ``embed``."""
-        return self.model.get_input_embeddings()(tokens.to(self.device))
-
-    def add_positions(self, x: Tensor, pos: Tensor) -> Tensor:
-        """x [rows, d] with the learned position of each row added, where the family has such a table."""
-        if self.family.positions is None:
-            return x
-        return x + self.model.get_submodule(self.family.positions)(pos.to(x.device))
-
-    def rotary(self, layer: int, n_positions: int) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin) [n_positions, head_dim] of one layer, from the model's own rotary module."""
-        if self.family.rotary is None:
-            return None
-        module = self.model.get_submodule(self.family.rotary)
-        x = torch.empty(0, dtype=self.dtype, device=self.device)
-        extra = (self.config.layer_types[layer],) if self.family.rotary_by_type else ()
-        cos, sin = module(x, torch.arange(n_positions, device=self.device)[None], *extra)
-        return cos[0], sin[0]
+    # ---- how long a text may be
 
     def check_length(self, n_positions: int, whose: str = "") -> None:
         """Raises ValueError for a text longer than a sweep takes, with the reason and whose text it is."""
@@ -183,27 +163,6 @@ class LM(Sizes, CarriesEdits):
                 longest = scaling.get("original_max_position_embeddings") or self.positions
                 return longest, "beyond it rotary frequencies depend on the longest text of a call"
         return None, ""
-
-    def head(self, h: Tensor) -> Tensor:
-        """Logits [rows, V] of hidden states [rows, d] after the last layer: final norm, head, soft cap."""
-        with torch.autocast(h.device.type, enabled=False):  # as in a sweep: results depend on no caller's context
-            logits = self.model.get_output_embeddings()(self.model.get_submodule(self.family.norm)(h))
-        cap = self._logit_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    @property
-    def fusable_head(self) -> Head | Callable[[Tensor], Tensor]:
-        """``head`` with its parts named, for ops that fuse it; ``head`` alone where its last part is no plain linear
-        layer (quantized, adapted, hooked)."""
-        out = self.model.get_output_embeddings()
-        hooked = out._forward_hooks or out._forward_pre_hooks or "forward" in vars(out)
-        if type(out) is not nn.Linear or hooked or out.weight.is_meta:
-            return self.head
-        return Head(self.head, self.model.get_submodule(self.family.norm), out.weight, out.bias, self._logit_cap)
-
-    @property
-    def _logit_cap(self) -> float | None:
-        return getattr(self.config, "final_logit_softcapping", None)
 
     # ---- for people
 

@@ -143,7 +143,7 @@ class Pack:
             origin = origin[origin]
         if (source >= 0).any():
             x = x[origin.to(x.device)]
-        return self.lm.add_positions(x, table.pos)
+        return self.lm.enter(x, table.pos)
 
     def _begun(self, h: Tensor, table: RowTable) -> Tensor:
         """Rows h [rows, d] as the table has them; on a way that goes down again they stay behind with their graph."""

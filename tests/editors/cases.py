@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.granite.modeling_granite import GraniteRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
@@ -144,6 +145,6 @@ def make_exact(monkeypatch) -> None:
         weights = scores.softmax(-1)
         return weights @ value, weights
 
-    for module in (Gemma2RMSNorm, LlamaRMSNorm, Olmo2RMSNorm, Phi3RMSNorm):
+    for module in (Gemma2RMSNorm, GraniteRMSNorm, LlamaRMSNorm, Olmo2RMSNorm, Phi3RMSNorm):
         monkeypatch.setattr(module, "forward", norm)
     monkeypatch.setattr(GPTJAttention, "_attn", attend)

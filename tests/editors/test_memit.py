@@ -70,7 +70,7 @@ def test_memit_equals_the_oracle(family):
     assert made.fingerprint == lm.fingerprint and made.contexts == GROUPS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "granite"))
 def test_memit_equals_the_oracle_in_float64(family, monkeypatch):
     cases.make_exact(monkeypatch)
     lm = tiny_lm(family, torch.float64)
@@ -257,10 +257,12 @@ def test_without_statistics_the_identity_takes_their_place():
     assert relative(share, expected.shares[1].T @ K) < 1e-8
 
 
-@pytest.mark.parametrize(("n", "contexts"), [(1, [["{}"]]), (len(FACTS), GROUPS)])
-def test_the_fit_says_how_much_of_a_residual_a_layer_can_reach(n, contexts):
-    """A mean over facts."""
-    lm = tiny_lm("gpt2", torch.float64)
+@pytest.mark.parametrize(
+    ("family", "n", "contexts"), [("gpt2", 1, [["{}"]]), ("granite", 1, [["{}"]]), ("gpt2", len(FACTS), GROUPS)]
+)
+def test_the_fit_says_how_much_of_a_residual_a_layer_can_reach(family, n, contexts):
+    """A mean over facts. Also where the stream gets 0.6 of what the layer's down projection gives."""
+    lm = tiny_lm(family, torch.float64)
     made = edit(lm, FACTS[:n], replace(EDITOR, layers=(1,)), contexts=contexts)
     notes, K, C = made.provenance["layers"]["1"], made.keys[1], matrices()[1].double()
     g = (K * torch.linalg.solve(C, K.T).T).sum(1)

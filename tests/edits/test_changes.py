@@ -17,10 +17,10 @@ from kedit_fast.sweep.sites import Site
 from tests.conftest import close, open_tiny, refused, relative_error
 from tests.make import FACTS, bits, logits, lowrank, make_edit, same_bits
 from tests.shipping.checkpoints import save_checkpoint
-from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
+from tests.tiny import D_FF, D_MODEL, DISTINCT, tiny_model
 
 IDS = [5, 17, 23, 42]
-ROLES = [(family, role) for family in FAMILY_NAMES for role in FAMILIES[family].roles]
+ROLES = [(family, role) for family in DISTINCT for role in FAMILIES[family].roles]
 
 
 def edit_of(model, role, dense=False):

@@ -8,7 +8,7 @@ from kedit_fast.gating.forms import chain_deltas, growth, quantized_weight, view
 from kedit_fast.jobs.score import next_token_probs
 from tests.conftest import close, open_tiny, refused
 from tests.make import bits, lowrank, make_edit, same_bits
-from tests.tiny import FAMILY_NAMES, tiny_model
+from tests.tiny import DISTINCT, tiny_model
 
 IDS = [5, 17, 23, 42]
 
@@ -52,7 +52,7 @@ def test_a_chain_is_rounded_edit_by_edit():
     )
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_views_equal_the_written_weights(family):
     """Both views against a model whose weights were overwritten; the opened model keeps its bits."""
     model = tiny_model(family)

@@ -1,33 +1,38 @@
 """Families that no parity test covers: what opens gives the model's own logits, anything else is refused with why."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
-from kedit_fast.model.family import FAMILIES, TESTED, Family
+from kedit_fast.jobs import compared
+from kedit_fast.model.family import FAMILIES, TESTED, Family, family_of
 from tests import tiny
-from tests.conftest import close, on_disk, open_tiny, save_tiny
+from tests.conftest import close, on_disk, open_tiny, save_tiny, tiny_lm
 from tests.tiny import ATTENTION, FAMILY_NAMES, sharpen, tiny_model, tiny_tokenizer
 
-MODELS = {"granite": "GraniteForCausalLM", "cohere": "CohereForCausalLM", "mixtral": "MixtralForCausalLM"}
+STRANGER = "hyperclovax"  # it has every factor, and norms behind attention and MLP
+SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.5, "logits_scaling": 8.0}
+SCALES = Family(
+    embedding_scale="embedding_multiplier", residual_scale="residual_multiplier", logit_scale="logits_scaling"
+)
 
 
-def stranger(family, **config):
+def stranger(layers=2, **config):
     """A sharpened tiny model of a family outside the table."""
-    model_class = getattr(transformers, MODELS[family])
     vocabulary = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 1, "eos_token_id": 0}
-    config = tiny._common(config.pop("layers", 2)) | vocabulary | config
-    model = model_class(model_class.config_class(**config))
+    config = tiny._common(layers) | vocabulary | {"use_post_norm": False} | config
+    model = transformers.HyperCLOVAXForCausalLM(transformers.HyperCLOVAXConfig(**config))
     model.set_attn_implementation(ATTENTION)
     sharpen(model, 0)
     return model.eval()
 
 
 @pytest.fixture
-def entries(monkeypatch):
-    """A user's entries for them, as the advice says."""
-    for name in MODELS:
-        monkeypatch.setitem(FAMILIES, name, Family())
+def entry(monkeypatch):
+    """Sets the user's entry for it, as the advice says."""
+    return lambda family=Family(): monkeypatch.setitem(FAMILIES, STRANGER, family)  # noqa: B008
 
 
 def test_the_tested_families_are_those_of_the_parity_tests():
@@ -35,22 +40,38 @@ def test_the_tested_families_are_those_of_the_parity_tests():
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "says"),
+    ("family", "says"),
     [
-        ("granite", {"logits_scaling": 8.0}, r"No entry .*multiplies embeddings or logits \(logits_scaling = 8\.0\)"),
-        ("cohere", {}, r"No entry makes it one of them: .*logit_scale = 0\.0625"),
-        ("mixtral", {"num_local_experts": 4}, r"No entry .*mixtures of experts \(num_local_experts = 4\)"),
-        ("granite", {}, r'is one entry in.*"granite": Family\((?s:.)*compared with the model\'s own logits'),
+        ("qwen3_5_text", "No entry makes it one of them: it has layers of linear attention, and a sweep knows"),
+        ("llama4_text", "No entry .* it has layers of chunked attention.*scales queries by their place in the call"),
+        ("qwen3_next", "No entry .*mixtures of experts .*linear attention"),
     ],
 )
-def test_no_entry_is_offered_that_could_not_be_right(family, config, says):
+def test_no_entry_is_offered_that_could_not_be_right(family, says):
     with pytest.raises(ValueError, match=f"(?s)unknown model family '{family}'.*{says}"):
-        open_tiny(stranger(family, **config))
+        family_of(transformers.AutoConfig.for_model(family))
 
 
-@pytest.mark.parametrize(("family", "config"), [("granite", {}), ("cohere", {"logit_scale": 1.0})])
-def test_an_entry_that_fits_opens(entries, family, config):
-    model = stranger(family, **config)
+@pytest.mark.parametrize(
+    ("config", "hint"), [({}, r"covers it$"), (SCALED, r"; it multiplies.*12\.0.*0\.5.*in the entry")]
+)
+def test_the_entry_to_write_is_shown(config, hint):
+    says = rf'(?s)is one entry in.*"{STRANGER}": Family\(.*compared with the model\'s own logits.*{hint}'
+    with pytest.raises(ValueError, match=says):
+        open_tiny(stranger(**config))
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({}, Family()),
+        (SCALED, SCALES),
+        (SCALED | {"use_post_norm": True}, replace(SCALES, post_norm="post_norm2")),
+    ],
+)
+def test_an_entry_that_fits_opens(entry, config, family):
+    entry(family)
+    model = stranger(**config)
     lm = open_tiny(model)
     with torch.no_grad():
         p = model(torch.tensor([lm.encode("The Eiffel Tower is in")])).logits[0, -1].softmax(-1)
@@ -58,27 +79,74 @@ def test_an_entry_that_fits_opens(entries, family, config):
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "says"),
+    ("config", "family", "says"),
     [
-        ("granite", {"logits_scaling": 8.0}, r"own by 700\.0% of their size.*\(logits_scaling = 8\.0\)"),
-        ("granite", {"embedding_multiplier": 12.0}, r"differ from the model's own.*embedding_multiplier = 12\.0"),
-        ("granite", {"residual_multiplier": 0.5}, r"is changed before the residual stream gets it, by 50\.0%"),
-        ("cohere", {"logit_scale": 0.25}, r"own by 300\.0% of their size.*logit_scale = 0\.25"),
-        ("mixtral", {"num_local_experts": 4}, r"does not fit this model: its layers are mixtures of experts"),
+        ({"logits_scaling": 8.0}, Family(), r"own by 87\.5% of their size.*\(logits_scaling = 8\.0\)"),
+        ({"logits_scaling": 8.0}, Family(logit_divisor="logits_scaling"), r"own by 98\.4% of their size"),
+        ({"embedding_multiplier": 12.0}, Family(), r"differ from the model's own.*embedding_multiplier = 12\.0"),
+        ({"residual_multiplier": 0.5}, Family(), r"is not what .* stream gets, by 50\.0%.*residual_multiplier = 0\.5"),
+        ({"use_post_norm": True}, Family(), r"is not what .* stream gets, by .*post_norm"),
+        ({"use_post_norm": True}, Family(post_norm="post_norm1"), r"is not what .* stream gets, by"),
+        ({"num_experts": 4}, Family(), r"longer texts would be wrong: its layers are mixtures of experts"),
     ],
 )
-def test_an_entry_that_leaves_something_out_is_refused(entries, family, config, says):
-    with pytest.raises(ValueError, match=f"'{family}' is covered by no test of kedit_fast, and .*{says}"):
-        open_tiny(stranger(family, **config))
+def test_an_entry_that_leaves_something_out_is_refused(entry, config, family, says):
+    entry(family)
+    with pytest.raises(ValueError, match=f"'{STRANGER}' is covered by no test of kedit_fast, and .*{says}"):
+        open_tiny(stranger(**config))
 
 
-def test_an_entry_with_a_wrong_path_is_refused(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "granite", Family(norm="model.layers.0.input_layernorm"))
+def test_a_window_that_attention_is_not_told_of_is_refused(entry):
+    """It begins behind the text that is compared."""
+    entry()
+    model = stranger()
+    model.config.sliding_window = 4096
+    with pytest.raises(ValueError, match=r"longer texts .* layer 0 says sliding attention, a window of 4096, .* None"):
+        open_tiny(model)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="the config of layer 1 says sliding"):
+        open_tiny(model)
+    model.config.use_sliding_window = False
+    open_tiny(model)
+
+
+def test_blocks_that_mix_rows_elsewhere_than_in_attention_are_refused(entry, monkeypatch):
+    """One text by itself is right; of two in a pack the second one's rows stand behind the first one's."""
+    entry()
+
+    def mixed(module, args, out):
+        return out + 0.5 * out.roll(1, 1) * (torch.arange(out.shape[1]) > 0)[None, :, None]
+
+    model = stranger()
+    model.model.layers[0].mlp.register_forward_hook(mixed)
+    with pytest.warns(UserWarning, match="hooks of others"), pytest.raises(ValueError, match="differ from the model's"):
+        open_tiny(model)
+    both = compared._texts
+    monkeypatch.setattr(compared, "_texts", lambda lm: both(lm)[:1])
+    with pytest.warns(UserWarning, match="hooks of others"), pytest.raises(ValueError, match="is not what its entry"):
+        open_tiny(model)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_entry_says_what_the_stream_gets(family, monkeypatch):
+    """The families of the table pass the comparison that others have to pass, and fail it without a word of theirs."""
+    monkeypatch.setattr(compared, "TESTED", ())
+    lm = tiny_lm(family)
+    compared.check_own_logits(lm)
+    for word in ("post_norm", "residual_scale", "embedding_scale", "logit_scale", "logit_divisor"):
+        if getattr(lm.family, word):
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"differ from|is not what its entry"):
+                patch.setitem(FAMILIES, family, replace(lm.family, **{word: None}))
+                compared.check_own_logits(lm)
+
+
+def test_an_entry_with_a_wrong_path_is_refused(entry):
+    entry(Family(norm="model.layers.0.input_layernorm"))
     with pytest.raises(ValueError, match="differ from the model's own"):
-        open_tiny(stranger("granite"))
-    monkeypatch.setitem(FAMILIES, "granite", Family(norm="model.final_norm"))
+        open_tiny(stranger())
+    entry(Family(norm="model.final_norm"))
     with pytest.raises(ValueError, match=r"its entry does not fit this model: .*final_norm"):
-        open_tiny(stranger("granite"))
+        open_tiny(stranger())
 
 
 def test_a_class_of_somebody_s_own_is_compared_too():
@@ -97,12 +165,13 @@ def test_a_class_of_somebody_s_own_is_compared_too():
 
 
 @pytest.mark.parametrize("scaling", [1.0, 8.0])
-def test_a_model_on_disk_is_compared_layer_by_layer(entries, scaling, tmp_path):
-    model = stranger("granite", logits_scaling=scaling, layers=6)
+def test_a_model_on_disk_is_compared_layer_by_layer(entry, scaling, tmp_path):
+    entry()
+    model = stranger(logits_scaling=scaling, layers=6)
     model.set_attn_implementation("sdpa")
     save_tiny(tmp_path, model)
     if scaling != 1:
-        with pytest.raises(ValueError, match=r"700\.0% of their size"):
+        with pytest.raises(ValueError, match=r"87\.5% of their size"):
             on_disk(tmp_path)
         return
     lm = on_disk(tmp_path)

@@ -14,7 +14,7 @@ from kedit_fast.model.source import DEFAULT_MEMORY
 from tests.conftest import close, open_tiny, tiny_lm
 from tests.make import lowrank, make_edit
 from tests.oracle.access import paths
-from tests.tiny import D_FF, D_MODEL, tiny_model, tiny_tokenizer
+from tests.tiny import D_FF, D_MODEL, DISTINCT, tiny_model, tiny_tokenizer
 
 TEXT = "The Eiffel Tower is located in the city of"
 
@@ -30,11 +30,13 @@ def test_shapes(family):
     assert lm.config.num_attention_heads % lm.n_key_heads == 0
     assert lm.n_vocab == lm.model.get_output_embeddings().weight.shape[0]
     assert (lm.dtype, lm.device.type) == (torch.float32, "cpu")
+    for role in lm.family.roles:
+        assert as_out_in(projection(lm.model, 1, role)).shape == lm.shape_of(role)
     names = paths(lm.model)
     assert projection(lm.model, 1) is lm.model.get_submodule(names.layers)[1].get_submodule(names.down)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_the_likeliest_tokens_are_hugging_faces(family):
     lm = tiny_lm(family)
     with torch.no_grad():
@@ -171,7 +173,7 @@ def test_fingerprints_tell_models_apart_and_copies_together():
         assert open_tiny(model).fingerprint != lm.fingerprint
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_a_fingerprint_sees_every_parameter_that_a_text_passes(family):
     """An attention-only fine-tune is another model, and so is one of a bias, a norm or the head."""
     model = tiny_model(family)

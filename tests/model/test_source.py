@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kedit_fast as kf
-from kedit_fast.model.family import FAMILIES, as_out_in, layers_of, projection
+from kedit_fast.model.family import as_out_in, layers_of, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import Checkpoint
 from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
 from tests.conftest import close, disk_and_resident, on_disk, save_tiny, tiny_lm
 from tests.make import make_edit
-from tests.tiny import PROMPTS, tiny_model
+from tests.tiny import DISTINCT, PROMPTS, tiny_model
 
 FACT = kf.Fact(prompt=PROMPTS[5].template, subject=PROMPTS[5].subject)
 
@@ -34,7 +34,7 @@ def numbers(lm):
     return trace.p_restored.tolist(), trace.p_clean, lm.top_tokens("The Eiffel Tower is", 5), lm.generate("Big Ben", 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
     disk, resident = disk_and_resident(saved(tmp_path, family))
     assert numbers(disk) == numbers(resident)
@@ -50,7 +50,7 @@ def test_from_disk_is_bit_for_bit_as_in_memory(family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_buffers_are_as_in_memory(family, dtype, tmp_path):
     """Rotary tables that a module builds in the model's own bf16 would be off by 0.03."""
     disk, resident = disk_and_resident(saved(tmp_path, family, dtype))

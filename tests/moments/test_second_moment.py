@@ -22,7 +22,7 @@ from kedit_fast.sweep.plan import RowCost, together
 from tests.conftest import close, disk_and_resident, open_tiny, refused, relative_error, save_tiny, tiny_lm
 from tests.make import bits, make_edit, same_bits, watched
 from tests.oracle.access import site_module
-from tests.tiny import D_FF, FAMILY_NAMES, TEXT, tiny_model, tiny_tokenizer
+from tests.tiny import D_FF, DISTINCT, TEXT, tiny_model, tiny_tokenizer
 
 LINES = [line for line in TEXT.splitlines() if line]
 N_TOKENS = 200  # cuts the last line
@@ -67,7 +67,7 @@ def equal(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, torch.float32) for family in FAMILY_NAMES), ("llama", torch.float64)]
+    ("family", "dtype"), [*((family, torch.float32) for family in DISTINCT), ("llama", torch.float64)]
 )
 def test_several_layers_in_one_pass_equal_the_hooks(family, dtype, monkeypatch):
     sweeps, sweep = [], moments_module.sweep

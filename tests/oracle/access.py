@@ -33,12 +33,15 @@ PATHS = {
         "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", "attention", "mlp", "mlp.dense_4h_to_h"
     ),
     "gemma3": _LLAMA._replace(**_WRAPPED),
-} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"), _LLAMA)
+    "mistral3": _LLAMA._replace(**_WRAPPED),
+    "phi": _LLAMA._replace(norm="model.final_layernorm", down="mlp.fc2"),
+    "starcoder2": _LLAMA._replace(down="mlp.c_proj"),
+}
 
 
 def paths(model: nn.Module) -> Paths:
-    """The table's entry for this model; KeyError for a family that is not in it."""
-    return PATHS[model.config.model_type]
+    """The table's entry for this model; of a family that is not in it, Llama's names."""
+    return PATHS.get(model.config.model_type, _LLAMA)
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

@@ -88,7 +88,7 @@ def memit_update(
             left = len(edit_layers) - done
         R = z - bare(last, "layer_out")
         K = torch.stack([keys(edited, tok, fact, context_groups, layer) for fact in facts])
-        share = R.double() / left
+        share = R.double() / left / getattr(model.config, "residual_multiplier", 1.0)  # granite: h + factor · MLP
         if pull_back:
             share = before_norm(model, layer, share, bare(layer, "mlp_out"))
         update.keys[layer], update.shares[layer], update.residual_before[layer] = K, share, R.norm(dim=1)

@@ -18,7 +18,7 @@ from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, 
 from tests.conftest import on_disk, open_tiny, refused, relative_error
 from tests.make import bits, logits, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import contents, save_checkpoint
-from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
+from tests.tiny import D_FF, D_MODEL, DISTINCT, tiny_model
 
 IDS = [5, 17, 23, 42]
 # measured: float32 3e-7 to 4e-7; bfloat16 6e-3 to 8e-3, for the weights round(W + Δ) and the outputs of an adapter
@@ -83,7 +83,7 @@ def test_merging_in_bfloat16_differs_by_single_steps(tmp_path):
     torch.testing.assert_close(got, wanted, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_paths_from_the_fingerprint_are_those_of_the_model(family, tmp_path):
     model = tiny_model(family)
     edit = low_rank_edit(model)

@@ -21,7 +21,7 @@ from kedit_fast.shipping.unmerge import unmerge
 from tests.conftest import on_disk, refused
 from tests.make import bits, lowrank, make_edit, owned_edit, same_bits, watched
 from tests.shipping.checkpoints import base_checkpoint, contents, save_checkpoint, two_edits
-from tests.tiny import D_FF, D_MODEL, FAMILY_NAMES, tiny_model
+from tests.tiny import D_FF, D_MODEL, DISTINCT, tiny_model
 
 
 def applied(model, edits):
@@ -51,7 +51,7 @@ def test_the_merged_checkpoint_is_the_edited_model_bit_for_bit(family, dtype, sh
     assert again.fingerprint == opened.fingerprint
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_each_family(family, tmp_path):
     model = save_checkpoint(tmp_path / "base", family, shard="40KB")
     edit = make_edit(model)  # one layer low rank, one dense

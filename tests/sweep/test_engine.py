@@ -20,7 +20,7 @@ from kedit_fast.sweep.sites import IN, INSIDE, OUT, Site
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.make import bits, lowrank, make_edit, same_bits
 from tests.oracle.access import changing
-from tests.tiny import PROMPTS, tiny_model, tiny_tokenizer
+from tests.tiny import DISTINCT, PROMPTS, tiny_model, tiny_tokenizer
 
 TEXTS = [tiny_tokenizer()(p.template.format(p.subject))["input_ids"] for p in PROMPTS[:4]]
 LAST = 3
@@ -201,7 +201,7 @@ def test_our_attention_outside_a_sweep_is_refused():
 # ---- numbers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_float64_and_half_precisions(family):
     """fp64 to 1e-10 (gptj's own forward attends in fp32); the others no further from the truth than Hugging Face's."""
     exact = tiny_model(family, torch.float64)

@@ -19,7 +19,10 @@ from tests.oracle.access import changing, embedding, site_module, subject_span
 from tests.tiny import PROMPTS, tiny_tokenizer
 
 DRAWS, LAYERS = 2, 4
-WINDOWED = {"mistral", "qwen2", "gemma2", "gemma3", "gemma3_text", "phi3"}
+WINDOWED = {
+    "mistral", "mistral3", "ministral3", "qwen2", "gemma2", "gemma3", "gemma3_text", "phi3", "olmo3", "exaone4",
+    "cohere2", "starcoder2",
+}  # fmt: skip
 # What is restored in each prompt: (site, first layer, end, tokens behind the subject's first one).
 STATES = ((Site.layer_out, 0, 1, 0), (Site.layer_out, 2, 3, 2))
 CELLS = (*STATES, (Site.mlp_out, 1, 3, 1), (Site.mlp_out, 0, 2, 0), (Site.attn_out, 1, 4, 2))

@@ -9,7 +9,7 @@ from kedit_fast.kernels import target_logprob as op
 from kedit_fast.kernels.target_logprob import Head, target_logprob, target_logprob_ref
 from tests.conftest import TOLERANCE, close, open_tiny, relative_error
 from tests.kernels.triton import DEVICE, DTYPES, random
-from tests.tiny import FAMILY_NAMES, tiny_model
+from tests.tiny import DISTINCT, tiny_model
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
@@ -154,7 +154,7 @@ def test_only_plain_frozen_heads_are_fused(monkeypatch):
         assert target_logprob(h, head_of(33, 16, weight=weight), targets, 33) != "reference"
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_the_head_of_every_family(family, no_reference):
     """The parts that ``fusable_head`` names are the whole of ``head``."""
     lm = open_tiny(tiny_model(family).to(DEVICE))

@@ -14,7 +14,7 @@ import torch
 
 from kedit_fast.model.seam import prepared
 from kedit_fast.sweep.engine import Job, Pack, sweep
-from kedit_fast.sweep.runs import Runs
+from kedit_fast.sweep.runs import Runs, in_order
 
 
 class Ascent:
@@ -49,7 +49,7 @@ def _layer_by_layer(lm, ascents: Sequence[Ascent]) -> None:
     goings = []
     for one, (first, last) in zip(ascents, ways, strict=True):
         lm.check_length(int(one.runs.length.max()))
-        jobs, number = [*lm.acting, *one.jobs], torch.arange(len(one.runs))
+        jobs, number = in_order(lm, one.jobs), torch.arange(len(one.runs))
         one.pack = Pack(lm, one.runs, number, jobs, one.how.get("store"), None, one.how.get("keep"))
         one.pack.waiting = [] if one.grad else None
         goings.append(one.pack.run(first, last, one.how.get("h")))

@@ -17,7 +17,7 @@ from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
 from kedit_fast.sweep.rows import Call, KVStore, RowTable, on_host
-from kedit_fast.sweep.runs import Runs
+from kedit_fast.sweep.runs import Runs, in_order
 from kedit_fast.sweep.sites import INSIDE, Site
 
 ALL = object()  # what ``Job.reads`` gives for every row
@@ -86,7 +86,7 @@ def sweep(
         return runs if len(which) == len(runs) else runs.take(which)
 
     work = sum(taken(which).row_layers(first_layer, last_layer) for which in cuts)
-    jobs = [*lm.acting, *jobs]  # an edit acts first, and others see what it made
+    jobs = in_order(lm, jobs)
     up = list(range(first_layer, last_layer + 1))
     lm.source.expect((up + up[::-1] if grad else up) * len(cuts))
     with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):

@@ -223,6 +223,13 @@ def first_edited(lm) -> int | None:
     return min((layer for edit in lm.edits for layer in edit.layers), default=None)
 
 
+def in_order(lm, jobs: list) -> list:
+    """The jobs of a sweep with those of the model's edits: an edit acts first, and others see what it made. A job that
+    is ``ahead`` comes before: a weight change reads the input that it leaves."""
+    ahead = [job for job in jobs if getattr(job, "ahead", False)]
+    return [*ahead, *lm.acting, *(job for job in jobs if job not in ahead)]
+
+
 def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
     """(tokens [n, T] with 0 behind each end, length [n]) of n sequences."""
     length = torch.tensor([len(s) for s in sequences], dtype=torch.int64)

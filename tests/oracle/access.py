@@ -94,6 +94,16 @@ def changing(edits: list[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Itera
 
 
 @contextlib.contextmanager
+def changing_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, what the module is given [rows, tokens, width] is passed through a function."""
+    handle = module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """While open, no parameter asks for a gradient."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]

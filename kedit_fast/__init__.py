@@ -32,6 +32,8 @@ _HOME = {
     "Nas": "editors.nas",
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",
+    "FtM": "editors.finetune",
+    "LocFt": "editors.locft",
     "EDITORS": "editors",
     "evaluate": "evaluation.evaluate",
     "BENCHMARKS": "evaluation",

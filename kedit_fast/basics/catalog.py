@@ -19,6 +19,8 @@ EDITORS = {
     "nas": "editors.nas.Nas",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
+    "ft-m": "editors.finetune.FtM",
+    "locft-bf": "editors.locft.LocFt",
 }
 SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {

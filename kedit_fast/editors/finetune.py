@@ -7,8 +7,9 @@ began (Zhu et al. 2020, Modifying Memories in Transformer Models, arXiv:2012.003
     L = mean over facts of the mean over target tokens of -log p(token)
 
 Each of a fact's phrasings is one more fact to that mean. The target is teacher-forced: each of its tokens is read after
-the ones before it (FT-M in later tables). As published in 2022 all of them were read after the prompt alone, which
-makes an answer of several tokens unsayable; that is ``objective_optimization="prompt_last"``.
+the ones before it. Later tables call that FT-M, and so does ``FtM``, which is Ft where nothing else is asked for. As
+published in 2022 all of them were read after the prompt alone, which makes an answer of several tokens unsayable; that
+is ``objective_optimization="prompt_last"``.
 """
 
 from dataclasses import dataclass
@@ -76,13 +77,8 @@ class Ft(Editor):
     def _check_rest(self, given):
         """Raises ValueError for a file that trains anything but the down projection: gpt2-xl_attn, and those with
         weight decay, which train whole blocks."""
-        module = given.get("rewrite_module_tmp")
-        down = {family.mlp_down for family in FAMILIES.values()}
-        if module is not None and not any(str(module).removesuffix(".weight").endswith(f".{name}") for name in down):
-            raise ValueError(
-                f"rewrite_module_tmp {module!r} is no down projection, and fine-tuning here is of that alone; "
-                f"expected a path that ends in one of {sorted(down)}"
-            )
+        if (module := given.get("rewrite_module_tmp")) is not None:
+            check_down(module, f"rewrite_module_tmp {module!r}")
 
     @classmethod
     @takes_lm
@@ -96,7 +92,7 @@ class Ft(Editor):
         known = published(PUBLISHED, lm)
         if known is not None:
             return cls(layers=(known.layer,), source=f"published for {known.name}")
-        return cls(layers=(lm.n_layers // 6,), lr=_rate(lm), source=_derived(lm))
+        return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
 
     @property
     def method(self) -> str:
@@ -113,7 +109,7 @@ class Ft(Editor):
         """
         lm = work.lm
         prompts = [*work.facts, *(one for fact in work.facts for one in fact.phrased())]
-        tuned = fine_tune(lm, [_task(lm, prompt) for prompt in prompts], self._tune_settings())
+        tuned = fine_tune(lm, [self.task(lm, prompt) for prompt in prompts], self._tune_settings())
         steps, nll = len(tuned.losses), tuned.nll[: len(work.facts)]
         return Written(
             weight_changes({layer: Dense(storable(delta, lm.dtype)) for layer, delta in tuned.deltas.items()}),
@@ -121,6 +117,11 @@ class Ft(Editor):
             layers={layer: self._described(delta) for layer, delta in sorted(tuned.deltas.items())},
             about={"steps": steps, "losses": [round(loss, 5) for loss in tuned.losses]},
         )
+
+    def task(self, lm: LM, fact: Fact) -> TuneTask:
+        """What the model is to say: the fact's target after its prompt."""
+        prompt = list(fact_tokens(lm.tokenizer, fact).ids)
+        return TuneTask(prompt, fact_answer(lm.tokenizer, fact), fact.label)
 
     def _tune_settings(self) -> TuneSettings:
         return TuneSettings(
@@ -157,22 +158,48 @@ class FtL(Ft):
         known = published(PUBLISHED_L, lm)
         if known is not None:
             return cls(layers=(known.layer,), norm_constraint=known.eps, source=f"published for {known.name}")
-        return cls(layers=(0,), lr=_rate(lm), norm_constraint=8 / lm.d_ff, source=_derived(lm))
+        return cls(layers=(0,), lr=rate(lm), norm_constraint=8 / lm.d_ff, source=derived(lm))
 
 
-def _rate(lm) -> float:
+@dataclass(frozen=True)
+class FtM(Ft):
+    """``Ft`` under the name that tables since EasyEdit's (arXiv:2401.01286) have for the teacher-forced one."""
+
+    METHOD: ClassVar = "ft-m"
+
+    @property
+    def method(self) -> str:
+        """With a bound it is named so all the same."""
+        return self.METHOD
+
+    def check(self, lm: LM) -> None:
+        """Raises ValueError for the other objective, which has another name."""
+        super().check(lm)
+        if self.objective_optimization != "target_new":
+            raise ValueError(
+                f"objective_optimization {self.objective_optimization!r}: FT-M is teacher-forced, 'target_new'; the "
+                "other one is Ft's (--method ft)"
+            )
+
+
+def rate(lm) -> float:
     """A step's change of an output entry is a sum of d_ff terms: the published rate keeps it to gpt2-xl's (6,400), and
     narrower models want more. On SmolLM2-135M (0.0021) ten facts reach P(new) 0.96, at the published rate 0.49."""
     return max(5e-4, 3.2 / lm.d_ff)
 
 
-def _derived(lm) -> str:
+def derived(lm) -> str:
     return f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
 
 
-def _task(lm, fact: Fact) -> TuneTask:
-    prompt = list(fact_tokens(lm.tokenizer, fact).ids)
-    return TuneTask(prompt, fact_answer(lm.tokenizer, fact), fact.label)
+def check_down(module, what: str) -> None:
+    """Raises ValueError for the path of another module than a down projection; what: says it, as the file has it."""
+    down = {family.mlp_down for family in FAMILIES.values()}
+    if not any(str(module).removesuffix(".weight").endswith(f".{name}") for name in down):
+        raise ValueError(
+            f"{what} is no down projection, and fine-tuning here is of that alone; expected a path that ends in one of "
+            f"{sorted(down)}"
+        )
 
 
 class _Known(NamedTuple):

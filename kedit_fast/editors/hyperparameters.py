@@ -29,7 +29,7 @@ ELSEWHERE = {
     "layer_selection", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "model_name", "alg_name", "stats_dir", "device",
     "max_length", "model_parallel", "model_class", "tokenizer_class", "tokenizer_name", "fp16", "bf16", "batch_size",
     "P_loc", "max_new_tokens", "use_chat_template", "evaluation_type", "enable_thinking", "cache_dir",
-    "calculate_objective_value",
+    "calculate_objective_value", "model_name_or_path", "data_path", "save_model_dir",
 }  # fmt: skip
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 

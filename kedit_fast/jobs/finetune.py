@@ -8,7 +8,7 @@ below does not change: it is computed once. After each step every entry of Δ ma
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state, wide
 from kedit_fast.edits.deltas import Dense
-from kedit_fast.jobs.collect import GraphRows, entering
+from kedit_fast.jobs.collect import GraphRows, collect, entering
 from kedit_fast.jobs.finite import check_losses
 from kedit_fast.jobs.score import continuation_places
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
-from kedit_fast.sweep.runs import RunList, add_sequences
+from kedit_fast.sweep.runs import RunList, add_sequences, spans
 from kedit_fast.sweep.sites import Site
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
@@ -48,6 +48,8 @@ class TuneSettings:
     weight_decay: times the whole weight W + Δ, added to the gradient (Adam's L2 term)
     limit: the most that an entry of Δ may be, in absolute value; None: no limit
     teacher_forced: False reads all target tokens after the prompt's last token, none of them in the text
+    by_token: a batch's loss is the mean over its target tokens, not over its tasks
+    shuffle: a seed; each pass then has the tasks in another order. None: as they are given
     """
 
     layers: tuple[int, ...]
@@ -57,6 +59,8 @@ class TuneSettings:
     limit: float | None = None
     batch_size: int = 128
     teacher_forced: bool = True
+    by_token: bool = False
+    shuffle: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,12 @@ class Tuned:
 
 
 @own_state()
-def fine_tune(lm, tasks: list[TuneTask], settings: TuneSettings) -> Tuned:
-    """Δ of each layer, on top of the model and the edits it carries. No randomness.
+def fine_tune(
+    lm, tasks: list[TuneTask], settings: TuneSettings, project: Callable[[int, Tensor], Tensor] | None = None
+) -> Tuned:
+    """Δ of each layer, on top of the model and the edits it carries. Random is the tasks' order, where it is shuffled.
+
+    project: (layer, gradient of Δ [d, d_ff]) -> what Adam takes for it
 
     One sweep below the first tuned layer, then up to ``steps`` sweeps forth and back through the layers from there on.
     A batch that does not fit ``lm.memory`` is cut into packs whose gradients are added up: the same to rounding. Held
@@ -83,7 +91,7 @@ def fine_tune(lm, tasks: list[TuneTask], settings: TuneSettings) -> Tuned:
     Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step; and, with the
     bytes needed, where a task does not fit.
     """
-    return _Tuning(lm, tasks, settings).run()
+    return _Tuning(lm, tasks, settings, project).run()
 
 
 def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = False) -> int:
@@ -103,39 +111,57 @@ def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = Fa
 class _Tuning:
     """The loop: batches of packs, Adam, the limit."""
 
-    def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings):
-        self.lm, self.settings, self.n_tasks = lm, settings, len(tasks)
-        size = settings.batch_size
-        self.budget, rows = _budget(lm, tasks, settings)
+    def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings, project=None):
+        self.lm, self.settings, self.tasks, self.project = lm, settings, tasks, project
+        budget, rows = _budget(lm, tasks, settings)
         waiting = len(tasks) > 1 and not (lm.source.in_memory or lm.source.beside)
-        budget = self.budget // 2 if waiting else self.budget  # the other half is of packs that wait
-        cuts = [
-            list(_cut(lm, tasks, range(i, min(i + size, len(tasks))), settings, budget))
-            for i in range(0, len(tasks), size)
-        ]
-        keep_on = None if not rows else lm.device if sum(map(len, cuts)) == 1 else torch.device("cpu")
-        self.batches = [[_Pack(lm, tasks, which, settings, budget, keep_on) for which in packs] for packs in cuts]
+        self.side, self.budget = budget // 2, budget // 2 if waiting else budget  # the other half: packs that wait
+        self.order = torch.arange(len(tasks))
+        self.random = torch.Generator().manual_seed(settings.shuffle or 0)
+        cuts = self._cuts()
+        device = lm.device if sum(map(len, cuts)) == 1 else torch.device("cpu")
+        self.rows = Rows(lm, tasks, settings, device) if rows else None
+        self.batches = self._packed(cuts)
         self.deltas = {layer: _zeros(lm).requires_grad_() for layer in settings.layers}
         self.adam = torch.optim.Adam(self.deltas.values(), lr=settings.lr)
         self.start = {layer: _weight(lm, layer) for layer in settings.layers} if settings.weight_decay else {}
+
+    def _cuts(self) -> list[list[list[int]]]:
+        """The tasks of each pack of each batch, in the order that tasks have now."""
+        batches = self.order.split(self.settings.batch_size)
+        return [list(_cut(self.lm, self.tasks, some.tolist(), self.settings, self.budget)) for some in batches]
+
+    def _packed(self, cuts: list[list[list[int]]]) -> list[list["_Pack"]]:
+        given = self.settings, self.budget, self.rows
+        return [[_Pack(self.lm, self.tasks, which, *given) for which in packs] for packs in cuts]
+
+    def _shuffle(self) -> None:
+        """Another order of the tasks; of a single batch it makes no difference."""
+        if self.settings.shuffle is not None and len(self.tasks) > self.settings.batch_size:
+            self.order = torch.randperm(len(self.tasks), generator=self.random)
+            self.batches = self._packed(self._cuts())
 
     def run(self) -> Tuned:
         losses = []
         with progress("fine-tuning (steps)", self.settings.steps) as bar:
             while len(losses) < self.settings.steps and not (losses and losses[-1] < STOP_BELOW):
+                self._shuffle()
                 step = len(losses) + 1
-                losses.append(sum(self._step(batch, step) for batch in self.batches) / self.n_tasks)
+                weights = [sum(float(pack.weights.sum()) for pack in batch) for batch in self.batches]
+                losses.append(sum(self._step(batch, step) for batch in self.batches) / sum(weights))
                 bar.advance(1, f"loss {losses[-1]:.3f}")
         with torch.no_grad():
             nll = torch.cat([nll.cpu() for batch in self.batches for _, found in self._read(batch) for nll in found])
+        nll = nll[self.order.argsort()]
         return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
 
     def _step(self, batch: list["_Pack"], step: int) -> float:
         """One Adam step on a batch; gives its summed loss before it, in nats."""
-        n = sum(len(pack) for pack in batch)
-        total = 0.0
+        n = sum(float(pack.weights.sum()) for pack in batch)
+        total, packs = 0.0, iter(batch)
         self.adam.zero_grad()
         for ascents, found in self._read(batch, step):
+            found = [nll * next(packs).weights.to(nll) for nll in found]
             total += float(sum(nll.detach().double().sum() for nll in found))
             # of several packs, whether the batch is done is known after the last: its gradients are then left unused
             if len(batch) > 1 or total / n >= STOP_BELOW:
@@ -149,7 +175,7 @@ class _Tuning:
     def _read(self, batch: list["_Pack"], step: int | None = None) -> Iterator[tuple[list[Ascent], list[Tensor]]]:
         """The losses [tasks] of a batch's packs, with their graph where autograd is on: pack by pack, or of as many
         side by side as may wait where layers come in turns. step: None in the end"""
-        side = self.lm.source.beside or self.budget // 2
+        side = self.lm.source.beside or self.side
         for some in together(batch, lambda pack: pack.waiting_bytes, 0 if self.lm.source.in_memory else side):
             going = [pack.going_up(self.deltas) for pack in some]
             ascents = [ascent for ascent, _ in going]
@@ -161,6 +187,8 @@ class _Tuning:
 
     @torch.no_grad()
     def _update(self) -> None:
+        for layer, delta in self.deltas.items() if self.project is not None else ():
+            delta.grad = self.project(layer, delta.grad)
         for layer, weight in self.start.items():
             self.deltas[layer].grad += self.settings.weight_decay * (weight + self.deltas[layer])
         self.adam.step()
@@ -173,10 +201,10 @@ class _Pack:
     """Tasks that go up together: their runs, where their targets are read, and the rows that enter the first tuned
     layer. Equal prefixes are one row: they stay equal, since Δ is the same for all.
 
-    budget: bytes it may hold; keep_on: where the entering rows are kept (None: made anew each time)
+    budget: bytes it may hold; rows: those that enter the first tuned layer (None: made anew each time)
     """
 
-    def __init__(self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, budget: int, keep_on):
+    def __init__(self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, budget: int, rows):
         self.recompute = len(which) == 1 and held_bytes(lm, tasks[which[0]], settings.layers) > budget
         self.lm, self.settings, self.which = lm, settings, which
         self.tasks = [tasks[i] for i in which]
@@ -186,11 +214,16 @@ class _Pack:
             sequences = [task.prompt for task in self.tasks]
             self.pos = torch.tensor([len(task.prompt) - 1 for task in self.tasks])[places.pair]
         runs = RunList()
-        self.run = add_sequences(runs, sequences, owner=lm.run_owner)[places.pair]
-        self.runs, self.task, self.targets = runs.runs(), places.pair, places.targets
+        number = add_sequences(runs, sequences, owner=lm.run_owner)
+        self.run, self.runs = number[places.pair], runs.runs()
+        self.task, self.targets = places.pair, places.targets
         self.weight = 1 / torch.tensor(places.lengths, dtype=torch.float64)[places.pair]
-        self.keeps = keep_on is not None
-        self.h = None if keep_on is None else _on(keep_on, *entering(lm, [self.runs], min(settings.layers)))
+        self.weights = torch.tensor(places.lengths if settings.by_token else [1] * len(which), dtype=torch.float64)
+        self.rows = rows
+        if rows is not None:
+            task = torch.empty(len(runs), dtype=torch.int64).index_copy_(0, number, torch.tensor(which))
+            run, pos = spans(self.runs.first_pos, self.runs.first_pos + self.runs.n_rows)
+            self.places = rows.start[task[run]] + pos
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -206,7 +239,7 @@ class _Pack:
     def going_up(self, deltas: dict[int, Tensor]) -> tuple[Ascent, GraphRows]:
         """Its way up, and the rows that are read there."""
         lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
-        h = _on(lm.device, *([self.h] if self.keeps else entering(lm, [self.runs], min(deltas))))
+        h = entering(lm, [self.runs], min(deltas))[0] if self.rows is None else self.rows.of(self.places)
         how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute}
         return Ascent(self.runs, [_Tune(deltas), top], grad=torch.is_grad_enabled(), **how), top
 
@@ -225,6 +258,26 @@ class _Pack:
         when = f"at step {step} of {self.settings.steps}" if step else f"after {self.settings.steps} steps"
         names = [task.name or which for task, which in zip(self.tasks, self.which, strict=True)]
         check_losses(self.lm, nll, names, when)
+
+
+class Rows:
+    """The rows that enter the first tuned layer, of every task at each of its positions: computed once, equal prefixes
+    together. start: [n] the row of each task's first token"""
+
+    def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings, device: torch.device):
+        self.lm, self.h, below = lm, None, min(settings.layers) - 1
+        sequences = [task.prompt + task.target[:-1] for task in tasks]
+        length = torch.tensor([len(sequence) for sequence in sequences])
+        self.start = length.cumsum(0) - length
+        if below >= 0:
+            runs = RunList()
+            number = add_sequences(runs, sequences, owner=lm.run_owner)
+            which, pos = spans(torch.zeros_like(length), length)
+            self.h = collect(lm, runs.runs(), Site.layer_out, [below], number[which], pos)[below].to(device)
+
+    def of(self, places: Tensor) -> Tensor | None:
+        """[k, d] on the model's device; None: they are the embedding."""
+        return None if self.h is None else self.h[places.to(self.h.device)].to(self.lm.device)
 
 
 class _Tune:
@@ -262,13 +315,9 @@ def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int
     return left - rows, rows
 
 
-def _cut(lm, tasks: list[TuneTask], batch: range, settings: TuneSettings, budget: int) -> Iterator[list[int]]:
+def _cut(lm, tasks: list[TuneTask], batch: Iterable[int], settings: TuneSettings, budget: int) -> Iterator[list[int]]:
     """The tasks of a batch in consecutive packs that fit; one that is too large stands alone."""
     return together(batch, lambda i: held_bytes(lm, tasks[i], settings.layers), budget)
-
-
-def _on(device: torch.device, h: Tensor | None) -> Tensor | None:
-    return None if h is None else h.to(device)
 
 
 def _zeros(lm) -> Tensor:

@@ -30,6 +30,8 @@ FAST = {
     "nas": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "ft": {"layers": [1], "num_steps": 2},
     "ft-l": {"layers": [1], "num_steps": 2, "norm_constraint": 0.001},
+    "ft-m": {"layers": [1], "num_steps": 2},
+    "locft-bf": {"layers": [1], "num_steps": 2, "batch_size": 2},
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.oracle.access import lookup, site_module, target_ids, weight_out_in
 from tests.oracle.values import Fact
@@ -35,6 +36,10 @@ def fine_tune(
     weight_decay: float = 0.0,
     batch_size: int = 128,
     objective: str = "target_new",
+    orders: Sequence[Sequence[int]] | None = None,
+    end: int | None = None,
+    by_token: bool = False,
+    project: Callable[[int, Tensor], Tensor] | None = None,
 ) -> FineTuning:
     """Trains a copy, one fact a forward; the model is left as it is. Phrasings are facts behind the others.
 
@@ -44,6 +49,9 @@ def fine_tune(
 
     objective: "target_new": each target token after the prompt and the target tokens before it; "prompt_last": all of
         them after the prompt alone.
+    orders: of the facts in each step, as they are given without; end: a token behind each target
+    by_token: a batch's loss is the mean over all its target tokens
+    project: (layer, gradient [d, d_ff]) -> what Adam takes in its place
     Differs: the published code also trains the bias of the down projection, where there is one.
     """
     facts = [*facts, *(fact._replace(prompt=phrasing) for fact in facts for phrasing in fact.phrasings)]
@@ -54,19 +62,25 @@ def fine_tune(
     adam = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay)
     losses: list[float] = []
     with torch.enable_grad():
-        for _ in range(steps):
-            summed = 0.0
+        for step in range(steps):
+            summed = total = 0.0
+            order = list(range(len(facts))) if orders is None else orders[step]
             for first in range(0, len(facts), batch_size):
-                batch = facts[first : first + batch_size]
-                loss = torch.stack([negative_log_p(edited, tok, fact, objective) for fact in batch]).mean()
-                summed += loss.item() * len(batch)
+                batch = [facts[i] for i in order[first : first + batch_size]]
+                each = torch.stack([negative_log_p(edited, tok, fact, objective, end) for fact in batch])
+                n_tokens = [len(target_ids(tok, fact.target_new)) + (end is not None) for fact in batch]
+                weight = torch.tensor(n_tokens if by_token else [1] * len(batch), dtype=each.dtype)
+                loss = (each * weight).sum() / weight.sum()
+                summed, total = summed + loss.item() * weight.sum().item(), total + weight.sum().item()
                 if loss.item() >= LOSS_GOAL:
                     adam.zero_grad()
                     loss.backward()
+                    if project is not None:
+                        project_gradients(downs, project)
                     adam.step()
                 if eps is not None:
                     put_back(weights, before, eps)
-            losses.append(summed / len(facts))
+            losses.append(summed / total)
             if losses[-1] < LOSS_GOAL:
                 break
     starts = {layer: weight_out_in(site_module(model, layer, "mlp_out")) for layer in edit_layers}
@@ -74,10 +88,19 @@ def fine_tune(
     return FineTuning(deltas, losses, edited.requires_grad_(False))
 
 
-def negative_log_p(model: nn.Module, tok: Any, fact: Fact, objective: str) -> Tensor:
-    """-log p of the target's tokens, their mean, in nats."""
+@torch.no_grad()
+def project_gradients(downs: dict[int, nn.Module], project: Callable[[int, Tensor], Tensor]) -> None:
+    """Puts each weight's projected gradient in its place."""
+    for layer, down in downs.items():
+        turned = isinstance(down, Conv1D)
+        gradient = project(layer, down.weight.grad.T if turned else down.weight.grad)
+        down.weight.grad = (gradient.T if turned else gradient).contiguous()
+
+
+def negative_log_p(model: nn.Module, tok: Any, fact: Fact, objective: str, end: int | None = None) -> Tensor:
+    """-log p of the target's tokens, their mean, in nats. end: a token behind them"""
     prompt, _ = lookup(tok, fact.prompt, fact.subject)
-    target = target_ids(tok, fact.target_new)
+    target = target_ids(tok, fact.target_new) + [end] * (end is not None)
     if objective == "prompt_last":
         logits = model(torch.tensor([prompt])).logits[0, -1].expand(len(target), -1)
     elif objective == "target_new":

@@ -1,0 +1,93 @@
+"""LocFT-BF: localized fine-tuning, breadth first (Yang et al. 2025, Fine-tuning Done Right in Model Editing,
+arXiv:2509.22072).
+
+Fine-tuning as everybody else does it: passes over all facts in batches, reshuffled each time, instead of one fact after
+the other until it is said; one matrix in a layer that suits the model; and the end token behind each target, so that
+the model stops there. The loss and Adam are ``Ft``'s; a batch below 0.01 nats moves nothing, and a pass whose mean is
+below is the last one.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+from kedit_fast.editors.finetune import Ft, check_down, derived, rate
+from kedit_fast.editors.hyperparameters import published
+from kedit_fast.facts.fact import Fact
+from kedit_fast.jobs.finetune import TuneSettings, TuneTask
+from kedit_fast.model.lm import LM, takes_lm
+
+
+@dataclass(frozen=True)
+class LocFt(Ft):
+    """``Ft``'s hyper-parameters, and
+
+    batch_size: facts in a step; of no more facts than that every pass is one step, and nothing is random
+    append_end: whether the model's end token is trained as the target's last token (published: it is)
+    shuffle_seed: of the order of the facts in each pass
+    """
+
+    batch_size: int = 100
+    append_end: bool = True
+    shuffle_seed: int = 0
+
+    METHOD: ClassVar = "locft-bf"
+    ALG_NAMES: ClassVar = {"LocFT-BF": {}, "LocFT": {}}
+    IN_FILES: ClassVar = {
+        "layer": lambda value: {"layers": (value,)},
+        "rewrite_module": lambda value: _only_down(value),
+    }
+
+    @classmethod
+    @takes_lm
+    def for_model(cls, lm: LM) -> "LocFt":
+        """Published layer where there is one for this model, else derived settings; ``source`` says which.
+
+        Derived: ``Ft``'s layer and rate. (Published are layers at 0.21 and 0.69 of the depth; of Mistral a whole layer,
+        which is no one matrix.)
+        """
+        known = published(PUBLISHED, lm)
+        if known is not None:
+            return cls(layers=(known.layer,), source=f"published for {known.name}")
+        return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
+
+    @property
+    def method(self) -> str:
+        """Its own name, whatever else is set."""
+        return self.METHOD
+
+    def check(self, lm: LM) -> None:
+        """Raises ValueError for a tokenizer that names no end token."""
+        super().check(lm)
+        if self.append_end and lm.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "this tokenizer names no end token (eos_token), which LocFT-BF trains behind each target; set one, or "
+                "append_end to False"
+            )
+
+    def task(self, lm: LM, fact: Fact) -> TuneTask:
+        """The target and the end token after the prompt."""
+        task = super().task(lm, fact)
+        return replace(task, target=[*task.target, lm.tokenizer.eos_token_id]) if self.append_end else task
+
+    def _tune_settings(self) -> TuneSettings:
+        return replace(super()._tune_settings(), shuffle=self.shuffle_seed)
+
+
+def _only_down(value: Any) -> dict:
+    """Of a file's module: nothing, where it is a down projection. Raises ValueError."""
+    check_down(value, "it")
+    return {}
+
+
+class _Known(NamedTuple):
+    """What was published for a model. v_loss_layer: its last layer, by which ``published`` tells it from namesakes."""
+
+    name: str
+    v_loss_layer: int
+    layer: int
+
+
+# lr 5e-4, batches of 100, 25 passes for both.
+PUBLISHED = {
+    known.name: known for known in (_Known("Meta-Llama-3-8B-Instruct", 31, 22), _Known("Qwen2.5-7B-Instruct", 27, 6))
+}

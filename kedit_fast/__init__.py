@@ -30,6 +30,7 @@ _HOME = {
     "BetaEdit": "editors.betaedit",
     "Rect": "editors.rect",
     "Nas": "editors.nas",
+    "Grace": "editors.grace",
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",
     "FtM": "editors.finetune",

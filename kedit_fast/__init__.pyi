@@ -12,6 +12,7 @@ from kedit_fast.editors.encore import Encore as Encore
 from kedit_fast.editors.finetune import Ft as Ft
 from kedit_fast.editors.finetune import FtL as FtL
 from kedit_fast.editors.finetune import FtM as FtM
+from kedit_fast.editors.grace import Grace as Grace
 from kedit_fast.editors.locft import LocFt as LocFt
 from kedit_fast.editors.memit import Memit as Memit
 from kedit_fast.editors.nas import Nas as Nas

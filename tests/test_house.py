@@ -38,7 +38,6 @@ STRANGERS = {
 
 # Exceptions, with the reason.
 LONG_FILES: dict[str, str] = {
-    "edits/changes.py": "every kind of change, a class each",
     "facts/fact.py": "what a fact may hold, and what must hold for facts together",
     "facts/formats.py": "every published format of a fact, a reader each",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
@@ -65,6 +64,7 @@ TESTED_IN = {
     "edits/test_routes.py": "model/edited",
     "editors/test_checks.py": "edits/chain moments/given",
     "editors/test_finetune.py": "jobs/finetune",
+    "editors/test_grace.py": "editors/memory",
     "editors/test_memit.py": "editors/located editors/spread",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_logit_lens.py": "pictures/lens",

@@ -17,6 +17,7 @@ EDITORS = {
     "betaedit": "editors.betaedit.BetaEdit",
     "rect": "editors.rect.Rect",
     "nas": "editors.nas.Nas",
+    "grace": "editors.grace.Grace",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
     "ft-m": "editors.finetune.FtM",

@@ -23,6 +23,7 @@ from kedit_fast.editors.written import ASKING, with_growth, with_written
 from kedit_fast.edits.chain import chain, under, warn_of_overwritten
 from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.routes import Route
 from kedit_fast.facts.fact import Fact, check_facts
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.model.lm import LM, takes_lm
@@ -64,7 +65,7 @@ class Found(NamedTuple):
 class Written:
     """What an editor gives: the fields of ``Edit`` that are its own.
 
-    layers: {layer: what is to be noted of it}; about: further entries of the provenance
+    layers: {layer: what is to be noted of it}; about: further entries of the provenance; route: of a routed edit
     """
 
     changes: Sequence[Change]
@@ -73,6 +74,7 @@ class Written:
     keys: dict[int, Tensor] = field(default_factory=dict)
     layers: dict[int, dict] = field(default_factory=dict)
     about: dict = field(default_factory=dict)
+    route: Route | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Editor(Hyperparameters):
             method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
             changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
             keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
-            provenance=about | written.about | chain(lm),
+            provenance=about | written.about | chain(lm), route=written.route,
         )  # fmt: skip
         return with_growth(lm, with_written(lm, edit))
 

@@ -2,10 +2,10 @@
 
     WeightChange(5, LowRank(u, v))                        # Δ of a down projection, what ROME and MEMIT make
     WeightChange(5, Dense(delta), role="up")              # of another matrix of the MLP (Family.roles)
-    MemoryChange(5, keys, values, radius)                 # rows near a key become its value (GRACE, WISE)
     PromptChange(texts, routes)                           # text put before prompts that name a subject (IKE, SERAC)
 
-The engine knows jobs only, and an edit's file names the kinds only: a new kind is a class here and its entry in KINDS.
+The engine knows jobs only, and an edit's file names the kinds only: a new kind is a class and its entry in
+``format.KINDS``. memories.py has those that act where a route says so.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
-from kedit_fast.edits.deltas import FLOATS, Delta, Dense, LowRank, check_fits
+from kedit_fast.edits.deltas import Delta, Dense, LowRank, check_fits
 from kedit_fast.facts.tokens import spoken
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.rows import Call
@@ -28,12 +28,14 @@ from kedit_fast.sweep.sites import IN, OUT, Site
 class Change(ABC):
     """One thing that an edit changes. Acts on rows of edited runs alone, those whose owner is 0 or more.
 
-    kind: as files call it; layer: the first whose rows it changes, None where it changes the prompt
+    kind: as files call it; ROUTED: whether it acts through a route alone
+    layer: the first whose rows it changes, None where it changes the prompt
     owners: None, or [r] int64: the fact that each of its r parts belongs to (independent edits), or the entry (a
         routed edit)
     """
 
     kind: ClassVar[str] = ""
+    ROUTED: ClassVar[bool] = False
     layer: int | None
     owners: Tensor | None
 
@@ -106,10 +108,10 @@ class WeightChange(Change):
                 f"layer {self.layer}: expected a LowRank or Dense and one of the roles {', '.join(OUT)}, got "
                 f"{self.delta!r} and {self.role!r}"
             )
-        _check_finite(f"deltas of layer {self.layer}", vars(self.delta).values())
+        check_finite(f"deltas of layer {self.layer}", vars(self.delta).values())
         if self.owners is not None and not isinstance(self.delta, LowRank):
             raise ValueError(f"owners of layer {self.layer}: a LowRank has factors to own; delta is {self.delta!r}")
-        _check_owners(self, "factor", 0 if self.owners is None else self.delta.rank)
+        check_owners_of(self, "factor", 0 if self.owners is None else self.delta.rank)
 
     def job(self) -> "Adding":
         """Adds x Δᵀ to the matrix's output."""
@@ -155,7 +157,7 @@ class Adding:
             self._x = x
             return None
         x, self._x, y = self._x, None, x
-        rows, owner = _acted(call, y)
+        rows, owner = acted(call, y)
         if rows is None:
             return None
         delta, owners = self.change.delta.to(y.device), self.change.owners
@@ -163,85 +165,6 @@ class Adding:
         chosen = (y, x) if every else (y[rows], x[rows])
         changed = delta.add_to(*chosen, None if owners is None else owner, owners)
         return changed if every else y.index_copy(0, rows, changed)
-
-
-@dataclass(frozen=True, eq=False)
-class MemoryChange(Change):
-    """Rows at a site become a remembered value where they come within the radius of its key; else they stay.
-
-    keys, values: [n, width] of the site; radius: [n], in the Euclidean distance of fp32 rows; of several keys that are
-    near, the nearest counts. owners: [n]. Raises ValueError where these do not fit each other or are not finite.
-    """
-
-    layer: int
-    keys: Tensor
-    values: Tensor
-    radius: Tensor
-    site: Site = Site.layer_out
-    owners: Tensor | None = None
-    kind: ClassVar[str] = "memory"
-
-    def __post_init__(self):
-        checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)
-        object.__setattr__(self, "site", Site(self.site))
-        n, tensors = len(self.keys), (self.keys, self.values, self.radius)
-        if self.keys.ndim != 2 or self.values.shape != self.keys.shape or self.radius.shape != (n,):
-            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-            raise ValueError(f"a memory's keys, values, radius: expected [n, width] twice and [n], got {shapes}")
-        if not all(tensor.dtype in FLOATS for tensor in tensors):
-            raise ValueError(f"a memory holds floats, got {', '.join(str(tensor.dtype) for tensor in tensors)}")
-        _check_finite(f"the memory at layer {self.layer}", tensors)
-        _check_owners(self, "key", n)
-
-    def job(self) -> "Remembering":
-        """Puts values in the place of rows that are near their keys."""
-        return Remembering(self)
-
-    def check(self, lm) -> None:
-        """Raises ValueError for a layer that the model does not have, and for another width than the site's."""
-        super().check(lm)
-        width = lm.width_of(self.site)
-        if self.keys.shape[1] != width:
-            raise ValueError(
-                f"layer {self.layer}: the memory's keys are {self.keys.shape[1]} wide, this model's {self.site.value} "
-                f"{width}; it was made for another model"
-            )
-
-    def record(self) -> dict:
-        """Layer and site."""
-        return {"layer": self.layer, "site": self.site.value}
-
-    def parts(self, which: Tensor | None = None) -> dict:
-        """keys, values and radius."""
-        found = {"keys": self.keys, "values": self.values, "radius": self.radius}
-        return found if which is None else {name: tensor[which] for name, tensor in found.items()}
-
-
-class Remembering:
-    """The job of a MemoryChange."""
-
-    def __init__(self, change: MemoryChange):
-        self.change = change
-
-    def sites(self, layer: int) -> tuple[Site, ...]:
-        return (self.change.site,) if layer == self.change.layer else ()
-
-    def reads(self, layer: int) -> None:
-        return None
-
-    def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
-        rows, owner = _acted(call, x)
-        if rows is None or not len(self.change.keys):
-            return None
-        keys, values, radius = (
-            tensor.to(x.device, torch.float32) for tensor in (self.change.keys, self.change.values, self.change.radius)
-        )
-        distance = torch.cdist(x[rows].float(), keys, compute_mode="donot_use_mm_for_euclid_dist")
-        if self.change.owners is not None:
-            distance.masked_fill_((owner[:, None] != self.change.owners).to(x.device), torch.inf)
-        least, nearest = distance.min(1)
-        near = least <= radius[nearest]
-        return x.index_copy(0, rows[near], values[nearest[near]].to(x.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +192,7 @@ class PromptChange(Change):
             )
         object.__setattr__(self, "texts", tuple(texts))
         object.__setattr__(self, "routes", tuple(map(tuple, routes)))
-        _check_owners(self, "text", len(texts))
+        check_owners_of(self, "text", len(texts))
 
     def before(self, prompt: str, owner: int) -> str:
         """The texts that are chosen, one behind the other."""
@@ -286,9 +209,6 @@ class PromptChange(Change):
         """texts and routes."""
         chosen = range(len(self.texts)) if which is None else which.nonzero()[:, 0].tolist()
         return {name: tuple(getattr(self, name)[i] for i in chosen) for name in ("texts", "routes")}
-
-
-KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange, PromptChange)}
 
 
 def weight_changes(deltas: dict[int, Delta], owner: Tensor | None = None) -> tuple[WeightChange, ...]:
@@ -310,7 +230,7 @@ def only_weights(edit, what: str) -> list[WeightChange]:
         )
     other = next((change for change in edit.changes if not isinstance(change, WeightChange)), None)
     if other is not None:
-        raise ValueError(f"this edit holds {_named(other)}, which is no change of weights, and {what}: {serve}")
+        raise ValueError(f"this edit holds {named(other)}, which is no change of weights, and {what}: {serve}")
     return list(edit.changes)
 
 
@@ -326,40 +246,46 @@ def refuse_independent(edit, what: str) -> None:
         )
 
 
-def _acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(rows [k] of a call that edits act on, whose each is [k]); None where there is none."""
     owner = call.owner
     acted = (owner >= 0).nonzero()[:, 0]
     return (acted.to(x.device), owner[acted]) if len(acted) else (None, None)
 
 
-def _named(change: Change) -> str:
+def named(change: Change) -> str:
     return f"a {change.kind}" + (f" at layer {change.layer}" if change.layer is not None else "")
 
 
 # ---- checks
 
 
-def _check_finite(what: str, tensors) -> None:
+def check_finite(what: str, tensors) -> None:
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError(f"{what} hold NaN or infinity; such an edit would spoil every answer")
 
 
-def _check_owners(change: Change, what: str, n: int) -> None:
+def check_owners_of(change: Change, what: str, n: int) -> None:
     owners = change.owners
     if owners is not None and (owners.dtype != torch.int64 or owners.shape != (n,)):
         raise ValueError(
-            f"owners of {_named(change)}: expected int64, one for each of {n} {what}s; got {owners.dtype} "
+            f"owners of {named(change)}: expected int64, one for each of {n} {what}s; got {owners.dtype} "
             f"{list(owners.shape)}"
         )
 
 
-def check_owners(changes: Sequence[Change], n: int) -> None:
-    """Raises ValueError where only some of an edit's changes have owners, or one is none of its n facts or entries."""
+def check_owners(changes: Sequence[Change], n: int, routed: bool) -> None:
+    """Raises ValueError where only some of an edit's changes have owners, or one is none of its n facts or entries;
+    where a routed edit's have none, and where a change needs a route."""
+    if routed and not all(change.owners is not None for change in changes):
+        raise ValueError("a routed edit's changes have owners, its entries: expected owners= of each")
+    alone = [change for change in changes if change.ROUTED and not routed]
+    if alone:
+        raise ValueError(f"{named(alone[0])} acts on prompts that a route gives it: expected route= (edits/routes.py)")
     owned = [change.owners for change in changes if change.owners is not None]
     if owned and len(owned) < len(changes):
         raise ValueError(f"{len(owned)} of {len(changes)} changes have owners; expected all of them, or none")
     for change in changes:
         owners = change.owners
         if owners is not None and owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < n:
-            raise ValueError(f"owners of {_named(change)}: expected fact indices 0 to {n - 1}")
+            raise ValueError(f"owners of {named(change)}: expected fact indices 0 to {n - 1}")

@@ -24,9 +24,9 @@ from kedit_fast.basics.files import reading, replace_file
 from kedit_fast.basics.printing import escaped
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.apply import Applied, apply_edit
-from kedit_fast.edits.changes import KINDS, Change, WeightChange, check_owners, only_weights
+from kedit_fast.edits.changes import Change, WeightChange, check_owners, only_weights
 from kedit_fast.edits.deltas import Delta, written_delta
-from kedit_fast.edits.format import FORMAT, VERSION, as_version_2, fields_of, read, sha256_of, tensors_of
+from kedit_fast.edits.format import FORMAT, KINDS, VERSION, as_version_2, fields_of, read, sha256_of, tensors_of
 from kedit_fast.edits.routes import Route, check_route
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.model.lm import LM, takes_lm
@@ -302,9 +302,7 @@ def _check_parts(edit):
         if key.shape != (n, width):
             raise ValueError(f"keys of layer {layer}: expected [{n}, {width}], a row a fact; got {list(key.shape)}")
     check_route(edit.route, n)
-    check_owners(edit.changes, n if edit.route is None else edit.route.n_entries)
-    if edit.route is not None and not all(change.owners is not None for change in edit.changes):
-        raise ValueError("a routed edit's changes have owners, its entries: expected owners= of each")
+    check_owners(edit.changes, n if edit.route is None else edit.route.n_entries, edit.route is not None)
 
 
 def _as_json(name, value):

@@ -57,8 +57,9 @@ class Route(ABC):
         return torch.where(entry >= 0, entry, NOBODY if lm.edits else -1)
 
     @abstractmethod
-    def take(self, entries: Tensor) -> dict:
-        """The fields that have an entry each, of some entries [m] in their order."""
+    def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "Route":
+        """The route to some entries [m] alone, in their order; entry: as in ``Route``, of the facts that stay; facts:
+        [m] the fact that each is of."""
 
     def check(self, lm) -> None:  # noqa: B027 (a route that reads text fits every model)
         """Raises ValueError where the route does not fit a model."""
@@ -67,15 +68,26 @@ class Route(ABC):
         """(the route to these facts' [k] entries alone, which entries those are, ascending [m]).
 
         Raises ValueError where another fact is answered by one of these entries."""
-        entries, entry = self.entry[facts].unique(return_inverse=True)
-        shared = torch.isin(self.entry, entries)
-        shared[facts] = False
-        if shared.any():
+        made_for = self.entries_of
+        mine = torch.isin(made_for, facts)
+        mine[self.entry[facts]] = True
+        entries = mine.nonzero()[:, 0]
+        strange = set(torch.cat([made_for[entries], torch.isin(self.entry, entries).nonzero()[:, 0]]).tolist())
+        if shared := sorted(strange - set(facts.tolist())):
             raise ValueError(
-                f"fact {int(shared.nonzero()[0])} shares its entry with others, so they cannot be told apart; make the "
-                "edit again with the facts that are to stay"
+                f"fact {shared[0]} shares its entry with others, so they cannot be told apart; make the edit again "
+                "with the facts that are to stay"
             )
-        return replace(self, **self.take(entries), entry=entry), entries
+        number = torch.full((len(self.entry),), -1).index_copy_(0, facts, torch.arange(len(facts)))
+        entry = torch.searchsorted(entries, self.entry[facts])
+        return self.take(entries, entry, number[made_for[entries]]), entries
+
+    @property
+    def entries_of(self) -> Tensor:
+        """[n_entries] a fact that each entry is of."""
+        return torch.zeros(self.n_entries, dtype=torch.int64).index_copy_(
+            0, self.entry.flip(0), torch.arange(len(self.entry)).flip(0)
+        )
 
     def record(self) -> dict:
         """What a file says of it, ready for JSON, beside ``tensors``."""
@@ -96,6 +108,7 @@ class NearestRoute(Route):
     """The entry whose key is nearest to the row of a prompt's last token, where that lies within the key's radius.
 
     keys: [m, width] of rows at a site of a layer, one an entry; radius: [m], Euclidean; entry: as in ``Route``
+    facts: [m] the fact that each key is of, where one has several (its phrasings); None: that whose entry it is
     Raises ValueError where these do not fit each other or are not finite. Cost: one sweep up to the layer.
     """
 
@@ -104,6 +117,7 @@ class NearestRoute(Route):
     radius: Tensor
     entry: Tensor
     site: Site = Site.mlp_key
+    facts: Tensor | None = None
     kind: ClassVar[str] = "nearest"
 
     def __post_init__(self):
@@ -136,17 +150,24 @@ class NearestRoute(Route):
         least, nearest = distance.min(1)
         return torch.where(least <= self.radius[nearest], nearest, -1)
 
-    def take(self, entries: Tensor) -> dict:
-        """Keys and radii."""
-        return {"keys": self.keys[entries], "radius": self.radius[entries]}
+    @property
+    def entries_of(self) -> Tensor:
+        """As it was told."""
+        return super().entries_of if self.facts is None else self.facts
+
+    def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "NearestRoute":
+        """Some keys and radii."""
+        given = None if self.facts is None else facts
+        return replace(self, keys=self.keys[entries], radius=self.radius[entries], entry=entry, facts=given)
 
     def record(self) -> dict:
         """Layer and site."""
         return {"layer": self.layer, "site": self.site.value}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys, radii and the facts' entries."""
-        return {"keys": self.keys, "radius": self.radius, "entry": self.entry}
+        """Keys, radii, the facts' entries and the keys' facts."""
+        told = {} if self.facts is None else {"facts": self.facts}
+        return {"keys": self.keys, "radius": self.radius, "entry": self.entry} | told
 
 
 ROUTES = {route.kind: route for route in (NearestRoute,)}

@@ -196,6 +196,16 @@ class Call:
         return self.table.runs.owner[self.run]
 
     @property
+    def pos(self) -> Tensor:
+        """[n] position of each row."""
+        return self.table.pos[self.index]
+
+    @property
+    def prompt_end(self) -> Tensor:
+        """[n] position of the last token of the prompt that each row's run goes on from; -1: not said."""
+        return self.table.runs.prompt_end[self.run]
+
+    @property
     def tokens(self) -> Tensor:
         """[n] token of each row."""
-        return self.table.runs.tokens[self.run, self.table.pos[self.index]]
+        return self.table.runs.tokens[self.run, self.pos]

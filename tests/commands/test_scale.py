@@ -28,6 +28,7 @@ FAST = {
     "betaedit": {"layers": [1], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "rect": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "nas": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
+    "grace": {"layers": [1], "n_iter": 2},
     "ft": {"layers": [1], "num_steps": 2},
     "ft-l": {"layers": [1], "num_steps": 2, "norm_constraint": 0.001},
     "ft-m": {"layers": [1], "num_steps": 2},

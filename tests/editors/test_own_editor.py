@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 import kedit_fast as kf
-from kedit_fast.edits.changes import MemoryChange
 from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs.collect import collect
 from kedit_fast.sweep.runs import RunList, add_under
@@ -35,8 +36,10 @@ class Remember:
         keys = collect(lm, runs.runs(), Site.layer_out, [last], number, ends)[last]
         answers = [fact_answer(lm.tokenizer, fact)[0] for fact in facts]
         values = self.scale * lm.model.get_output_embeddings().weight.detach()[answers]
-        change = MemoryChange(last, keys, values, torch.full((len(facts),), self.radius))
-        return Edit("remember", {"radius": self.radius}, lm.fingerprint, tuple(facts), [change])
+        each, radius = torch.arange(len(facts)), torch.full((len(facts),), self.radius)
+        route = NearestRoute(last, keys, radius, each, Site.layer_out)
+        change = MemoryChange(last, values, each, Site.layer_out)
+        return Edit("remember", {"radius": self.radius}, lm.fingerprint, tuple(facts), [change], route=route)
 
 
 def test_an_editor_of_ones_own_meets_all_that_the_package_has(tmp_path):
@@ -51,4 +54,4 @@ def test_an_editor_of_ones_own_meets_all_that_the_package_has(tmp_path):
     assert after["efficacy_exact"]["edited"].mean == 1 > after["efficacy_exact"]["base"].mean
     assert after["neighborhood_p_true"]["edited"].mean == after["neighborhood_p_true"]["base"].mean
     assert lm.with_edit(loaded).generate(FACTS[0].text, 1).strip() == "Rome"
-    refused(r"a memory at layer 3, which is no change of weights.*lm\.with_edit", loaded.apply, model)
+    refused(r"this edit is routed.*lm\.with_edit", loaded.apply, model)

@@ -51,8 +51,8 @@ class Named(Route):
         held = [[i for i, name in enumerate(self.names) if name in text_of(lm, p)] for p in prompts]
         return torch.tensor([found[0] if found else -1 for found in held])
 
-    def take(self, entries):
-        return {"names": tuple(self.names[i] for i in entries.tolist())}
+    def take(self, entries, entry, facts):
+        return replace(self, names=tuple(self.names[i] for i in entries.tolist()), entry=entry)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -123,7 +123,7 @@ def test_of_several_keys_the_nearest_counts_and_only_within_its_radius():
         keys = route.keys[:1] + torch.tensor(shift)[:, None]
         near = replace(route, keys=keys, radius=torch.tensor(radius, dtype=keys.dtype))
         assert near.choose(lm, [HIT]).tolist() == [chosen]
-    assert replace(route, **route.take(torch.arange(0))).choose(lm, ASKED).tolist() == [-1] * 5
+    assert route.take(*[torch.arange(0)] * 3).choose(lm, ASKED).tolist() == [-1] * 5
 
 
 def test_texts_of_entries_stand_before_the_prompts_that_the_route_gives_them():

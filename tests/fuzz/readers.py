@@ -15,7 +15,9 @@ import kedit_fast as kf
 from kedit_fast.basics.parts import MANIFEST as RUN
 from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.inputs import find_moments
-from kedit_fast.edits.changes import MemoryChange, PromptChange
+from kedit_fast.edits.changes import PromptChange
+from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.gating import Thresholds
 from kedit_fast.model.folder import CONFIG, INDEX, TOKENIZER, Checkpoint, read_config, read_tokenizer
 from kedit_fast.model.gguf import read_gguf
@@ -95,10 +97,13 @@ def _saved(name: str, *things) -> Callable[[Path], None]:
 
 
 def _edits(folder: Path) -> None:
-    memory = MemoryChange(1, torch.ones(2, 48), torch.ones(2, 48), torch.ones(2))
+    memory = MemoryChange(1, torch.ones(2, 48), torch.arange(2))
+    route = NearestRoute(1, torch.ones(2, 80), torch.ones(2), torch.arange(2))
     prompt = PromptChange(("Paris is in Italy. ",), (("Paris",),))
     edits = (make_edit(), owned_edit(), make_edit(deltas={1: lowrank()}, values=None, keys={}))
-    for number, edit in enumerate((*edits, make_edit(changes=[memory, prompt], values=None, keys={}))):
+    beside = [make_edit(changes=[prompt], values=None, keys={})]
+    beside += [make_edit(changes=[memory], values=None, keys={}, route=route)]
+    for number, edit in enumerate((*edits, *beside)):
         edit.save(folder / str(number) / "edit.safetensors")
     (folder / "old").mkdir()
     saved_as_version_1(make_edit(), folder / "old" / "edit.safetensors")

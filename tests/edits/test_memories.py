@@ -1,0 +1,91 @@
+"""Changes that act beside the weights, where a route says so."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kedit_fast.edits.edit import Edit, digest
+from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.routes import NearestRoute, prompt_features
+from kedit_fast.evaluation.probes import probe, read_edited
+from kedit_fast.jobs.collect import Collect
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.runs import RunList, add_under
+from kedit_fast.sweep.sites import Site
+from tests.conftest import close, open_tiny, refused, tiny_lm
+from tests.make import FACTS, bits, same_bits
+from tests.tiny import D_MODEL, tiny_model
+
+PROMPT = FACTS[0].text
+
+
+def remembering(lm, site=Site.layer_out, layer=2):
+    """(an edit that knows the row at the end of two prompts, and answers with others; what it answers)."""
+    keys = prompt_features(lm, [PROMPT, FACTS[1].text], layer, site)
+    values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0))
+    route = NearestRoute(layer, keys, torch.full((2,), 1e-3), torch.arange(2), site)
+    change = MemoryChange(layer, values.flip(0), torch.tensor([1, 0]), site)  # parts in any order
+    return Edit("memory", {}, lm.fingerprint, FACTS, [change], route=route), values
+
+
+def rows_at(view, site, layer, ids, end):
+    """[tokens, width] of the site, of a run that goes on from a prompt which ends there."""
+    runs = RunList()
+    number = add_under(view, runs, [ids], view.owners([ids[: end + 1]]), [end])
+    job = Collect(site, [layer], number.expand(len(ids)), torch.arange(len(ids)))
+    sweep(view, runs.runs(), [job], last_layer=layer)
+    return job.values[layer]
+
+
+@pytest.mark.parametrize("site", [Site.layer_out, Site.mlp_out, Site.mlp_key, Site.attn_out], ids=str)
+def test_the_row_where_the_prompt_ends_becomes_the_entrys_value_and_no_other(site):
+    lm = open_tiny(tiny_model("llama"))
+    edit, values = remembering(lm, site)
+    ids = lm.encode(PROMPT)
+    end, longer = len(ids) - 1, lm.encode(PROMPT + " Rome and Rome")
+    base, rows = (rows_at(view, site, 2, longer, end) for view in (lm, lm.with_edit(edit)))
+    close("value", rows[end], values[0])
+    assert torch.equal(rows[:end], base[:end]) and not torch.equal(rows[end], base[end])
+    if site is not Site.attn_out:
+        assert torch.equal(rows[end + 1 :], base[end + 1 :])
+    elsewhere = rows_at(lm.with_edit(edit), site, 2, longer, len(longer) - 1)
+    assert torch.equal(elsewhere, base)
+
+
+def test_it_is_saved_and_acts_through_its_route_alone(tmp_path):
+    model = tiny_model("llama")
+    lm, before = open_tiny(model), bits(model)
+    edit, _ = remembering(lm)
+    edit.save(tmp_path / "edit.safetensors")
+    loaded = Edit.load(tmp_path / "edit.safetensors")
+    assert repr(loaded) == repr(edit) and "memory" in repr(edit) and digest(loaded) == digest(edit)
+    asked = [probe(lm, PROMPT, ["Rome", "cheese boat"])]
+    assert read_edited(lm.with_edit(loaded), asked)[0].p != read_edited(lm, asked)[0].p
+    assert read_edited(lm.with_edit(loaded.only(1)), asked)[0].p == read_edited(lm, asked)[0].p
+    assert same_bits(model, before)
+    refused("a memory at layer 2 acts on prompts that a route gives it", replace, edit, route=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(values=torch.zeros(3)), r"expected floats \[n, width\], got torch.float32 \[3\]"),
+        (dict(values=torch.ones(1, 3).long()), "expected floats"),
+        (dict(values=torch.full((1, D_MODEL), torch.nan)), "the memory at layer 2 hold NaN"),
+        (dict(layer=-1), "a whole number from 0"),
+        (dict(owners=torch.tensor([0, 1])), "one for each of 1 values"),
+        (dict(values=torch.ones(2, D_MODEL), owners=torch.tensor([0, 0])), "none twice"),
+        (dict(site="nowhere"), "'nowhere' is not a valid Site"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(wrong, says):
+    change = MemoryChange(2, torch.zeros(1, D_MODEL), torch.zeros(1, dtype=torch.int64))
+    refused(says, replace, change, **wrong)
+
+
+def test_another_models_are_refused():
+    lm = tiny_lm("llama")
+    narrow = MemoryChange(2, torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+    refused("keys of width 3, this model's layer_out has 48", narrow.check, lm)
+    refused("this model has layers 0 to 3", replace(narrow, layer=9).check, lm)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.editors.alphaedit import AlphaEdit
+from kedit_fast.model.lm import LM
 from kedit_fast.moments.second_moment import SecondMoment
 
 
@@ -47,6 +48,10 @@ class BetaEdit(AlphaEdit):
         both = (keys.T @ keys / len(keys) + self.lambda1 * moment.matrix.to(keys)) / (1 + self.lambda1)
         eigenvalues, vectors = torch.linalg.eigh(both)
         return self.null_space(eigenvalues, vectors, moment.layer, " and the keys of edits below")
+
+    def solve_bytes(self, lm: LM) -> int:
+        """AlphaEdit's, and C with the keys of edits below, of which the null space is taken anew."""
+        return super().solve_bytes(lm) + 8 * lm.d_ff**2
 
     def kept_system(self, moment: SecondMoment, space: Tensor) -> Tensor:
         """λ₁ Uᵀ C U + λ₂ I."""

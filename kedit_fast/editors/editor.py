@@ -28,7 +28,7 @@ from kedit_fast.facts.fact import Fact, check_facts
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
-from kedit_fast.moments.given import digests, moments_for
+from kedit_fast.moments.given import digests, factor_bytes, moments_for
 from kedit_fast.moments.second_moment import STAGES as MEASURING
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run, fitting
@@ -195,7 +195,8 @@ class Editor(Hyperparameters):
         self, lm: LM, moments: Mapping[int, SecondMoment] | None, corpus: AnyCorpus | None
     ) -> dict[int, SecondMoment]:
         """The statistics of each layer; none without ``mom2_adjustment``."""
-        found = moments_for(lm, self.layers, moments, corpus, self.is_regularized()) if self.mom2_adjustment else {}
+        ask = (self.layers, moments, corpus, self.is_regularized(), self.solve_bytes(lm))
+        found = moments_for(lm, *ask) if self.mom2_adjustment else {}
         self.check_moments(found)
         return found
 
@@ -217,6 +218,10 @@ class Editor(Hyperparameters):
     def is_regularized(self) -> bool:
         """Whether statistics of fewer tokens than C has rows will do: something else stands on its diagonal."""
         return bool(getattr(self, "regularizer", 0.0))
+
+    def solve_bytes(self, lm: LM) -> int:
+        """Bytes on the host that layers are solved in, beside their statistics: of one factor."""
+        return factor_bytes(lm)
 
     def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:
         """Raises ValueError for statistics that this editor cannot work with."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.state import wide
 from kedit_fast.editors.memit import Memit
 from kedit_fast.edits.deltas import FLOATS, Delta, Dense, storable
 from kedit_fast.model.family import projection
@@ -42,6 +43,11 @@ class Rect(Memit):
         for layer in self.layers:
             if (dtype := projection(lm.model, layer).weight.dtype) not in FLOATS:
                 raise ValueError(f"RECT compares Δ with W, and the weights of layer {layer} are packed ({dtype})")
+
+    def solve_bytes(self, lm: LM) -> int:
+        """The factor, or later five dense matrices (Δ, W, what compares them); and what is kept of each layer."""
+        dense = wide(lm.dtype).itemsize * lm.d_model * lm.d_ff
+        return max(super().solve_bytes(lm), 5 * dense) + len(self.layers) * dense
 
     def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:
         """The entries of Δ that are largest beside W, as it is with the edits below."""

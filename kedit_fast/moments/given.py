@@ -14,14 +14,15 @@ from kedit_fast.moments.second_moment import ROWS, SecondMoment, second_moments
 from kedit_fast.sweep.plan import too_large
 
 
-def moments_for(lm, layers, moments, corpus, regularized: bool) -> dict[int, SecondMoment]:
+def moments_for(lm, layers, moments, corpus, regularized: bool, need: int = 0) -> dict[int, SecondMoment]:
     """The statistics of each layer: those given, checked, or measured over ``corpus``.
 
+    need: bytes that the layers are solved in (``check_room``)
     Raises ValueError where there are neither or both, or they are another model's or layer's, of too few tokens, or not
     finite; TypeError for anything but {layer: SecondMoment}, and for a corpus that is no text. Warns of statistics that
     do not say which model they are of (published npz files).
     """
-    check_room(lm)
+    check_room(lm, need)
     if moments is None:
         if corpus is None:
             raise ValueError(
@@ -94,10 +95,14 @@ def factor_bytes(lm) -> int:
     return (8 + 4 * (lm.device.type != "cpu")) * lm.d_ff**2
 
 
-def check_room(lm) -> None:
-    """Raises ValueError, with the bytes needed, where a layer cannot be solved in the model's memory, nor elsewhere."""
-    if lm.device.type == "cpu" and factor_bytes(lm) > lm.memory:
-        raise too_large(f"solving a layer of d_ff {lm.d_ff:,}", factor_bytes(lm), lm.memory)
+def check_room(lm, need: int = 0) -> None:
+    """Raises ValueError, with the bytes needed, where a layer cannot be solved in the model's memory, nor elsewhere.
+
+    need: bytes that the editor says; a factor's at least
+    """
+    need = max(need, factor_bytes(lm))
+    if lm.device.type == "cpu" and need > lm.memory:
+        raise too_large(f"solving a layer of d_ff {lm.d_ff:,}", need, lm.memory)
 
 
 def gains(factor_of_c: MomentFactor, keys: Tensor) -> Tensor:

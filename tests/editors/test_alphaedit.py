@@ -1,13 +1,18 @@
 """AlphaEdit against the published form of its system, and what its null space keeps."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.edits.deltas import LowRank
+from kedit_fast.moments.given import check_room
+from kedit_fast.moments.second_moment import SecondMoment
 from tests.conftest import refused, tiny_lm
 from tests.editors.cases import FACTS, GROUPS, apart, moments, relative, values_at
+from tests.live import LiveBytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:the second moments of layers")
 EDITOR = kf.AlphaEdit(
@@ -107,3 +112,33 @@ def test_an_empty_null_space_is_found_before_any_work(monkeypatch):
     refused("no eigenvalue", editor.edit, lm, FACTS, **given)
     refused("no eigenvalue", kf.edit_in_rounds, lm, FACTS, editor, per_round=2, **given)
     refused("no eigenvalue", kf.edit_by_layer, lm, FACTS, editor, layers=(1, 2), log=None, **given)
+
+
+@pytest.mark.parametrize(
+    "editor",
+    [
+        kf.AlphaEdit(layers=(0, 2), nullspace_threshold=0.0),
+        kf.BetaEdit(layers=(0, 2), nullspace_threshold=0.0, P_freq=2),
+        kf.Rect(layers=(0, 2)),
+    ],
+    ids=lambda editor: editor.METHOD,
+)
+def test_what_a_solve_takes_is_what_is_counted(editor):
+    """Matrices of width d_ff, and for RECT dense ones; LAPACK's own work is counted, and seen by nobody here."""
+    d_ff = 400
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(3 * d_ff, d_ff, generator=generator)
+    moments = {i: SecondMoment(keys.T @ keys / len(keys), len(keys), i) for i in editor.layers}
+    lm = SimpleNamespace(
+        device=torch.device("cpu"), memory=1 << 40, d_ff=d_ff, d_model=d_ff // 4, dtype=torch.float32, edits=(),
+        source=SimpleNamespace(weight=lambda layer, role: torch.ones(d_ff // 4, d_ff)),
+    )  # fmt: skip
+    work = SimpleNamespace(lm=lm, moments=moments, independent=False)
+    with LiveBytes(torch.nn.Identity()) as held:
+        editor.check_moments(moments)
+        u, v, _ = editor.update(work, 2, keys[:4].double(), torch.ones(4, d_ff // 4).double(), [keys[4:8]])
+        editor.kept(lm, 2, LowRank(u.float(), v.float()))
+    rows = 4 * 8 * 256 * d_ff  # what a factor is made by
+    assert 0.4 * editor.solve_bytes(lm) <= held.peak <= editor.solve_bytes(lm) + rows
+    with pytest.raises(ValueError, match=f"solving a layer of d_ff {d_ff} needs"):
+        check_room(SimpleNamespace(**vars(lm) | {"memory": editor.solve_bytes(lm) - 1}), editor.solve_bytes(lm))

@@ -28,6 +28,7 @@ _HOME = {
     "MemitBlue": "editors.blue",
     "AlphaEditBlue": "editors.blue",
     "BetaEdit": "editors.betaedit",
+    "Pmet": "editors.pmet",
     "Rect": "editors.rect",
     "Nas": "editors.nas",
     "Grace": "editors.grace",

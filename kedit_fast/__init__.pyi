@@ -16,6 +16,7 @@ from kedit_fast.editors.grace import Grace as Grace
 from kedit_fast.editors.locft import LocFt as LocFt
 from kedit_fast.editors.memit import Memit as Memit
 from kedit_fast.editors.nas import Nas as Nas
+from kedit_fast.editors.pmet import Pmet as Pmet
 from kedit_fast.editors.rect import Rect as Rect
 from kedit_fast.editors.rome import Rome as Rome
 from kedit_fast.edits.compose import compose as compose

@@ -12,6 +12,7 @@ EDITORS = {
     "alphaedit": "editors.alphaedit.AlphaEdit",
     "emmet": "editors.emmet.Emmet",
     "encore": "editors.encore.Encore",
+    "pmet": "editors.pmet.Pmet",
     "memit-blue": "editors.blue.MemitBlue",
     "alphaedit-blue": "editors.blue.AlphaEditBlue",
     "betaedit": "editors.betaedit.BetaEdit",

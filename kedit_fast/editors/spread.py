@@ -7,7 +7,7 @@ change for that, Δ = u vᵀ with Δ k close to the share of each key k, is the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,14 @@ class Spread(Located):
         tasks = prompts.value_tasks(lm, self.kept_prompts)
         return optimize_values(lm, tasks, self.z_settings(lm, top), work.keep, name), {}
 
+    def read(self, lm: LM, prompts: Prompts, layer: int, top: int, z: Tensor, left: int) -> "Asked":
+        """What a layer is asked for: an equal share of what is missing at ``top``, where so many layers, itself among
+        them, are still to give theirs."""
+        read = prompts.read(lm, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
+        missing = z - read.bare[Site.layer_out]
+        share = through_post_norm(lm, layer, read.bare[Site.mlp_out], missing / left)
+        return Asked(read.averaged[Site.mlp_key], missing, share)
+
     def ridge(self, moment: SecondMoment) -> float:
         """What C gets on its diagonal, relative to its mean there."""
         return self.regularizer
@@ -93,6 +101,14 @@ class Spread(Located):
                 solving.add(layer)
                 bar.advance(1, f"layer {layer}: missing {solving.notes[layer]['missing']:.2f}")
         return solving.written()
+
+
+class Asked(NamedTuple):
+    """Keys [n, d_ff]; what is missing [n, d]; the share of it [n, d] that a down projection is to give more at them."""
+
+    keys: Tensor
+    missing: Tensor
+    share: Tensor
 
 
 class _Layers:
@@ -138,10 +154,7 @@ class _Layers:
         """One layer's Δ and keys, and what there is to note."""
         editor, work, top = self.editor, self.work, self.editor.top(layer)
         left = sum(above >= layer and editor.top(above) == top for above in editor.layers)
-        read = self.prompts.read(below, averaged={Site.mlp_key: layer}, bare={Site.mlp_out: layer, Site.layer_out: top})
-        k, m, h = read.averaged[Site.mlp_key], read.bare[Site.mlp_out], read.bare[Site.layer_out]
-        missing = self.z[top].values.double() - h
-        residual = through_post_norm(below, layer, m, missing / left)
+        k, missing, residual = editor.read(below, self.prompts, layer, top, self.z[top].values.double(), left)
         check_finite(below, k, work.facts, f"key at layer {layer}")
         check_finite(below, residual, work.facts, f"residual at layer {layer}")
         earlier = [edit.keys[layer] for edit in work.lm.edits if layer in edit.keys] if editor.keep_previous else []

@@ -103,7 +103,7 @@ class Fact:
     def _take_phrasings(self) -> None:
         """Each phrasing once, and none that is the prompt itself."""
         kept = {folded(self.text): self.prompt}
-        for phrasing in _prompt_tuple("Fact.phrasings", self.phrasings, False, None):
+        for phrasing in map(str, _prompt_tuple("Fact.phrasings", self.phrasings, False, None)):
             try:
                 prompt, subject = self._template(phrasing)
                 _check_place(prompt, subject)

@@ -68,6 +68,9 @@ class ValueSettings:
     hits: a fact is done, too, once so many steps have found each of its target tokens the likeliest in every prompt;
         0: they are not counted
     keep_factor: of the mean over a task's keeps
+    nll_factor: of the target's loss; after a step that found each of its tokens the likeliest in every prompt it weighs
+        ``relaxed`` times as much, and the fact is done where its KL is less than ``calm`` (PMET)
+    beside: another site of the layer, with a δ of its own, bounded and weighed as the first; its value is not given
     """
 
     layer: int
@@ -80,6 +83,15 @@ class ValueSettings:
     loss_layer: int
     hits: int = 0
     keep_factor: float = 0.0
+    nll_factor: float = 1.0
+    relaxed: float = 1.0
+    calm: float = 0.0
+    beside: Site | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters which tokens are the likeliest."""
+        return self.hits > 0 or self.relaxed != 1
 
 
 @dataclass(frozen=True)
@@ -163,13 +175,13 @@ def _side_by_side(lm, tasks: list[ValueTask], settings: ValueSettings, first: in
 
 
 class _AddValue:
-    """Adds each fact's δ at the site of one layer, at places (run, pos) of ``fact``; out of place, for autograd."""
+    """Adds each fact's δ at a site of one layer, at places (run, pos) of ``fact``; out of place, for autograd."""
 
-    def __init__(self, settings: ValueSettings, run: Tensor, pos: Tensor, fact: Tensor, delta: Tensor):
-        self._settings, self.run, self.pos, self.fact, self.delta = settings, run, pos, fact, delta
+    def __init__(self, layer: int, site: Site, run: Tensor, pos: Tensor, fact: Tensor, delta: Tensor):
+        self._layer, self._site, self.run, self.pos, self.fact, self.delta = layer, site, run, pos, fact, delta
 
     def sites(self, layer):
-        return (self._settings.site,) if layer == self._settings.layer else ()
+        return (self._site,) if layer == self._layer else ()
 
     def reads(self, layer):
         return None
@@ -189,7 +201,9 @@ class _Pack:
         self.lm, self.tasks, self.settings, self.first = lm, tasks, settings, first
         # Where nothing stands between the site and the residual stream, δ goes to the rows that enter the next layer.
         into_stream = settings.site is Site.layer_out or lm.family.adds_as_is
-        self.above = into_stream and settings.layer < settings.loss_layer
+        self.above = into_stream and settings.beside is None and settings.layer < settings.loss_layer
+        self.sites = [settings.site, *([settings.beside] if settings.beside else [])]
+        self.emphasis = torch.full((len(tasks),), settings.nll_factor)  # of each fact's target loss in the next step
         self.begin = settings.layer + self.above
         self.store = KVStore(from_layer=self.begin, on_host=lm.source.beside > 0)
         self.parts, self.recompute = parts(lm, tasks, settings)
@@ -234,10 +248,11 @@ class _Pack:
         runs = RunList()
         self.number = add_under(lm, runs, self.sequences, self.owner)
         self.base = runs.runs()
-        initial = Collect(settings.site, [settings.layer], self.number[self.bare], self.lookup[self.bare])
+        at = self.number[self.bare], self.lookup[self.bare]
+        initial = [Collect(site, [settings.layer], *at) for site in self.sites]
         compared = Collect(Site.layer_out, [lm.n_layers - 1], self.number[~self.has_target], self.kl_pos)
-        yield Ascent(self.base, [initial, compared], keep=self.store)
-        self.initial = initial.values[settings.layer].to(wide(lm.dtype))
+        yield Ascent(self.base, [*initial, compared], keep=self.store)
+        self.initial = torch.stack([job.values[settings.layer] for job in initial]).to(wide(lm.dtype))  # [sites, n, d]
         compared_h = compared.values[lm.n_layers - 1]
         with torch.no_grad():
             self.log_p0 = lm.head(compared_h).to(wide(lm.dtype)).log_softmax(-1)  # [m, V]
@@ -253,14 +268,14 @@ class _Pack:
         settings, n = self.settings, len(self.tasks)
         delta = torch.zeros_like(self.initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=settings.lr)
-        longest = settings.clamp * self.initial.norm(dim=1, keepdim=True)
+        longest = settings.clamp * self.initial.norm(dim=-1, keepdim=True)
         steps = torch.zeros(n, dtype=torch.int64)
         loss, nll, hits = torch.zeros(n), torch.zeros(n), torch.zeros(n)
         active = torch.ones(n, dtype=torch.bool)
         for step in range(settings.steps):
             adam.zero_grad()
             is_last = step + 1 == settings.steps
-            part_nll, part_loss, missed, ascent = yield from self._all_losses(active, delta, is_last)
+            part_nll, part_loss, kl, missed, ascent = yield from self._all_losses(active, delta, is_last)
             # a value that is NaN would go into the edit, and from there into every row
             names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
             check_losses(self.lm, part_loss.detach(), names, f"at step {step + 1} of {settings.steps}")
@@ -268,6 +283,10 @@ class _Pack:
             loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
             hits[active] += (missed == 0).float()
             reached = (loss < STOP_BELOW) | (hits >= (settings.hits or math.inf))
+            if settings.relaxed != 1:
+                emphasis = settings.nll_factor * torch.where(missed == 0, settings.relaxed, 1.0)
+                self.emphasis = self.emphasis.index_put((active,), emphasis)  # a new one: the graph holds the old
+                reached[active] |= (missed == 0) & (kl.detach().cpu() < settings.calm)
             done = active if is_last else active & reached
             left = settings.steps - step - 1  # of each fact that is done
             bar.advance(int(active.sum() + left * done.sum()), f"loss {loss[active].mean():.3f}")
@@ -280,24 +299,25 @@ class _Pack:
             adam.step()
             with torch.no_grad():
                 still = ~active.to(delta.device)
-                delta[still] = kept[still]  # done: Adam's momentum must not move it
-                delta *= (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
-        return Values((self.initial + delta.detach()), self.initial, steps, loss, nll)
+                delta[:, still] = kept[:, still]  # done: Adam's momentum must not move it
+                delta *= (longest / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+        return Values((self.initial + delta.detach())[0], self.initial[0], steps, loss, nll)
 
     def _all_losses(self, active: Tensor, delta: Tensor, is_last: bool) -> Generator[Ascent, None, "_Losses"]:
         """The losses: with their graph, or, where the sequences are cut into parts, with δ's gradient from all of them
         (in the last step nobody needs it) and no ascent."""
         if len(self.parts) == 1:
             return (yield from self._losses(active, delta, self.parts[0]))
-        nll = loss = missed = 0
+        nll = loss = kl = missed = 0
         for part in self.parts:
             if not self.has_rows[part.start : part.stop].any():
                 continue
-            part_nll, part_loss, part_missed, ascent = yield from self._losses(active, delta, part)
+            part_nll, part_loss, part_kl, part_missed, ascent = yield from self._losses(active, delta, part)
             if not is_last:
                 yield from _back(part_loss, ascent)
-            nll, loss, missed = nll + part_nll.detach(), loss + part_loss.detach(), missed + part_missed
-        return _Losses(nll, loss, missed, None)
+            nll, loss, kl = nll + part_nll.detach(), loss + part_loss.detach(), kl + part_kl.detach()
+            missed = missed + part_missed
+        return _Losses(nll, loss, kl, missed, None)
 
     def _losses(self, active: Tensor, delta: Tensor, part: range) -> Generator[Ascent, None, "_Losses"]:
         """The losses with their graph, as far as these sequences make them."""
@@ -309,9 +329,11 @@ class _Pack:
         runs, h, number, first = self._runs(chosen)
         adding = []
         if self.above:
-            h = h.index_add(0, first.to(h.device), delta[self.fact[chosen].to(delta.device)].to(h.dtype))
+            h = h.index_add(0, first.to(h.device), delta[0, self.fact[chosen].to(delta.device)].to(h.dtype))
         else:
-            adding = [_AddValue(settings, number[chosen], self.lookup[chosen], self.fact[chosen], delta)]
+            places = number[chosen], self.lookup[chosen], self.fact[chosen]
+            both = zip(self.sites, delta, strict=True)
+            adding = [_AddValue(settings.layer, site, *places, own) for site, own in both]
         prompts = chosen[self.has_target[chosen]]
         place, target, weight, fact = self._target_places(prompts, number[prompts])
         kl = self.kl_index[kl_here]
@@ -325,19 +347,21 @@ class _Pack:
         with torch.enable_grad(), frozen(lm.model):
             log_p = target_logprob(rows, lm.fusable_head, target, lm.n_vocab)
             nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
+            total = nll * self.emphasis.to(nll)
             if not len(kl):
-                return _Losses(nll[active], nll[active], missed, ascent)
+                return _Losses(nll[active], total[active], torch.zeros_like(nll[active]), missed, ascent)
             kl = self._kl(kl_top.take(), kl_here)
-            total = nll.index_add(0, self.kl_fact[kl_here].to(nll.device), self.kl_weight[kl_here].to(kl) * kl)
+            total = total.index_add(0, self.kl_fact[kl_here].to(nll.device), self.kl_weight[kl_here].to(kl) * kl)
             once = kl_here[: len(active)].nonzero()[:, 0].to(delta.device)  # the facts whose KL prompt is here
-            decay = (delta.norm(dim=1) / self.initial.norm(dim=1).square())[once]
+            decay = (delta.norm(dim=-1) / self.initial.norm(dim=-1).square()).sum(0)[once]
             total = total.index_add(0, once.to(nll.device), settings.weight_decay * decay)
-        return _Losses(nll[active], total[active], missed, ascent)
+            own = torch.zeros_like(nll).index_add(0, once.to(nll.device), kl[: len(once)])
+        return _Losses(nll[active], total[active], own[active], missed, ascent)
 
     @torch.no_grad()
     def _missed(self, rows: Tensor, target: Tensor) -> Tensor:
         """[n] 1 where a row's target token is not the likeliest; zeros where nobody counts."""
-        if not self.settings.hits:
+        if not self.settings.counts:
             return torch.zeros(len(target))
         said = [self.lm.head(some.detach()).argmax(-1).cpu() for some in rows.split(logit_rows(self.lm))]
         return (torch.cat(said) != target).float()
@@ -378,11 +402,12 @@ class _Pack:
 
 
 class _Losses(NamedTuple):
-    """(-log p of the target, whole loss) [active facts] in nats, target tokens in any prompt that were not the
-    likeliest, and the ascent that they were read of."""
+    """(-log p of the target, whole loss, KL at the subject's last token) [active facts] in nats, target tokens in any
+    prompt that were not the likeliest, and the ascent that they were read of."""
 
     nll: Tensor
     whole: Tensor
+    kl: Tensor
     missed: Tensor
     ascent: Ascent | None
 

@@ -23,6 +23,7 @@ FAST = {
     "alphaedit": {"layers": [1], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "emmet": {"layers": [1], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "encore": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
+    "pmet": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "memit-blue": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "alphaedit-blue": {"layers": [1, 2], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "betaedit": {"layers": [1], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},

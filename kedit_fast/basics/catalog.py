@@ -23,6 +23,10 @@ EDITORS = {
     "ft-l": "editors.finetune.FtL",
     "ft-m": "editors.finetune.FtM",
     "locft-bf": "editors.locft.LocFt",
+    "ike": "editors.ike.Ike",
+    "ike-plain": "editors.ike.IkePlain",
+    "ice": "editors.ice.Ice",
+    "serac": "editors.serac.Serac",
 }
 SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {

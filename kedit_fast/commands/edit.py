@@ -33,12 +33,13 @@ def run(args) -> int:
     lm = told_lm(args)
     editor = given or editor_class.for_model(lm)
     if args.layers:
+        editor.refuse(layers=args.layers)
         editor = replace(editor, layers=args.layers)
     how = {"independent": args.independent, "checkpoint": run}
     view, facts = editor.check_edit(lm, facts, previous=below, **how)  # before statistics are measured
     source = f"read from {args.hparams}" if args.hparams else editor.source
     layers = ", ".join(map(str, editor.layers)) + " as given" * bool(args.layers)
-    say(f"{args.method}, settings {source}; layers {layers}")
+    say(f"{args.method}, settings {source}" + f"; layers {layers}" * bool(layers))
     with kept(run):
         with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
             moments = statistics(args, lm, [editor], editor.layers, corpus)
@@ -67,17 +68,18 @@ def say_layers(edit: Edit, d_ff: int) -> None:
 
 
 def say_facts(edit: Edit) -> None:
-    """How the value of each fact was found (steps, and the probability of the new answer with it in place), and what
-    the model with the edit says: P(new), its likeliest answer."""
+    """How the value of each fact was found, where one was (steps, and the probability of the new answer with it in
+    place), and what the model with the edit says: P(new), its likeliest answer."""
     asked = edit.provenance["written"]
-    found = edit.provenance["found"]
+    found = edit.provenance.get("found", {"steps": [], "p_new": []})
+    optimized = zip(found["steps"], (f"{p:.3f}" for p in found["p_new"]), strict=True)
+    each = zip(edit.facts, asked["p_new"], asked["says"], strict=True)
     rows = [
-        (fact.label, fact.target_new or "", steps, f"{at_value:.3f}", f"{p_new:.3f}", repr(says))
-        for fact, steps, at_value, p_new, says in zip(
-            edit.facts, found["steps"], found["p_new"], asked["p_new"], asked["says"], strict=True
-        )
+        (fact.label, fact.target_new or "", *next(optimized, ()), f"{p_new:.3f}", repr(says))
+        for fact, p_new, says in each
     ]
-    say_table(("fact", "new answer", "steps", "P(new) at the value", "P(new)", "it says"), rows, SHOWN)
+    steps = ("steps", "P(new) at the value") if found["steps"] else ()
+    say_table(("fact", "new answer", *steps, "P(new)", "it says"), rows, SHOWN)
     if len(rows) > SHOWN:
         say(f"P(new) of all: mean {mean(asked['p_new']):.3f}, least {min(asked['p_new']):.3f}")
     written = sum(asked["written"])

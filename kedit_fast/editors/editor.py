@@ -65,11 +65,12 @@ class Found(NamedTuple):
 class Written:
     """What an editor gives: the fields of ``Edit`` that are its own.
 
-    layers: {layer: what is to be noted of it}; about: further entries of the provenance; route: of a routed edit
+    found: where values or weights were optimized; layers: {layer: what is to be noted of it}; about: further entries of
+    the provenance; route: of a routed edit
     """
 
     changes: Sequence[Change]
-    found: Found
+    found: Found | None = None
     values: Tensor | None = None
     keys: dict[int, Tensor] = field(default_factory=dict)
     layers: dict[int, dict] = field(default_factory=dict)
@@ -83,7 +84,7 @@ class Editor(Hyperparameters):
 
     METHOD: its name in files; STAGES: what ``write`` does, as its progress calls it
     NEEDS_SUBJECT: facts without one are refused; NEEDS_CONTEXTS: prompts are set in contexts
-    UNREAD: {argument of ``edit``: why it is refused}, for what would have no effect
+    UNREAD: {argument of ``edit``, or ``layers``: why it is refused}, for what would have no effect
     mom2_adjustment: whether second moments are read (a field, where that can be chosen)
     """
 
@@ -136,7 +137,7 @@ class Editor(Hyperparameters):
         does not read; later, naming the fact, where a loss or a residual turns NaN.
         """
         seed = checks.seed("seed", seed)
-        self._refuse(moments=moments, corpus=corpus)
+        self.refuse(moments=moments, corpus=corpus)
         asking: dict[str, Any] = {"contexts": contexts, "independent": independent, "checkpoint": checkpoint}
         lm, facts = self.check_edit(lm, facts, previous=previous, **asking)
         warn_of_overwritten(lm.edits, facts)
@@ -160,7 +161,7 @@ class Editor(Hyperparameters):
         """What ``edit`` refuses but for statistics, which take time to measure; gives the model with the earlier edits
         on it, and the facts."""
         independent = checks.flag("independent", independent)
-        self._refuse(contexts=contexts, independent=independent, checkpoint=checkpoint)
+        self.refuse(contexts=contexts, independent=independent, checkpoint=checkpoint)
         check_run(checkpoint)
         self.check(lm)
         facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
@@ -172,7 +173,8 @@ class Editor(Hyperparameters):
         """The edit, of checked arguments; groups: None for contexts that have to be sampled."""
         groups = groups or keep_json(keep, "contexts", lambda: self.sampled_contexts(lm, seed))
         written = self.write(Work(lm, tuple(facts), groups, moments, independent, keep))
-        about = {"version": __version__, "layers": written.layers, "found": written.found._asdict()}
+        about = {"version": __version__, "layers": written.layers}
+        about |= {} if written.found is None else {"found": written.found._asdict()}
         edit = Edit(
             method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
             changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
@@ -236,8 +238,8 @@ class Editor(Hyperparameters):
 
     # ---- around it
 
-    def _refuse(self, **given) -> None:
-        """A setting without effect would look like one."""
+    def refuse(self, **given: Any) -> None:
+        """Raises ValueError for what would have no effect: it would look like a setting."""
         for name, value in given.items():
             if name in self.UNREAD and value is not None and value is not False:
                 raise ValueError(f"{name} = {checks.shown(value)}: {self.UNREAD[name]}")

@@ -194,6 +194,11 @@ class PromptChange(Change):
         object.__setattr__(self, "routes", tuple(map(tuple, routes)))
         check_owners_of(self, "text", len(texts))
 
+    @property
+    def nbytes(self) -> int:
+        """Of its texts."""
+        return sum(len(text.encode()) for text in self.texts)
+
     def before(self, prompt: str, owner: int) -> str:
         """The texts that are chosen, one behind the other."""
         prompt = spoken(prompt).casefold()

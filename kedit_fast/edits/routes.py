@@ -170,9 +170,6 @@ class NearestRoute(Route):
         return {"keys": self.keys, "radius": self.radius, "entry": self.entry} | told
 
 
-ROUTES = {route.kind: route for route in (NearestRoute,)}
-
-
 def distances(rows: Tensor, keys: Tensor) -> Tensor:
     """[n, m] Euclidean distances; not by ‖a‖² + ‖b‖² - 2ab, in which near rows cancel."""
     return torch.cdist(rows, keys, compute_mode="donot_use_mm_for_euclid_dist")
@@ -199,9 +196,11 @@ def prompt_features(
     site: Site,
     every: bool = False,
     measure: Callable[[Tensor], Tensor] | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """[n, width] of each prompt, wide, on the CPU: the row of its last token at a site of a layer; or, ``every``, the
     mean over its tokens. measure: rows [k, d] -> [k, width], of which the mean is taken, in place of the rows.
+    skip: first tokens that the mean leaves out, of longer prompts
 
     One sweep up to the layer for all prompts, equal ones once; no text that edits put before prompts is read.
     """
@@ -211,7 +210,8 @@ def prompt_features(
         return torch.empty(0, lm.width_of(site))
     runs, tokens = RunList(), padded(list(map(list, distinct)))
     number = runs.add(tokens[0], length=tokens[1], owner=lm.run_owner)
-    job = _Reading(layer, site, number, tokens[1], every, measure)
+    begin = tokens[1] - 1 if not every else torch.where(tokens[1] > skip, skip, 0)
+    job = _Reading(layer, site, number, (begin, tokens[1]), measure)
     held = len(distinct) * lm.width_of(site) * 8 + PLACE * len(job.prompt)
     sweep(replace(lm, prompted=True), runs.runs(), [job], last_layer=layer, held=held)
     place = {each: i for i, each in enumerate(distinct)}
@@ -219,12 +219,12 @@ def prompt_features(
 
 
 class _Reading:
-    """The job that sums rows of each prompt as they pass."""
+    """The job that sums rows of each prompt as they pass. number: its run; read: from and to which position"""
 
-    def __init__(self, layer: int, site: Site, number: Tensor, length: Tensor, every: bool, measure):
-        self.layer, self.site, self.measure, self.n = layer, site, measure, len(length)
-        self.prompt, self.pos = spans(torch.zeros_like(length) if every else length - 1, length)
-        self.run, self.count = number[self.prompt], length if every else torch.ones_like(length)
+    def __init__(self, layer: int, site: Site, number: Tensor, read: tuple[Tensor, Tensor], measure):
+        self.layer, self.site, self.measure, self.n = layer, site, measure, len(number)
+        self.prompt, self.pos = spans(*read)
+        self.run, self.count = number[self.prompt], read[1] - read[0]
         self._sums: Tensor | None = None
 
     def sites(self, layer: int) -> tuple[Site, ...]:

@@ -7,9 +7,14 @@ their code points.
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 QUOTES = str.maketrans("‘’‚‛ʼ′“”„‟″‐‑", "''''''\"\"\"\"\"--")  # one kind of quote, prime and hyphen for all
+# Words of these scripts stand without spaces between them; beginnings of Unicode names.
+UNSPACED = (
+    "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "YI SYLLABLE", "THAI", "LAO",
+    "KHMER", "MYANMAR", "TIBETAN",
+)  # fmt: skip
 MOST = 5  # code points shown of two texts that look the same
 
 
@@ -91,6 +96,17 @@ def _is_mark(char: str) -> bool:
     return bool(char) and unicodedata.combining(char) > 0
 
 
+def unspaced(char: str) -> bool:
+    """Whether a character is of a script whose words stand without spaces between them."""
+    return bool(char) and unicodedata.name(char, "").startswith(UNSPACED)
+
+
+def _in_word(before: str, after: str) -> bool:
+    """Whether the end of one text and the beginning of the next are inside a word."""
+    ends = before[-1:], after[:1]
+    return all(map(_is_word, ends)) and not any(map(unspaced, ends))
+
+
 class Names:
     """Finds which texts name one of many subjects: they hold it as a whole, whatever the case.
 
@@ -107,12 +123,23 @@ class Names:
 
     def in_text(self, text: str) -> bool:
         """Whether the text names any of the subjects."""
+        return any(True for _ in self._places(text.casefold()))
+
+    def named(self, text: str) -> set[str]:
+        """Those of the subjects, without case, that the text holds between ends of words: "Io" is not in "Iowa" here.
+        In scripts without spaces any place will do."""
         text = text.casefold()
-        return any(
-            text.startswith(subject, at)
-            for at in range(len(text))
-            for subject in self._by_start.get(text[at : at + self._n_letters], ())
-        )
+        return {
+            subject
+            for at, subject in self._places(text)
+            if not _in_word(text[:at], subject) and not _in_word(subject, text[at + len(subject) :])
+        }
+
+    def _places(self, text: str) -> Iterator[tuple[int, str]]:
+        for at in range(len(text)):
+            for subject in self._by_start.get(text[at : at + self._n_letters], ()):
+                if text.startswith(subject, at):
+                    yield at, subject
 
 
 # ---- why a subject is not in a prompt

@@ -16,13 +16,9 @@ from functools import partial
 from typing import NamedTuple
 
 from kedit_fast.facts.fact import Chat, Fact, check_text
+from kedit_fast.facts.subjects import unspaced
 
 WORD_MARKS = ("▁", "Ġ")  # how sentencepiece and byte-level vocabularies write the space before a word
-# Words of these scripts stand without spaces between them; beginnings of Unicode names.
-UNSPACED = (
-    "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "YI SYLLABLE", "THAI", "LAO",
-    "KHMER", "MYANMAR", "TIBETAN",
-)  # fmt: skip
 CLOSING = ".,;:!?%…'’"  # an answer that begins so belongs to the word before it; closing brackets and quotes as well
 JOINING = "-‐‑/#@_\\=~"  # a prompt that ends so is continued without a space
 DASHES = "–—―"  # and after these, where no space stands before them
@@ -312,7 +308,7 @@ def follows_directly(prompt: str, answer: str, attached: bool | None = None) -> 
     start, end = answer[:1], prompt[-1:]
     if start and (start in CLOSING or unicodedata.category(start) in ("Pe", "Pf")):
         return True
-    return _opens(prompt, end) or _unspaced(end) or (_unspaced(start) and _unspaced(prompt.rstrip(NEUTRAL)[-1:]))
+    return _opens(prompt, end) or unspaced(end) or (unspaced(start) and unspaced(prompt.rstrip(NEUTRAL)[-1:]))
 
 
 def _opens(prompt: str, end: str) -> bool:
@@ -324,7 +320,3 @@ def _opens(prompt: str, end: str) -> bool:
     if end in DASHES:
         return not prompt[:-1].endswith(" ")
     return bool(end) and (end in JOINING or unicodedata.category(end) in ("Ps", "Pi", "Sc") or end in "„‚¿¡")
-
-
-def _unspaced(char: str) -> bool:
-    return bool(char) and unicodedata.name(char, "").startswith(UNSPACED)

@@ -104,6 +104,20 @@ def test_the_table_of_an_edit_shows_steps_and_probability(capsys):
     assert written.startswith("written: 0 of 1 facts")
 
 
+def test_an_edit_in_context_has_no_layers_and_no_steps(model, work, said, capsys):
+    edit = ["edit", *ONE, "--target", "Rome", "--method", "ice", "--model", model]
+    shown = said(*edit, "-o", "ice.safetensors")
+    header = next(line for line in shown.splitlines() if "new answer" in line)
+    assert "layers" not in shown.splitlines()[1] and "steps" not in header and "at the value" not in header
+    assert "routed (retrieval)" in shown
+    made, lm = Edit.load("ice.safetensors"), kf.open_model(model)
+    prompt = "The capital of France is"
+    text = said("generate", "ice.safetensors", "--prompt", prompt, "--tokens", "3", "--model", model)
+    assert text.strip() == lm.generate(made.changes[0].texts[0] + prompt, 3).strip()
+    assert run(*edit, "--layers", "1", "-o", "other.safetensors") == 2
+    assert "--layers (1,): in-context editing changes no layer; leave it out" in capsys.readouterr().err
+
+
 def test_strict_refuses_what_is_not_written(model, work, capsys):
     """The file is there all the same: what to do about it is asked of a person."""
     hparams = work.parent / "ft.json"

@@ -72,3 +72,14 @@ def test_names_are_found_whatever_the_case():
     names = Names(["Big Ben", "Io", "東京タワー", "Zürich"])
     assert all(map(names.in_text, ("They say BIG BEN is tall", "the moon io", "東京タワーは", "in ZÜRICH")))
     assert not any(map(names.in_text, ("Big  Ben and Zurich", ""))) and not Names([]).in_text("anything")
+
+
+def test_names_are_found_between_ends_of_words():
+    """Whatever the case; in scripts without spaces anywhere. ``in_text``, which leaves probes out, is wider."""
+    names = Names(["Io", "The Eiffel Tower", "パリ", "C++", "Paris"])
+    for text, found in (
+        ("Iowa and Io are", {"io"}), ("iowa", set()), ("THE EIFFEL TOWER's city", {"the eiffel tower"}),
+        ("首都パリは", {"パリ"}), ("C++'s father, Parisian", {"c++"}), ("", set()),
+    ):  # fmt: skip
+        assert names.named(text) == found
+    assert names.in_text("iowa") and Names([]).named("Io") == set()

@@ -36,6 +36,8 @@ _HOME = {
     "FtL": "editors.finetune",
     "FtM": "editors.finetune",
     "LocFt": "editors.locft",
+    "UltraEdit": "editors.ultraedit",
+    "StableEdit": "editors.ultraedit",
     "Ike": "editors.ike",
     "IkePlain": "editors.ike",
     "Ice": "editors.ice",

@@ -23,6 +23,8 @@ from kedit_fast.editors.pmet import Pmet as Pmet
 from kedit_fast.editors.rect import Rect as Rect
 from kedit_fast.editors.rome import Rome as Rome
 from kedit_fast.editors.serac import Serac as Serac
+from kedit_fast.editors.ultraedit import StableEdit as StableEdit
+from kedit_fast.editors.ultraedit import UltraEdit as UltraEdit
 from kedit_fast.edits.compose import compose as compose
 from kedit_fast.edits.edit import Edit as Edit
 from kedit_fast.edits.retrieval import retrieve as retrieve

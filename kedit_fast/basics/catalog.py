@@ -23,6 +23,8 @@ EDITORS = {
     "ft-l": "editors.finetune.FtL",
     "ft-m": "editors.finetune.FtM",
     "locft-bf": "editors.locft.LocFt",
+    "ultraedit": "editors.ultraedit.UltraEdit",
+    "stableedit": "editors.ultraedit.StableEdit",
     "ike": "editors.ike.Ike",
     "ike-plain": "editors.ike.IkePlain",
     "ice": "editors.ice.Ice",

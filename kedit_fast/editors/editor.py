@@ -76,6 +76,7 @@ class Written:
     layers: dict[int, dict] = field(default_factory=dict)
     about: dict = field(default_factory=dict)
     route: Route | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Editor(Hyperparameters):
             method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
             changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
             keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
-            provenance=about | written.about | chain(lm), route=written.route,
+            provenance=about | written.about | chain(lm), route=written.route, statistics=written.statistics,
         )  # fmt: skip
         return with_growth(lm, with_written(lm, edit))
 

@@ -142,6 +142,7 @@ _KINDS = {
     str: lambda name, value, _: checks.text(name, value, blank=True),
     tuple[int, ...]: lambda name, value, _: checks.layers(name, value, empty=True),
     tuple[tuple[int, int], ...]: _pairs,
+    tuple[str, ...]: lambda name, value, _: tuple(checks.listed(name, value, str, "a list of names", empty=True)),
     tuple[str, ...]: _texts,
 }
 

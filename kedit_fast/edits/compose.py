@@ -22,7 +22,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
     Low-rank factors are joined while that is smaller than the dense delta, else summed in fp64 and rounded once to the
     widest dtype among them, fp32 at least. The result is on the CPU. Facts are joined in order, also where a later edit
     corrects an earlier one; keys of a layer only where every edit has them, values only where all are of one method
-    and of the same layers. An edit made on top of a composition follows that composition, not its parts.
+    and of the same layers; statistics add up. An edit made on top of a composition follows that composition, not its
+    parts.
 
     method: the methods in order, each once ("rome + memit"); hparams and contexts: those of all, where they agree, else
     empty; provenance["composed_of"]: of each part (of a composition, of its own parts) its method, layers, number of
@@ -51,7 +52,17 @@ def compose(edits: Sequence[Edit]) -> Edit:
         keys={layer: _rows([edit.keys[layer] for edit in edits]) for layer in sorted(in_common)},
         contexts=_agreed([edit.contexts for edit in edits], []),
         provenance={"version": __version__, PARTS: [part for edit in edits for part in _parts(edit)]},
+        statistics=summed_statistics(edits),
     )
+
+
+def summed_statistics(edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """{name: sum} of what edits hold to go on from, on the CPU; of several dtypes the widest."""
+    total: dict[str, Tensor] = {}
+    for edit in edits:
+        for name, part in edit.statistics.items():
+            total[name] = total[name] + part.cpu() if name in total else part.cpu()
+    return dict(sorted(total.items()))
 
 
 def _checked(edits) -> list[Edit]:

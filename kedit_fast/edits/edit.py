@@ -48,6 +48,7 @@ class Edit:
     contexts: groups of prefix templates over which keys were averaged, [["{}"], ["... {}", ...]]
     provenance: free: who, when, why, package version, fit and iterations
     route: of a routed edit, whose changes' owners are its entries: which of them acts on a prompt (``routes.py``)
+    statistics: {name: tensor}, sums over what was read, which add up: what a next edit of the method goes on from
 
     hparams, contexts and provenance are kept as JSON has them (lists, string keys), so a saved edit equals its
     original. Raises ValueError where sizes disagree or a change is not finite, TypeError for what cannot be saved.
@@ -63,11 +64,12 @@ class Edit:
     contexts: list[list[str]] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     route: Route | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("method", "fingerprint"):
             checks.text(name, getattr(self, name), blank=True)
-        for name in ("hparams", "keys", "provenance"):
+        for name in ("hparams", "keys", "provenance", "statistics"):
             checks.instance(name, getattr(self, name), Mapping, "a dict")
         object.__setattr__(self, "changes", _change_list(self.changes))
         object.__setattr__(self, "keys", dict(sorted(self.keys.items())))

@@ -34,6 +34,7 @@ def tensors_of(edit):
     """{name in the file: tensor}; ``fields_of`` is its inverse."""
     tensors = {} if edit.values is None else {"values": edit.values}
     tensors |= {f"keys.{layer}": key for layer, key in edit.keys.items()}
+    tensors |= {f"statistics.{name}": tensor for name, tensor in edit.statistics.items()}
     for number, change in enumerate(edit.changes):
         tensors |= {f"changes.{number}.{name}": tensor for name, tensor in change.tensors().items()}
     if edit.route is not None:
@@ -47,13 +48,13 @@ def fields_of(record: dict, tensors: dict[str, Tensor]) -> dict:
     changes = [KINDS[each.pop("kind")].of(each, _taken(tensors, f"changes.{number}.")) for number, each in said]
     record["facts"] = tuple(Fact.from_record(fact) for fact in record["facts"])
     keys = {int(layer): key for layer, key in _taken(tensors, "keys.").items()}
-    values = tensors.pop("values", None)
+    values, statistics = tensors.pop("values", None), _taken(tensors, "statistics.")
     route = record.pop("route", None)
     if route is not None:
         record["route"] = ROUTES[route.pop("kind")].of(route, _taken(tensors, "route."))
     if tensors:
         raise ValueError(f"no change has the tensors {sorted(tensors)}")
-    return record | {"changes": tuple(changes), "values": values, "keys": keys}
+    return record | {"changes": tuple(changes), "values": values, "keys": keys, "statistics": statistics}
 
 
 def as_version_2(record: dict, tensors: dict[str, Tensor]) -> None:

@@ -20,14 +20,15 @@ from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import wide
 from kedit_fast.jobs.collect import GraphRows, entering
 from kedit_fast.jobs.finite import not_finite
-from kedit_fast.jobs.score import continuation_places
+from kedit_fast.jobs.score import Score, continuation_places
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.family import check_layer
 from kedit_fast.model.lm import takes_lm
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
-from kedit_fast.sweep.plan import graph_bytes, logit_bytes, logit_rows, together, too_large
-from kedit_fast.sweep.runs import RunList, padded, spans
+from kedit_fast.sweep.engine import sweep
+from kedit_fast.sweep.plan import PLACE, graph_bytes, logit_bytes, logit_rows, together, too_large
+from kedit_fast.sweep.runs import RunList, add_under, padded, spans
 from kedit_fast.sweep.sites import IN, OUT
 
 LOGITS = 4  # logits that a row holds, with what its loss keeps of them
@@ -129,6 +130,16 @@ def gradient_packs(
             for pack, found in zip(some, losses, strict=True):
                 yield Gradients(pack.factors(), found)
                 bar.advance(len(pack.which))
+
+
+def task_losses(lm, tasks: Sequence[GradientTask]) -> Tensor:
+    """[n] nats: the mean over each task's target tokens of -log p, with the edits that ``lm`` carries; fp32 (fp64), on
+    the CPU. One sweep, without gradients."""
+    at, runs = continuation_places([(task.prompt, task.target) for task in tasks]), RunList()
+    number = add_under(lm, runs, at.sequences, torch.tensor([task.owner for task in tasks]))
+    job = Score(lm, number[at.pair], at.pos, at.targets)
+    sweep(lm, runs.runs(), [job], held=PLACE * len(at.pos))
+    return torch.stack([-part.mean() for part in job.logprob.split(at.lengths)])
 
 
 def checked_places(lm, places: Sequence[Place]) -> list[Place]:

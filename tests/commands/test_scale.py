@@ -34,6 +34,8 @@ FAST = {
     "ft-l": {"layers": [1], "num_steps": 2, "norm_constraint": 0.001},
     "ft-m": {"layers": [1], "num_steps": 2},
     "locft-bf": {"layers": [1], "num_steps": 2, "batch_size": 2},
+    "ultraedit": {"layers": [1, 2], "roles": ["gate+up"]},
+    "stableedit": {"layers": [1, 2]},
     "ike": {"k": 2},
     "ike-plain": {},
     "ice": {},

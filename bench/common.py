@@ -246,7 +246,10 @@ def now() -> str:
 
 
 def _commit() -> str:
-    return _said(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"])
+    """The commit, "-dirty" where a file is changed; figures that were just kept make nothing dirty."""
+    git, kept = ["git", "-C", str(ROOT)], (":!bench/results", ":!bench/RESULTS.md")
+    changed = _said([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *kept])
+    return _said([*git, "describe", "--always", "--exclude=*"]) + "-dirty" * bool(changed)
 
 
 def _said(command: list[str]) -> str:

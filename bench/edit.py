@@ -105,13 +105,13 @@ def draw() -> list[Fact]:
     by_id = {fact.id: fact for fact in everything}
     with gzip.open(DATA / KNOWN, "rt", encoding="utf-8") as file:
         known = [by_id[str(record["id"])] for record in json.load(file) if record["source"] == "counterfact"]
-    candidates = [fact for fact in known if not _gives_away(fact)]
+    candidates = [fact for fact in known if not gives_away(fact)]
     drawn = without_conflicts(random.Random(0).sample(candidates, len(candidates)))
     relations = Relations(everything)
     return [dataclasses.replace(fact, same_subject=relations.other_prompts(fact)) for fact in check_facts(drawn)]
 
 
-def _gives_away(fact: Fact) -> bool:
+def gives_away(fact: Fact) -> bool:
     """Whether an answer stands in the subject."""
     return any(target.casefold() in fact.subject.casefold() for target in (fact.target_true, fact.target_new))
 

@@ -1,18 +1,25 @@
-"""Every editor on SmolLM2, one fact at a time and many at once: CounterFact's scores, with intervals.
+"""Every editor in one table: CounterFact's scores and what an edit costs, one fact at a time and many at once.
 
-Facts as in ``bench.edit``: known to the model, drawn with ``random.Random(0)``, without conflicts; the first facts of
-the draw are in every row. A row's figures are over ``JUDGED`` facts at most: all of its small batches pooled, or the
-first ones of a large batch. Editors that place a value optimize it once for all rows, which is exact to rounding.
-Without the prompts of ``bench.edit`` on the subjects' other relations. A row is kept as soon as it is done.
+Facts as in ``bench.edit``: known to the model, drawn with ``random.Random(0)``, without conflicts, with prompts on the
+subjects' other relations; the first facts of the draw are in every row. A row's figures are over ``JUDGED`` facts at
+most: all of its small batches pooled, or the first ones of a large batch. Editors that place a value optimize it once
+for all rows, which is exact to rounding.
+
+Every editor goes through the same doors: ``for_model``, ``edit``, ``lm.with_edit``, ``evaluate``. What it refuses (a
+trained editor without its network) is said, and its row left out. A row is kept as soon as it is done; one that stands
+in the results with this commit and these settings is not run again.
 """
 
 import dataclasses
 import math
+import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -20,8 +27,7 @@ from torch import Tensor
 
 import kedit_fast as kf
 from bench import edit as edit_bench
-from bench.common import Figure, Measured, peak_matmul
-from bench.values import asked
+from bench.common import DATA, Figure, Measured, environment, peak_matmul, read_rows, results_file, timed
 from kedit_fast.basics.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.editors import rome, spread
 from kedit_fast.editors.contexts import memit_contexts
@@ -30,22 +36,29 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values
 
 JUDGED = 100  # facts
+SIZES = {1: 10, 10: 3, 100: 1}  # {facts a batch: batches}
+MASS, MASSED = 500, ("memit", "alphaedit", "memit-blue", "rect")  # a batch, and which editors take it
 DRIFTS = 3  # edits of one fact whose perplexity is taken, and then of SHORT_TEXT tokens: they hardly move it
 SHORT_TEXT = 1_280
 RESAMPLES, SEED = 1_000, 0  # of facts, for the interval of S
+WRITTEN, REPEATS = 24, 3  # tokens behind each of four prompts, and how often, for the time of one
 COLUMNS = {  # of a report: how the table calls them
     "efficacy": "ES",
     "paraphrase": "PS",
     "neighborhood": "NS",
-    "efficacy_magnitude": "EM",
-    "paraphrase_magnitude": "PM",
-    "neighborhood_magnitude": "NM",
+    "p_new": "P(new)",
+    "paraphrase_p_new": "P(new), paraphrases",
+    "same_subject_same_top": "other relations, top token kept",
 }
+LABELS = {  # of editors whose name is not all capitals
+    "alphaedit": "AlphaEdit", "alphaedit-blue": "AlphaEdit-BLUE", "betaedit": "BetaEdit", "locft-bf": "LocFT-BF",
+    "ultraedit": "UltraEdit", "crispedit": "CrispEdit", "unlearn": "unlearning",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: an editor by its name in EDITORS, facts a batch, batches. options: fields that are not its own."""
+    """One line: an editor by its name in EDITORS, facts a batch, batches. options: fields that are not its own"""
 
     label: str
     editor: str
@@ -58,45 +71,95 @@ class Row:
         return f"{self.label}, n = {self.n}"
 
 
-ROWS = (
-    Row("ROME", "rome", 1, JUDGED),
-    Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"}),
-    Row("MEMIT", "memit", 1, JUDGED),
-    Row("FT", "ft", 1, 10),
-    Row("FT-L", "ft-l", 1, 10),
-    Row("MEMIT", "memit", 10, JUDGED // 10),
-    Row("MEMIT", "memit", 100),
-    Row("AlphaEdit", "alphaedit", 100),
-    Row("FT", "ft", 100),
-    Row("FT-L", "ft-l", 100),
-    Row("MEMIT", "memit", 500),
-    Row("AlphaEdit", "alphaedit", 500),
-)
-QUICK = tuple(dataclasses.replace(row, n=min(row.n, 4), batches=min(row.batches, 2)) for row in ROWS)
+class Made(NamedTuple):
+    """An edit, its facts, and the CPU seconds that making it took."""
+
+    edit: kf.Edit
+    facts: list[Fact]
+    seconds: float
+
+
+def every_row() -> list[Row]:
+    """Of each editor in EDITORS; large batches first, for those after them take over their values."""
+    made = [Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"})]
+    for name, editor in kf.EDITORS.items():
+        sizes = ({MASS: 1} if name in MASSED else {}) | dict(sorted(SIZES.items(), reverse=True))
+        sizes[1] = JUDGED if _takes_independent(editor) else sizes[1]
+        made += [Row(LABELS.get(name, name.upper()), name, n, batches) for n, batches in sizes.items()]
+    return made
 
 
 def run(options) -> Iterator[Measured]:
     """The rows that the command line asks for. Raises Skipped without the data sets, ValueError for an unknown row."""
     edit_bench.check_data()
-    rows = list({row.name: row for row in (QUICK if options.quick else ROWS)}.values())
-    if unknown := set(options.rows) - {row.name for row in rows}:
-        raise ValueError(f"--rows {sorted(unknown)}: expected some of {[row.name for row in rows]}")
-    lm = kf.open_model("smollm2")
-    layers = {layer for name in ("rome", "memit") for layer in kf.EDITORS[name].for_model(lm).layers}
+    rows = chosen(options)
+    lm = kf.open_model(options.model)
+    known = edit_bench.draw() if options.model == "smollm2" else known_to(lm, MASS)
     ground = Ground(
         lm=lm,
-        facts=[asked(fact) for fact in edit_bench.draw()],
-        moments=edit_bench.statistics_of(lm, layers),
+        facts=known,
+        moments={},
         contexts=memit_contexts(lm),
         text=edit_bench.perplexity_text(edit_bench.N_CHARACTERS // (20 if options.quick else 1)),
         steps=4 if options.quick else None,
+        whose="" if options.model == "smollm2" else f"{lm.name}: ",
+        done=frozenset() if options.quick else done(options.results),
     )
-    return measure(ground, [row for row in rows if row.name in (options.rows or [row.name])])
+    return measure(ground, rows)
+
+
+def chosen(options) -> list[Row]:
+    """The rows that ``--rows`` and ``--methods`` name, with the networks that ``--network`` gives. Raises ValueError
+    for one that is not there."""
+    rows, networks = every_row(), dict(pair.split("=", 1) for pair in options.network)
+    for asked, known, what in (
+        (options.rows, {row.name for row in rows}, "--rows"),
+        (options.methods, set(kf.EDITORS), "--methods"),
+        (networks, set(kf.EDITORS), "--network"),
+    ):
+        if unknown := set(asked) - known:
+            raise ValueError(f"{what} {sorted(unknown)}: expected some of {sorted(known)}")
+    rows = [row for row in rows if row.name in (options.rows or [row.name])]
+    rows = [row for row in rows if row.editor in (options.methods or [row.editor])]
+    rows = [
+        dataclasses.replace(row, options={"network": networks[row.editor]}) if row.editor in networks else row
+        for row in rows
+    ]
+    if options.quick:
+        rows = [dataclasses.replace(row, n=min(row.n, 4), batches=min(row.batches, 2)) for row in rows]
+    return list({(row.name, row.editor): row for row in rows}.values())
+
+
+def done(folder: Path) -> frozenset[tuple[str, str]]:
+    """(case, settings) of the rows that this commit has in a folder of results; none where files are changed."""
+    env = environment()
+    path = results_file(folder, env)
+    if "dirty" in str(env["commit"]) or not path.exists():
+        return frozenset()
+    rows = [row for row, _ in read_rows(path) if row["bench"] == "editors" and row["commit"] == env["commit"]]
+    return frozenset((row["case"], row["notes"]) for row in rows)
+
+
+def known_to(lm, n: int) -> list[Fact]:
+    """The first n CounterFact facts of one draw whose answer another model than SmolLM2 ranks first."""
+    everything = kf.load_facts(DATA / edit_bench.COUNTERFACT)
+    drawn = edit_bench.without_conflicts(random.Random(0).sample(everything, len(everything)))
+    relations, known = edit_bench.Relations(everything), []
+    for first in range(0, len(drawn), n):
+        some = [fact for fact in drawn[first : first + n] if not edit_bench.gives_away(fact)]
+        alone = {"paraphrases": (), "neighborhood": (), "same_subject": ()}
+        asked = [dataclasses.replace(fact, target_new=fact.target_true, **alone) for fact in some]
+        says = kf.evaluate(lm, asked, both_forms=False).base["efficacy_exact"] == 1
+        known += [fact for fact, right in zip(some, says.tolist(), strict=True) if right]
+        if len(known) >= n:
+            break
+    return [dataclasses.replace(fact, same_subject=relations.other_prompts(fact)) for fact in known[:n]]
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What all rows share. text: for perplexity; steps: of every editor, None for its own"""
+    """What all rows share. moments: those measured so far; text: for perplexity; steps: of every editor, None for its
+    own; whose: before each case; done: (case, settings) of rows that are not run again"""
 
     lm: object
     facts: list[Fact]
@@ -104,34 +167,50 @@ class Ground:
     contexts: list[list[str]]
     text: str
     steps: int | None = None
+    whose: str = ""
+    done: frozenset[tuple[str, str]] = frozenset()
 
     def editor(self, row: Row):
         """The row's editor for this model."""
-        made = kf.EDITORS[row.editor].for_model(self.lm)
+        kind = kf.EDITORS[row.editor]
+        made = kind(**row.options) if "network" in row.options else kind.for_model(self.lm)
         steps = {name: self.steps for name in ("v_num_grad_steps", "num_steps") if self.steps and hasattr(made, name)}
-        return dataclasses.replace(made, **steps, **row.options)
+        return dataclasses.replace(made, **steps, **{k: v for k, v in row.options.items() if k != "network"})
 
     def edit(self, row: Row, facts: list[Fact], **options) -> kf.Edit:
         editor = self.editor(row)
-        reads = {"contexts": self.contexts, "moments": self.moments} if editor.mom2_adjustment else {}
+        reads = {} if "contexts" in editor.UNREAD else {"contexts": self.contexts}
+        if editor.mom2_adjustment:
+            missing = set(editor.layers) - set(self.moments)
+            self.moments.update(edit_bench.statistics_of(self.lm, missing) if missing else {})
+            reads["moments"] = self.moments
         return editor.edit(self.lm, facts, **reads, **options)
 
 
 def measure(ground: Ground, rows: Sequence[Row]) -> Iterator[Measured]:
     """A Measured a row, and first the model without an edit. What cannot be done is said and left out."""
-    unedited = True
+    name, about = f"{ground.whose}no edit", _about(ground)
+    if (name, about) not in ground.done:
+        base = kf.evaluate(ground.lm, ground.facts[:JUDGED], both_forms=False)
+        yield Measured(table(name, [base], side="base"), peak_matmul(), [about])
     with shared_values():
         for row in rows:
-            if reason := _lacking(ground, row):
+            try:
+                setting = "" if _lacking(ground, row) else _setting(row, ground.editor(row))
+                if (ground.whose + row.name, setting) in ground.done:
+                    print(f"{row.name}: there already", flush=True)
+                    continue
+                if reason := _lacking(ground, row):
+                    raise ValueError(reason)
+                began = time.process_time()
+                some = edits(ground, row)
+                reports, drifts = judged(ground, row, some)
+                figures = table(ground.whose + row.name, reports, drifts) + costs(ground, row, some)
+            except (ValueError, ImportError) as reason:
                 print(f"{row.name}: left out: {reason}", flush=True)
                 continue
-            began = time.process_time()
-            reports, drifts = judged(ground, row)
             print(f"{row.name}: {(time.process_time() - began) / 60:.1f} CPU minutes", flush=True)
-            if unedited:
-                yield Measured(table("no edit", reports, side="base"), peak_matmul(), [_about(ground)])
-                unedited = False
-            yield Measured(table(row.name, reports, drifts), peak_matmul(), [_setting(row, ground.editor(row))])
+            yield Measured(figures, peak_matmul(), [setting])
 
 
 def _lacking(ground: Ground, row: Row) -> str:
@@ -142,18 +221,29 @@ def _lacking(ground: Ground, row: Row) -> str:
     return f"{needed} facts needed, {len(ground.facts)} at hand" if needed > len(ground.facts) else ""
 
 
-def judged(ground: Ground, row: Row) -> tuple[list[kf.EvalReport], list[float]]:
-    """Reports of a row's facts, and changes of perplexity (a share of the base model's) of some of its edits."""
+def edits(ground: Ground, row: Row) -> list[Made]:
+    """The row's edits; those of one fact each as one independent edit of all, where the editor makes such."""
     facts = ground.facts[: row.n * row.batches]
     if row.n == 1 and _takes_independent(ground.editor(row)):
-        edit = ground.edit(row, facts, independent=True)
+        made = timed(ground.edit, row, facts, independent=True)
+        return [Made(made.result, facts, made.cpu)]
+    some = []
+    for batch in edit_bench.cut(facts, row.n, row.batches):
+        made = timed(ground.edit, row, batch)
+        some.append(Made(made.result, batch, made.cpu))
+    return some
+
+
+def judged(ground: Ground, row: Row, some: Sequence[Made] | None = None) -> tuple[list[kf.EvalReport], list[float]]:
+    """Reports of a row's edits, and changes of perplexity (a share of the base model's) of some of them."""
+    some = edits(ground, row) if some is None else some
+    if some[0].edit.independent:
+        edit, facts, _ = some[0]
         alone = [(edit.only(i), facts[i : i + 1]) for i in range(min(DRIFTS, len(facts)))]
-        return [kf.evaluate(ground.lm, facts, edit, both_forms=False)], [
-            _drift(ground, one, its, SHORT_TEXT) for one, its in alone
-        ]
+        reports = [kf.evaluate(ground.lm, facts, edit, both_forms=False)]
+        return reports, [_drift(ground, one, its, SHORT_TEXT) for one, its in alone]
     reports, drifts = [], []
-    for number, batch in enumerate(edit_bench.cut(facts, row.n, row.batches)):
-        edit = ground.edit(row, batch)
+    for number, (edit, batch, _) in enumerate(some):
         with_text = {"text": ground.text} if row.batches == 1 else {}
         reports.append(kf.evaluate(ground.lm, batch[:JUDGED], edit, both_forms=False, **with_text))
         if row.batches == 1:
@@ -164,12 +254,33 @@ def judged(ground: Ground, row: Row) -> tuple[list[kf.EvalReport], list[float]]:
 
 
 def _takes_independent(editor) -> bool:
-    """Those that place values do; a fine-tuned delta belongs to no single fact."""
-    return hasattr(editor, "v_num_grad_steps")
+    return "independent" not in editor.UNREAD
 
 
 def _drift(ground: Ground, edit: kf.Edit, facts: list[Fact], tokens: int) -> float:
     return kf.evaluate(ground.lm, facts, edit, text=ground.text, max_tokens=tokens, both_forms=False).drift
+
+
+def costs(ground: Ground, row: Row, some: Sequence[Made]) -> list[Figure]:
+    """CPU time to edit and bytes of the changes, a fact; what a generated token takes longer with the edit in view."""
+    n = sum(len(made.facts) for made in some)
+    edit, facts, _ = some[0]
+    edit = edit.only(0) if edit.independent else edit
+    before, after = (_token_time(lm, facts) for lm in (ground.lm, ground.lm.with_edit(edit)))
+    stored = sum(change.nbytes for made in some for change in made.edit.changes)
+    case = ground.whose + row.name
+    return [
+        Figure(case, "time to edit, a fact", sum(made.seconds for made in some) / n, "s", n=n),
+        Figure(case, "stored, a fact", 1e-3 * stored / n, "kB", n=n),
+        Figure(case, "added time a token", 1e3 * (after - before), "ms", n=REPEATS),
+    ]
+
+
+def _token_time(lm, facts: Sequence[Fact]) -> float:
+    """CPU seconds of a token that is written behind the facts' prompts, four side by side; the best of ``REPEATS``."""
+    prompts = [fact.text for fact in facts[:4]]
+    best = min(timed(lm.generate, prompts, WRITTEN).cpu for _ in range(REPEATS))
+    return best / (WRITTEN * len(prompts))
 
 
 # ---- values, once for all rows
@@ -250,11 +361,13 @@ def _pooled(columns) -> dict[str, Tensor]:
 
 def _about(ground: Ground) -> str:
     return (
-        f"Brackets: 95 % intervals over facts ({JUDGED} at most; of S by bootstrap). S: harmonic mean of ES, PS, NS; "
-        "EM, PM, NM: the differences of probability behind them, in points. Known neighbors: base P(true) of 0.1 at "
+        f"Brackets: 95 % intervals over facts ({JUDGED} at most; of S by bootstrap). S: harmonic mean of ES, PS, NS. "
+        f"Other relations: {edit_bench.N_OTHER} prompts on the fact's subject. Known neighbors: base P(true) of 0.1 at "
         f"least. Perplexity: its change by the edit, or on {SHORT_TEXT} tokens in the mean over {DRIFTS} edits of "
-        "several. Left out: neighborhood prompts that name an edited subject. CounterFact's first paraphrase and "
-        f"first neighbor are original, the other neighbors rebuilt. {sum(map(len, ground.contexts))} contexts for all."
+        "several. Time to edit: CPU time; values that another row had optimized take none. Stored: the changes alone. "
+        "Added time: with the edit as a view; weights that are written into the model take none. Left out: "
+        "neighborhood prompts that name an edited subject. CounterFact's first paraphrase and first neighbor are "
+        f"original, the other neighbors rebuilt. {sum(map(len, ground.contexts))} contexts for all."
     )
 
 
@@ -263,6 +376,6 @@ def _setting(row: Row, editor) -> str:
     changed = [
         f"{f.name} {value}"
         for f in dataclasses.fields(editor)
-        if f.name not in ("source", "fact_token") and (value := getattr(editor, f.name)) != f.default
+        if f.name not in ("source", "fact_token", "network") and (value := getattr(editor, f.name)) != f.default
     ]
-    return f"{row.label}: {', '.join(changed)}."
+    return f"{row.label}, {row.batches} x {row.n}: {', '.join(changed) or 'as it is'}."

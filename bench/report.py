@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from bench import claims
 from bench.common import RESULTS, ROOT, Figure, read_rows
 from kedit_fast.basics.printing import columns
 
@@ -22,6 +23,7 @@ FORMATS = {  # unit: how a value is shown
     "s": "{:.2f} s",
     "ms": "{:.1f} ms",
     "µs": "{:.1f} µs",
+    "kB": "{:.1f} kB",
     "MB": "{:.1f} MB",
     "GB": "{:.2f} GB",
     "GB/s": "{:.1f} GB/s",
@@ -39,6 +41,7 @@ FORMATS = {  # unit: how a value is shown
 }
 WIDEST = 8  # columns
 ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the tables leave out where a bench compares: machines differ
+TIMED = {"editors"}  # benches whose table has times all the same, one table of all runs of a machine
 SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the table shows have in their names
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 
@@ -96,7 +99,7 @@ def newest(path: Path) -> list[list[tuple[dict, Figure]]]:
     runs: dict[tuple[str, str], list] = {}
     for row, figure in rows:
         if row["date"] == dates[row["bench"], figure.case]:
-            runs.setdefault((row["bench"], row["date"]), []).append((row, figure))
+            runs.setdefault((row["bench"], "" if row["bench"] in TIMED else row["date"]), []).append((row, figure))
     benches = list(dict.fromkeys(bench for bench, _ in runs))
     return sorted(runs.values(), key=lambda run: benches.index(run[0][0]["bench"]))
 
@@ -105,9 +108,12 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
     row = rows[0][0]
     words = SHORT.get(row["bench"], ())
     shown = [figure for _, figure in rows if all(word in figure.case for word in words)]
-    if not words:
+    if not words and row["bench"] not in TIMED:
         shown = [figure for figure in shown if figure.unit not in ABSOLUTE]
-    parts = [f"**{row['bench']}**: `{row['command']}`, {_where(row)}", as_markdown(shown)]
+    command = f"python -m bench {row['bench']}" if row["bench"] in TIMED else row["command"]
+    parts = [f"**{row['bench']}**: `{command}`, {_where(*(one for one, _ in rows))}", as_markdown(shown)]
+    if row["bench"] in TIMED and (beside := claims.held_against(shown)):
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in beside))
     if words:
         parts.append(f"Shown are {' and '.join(w.strip(' (') for w in words)}; all cases are in `bench/results`.")
     elif len(shown) < len(rows):
@@ -116,7 +122,10 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
     return "\n\n".join([*parts, notes]).rstrip()
 
 
-def _where(row: dict[str, str]) -> str:
+def _where(row: dict[str, str], *others: dict[str, str]) -> str:
+    """When and where a run was; of several runs of a table, all commits."""
+    commits = list(dict.fromkeys(one["commit"] for one in (row, *others)))
+    row = row | {"commit": ", ".join(commits)}
     if row.get("gpu"):
         return (
             f"{row['date'][:10]}, {row['gpu']} (driver {row['driver']}, CUDA {row['cuda']}, at best "

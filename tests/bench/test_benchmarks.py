@@ -12,6 +12,7 @@ import kedit_fast as kf
 from bench import (
     agreement,
     attribution,
+    claims,
     common,
     edit,
     editors,
@@ -30,6 +31,7 @@ from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
 from kedit_fast.experiments import by_layer
 from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.tokens import fact_answer
 from kedit_fast.sweep.sites import Site
 from tests.conftest import relative_error, tiny_lm
 from tests.kernels.triton import skip_where_nothing_runs
@@ -498,11 +500,65 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
     assert "MEMIT, n = 5: left out: 5 facts needed, 4 at hand" in said
     assert figures["ROME, n = 1", "ES"].n == 2 and figures["MEMIT, n = 2", "ES"].n == 4
     assert figures["MEMIT, n = 2", "perplexity"].n == 2 and ("no edit", "perplexity") not in figures
+    assert figures["MEMIT, n = 2", "P(new), paraphrases"].n == 4
+    assert figures["MEMIT, n = 2", "stored, a fact"].value > 0 and ("ROME, n = 1", "added time a token") in figures
     assert "key averaged" in parts[2].notes[0] and "key" not in parts[1].notes[0]
     by_hand = bed.editor(rows[3]).edit(bed.lm, PROBED[2:], moments=bed.moments, contexts=CONTEXTS)
-    em = kf.evaluate(bed.lm, PROBED[2:], by_hand).edited["efficacy_magnitude"]
-    first = kf.evaluate(bed.lm, PROBED[:2], bed.edit(rows[3], PROBED[:2])).edited["efficacy_magnitude"]
-    assert figures["MEMIT, n = 2", "EM"].value == pytest.approx(100 * float(torch.cat([first, em]).mean()), rel=1e-3)
+    p_new = kf.evaluate(bed.lm, PROBED[2:], by_hand).edited["p_new"]
+    first = kf.evaluate(bed.lm, PROBED[:2], bed.edit(rows[3], PROBED[:2])).edited["p_new"]
+    assert figures["MEMIT, n = 2", "P(new)"].value == pytest.approx(float(torch.cat([first, p_new]).mean()), rel=1e-3)
+
+
+def test_a_row_that_is_there_is_not_run_again(bed, tmp_path, monkeypatch, capsys):
+    """Found by its commit, its case and its settings; a changed file makes every row a new one."""
+    rows = [editors.Row("FT", "ft", 2, 1), editors.Row("FT", "ft", 2, 1, {"lr": 1e-3})]
+    monkeypatch.setattr(common, "_commit", lambda: "abc")
+    for part in editors.measure(bed, rows[:1]):
+        common.append_rows(tmp_path, "editors", "python -m bench editors", part)
+    there = editors.done(tmp_path)
+    assert {case for case, _ in there} == {"no edit", "FT, n = 2"}
+    again = list(editors.measure(dataclasses.replace(bed, done=there), rows))
+    assert "FT, n = 2: there already" in capsys.readouterr().out
+    assert [part.figures[0].case for part in again] == ["FT, n = 2"] and "lr 0.001" in again[0].notes[0]
+    for commit in ("def", "abc-dirty"):
+        monkeypatch.setattr(common, "_commit", lambda commit=commit: commit)
+        assert not editors.done(tmp_path)
+
+
+def test_rows_are_chosen_by_name_editor_and_network():
+    asked = {"rows": [], "methods": [], "network": [], "quick": False}
+    every = editors.chosen(SimpleNamespace(**asked))
+    assert {row.editor for row in every} == set(kf.EDITORS)
+    assert {row.n for row in every} == {1, 10, 100, 500} and len({row.name for row in every}) == len(every)
+    some = editors.chosen(SimpleNamespace(**asked | {"methods": ["memit"], "network": ["memit=net.safetensors"]}))
+    assert {row.name for row in some} == {f"MEMIT, n = {n}" for n in (1, 10, 100, 500)}
+    assert some[0].options == {"network": "net.safetensors"}
+    with pytest.raises(ValueError, match=r"--methods \['mimit'\]: expected some of"):
+        editors.chosen(SimpleNamespace(**asked | {"methods": ["mimit"]}))
+
+
+def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch):
+    lm = tiny_lm("llama")
+    told = [lm.top_tokens(fact.text, k=1)[0][0] for fact in PROBED]
+    facts = [
+        dataclasses.replace(fact, target_true="boat" if i == 1 else answer, attached=not answer.startswith(" "))
+        for i, (fact, answer) in enumerate(zip(PROBED, told, strict=True))
+    ]
+    monkeypatch.setattr(kf, "load_facts", lambda path: facts)
+    monkeypatch.setattr(edit, "gives_away", lambda fact: False)
+    likeliest = [int(lm.model(torch.tensor([lm.encode(fact.text)])).logits[0, -1].argmax()) for fact in facts]
+    answers = [fact_answer(lm.tokenizer, fact, fact.target_true) for fact in facts]
+    right = {f.text for f, ids, top in zip(facts, answers, likeliest, strict=True) if ids == [top]}
+    assert {fact.text for fact in editors.known_to(lm, 4)} == right and 0 < len(right) < 4
+
+
+def test_claims_stand_beside_the_rows_that_they_are_of():
+    figures = [Figure(f"{row}, n = 1", "PS", value, "%") for row, value in (("ROME", 92.0), ("FT", 70.0))]
+    head, _, line = claims.held_against(figures)
+    assert head == ["published beside here", "published", "here"]
+    assert line[0] == "PS of ROME, n = 1 less that of FT, n = 1"
+    assert line[1].startswith("+8.5 (") and line[2] == "+22.0"
+    assert claims.held_against(figures[:1]) == []
 
 
 def test_values_are_optimized_once_for_all_rows(bed, monkeypatch):
@@ -693,7 +749,11 @@ def test_parts_are_kept_as_they_come_and_are_one_run(monkeypatch, tmp_path, caps
 def test_the_benches_of_editing_say_which_data_they_lack(module, monkeypatch, tmp_path):
     monkeypatch.setattr(edit, "DATA", tmp_path)
     with pytest.raises(Skipped, match="smollm2_known"):
-        next(iter(module.run(SimpleNamespace(quick=False, rows=[], parts=["z"]))))
+        next(
+            iter(
+                module.run(SimpleNamespace(quick=False, rows=[], parts=["z"], methods=[], network=[], model="smollm2"))
+            )
+        )
 
 
 def test_the_list_and_an_unknown_name(capsys):

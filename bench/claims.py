@@ -1,0 +1,51 @@
+"""What papers say of editors beside each other, held against the rows of ``bench editors``.
+
+Published figures are of models of 1.5 to 8 billion parameters and of other numbers of facts, so a claim here is which
+of two is larger, and by how much: a difference that is published, and the same difference on the rows that are at hand.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench.common import Figure
+
+
+class Claim(NamedTuple):
+    """That ``metric`` of the row ``better`` is larger than that of ``worse``. published: both, in the metric's unit"""
+
+    metric: str
+    better: str
+    worse: str
+    published: tuple[float, float]
+    source: str
+
+
+CLAIMS = (
+    Claim("PS", "ROME, n = 1", "FT, n = 1", (96.4, 87.9), "GPT-2 XL, one fact, ROME table 4"),
+    Claim("PS", "ROME, n = 1", "FT-L, n = 1", (96.4, 48.7), "GPT-2 XL, one fact, ROME table 4"),
+    Claim("NS", "ROME, n = 1", "FT, n = 1", (75.4, 40.4), "GPT-2 XL, one fact, ROME table 4"),
+    Claim("NS", "FT-L, n = 1", "FT, n = 1", (70.3, 40.4), "GPT-2 XL, one fact, ROME table 4"),
+    Claim("PS", "IKE, n = 1", "ROME, n = 1", (95.2, 99.1), "GPT-J, one fact, IKE table 2; ROME table 4"),
+    Claim("ES", "PMET, n = 100", "MEMIT, n = 100", (99.5, 98.9), "GPT-J, 10,000 facts, PMET table 1"),
+    Claim("PS", "PMET, n = 100", "MEMIT, n = 100", (92.8, 88.6), "GPT-J, 10,000 facts, PMET table 1"),
+    Claim("NS", "PMET, n = 100", "MEMIT, n = 100", (71.4, 73.7), "GPT-J, 10,000 facts, PMET table 1"),
+    Claim("PS", "AlphaEdit, n = 100", "MEMIT, n = 100", (96.4, 95.5), "GPT-J, 2,000 facts in hundreds, AlphaEdit"),
+    Claim("NS", "AlphaEdit, n = 100", "MEMIT, n = 100", (75.5, 63.6), "GPT-J, 2,000 facts in hundreds, AlphaEdit"),
+    Claim("PS", "MEMIT-BLUE, n = 100", "MEMIT, n = 100", (96.9, 95.5), "GPT-J, 2,000 facts in hundreds, BLUE"),
+    Claim("NS", "MEMIT-BLUE, n = 100", "MEMIT, n = 100", (74.6, 63.6), "GPT-J, 2,000 facts in hundreds, BLUE"),
+    Claim("NS", "AlphaEdit-BLUE, n = 100", "AlphaEdit, n = 100", (75.2, 75.5), "GPT-J, 2,000 facts in hundreds, BLUE"),
+)
+
+
+def held_against(figures: Sequence[Figure]) -> list[list[str]]:
+    """Cells of a table, header first: the claims both of whose rows are among the figures; [] where there is none."""
+    found = {(figure.case, figure.metric): figure.value for figure in figures}
+    lines = []
+    for claim in CLAIMS:
+        both = [found.get((row, claim.metric)) for row in (claim.better, claim.worse)]
+        if None in both:
+            continue
+        here, there = both[0] - both[1], claim.published[0] - claim.published[1]
+        says = f"{claim.metric} of {claim.better} less that of {claim.worse}"
+        lines.append([says, f"{there:+.1f} ({claim.source})", f"{here:+.1f}"])
+    return [["published beside here", "published", "here"], ["---"] * 3, *lines] if lines else []

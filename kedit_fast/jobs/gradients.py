@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import wide
+from kedit_fast.jobs.below import Below
 from kedit_fast.jobs.collect import GraphRows, entering
 from kedit_fast.jobs.finite import not_finite
 from kedit_fast.jobs.score import Score, continuation_places
@@ -48,6 +49,11 @@ class GradientTask:
     target: list[int]
     name: str = ""
     owner: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens that are read."""
+        return self.prompt + self.target[:-1]
 
     @property
     def n_rows(self) -> int:
@@ -86,10 +92,13 @@ class Gradients(NamedTuple):
 
 
 @takes_lm
-def gradient_factors(lm, tasks: Sequence[GradientTask], places: Sequence[Place], loss: Loss | None = None) -> Gradients:
+def gradient_factors(
+    lm, tasks: Sequence[GradientTask], places: Sequence[Place], loss: Loss | None = None, below: Below | None = None
+) -> Gradients:
     """The gradient of each task's loss with respect to each matrix, at the weights with the edits that ``lm`` carries;
     on the CPU, in the model's dtype.
 
+    below: rows that enter the lowest place, where they are kept for many calls; of a model without edits below it
     loss: (which task, log-probabilities of all tokens [len(target), V] where it is read, fp32 or fp64, with their
         graph) -> its loss, a scalar. None: the mean over its target tokens of -log p, in nats
 
@@ -103,7 +112,7 @@ def gradient_factors(lm, tasks: Sequence[GradientTask], places: Sequence[Place],
     held = sum(task.n_rows for task in tasks) * _widths(lm, places) * lm.dtype.itemsize
     if held > lm.memory // 2:
         raise too_large(f"the factors of {len(tasks)} gradients", 2 * held, lm.memory)
-    packs = list(gradient_packs(lm, tasks, places, loss, held))
+    packs = list(gradient_packs(lm, tasks, places, loss, held, below))
     factors = {}
     for place in places:
         out, width = lm.shape_of(place[1])
@@ -114,7 +123,12 @@ def gradient_factors(lm, tasks: Sequence[GradientTask], places: Sequence[Place],
 
 
 def gradient_packs(
-    lm, tasks: Sequence[GradientTask], places: Sequence[Place], loss: Loss | None = None, held: int = 0
+    lm,
+    tasks: Sequence[GradientTask],
+    places: Sequence[Place],
+    loss: Loss | None = None,
+    held: int = 0,
+    below: Below | None = None,
 ) -> Iterator[Gradients]:
     """The same in parts, on the model's device, for whoever sums something up over more tasks than fit: consecutive
     tasks, whose numbers in ``Factors.task`` are those of ``tasks``. held: bytes of the memory that the caller holds."""
@@ -123,7 +137,7 @@ def gradient_packs(
     side = lm.source.beside or (lm.memory - held) // 2
     with progress("gradients (tasks)", len(tasks)) as bar:
         for some in together(packs, lambda pack: pack.waiting_bytes, 0 if lm.source.in_memory else side):
-            ascents = _going_up(lm, some)
+            ascents = _going_up(lm, some, below)
             ascend(lm, ascents)
             losses = [pack.lose(loss) for pack in some]
             descend(lm, ascents)
@@ -268,12 +282,12 @@ class _Pack:
             raise not_finite(self.lm, f"the {what} of {name} is NaN or infinite")
 
 
-def _going_up(lm, packs: list[_Pack]) -> list[Ascent]:
+def _going_up(lm, packs: list[_Pack], below: Below | None) -> list[Ascent]:
     """Their ways up, from the lowest place on; the layers below it are swept first."""
     lowest, runs = packs[0].places[0][0], [pack.runs for pack in packs]
     return [
         Ascent(pack.runs, [pack.job, pack.top], grad=True, first_layer=lowest, h=h, recompute=pack.recompute)
-        for pack, h in zip(packs, entering(lm, runs, lowest), strict=True)
+        for pack, h in zip(packs, (below or entering)(lm, runs, lowest), strict=True)
     ]
 
 

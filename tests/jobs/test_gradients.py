@@ -10,6 +10,7 @@ from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs import gradients as job_module
+from kedit_fast.jobs.below import Below
 from kedit_fast.jobs.gradients import GradientTask, gradient_factors
 from kedit_fast.model.source import Resident
 from tests.conftest import disk_and_resident, open_tiny, save_tiny, tiny_lm
@@ -131,6 +132,27 @@ def test_what_lies_below_is_computed_once_and_has_no_graph(monkeypatch):
     calls = watched(monkeypatch, Resident, "call")
     gradient_factors(tiny_lm("llama"), tasks(), [(2, "gate"), (2, "up")])
     assert [layer for _, layer, *_ in calls] == [0, 1, 2, 3, 3]  # of the last one the rows that nobody reads are keys
+
+
+def test_what_lies_below_can_be_kept_for_many_calls(monkeypatch):
+    """Some of it, where the rest does not fit; not under an edit that acts there."""
+    lm, places, given = tiny_lm("llama", torch.float64), [(2, "gate"), (3, "down")], tasks()
+    plain = gradient_factors(lm, given, places)
+    row = lm.d_model * lm.dtype.itemsize
+    for most, layers in ((1 << 20, [2, 3, 3]), (len(given[0].ids) * row, [0, 1, 2, 3, 3])):
+        below = Below(lm, [task.ids for task in given], 2, most)
+        assert len(below.rows) == (len(given) if most > row * 100 else 1)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = watched(patch, Resident, "call")
+            got = gradient_factors(lm, given, places, below=below)
+        assert [layer for _, layer, *_ in calls] == layers
+        for i, place in ((i, place) for i in range(len(given)) for place in places):
+            assert relative(got.factors[place].dense(i), plain.factors[place].dense(i)) < 1e-12
+    with pytest.raises(ValueError, match="below which nothing may change"):
+        gradient_factors(
+            lm.with_edit(make_edit(lm.model, {1: lowrank(dtype=torch.float64)})), given, places, below=below
+        )
+    assert Below(lm, [], 0, 0)(lm, [None], 0) == [None]
 
 
 # ---- memory, and where layers come from

@@ -29,6 +29,14 @@ EDITORS = {
     "ike-plain": "editors.ike.IkePlain",
     "ice": "editors.ice.Ice",
     "serac": "editors.serac.Serac",
+    "mend": "editors.mend.Mend",
+    "malmen": "editors.malmen.Malmen",
+    "ke": "editors.ke.Ke",
+}
+TRAINED = {  # editors that a network is trained for: the hyper-parameters of its training
+    "mend": "editors.mend.MendTraining",
+    "malmen": "editors.malmen.MalmenTraining",
+    "ke": "editors.ke.KeTraining",
 }
 SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {

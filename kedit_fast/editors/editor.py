@@ -177,7 +177,7 @@ class Editor(Hyperparameters):
         about = {"version": __version__, "layers": written.layers}
         about |= {} if written.found is None else {"found": written.found._asdict()}
         edit = Edit(
-            method=self.method, hparams=asdict(self), fingerprint=lm.fingerprint, facts=tuple(facts),
+            method=self.method, hparams=self.record, fingerprint=lm.fingerprint, facts=tuple(facts),
             changes=tuple(written.changes), values=None if written.values is None else written.values.cpu(),
             keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
             provenance=about | written.about | chain(lm), route=written.route, statistics=written.statistics,
@@ -188,6 +188,11 @@ class Editor(Hyperparameters):
     def method(self) -> str:
         """The editor's name, as files have it."""
         return self.METHOD
+
+    @property
+    def record(self) -> dict:
+        """Its hyper-parameters, as an edit and a checkpoint hold them: JSON values."""
+        return asdict(self)
 
     @classmethod
     def stages(cls, contexts: AnyContexts | None = None) -> tuple[str, ...]:
@@ -255,7 +260,7 @@ class Editor(Hyperparameters):
     def _asked(self, lm, facts, contexts, moments, independent) -> dict:
         """What an edit depends on, for the manifest of its checkpoint."""
         return asked_of(
-            lm, f"edit by {self.method}", facts, hparams=asdict(self), independent=independent, contexts=contexts,
+            lm, f"edit by {self.method}", facts, hparams=self.record, independent=independent, contexts=contexts,
             statistics=digests(moments),
         )  # fmt: skip
 

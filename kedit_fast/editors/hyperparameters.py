@@ -51,6 +51,7 @@ class Hyperparameters:
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     ALG_NAMES: ClassVar[dict[str, dict]] = {}  # what files call the method, and the fields that this sets
     IN_FILES: ClassVar[dict[str, Callable[[Any], dict]]] = {}  # {a name that is no field: the fields that it sets}
+    CHECKS: ClassVar[dict[str, Callable[[Any], Any]]] = {}  # {a field of a kind of its own: what takes its value}
     if TYPE_CHECKING:  # a field of every editor
 
         @property
@@ -58,7 +59,8 @@ class Hyperparameters:
 
     def __post_init__(self):
         for field in fields(self):
-            value = _KINDS[field.type](field.name, getattr(self, field.name), field.name in self.POSITIVE)
+            value, check = getattr(self, field.name), self.CHECKS.get(field.name)
+            value = check(value) if check else _KINDS[field.type](field.name, value, field.name in self.POSITIVE)
             object.__setattr__(self, field.name, value)
         layers = getattr(self, "layers", ())
         if len(set(layers)) < len(layers):

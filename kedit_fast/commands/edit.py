@@ -3,6 +3,7 @@
 from dataclasses import replace
 from statistics import mean
 
+from kedit_fast.basics.catalog import TRAINED
 from kedit_fast.basics.progress import stages
 from kedit_fast.commands.inputs import corpus_of, read_chain, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, say, say_table
@@ -25,6 +26,8 @@ def run(args) -> int:
         skip_bad=args.skip_bad,
     )  # fmt: skip
     (path,) = check_outputs(args, "output")
+    if args.network and args.method not in TRAINED:
+        raise ValueError(f"--network: {args.method} edits without one; it is for {', '.join(TRAINED)}")
     keeps = args.checkpoint is not None or "checkpoint" not in editor_class.UNREAD
     run = run_of(args, path) if keeps else None
     below = read_chain(args.on_top_of or ())
@@ -32,6 +35,8 @@ def run(args) -> int:
     given = editor_class.from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
     editor = given or editor_class.for_model(lm)
+    if args.network:
+        editor = replace(editor, network=args.network)
     if args.layers:
         editor.refuse(layers=args.layers)
         editor = replace(editor, layers=args.layers)

@@ -1,16 +1,18 @@
-"""The arguments of ``kedit-fast edit | merge | history`` and of their actions, a function each; torch-free."""
+"""The arguments of ``kedit-fast edit | train | merge | history`` and of their actions, a function each; torch-free."""
 
 from argparse import ArgumentTypeError
 
 from kedit_fast.basics import catalog
-from kedit_fast.commands.argument_types import count, layers, path, positive, size
+from kedit_fast.commands.argument_types import count, layers, path, positive, share, size
 from kedit_fast.commands.parser import (
     EDIT,
     Commands,
+    chat_options,
     checkpoint_option,
     edits_argument,
     ending,
     fact_options,
+    file_options,
     flag,
     folder_argument,
     machine_options,
@@ -21,6 +23,7 @@ from kedit_fast.commands.parser import (
 )
 
 METHODS = tuple(catalog.EDITORS)
+TRAINED = tuple(catalog.TRAINED)
 
 
 def add_edit(commands: Commands) -> None:
@@ -38,12 +41,37 @@ def add_edit(commands: Commands) -> None:
     option(how, "--method", METHODS, ", ".join(METHODS), "memit")
     option(how, "--layers L", layers, "for instance 3-7 (default: published or derived)")
     option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml)")
+    option(how, "--network FILE", path, f"of {', '.join(TRAINED)}: what `kedit-fast train` made")
     statistics_options(how)
     option(how, "--on-top-of EDIT", path, f"what this edit is made on top of: {EDIT}; again for more", action="append")
     flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once; `edit only` takes one")
     checkpoint_option(how)
     flag(how, "--strict", "exit status 1 where the edited model does not say a fact's new answer")
     output(parser, "FILE", "the edit", "edit.safetensors")
+    machine_options(parser)
+
+
+def add_train(commands: Commands) -> None:
+    parser = commands.command(
+        "train",
+        "train a network that makes edits",
+        "MEND, MALMEN and KE edit by a network, which turns the gradient of an edit into an edit. It is trained once\n"
+        "for a model, on facts whose paraphrases and neighbors are known, and then edits others in one pass. Facts of\n"
+        "some subjects are held out and say how well it does; the network of the best look at them is written.",
+        "kedit-fast train --method mend --facts counterfact.json -n 1000 -o mend.safetensors",
+        also="to edit by it: kedit-fast edit --method mend --network mend.safetensors",
+    )
+    which = parser.add_argument_group("which facts")
+    file_options(which)
+    chat_options(which)
+    how = parser.add_argument_group("how to train")
+    option(how, "--method", TRAINED, ", ".join(TRAINED), "mend")
+    option(how, "--layers L", layers, "whose MLPs the edits change, for instance 27-29 (default: the last three)")
+    option(how, "--steps N", positive, "at most (default: of --hparams, else 1,000)")
+    option(how, "--held-out SHARE", share, "of the subjects, to look at meanwhile", 0.1)
+    option(how, "--hparams FILE", path, "hyper-parameters of the training (.json, .yaml)")
+    checkpoint_option(how)
+    output(parser, "FILE", "the network", "network.safetensors")
     machine_options(parser)
 
 

@@ -161,7 +161,9 @@ def _model(args) -> dict[str, str] | None:
     from kedit_fast.editors import EDITORS
 
     lm = open_lm(args)
-    layers = {name: ", ".join(map(str, editor.for_model(lm).layers)) for name, editor in EDITORS.items()}
+    layers = {
+        name: ", ".join(map(str, editor.for_model(lm).layers)) or "its network's" for name, editor in EDITORS.items()
+    }
     return {
         "name": lm.note or lm.name,
         "fingerprint": lm.fingerprint,

@@ -25,7 +25,20 @@ from kedit_fast.basics.unfinished import discards, has_run, run_folder
 from kedit_fast.facts.fact import BUILTIN
 
 EDITS = "edits"  # the argument that names edits without an option
-READ = (EDITS, "facts", "hparams", "corpus", "stats", "model", "on_top_of", "suite", "text", "thresholds", "traces")
+READ = (
+    EDITS,
+    "facts",
+    "hparams",
+    "network",
+    "corpus",
+    "stats",
+    "model",
+    "on_top_of",
+    "suite",
+    "text",
+    "thresholds",
+    "traces",
+)
 
 # ---- the screen
 

@@ -1,10 +1,12 @@
 """``kedit-fast edit``: independent, on top of others, with a checkpoint, and by every editor."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import kedit_fast as kf
+from kedit_fast.basics.catalog import TRAINED
 from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.edit_arguments import METHODS
 from kedit_fast.edits.edit import Edit, digest
@@ -40,6 +42,9 @@ FAST = {
     "ike-plain": {},
     "ice": {},
     "serac": {"layer": 1, "steps": 2},
+    "mend": {"network": "mend.safetensors"},
+    "malmen": {"network": "malmen.safetensors"},
+    "ke": {"network": "ke.safetensors"},
 }
 
 
@@ -59,9 +64,17 @@ def run(model, tmp_path, monkeypatch):
     return edit
 
 
+@pytest.mark.filterwarnings("ignore:the trained network writes none", "ignore:3 subjects of these facts")
 @pytest.mark.parametrize("method", METHODS)
-def test_every_editor(run, method, capsys):
+def test_every_editor(run, model, method, capsys):
     assert set(METHODS) == set(kf.EDITORS)
+    if method in TRAINED:
+        training = {"layers": [2, 3], "max_iters": 1, "val_interval": 1}
+        training |= {"condition_dim": 8, "hidden_dim": 4} if method == "ke" else {"rank": 4}
+        Path("training.json").write_text(json.dumps(training))
+        Path("facts.json").write_text(json.dumps(FACTS))
+        given = ["--facts", "facts.json", "--hparams", "training.json", "--model", model, "--quiet"]
+        assert run_command("train", "--method", method, *given, "-o", f"{method}.safetensors") == 0
     assert run(method, FACTS, "--tokens", 2 * D_FF, "-o", "made.safetensors") == 0
     made = Edit.load("made.safetensors")
     assert made.method == method and len(made.facts) == 3

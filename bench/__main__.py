@@ -25,6 +25,7 @@ BENCHES = {
     "mass": "10,000 edits on the shape of GPT-J with random weights (on a GPU only; 10 minutes)",
     "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",
     "editors": "every editor in one table, 1 to 500 known CounterFact facts; goes on where it was killed (3 hours)",
+    "trained": "MEND, MALMEN and KE: a network trained on SmolLM2, judged on subjects it never saw (45 minutes)",
     "ranks": "moments, traces, MEMIT and evaluation by one, two and four processes (15 minutes)",
     "tokens": "MEMIT's scores by the tokens that its statistics are measured over (25 minutes)",
     "streamed": "a model of 3 GB under a hard limit of 1 GB against the same in memory (15 minutes)",
@@ -42,6 +43,7 @@ OPTIONS = {
     "mass": ["device"],
     "values": ["parts", "threads"],
     "editors": ["model", "rows", "methods", "network", "threads"],
+    "trained": ["rows", "threads"],
     "tokens": ["threads"],
     "streamed": ["threads"],
     "forms": ["threads"],
@@ -75,7 +77,11 @@ def parser() -> argparse.ArgumentParser:
         "--parts", nargs="+", choices=VALUE_PARTS, default=VALUE_PARTS, help="values: which (default all)"
     )
     made.add_argument(
-        "--rows", nargs="+", default=[], metavar="ROW", help='editors: such as "MEMIT, n = 100" (default all)'
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help='editors: such as "MEMIT, n = 100"; trained: such as MEND (default all)',
     )
     made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="editors: such as memit (default all)")
     made.add_argument(

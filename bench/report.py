@@ -20,6 +20,7 @@ FORMATS = {  # unit: how a value is shown
     "points": "{:+.1f} points",
     "probability": "{:.3f}",
     "difference": "{:.1e}",
+    "nats": "{:.3f} nats",
     "s": "{:.2f} s",
     "ms": "{:.1f} ms",
     "µs": "{:.1f} µs",

@@ -1,0 +1,97 @@
+"""Trained editors on SmolLM2: networks trained for minutes on CounterFact, judged on subjects that they never saw.
+
+Judged: the first facts of ``bench.edit``'s draw, one by one and ten at a time. Trained on: the first CounterFact facts
+of other subjects, with their paraphrase, and two neighborhood prompts that must not change. A killed run goes on where
+it stood; its network stays in the cache until the row is done.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import kedit_fast as kf
+from bench import edit as edit_bench
+from bench.common import DATA, Figure, Measured, peak_matmul
+from bench.editors import Ground, Row, judged, table
+from bench.values import asked
+from kedit_fast.basics.catalog import TRAINED, loaded
+from kedit_fast.basics.parts import remove_parts
+from kedit_fast.basics.settings import cache_dir
+from kedit_fast.facts.fact import Fact
+
+SINGLES, TENS = 50, 5  # edits of one fact, and of ten
+N_TRAIN, HELD_OUT = 600, 0.1
+ROWS = {"MEND": ("mend", 500), "MALMEN": ("malmen", 150), "KE": ("ke", 300)}  # and steps, for about ten minutes each
+LOOKS = {"nll": "nats", "success": "%", "kl": "nats"}
+
+
+def run(options) -> Iterator[Measured]:
+    """The rows that the command line asks for. Raises Skipped without the data sets, ValueError for an unknown row."""
+    edit_bench.check_data()
+    if unknown := set(options.rows) - set(ROWS):
+        raise ValueError(f"--rows {sorted(unknown)}: expected some of {list(ROWS)}")
+    quick = options.quick
+    lm, drawn = kf.open_model("smollm2"), edit_bench.draw()
+    singles, tens, n_train = (2, 1, 12) if quick else (SINGLES, TENS, N_TRAIN)
+    text = edit_bench.perplexity_text(edit_bench.N_CHARACTERS // (20 if quick else 1))
+    ground = Ground(lm, [asked(fact) for fact in drawn[: 10 * max(tens, 1) + singles]], {}, [["{}"]], text)
+    training = training_facts(drawn, n_train)
+    unedited = True
+    for label in options.rows or ROWS:
+        method, steps = ROWS[label]
+        network, figures, note = trained(ground, training, method, label, 2 if quick else steps, quick)
+        for n, batches in ((1, singles), (10, tens)):
+            row = Row(label, method, n, batches, {"network": network})
+            reports, drifts = judged(ground, row)
+            if unedited:
+                yield Measured(table("no edit", reports, side="base"), peak_matmul(), [ABOUT])
+                unedited = False
+            figures += table(row.name, reports, drifts)
+        yield Measured(figures, peak_matmul(), [note])
+        remove_parts(run_folder(method))
+
+
+def training_facts(judged_facts: list[Fact], n: int) -> list[Fact]:
+    """The first n CounterFact facts whose subject none of the facts that may be judged has."""
+    subjects = {fact.subject.casefold() for fact in judged_facts}
+    every = kf.load_facts(DATA / edit_bench.COUNTERFACT)
+    return [fact for fact in every if fact.subject.casefold() not in subjects][:n]
+
+
+def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: int, quick: bool):
+    """(the network, figures of its training, a note of its settings)."""
+    settings = loaded(TRAINED)[method].for_model(ground.lm)
+    settings = replace(settings, max_iters=steps, val_interval=max(1, steps // 5), val_facts=2 if quick else 60)
+    began = time.process_time()
+    with kf.show_progress():
+        network = kf.train_editor(
+            ground.lm, facts, method, settings=settings, held_out=HELD_OUT, checkpoint=run_folder(method)
+        )
+    minutes = (time.process_time() - began) / 60
+    print(f"{label}: {minutes:.1f} CPU minutes of training", flush=True)
+    figures = [Figure(f"{label}, step {network.provenance['steps']}", "CPU time of the training", 60 * minutes, "s")]
+    for look in network.provenance["looks"]:
+        case = f"{label}, step {look['step']}"
+        figures += [
+            Figure(case, f"held out, {name}", look[name] * (100 if unit == "%" else 1), unit, n=60)
+            for name, unit in LOOKS.items()
+        ]
+    fields = ("batch_size", "lr", "lr_lr", "edit_lr", "cedit", "cloc", "rank", "condition_dim", "kl_margin")
+    said = ", ".join(f"{name} {value}" for name in fields if (value := getattr(settings, name, None)) is not None)
+    made = network.provenance
+    note = f"{label}: {said}; {made['facts']} facts, {made['held_out']} held out, best step {made['best_step']}."
+    return network, figures, note
+
+
+def run_folder(method: str):
+    """Where a row's training is kept until its figures are."""
+    folder = cache_dir() / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"trained-{method}"
+
+
+ABOUT = (
+    f"{SINGLES} edits of one fact, each on the unedited model, and {TENS} of ten facts, of subjects that no training "
+    "saw. Held out: facts of a tenth of the training's subjects, asked by their paraphrase; nll: -log p of the answer, "
+    "success: it is said token for token, kl: of the next token at a neighborhood prompt."
+)

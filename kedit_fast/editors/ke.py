@@ -136,8 +136,10 @@ class KeTraining(Training):
     @classmethod
     @takes_lm
     def for_model(cls, lm: LM) -> "KeTraining":
-        """For a training of minutes instead of the published days."""
-        return cls(**cls.derived(lm), condition_dim=min(256, lm.d_model), hidden_dim=128)
+        """For a training of minutes instead of the published days: m as wide as MEND's KL is then. On SmolLM2 the step
+        before training with edit_lr 1e-4 writes nothing at 0.26 nats, with 3e-4 25 % at 2.3 nats."""
+        minutes = cls.derived(lm) | {"edit_lr": 1e-4, "kl_margin": 0.1}
+        return cls(**minutes, condition_dim=min(256, lm.d_model), hidden_dim=128)
 
     def begin(self) -> dict[str, float]:
         return {"multiplier": self.cloc, "margin": self.kl_margin}

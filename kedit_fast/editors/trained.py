@@ -15,6 +15,7 @@ from kedit_fast.editors.training_step import edit_task, subject_digest
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import storable
 from kedit_fast.edits.edit import Edit
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.gradients import GradientTask, gradient_packs
 from kedit_fast.jobs.score import Score, continuation_places
 from kedit_fast.model.lm import LM, takes_lm
@@ -94,10 +95,20 @@ class Trained(Editor):
             )
         super().check(lm)
 
+    def besides(self, fact: Fact) -> list[Fact]:
+        """Nothing."""
+        return []
+
     def write(self, work: Work) -> Written:
         """The factors of all facts in one sweep forth and back, and what the network makes of them."""
         lm, network = work.lm, self.network
         assert network is not None
+        if phrased := sum(bool(fact.phrasings) for fact in work.facts):
+            warnings.warn(
+                f"phrasings of {counted(phrased, 'fact')} are not read: a trained editor reads a fact's prompt alone, "
+                "its network has learned what other wordings are",
+                stacklevel=6,  # the line that called ``edit``
+            )
         seen = {subject_digest(fact) for fact in work.facts} & set(network.provenance.get("subjects", ()))
         if seen:
             warnings.warn(

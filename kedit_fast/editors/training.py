@@ -110,9 +110,9 @@ def train_editor(
 ) -> Network:
     """A network for ``kf.Mend(network=...)`` and its kin, trained on facts; ``network.save(path)`` makes its file.
 
-    Facts' paraphrases are trained on, and their neighborhood and same_subject prompts must not change (facts without
-    any: another fact's prompt). So it is to be judged on facts of other subjects; it knows those that it was trained
-    on, and an edit of one of them warns.
+    Facts' phrasings and paraphrases are trained on, and their neighborhood and same_subject prompts must not change
+    (facts without any: another fact's prompt). So it is to be judged on facts of other subjects; it knows those that it
+    was trained on, and an edit of one of them warns.
 
     method: "mend", "malmen" or "ke"; settings: its hyper-parameters (default: ``for_model``'s, for minutes of work)
     held_out: the share of the subjects whose facts are not trained on but looked at every ``val_interval`` steps; the

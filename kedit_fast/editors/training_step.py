@@ -99,7 +99,7 @@ def examples(lm: LM, facts: Sequence[Fact]) -> list[Example]:
         one = Example(
             fact,
             edit_task(lm, fact),
-            [_task(lm, fact, text) for text in fact.paraphrases or (fact.text,)],
+            [_task(lm, fact, text) for text in (*fact.phrasings, *fact.paraphrases) or (fact.text,)],
             [
                 GradientTask(encode(lm.tokenizer, asked(lm.tokenizer, text, fact.chat)), [0], fact.label)
                 for text in kept

@@ -153,6 +153,15 @@ def test_subjects_that_were_trained_on_are_told():
     assert edit.provenance["network"]["subjects"] == 1
 
 
+def test_phrasings_are_not_read():
+    lm, editor = tiny_lm("llama"), kf.Mend(network=network(tiny_lm("llama"), "mend", torch.float32))
+    phrased = replace(FACTS[0], phrasings=("{} lies in",))
+    with pytest.warns(UserWarning, match="phrasings of 1 fact are not read"):
+        edit = editor.edit(lm, phrased)
+    assert edit.weights.keys() == (plain := editor.edit(lm, FACTS[0]).weights).keys()
+    assert all(torch.equal(delta.dense(), plain[place].dense()) for place, delta in edit.weights.items())
+
+
 # ---- what takes the edits
 
 

@@ -79,21 +79,17 @@ class KeNetwork(Network):
         made = {}
         for (layer, role), found in factors.items():
             r_a, r_b, c_a, c_b, share = self.matrices[f"{role}-{layer}"](c)
-            out, start = len(r_a[0]), self.settings["edit_lr"] * self.shapes[layer, role][0]
+            start = self.settings["edit_lr"] * self.shapes[layer, role][0]
             which = torch.searchsorted(facts, found.task)
             x, delta = self.sized((layer, role), found)
             step = -self.settings["max_scale"] * share
             rescaled = step[which] * delta * r_a[which], x * start * (1 + c_a[which])
-            rows = zip(rescaled, (step * r_b, start * c_b), strict=True)
-            assert out == r_b.shape[1]
-            made[layer, role] = Update(*map(torch.cat, rows), torch.cat([found.task, facts]))
+            made[layer, role] = Update(
+                torch.cat([rescaled[0], step * r_b]),
+                torch.cat([rescaled[1], start * c_b]),
+                torch.cat([found.task, facts]),
+            )
         return made
-
-    def sized(self, place: Place, found: Factors) -> tuple[Tensor, Tensor]:
-        """x and δ of a matrix, relative to their usual size."""
-        of_x, of_delta = self.of_x[f"{place[1]}-{place[0]}"], self.of_delta[f"{place[1]}-{place[0]}"]
-        x, delta = found.x.to(self.dtype), found.delta.to(self.dtype)
-        return x / of_x.size.to(x), delta / of_delta.size.to(delta)
 
     def conditions(self, found: Factors) -> tuple[Tensor, Tensor]:
         """(the facts [n], ascending, c [n, condition_dim]) of those that have a gradient at all."""

@@ -77,7 +77,7 @@ class _Equations(Total):
         self.gram += h.T @ h
         super().add(Update(out, h, update.task))  # Σ v hᵀ, in rows or dense
 
-    def made(self) -> tuple[Delta, None]:
+    def made(self) -> tuple[Delta, Tensor | None]:
         out, into, task = joined(self.rows, self.shape)
         if self.dense is None:
             self.rows = [Update(_solved(into, out, torch.tensor(self.ridge)), into, task)]

@@ -13,7 +13,7 @@ Before training g is the identity: a step down the standardized gradient. Traine
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class MendNetwork(Network):
         """x̃ [t, in] and δ̃ [t, out]."""
         out, width = self.shapes[place]
         z = torch.cat(self.standardized(place, found), 1)
-        for block in self.nets[f"{out}x{width}"]:
+        for block in cast(nn.ModuleList, self.nets[f"{out}x{width}"]):
             z = block(z, self.matrix[place])
         return z.split([width, out], 1)
 

@@ -12,7 +12,7 @@ A network is a file of its own: its tensors, which model it is for, how it was m
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -133,13 +133,23 @@ class Network(nn.Module):
     def observe(self, factors: Mapping[Place, Factors]) -> None:
         """Counts factors into the statistics; only before training."""
         for place, found in factors.items():
-            self.of_x[_name(place)].observe(found.x)
-            self.of_delta[_name(place)].observe(found.delta)
+            of_x, of_delta = self.statistics(place)
+            of_x.observe(found.x)
+            of_delta.observe(found.delta)
 
     def standardized(self, place: Place, found: Factors) -> tuple[Tensor, Tensor]:
         """x [t, in] and δ [t, out] of a place, with mean 0 and deviation 1 over the training facts."""
         x, delta = found.x.to(self.dtype), found.delta.to(self.dtype)
         return self.of_x[_name(place)](x), self.of_delta[_name(place)](delta)
+
+    def sized(self, place: Place, found: Factors) -> tuple[Tensor, Tensor]:
+        """x [t, in] and δ [t, out] of a place, relative to their usual size."""
+        x, delta = found.x.to(self.dtype), found.delta.to(self.dtype)
+        return x / self.statistics(place)[0].size.to(x), delta / self.statistics(place)[1].size.to(delta)
+
+    def statistics(self, place: Place) -> "tuple[Standard, Standard]":
+        """Of a matrix's x and δ."""
+        return cast(Standard, self.of_x[_name(place)]), cast(Standard, self.of_delta[_name(place)])
 
     def deltas(self, packs: Iterable[Mapping[Place, Factors]], alone: bool) -> dict[Place, tuple[Delta, Tensor | None]]:
         """{place: (ΔW, the fact of each factor where each is an edit of its own)} for the factors of all facts, pack by
@@ -215,7 +225,7 @@ class Total:
         self.rows.append(Update(*(part.detach().cpu() for part in update)))
         n, (out, width) = sum(len(each.out) for each in self.rows), self.shape
         if not self.keeps_rows and n * (out + width) > out * width:
-            summed = sum(each.out.T @ each.into for each in self.rows)
+            summed = torch.stack([each.out.T @ each.into for each in self.rows]).sum(0)
             self.dense = summed if self.dense is None else self.dense + summed
             self.rows = []
 

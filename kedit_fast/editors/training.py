@@ -6,6 +6,7 @@ What lies below the lowest matrix never changes, and is computed once a prompt (
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -154,14 +155,15 @@ def _split(facts: Sequence[Fact], held_out: float, seed: int) -> tuple[list[Fact
     n = min(max(1, round(held_out * len(by_subject))), len(by_subject) - 1)
     subjects = list(by_subject)
     test = {subjects[i] for i in order[:n]}
-    return tuple([fact for fact in facts if (about(fact) in test) is side] for side in (False, True))
+    return [fact for fact in facts if about(fact) not in test], [fact for fact in facts if about(fact) in test]
 
 
 class _Trainer:
     """The loop: stretches of ``val_interval`` steps, each a part of the run, from the state that the last one left."""
 
     def __init__(self, lm: LM, settings: Training, train: list[Example], test: list[Example], keep: Run, seed: int):
-        self.lm, self.settings, self.train, self.test, self.keep, self.seed = lm, settings, train, test, keep, seed
+        self.lm, self.settings, self.train, self.test, self.seed = lm, settings, train, test, seed
+        self.keep = keep.own
         shapes = {(layer, role): lm.shape_of(role) for layer in sorted(settings.layers) for role in lm.family.roles}
         self.network = settings.NETWORK(lm.fingerprint, shapes, asdict(settings) | {"seed": seed})
         for parameter in self.network.parameters():
@@ -188,7 +190,7 @@ class _Trainer:
             while not self.ended:
                 before = f"steps-{self.notes['step']:08d}"
                 stop = min(self.notes["step"] + self.settings.val_interval, self.settings.max_iters)
-                self._take(self.keep(f"steps-{stop:08d}", lambda stop=stop: self._stretch(stop, bar)))
+                self._take(self.keep(f"steps-{stop:08d}", partial(self._stretch, stop, bar)))
                 self.keep.forget(before)
         return self._made()
 

@@ -85,7 +85,7 @@ def edit_task(lm: LM, fact: Fact, owner: int = 0) -> GradientTask:
 
 def _task(lm: LM, fact: Fact, prompt: str, owner: int = 0) -> GradientTask:
     text = asked(lm.tokenizer, prompt, fact.chat)
-    target = answer_tokens(lm.tokenizer, text, fact.target_new, fact.attached)
+    target = answer_tokens(lm.tokenizer, text, fact.target_new or "", fact.attached)
     return GradientTask(encode(lm.tokenizer, text), target, fact.label, owner)
 
 

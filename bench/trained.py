@@ -2,7 +2,7 @@
 
 Judged: the first facts of ``bench.edit``'s draw, one by one and ten at a time. Trained on: the first CounterFact facts
 of other subjects, with their paraphrase, and two neighborhood prompts that must not change. A killed run goes on where
-it stood; its network stays in the cache until the row is done.
+it stood. The network is kept, and its path printed, for ``python -m bench editors --network METHOD=FILE``.
 """
 
 import time
@@ -68,7 +68,8 @@ def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: i
             ground.lm, facts, method, settings=settings, held_out=HELD_OUT, checkpoint=run_folder(method)
         )
     minutes = (time.process_time() - began) / 60
-    print(f"{label}: {minutes:.1f} CPU minutes of training", flush=True)
+    network.save(path := run_folder(method).with_suffix(".safetensors"))
+    print(f"{label}: {minutes:.1f} CPU minutes of training, {path}", flush=True)
     figures = [Figure(f"{label}, step {network.provenance['steps']}", "CPU time of the training", 60 * minutes, "s")]
     for look in network.provenance["looks"]:
         case = f"{label}, step {look['step']}"

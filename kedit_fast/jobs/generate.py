@@ -13,7 +13,7 @@ from kedit_fast.jobs.finite import check_answers, is_broken
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import RowCost, free, logit_bytes
 from kedit_fast.sweep.rows import KVStore
-from kedit_fast.sweep.runs import RunList
+from kedit_fast.sweep.runs import RunList, prefixes
 from kedit_fast.sweep.sites import Site
 
 LOGITS = 4  # numbers of the vocabulary's width that a text holds while its next token is chosen
@@ -165,7 +165,11 @@ def _choose(logits: Tensor | None, temperature: float, top_k: int | None, draws)
 
 
 class _Cache:
-    """The texts so far and their keys and values: each run has a slab of slots."""
+    """The texts so far and their keys and values: each run has a slab of slots.
+
+    Of equal beginnings of prompts the first sweep takes one up, and the others have its keys and values copied: slabs
+    are read as they lie, token after token.
+    """
 
     def __init__(self, lm, prompts, max_new_tokens):
         self._lm, self._owner = lm, torch.tensor([owner for _, owner in prompts])
@@ -177,6 +181,7 @@ class _Cache:
         self._known = torch.zeros_like(lengths)  # positions whose keys are in the store
         self._length, self._prompt_end = lengths, lengths - 1
         self._store = KVStore.slabs(len(prompts), self._width)
+        self._begun = False
 
     def text(self, i: int) -> list[int]:
         """Token ids of text i so far."""
@@ -189,15 +194,40 @@ class _Cache:
 
     def advance(self) -> Tensor:
         """Takes the texts' new tokens up the model; the hidden state [n, d] of each text's last token."""
+        if self._begun:
+            return self._swept(torch.arange(len(self._length)))
+        self._begun, slabs = True, self._store.table
+        order, self._known, self._store.table = self._beginnings(slabs)
+        taken = self._store.table != slabs
+        last = self._swept(order)
+        self._store.copy(self._store.table[taken], slabs[taken])
+        self._store.table = slabs
+        return last
+
+    def _beginnings(self, slabs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(the texts in an order [n] in which each stands behind those that it shares a beginning with, how many tokens
+        [n] of each others have before it, a table [n, width] in which these are the others' slots)."""
+        by_owner = self._owner.tolist() if self._lm.by_owner else [0] * len(self._owner)
+        ends = self._prompt_end.tolist() if self._lm.by_owner else [0] * len(by_owner)
+        keys = [[owner, end, *self.text(i)] for i, (owner, end) in enumerate(zip(by_owner, ends, strict=True))]
+        table, known, order = slabs.clone(), torch.zeros_like(self._length), []
+        for i, shared, other in prefixes(keys):
+            order.append(i)
+            known[i] = n = min(max(shared - 2, 0), int(self._length[i]) - 1)  # the last token's row is each text's own
+            if n:
+                table[i, :n] = table[other, :n]
+        return torch.tensor(order), known, table
+
+    def _swept(self, order: Tensor) -> Tensor:
+        """[n, d] as ``advance`` gives it; order: in which the texts go up."""
         runs = RunList()
-        width = int(self._length.max())
-        how = {"first_pos": self._known, "owner": self._owner, "prompt_end": self._prompt_end}
-        runs.add(self._tokens[:, :width], length=self._length, **how)
-        slots = torch.cat(
-            [row[known:length] for row, known, length in zip(self._store.table, self._known, self._length, strict=True)]
-        )
+        known, length, table = self._known[order], self._length[order], self._store.table
+        how = {"first_pos": known, "owner": self._owner[order], "prompt_end": self._prompt_end[order]}
+        runs.add(self._tokens[order][:, : int(length.max())], length=length, **how)
+        self._store.table = table[order]
+        slots = torch.cat([row[a:b] for row, a, b in zip(self._store.table, known, length, strict=True)])
         last = self._lm.n_layers - 1
-        top = Collect(Site.layer_out, [last], torch.arange(len(self._length)), self._length - 1)
+        top = Collect(Site.layer_out, [last], order.argsort(), self._length - 1)
         sweep(self._lm, runs.runs(), [top], store=self._store, slots=slots)
-        self._known = self._length
+        self._known, self._store.table = self._length, table
         return top.values[last]

@@ -41,6 +41,12 @@ class CarriesEdits:
         return self.independent or self.routed is not None
 
     @property
+    def by_owner(self) -> bool:
+        """Whether rows depend on whose edit acts on them: some change of a layer has owners. Where texts alone have,
+        equal beginnings are the same rows, whoever's they are."""
+        return any(c.owners is not None and c.layer is not None for edit in self.edits for c in edit.changes)
+
+    @property
     def run_owner(self) -> int:
         """The owner of runs that these edits act on: 0, or -1 without edits (``Runs.owner``).
 

@@ -144,6 +144,11 @@ class KVStore:
     def _kept_as(self, x: Tensor) -> Tensor:
         return on_host(x.detach()) if self.on_host else x.detach()
 
+    def copy(self, origin: Tensor, target: Tensor) -> None:
+        """Gives slots ``target`` [n] the keys and values of slots ``origin`` [n], in all layers."""
+        for kept in (each for pair in self._kept.values() for each in pair):
+            kept[target.to(kept.device)] = kept[origin.to(kept.device)]
+
     def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of it stand behind."""
         kept = self._kept.get(layer)

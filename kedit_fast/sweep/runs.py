@@ -6,6 +6,7 @@ are read from the parent. Causal attention makes this exact: a change at (layer 
 positions >= p above layer l.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -148,23 +149,21 @@ def add_sequences(
     each sequence, the run its rows begin as (an edited run begins as its base run at the first edited layer).
     24 facts with 6 contexts each: 876 rows in place of 2,245.
     """
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     number = torch.empty(len(sequences), dtype=torch.int64)
-    chosen: list[int] = []  # the sequences that become runs, in their order: prefixes before what begins with them
+    chosen: list[int] = []  # the sequences that become runs, in their order
     parents: list[int] = []
     first_pos: list[int] = []
-    before: list[int] = []
-    owners: list[int] = []  # for each position of the sequence before: the run that owns its row
-    for i in order:
-        tokens = list(sequences[i])
-        if tokens != before:
-            shared, made = _common(before, tokens), len(runs) + len(chosen)
+    run_of: dict[int, int] = {}
+    for i, shared, sharer in prefixes(sequences):
+        parent = run_of[sharer] if shared else -1
+        if shared < len(sequences[i]):
+            run_of[i] = len(runs) + len(chosen)
             chosen.append(i)
-            parents.append(owners[shared - 1] if shared else -1)
+            parents.append(parent)
             first_pos.append(shared)
-            owners = owners[:shared] + [made] * (len(tokens) - shared)
-            before = tokens
-        number[i] = owners[-1]
+        else:
+            run_of[i] = parent
+        number[i] = run_of[i]
     if chosen:
         tokens, length = padded([sequences[i] for i in chosen])
         runs.add(
@@ -178,6 +177,19 @@ def add_sequences(
             source=-1 if source is None else torch.as_tensor(source)[chosen],
         )
     return number
+
+
+def prefixes(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
+    """(sequence, how many tokens at its beginning an earlier one has too, the earlier one whose they first were; -1),
+    of each in an order in which prefixes stand before what begins with them."""
+    before: Sequence[int] = ()
+    owners: list[int] = []  # for each position of the sequence before: whose it first was
+    for i in sorted(range(len(sequences)), key=lambda i: list(sequences[i])):
+        tokens = sequences[i]
+        shared = _common(before, tokens)
+        yield i, shared, owners[shared - 1] if shared else -1
+        owners = owners[:shared] + [i] * (len(tokens) - shared)
+        before = tokens
 
 
 def add_edited(
@@ -201,7 +213,8 @@ def add_edited(
     acted = (owners >= 0) & (other | (first is not None))
     if not acted.any():
         return base, base
-    ends = torch.full_like(base, -1) if ends is None or not lm.routed else torch.as_tensor(ends)
+    ends = torch.full_like(base, -1) if ends is None or not lm.by_owner else torch.as_tensor(ends)
+    owners = owners if lm.by_owner else owners.clamp(max=0)
     edited = base.clone()
     for owner, end, by_itself in torch.stack([owners, ends, other.long()], 1)[acted].unique(dim=0).tolist():
         mine = (acted & (owners == owner) & (ends == end) & (other == by_itself)).nonzero()[:, 0]
@@ -246,7 +259,7 @@ def spans(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     return which, start[which] + offset
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -9,11 +9,12 @@ import torch
 import kedit_fast as kf
 from kedit_fast.editors.ike import COPY, RETAIN, ROLES, UPDATE
 from kedit_fast.edits.edit import Edit, digest
-from kedit_fast.evaluation.probes import probe, read_edited
+from kedit_fast.evaluation.probes import probe, read_edited, read_probes
 from kedit_fast.facts.tokens import answer_tokens
 from kedit_fast.shipping.history import EditHistory
 from tests.conftest import refused, tiny_lm
 from tests.editors import cases
+from tests.jobs.test_generate import counted_rows
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:facts not written", "ignore:.*too few probes")
@@ -124,6 +125,27 @@ def test_shared_ones_are_the_same_for_all(examples):
     lm = tiny_lm("llama")
     one, other = (text.split("\n\n") for text in kf.Ike(k=2, examples=examples, shared=True, **CALM).texts(lm, FACTS))
     assert one[:2] == other[:2] and "Big Ben" in one[2] and "Davis" in other[2]
+
+
+def test_demonstrations_are_read_once(examples, monkeypatch):
+    """By all questions of a fact, and where they are shared by all facts': reading and writing."""
+    lm = tiny_lm("llama")
+    asked = [FACTS[0].text, FACTS[0].paraphrases[0], FACTS[1].text]
+    for shared in (True, False):
+        view = lm.with_edit(kf.Ike(k=2, examples=examples, shared=shared, **CALM).edit(lm, FACTS))
+        texts = view.as_read(asked)[1]
+        probes = [probe(lm, text, likeliest=True) for text in asked]
+        beginnings = {tuple(ids[: n + 1]) for ids in map(lm.encode, texts) for n in range(len(ids))}
+        total = sum(len(lm.encode(text)) for text in texts)
+        assert len(beginnings) < (total / 2 if shared else 0.8 * total)
+        rows = counted_rows(monkeypatch)
+        read_probes(view, probes)
+        base = {tuple(ids[: n + 1]) for ids in map(lm.encode, asked) for n in range(len(ids))}
+        assert sum(rows) == len(base) + len(beginnings)
+        rows.clear()
+        made = view.generate(asked, 3)
+        assert rows[0] == len(beginnings) and made == [view.generate(prompt, 3) for prompt in asked]
+        monkeypatch.undo()
 
 
 def test_what_the_edited_facts_are_asked_is_not_shown(tmp_path):

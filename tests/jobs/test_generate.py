@@ -7,9 +7,10 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.jobs.generate import generate
+from kedit_fast.model.source import Resident
 from kedit_fast.sweep import engine
 from tests.conftest import close, open_tiny, tiny_lm
-from tests.make import make_edit
+from tests.make import make_edit, owned_edit
 from tests.tiny import DISTINCT, PROMPTS, tiny_model, tiny_tokenizer
 
 TEXTS = ["The", *(p.template.format(p.subject) for p in PROMPTS[:3])]
@@ -49,16 +50,53 @@ def test_each_step_is_the_whole_text_again(family, monkeypatch):
 
 
 def test_a_token_costs_a_row_a_text(monkeypatch):
-    lm, rows = tiny_lm("llama"), []
-    call = type(lm.source).call
+    """Of equal beginnings one is taken up, whichever text it is of; of equal texts each has its last token's row."""
+    lm = tiny_lm("llama")
+    rows = counted_rows(monkeypatch)
+    made = generate(lm, PROMPT_IDS, 4, stop=False)
+    beginnings = {tuple(ids[: n + 1]) for ids in PROMPT_IDS for n in range(len(ids))}
+    assert len(beginnings) < sum(map(len, PROMPT_IDS))
+    assert rows == [len(beginnings), *[len(PROMPT_IDS)] * 3]
+    rows.clear()
+    asked = [PROMPT_IDS[i] for i in (2, 0, 2, 1, 2, 3)]
+    assert generate(lm, asked, 4, stop=False) == [made[i] for i in (2, 0, 2, 1, 2, 3)]
+    assert rows == [len(beginnings) + 2, 6, 6, 6]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_texts_that_begin_alike_go_on_as_each_alone(family):
+    """Long beginnings, some within others, in no order; behind them texts of other lengths."""
+    lm = tiny_lm(family)
+    head = tiny_tokenizer()(". ".join([*TEXTS, *TEXTS]))["input_ids"][:70]
+    tails = [ids[:3] for ids in PROMPT_IDS]
+    asked = [
+        head + tails[1],
+        head,
+        head[:40] + tails[2],
+        head + tails[1] + tails[2],
+        tails[0],
+        head[:69],
+        head + tails[3],
+    ]
+    assert generate(lm, asked, 5, stop=False) == [generate(lm, [ids], 5, stop=False)[0] for ids in asked]
+    owned = lm.with_edit(owned_edit(lm.model))
+    owners = torch.tensor([0, 1, 0, 1, 0, 1, 0])
+    together = generate(owned, asked, 5, stop=False, owners=owners)
+    alone = [generate(owned, [ids], 5, stop=False, owners=owners[i : i + 1])[0] for i, ids in enumerate(asked)]
+    assert together == alone != generate(lm, asked, 5, stop=False)
+
+
+def counted_rows(monkeypatch) -> list[int]:
+    """Rows of each block call of the first layer, from now on."""
+    rows: list[int] = []
+    call = Resident.call
 
     def counted(self, layer, h, kwargs):
         rows.append(h.shape[1]) if layer == 0 else None
         return call(self, layer, h, kwargs)
 
-    monkeypatch.setattr(type(lm.source), "call", counted)
-    generate(lm, PROMPT_IDS, 4, stop=False)
-    assert rows == [sum(map(len, PROMPT_IDS)), *[len(PROMPT_IDS)] * 3]
+    monkeypatch.setattr(Resident, "call", counted)
+    return rows
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "llama", "qwen2", "gemma3"])

@@ -26,6 +26,7 @@ BENCHES = {
     "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",
     "editors": "every editor in one table, 1 to 500 known CounterFact facts; goes on where it was killed (3 hours)",
     "trained": "MEND, MALMEN and KE: a network trained on SmolLM2, judged on subjects it never saw (45 minutes)",
+    "phrasings": "phrasings, keeps and what goes with them: other wordings said, other relations left (4 hours)",
     "ranks": "moments, traces, MEMIT and evaluation by one, two and four processes (15 minutes)",
     "tokens": "MEMIT's scores by the tokens that its statistics are measured over (25 minutes)",
     "streamed": "a model of 3 GB under a hard limit of 1 GB against the same in memory (15 minutes)",
@@ -44,6 +45,7 @@ OPTIONS = {
     "values": ["parts", "threads"],
     "editors": ["model", "rows", "methods", "network", "threads"],
     "trained": ["rows", "threads"],
+    "phrasings": ["rows", "threads"],
     "tokens": ["threads"],
     "streamed": ["threads"],
     "forms": ["threads"],
@@ -81,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="ROW",
-        help='editors: such as "MEMIT, n = 100"; trained: such as MEND (default all)',
+        help='editors: such as "MEMIT, n = 100"; trained: such as MEND; phrasings (default all)',
     )
     made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="editors: such as memit (default all)")
     made.add_argument(

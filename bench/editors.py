@@ -130,13 +130,13 @@ def chosen(options) -> list[Row]:
     return list({(row.name, row.editor): row for row in rows}.values())
 
 
-def done(folder: Path) -> frozenset[tuple[str, str]]:
+def done(folder: Path, bench: str = "editors") -> frozenset[tuple[str, str]]:
     """(case, settings) of the rows that this commit has in a folder of results; none where files are changed."""
     env = environment()
     path = results_file(folder, env)
     if "dirty" in str(env["commit"]) or not path.exists():
         return frozenset()
-    rows = [row for row, _ in read_rows(path) if row["bench"] == "editors" and row["commit"] == env["commit"]]
+    rows = [row for row, _ in read_rows(path) if row["bench"] == bench and row["commit"] == env["commit"]]
     return frozenset((row["case"], row["notes"]) for row in rows)
 
 
@@ -187,10 +187,11 @@ class Ground:
         return editor.edit(self.lm, facts, **reads, **options)
 
 
-def measure(ground: Ground, rows: Sequence[Row]) -> Iterator[Measured]:
-    """A Measured a row, and first the model without an edit. What cannot be done is said and left out."""
+def measure(ground: Ground, rows: Sequence[Row], unedited: bool = True) -> Iterator[Measured]:
+    """A Measured a row, and first, where ``unedited``, the model without an edit. What cannot be done is said and left
+    out."""
     name, about = f"{ground.whose}no edit", _about(ground)
-    if (name, about) not in ground.done:
+    if unedited and (name, about) not in ground.done:
         base = kf.evaluate(ground.lm, ground.facts[:JUDGED], both_forms=False)
         yield Measured(table(name, [base], side="base"), peak_matmul(), [about])
     with shared_values():

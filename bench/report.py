@@ -42,7 +42,7 @@ FORMATS = {  # unit: how a value is shown
 }
 WIDEST = 8  # columns
 ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the tables leave out where a bench compares: machines differ
-TIMED = {"editors"}  # benches whose table has times all the same, one table of all runs of a machine
+TIMED = {"editors", "phrasings"}  # benches whose table has times all the same, one table of all runs of a machine
 SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the table shows have in their names
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 

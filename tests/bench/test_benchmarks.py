@@ -20,6 +20,7 @@ from bench import (
     kernels,
     mass,
     phases,
+    phrasings,
     published,
     report,
     second_moment,
@@ -550,6 +551,44 @@ def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch):
     answers = [fact_answer(lm.tokenizer, fact, fact.target_true) for fact in facts]
     right = {f.text for f, ids, top in zip(facts, answers, likeliest, strict=True) if ids == [top]}
     assert {fact.text for fact in editors.known_to(lm, 4)} == right and 0 < len(right) < 4
+
+
+def test_phrasings_are_the_relations_other_prompts():
+    made = [kf.Fact(p, f"S{i}", "Rome", provenance={"relation_id": "P1"}) for i, p in enumerate(("{} is in", "{} has"))]
+    made += [kf.Fact("{} lies in", f"T{i}", "Rome", provenance={"relation_id": "P1"}) for i in range(2)]
+    made += [kf.Fact("{} speaks", "U", "Rome", provenance={"relation_id": "P2"})]
+    templates = phrasings.Templates(made)
+    fact = dataclasses.replace(made[0], paraphrases=("So. S0 has",))
+    assert templates.phrased(fact, 3).phrasings == ("{} lies in",) and not templates.phrased(fact, 0).phrasings
+    assert templates.phrased(made[0], 3).phrasings == ("{} lies in", "{} has"), "the commonest first"
+    assert not templates.phrased(made[-1], 3).phrasings
+
+
+def test_phrasings_are_judged_on_facts_that_nothing_was_chosen_by(bed, monkeypatch):
+    facts = [dataclasses.replace(f, provenance={"relation_id": "P1"}, target_true="Oslo") for f in bed.facts]
+    edited = []
+    monkeypatch.setattr(editors.Ground, "edit", lambda g, row, some: edited.append((row, some)) or _memit(g, row, some))
+    names = [f"{half}: {label}, n = 2" for half in phrasings.HALVES for label in ("MEMIT", "3 phrasings, keeps x 1")]
+    ground = dataclasses.replace(bed, facts=facts)
+    parts = list(phrasings.measured(ground, facts, [2], names))
+    cases = [part.figures[0].case for part in parts]
+    assert cases == ["choose: no edit", *names[:2], "report: no edit", *names[2:]]
+    assert [[f.text for f in some] for _, some in edited] == [
+        [f.text for f in half] for half in (facts[:2], facts[:2], facts[2:], facts[2:])
+    ]
+    assert [bool(some[0].phrasings) for _, some in edited] == [False, True] * 2
+    assert edited[1][0].options == {"keep_factor": 1.0}
+    shown = {(f.case, f.metric): f.value for part in parts for f in part.figures}
+    there, plain = (
+        shown[f"report: {label}, n = 2", "P(new), paraphrases"] for label in ("3 phrasings, keeps x 1", "MEMIT")
+    )
+    assert shown[names[3], "P(new), paraphrases, to MEMIT's"] == pytest.approx(there / plain)
+
+
+def _memit(ground, row, facts):
+    """An edit by the row's editor, on one layer and two steps."""
+    editor = dataclasses.replace(ground.editor(row), layers=(1,))
+    return editor.edit(ground.lm, facts, moments=ground.moments, contexts=CONTEXTS)
 
 
 def test_claims_stand_beside_the_rows_that_they_are_of():

@@ -32,6 +32,8 @@ _HOME = {
     "Rect": "editors.rect",
     "Nas": "editors.nas",
     "Grace": "editors.grace",
+    "Wise": "editors.wise",
+    "Memoir": "editors.memoir",
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",
     "FtM": "editors.finetune",

@@ -20,6 +20,7 @@ from kedit_fast.editors.ke import Ke as Ke
 from kedit_fast.editors.locft import LocFt as LocFt
 from kedit_fast.editors.malmen import Malmen as Malmen
 from kedit_fast.editors.memit import Memit as Memit
+from kedit_fast.editors.memoir import Memoir as Memoir
 from kedit_fast.editors.mend import Mend as Mend
 from kedit_fast.editors.nas import Nas as Nas
 from kedit_fast.editors.networks import Network as Network
@@ -30,6 +31,7 @@ from kedit_fast.editors.serac import Serac as Serac
 from kedit_fast.editors.training import train_editor as train_editor
 from kedit_fast.editors.ultraedit import StableEdit as StableEdit
 from kedit_fast.editors.ultraedit import UltraEdit as UltraEdit
+from kedit_fast.editors.wise import Wise as Wise
 from kedit_fast.edits.compose import compose as compose
 from kedit_fast.edits.edit import Edit as Edit
 from kedit_fast.edits.retrieval import retrieve as retrieve

@@ -40,6 +40,7 @@ STRANGERS = {
 LONG_FILES: dict[str, str] = {
     "facts/fact.py": "what a fact may hold, and what must hold for facts together",
     "facts/formats.py": "every published format of a fact, a reader each",
+    "jobs/finetune.py": "one optimization, read from its tasks to what it holds",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
@@ -66,6 +67,7 @@ TESTED_IN = {
     "editors/test_finetune.py": "jobs/finetune",
     "editors/test_grace.py": "editors/memory",
     "editors/test_ice.py": "editors/in_context",
+    "editors/test_wise.py": "edits/memory_routes",
     "editors/test_memit.py": "editors/located editors/spread",
     "edits/test_retrieval.py": "model/sentences",
     "editors/test_mend.py": "editors/networks editors/trained",

@@ -19,6 +19,8 @@ EDITORS = {
     "rect": "editors.rect.Rect",
     "nas": "editors.nas.Nas",
     "grace": "editors.grace.Grace",
+    "wise": "editors.wise.Wise",
+    "memoir": "editors.memoir.Memoir",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
     "ft-m": "editors.finetune.FtM",

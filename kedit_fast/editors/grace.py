@@ -23,7 +23,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.state import wide
 from kedit_fast.editors.editor import Editor, Found, Work, Written
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.memory import MEMORY_UNREAD, layers_of, only
+from kedit_fast.editors.memory import MEMORY_UNREAD, layers_of, one_layer, only
 from kedit_fast.edits.memories import MemoryChange
 from kedit_fast.edits.routes import NearestRoute, distances, prompt_features
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
@@ -77,8 +77,7 @@ class Grace(Editor):
         super().__post_init__()
         for name, value in (("eps_expand", "coverage"), ("replacement", "replace_last"), ("val_init", "warm")):
             checks.choice(name, getattr(self, name), [value])
-        if len(self.layers) > 1:
-            checks.refuse("layers", self.layers, "one layer: a codebook stands beside one projection")
+        one_layer(self)
 
     @classmethod
     @takes_lm

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kedit_fast.basics.words import brief
 from kedit_fast.edits.changes import PromptChange, WeightChange
-from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.memories import MaskedMemory, MemoryChange, SideMemory
+from kedit_fast.edits.memory_routes import ActivationRoute, OverlapRoute
 from kedit_fast.edits.retrieval import RetrievalRoute
 from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.edits.scope import ScopeRoute
@@ -16,8 +17,8 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.model.folder import refuse_model
 
 FORMAT, VERSION = "kedit_fast.edit", 2  # files of version 1 are read too
-KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange, PromptChange)}
-ROUTES = {route.kind: route for route in (NearestRoute, RetrievalRoute, ScopeRoute)}
+KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange, SideMemory, MaskedMemory, PromptChange)}
+ROUTES = {route.kind: route for route in (NearestRoute, ActivationRoute, OverlapRoute, RetrievalRoute, ScopeRoute)}
 
 
 def sha256_of(tensors: dict[str, Tensor]) -> Tensor:

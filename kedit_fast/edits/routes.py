@@ -4,6 +4,8 @@ A routed edit's parts have owners, its *entries*; its route looks at each prompt
 on whatever follows, or none: then the base model answers, to the bit, but for other edits on the same view.
 
     NearestRoute(layer, keys, radius, entry)     # the entry whose key is nearest to the prompt's last row (GRACE)
+    ActivationRoute(threshold, entry)            # the side memory that the prompt moves most (WISE)
+    OverlapRoute(least, background, permutation, entry)  # the entry whose mask is most like the prompt's own (MEMOIR)
 
 A route that chooses text is a route too: beside it stands a ``PromptChange`` without names whose texts have owners, and
 an entry's text is put before the prompts that the route gives it (in-context editing, SERAC).
@@ -60,6 +62,10 @@ class Route(ABC):
     def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "Route":
         """The route to some entries [m] alone, in their order; entry: as in ``Route``, of the facts that stay; facts:
         [m] the fact that each is of."""
+
+    def bound(self, changes: Sequence) -> "Route":
+        """The route as it chooses among an edit's changes, where it reads them."""
+        return self
 
     def check(self, lm) -> None:  # noqa: B027 (a route that reads text fits every model)
         """Raises ValueError where the route does not fit a model."""
@@ -126,9 +132,8 @@ class NearestRoute(Route):
         if self.keys.ndim != 2 or self.radius.shape != (len(self.keys),):
             shapes = f"{list(self.keys.shape)} and {list(self.radius.shape)}"
             raise ValueError(f"a route's keys and radius: expected [m, width] and [m], got {shapes}")
-        for tensor in (self.keys, self.radius):
-            if tensor.dtype not in FLOATS or not torch.isfinite(tensor).all():
-                raise ValueError("a route's keys and radius: expected finite floats")
+        check_floats("keys", self.keys, 2)
+        check_floats("radius", self.radius, 1)
 
     @property
     def n_entries(self) -> int:
@@ -247,6 +252,11 @@ class _Reading:
 
 
 # ---- checks
+
+
+def check_floats(name: str, tensor: Tensor, ndim: int) -> None:
+    if tensor.ndim != ndim or tensor.dtype not in FLOATS or not torch.isfinite(tensor).all():
+        raise ValueError(f"a route's {name}: expected finite floats of {ndim} dimension{'s' * (ndim > 1)}")
 
 
 def check_width(width: int, site: Site, layer: int, lm) -> None:

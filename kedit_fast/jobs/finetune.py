@@ -50,6 +50,7 @@ class TuneSettings:
     teacher_forced: False reads all target tokens after the prompt's last token, none of them in the text
     by_token: a batch's loss is the mean over its target tokens, not over its tasks
     shuffle: a seed; each pass then has the tasks in another order. None: as they are given
+    sgd: plain gradient descent in Adam's place; clip: the most that the norm of all gradients of a step may be
     """
 
     layers: tuple[int, ...]
@@ -61,6 +62,8 @@ class TuneSettings:
     teacher_forced: bool = True
     by_token: bool = False
     shuffle: int | None = None
+    sgd: bool = False
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,19 @@ class Tuned:
 
 @own_state()
 def fine_tune(
-    lm, tasks: list[TuneTask], settings: TuneSettings, project: Callable[[int, Tensor], Tensor] | None = None
+    lm,
+    tasks: list[TuneTask],
+    settings: TuneSettings,
+    project: Callable[[int, Tensor], Tensor] | None = None,
+    *,
+    start: dict[int, Tensor] | None = None,
+    also: Callable[[dict[int, Tensor]], Tensor] | None = None,
+    masks: Tensor | None = None,
 ) -> Tuned:
     """Δ of each layer, on top of the model and the edits it carries. Random is the tasks' order, where it is shuffled.
 
-    project: (layer, gradient of Δ [d, d_ff]) -> what Adam takes for it
+    project: (layer, gradient of Δ [d, d_ff]) -> what Adam takes for it; start: {layer: Δ} to begin with, not 0
+    also: {layer: Δ} -> a further term of each step's loss; masks: [n, d_ff] bool, what of its keys Δ sees of each task
 
     One sweep below the first tuned layer, then up to ``steps`` sweeps forth and back through the layers from there on.
     A batch that does not fit ``lm.memory`` is cut into packs whose gradients are added up: the same to rounding. Held
@@ -91,7 +102,7 @@ def fine_tune(
     Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step; and, with the
     bytes needed, where a task does not fit.
     """
-    return _Tuning(lm, tasks, settings, project).run()
+    return _Tuning(lm, tasks, settings, project, start, also, masks).run()
 
 
 def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = False) -> int:
@@ -111,8 +122,9 @@ def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = Fa
 class _Tuning:
     """The loop: batches of packs, Adam, the limit."""
 
-    def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings, project=None):
+    def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings, project, start, also, masks):
         self.lm, self.settings, self.tasks, self.project = lm, settings, tasks, project
+        self.also, self.masks = also, masks
         budget, rows = _budget(lm, tasks, settings)
         waiting = len(tasks) > 1 and not (lm.source.in_memory or lm.source.beside)
         self.side, self.budget = budget // 2, budget // 2 if waiting else budget  # the other half: packs that wait
@@ -122,8 +134,10 @@ class _Tuning:
         device = lm.device if sum(map(len, cuts)) == 1 else torch.device("cpu")
         self.rows = Rows(lm, tasks, settings, device) if rows else None
         self.batches = self._packed(cuts)
-        self.deltas = {layer: _zeros(lm).requires_grad_() for layer in settings.layers}
-        self.adam = torch.optim.Adam(self.deltas.values(), lr=settings.lr)
+        begun = start or {}
+        self.deltas = {i: (begun[i].clone() if i in begun else _zeros(lm)).requires_grad_() for i in settings.layers}
+        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD if settings.sgd else torch.optim.Adam
+        self.optimizer = optimizer(self.deltas.values(), lr=settings.lr)  # type: ignore[call-arg]
         self.start = {layer: _weight(lm, layer) for layer in settings.layers} if settings.weight_decay else {}
 
     def _cuts(self) -> list[list[list[int]]]:
@@ -132,7 +146,7 @@ class _Tuning:
         return [list(_cut(self.lm, self.tasks, some.tolist(), self.settings, self.budget)) for some in batches]
 
     def _packed(self, cuts: list[list[list[int]]]) -> list[list["_Pack"]]:
-        given = self.settings, self.budget, self.rows
+        given = self.settings, self.budget, self.rows, self.masks
         return [[_Pack(self.lm, self.tasks, which, *given) for which in packs] for packs in cuts]
 
     def _shuffle(self) -> None:
@@ -156,10 +170,14 @@ class _Tuning:
         return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
 
     def _step(self, batch: list["_Pack"], step: int) -> float:
-        """One Adam step on a batch; gives its summed loss before it, in nats."""
+        """One step on a batch; gives its summed loss before it, in nats."""
         n = sum(float(pack.weights.sum()) for pack in batch)
         total, packs = 0.0, iter(batch)
-        self.adam.zero_grad()
+        self.optimizer.zero_grad()
+        if self.also is not None:
+            more = self.also(self.deltas)
+            more.backward()
+            total += n * float(more.detach())
         for ascents, found in self._read(batch, step):
             found = [nll * next(packs).weights.to(nll) for nll in found]
             total += float(sum(nll.detach().double().sum() for nll in found))
@@ -191,7 +209,9 @@ class _Tuning:
             delta.grad = self.project(layer, delta.grad)
         for layer, weight in self.start.items():
             self.deltas[layer].grad += self.settings.weight_decay * (weight + self.deltas[layer])
-        self.adam.step()
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.deltas.values(), self.settings.clip)
+        self.optimizer.step()
         if self.settings.limit is not None:
             for delta in self.deltas.values():
                 delta.clamp_(-self.settings.limit, self.settings.limit)
@@ -202,11 +222,14 @@ class _Pack:
     layer. Equal prefixes are one row: they stay equal, since Δ is the same for all.
 
     budget: bytes it may hold; rows: those that enter the first tuned layer (None: made anew each time)
+    masks: as in ``fine_tune``; tasks then share no rows, and a run's owner is its task
     """
 
-    def __init__(self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, budget: int, rows):
+    def __init__(
+        self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, budget: int, rows, masks=None
+    ):
         self.recompute = len(which) == 1 and held_bytes(lm, tasks[which[0]], settings.layers) > budget
-        self.lm, self.settings, self.which = lm, settings, which
+        self.lm, self.settings, self.which, self.masks = lm, settings, which, masks
         self.tasks = [tasks[i] for i in which]
         places = continuation_places([(task.prompt, task.target) for task in self.tasks])
         sequences, self.pos = places.sequences, places.pos
@@ -214,7 +237,11 @@ class _Pack:
             sequences = [task.prompt for task in self.tasks]
             self.pos = torch.tensor([len(task.prompt) - 1 for task in self.tasks])[places.pair]
         runs = RunList()
-        number = add_sequences(runs, sequences, owner=lm.run_owner)
+        if masks is None:
+            number = add_sequences(runs, sequences, owner=lm.run_owner)
+        else:
+            each = zip(sequences, which, strict=True)
+            number = torch.cat([add_sequences(runs, [sequence], owner=task) for sequence, task in each])
         self.run, self.runs = number[places.pair], runs.runs()
         self.task, self.targets = places.pair, places.targets
         self.weight = 1 / torch.tensor(places.lengths, dtype=torch.float64)[places.pair]
@@ -241,7 +268,7 @@ class _Pack:
         lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
         h = entering(lm, [self.runs], min(deltas))[0] if self.rows is None else self.rows.of(self.places)
         how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute}
-        return Ascent(self.runs, [_Tune(deltas), top], grad=torch.is_grad_enabled(), **how), top
+        return Ascent(self.runs, [_Tune(deltas, self.masks), top], grad=torch.is_grad_enabled(), **how), top
 
     def nll(self, top: GraphRows) -> Tensor:
         """[tasks] nats, the mean over each task's target tokens."""
@@ -281,10 +308,10 @@ class Rows:
 
 
 class _Tune:
-    """Adds x Δᵀ at the tuned down projections, out of place."""
+    """Adds x Δᵀ at the tuned down projections, out of place. masks: as in ``fine_tune``, by the runs' owners"""
 
-    def __init__(self, deltas: dict[int, Tensor]):
-        self._deltas = deltas
+    def __init__(self, deltas: dict[int, Tensor], masks: Tensor | None = None):
+        self._deltas, self._masks = deltas, masks
         self._keys: Tensor | None = None  # x [rows, d_ff], from its site to the next one of the same call
 
     def sites(self, layer):
@@ -295,7 +322,7 @@ class _Tune:
 
     def at(self, site, layer, x, call):
         if site is Site.mlp_key:
-            self._keys = x
+            self._keys = x if self._masks is None else x * self._masks[call.owner].to(x)
             return None
         keys, self._keys = self._keys, None
         return Dense(self._deltas[layer]).add_to(x, keys)

@@ -72,7 +72,7 @@ class CarriesEdits:
         if edit is None or edit.route is None:
             return torch.full((len(prompts),), self.run_owner)
         below = replace(self, edits=tuple(other for other in self.edits if other is not edit))
-        return edit.route.owners(below, prompts)
+        return edit.route.bound(edit.changes).owners(below, prompts)
 
     @property
     def acting(self) -> list:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kedit_fast.edits.edit import Edit, digest
-from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.memories import MaskedMemory, MemoryChange, SideMemory
 from kedit_fast.edits.routes import NearestRoute, prompt_features
 from kedit_fast.evaluation.probes import probe, read_edited
 from kedit_fast.jobs.collect import Collect
@@ -84,8 +84,48 @@ def test_parts_that_do_not_fit_are_refused(wrong, says):
     refused(says, replace, change, **wrong)
 
 
+def side(**changes):
+    deltas = [torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])]
+    return replace(SideMemory.of_deltas(2, deltas, torch.float32), **changes)
+
+
+def masked(**changes):
+    columns, masks = torch.tensor([1, 4, 6]), torch.tensor([[1, 6], [4, 6]])
+    return replace(MaskedMemory(2, columns, torch.arange(6.0).view(2, 3), masks, torch.tensor([0, 1])), **changes)
+
+
+def test_sparse_memories_keep_what_is_not_zero_and_act_by_entry():
+    memory = side()
+    assert memory.mask.shape == (2, 1) and memory.values.tolist() == [2.0, 3.0, 4.0]
+    second = memory.of_entries(torch.tensor([1]))
+    assert second.owners.tolist() == [0] and second.dense(0).tolist() == [[4, 0, 0], [0, 0, 0]]
+    x = torch.arange(7.0)[None]
+    assert masked().job().made(x, 1).tolist() == [[4 * 1 + 6 * 2.0, 4 * 4 + 6 * 5.0]]
+    alone = masked().of_entries(torch.tensor([1]))
+    assert alone.columns.tolist() == [4, 6] and torch.equal(alone.job().made(x, 0), masked().job().made(x, 1))
+    assert side().job().made(torch.tensor([[1.0, 10.0, 100.0]]), 0).tolist() == [[20.0, 300.0]]
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "says"),
+    [
+        (side, dict(values=torch.ones(2)), "keeps 3 entries, values 2"),
+        (side, dict(shape=(9, 9)), r"expected uint8 \[m, 11\]"),
+        (side, dict(values=torch.tensor([1.0, torch.nan, 2.0])), "hold NaN"),
+        (side, dict(owners=torch.tensor([1, 1])), "none twice"),
+        (masked, dict(columns=torch.tensor([1, 4])), r"expected \[c\], \[d, c\], \[n, k\]; got \[2\]"),
+        (masked, dict(masks=torch.tensor([[1, 2], [4, 6]])), "name columns that it does not hold"),
+        (masked, dict(owners=torch.tensor([1])), "one for each of 2 masks"),
+    ],
+)
+def test_parts_of_sparse_memories_that_do_not_fit_are_refused(make, wrong, says):
+    refused(says, make, **wrong)
+
+
 def test_another_models_are_refused():
     lm = tiny_lm("llama")
+    refused(r"a side memory of \(2, 3\), this model's is \(48, 80\)", side().check, lm)
+    refused("for another model", masked().check, lm)
     narrow = MemoryChange(2, torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
     refused("keys of width 3, this model's layer_out has 48", narrow.check, lm)
     refused("this model has layers 0 to 3", replace(narrow, layer=9).check, lm)

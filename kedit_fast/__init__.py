@@ -40,6 +40,7 @@ _HOME = {
     "LocFt": "editors.locft",
     "UltraEdit": "editors.ultraedit",
     "StableEdit": "editors.ultraedit",
+    "CrispEdit": "editors.crispedit",
     "Ike": "editors.ike",
     "IkePlain": "editors.ike",
     "Ice": "editors.ice",

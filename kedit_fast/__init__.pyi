@@ -7,6 +7,7 @@ from kedit_fast.editors.alphaedit import AlphaEdit as AlphaEdit
 from kedit_fast.editors.betaedit import BetaEdit as BetaEdit
 from kedit_fast.editors.blue import AlphaEditBlue as AlphaEditBlue
 from kedit_fast.editors.blue import MemitBlue as MemitBlue
+from kedit_fast.editors.crispedit import CrispEdit as CrispEdit
 from kedit_fast.editors.emmet import Emmet as Emmet
 from kedit_fast.editors.encore import Encore as Encore
 from kedit_fast.editors.finetune import Ft as Ft

@@ -63,6 +63,7 @@ TESTED_IN = {
     "commands/test_rounds.py": "commands/layers",
     "commands/test_scale.py": "commands/unfinished",
     "edits/test_routes.py": "model/edited",
+    "editors/test_crispedit.py": "moments/gradient_moment",
     "editors/test_checks.py": "edits/chain moments/given",
     "editors/test_finetune.py": "jobs/finetune",
     "editors/test_grace.py": "editors/memory",

@@ -27,6 +27,7 @@ EDITORS = {
     "locft-bf": "editors.locft.LocFt",
     "ultraedit": "editors.ultraedit.UltraEdit",
     "stableedit": "editors.ultraedit.StableEdit",
+    "crispedit": "editors.crispedit.CrispEdit",
     "ike": "editors.ike.Ike",
     "ike-plain": "editors.ike.IkePlain",
     "ice": "editors.ice.Ice",

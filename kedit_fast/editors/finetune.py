@@ -12,6 +12,7 @@ published in 2022 all of them were read after the prompt alone, which makes an a
 is ``objective_optimization="prompt_last"``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -54,7 +55,7 @@ class Ft(Editor):
 
     POSITIVE: ClassVar[tuple[str, ...]] = ("num_steps", "lr", "batch_size")
     ALG_NAMES: ClassVar = {"FT": {}, "FT-L": {}, "FT-M": {}}
-    STAGES: ClassVar = ("fine-tuning",)
+    STAGES: ClassVar[tuple[str, ...]] = ("fine-tuning",)
     NEEDS_SUBJECT: ClassVar = False  # it reads prompts and targets alone
     NEEDS_CONTEXTS: ClassVar = False
     mom2_adjustment: ClassVar = False
@@ -109,7 +110,8 @@ class Ft(Editor):
         """
         lm = work.lm
         prompts = [*work.facts, *(one for fact in work.facts for one in fact.phrased())]
-        tuned = fine_tune(lm, [self.task(lm, prompt) for prompt in prompts], self._tune_settings())
+        tasks = [self.task(lm, prompt) for prompt in prompts]
+        tuned = fine_tune(lm, tasks, self._tune_settings(), self.projection(work))
         steps, nll = len(tuned.losses), tuned.nll[: len(work.facts)]
         return Written(
             weight_changes({layer: Dense(storable(delta, lm.dtype)) for layer, delta in tuned.deltas.items()}),
@@ -117,6 +119,10 @@ class Ft(Editor):
             layers={layer: self._described(delta) for layer, delta in sorted(tuned.deltas.items())},
             about={"steps": steps, "losses": [round(loss, 5) for loss in tuned.losses]},
         )
+
+    def projection(self, work: Work) -> Callable[[int, Tensor], Tensor] | None:
+        """(layer, gradient [d, d_ff]) -> what Adam takes for it; None: the gradient."""
+        return None
 
     def task(self, lm: LM, fact: Fact) -> TuneTask:
         """What the model is to say: the fact's target after its prompt."""

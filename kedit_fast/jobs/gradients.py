@@ -78,6 +78,12 @@ class Factors:
         mine = self.task == which
         return self.delta[mine].T @ self.x[mine]
 
+    def at_targets(self, tasks: Sequence[GradientTask]) -> "Factors":
+        """Those of the tokens that a target token follows. tasks: all that ``task`` counts"""
+        start = torch.tensor([len(task.prompt) - 1 for task in tasks], dtype=torch.int64)
+        mine = self.pos >= start[self.task]
+        return Factors(self.x[mine], self.delta[mine], self.task[mine], self.pos[mine])
+
     def joined_to(self, others: Iterable["Factors"]) -> "Factors":
         """With those of others behind, on the device of its x."""
         every, device = [self, *others], self.x.device

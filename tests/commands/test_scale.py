@@ -40,6 +40,7 @@ FAST = {
     "locft-bf": {"layers": [1], "num_steps": 2, "batch_size": 2},
     "ultraedit": {"layers": [1, 2], "roles": ["gate+up"]},
     "stableedit": {"layers": [1, 2]},
+    "crispedit": {"layers": [1, 2], "num_steps": 2},
     "ike": {"k": 2},
     "ike-plain": {},
     "ice": {},

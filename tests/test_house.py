@@ -41,6 +41,7 @@ LONG_FILES: dict[str, str] = {
     "facts/fact.py": "what a fact may hold, and what must hold for facts together",
     "facts/formats.py": "every published format of a fact, a reader each",
     "jobs/finetune.py": "one optimization, read from its tasks to what it holds",
+    "model/family.py": "the table of families, and what is asked of an entry",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
@@ -92,7 +93,7 @@ TESTED_IN = {
     "moments/test_second_moment.py": "jobs/moments moments/published",
     "pictures/test_traces.py": "pictures/figure pictures/labels pictures/terminal",
     "shipping/test_merge.py": "model/stored_tensors",
-    "sweep/test_engine.py": "model/seam sweep/sites",
+    "sweep/test_engine.py": "model/seam sweep/hooks sweep/sites",
     "sweep/test_parity.py": "model/family",
     "sweep/test_rows.py": "sweep/runs",
     "tracing/test_attribution.py": "jobs/attribute",

@@ -20,6 +20,7 @@ from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 D_MODEL, D_FF, HEADS, KV_HEADS, POSITIONS = 48, 80, 4, 2, 128  # no width is a power of two
+EXPERTS = 4
 WINDOW = 4  # shorter than every prompt below
 WEIGHT_STD, BIAS_STD, NORM_STD = 2.0, 0.3, 0.3  # weight: times 1/sqrt(fan_in)
 
@@ -103,6 +104,7 @@ def plain_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(q k^T scale) + mask) v in the dtype of its inputs, all scores stored.
@@ -116,7 +118,10 @@ def plain_attention(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores + attention_mask, dim=-1)
+    scores = scores + attention_mask
+    if s_aux is not None:  # gpt_oss: a logit without a value
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -181,10 +186,17 @@ def _config(family: str, layers: int) -> dict[str, Any]:
         "stablelm": common | half_rotated | dict(use_parallel_residual=True, use_qkv_bias=True, qk_layernorm=True),
         "starcoder2": common | window | dict(use_bias=True),
         "nemotron": common | half_rotated,
+        # Mixtures whose routed keys are as wide as the other families' keys: 4 experts of 20.
+        "mixtral": common | window | dict(intermediate_size=D_FF // EXPERTS, num_local_experts=EXPERTS),
+        "qwen2_moe": common | _QWEN_MOE | dict(shared_expert_intermediate_size=24, norm_topk_prob=False),
+        "qwen3_moe": common | _QWEN_MOE | wide | dict(norm_topk_prob=True),
+        "gpt_oss": common | windowed | wide | _GPT_OSS | dict(rope_parameters=rope),
     }
     return configs.get(family, common) | dict(vocab_size=len(tiny_tokenizer()))
 
 
+_QWEN_MOE = dict(moe_intermediate_size=D_FF // EXPERTS, num_experts=EXPERTS, num_experts_per_tok=2)
+_GPT_OSS = dict(intermediate_size=D_FF // EXPERTS, num_local_experts=EXPERTS, num_experts_per_tok=2)
 _MINISTRAL3 = dict(llama_4_scaling_beta=0.5, original_max_position_embeddings=4)
 _GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.4, logits_scaling=2.0)
 
@@ -244,8 +256,13 @@ _CLASSES |= {
     "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
     "nemotron": "NemotronForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 FAMILY_NAMES = tuple(_CLASSES)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4) -> PreTrainedModel:
@@ -260,6 +277,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, l
     model_class = getattr(transformers, _CLASSES[family])
     model = model_class(model_class.config_class(**config))
     model.set_attn_implementation("eager" if family == "gptj" else ATTENTION)
+    if family in MIXTURES:
+        model.set_experts_implementation("eager")
     sharpen(model, seed)
     return model.to(dtype).eval()
 
@@ -277,8 +296,14 @@ def sharpen(model: nn.Module, seed: int) -> None:
 
 def _distribution(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[float, float]:
     """Mean and standard deviation of one parameter."""
+    if name == "sinks":
+        return 1.0, 1.0
     if isinstance(module, Conv1D) and name == "weight":
         return 0.0, WEIGHT_STD / math.sqrt(parameter.shape[0])
+    if name.endswith("bias"):
+        return 0.0, BIAS_STD
+    if hasattr(module, "is_transposed"):  # stacked experts
+        return 0.0, WEIGHT_STD / math.sqrt(parameter.shape[1 if module.is_transposed else 2])
     if parameter.ndim >= 2:  # an embedding's fan_in is the width too: where it is tied, it is the head
         return 0.0, WEIGHT_STD / math.sqrt(parameter[0].numel())
     if name == "weight":  # a norm; gemma's multiplies by 1 + weight

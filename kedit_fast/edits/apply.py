@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.deltas import FLOATS, Delta, check_fits, edited_weight
-from kedit_fast.model.family import as_out_in, is_conv1d, projection
+from kedit_fast.model.experts import is_experts
+from kedit_fast.model.family import as_out_in, is_conv1d, projection, weight_name, write_out_in
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.loaded import defined_in, is_offloaded, is_shard, refuse_peft
 
@@ -165,7 +166,7 @@ def _check_writable(module, name):
     """Raises ValueError unless the module is a plain projection whose weight is a plain tensor in memory."""
     refuse_peft(module, name, BENEATH)
     kind = type(module)
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(weight_name(module))
     packed = weight is not None and weight.dtype not in FLOATS
     if packed or defined_in(module, QUANTIZERS) or (weight is not None and defined_in(weight, QUANTIZERS)):
         raise ValueError(
@@ -173,7 +174,7 @@ def _check_writable(module, name):
             "load the model without quantization, use lm.with_edit(edit), which leaves the weights as they are, or "
             "kf.export_peft(edit, folder), an adapter beside the packed weights"
         )
-    if not (kind is nn.Linear or is_conv1d(module)):
+    if not (kind is nn.Linear or is_conv1d(module) or is_experts(module)):
         raise ValueError(
             f"{name} is a {kind.__module__}.{kind.__name__}; only nn.Linear and Conv1D are known to use their weight "
             "as it stands. Remove what wraps it (parametrizations too), or use lm.with_edit(edit)"
@@ -201,8 +202,9 @@ def _check_unshared(model, places):
         if type(parameter) is nn.Parameter and not parameter.is_meta
     ]
     for name, (module, _) in places.items():
-        begin, end = _span(module.weight)
-        device = module.weight.device
+        parameter = module.get_parameter(weight_name(module))
+        begin, end = _span(parameter)
+        device = parameter.device
         names = [each for each, where, first, last in plain if where == device and first < end and begin < last]
         if len(names) > 1:
             raise ValueError(
@@ -231,6 +233,6 @@ def _digest(tensor):
 
 def _write(module, weight):
     """Copy [out, in] values into the module's own storage; views and the optimizer's references stay valid."""
-    target = as_out_in(module)
+    target = module.get_parameter(weight_name(module))
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
-        target.copy_(weight)
+        write_out_in(module, weight)

@@ -23,6 +23,7 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     room: int | None = None,
 ) -> Tensor:
     """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
@@ -32,6 +33,7 @@ def attention(
     key_rows: [R, T] int64: slot of position t of run r
     run, pos: [rows] int64
     window: positions a row sees, its own included (None: all); softcap: tanh cap on the scores (None: none)
+    sinks: [H] logits that take part in each head's softmax and have no value (gpt_oss; None: none)
     room: numbers of K, or of scores, that the reference gathers at once (``GATHERED`` at most; one run's at least)
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
 
@@ -42,12 +44,13 @@ def attention(
     if not recorded and dispatch.backend_for("attention", query.device, query.dtype) == "triton":
         from kedit_fast.kernels.triton import attention as triton
 
-        return triton.attention(query, key, value, key_rows, run, pos, scale=scale, window=window, softcap=softcap)
-    how = {"scale": scale, "window": window, "softcap": softcap, "room": room}
+        how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        return triton.attention(query, key, value, key_rows, run, pos, **how)
+    how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "room": room}
     return attention_ref(query, key, value, key_rows, run, pos, **how)
 
 
-def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, room=None):
+def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, room=None):
     """The same in plain torch: runs with equally many rows at a time; dense (SDPA) or gathered."""
     room = GATHERED if room is None else min(room, GATHERED)
     out, device, sums = torch.empty_like(query), query.device, wide(query.dtype)
@@ -61,9 +64,9 @@ def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, 
             slots = key_rows[which[i : i + step], :n_keys]
             q, k, v = query[part.to(device)], _take(key, slots), _take(value, slots)
             if dense:
-                got = _dense(q, k, v, scale, window)
+                got = _dense(q, k, v, scale, window, sinks)
             else:
-                got = _gathered(q.to(sums), k.to(sums), v.to(sums), pos[part].to(device), scale, window, softcap)
+                got = _gathered(q.to(sums), k.to(sums), v.to(sums), pos[part].to(device), scale, window, softcap, sinks)
             out[part.to(device)] = got.to(out.dtype)
     return out
 
@@ -95,7 +98,7 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
     return x[slots.clamp(min=0).to(x.device)]  # -1 stands behind a run's end, where no row of it looks
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window, softcap) -> Tensor:
+def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window, softcap, sinks) -> Tensor:
     """q [n, m, H, D] against k, v [n, T, Hkv, D]; heads that share a key head are stacked as further rows."""
     n, m, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -104,7 +107,12 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     seen = _visible(pos, k.shape[1], window).repeat_interleave(heads // kv_heads, 1)[:, None]
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks.to(scores).view(kv_heads, 1, -1).expand(-1, m, -1).reshape(1, kv_heads, -1, 1)
+        weights = torch.cat([scores, sink.expand(n, -1, -1, 1)], -1).softmax(-1)[..., :-1]
     out = (weights @ v.transpose(1, 2)).view(n, kv_heads, m, heads // kv_heads, dim)
     return out.transpose(1, 2).reshape(n, m, heads, dim)
 
@@ -116,10 +124,15 @@ def _visible(pos: Tensor, n_keys: int, window: int | None) -> Tensor:
     return seen if window is None else seen & (t > pos[..., None] - window)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, window) -> Tensor:
-    """Whole sequences from position 0 through torch's SDPA."""
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, window, sinks) -> Tensor:
+    """Whole sequences from position 0 through torch's SDPA; a sink is a further key, of 0, with its logit as bias."""
     n_keys = k.shape[1]
-    mask = None if window is None else _visible(torch.arange(n_keys, device=q.device), n_keys, window)
+    mask = None if window is None and sinks is None else _visible(torch.arange(n_keys, device=q.device), n_keys, window)
+    if sinks is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        bias = bias.expand(len(sinks), -1, -1)
+        mask = torch.cat([bias, sinks.to(q).view(-1, 1, 1).expand(-1, n_keys, 1)], -1)
+        k, v = (torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

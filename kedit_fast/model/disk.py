@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kedit_fast.model.family import family_of
+from kedit_fast.model.family import family_of, refuse_experts
 from kedit_fast.model.folder import Checkpoint, check_complete
 from kedit_fast.model.streamed import ALIGN, Slot, Streamed, aligned, put
 
@@ -70,6 +70,11 @@ def open_on_disk(checkpoint: Checkpoint, config, model_class, device: torch.devi
     What no text passes (a wrapper's vision tower) stays on meta. Raises ValueError for tensors that are missing or have
     another shape than the config says, and for damaged files.
     """
+    refuse_experts(
+        family_of(config),
+        f"a {config.model_type} checkpoint stores the experts one by one and the model stacks them, so it is read as a "
+        "whole: open it with more memory= (--memory), or without",
+    )
     if dtype is not None:
         config.dtype = dtype
     with _parameters_on_meta():

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from kedit_fast.model.experts import as_stacked, as_wide, is_experts
+
 
 @dataclass(frozen=True)
 class Family:
@@ -18,6 +20,7 @@ class Family:
     attn: str = "self_attn"  # in a layer
     attn_proj: str = "self_attn.o_proj"  # in a layer: its output is the site attn_out
     mlp_down: str = "mlp.down_proj"  # in a layer: input is mlp_key, output is mlp_out
+    experts: bool = False  # whether ``mlp_down`` holds the stacked matrices of experts (``model/experts.py``)
     mlp_up: str | None = "mlp.up_proj"  # in a layer
     mlp_gate: str | None = "mlp.gate_proj"  # in a layer; None: the MLP has no gate
     mlp_gate_up: str | None = None  # in a layer: gate and up as one matrix, in this order
@@ -38,6 +41,11 @@ class Family:
     def mlp(self) -> str:
         """Path in a layer of the MLP, which holds the down projection."""
         return self.mlp_down.rpartition(".")[0]
+
+    @property
+    def mlp_end(self) -> str:
+        """Path in a layer of what gives mlp_out: the down projection, or a mixture of experts as a whole."""
+        return self.mlp if self.experts else self.mlp_down
 
     @property
     def adds_as_is(self) -> bool:
@@ -77,6 +85,7 @@ _GPT2 = Family(
 )
 
 _POST_NORM = replace(_LLAMA, post_norm="post_feedforward_layernorm")
+_MIXTURE = replace(_LLAMA, mlp_down="mlp.experts", mlp_up=None, mlp_gate=None, experts=True)
 _FUSED = replace(_LLAMA, mlp_up=None, mlp_gate=None, mlp_gate_up="mlp.gate_up_proj")
 # A wrapper around a text model of Llama's names.
 _WRAPPED = Family(
@@ -109,6 +118,10 @@ FAMILIES: dict[str, Family] = {
     "mistral3": _WRAPPED,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _MIXTURE,
+    "qwen2_moe": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    "gpt_oss": _MIXTURE,
     "gemma": _LLAMA,
     "gemma2": _POST_NORM,
     "gemma3_text": replace(_POST_NORM, rotary_by_type=True),
@@ -153,7 +166,8 @@ FAMILIES: dict[str, Family] = {
 TESTED = (
     "gpt2", "gptj", "gpt_neox", "llama", "mistral", "ministral3", "mistral3", "qwen2", "qwen3", "gemma", "gemma2",
     "gemma3", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "olmo3", "smollm3", "seed_oss", "exaone4", "granite",
-    "cohere", "cohere2", "glm", "glm4", "stablelm", "starcoder2", "nemotron",
+    "cohere", "cohere2", "glm", "glm4", "stablelm", "starcoder2", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe",
+    "gpt_oss",
 )  # fmt: skip
 # What families call the factors around their layers, and the number of their experts.
 MULTIPLIERS = (
@@ -203,7 +217,7 @@ def peculiarities(config) -> list[str]:
     found = []
     for each in _configs(config):
         experts = [(name, n) for name in EXPERTS if isinstance(n := getattr(each, name, None), int) and n > 1]
-        if experts:
+        if experts and not getattr(FAMILIES.get(getattr(config, "model_type", None)), "experts", False):
             found.append(
                 f"its layers are mixtures of experts ({experts[0][0]} = {experts[0][1]}) and have no single down "
                 "projection to trace and edit"
@@ -270,7 +284,8 @@ def projection(model: nn.Module, layer: int, role: str = "down") -> nn.Module:
     except AttributeError:
         raise ValueError(
             f"layer {layer} of this {model.config.model_type} model has no module {path!r} "
-            "(mixture-of-experts layers keep their experts in one tensor); edit a dense layer instead"
+            f"({'it is dense' if family_of(model.config).experts else 'it may be a mixture of experts'}); choose a "
+            "layer that has"
         ) from None
 
 
@@ -281,8 +296,49 @@ def check_layer(layer: int, n_layers: int) -> None:
 
 
 def as_out_in(module: nn.Module) -> Tensor:
-    """The weight of a projection as an [out, in] view. GPT-2's Conv1D keeps [in, out]: told by type, never by shape."""
+    """The weight of a projection as an [out, in] view. GPT-2's Conv1D keeps [in, out]: told by type, never by shape.
+
+    Of experts all of them, one beside the other, as a copy where they are stacked otherwise.
+    """
+    if is_experts(module):
+        return as_wide(module)
     return module.weight.T if is_conv1d(module) else module.weight
+
+
+def weight_name(module: nn.Module) -> str:
+    """What a projection's parameter is called."""
+    return "down_proj" if is_experts(module) else "weight"
+
+
+def write_out_in(module: nn.Module, weight: Tensor) -> None:
+    """Copies [out, in] values into a projection's own storage."""
+    getattr(module, weight_name(module)).copy_(as_stored(module, weight))
+
+
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """[out, in] values as the projection stores them: a view."""
+    if is_experts(module):
+        return as_stacked(module, weight)
+    return weight.T if is_conv1d(module) else weight
+
+
+def refuse_experts(family: Family, why: str) -> None:
+    """Raises ValueError for a mixture of experts; why: and the way out."""
+    if family.experts:
+        raise ValueError(f"{why}; an edit of it is written with edit.apply(model) and model.save_pretrained(folder)")
+
+
+def check_mixture(model: nn.Module) -> None:
+    """Raises ValueError for a model some of whose layers are mixtures of experts and some are not."""
+    family, layers = family_of(model.config), layers_of(model)
+    if family.experts:
+        dense = [i for i, layer in enumerate(layers) if not hasattr(layer.get_submodule(family.mlp), "experts")]
+        if dense:
+            raise ValueError(
+                f"layers {dense} of this {model.config.model_type} model are dense and the others mixtures of experts "
+                "(mlp_only_layers, decoder_sparse_step), whose keys are of two widths; only models whose layers are "
+                "all mixtures are opened"
+            )
 
 
 def is_conv1d(module: nn.Module) -> bool:

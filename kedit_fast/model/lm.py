@@ -79,7 +79,10 @@ class LM(Around, Sizes, CarriesEdits):
 
     @cached_property
     def d_ff(self) -> int:
+        """Width of a key; of a mixture of experts, that of all its experts (``model/experts.py``)."""
         down = fam.projection(self.model, 0)
+        if fam.is_experts(down):
+            return fam.as_wide(down).shape[1]
         if fam.is_conv1d(down):
             return cast(Tensor, down.weight).shape[0]
         return getattr(down, "in_features", None) or cast(Tensor, down.weight).shape[1]  # packed, it has another

@@ -70,6 +70,7 @@ def open_model(
     if not getattr(lm.tokenizer, "is_fast", False):
         raise ValueError("kedit_fast needs a fast tokenizer (subject spans come from its character offsets)")
     _check_weights(lm)
+    fam.check_mixture(lm.model)
     check_own_logits(lm)
     return lm
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.func import functional_call
 
-from kedit_fast.model.family import is_conv1d, projection
+from kedit_fast.model.family import as_stored, projection, weight_name
 from kedit_fast.model.source import Resident, hidden
 
 
@@ -21,8 +21,9 @@ class Overlaid(Resident):
             if at == layer:
                 module = projection(self.model, layer, role)
                 name = next(name for name, each in self.layers[layer].named_modules() if each is module)
-                weight = weight.to(device=h.device, dtype=module.weight.dtype)
-                own[f"{name}.weight"] = weight.T if is_conv1d(module) else weight
+                parameter = weight_name(module)
+                weight = weight.to(device=h.device, dtype=getattr(module, parameter).dtype)
+                own[f"{name}.{parameter}"] = as_stored(module, weight)
         if not own:
             return super().call(layer, h, kwargs)
         return hidden(functional_call(self.layers[layer], own, (h,), kwargs))

@@ -28,8 +28,9 @@ HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_attenti
 
 
 def _attention(
-    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **rest
-):
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    s_aux=None, **rest,
+):  # fmt: skip
     """transformers' signature: query [1, H, rows, D] -> ([1, rows, H, D], None)."""
     attend = _call.get()
     if attend is None:
@@ -47,6 +48,7 @@ def _attention(
         scale=scale,
         window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
     )
     return out[None], None
 
@@ -57,7 +59,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
 
 @contextmanager
 def attend_with(attend):
-    """Blocks called inside use ``attend(query [rows, H, D], key, value, scale=, window=, softcap=)``."""
+    """Blocks called inside use ``attend(query [rows, H, D], key, value, scale=, window=, softcap=, sinks=)``."""
     token = _call.set(attend)
     try:
         yield
@@ -82,6 +84,9 @@ def prepared(model, family: Family):
             config = text_config(model.config)
             stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
             config._attn_implementation_internal = NAME
+            if family.experts and config._experts_implementation == "batched_mm":  # copies matrices for every row
+                stack.callback(setattr, config, "_experts_implementation_internal", "batched_mm")
+                config._experts_implementation_internal = "eager"
         _report_foreign_hooks(model)
         yield
 

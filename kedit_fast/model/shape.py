@@ -145,13 +145,18 @@ def _bytes(modules: Iterable[nn.Module], dtype: torch.dtype) -> int:
 
 
 def _d_ff(config, d_model: int) -> int:
-    names = ("intermediate_size", "n_inner", "ffn_dim")  # of a family that leaves it out it is four times as wide
-    return next((value for name in names if (value := getattr(config, name, None))), 4 * d_model)
+    # of a family that leaves it out it is four times as wide
+    names = ("moe_intermediate_size",) * (_n_experts(config) > 1) + ("intermediate_size", "n_inner", "ffn_dim")
+    return _n_experts(config) * next((value for name in names if (value := getattr(config, name, None))), 4 * d_model)
+
+
+def _n_experts(config) -> int:
+    return next((n for name in EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 1), 1)
 
 
 def _multiplied(layer: nn.Module, config) -> int:
     """Weights of a layer that a row is multiplied by: of stacked experts, those that it is sent to."""
-    n_experts = next((n for name in EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 1), 1)
+    n_experts = _n_experts(config)
     share = (getattr(config, "num_experts_per_tok", None) or n_experts) / n_experts
     matrices = [parameter for parameter in layer.parameters() if parameter.ndim > 1]
     return round(sum(p.numel() * (share if p.ndim == 3 else 1) for p in matrices))

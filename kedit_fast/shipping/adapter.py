@@ -31,7 +31,7 @@ from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
 from kedit_fast.edits.edit import Edit, digest, edit_list
-from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection, text_config
+from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection, refuse_experts, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import DEMO_MODEL
@@ -99,6 +99,7 @@ def export_peft(
     total = compose(edits)
     base, name = _base_of(total, model, checks.flag("check_fingerprint", check_fingerprint))
     family = family_of(base.config)
+    refuse_experts(family, "an adapter has no factors for stacked experts: serve the edit with lm.with_edit(edit)")
     cut = {place: _within(place[0], delta, max_rank, truncate) for place, delta in total.weights.items()}
     rank = max(delta.rank for delta, _ in cut.values())
     if not rank:

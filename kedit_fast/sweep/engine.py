@@ -5,7 +5,7 @@ at which sites of which layers it reads or writes; it knows rows, not facts, and
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from kedit_fast.kernels.attention import attention
 from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.model.seam import attend_with, prepared
+from kedit_fast.sweep.hooks import Enough, hooked, last_read, through
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
 from kedit_fast.sweep.rows import Call, KVStore, RowTable, on_host
 from kedit_fast.sweep.runs import Runs, in_order
-from kedit_fast.sweep.sites import INSIDE, Site
+from kedit_fast.sweep.sites import Site
 
 ALL = object()  # what ``Job.reads`` gives for every row
 
@@ -37,10 +38,6 @@ class Job(Protocol):
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
         """Sees the rows x [n, width] of one call; a tensor given back takes their place. Never writes into x."""
-
-
-class _Enough(Exception):
-    """Leaves a block once everything that anybody wanted of this call has been seen."""
 
 
 def sweep(
@@ -137,7 +134,7 @@ class Pack:
         """Rows of layer 0: embeddings as the jobs leave them; a row that begins as another's is its copy."""
         call = self._call(table, torch.arange(len(table)))
         x = self.lm.embed(call.tokens)
-        x = _through(self.jobs, Site.embed, 0, x, call)
+        x = through(self.jobs, Site.embed, 0, x, call)
         origin = torch.where(source >= 0, source, torch.arange(len(table)))
         while not torch.equal(origin, origin[origin]):
             origin = origin[origin]
@@ -204,7 +201,7 @@ class Pack:
             for index in keys_only.nonzero()[:, 0].split(CALL_ROWS):
                 self._block(layer, h, self._call(table, index), cache, keys_only=True)
             parts = list(read.split(CALL_ROWS))
-        final = self._last_read(layer) if is_last else None
+        final = last_read(self.jobs, layer) if is_last else None
         outs = [self._block(layer, h, self._call(table, index), cache, final=final) for index in parts]
         if self.keep is not None:
             self.keep.put(layer, *cache)
@@ -242,17 +239,17 @@ class Pack:
         pos = table.pos[call.index]
         attend = _Attend(cache, table, call, keys_only, self.room)
         x = _pick(h, call.index)
-        with attend_with(attend), self._hooks(layer, call, final):
+        with attend_with(attend), hooked(self.lm, self.jobs, layer, call, final):
             try:
                 out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos))[0]
-            except _Enough:
+            except Enough:
                 out = None
         if attend.n_calls != 1:
             raise RuntimeError(
                 f"the attention of layer {layer} of this {self.lm.model.config.model_type} model was called "
                 f"{attend.n_calls} times, not once: its blocks do not go through transformers' attention interface"
             )
-        return out if out is None else _through(self.jobs, Site.layer_out, layer, out, call)
+        return out if out is None else through(self.jobs, Site.layer_out, layer, out, call)
 
     def _block_kwargs(self, layer: int, pos: Tensor) -> dict:
         device = self.lm.device
@@ -267,43 +264,6 @@ class Pack:
         if kind not in self._tables:
             self._tables[kind] = self.lm.rotary(layer, self.n_positions)
         return self._tables[kind]
-
-    # ---- sites
-
-    @contextmanager
-    def _hooks(self, layer: int, call: Call, final: Site | None):
-        """Hooks on the layer's modules, only where a job asked."""
-        wanted = {site for job in self.jobs for site in job.sites(layer)}
-
-        def see(site, x):
-            out = _through(self.jobs, site, layer, x[0], call)
-            if site is final:
-                raise _Enough
-            return out[None]  # also where nobody changed it: a gradient is taken of what the jobs saw
-
-        def before(site):
-            return lambda module, args: (see(site, args[0]), *args[1:])
-
-        def behind(site):
-            return lambda module, args, out: see(site, out)
-
-        with ExitStack() as stack:
-            for site in (site for site in INSIDE if site in wanted):
-                name, is_input = INSIDE[site]
-                module = self.lm.source.layers[layer].get_submodule(getattr(self.lm.family, name))
-                add, hook = (
-                    (module.register_forward_pre_hook, before) if is_input else (module.register_forward_hook, behind)
-                )
-                stack.callback(add(hook(site)).remove)
-            yield
-
-    def _last_read(self, layer: int) -> Site | None:
-        """The last site inside the layer at which a job reads that wants rows of it: nobody looks at what follows. None
-        where the layer's output is wanted."""
-        if any(Site.layer_out in job.sites(layer) for job in self.jobs):
-            return None
-        read = {site for job in self.jobs if job.reads(layer) is not None for site in job.sites(layer)}
-        return next((site for site in reversed(INSIDE) if site in read), None)
 
 
 class _Entering(NamedTuple):
@@ -322,17 +282,17 @@ class _Attend:
         self.cache, self.table, self.call, self.keys_only, self.n_calls = cache, table, call, keys_only, 0
         self.room = room
 
-    def __call__(self, query, key, value, *, scale, window, softcap):
+    def __call__(self, query, key, value, *, scale, window, softcap, sinks):
         self.n_calls += 1
         keys, values = self.cache
         slots = self.table.slots[self.call.index].to(keys.device)
         keys[slots], values[slots] = key, value
         if self.keys_only:
-            raise _Enough
+            raise Enough
         pos = self.table.pos[self.call.index]
         return attention(
             query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap,
-            room=self.room,
+            sinks=sinks, room=self.room,
         )  # fmt: skip
 
 
@@ -340,11 +300,3 @@ def _pick(h: Tensor, index: Tensor) -> Tensor:
     """h[index] for ascending rows; a view where they stand together."""
     first, n = int(index[0]), len(index)
     return h[first : first + n] if int(index[-1]) == first + n - 1 else h[index.to(h.device)]
-
-
-def _through(jobs, site: Site, layer: int, x: Tensor, call: Call) -> Tensor:
-    for job in jobs:
-        if site in job.sites(layer):
-            out = job.at(site, layer, x, call)
-            x = x if out is None else out
-    return x

@@ -12,8 +12,10 @@ class Site(str, Enum):
     mlp_gate_up = "mlp_gate_up"  # [rows, 2 d_ff] output of gate and up, where they are one matrix
     mlp_gate = "mlp_gate"  # [rows, d_ff] output of the gate projection
     mlp_up = "mlp_up"  # [rows, d_ff] output of the up projection
-    mlp_key = "mlp_key"  # [rows, d_ff] input of the MLP's down projection: the key k of ROME and MEMIT
-    mlp_out = "mlp_out"  # output of the down projection, before any post-norm: the value v of ROME
+    # [rows, d_ff] input of the MLP's down projection: the key k of ROME and MEMIT; of experts the routed keys k̃
+    mlp_key = "mlp_key"
+    # output of the down projection, before any post-norm: the value v of ROME; of experts what the mixture gives
+    mlp_out = "mlp_out"
     layer_out = "layer_out"  # the residual stream after the layer: the z of MEMIT
 
 
@@ -25,7 +27,7 @@ INSIDE = {
     Site.mlp_gate: ("mlp_gate", False),
     Site.mlp_up: ("mlp_up", False),
     Site.mlp_key: ("mlp_down", True),
-    Site.mlp_out: ("mlp_down", False),
+    Site.mlp_out: ("mlp_end", False),
 }
 # {role of a projection (Family.roles): the site of its input}, and of its output.
 IN = {"down": Site.mlp_key, "up": Site.mlp_in, "gate": Site.mlp_in, "gate_up": Site.mlp_in}

@@ -296,7 +296,7 @@ def test_calls_have_the_size_that_is_asked_for(traced, monkeypatch):
 def test_waits_are_counted_by_the_package_s_lines(traced, monkeypatch):
     """A stand-in for a GPU warns as torch does: in the last layer's head, and at each growth of the rows."""
     ours, facts = traced
-    head, grow, modes = engine._through, engine.RowTable._append, []
+    head, grow, modes = engine.through, engine.RowTable._append, []
 
     def warning(run):
         def work(*args):
@@ -306,7 +306,7 @@ def test_waits_are_counted_by_the_package_s_lines(traced, monkeypatch):
 
         return work
 
-    monkeypatch.setattr(engine, "_through", warning(head))
+    monkeypatch.setattr(engine, "through", warning(head))
     monkeypatch.setattr(engine.RowTable, "_append", warning(grow))
     monkeypatch.setattr(watch, "print_nothing", modes.append)
     before = warnings.showwarning

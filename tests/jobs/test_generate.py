@@ -28,7 +28,7 @@ def hugging_faces(model, ids, n=N_NEW, eos=-1):
     return made[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("family", DISTINCT)
+@pytest.mark.parametrize("family", (*DISTINCT, "qwen2_moe", "gpt_oss"))
 def test_greedy_texts_are_hugging_faces(family):
     lm = tiny_lm(family)
     got = generate(lm, PROMPT_IDS, N_NEW, stop=False)

@@ -12,7 +12,7 @@ from tests.conftest import close, relative_error
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def naive(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None):
+def naive(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None):
     """One row and one head at a time, in float64, reading only what the row may see."""
     query, key, value = query.double(), key.double(), value.double()
     out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
@@ -23,7 +23,8 @@ def naive(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=
             scores = key[slots, head // group] @ query[i, head] * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            out[i, head] = scores.softmax(0) @ value[slots, head // group]
+            weights = scores.exp() / (scores.exp().sum() + (0 if sinks is None else sinks[head].double().exp()))
+            out[i, head] = weights @ value[slots, head // group]
     return out
 
 
@@ -68,6 +69,21 @@ def problem(kind, dtype=torch.float32, heads=(4, 2), dim=5):
 
 LAYOUTS = ("one row", "one run", "ragged", "shared", "slabs", "gap")
 HOW = ({}, {"window": 1}, {"window": 5}, {"softcap": 1.5}, {"window": 4, "softcap": 0.8})
+
+
+SINKS = torch.tensor([-1.5, 0.0, 0.7, 2.5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense_from", [64, 1])
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks(window, dense_from, dtype, monkeypatch):
+    """A logit of each head that has no value: gathered and dense."""
+    monkeypatch.setattr(kernel, "DENSE_FROM", dense_from)
+    for kind in LAYOUTS:
+        given, how = problem(kind, dtype), {"scale": 0.6, "window": window}
+        close(kind, attention_ref(*given, **how, sinks=SINKS), naive(*given, **how, sinks=SINKS), dtype)
+        assert relative_error(attention_ref(*given, **how), naive(*given, **how, sinks=SINKS)) > 0.05
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,7 +33,8 @@ def test_shapes(family):
     for role in lm.family.roles:
         assert as_out_in(projection(lm.model, 1, role)).shape == lm.shape_of(role)
     names = paths(lm.model)
-    assert projection(lm.model, 1) is lm.model.get_submodule(names.layers)[1].get_submodule(names.down)
+    down = lm.model.get_submodule(names.layers)[1].get_submodule(names.down)
+    assert projection(lm.model, 1) is (down.experts if lm.family.experts else down)
 
 
 @pytest.mark.parametrize("family", DISTINCT)

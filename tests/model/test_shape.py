@@ -30,4 +30,4 @@ def test_of_experts_a_row_meets_those_it_is_sent_to():
     attention, expert = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 96
     assert shape.layer_flop == 2 * (attention + 8 * 64 + 2 * expert)  # the router sees all eight
     assert shape.layers == (2 * (attention + 8 * 64 + 8 * expert + 2 * 64),) * 3
-    assert (shape.around, shape.head_flop, shape.d_ff) == (2 * 2 * 6400, 2 * 6400, 96)
+    assert (shape.around, shape.head_flop, shape.d_ff) == (2 * (2 * 6400 + 64), 2 * 6400, 8 * 96)  # keys of all experts

@@ -36,7 +36,7 @@ PATHS = {
     "mistral3": _LLAMA._replace(**_WRAPPED),
     "phi": _LLAMA._replace(norm="model.final_layernorm", down="mlp.fc2"),
     "starcoder2": _LLAMA._replace(down="mlp.c_proj"),
-}
+} | dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"), _LLAMA._replace(down="mlp"))
 
 
 def paths(model: nn.Module) -> Paths:

@@ -21,7 +21,7 @@ from tests.tiny import PROMPTS, tiny_tokenizer
 DRAWS, LAYERS = 2, 4
 WINDOWED = {
     "mistral", "mistral3", "ministral3", "qwen2", "gemma2", "gemma3", "gemma3_text", "phi3", "olmo3", "exaone4",
-    "cohere2", "starcoder2",
+    "cohere2", "starcoder2", "mixtral", "gpt_oss",
 }  # fmt: skip
 # What is restored in each prompt: (site, first layer, end, tokens behind the subject's first one).
 STATES = ((Site.layer_out, 0, 1, 0), (Site.layer_out, 2, 3, 2))
@@ -168,10 +168,11 @@ MUTATIONS = {
     "window - 1": _with(window=lambda w: w - 1),
     "key row": _key_row,
     "no soft cap": _with(softcap=lambda c: None),
+    "no sinks": _with(sinks=lambda s: None),
 }
 
 
-ONLY_IN = {"window + 1": WINDOWED, "window - 1": WINDOWED, "no soft cap": {"gemma2"}}
+ONLY_IN = {"window + 1": WINDOWED, "window - 1": WINDOWED, "no soft cap": {"gemma2"}, "no sinks": {"gpt_oss"}}
 MUTATED = [(family, name) for family in FAMILIES for name in MUTATIONS if family in ONLY_IN.get(name, FAMILIES)]
 
 

@@ -61,7 +61,7 @@ def alike(got: kf.TraceResult, want: kf.TraceResult, atol: float = ATOL) -> None
 # ---- against the oracle
 
 
-@pytest.mark.parametrize("family", DISTINCT)
+@pytest.mark.parametrize("family", (*DISTINCT, "qwen2_moe", "gpt_oss"))
 def test_every_family_and_kind_equals_the_oracle(family):
     for result in traced(family, NEEDLE):
         wanted = oracle(family, NEEDLE, result.kind)

@@ -26,20 +26,19 @@ _CONFIGS = {
 
 @triton.jit
 def attention_kernel(
-    out, query, key, value, table, pos, blocks,
+    out, query, key, value, table, pos, blocks, sinks,
     table_stride, query_stride, query_head, key_stride, key_head, value_stride, value_head, scale, window, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(softcap(q kᵀ scale)) v for the rows of one block and up to HEADS heads of one key head's GROUP.
 
-    out: [rows, H, DIM], contiguous; blocks: [n, 3] of ``Plan``; WIDTH: DIM padded to a power of two
+    out: [rows, H, DIM], contiguous; blocks: [n, 3] of ``Plan``; sinks: [H] fp32; WIDTH: DIM padded to a power of two
 
     Grid (blocks, key heads x parts of a group). A program owns QUERIES = (rows of its block x HEADS) queries: query i
-    is row i // HEADS and head i % HEADS, so the heads of a group share the keys that are read. It reads the keys and
-    values of the positions that some row of the block sees, and no other slot; writes its queries once. Online softmax
-    in fp32; 4 · queries · keys · DIM FLOP.
-
+    is row i // HEADS and head i % HEADS, so the heads of a group share the keys that are read. It reads keys and values
+    of positions that some row of the block sees, no other slot. Online softmax in fp32; 4 · queries · keys · DIM FLOP.
     UPCAST: products in fp32; the interpreter's products of bf16 are not products.
     """
     block = blocks + tl.program_id(0).to(tl.int64) * 3
@@ -56,7 +55,6 @@ def attention_kernel(
     inside = column < DIM
     at = tl.load(pos + row).to(tl.int32)
     last = tl.load(pos + end - 1).to(tl.int32)
-
     queries = query + (row * query_stride + head * query_head)[:, None] + column[None, :]
     q = tl.load(queries, mask=inside[None, :], other=0.0)
     if UPCAST:
@@ -65,7 +63,9 @@ def attention_kernel(
     value += of_key.to(tl.int64) * value_head
     table += segment * table_stride
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-    weight = tl.zeros((QUERIES,), dtype=tl.float32)
+    if SINKS:
+        top = tl.load(sinks + head) * 1.4426950408889634  # log2 e, as scores have it
+    weight = tl.full((QUERIES,), 1.0 if SINKS else 0.0, dtype=tl.float32)
     total = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
     begin = tl.maximum(tl.load(pos + first).to(tl.int32) - window + 1, 0) if WINDOWED else 0
     for start in range(begin, last + 1, KEYS):
@@ -145,7 +145,7 @@ def plan(key_rows: Tensor, run: Tensor, pos: Tensor, heads: int, most: int, devi
     return Plan(blocks.to(device), table.to(device), pos.to(device), queries)
 
 
-def attention(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None) -> Tensor:
+def attention(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None) -> Tensor:
     """``kernels.attention.attention`` on Triton for fp32, fp16 and bf16; without gradients."""
     rows, n_heads, dim = query.shape
     out = query.new_empty(rows, n_heads, dim)
@@ -161,10 +161,12 @@ def attention(query, key, value, key_rows, run, pos, *, scale, window=None, soft
     # Blocks on the first axis of the grid: it takes 2**31 - 1 programs, the second one 65,535.
     with torch.cuda.device_of(query):
         attention_kernel[len(made.blocks), kv_heads * triton.cdiv(group, heads)](
-            out, query, key, value, made.table, made.pos, made.blocks, made.table.stride(0),
+            out, query, key, value, made.table, made.pos, made.blocks,
+            made.pos if sinks is None else sinks.detach().float().contiguous(), made.table.stride(0),
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             scale, window or 0, softcap or 1.0, GROUP=group, HEADS=heads, QUERIES=made.queries,
-            WINDOWED=window is not None, CAPPED=softcap is not None, UPCAST=upcast, **constexprs, **options,
+            WINDOWED=window is not None, CAPPED=softcap is not None, SINKS=sinks is not None, UPCAST=upcast,
+            **constexprs, **options,
         )  # fmt: skip
     return out
 
@@ -180,26 +182,31 @@ def _config(element_size: int, dim: int) -> tuple[dict, dict]:
 def compile_cases() -> list[tuple]:
     """See ``kedit_fast.kernels.triton``."""
     cases = []
-    for dtype, dim, group, tall, windowed, capped in (
-        ("bf16", 64, 1, False, False, False),
-        ("bf16", 64, 3, True, False, False),
-        ("bf16", 128, 4, True, True, False),
-        ("fp16", 80, 1, True, False, False),
-        ("bf16", 256, 2, True, True, True),
-        ("fp32", 64, 3, True, True, True),
-        ("fp32", 128, 4, True, False, False),
-        ("fp32", 256, 2, True, True, True),
+    for dtype, dim, group, tall, windowed, capped, sunk in (
+        ("bf16", 64, 1, False, False, False, False),
+        ("bf16", 64, 3, True, False, False, False),
+        ("bf16", 128, 4, True, True, False, False),
+        ("bf16", 64, 8, True, True, False, True),
+        ("fp16", 80, 1, True, False, False, False),
+        ("bf16", 256, 2, True, True, True, False),
+        ("fp32", 64, 3, True, True, True, False),
+        ("fp32", 128, 4, True, False, False, False),
+        ("fp32", 256, 2, True, True, True, False),
     ):
         types = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}")
-        types |= dict.fromkeys(("table", "pos", "blocks"), "*i64") | dict.fromkeys(("scale", "softcap"), "fp32")
+        types |= (
+            dict.fromkeys(("table", "pos", "blocks"), "*i64")
+            | {"sinks": "*fp32"}
+            | dict.fromkeys(("scale", "softcap"), "fp32")
+        )
         strides = (f"{name}_{what}" for name in ("query", "key", "value") for what in ("stride", "head"))
         types |= dict.fromkeys(strides, "i32:16") | {"window": "i32", "table_stride": "i32"}
         size = 4 if dtype == "fp32" else 2
         constexprs, options = _config(size, dim)
         queries = _MOST[size] if tall else _LEAST
         constexprs |= {"GROUP": group, "HEADS": min(group, _HEADS), "QUERIES": queries, "UPCAST": False}
-        constexprs |= {"WINDOWED": windowed, "CAPPED": capped}
+        constexprs |= {"WINDOWED": windowed, "CAPPED": capped, "SINKS": sunk}
         name = f"attention {dtype}, head size {dim}, {group} heads a key head, {queries} queries"
-        name += ", window" * windowed + ", soft cap" * capped
+        name += ", window" * windowed + ", soft cap" * capped + ", sinks" * sunk
         cases.append((name, attention_kernel, types, constexprs, options))
     return cases

@@ -8,7 +8,7 @@ import torch
 from kedit_fast.kernels import attention as op
 from kedit_fast.kernels.attention import attention
 from tests.conftest import TOLERANCE, close, relative_error
-from tests.kernels.test_attention import HOW, LAYOUTS, naive, numbers, problem
+from tests.kernels.test_attention import HOW, LAYOUTS, SINKS, naive, numbers, problem
 from tests.kernels.triton import DEVICE, DTYPES
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
@@ -45,6 +45,12 @@ def check(name, given, **how):
 def test_against_one_softmax_a_row(kind, dtype):
     for heads, dim, how in (((1, 1), 5, HOW[0]), ((4, 2), 64, HOW[2]), ((3, 1), 24, HOW[3]), ((4, 4), 16, HOW[4])):
         check(f"{kind} {heads} {dim} {how}", made(kind, heads, dim, dtype), scale=1.3 / math.sqrt(dim), **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"window": 4}], ids=str)
+@pytest.mark.parametrize("kind", ["one row", "ragged", "shared"])
+def test_sinks(kind, how):
+    check(kind, made(kind), scale=0.6, sinks=SINKS.to(DEVICE), **how)
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)

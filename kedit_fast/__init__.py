@@ -76,6 +76,7 @@ _HOME = {
     "plot_rounds": "pictures.rounds",
     "edit_by_layer": "experiments.by_layer",
     "LayerStudy": "experiments.by_layer",
+    "mello": "experiments.mello",
     "show_progress": "basics.progress",
 }
 

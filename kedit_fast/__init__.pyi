@@ -43,6 +43,7 @@ from kedit_fast.evaluation.logit_lens import LogitLens as LogitLens
 from kedit_fast.evaluation.logit_lens import logit_lens as logit_lens
 from kedit_fast.experiments.by_layer import LayerStudy as LayerStudy
 from kedit_fast.experiments.by_layer import edit_by_layer as edit_by_layer
+from kedit_fast.experiments.mello import mello as mello
 from kedit_fast.experiments.rounds import Round as Round
 from kedit_fast.experiments.rounds import edit_in_rounds as edit_in_rounds
 from kedit_fast.facts.fact import Fact as Fact

@@ -189,7 +189,9 @@ def add_generate(commands: Commands) -> None:
     prompt = text_such_as("Paris is in")
     option(parser, "--prompt TEXT", prompt, "what is asked; again for more", action="append", required=True)
     chat_options(parser)
-    option(parser, "--tokens N", positive, "written at most", 32)
+    option(parser, "--tokens N", positive, "written at most; with --hops for each smaller question", 32)
+    hops = "answer a question by smaller ones (MeLLo), N at most, with the edits' facts as a memory; not their changes"
+    option(parser, "--hops N", positive, hops)
     machine_options(parser, seed=None)
 
 

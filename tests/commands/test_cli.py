@@ -87,7 +87,7 @@ def test_layers(command, text, layers):
         (["trace", "--kinds", "state,foo"], "'state,foo': expected some of"),
         (["trace", "--samples", "0"], "at least 1"),
         (["trace", "--plots", "-1"], "at least 0"),
-        (["edit", "--method", "ice"], "invalid choice"),
+        (["edit", "--method", "magic"], "invalid choice"),
         (["forget"], "invalid choice"),
     ],
 )

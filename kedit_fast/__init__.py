@@ -34,6 +34,7 @@ _HOME = {
     "Grace": "editors.grace",
     "Wise": "editors.wise",
     "Memoir": "editors.memoir",
+    "KnowledgeNeurons": "editors.neurons",
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",
     "FtM": "editors.finetune",

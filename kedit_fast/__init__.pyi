@@ -25,6 +25,7 @@ from kedit_fast.editors.memoir import Memoir as Memoir
 from kedit_fast.editors.mend import Mend as Mend
 from kedit_fast.editors.nas import Nas as Nas
 from kedit_fast.editors.networks import Network as Network
+from kedit_fast.editors.neurons import KnowledgeNeurons as KnowledgeNeurons
 from kedit_fast.editors.pmet import Pmet as Pmet
 from kedit_fast.editors.rect import Rect as Rect
 from kedit_fast.editors.rome import Rome as Rome

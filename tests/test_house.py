@@ -70,6 +70,7 @@ TESTED_IN = {
     "editors/test_grace.py": "editors/memory",
     "editors/test_ice.py": "editors/in_context",
     "editors/test_wise.py": "edits/memory_routes",
+    "editors/test_neurons.py": "facts/wordings jobs/neurons",
     "editors/test_memit.py": "editors/located editors/spread",
     "edits/test_retrieval.py": "model/sentences",
     "editors/test_mend.py": "editors/networks editors/trained",

@@ -21,6 +21,7 @@ EDITORS = {
     "grace": "editors.grace.Grace",
     "wise": "editors.wise.Wise",
     "memoir": "editors.memoir.Memoir",
+    "kn": "editors.neurons.KnowledgeNeurons",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",
     "ft-m": "editors.finetune.FtM",

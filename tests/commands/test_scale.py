@@ -34,6 +34,7 @@ FAST = {
     "grace": {"layers": [1], "n_iter": 2},
     "wise": {"layers": [1], "n_iter": 2, "batch_size": 9, "context_template_length_params": [[3, 1]]},
     "memoir": {"layers": [1], "n_iter": 2, "top_k": 20, "batch_size": 9},
+    "kn": {"layers": [1], "steps": 2},
     "ft": {"layers": [1], "num_steps": 2},
     "ft-l": {"layers": [1], "num_steps": 2, "norm_constraint": 0.001},
     "ft-m": {"layers": [1], "num_steps": 2},

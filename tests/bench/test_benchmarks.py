@@ -19,6 +19,7 @@ from bench import (
     flows,
     kernels,
     mass,
+    memory,
     phases,
     phrasings,
     published,
@@ -49,7 +50,7 @@ FACTS = [
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """The machine's peak is not what is tested."""
-    for module in (trace, attribution, edit, editors, second_moment, solve, values_bench):
+    for module in (trace, attribution, edit, editors, memory, second_moment, solve, values_bench):
         monkeypatch.setattr(module, "peak_matmul", lambda: 100.0)
 
 
@@ -817,3 +818,16 @@ def test_attribution_is_measured_for_both_kinds():
     assert {f.case for f in measured.figures} == {"state, 2 facts", "mlp, 2 facts"}
     by_metric = {f.metric: f.value for f in measured.figures}
     assert -1 <= by_metric["mean rank correlation"] <= 1 and 0 <= by_metric["mean top-20 recall"] <= 1
+
+
+@pytest.mark.parametrize("name", memory.MEMORIES)
+def test_memories_answer_alike_one_prompt_at_a_time(name):
+    """What the hooks make is what the sweeps make; a memory that says something else is no rival."""
+    lm, made = tiny_lm("llama"), memory.MEMORIES[name]
+    figures = values(memory.compare(lm, name, FACTS, 2, made))
+    case = f"{name}, {len(FACTS)} facts"
+    assert figures[case, "ratio"].value > 0 and figures[case, "ratio"].mark == memory.MARK
+    assert figures[case, "largest difference of p, relative"].value < 1e-3
+    assert figures[case, "prompts that the memory answers"].value > 0
+    with pytest.raises(CheckFailed, match="a probability differs"):
+        memory.compare(lm, name, FACTS, 2, lambda edit: lambda x, y, n: y + 1)

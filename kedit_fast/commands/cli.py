@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "edit inspect": (edit_arguments.add_inspect, "edits.inspect"),
     "edit diff": (edit_arguments.add_diff, "edits.diff"),
     "edit only": (edit_arguments.add_only, "edits.only"),
+    "edit without": (edit_arguments.add_without, "edits.without"),
     "train": (edit_arguments.add_train, "train"),
     "eval": (arguments.add_eval, "eval"),
     "generate": (arguments.add_generate, "generate"),

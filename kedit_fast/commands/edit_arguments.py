@@ -128,12 +128,28 @@ def add_diff(commands: Commands) -> None:
 def add_only(commands: Commands) -> None:
     parser = commands.command(
         "edit only EDIT N",
-        "one of the independent edits of a file, as an edit",
+        "one of the independent edits of a file, or of a memory's facts, as an edit",
         "An edit made with --independent holds an edit for each of its facts, and acts for one fact at a time. This\n"
-        "command writes one of them to a file of its own, which can be merged, gated and asked like any edit.",
+        "command writes one of them to a file of its own, which can be merged, gated and asked like any edit. Of a\n"
+        "memory (--method grace, for instance) it writes one fact's entry.",
         "kedit-fast edit only edit.safetensors 0 -o first.safetensors",
     )
-    edits_argument(parser, 1, "a file of independent edits")
+    _of_one_fact(parser, "a file of independent edits, or of a memory")
+
+
+def add_without(commands: Commands) -> None:
+    parser = commands.command(
+        "edit without EDIT N",
+        "a memory without one of its facts",
+        "What an edit that leaves the weights alone (--method grace, for instance) says of a fact is an entry of its\n"
+        "own. This command writes the edit without it: the fact is undone, and the others are as they were.",
+        "kedit-fast edit without edit.safetensors 0 -o rest.safetensors",
+    )
+    _of_one_fact(parser, "a file of a memory")
+
+
+def _of_one_fact(parser, what: str) -> None:
+    edits_argument(parser, 1, what)
     number = "the fact, as `kedit-fast edit inspect` numbers them"
     parser.add_argument("i", type=count, metavar="N", help=number)
     option(parser, "-o --output FILE", path, "the edit", required=True)

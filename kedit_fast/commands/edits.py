@@ -1,6 +1,7 @@
-"""``kedit-fast edit inspect | diff | only``: what edits hold, how two differ, one of many that are independent."""
+"""``kedit-fast edit inspect | diff | only | without``: what edits hold, how two differ, one of many facts, the rest."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from kedit_fast.basics.printing import escaped
@@ -23,7 +24,7 @@ def inspect(args) -> None:
         say("\n" * bool(place) + f"{edit!r}")
         _say_size(Path(name).expanduser(), edit)
         say(f"made for model {edit.fingerprint or '(not said)'}")
-        _say_facts(edit.facts, edit.independent)
+        _say_facts(edit.facts, _parted(edit))
         say()
         _say_layers(edit, lm)
         _say_values("settings", edit.hparams)
@@ -93,10 +94,19 @@ def diff(args) -> None:
 
 
 def only(args) -> None:
-    """Writes the edit of one fact, of independent ones, to a file."""
+    """Writes the edit of one fact, of independent ones or of a memory, to a file."""
+    _write_part(args, Edit.only)
+
+
+def without(args) -> None:
+    """Writes a memory without one fact to a file."""
+    _write_part(args, Edit.without)
+
+
+def _write_part(args, part: Callable[[Edit, int], Edit]) -> None:
     (path,) = check_outputs(args, "output")
     (name,) = args.edits
-    edit = _one(name).only(args.i)
+    edit = part(_one(name), args.i)
     write_reports((path, edit.save))
     say(f"{path}: {edit!r}")
     _say_facts(edit.facts)
@@ -109,17 +119,26 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:.3g} MB"
 
 
-def _say_facts(facts, independent: bool = False) -> None:
+def _parted(edit: Edit) -> str:
+    """How facts can be taken from each other; empty where they cannot."""
+    if edit.route is not None:
+        takes = "`kedit-fast edit only EDIT N` takes a fact, `edit without EDIT N` leaves it out"
+        return f"routed ({edit.route.kind}): {takes}"
+    each = "independent: each edit is for its own fact; `kedit-fast edit only EDIT N` takes one"
+    return each if edit.independent else ""
+
+
+def _say_facts(facts, parted: str = "") -> None:
     rows = [
         (fact.label, fact.target_new or "", fact.target_true or "-", len(fact.paraphrases), len(fact.neighborhood))
         for fact in facts
     ]
     headers = ["fact", "new answer", "instead of", "paraphrases", "neighborhood"]
-    if independent:
+    if parted:
         headers, rows = ["N", *headers], [(n, *row) for n, row in enumerate(rows)]
     say_table(headers, rows, SHOWN)
-    if independent:
-        say("independent: each edit is for its own fact; `kedit-fast edit only EDIT N` takes one")
+    if parted:
+        say(parted)
 
 
 def _say_values(title: str, values: dict) -> None:

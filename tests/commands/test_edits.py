@@ -1,6 +1,7 @@
 """The commands on edits that are there: edit inspect and diff, merge and merge undo, history add, log and rollback."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from peft import PeftModel
 
 import kedit_fast as kf
 from kedit_fast.edits.edit import Edit, digest
+from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.evaluation import EvalReport
 from kedit_fast.model.smollm2 import FOLDER
 from kedit_fast.shipping.history import EditHistory
@@ -16,7 +19,7 @@ from tests.commands.cases import parsed, run
 from tests.conftest import relative_error
 from tests.make import FACTS, bits, logits, lowrank, make_edit, owned_edit, same_bits
 from tests.shipping.checkpoints import contents, save_checkpoint
-from tests.tiny import tiny_model
+from tests.tiny import D_FF, D_MODEL, tiny_model
 
 
 @pytest.fixture
@@ -317,3 +320,20 @@ def test_undo_refuses_what_was_changed(work, complaint):
     for name in contents(work / "changed"):
         (work / "out" / name).write_bytes((work / "changed" / name).read_bytes())
     assert "nothing was undone" in complaint("merge", "undo", "out")
+
+
+def test_of_a_memory_one_fact_can_be_taken_or_left_out(work, said, complaint):
+    owned = Edit.load("one.safetensors")
+    keys, each = torch.ones(len(owned.facts), D_FF), torch.arange(len(owned.facts))
+    route = NearestRoute(1, keys, torch.ones(len(keys)), each)
+    memory = MemoryChange(1, torch.ones(len(keys), D_MODEL), each)
+    replace(owned, changes=[memory], route=route, values=None, keys={}).save("memory.safetensors")
+    shown = said("edit", "inspect", "memory.safetensors")
+    assert "routed (nearest): `kedit-fast edit only EDIT N` takes a fact, `edit without EDIT N` leaves it out" in shown
+    said("edit", "without", "memory.safetensors", 0, "-o", "rest.safetensors")
+    said("edit", "only", "memory.safetensors", 1, "-o", "only.safetensors")
+    rest, one = Edit.load("rest.safetensors"), Edit.load("only.safetensors")
+    assert digest(rest) == digest(one) and rest.facts == one.facts == owned.facts[1:]
+    assert "in weights, from which none can be left out" in complaint(
+        "edit", "without", "one.safetensors", 0, "-o", "x"
+    )

@@ -96,10 +96,11 @@ def examples(lm: LM, facts: Sequence[Fact]) -> list[Example]:
         kept = [question.prompt for name in ("neighborhood", "same_subject") for question in fact.questions(name)]
         around = (facts[(i + k) % len(facts)] for k in range(1, len(facts)))
         kept = kept[:KEPT] or [next((other.text for other in around if about(other) != about(fact)), "The")]
+        wordings = [*(one.text for one in fact.phrased()), *fact.paraphrases] or [fact.text]
         one = Example(
             fact,
             edit_task(lm, fact),
-            [_task(lm, fact, text) for text in (*fact.phrasings, *fact.paraphrases) or (fact.text,)],
+            [_task(lm, fact, text) for text in wordings],
             [
                 GradientTask(encode(lm.tokenizer, asked(lm.tokenizer, text, fact.chat)), [0], fact.label)
                 for text in kept

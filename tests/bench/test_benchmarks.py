@@ -511,6 +511,18 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
     assert figures["MEMIT, n = 2", "P(new)"].value == pytest.approx(float(torch.cat([first, p_new]).mean()), rel=1e-3)
 
 
+def test_every_kind_of_edit_has_its_row_through_the_same_doors(bed, monkeypatch, capsys):
+    """Weights, a memory, text before prompts, a scope; and a trained editor without its network says what it lacks."""
+    monkeypatch.setattr(editors, "WRITTEN", 2)
+    monkeypatch.setattr(editors, "REPEATS", 1)
+    rows = [editors.Row(name, name, 2) for name in ("ft", "ultraedit", "grace", "ike-plain", "serac", "mend")]
+    made = list(editors.measure(bed, rows, unedited=False))
+    assert [part.figures[0].case for part in made] == [row.name for row in rows[:-1]]
+    for part in made:
+        assert {"ES", "perplexity", "time to edit, a fact", "stored, a fact"} <= {f.metric for f in part.figures}
+    assert "mend, n = 2: left out: Mend needs a network=" in capsys.readouterr().out
+
+
 def test_a_row_that_is_there_is_not_run_again(bed, tmp_path, monkeypatch, capsys):
     """Found by its commit, its case and its settings; a changed file makes every row a new one."""
     rows = [editors.Row("FT", "ft", 2, 1), editors.Row("FT", "ft", 2, 1, {"lr": 1e-3})]

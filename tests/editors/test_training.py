@@ -183,3 +183,9 @@ def test_what_lies_below_is_computed_once(monkeypatch):
     calls = watched(monkeypatch, Below, "_computed")
     train_editor(tiny_lm("llama"), FACTS, settings=settings("mend"))
     assert len(calls) == 1
+
+
+def test_phrasings_are_asked_with_their_subject():
+    lm = tiny_lm("llama")
+    (one,) = examples(lm, [replace(FACTS[0], phrasings=("You find {} in",), paraphrases=())])
+    assert [lm.tokenizer.decode(task.prompt) for task in one.asked] == [f"You find {FACTS[0].subject} in"]

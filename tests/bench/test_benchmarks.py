@@ -28,6 +28,7 @@ from bench import (
     solve,
     trace,
 )
+from bench import neurons as neurons_bench
 from bench import values as values_bench
 from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
@@ -843,3 +844,10 @@ def test_memories_answer_alike_one_prompt_at_a_time(name):
     assert figures[case, "prompts that the memory answers"].value > 0
     with pytest.raises(CheckFailed, match="a probability differs"):
         memory.compare(lm, name, FACTS, 2, lambda edit: lambda x, y, n: y + 1)
+
+
+def test_neurons_are_timed_erased_and_rewritten():
+    measured = neurons_bench.measure(tiny_lm("llama"), FACTS[:1], FACTS[:2], steps=2)
+    figures = {(figure.case, figure.metric): figure.value for figure in measured.figures}
+    assert figures["erased, 2 facts", "neurons a fact"] > 0 and figures["rewrite, 2 facts, each alone", "ES"] >= 0
+    assert any(figure.mark == ">= 5" for figure in measured.figures)

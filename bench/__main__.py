@@ -20,6 +20,7 @@ BENCHES = {
     "solve": "the solves of MEMIT, native against torch, on random keys (3 minutes)",
     "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
     "attribution": "the estimate of a trace against the exact one, on 20 facts (20 minutes)",
+    "gradients": "gradient factors of 100 facts against autograd, fact by fact (10 minutes)",
     "neurons": "knowledge neurons of a fact against a loop over layers and steps; erased and rewritten (10 minutes)",
     "kernels": "every op against its reference and torch, on the shapes of four models (2 minutes on the CPU)",
     "flows": "traces on the shapes of large models with random weights (on a GPU only; 3 minutes)",
@@ -41,6 +42,7 @@ OPTIONS = {
     "solve": ["threads"],
     "trace": ["facts", "threads"],
     "attribution": ["threads"],
+    "gradients": ["facts", "threads"],
     "neurons": ["threads"],
     "kernels": ["device"],
     "flows": ["device"],
@@ -75,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tables", type=Path, default=report.TABLES, metavar="FILE", help="the file that `report` writes"
     )
-    made.add_argument("--facts", type=int, default=8, help="trace: facts in one call (default 8)")
+    made.add_argument("--facts", type=int, help="trace, gradients: facts in one call (default 8, 100)")
     made.add_argument("--n", type=int, nargs="+", default=[1, 10, 30], help="edit: facts a batch (default 1 10 30)")
     made.add_argument("--sets", type=int, default=3, help="edit: disjoint batches of each size (default 3)")
     made.add_argument("--method", choices=["memit", "rome"], default="memit", help="edit: the editor (default memit)")

@@ -28,7 +28,7 @@ KINDS = {"state": ">= 6", "mlp": ">= 4.5"}  # kind: the mark of its ratio to the
 RIVALS = {"published loop": published_loop, "batched loop": batched_loop}
 TOLERANCE = 1e-5  # of p, in fp32
 OFF = "kedit_fast, largest distance from fp64"
-WINDOW = 10
+WINDOW, FACTS = 10, 8
 # The fact alone: its article is no part of the subject, as in CounterFact's "The {} ...", so the first of 9 tokens is
 # never restored: 159,270 rows x layers. With the article in it they are 198,720, and the ratio is 0.8 of this.
 ALONE = Fact(prompt="The {} is in the city of", subject="Eiffel Tower")
@@ -41,7 +41,7 @@ def run(options) -> Measured:
     if options.quick:
         facts = sorted(facts, key=lambda fact: len(_tokens(lm, fact).ids))[:2]
         return measure(lm, facts, samples=2)
-    return measure(lm, [ALONE, *spread(facts, options.facts)[1:]])
+    return measure(lm, [ALONE, *spread(facts, options.facts or FACTS)[1:]])
 
 
 def spread(facts: list[Fact], n: int) -> list[Fact]:

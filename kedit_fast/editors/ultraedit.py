@@ -13,7 +13,8 @@ of the size of the tokens, is taken where these are fewer than H is wide.
 
 What was seen stands in each edit as sums (``Edit.statistics``), and adds up: an edit on top of others (``previous=``)
 normalizes by theirs and its own, the last of several turns by what all of them at once would. ``warm_up`` gives an
-edit that changes nothing and holds sums alone.
+edit that changes nothing and holds sums alone: it is given as ``previous=``, before the others, each time (or composed
+with them), and is not needed to use what was edited on top of it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -116,8 +117,10 @@ class UltraEdit(Editor):
         in sums of squares is fp64.
         """
         lm, n = work.lm, len(work.facts)
+        before = summed_statistics(lm.edits)
+        self._check_seen(lm, before)
         read = self.read(lm, work.facts)
-        seen = _added(summed_statistics(lm.edits), read.statistics)
+        seen = _added(before, read.statistics)
         changes: list[WeightChange] = []
         notes: dict[int, dict] = {}
         for place, (h, g) in read.rows.items():
@@ -127,7 +130,8 @@ class UltraEdit(Editor):
         made = Edit("in making", {}, "", (), tuple(changes))
         nll = task_losses(replace(lm, edits=(*lm.edits, made)), read.tasks)
         found = Found.of([1] * n, nll[:n], nll[:n])
-        about = {"loss_before": [round(x, 5) for x in read.losses[:n].tolist()]}
+        about: dict = {"loss_before": [round(x, 5) for x in read.losses[:n].tolist()]}
+        about |= {"normalized_by": {name: float(seen[name]) for name in read.statistics if name.endswith(".n")}}
         return Written(
             changes, found, layers=dict(sorted(notes.items())), about=about, statistics=_kept(read.statistics, lm)
         )
@@ -166,6 +170,17 @@ class UltraEdit(Editor):
             rows[place] = h, g
             sums = _added(sums, Seen.sums(self.METHOD, h, g, self.WHITENS))
         return Read(tasks, losses, rows, sums)
+
+    def _check_seen(self, lm: LM, before: dict[str, Tensor]) -> None:
+        """Raises ValueError where an edit below was normalized by more than the edits below hold."""
+        by = [edit.provenance.get("normalized_by", {}) for edit in lm.edits]
+        for name, n in ((name, n) for each in by for name, n in each.items()):
+            held = float(before.get(name, 0))
+            if name.startswith(f"{self.METHOD}.") and held < n:
+                raise ValueError(
+                    f"an edit below was normalized by {n:.0f} tokens at matrices of one shape, and those below hold "
+                    f"{held:.0f}; give its warm-up, too, before it (previous=[warm, first])"
+                )
 
     def _delta(self, h: Tensor, g: Tensor, seen: "Seen") -> Delta:
         """Δ [out, in] fp64, low-rank where that is smaller."""

@@ -15,7 +15,7 @@ from kedit_fast.facts.fact import Fact, place
 
 def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
     """Raises ValueError unless ``edit`` was made on top of exactly the edits ``below``, in this order."""
-    made_on, found = _made_on(edit), [digest(each) for each in below]
+    made_on, found = _made_on(edit), [digest(each) for each in _changing(below)]
     if made_on != found:
         raise ValueError(
             f"this edit was made on top of {_listed(made_on)} and would stand on {_listed(found)}: its values would be "
@@ -32,6 +32,7 @@ def check_chain(edits: Sequence[Edit]) -> None:
     a one stands on others: P(new) of an edit of SmolLM2 fell from 0.977 to 0.266 beside another.
     """
     check_once(edits)
+    edits = _changing(edits)
     apart = [i for i, edit in enumerate(edits, 1) if i > 1 and not _made_on(edit)]
     if apart:
         warnings.warn(
@@ -69,6 +70,11 @@ def with_edits(lm, edits: Edit | Iterable[Edit] | None, name: str):
     for edit in edits:
         lm = lm.with_edit(edit)
     return lm
+
+
+def _changing(edits: Sequence[Edit]) -> list[Edit]:
+    """Those that change something: one of statistics alone (``UltraEdit.warm_up``) need not be there."""
+    return [edit for edit in edits if edit.changes]
 
 
 def _made_on(edit: Edit) -> list[str]:
@@ -128,6 +134,7 @@ def chain(lm) -> dict:
     The new edit is right only on top of these: their keys and values are those of the edited model.
     """
     below = [
-        {"method": e.method, "n_facts": len(e.facts), "layers": list(e.layers), "digest": digest(e)} for e in lm.edits
+        {"method": e.method, "n_facts": len(e.facts), "layers": list(e.layers), "digest": digest(e)}
+        for e in _changing(lm.edits)
     ]
     return {"on_top_of": below} if below else {}

@@ -17,6 +17,7 @@ from bench import (
     edit,
     editors,
     flows,
+    gradients,
     kernels,
     mass,
     memory,
@@ -824,6 +825,19 @@ def test_ranks_and_recall():
     assert by_layer._ranks(a).tolist() == [2, 3.5, 3.5, 5, 1]
     assert attribution.recall(np.arange(10.0), np.arange(10.0), n=3) == 1
     assert attribution.recall(np.arange(10.0), -np.arange(10.0), n=3) == 0
+
+
+def test_gradient_factors_are_compared_with_what_is_timed(monkeypatch):
+    flags = [parameter.requires_grad for parameter in tiny_lm("llama").model.parameters()]
+    measured = gradients.measure(tiny_lm("llama"), FACTS)
+    assert {figure.case for figure in measured.figures} == {"last three layers, 4 facts", "all layers, 4 facts"}
+    found = {figure.metric: figure.value for figure in measured.figures}
+    assert 0 < found["largest difference of dL/dW, relative"] < 1e-4 and found["loop, CPU time a fact"] > 0
+    assert [parameter.requires_grad for parameter in tiny_lm("llama").model.parameters()] == flags
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients, "TOLERANCE", 1e-12)
+        with pytest.raises(CheckFailed, match="gradients of fact 0 differ"):
+            gradients.measure(tiny_lm("llama"), FACTS)
 
 
 def test_attribution_is_measured_for_both_kinds():

@@ -82,13 +82,27 @@ def test_what_was_seen_adds_up(tmp_path):
     for name, total in whole.statistics.items():
         assert relative(turns[0].statistics[name] + turns[1].statistics[name], total) < 1e-12
     below = [*turns, editor.edit(lm, FACTS[:2], previous=turns)]
-    with pytest.warns(UserWarning, match="made without those before it"):
-        joined = kf.compose(below)
+    joined = kf.compose(below)
     at_once = editor.edit(lm, FACTS[2:], previous=editor.warm_up(lm, [*MANY[:14], *FACTS[:2]]))
     last = editor.edit(lm, FACTS[2:], previous=joined)
     for place, delta in last.weights.items():
         assert relative(delta.dense(), at_once.weights[place].dense()) < 1e-6
     assert not kf.Memit((1,), v_num_grad_steps=2).edit(lm, FACTS, moments=moments(), contexts=GROUPS).statistics
+
+
+def test_a_warm_up_is_needed_to_go_on_and_not_to_use_what_was_edited(recwarn):
+    lm, editor = tiny_lm("llama", torch.float64), kf.StableEdit((1,), lr=1e-3)
+    warm = editor.warm_up(lm, MANY)
+    first = editor.edit(lm, FACTS[:2], previous=warm)
+    alone, beside = (kf.evaluate(lm, FACTS[:1], each).summary() for each in (first, [warm, first]))
+    assert repr(alone) == repr(beside)
+    second = editor.edit(lm, FACTS[2:], previous=[warm, first])
+    assert [each["n_facts"] for each in second.provenance["on_top_of"]] == [2]
+    with_it = kf.compose([warm, first])
+    again = editor.edit(lm, FACTS[2:], previous=with_it)
+    assert relative(again.deltas[1].dense(), second.deltas[1].dense()) < 1e-10
+    refused("give its warm-up, too, before it", editor.edit, lm, FACTS[2:], previous=first)
+    assert not [one for one in recwarn if "made without those before it" in str(one.message)]
 
 
 def test_a_batch_s_loss_is_the_mean_over_its_tokens():

@@ -18,6 +18,8 @@ from kedit_fast.editors.ice import Ice as Ice
 from kedit_fast.editors.ike import Ike as Ike
 from kedit_fast.editors.ike import IkePlain as IkePlain
 from kedit_fast.editors.ke import Ke as Ke
+from kedit_fast.editors.leace import fold as fold
+from kedit_fast.editors.leace import leace as leace
 from kedit_fast.editors.locft import LocFt as LocFt
 from kedit_fast.editors.malmen import Malmen as Malmen
 from kedit_fast.editors.memit import Memit as Memit
@@ -58,6 +60,8 @@ from kedit_fast.gating.policy import EditPolicy as EditPolicy
 from kedit_fast.gating.policy import advise as advise
 from kedit_fast.model.lm import LM as LM
 from kedit_fast.model.opening import open_model as open_model
+from kedit_fast.moments.leace import Eraser as Eraser
+from kedit_fast.moments.leace import LeaceFitter as LeaceFitter
 from kedit_fast.moments.second_moment import SecondMoment as SecondMoment
 from kedit_fast.moments.second_moment import second_moments as second_moments
 from kedit_fast.pictures.rounds import plot_rounds as plot_rounds

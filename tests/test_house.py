@@ -40,7 +40,6 @@ STRANGERS = {
 LONG_FILES: dict[str, str] = {
     "facts/fact.py": "what a fact may hold, and what must hold for facts together",
     "facts/formats.py": "every published format of a fact, a reader each",
-    "jobs/finetune.py": "one optimization, read from its tasks to what it holds",
     "model/family.py": "the table of families, and what is asked of an entry",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
 }
@@ -71,6 +70,7 @@ TESTED_IN = {
     "editors/test_ice.py": "editors/in_context",
     "editors/test_wise.py": "edits/memory_routes",
     "editors/test_neurons.py": "facts/wordings jobs/neurons",
+    "editors/test_leace.py": "edits/erasures",
     "editors/test_memit.py": "editors/located editors/spread",
     "edits/test_retrieval.py": "model/sentences",
     "editors/test_mend.py": "editors/networks editors/trained",
@@ -87,7 +87,6 @@ TESTED_IN = {
     "jobs/test_values.py": "sweep/ascent",
     "kernels/test_dispatch.py": "basics/settings",
     "kernels/test_linear.py": "kernels/openblas",
-    "editors/test_experts.py": "edits/experts moments/blocks",
     "model/test_lm.py": "model/around",
     "model/test_opening.py": "model/folder",
     "model/test_streamed.py": "model/host",

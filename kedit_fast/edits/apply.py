@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kedit_fast.basics.state import own_state
 from kedit_fast.edits.changes import only_weights
-from kedit_fast.edits.deltas import FLOATS, Delta, check_fits, edited_weight
+from kedit_fast.edits.deltas import FLOATS, Delta, Dense, check_fits, edited_weight
+from kedit_fast.edits.erasures import BiasChange
 from kedit_fast.model.experts import is_experts
 from kedit_fast.model.family import as_out_in, is_conv1d, projection, weight_name, write_out_in
 from kedit_fast.model.fingerprint import fingerprint
@@ -97,6 +98,16 @@ class _Kept:
         _write(self.module, self.original)
 
 
+class _Bias(nn.Module):
+    """A projection's bias as a module whose weight [out, 1] is a view of it. Raises ValueError where there is none."""
+
+    def __init__(self, module, name):
+        super().__init__()
+        if getattr(module, "bias", None) is None:
+            raise ValueError(f"{name}: this model has none; serve the edit with lm.with_edit(edit)")
+        self.weight = nn.Parameter(module.bias.detach()[:, None], requires_grad=False)
+
+
 @own_state()
 def apply_edit(edit: Edit, model: nn.Module, *, check_fingerprint: bool = True) -> Applied:
     """Write W + Δ into the projections of a Hugging Face model, in place; -> handle with ``undo()``.
@@ -132,7 +143,7 @@ def apply_edit(edit: Edit, model: nn.Module, *, check_fingerprint: bool = True) 
 
 def _checked(edit, model, check_fingerprint) -> dict[str, tuple[nn.Module, Delta]]:
     """{what people call it: (projection, its Δ)}, after every check that needs no write."""
-    changes = only_weights(edit, "weights that are written act on every text")
+    changes = only_weights(edit, "weights that are written act on every text", beside=(BiasChange,))
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"apply writes into a Hugging Face model (torch.nn.Module), got {type(model).__name__}; "
@@ -143,8 +154,16 @@ def _checked(edit, model, check_fingerprint) -> dict[str, tuple[nn.Module, Delta
         f"layer {c.layer}'s {c.role.replace('_', ' and ')} projection": (projection(model, c.layer, c.role), c.delta)
         for c in changes
     }
-    for name, (module, _) in places.items():
+    shifts = [c for c in edit.changes if isinstance(c, BiasChange)]
+    biases = {
+        f"the bias of layer {c.layer}'s {c.role.replace('_', ' and ')} projection": (
+            projection(model, c.layer, c.role), Dense(c.delta[:, None])
+        )
+        for c in shifts
+    }  # fmt: skip
+    for name, (module, _) in (places | biases).items():
         _check_writable(module, name)
+    places |= {name: (_Bias(module, name), delta) for name, (module, delta) in biases.items()}
     _check_unshared(model, places)
     for name, (module, delta) in places.items():
         _check_values(name, as_out_in(module).detach(), delta)

@@ -5,7 +5,7 @@
     PromptChange(texts, routes)                           # text put before prompts that name a subject (IKE, SERAC)
 
 The engine knows jobs only, and an edit's file names the kinds only: a new kind is a class and its entry in
-``format.KINDS``. memories.py has those that act where a route says so.
+``format.KINDS``. memories.py has those that act where a route says so, erasures.py those that erase a concept.
 """
 
 from abc import ABC, abstractmethod
@@ -221,24 +221,22 @@ def weight_changes(deltas: dict[int, Delta], owner: Tensor | None = None) -> tup
     return tuple(WeightChange(layer, delta, owners=owner) for layer, delta in sorted(deltas.items()))
 
 
-SERVE = "serve it with lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
+def only_weights(edit, what: str, beside: tuple[type[Change], ...] = ()) -> list[WeightChange]:
+    """The changes of an edit, where each is one of weights and acts on every text; beside: kinds that may be there too.
 
-
-def only_weights(edit, what: str, instead: str = SERVE) -> list[WeightChange]:
-    """The changes of an edit, where each is one of weights and acts on every text.
-
-    what: is done with them, for the refusal: "a checkpoint answers for all facts"; instead: what to do with others.
-    Raises ValueError, with the way out, for independent edits, for routed ones, and for changes of other kinds.
+    what: is done with them, for the refusal: "a checkpoint answers for all facts". Raises ValueError, with the way out,
+    for independent edits, for routed ones, and for changes of other kinds.
     """
     refuse_independent(edit, what)
+    serve = "serve it with lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
     if edit.route is not None:
         raise ValueError(
-            f"this edit is routed, its route ({edit.route.kind}) says on which prompts it acts, and {what}: {instead}"
+            f"this edit is routed, its route ({edit.route.kind}) says on which prompts it acts, and {what}: {serve}"
         )
-    other = next((change for change in edit.changes if not isinstance(change, WeightChange)), None)
+    other = next((change for change in edit.changes if not isinstance(change, (WeightChange, *beside))), None)
     if other is not None:
-        raise ValueError(f"this edit holds {named(other)}, which is no change of weights, and {what}: {instead}")
-    return list(edit.changes)
+        raise ValueError(f"this edit holds {named(other)}, which is no change of weights, and {what}: {serve}")
+    return [change for change in edit.changes if isinstance(change, WeightChange)]
 
 
 TAKE_ONE = "take one, edit.only(i) (kedit-fast edit only EDIT N)"
@@ -261,7 +259,8 @@ def acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def named(change: Change) -> str:
-    return f"a {change.kind}" + (f" at layer {change.layer}" if change.layer is not None else "")
+    where = f" at layer {change.layer}" if change.layer is not None else ""
+    return f"a{'n' * (change.kind[0] in 'aeiou')} {change.kind}{where}"
 
 
 # ---- checks

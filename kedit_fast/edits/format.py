@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kedit_fast.basics.words import brief
 from kedit_fast.edits.changes import PromptChange, WeightChange
+from kedit_fast.edits.erasures import BiasChange, ErasureChange
 from kedit_fast.edits.memories import MaskedMemory, MemoryChange, SideMemory
 from kedit_fast.edits.memory_routes import ActivationRoute, OverlapRoute
 from kedit_fast.edits.retrieval import RetrievalRoute
@@ -17,7 +18,8 @@ from kedit_fast.facts.fact import Fact
 from kedit_fast.model.folder import refuse_model
 
 FORMAT, VERSION = "kedit_fast.edit", 2  # files of version 1 are read too
-KINDS = {kind.kind: kind for kind in (WeightChange, MemoryChange, SideMemory, MaskedMemory, PromptChange)}
+_KINDS = (WeightChange, BiasChange, MemoryChange, SideMemory, MaskedMemory, ErasureChange, PromptChange)
+KINDS = {kind.kind: kind for kind in _KINDS}
 ROUTES = {route.kind: route for route in (NearestRoute, ActivationRoute, OverlapRoute, RetrievalRoute, ScopeRoute)}
 
 

@@ -13,6 +13,8 @@ _HOME = {
     "LM": "model.lm",
     "Fact": "facts.fact",
     "load_facts": "facts.fact",
+    "forgetting": "facts.forgetting",
+    "keeping": "facts.forgetting",
     "trace": "tracing.trace",
     "average": "tracing.trace",
     "TraceResult": "tracing.trace",
@@ -51,6 +53,7 @@ _HOME = {
     "Ke": "editors.ke",
     "Network": "editors.networks",
     "train_editor": "editors.training",
+    "Unlearn": "editors.unlearn",
     "leace": "editors.leace",
     "fold": "editors.leace",
     "LeaceFitter": "moments.leace",
@@ -82,6 +85,8 @@ _HOME = {
     "edit_by_layer": "experiments.by_layer",
     "LayerStudy": "experiments.by_layer",
     "mello": "experiments.mello",
+    "verify_forgotten": "experiments.forgotten",
+    "Forgotten": "experiments.forgotten",
     "show_progress": "basics.progress",
 }
 

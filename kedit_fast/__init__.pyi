@@ -35,6 +35,7 @@ from kedit_fast.editors.serac import Serac as Serac
 from kedit_fast.editors.training import train_editor as train_editor
 from kedit_fast.editors.ultraedit import StableEdit as StableEdit
 from kedit_fast.editors.ultraedit import UltraEdit as UltraEdit
+from kedit_fast.editors.unlearn import Unlearn as Unlearn
 from kedit_fast.editors.wise import Wise as Wise
 from kedit_fast.edits.compose import compose as compose
 from kedit_fast.edits.edit import Edit as Edit
@@ -46,11 +47,15 @@ from kedit_fast.evaluation.logit_lens import LogitLens as LogitLens
 from kedit_fast.evaluation.logit_lens import logit_lens as logit_lens
 from kedit_fast.experiments.by_layer import LayerStudy as LayerStudy
 from kedit_fast.experiments.by_layer import edit_by_layer as edit_by_layer
+from kedit_fast.experiments.forgotten import Forgotten as Forgotten
+from kedit_fast.experiments.forgotten import verify_forgotten as verify_forgotten
 from kedit_fast.experiments.mello import mello as mello
 from kedit_fast.experiments.rounds import Round as Round
 from kedit_fast.experiments.rounds import edit_in_rounds as edit_in_rounds
 from kedit_fast.facts.fact import Fact as Fact
 from kedit_fast.facts.fact import load_facts as load_facts
+from kedit_fast.facts.forgetting import forgetting as forgetting
+from kedit_fast.facts.forgetting import keeping as keeping
 from kedit_fast.gating import GateReport as GateReport
 from kedit_fast.gating import Suite as Suite
 from kedit_fast.gating import Thresholds as Thresholds

@@ -40,6 +40,7 @@ STRANGERS = {
 LONG_FILES: dict[str, str] = {
     "facts/fact.py": "what a fact may hold, and what must hold for facts together",
     "facts/formats.py": "every published format of a fact, a reader each",
+    "jobs/finetune.py": "one optimization, read from its tasks to what it holds",
     "model/family.py": "the table of families, and what is asked of an entry",
     "jobs/values.py": "one optimization, read from its tasks to what it holds",
 }
@@ -70,6 +71,7 @@ TESTED_IN = {
     "editors/test_ice.py": "editors/in_context",
     "editors/test_wise.py": "edits/memory_routes",
     "editors/test_neurons.py": "facts/wordings jobs/neurons",
+    "editors/test_unlearn.py": "facts/forgetting jobs/losses",
     "editors/test_leace.py": "edits/erasures",
     "editors/test_memit.py": "editors/located editors/spread",
     "edits/test_retrieval.py": "model/sentences",

@@ -36,6 +36,7 @@ EDITORS = {
     "mend": "editors.mend.Mend",
     "malmen": "editors.malmen.Malmen",
     "ke": "editors.ke.Ke",
+    "unlearn": "editors.unlearn.Unlearn",
 }
 TRAINED = {  # editors that a network is trained for: the hyper-parameters of its training
     "mend": "editors.mend.MendTraining",

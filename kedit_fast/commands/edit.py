@@ -80,7 +80,7 @@ def say_facts(edit: Edit) -> None:
     optimized = zip(found["steps"], (f"{p:.3f}" for p in found["p_new"]), strict=True)
     each = zip(edit.facts, asked["p_new"], asked["says"], strict=True)
     rows = [
-        (fact.label, fact.target_new or "", *next(optimized, ()), f"{p_new:.3f}", repr(says))
+        (fact.label, fact.target_new or f"not {fact.target_true}", *next(optimized, ()), f"{p_new:.3f}", repr(says))
         for fact, p_new, says in each
     ]
     steps = ("steps", "P(new) at the value") if found["steps"] else ()

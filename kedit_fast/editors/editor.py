@@ -25,6 +25,7 @@ from kedit_fast.edits.changes import Change
 from kedit_fast.edits.edit import Edit
 from kedit_fast.edits.routes import Route
 from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.facts.forgetting import judged_by
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
@@ -84,7 +85,8 @@ class Editor(Hyperparameters):
     """An editor: its fields are its hyper-parameters, under their published names.
 
     METHOD: its name in files; STAGES: what ``write`` does, as its progress calls it
-    NEEDS_SUBJECT: facts without one are refused; NEEDS_CONTEXTS: prompts are set in contexts
+    NEEDS_SUBJECT, NEEDS_NEW: facts without one, or without a target_new, are refused; NEEDS_CONTEXTS: prompts are set
+        in contexts
     UNREAD: {argument of ``edit``, or ``layers``: why it is refused}, for what would have no effect
     mom2_adjustment: whether second moments are read (a field, where that can be chosen)
     """
@@ -92,10 +94,10 @@ class Editor(Hyperparameters):
     METHOD: ClassVar[str] = ""
     STAGES: ClassVar[tuple[str, ...]] = ()
     NEEDS_SUBJECT: ClassVar[bool] = True
+    NEEDS_NEW: ClassVar[bool] = True  # a fact without it has a target_true, which is to be forgotten
     NEEDS_CONTEXTS: ClassVar[bool] = True
     FLAT_CONTEXTS: ClassVar[bool] = False  # every context weighs the same, whatever group it was given in
     UNREAD: ClassVar[dict[str, str]] = {}
-    EXPERTS: ClassVar[bool] = False  # whether the class itself (none that derives from it) edits mixtures of experts
     if TYPE_CHECKING:  # fields, or class variables
 
         @property
@@ -165,13 +167,9 @@ class Editor(Hyperparameters):
         independent = checks.flag("independent", independent)
         self.refuse(contexts=contexts, independent=independent, checkpoint=checkpoint)
         check_run(checkpoint)
-        if lm.n_experts > 1 and tuple(self.layers) and not vars(type(self)).get("EXPERTS"):
-            raise ValueError(
-                f"{self.method} has no form for the mixtures of experts of a {lm.config.model_type} model; kf.Memit "
-                "(--method memit) edits all experts of a layer at once"
-            )
         self.check(lm)
-        facts = checked_facts(facts, independent, self.NEEDS_SUBJECT)
+        facts = checked_facts(facts, independent, self.NEEDS_SUBJECT, self.NEEDS_NEW)
+        self.check_facts(facts)
         check_lengths(lm, facts, self._groups(contexts) or [[BARE]])
         check_lengths(lm, [one for fact in facts for one in self.besides(fact)], [[BARE]])
         return under(lm, previous), facts
@@ -229,6 +227,9 @@ class Editor(Hyperparameters):
         """What is read of a fact besides its prompt, as facts: its phrasings."""
         return list(fact.phrased())
 
+    def check_facts(self, facts: Sequence[Fact]) -> None:
+        """Raises ValueError, before any work, for facts that are none for this editor."""
+
     def is_regularized(self) -> bool:
         """Whether statistics of fewer tokens than C has rows will do: something else stands on its diagonal."""
         return bool(getattr(self, "regularizer", 0.0))
@@ -271,17 +272,21 @@ class Editor(Hyperparameters):
         )  # fmt: skip
 
 
-def checked_facts(facts, independent: bool = False, need_subject: bool = True) -> list[Fact]:
+def checked_facts(facts, independent: bool = False, need_subject: bool = True, need_new: bool = True) -> list[Fact]:
     """Facts an editor can write: targets and subjects present, no contradictions unless each is an edit of its own. One
     Fact is a list of one."""
-    return check_facts(facts, need_new=True, need_subject=need_subject, together=not independent)
+    facts = check_facts(facts, need_new=need_new, need_subject=need_subject, together=not independent)
+    for fact in facts:
+        judged_by(fact)
+    return facts
 
 
 def check_lengths(lm, facts: Sequence[Fact], groups: list[list[str]]) -> None:
     """Raises ValueError where a fact in one of its contexts, with its new target behind it, is too long for the model
     or has characters that the tokenizer drops. Tokenizes all of them."""
     for fact in facts:
-        target = fact_answer(lm.tokenizer, fact) if fact.target_new else [0]  # of a prompt that is kept nothing follows
+        answer = fact.target_new or fact.target_true  # of a prompt that is kept nothing follows
+        target = fact_answer(lm.tokenizer, fact, answer) if answer else [0]
         for template in (t for group in groups for t in group):
             whose = f"fact {fact.label} in context {template!r}"
             try:

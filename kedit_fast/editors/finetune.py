@@ -59,7 +59,7 @@ class Ft(Editor):
     NEEDS_SUBJECT: ClassVar = False  # it reads prompts and targets alone
     NEEDS_CONTEXTS: ClassVar = False
     mom2_adjustment: ClassVar = False
-    UNREAD: ClassVar = dict.fromkeys(
+    UNREAD: ClassVar[dict[str, str]] = dict.fromkeys(
         ("moments", "corpus", "contexts"), "fine-tuning reads prompts and targets alone; leave it out"
     ) | {
         "independent": "a fine-tuned delta is dense, no part of it belongs to one fact; edit the facts one at a time, "

@@ -6,6 +6,7 @@ once of the model with the edit on it, by a forward pass as anyone would.
 """
 
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -15,6 +16,7 @@ from kedit_fast.edits.deltas import FLOATS, Dense, grown
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
 from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.forgetting import judged_by
 from kedit_fast.facts.tokens import asked, fact_tokens
 
 ASKING = "asking the edited model"  # as its progress calls it
@@ -68,6 +70,7 @@ def with_written(lm, edit: Edit) -> Edit:
     greedy continuation begins with the new answer (evaluate's efficacy_exact); p_new: as evaluate has it, exp of the
     mean log-probability of these tokens; says: the likeliest tokens up to the first that is not the target's, as text;
     attached: whether target_new was read as following its prompt without a space, as the fact says or as was guessed.
+    A fact without target_new is one to be forgotten: all of this is of target_true, and written is that it is not said.
     An independent edit is asked under itself alone. Where the edit makes the model give NaN, p_new is 0 and says is "".
 
     lm: the model that the edit was made on, with the edits below it. One sweep for all facts: one weight pass for those
@@ -78,7 +81,7 @@ def with_written(lm, edit: Edit) -> Edit:
     missing = [i for i, is_written in enumerate(made["written"]) if not is_written]
     if missing:
         named = [
-            f"{fact.label} -> {fact.target_new!r} (P {made['p_new'][i]:.3f}, the model says {made['says'][i]!r})"
+            f"{fact.label} -> {_shown(fact)} (P {made['p_new'][i]:.3f}, the model says {made['says'][i]!r})"
             for i, fact in ((i, edit.facts[i]) for i in missing[:NAMED])
         ]
         more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
@@ -105,23 +108,27 @@ def not_written(edit: Edit) -> list[Fact]:
     return [fact for fact, found in zip(edit.facts, edit.provenance["written"]["written"], strict=True) if not found]
 
 
+def _shown(fact: Fact) -> str:
+    return repr(fact.target_new) if fact.target_new is not None else f"not {fact.target_true!r}"
+
+
 def _asked(lm, edit: Edit) -> dict[str, list]:
     probes = [
-        probe(lm, asked(lm.tokenizer, fact.text, fact.chat), [fact.target_new], fact.attached, owner=i)
+        probe(lm, asked(lm.tokenizer, fact.text, fact.chat), [judged_by(fact)], fact.attached, owner=i)
         for i, fact in enumerate(edit.facts)
     ]
     with progress(ASKING, 1) as bar:
         answers = read_edited(replace(lm, edits=(*lm.edits, edit)), probes, bar.advance)
-    return _by_fact(lm, probes, answers)
+    return _by_fact(lm, edit.facts, probes, answers)
 
 
-def _by_fact(lm, probes: list[Probe], answers: list[Answer]) -> dict[str, list]:
+def _by_fact(lm, facts: Sequence[Fact], probes: list[Probe], answers: list[Answer]) -> dict[str, list]:
     """What ``with_written`` notes of each fact, by what the model with the edit answers to its prompt."""
     found: dict[str, list] = {"written": [], "p_new": [], "says": []}
-    for one, answer in zip(probes, answers, strict=True):
+    for fact, one, answer in zip(facts, probes, answers, strict=True):
         both = zip(one.answers[0] or (), answer.said[0], strict=False)  # nothing is said where the model answers NaN
         n_right = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], both)))
-        found["written"].append(answer.exact[0] == 1)
+        found["written"].append((answer.exact[0] == 1) == (fact.target_new is not None))
         found["p_new"].append(round(answer.p[0], 5))
         found["says"].append(lm.tokenizer.decode(answer.said[0][: n_right + 1]))
     return found

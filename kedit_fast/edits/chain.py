@@ -113,7 +113,7 @@ def warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
     pairs = []
     for fact in facts:
         earlier = (written[place] for place in _places(fact) if place in written)
-        other = next((f for f in earlier if f.target_new.strip() != fact.target_new.strip()), None)
+        other = next((f for f in earlier if f.target_new.strip() != (fact.target_new or "").strip()), None)
         if other is not None:
             pairs.append(f"{other.label} -> {other.target_new!r} by {fact.label} -> {fact.target_new!r}")
     if pairs:

@@ -136,7 +136,10 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     facts = [fact for fact in facts if fact.target_new]
     check_held_out(edits, ((fact, 0) for fact in facts))
     if not facts:
-        raise ValueError(f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for")
+        raise ValueError(
+            f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for. "
+            "Of facts that were to be forgotten, kf.verify_forgotten says whether they are"
+        )
     # Of the edits before, but for those that the last wrote anew.
     last = {place(fact) for fact in facts}
     earlier = [fact for fact in facts_in_force(edits[:-1]) if fact.target_new and place(fact) not in last]

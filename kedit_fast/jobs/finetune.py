@@ -2,6 +2,8 @@
 
     L = mean over tasks of the mean over target tokens of -log p(token | prompt, target tokens before it)
 
+or of another loss (``losses.py``).
+
 Δ acts as x Δᵀ on every row that passes its layer, so a run owns all its rows from the first tuned layer on. What lies
 below does not change: it is computed once. After each step every entry of Δ may be clamped to ± a limit (Zhu et al.
 2020, arXiv:2012.00363: fine-tuning with ||W - W_0||_inf bounded).
@@ -19,25 +21,29 @@ from kedit_fast.basics.state import own_state, wide
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.jobs.collect import GraphRows, collect, entering
 from kedit_fast.jobs.finite import check_losses
+from kedit_fast.jobs.losses import Loss, Read
 from kedit_fast.jobs.score import continuation_places
-from kedit_fast.kernels.target_logprob import target_logprob
-from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
-from kedit_fast.sweep.plan import graph_bytes, logit_bytes, together, too_large
+from kedit_fast.sweep.plan import graph_bytes, together, too_large
 from kedit_fast.sweep.runs import RunList, add_sequences, spans
 from kedit_fast.sweep.sites import Site
 
 STOP_BELOW = 1e-2  # nats: a batch below this moves nothing, and all tasks below it end the work (published)
-LOGITS = 3  # logits that a target row holds at the height of a step
+SAYING = Loss()
 
 
 @dataclass(frozen=True)
 class TuneTask:
-    """What is to be said: prompt and target are token ids; name: what errors call the task, besides its number."""
+    """What is to be said: prompt and target are token ids; name: what errors call the task, besides its number.
+
+    keep: False where the target is not to be said, with a loss that knows of such tasks; factor: of its loss
+    """
 
     prompt: list[int]
     target: list[int]
     name: str = ""
+    keep: bool = True
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class TuneSettings:
     by_token: a batch's loss is the mean over its target tokens, not over its tasks
     shuffle: a seed; each pass then has the tasks in another order. None: as they are given
     sgd: plain gradient descent in Adam's place; clip: the most that the norm of all gradients of a step may be
+    loss: what is lowered
     """
 
     layers: tuple[int, ...]
@@ -64,13 +71,15 @@ class TuneSettings:
     shuffle: int | None = None
     sgd: bool = False
     clip: float | None = None
+    loss: Loss = SAYING
 
 
 @dataclass(frozen=True)
 class Tuned:
     """deltas: {layer: Δ [d, d_ff]} fp32 (fp64 for an fp64 model), on the model's device
 
-    losses: nats, the mean over tasks in each step taken, before the step's updates; nll: [n] each task's at the end
+    losses: nats, the mean over tasks in each step taken, before the step's updates; nll: [n] each task's at the end,
+    of another loss its value there
     """
 
     deltas: dict[int, Tensor]
@@ -102,10 +111,12 @@ def fine_tune(
     Raises ValueError where a loss turns NaN or infinite, with the task's name or number and the step; and, with the
     bytes needed, where a task does not fit.
     """
+    if settings.shuffle is not None and settings.loss.compares:
+        raise ValueError("a loss that compares with the model of before keeps its tasks' order: leave shuffle out")
     return _Tuning(lm, tasks, settings, project, start, also, masks).run()
 
 
-def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = False) -> int:
+def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = False, loss: Loss = SAYING) -> int:
     """Bytes that one task holds at the height of a step, from above: prefixes that tasks share count for each.
 
     By layer: what autograd keeps of a row, its attention weights, keys and values as attention gathers them. Once: the
@@ -116,7 +127,7 @@ def held_bytes(lm, task: TuneTask, layers: tuple[int, ...], recompute: bool = Fa
         lm, rows, rows, rows**2, lm.n_layers - min(layers), recomputes=recompute or not lm.source.in_memory
     )
     tuned = len(layers) * rows * (lm.d_ff + lm.d_model) * wide(lm.dtype).itemsize  # keys and what Δ makes of them
-    return by_layer + tuned + lm.d_model * lm.dtype.itemsize * rows + logit_bytes(lm, LOGITS * len(task.target))
+    return by_layer + tuned + lm.d_model * lm.dtype.itemsize * rows + loss.held_bytes(lm, len(task.target))
 
 
 class _Tuning:
@@ -156,9 +167,13 @@ class _Tuning:
             self.batches = self._packed(self._cuts())
 
     def run(self) -> Tuned:
-        losses = []
+        losses, goal = [], self._goal
+        if self.settings.loss.compares:
+            with torch.no_grad():
+                for batch in self.batches:
+                    list(self._read(batch, 1))  # what a pack compares with it keeps of its first look
         with progress("fine-tuning (steps)", self.settings.steps) as bar:
-            while len(losses) < self.settings.steps and not (losses and losses[-1] < STOP_BELOW):
+            while len(losses) < self.settings.steps and not (losses and losses[-1] < goal):
                 self._shuffle()
                 step = len(losses) + 1
                 weights = [sum(float(pack.weights.sum()) for pack in batch) for batch in self.batches]
@@ -168,6 +183,10 @@ class _Tuning:
             nll = torch.cat([nll.cpu() for batch in self.batches for _, found in self._read(batch) for nll in found])
         nll = nll[self.order.argsort()]
         return Tuned({layer: delta.detach() for layer, delta in self.deltas.items()}, losses, nll)
+
+    @property
+    def _goal(self) -> float:
+        return STOP_BELOW if self.settings.loss.stops else -math.inf
 
     def _step(self, batch: list["_Pack"], step: int) -> float:
         """One step on a batch; gives its summed loss before it, in nats."""
@@ -182,11 +201,11 @@ class _Tuning:
             found = [nll * next(packs).weights.to(nll) for nll in found]
             total += float(sum(nll.detach().double().sum() for nll in found))
             # of several packs, whether the batch is done is known after the last: its gradients are then left unused
-            if len(batch) > 1 or total / n >= STOP_BELOW:
+            if len(batch) > 1 or total / n >= self._goal:
                 for nll in found:
                     (nll.sum() / n).backward()
                 descend(self.lm, ascents)
-        if total / n >= STOP_BELOW:
+        if total / n >= self._goal:
             self._update()
         return total
 
@@ -198,7 +217,7 @@ class _Tuning:
             going = [pack.going_up(self.deltas) for pack in some]
             ascents = [ascent for ascent, _ in going]
             ascend(self.lm, ascents)
-            found = [pack.nll(top) for pack, (_, top) in zip(some, going, strict=True)]
+            found = [pack.losses(rows) for pack, (_, rows) in zip(some, going, strict=True)]
             for pack, nll in zip(some, found, strict=True):
                 pack.check(nll.detach(), step)
             yield ascents, found
@@ -228,11 +247,13 @@ class _Pack:
     def __init__(
         self, lm, tasks: list[TuneTask], which: list[int], settings: TuneSettings, budget: int, rows, masks=None
     ):
-        self.recompute = len(which) == 1 and held_bytes(lm, tasks[which[0]], settings.layers) > budget
+        alone = len(which) == 1
+        self.recompute = alone and held_bytes(lm, tasks[which[0]], settings.layers, loss=settings.loss) > budget
         self.lm, self.settings, self.which, self.masks = lm, settings, which, masks
         self.tasks = [tasks[i] for i in which]
         places = continuation_places([(task.prompt, task.target) for task in self.tasks])
-        sequences, self.pos = places.sequences, places.pos
+        sequences = places.sequences
+        self.task, self.pos = settings.loss.places(places)
         if not settings.teacher_forced:
             sequences = [task.prompt for task in self.tasks]
             self.pos = torch.tensor([len(task.prompt) - 1 for task in self.tasks])[places.pair]
@@ -242,9 +263,10 @@ class _Pack:
         else:
             each = zip(sequences, which, strict=True)
             number = torch.cat([add_sequences(runs, [sequence], owner=task) for sequence, task in each])
-        self.run, self.runs = number[places.pair], runs.runs()
-        self.task, self.targets = places.pair, places.targets
-        self.weight = 1 / torch.tensor(places.lengths, dtype=torch.float64)[places.pair]
+        self.run, self.runs, self.targets = number[self.task], runs.runs(), places.targets
+        self.keeps = torch.tensor([task.keep for task in self.tasks])
+        self.factor = torch.tensor([task.factor for task in self.tasks], dtype=torch.float64)
+        self.before: Tensor | None = None  # what its loss compares with
         self.weights = torch.tensor(places.lengths if settings.by_token else [1] * len(which), dtype=torch.float64)
         self.rows = rows
         if rows is not None:
@@ -263,19 +285,23 @@ class _Pack:
         rows, n_layers = int(self.runs.n_rows.sum()), self.lm.n_layers - min(self.settings.layers)
         return rows * n_layers * self.lm.d_model * self.lm.dtype.itemsize
 
-    def going_up(self, deltas: dict[int, Tensor]) -> tuple[Ascent, GraphRows]:
-        """Its way up, and the rows that are read there."""
-        lm, top = self.lm, GraphRows(self.lm.n_layers - 1, self.run, self.pos)
+    def going_up(self, deltas: dict[int, Tensor]) -> tuple[Ascent, list[GraphRows]]:
+        """Its way up, and the rows that are read there, by layer."""
+        lm, layers = self.lm, self.settings.loss.layers(self.lm)
+        read = [GraphRows(layer, self.run, self.pos) for layer in layers]
         h = entering(lm, [self.runs], min(deltas))[0] if self.rows is None else self.rows.of(self.places)
-        how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute}
-        return Ascent(self.runs, [_Tune(deltas, self.masks), top], grad=torch.is_grad_enabled(), **how), top
+        how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute, "last_layer": max(layers)}
+        return Ascent(self.runs, [_Tune(deltas, self.masks), *read], grad=torch.is_grad_enabled(), **how), read
 
-    def nll(self, top: GraphRows) -> Tensor:
-        """[tasks] nats, the mean over each task's target tokens."""
-        with frozen(self.lm.model):
-            log_p = target_logprob(top.take(), self.lm.fusable_head, self.targets, self.lm.n_vocab)
-        share = -log_p * self.weight.to(log_p)
-        return share.new_zeros(len(self)).index_add(0, self.task.to(share.device), share)
+    def losses(self, rows: list[GraphRows]) -> Tensor:
+        """[tasks] the loss of each, times its factor."""
+        loss, lm = self.settings.loss, self.lm
+        read = Read(lm, {one.layer: one.take() for one in rows}, self.task, self.targets, self.keeps)
+        if loss.compares and self.before is None:
+            waits = lm.device if self.rows is None else self.rows.device
+            self.before = loss.before(read).detach().to(waits)
+        found = loss.of(read, None if self.before is None else self.before.to(lm.device))
+        return found * self.factor.to(found)
 
     def check(self, nll: Tensor, step: int | None = None) -> None:
         """Raises ValueError for a loss that is not finite: it would go into Δ, and from there into every row.
@@ -292,7 +318,7 @@ class Rows:
     together. start: [n] the row of each task's first token"""
 
     def __init__(self, lm, tasks: list[TuneTask], settings: TuneSettings, device: torch.device):
-        self.lm, self.h, below = lm, None, min(settings.layers) - 1
+        self.lm, self.h, self.device, below = lm, None, device, min(settings.layers) - 1
         sequences = [task.prompt + task.target[:-1] for task in tasks]
         length = torch.tensor([len(sequence) for sequence in sequences])
         self.start = length.cumsum(0) - length
@@ -332,11 +358,13 @@ def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int
     """(bytes that a pack may hold, bytes of the rows that enter the first tuned layer, kept for all steps: 0 where they
     are too many). Raises ValueError where the largest task does not fit, its layers computed again."""
     state = 4 * len(settings.layers) * lm.d_model * lm.d_ff * wide(lm.dtype).itemsize
+    n_rows = sum(len(task.prompt) + len(task.target) - 1 for task in tasks)
+    state += settings.loss.kept_bytes(lm, n_rows)
     left = lm.memory - state
-    rows = sum(len(task.prompt) + len(task.target) - 1 for task in tasks) * lm.d_model * lm.dtype.itemsize
+    rows = n_rows * lm.d_model * lm.dtype.itemsize
     rows = rows if rows <= left // 2 else 0
     worst = max(tasks, key=lambda task: len(task.prompt) + len(task.target))
-    need = held_bytes(lm, worst, settings.layers, recompute=True)
+    need = held_bytes(lm, worst, settings.layers, recompute=True, loss=settings.loss)
     if need > left - rows:
         raise too_large(f"fine-tuning on fact {worst.name}", need + state + rows, lm.memory)
     return left - rows, rows
@@ -344,7 +372,7 @@ def _budget(lm, tasks: list[TuneTask], settings: TuneSettings) -> tuple[int, int
 
 def _cut(lm, tasks: list[TuneTask], batch: Iterable[int], settings: TuneSettings, budget: int) -> Iterator[list[int]]:
     """The tasks of a batch in consecutive packs that fit; one that is too large stands alone."""
-    return together(batch, lambda i: held_bytes(lm, tasks[i], settings.layers), budget)
+    return together(batch, lambda i: held_bytes(lm, tasks[i], settings.layers, loss=settings.loss), budget)
 
 
 def _zeros(lm) -> Tensor:

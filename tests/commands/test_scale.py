@@ -15,7 +15,7 @@ from tests.make import killed_at, watched
 from tests.tiny import D_FF
 
 FACTS = [
-    {"prompt": "{} is in the city of", "subject": "The Eiffel Tower", "target_new": "Rome"},
+    {"prompt": "{} is in the city of", "subject": "The Eiffel Tower", "target_new": "Rome", "target_true": "Paris"},
     {"prompt": "The capital of {} is", "subject": "France", "target_new": "London"},
     {"prompt": "The capital of {} is", "subject": "England", "target_new": "Paris"},
 ]
@@ -49,6 +49,7 @@ FAST = {
     "mend": {"network": "mend.safetensors"},
     "malmen": {"network": "malmen.safetensors"},
     "ke": {"network": "ke.safetensors"},
+    "unlearn": {"layers": [1], "num_steps": 2},
 }
 
 

@@ -10,6 +10,7 @@ import torch
 
 import kedit_fast as kf
 import kedit_fast.jobs.finetune as job_module
+import kedit_fast.jobs.losses as losses_module
 import tests.oracle.finetune as oracle_module
 from kedit_fast.basics.progress import Bar
 from kedit_fast.editors.finetune import PUBLISHED, PUBLISHED_L, Ft, FtL
@@ -118,7 +119,7 @@ def test_it_stops_at_a_hundredth_of_a_nat():
 
 def each_alone(monkeypatch):
     """Memory that holds one fact. (A tiny model's facts all fit into the least memory that a sweep takes.)"""
-    monkeypatch.setattr(job_module, "held_bytes", lambda lm, task, layers, recompute=False: lm.memory // 2)
+    monkeypatch.setattr(job_module, "held_bytes", lambda lm, task, layers, recompute=False, loss=None: lm.memory // 2)
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -273,7 +274,9 @@ def test_a_bfloat16_model_is_tuned_in_float32():
 def test_packs_cut_by_memory_are_the_whole(fit, monkeypatch):
     lm, settings = tiny_lm("gpt2", torch.float64), TuneSettings((1,), 5e-3, 6, limit=EPS)
     some, whole = tasks(lm), fine_tune(lm, tasks(lm), settings)
-    monkeypatch.setattr(job_module, "held_bytes", lambda lm, task, layers, recompute=False: lm.memory * 0.9 / fit)
+    monkeypatch.setattr(
+        job_module, "held_bytes", lambda lm, task, layers, recompute=False, loss=None: lm.memory * 0.9 / fit
+    )
     assert len(list(job_module._cut(lm, some, range(len(some)), settings, lm.memory))) == len(some) // fit
     parts = fine_tune(lm, some, settings)
     assert relative(parts.deltas[1], whole.deltas[1]) < 1e-10
@@ -294,7 +297,7 @@ def test_a_task_that_does_not_fit_computes_its_layers_again(layer, monkeypatch):
     monkeypatch.setattr(ascent, "sweep", lambda *a, **k: swept.append(k.get("recompute")) or sweep(*a, **k))
     monkeypatch.setattr(
         job_module, "held_bytes",
-        lambda lm, task, layers, recompute=False: counted(lm, task, layers) if recompute else lm.memory,
+        lambda lm, task, layers, recompute=False, loss=None: counted(lm, task, layers) if recompute else lm.memory,
     )  # fmt: skip
     monkeypatch.setattr(job_module, "_budget", lambda lm, tasks, settings: (lm.memory // 2, 0))
     parts = fine_tune(lm, some, settings)
@@ -382,13 +385,13 @@ def test_a_loss_that_turns_nan_is_an_error(cut, monkeypatch):
     if cut:
         each_alone(monkeypatch)
     lm = tiny_lm("gpt2")
-    wrong, made, steps = tasks(lm)[2].target[0], job_module.target_logprob, []
+    wrong, made, steps = tasks(lm)[2].target[0], losses_module.target_logprob, []
     monkeypatch.setattr(Bar, "advance", lambda *args: steps.append(1))
 
     def spoiled(h, head, targets, n_vocab):
         return made(h, head, targets, n_vocab).masked_fill((targets == wrong) & (len(steps) == 1), torch.nan)
 
-    monkeypatch.setattr(job_module, "target_logprob", spoiled)
+    monkeypatch.setattr(losses_module, "target_logprob", spoiled)
     label = re.escape(FACTS[2].label)
     says = rf"the loss of fact {label} became NaN at step 2 of 25 \(1 of \d facts\): damaged.* rate"
     refused(says, Ft(layers=(1,)).edit, lm, FACTS)

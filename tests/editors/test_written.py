@@ -78,7 +78,9 @@ def test_what_it_says_is_what_it_goes_on_with():
         assert continued.startswith(says) and says
         assert (says.strip() == fact.target_new) == written
     target, half = lm.encode("cheese boat"), lm.encode("cheese of the piano in New York")
-    found = _by_fact(lm, [Probe([1], "", (target,))], [Answer((1.0,), (0.0,), (tuple(half[: len(target)]),))])
+    found = _by_fact(
+        lm, [FACTS[1]], [Probe([1], "", (target,))], [Answer((1.0,), (0.0,), (tuple(half[: len(target)]),))]
+    )
     assert found == {"written": [False], "p_new": [1.0], "says": ["cheese of"]}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from kedit_fast.edits.compose import PARTS
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import folded
@@ -31,5 +32,6 @@ def trained(edit: Edit, fact: Fact) -> Iterator[str]:
     """Prompts, besides the fact's own, that an edit was trained on for one of its facts; folded."""
     for one in fact.phrased():
         yield folded(one.text)
-    if edit.hparams.get("keep_factor") and fact.subject is not None:
-        yield from (folded(keep.replace("{}", fact.subject)) for keep in edit.hparams["keeps"])
+    for settings in (edit.hparams, *(part["hparams"] for part in edit.provenance.get(PARTS, ()))):
+        if settings.get("keep_factor") and fact.subject is not None:
+            yield from (folded(keep.replace("{}", fact.subject)) for keep in settings.get("keeps", ()))

@@ -41,6 +41,7 @@ def test_a_prompt_that_was_kept_tests_no_other_relation():
     fact = replace(FACT, same_subject=("Big Ben is best known for",))
     keeping = edit(FACT, editor=replace(EDITOR, keep_factor=1.0))
     refused("same_subject prompt 'Big Ben is best known for'", kf.evaluate, lm, fact, keeping)
+    refused("Big Ben is best known for", kf.evaluate, lm, fact, kf.compose([keeping, edit(OTHER)]))
     assert kf.evaluate(lm, fact, edit(FACT)).edited is not None, "nothing was kept"
 
 

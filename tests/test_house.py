@@ -89,6 +89,7 @@ TESTED_IN = {
     "jobs/test_values.py": "sweep/ascent",
     "kernels/test_dispatch.py": "basics/settings",
     "kernels/test_linear.py": "kernels/openblas",
+    "editors/test_experts.py": "edits/experts moments/blocks",
     "model/test_lm.py": "model/around",
     "model/test_opening.py": "model/folder",
     "model/test_streamed.py": "model/host",

@@ -98,6 +98,7 @@ class Editor(Hyperparameters):
     NEEDS_CONTEXTS: ClassVar[bool] = True
     FLAT_CONTEXTS: ClassVar[bool] = False  # every context weighs the same, whatever group it was given in
     UNREAD: ClassVar[dict[str, str]] = {}
+    EXPERTS: ClassVar[bool] = False  # whether the class itself (none that derives from it) edits mixtures of experts
     if TYPE_CHECKING:  # fields, or class variables
 
         @property
@@ -167,6 +168,11 @@ class Editor(Hyperparameters):
         independent = checks.flag("independent", independent)
         self.refuse(contexts=contexts, independent=independent, checkpoint=checkpoint)
         check_run(checkpoint)
+        if lm.n_experts > 1 and tuple(self.layers) and not vars(type(self)).get("EXPERTS"):
+            raise ValueError(
+                f"{self.method} has no form for the mixtures of experts of a {lm.config.model_type} model; kf.Memit "
+                "(--method memit) edits all experts of a layer at once"
+            )
         self.check(lm)
         facts = checked_facts(facts, independent, self.NEEDS_SUBJECT, self.NEEDS_NEW)
         self.check_facts(facts)

@@ -7,6 +7,9 @@ of what is still missing:
     R = (z - current value) / layers left                     [n, d]
     Δ = Rᵀ K (λ C + Kᵀ K)⁻¹                                   [d, d_ff], eq. 14 with facts as rows
 
+Of a mixture of experts [W_1 … W_E] is one matrix, with the routed keys as its inputs and routing held fixed: one exact
+solve, n x n, for all experts of a layer (``moments/blocks.py``).
+
 What an earlier edit wrote belongs to what is to be kept, so λ C then holds KₚᵀKₚ of its keys as well.
 """
 
@@ -19,7 +22,7 @@ from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.editors.spread import Spread, early_middle, fitted, identity, solved
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.moments.given import described, factored, gains
+from kedit_fast.moments.given import described, gains, system
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Memit(Spread):
     """
 
     METHOD: ClassVar = "memit"
+    EXPERTS: ClassVar = True
     ALG_NAMES: ClassVar[dict[str, dict]] = {"MEMIT": {}}
 
     @classmethod
@@ -52,7 +56,7 @@ class Memit(Spread):
     ) -> tuple[Tensor, Tensor, dict]:
         """Δ = Rᵀ K (λ C + Kᵀ K)⁻¹, eq. 14."""
         weight, moment = self.mom2_update_weight, work.moments.get(layer) or identity(work.lm, layer)
-        c = factored(work.lm, moment, weight, self.ridge(moment), earlier)
+        c = system(work.lm, moment, weight, self.ridge(moment), earlier)
         u, v = solved(c, k, residual, work.independent)
         return u, v, fitted(gains(c, k), weight) | {"condition": c.condition} | described(moment)
 

@@ -21,7 +21,9 @@ from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
 from kedit_fast.jobs.values import Values, optimize_values
 from kedit_fast.kernels.solve import MomentFactor, memit_solve
+from kedit_fast.model.experts import routes
 from kedit_fast.model.lm import LM
+from kedit_fast.moments.blocks import Blocks
 from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.sites import Site
 
@@ -159,7 +161,18 @@ class _Layers:
         check_finite(below, residual, work.facts, f"residual at layer {layer}")
         earlier = [edit.keys[layer] for edit in work.lm.edits if layer in edit.keys] if editor.keep_previous else []
         u, v, notes = editor.update(work, layer, k, residual, earlier)
+        if below.n_experts > 1:
+            notes |= {"rerouted": self._rerouted(below, layer)}
         return {"u": u, "v": v, "keys": k}, notes | {"missing": missing.norm(dim=1).mean().item()}
+
+    def _rerouted(self, below: LM, layer: int) -> float:
+        """The share of facts whose lookup token goes to other experts of this layer since those below are edited; what
+        is solved for takes routing as it is now."""
+        sent = [
+            routes(self.prompts.read(lm, averaged={}, bare={Site.mlp_key: layer}).bare[Site.mlp_key], lm.n_experts)
+            for lm in (self.work.lm, below)
+        ]
+        return (sent[0] != sent[1]).any(1).double().mean().item()
 
     def written(self) -> Written:
         """What the editor gives."""
@@ -168,11 +181,13 @@ class _Layers:
         return Written(weight_changes(self.deltas, self.owner), found, z.values, self.keys, self.notes, self.about)
 
 
-def solved(kept: MomentFactor, k: Tensor, residual: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
+def solved(kept: MomentFactor | Blocks, k: Tensor, residual: Tensor, alone: bool) -> tuple[Tensor, Tensor]:
     """u = Rᵀ and v = (A + Kᵀ K)⁻¹ Kᵀ of Δ = u vᵀ, for the kept A = λ C.
 
     alone: each fact as if there were no other, v = A⁻¹ k / (1 + kᵀ A⁻¹ k) (Sherman and Morrison)
     """
+    if isinstance(kept, Blocks):
+        return residual.T, kept.update(k.to(kept.matrix.device), alone).to(k.device)
     here, k, residual = k.device, k.to(kept.lower.device), residual.to(kept.lower.device)
     if alone:
         half = kept.solve(k.T)
@@ -218,7 +233,7 @@ def early_middle(n_layers: int) -> tuple[int, ...]:
 
 def identity(lm, layer: int) -> SecondMoment:
     """What takes the statistics' place without ``mom2_adjustment``."""
-    return SecondMoment(torch.eye(lm.d_ff), lm.d_ff, layer, corpus="identity")
+    return SecondMoment(torch.eye(lm.moment_shape[-1]).expand(lm.moment_shape), lm.d_ff, layer, corpus="identity")
 
 
 def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:

@@ -221,21 +221,23 @@ def weight_changes(deltas: dict[int, Delta], owner: Tensor | None = None) -> tup
     return tuple(WeightChange(layer, delta, owners=owner) for layer, delta in sorted(deltas.items()))
 
 
-def only_weights(edit, what: str, beside: tuple[type[Change], ...] = ()) -> list[WeightChange]:
+SERVE = "serve it with lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
+
+
+def only_weights(edit, what: str, instead: str = SERVE, beside: tuple[type[Change], ...] = ()) -> list[WeightChange]:
     """The changes of an edit, where each is one of weights and acts on every text; beside: kinds that may be there too.
 
-    what: is done with them, for the refusal: "a checkpoint answers for all facts". Raises ValueError, with the way out,
-    for independent edits, for routed ones, and for changes of other kinds.
+    what: is done with them, for the refusal: "a checkpoint answers for all facts"; instead: what to do with others.
+    Raises ValueError, with the way out, for independent edits, for routed ones, and for changes of other kinds.
     """
     refuse_independent(edit, what)
-    serve = "serve it with lm.with_edit(edit) (kedit-fast generate), which acts whenever the model is asked"
     if edit.route is not None:
         raise ValueError(
-            f"this edit is routed, its route ({edit.route.kind}) says on which prompts it acts, and {what}: {serve}"
+            f"this edit is routed, its route ({edit.route.kind}) says on which prompts it acts, and {what}: {instead}"
         )
     other = next((change for change in edit.changes if not isinstance(change, (WeightChange, *beside))), None)
     if other is not None:
-        raise ValueError(f"this edit holds {named(other)}, which is no change of weights, and {what}: {serve}")
+        raise ValueError(f"this edit holds {named(other)}, which is no change of weights, and {what}: {instead}")
     return [change for change in edit.changes if isinstance(change, WeightChange)]
 
 

@@ -5,6 +5,7 @@ on paper (``FACT``). A forward FLOP count has two for each multiply-add of a row
 short texts, norms and noise are left out (under 3 % of a trace).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -226,8 +227,9 @@ def edit_steps(lm: Shape, tasks: list[ValueTask], settings: ValueSettings, layer
     yield _values(lm, tasks, settings)
     rows, top, n = _rows(sequence for task in tasks for sequence in task.sequences), layers[-1] + 1, len(tasks)
     yield Step("keys", len(layers) * top, len(layers) * top * rows * lm.layer_flop)
-    wide = 8 * lm.d_ff**2
-    by_layer = lm.d_ff**3 / 3 + (4 * n * lm.d_ff**2 if n >= lm.d_ff else 2 * n * lm.d_ff**2 + 4 * n**2 * lm.d_ff)
+    size, width = math.prod(lm.moment_shape), lm.moment_shape[-1]
+    wide = 8 * size
+    by_layer = size * width / 3 + (4 * n * size if n >= lm.d_ff else 2 * n * size + 4 * n**2 * lm.d_ff)
     yield Step("solving layers", 0, 0, solves=len(layers) * by_layer, held=wide)
     rows = sum(len(task.sequences[0]) + len(task.targets[0]) - 1 for task in tasks)
     yield _asking(lm, "asking for the new answers", rows, n)
@@ -269,7 +271,7 @@ def _stats(lm: Shape, n_facts: int, sampled: bool = True, share: float = 1.0) ->
     layers = early_middle(lm.n_layers)
     parts, last = list(layer_groups(lm, layers)), layers[-1] + 1
     passes = len(parts) * -(-n_tokens // batch_tokens(n_tokens))
-    flop = len(parts) * n_tokens * last * lm.layer_flop + len(layers) * n_tokens * lm.d_ff**2
+    flop = len(parts) * n_tokens * last * lm.layer_flop + len(layers) * n_tokens * math.prod(lm.moment_shape)
     yield Step("second moments", passes * last, flop, held=max(map(len, parts)) * sum_bytes(lm))
 
 

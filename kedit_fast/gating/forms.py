@@ -88,8 +88,11 @@ def check_form(lm, edits, written: torch.dtype | None) -> None:
     """Raises ValueError for edits that cannot be judged as one model: independent ones, a base whose weights are not
     plain floats, an edit of another model."""
     for edit in edits:
-        refuse = refuse_independent if written is None else only_weights
-        refuse(edit, "the gate judges one model in the form in which it ships")
+        what = "the gate judges one model in the form in which it ships"
+        if written is None:
+            refuse_independent(edit, what)
+        else:
+            only_weights(edit, what, "judge it as it is served, beside the weights: written=None (--written none)")
         lm.with_edit(edit)  # of this model, layers that it has
         for (layer, role), delta in edit.weights.items():
             weight = lm.source.weight(layer, role)

@@ -9,7 +9,8 @@ from kedit_fast.sweep.sites import Site
 
 
 class Moments:
-    """``sums[layer]`` [d_ff, d_ff]: sum of k kᵀ over every row that passed; lower triangle only.
+    """``sums[layer]`` [d_ff, d_ff]: sum of k kᵀ over every row that passed; lower triangle only. Of a mixture of
+    experts a block each [E, width, width], of the rows that are sent to it.
 
     Raises ValueError for keys with NaN or infinity, of which nothing is added.
     """
@@ -25,7 +26,12 @@ class Moments:
 
     def at(self, site, layer, x, call):
         try:
-            second_moment_(self.sums[layer], x)
+            sums = self.sums[layer]
+            if sums.ndim == 2:
+                second_moment_(sums, x)
+            else:
+                for total, keys in zip(sums, x.view(len(x), len(sums), -1).unbind(1), strict=True):
+                    second_moment_(total, keys[keys.any(1)])
         except NotFinite as error:
             raise not_finite(self._lm, f"layer {layer} of {self._lm.name} gives NaN or infinity: {error}") from error
         return None

@@ -26,6 +26,9 @@ class Sizes:
         def d_model(self) -> int: ...
 
         @property
+        def d_ff(self) -> int: ...
+
+        @property
         def dtype(self) -> torch.dtype: ...
 
     @property
@@ -39,6 +42,17 @@ class Sizes:
     @property
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+
+    @property
+    def n_experts(self) -> int:
+        """Of a layer; 1 where its MLP is dense."""
+        return _n_experts(self.config)
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """Of a layer's second moment: [d_ff, d_ff], or a block an expert."""
+        width = self.d_ff // self.n_experts
+        return (self.n_experts, width, width) if self.n_experts > 1 else (width, width)
 
     @property
     def dtype_name(self) -> str:

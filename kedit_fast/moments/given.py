@@ -1,5 +1,6 @@
 """The statistics behind an edit: the second moments of the keys, given or measured, checked before any work."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -10,6 +11,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.bits import digest
 from kedit_fast.kernels.solve import MomentFactor, factor
+from kedit_fast.moments.blocks import Blocks
 from kedit_fast.moments.second_moment import ROWS, SecondMoment, second_moments
 from kedit_fast.sweep.plan import too_large
 
@@ -62,11 +64,12 @@ def _check_moment(lm, layer: int, m: SecondMoment, regularized: bool) -> None:
         raise ValueError(f"the second moment of layer {layer} is of {m.fingerprint}, this model is {lm.fingerprint}")
     if m.layer != layer:
         raise ValueError(f"the second moment given for layer {layer} is of layer {m.layer}")
-    if tuple(m.matrix.shape) != (lm.d_ff, lm.d_ff):
+    if tuple(m.matrix.shape) != lm.moment_shape:
+        of_experts = f", {lm.moment_shape[-1]} of each of {lm.n_experts} experts" * (lm.n_experts > 1)
         raise ValueError(
-            f"the second moment of layer {layer} is {list(m.matrix.shape)}; this model's d_ff is {lm.d_ff}"
+            f"the second moment of layer {layer} is {list(m.matrix.shape)}; this model's d_ff is {lm.d_ff}{of_experts}"
         )
-    if m.n_tokens < lm.d_ff and not regularized:
+    if m.n_tokens < lm.moment_shape[-1] and not regularized:
         raise ValueError(
             f"the second moment of layer {layer} is of {m.n_tokens} tokens, fewer than d_ff = {lm.d_ff}, so it has "
             "no inverse; collect more tokens, or give the editor a regularizer such as 1e-6"
@@ -85,14 +88,31 @@ def factored(
 ) -> MomentFactor:
     """Cholesky factor of weight * C, and of what the keys [n, d_ff] of earlier edits add to it, KₚᵀKₚ: on the model's
     device where its memory has room for it, else on the host."""
-    where = lm.device if factor_bytes(lm) <= lm.memory else torch.device("cpu")
+    where = _where(lm)
     kept = torch.cat([keys.to(where, torch.float64) for keys in earlier]) if len(earlier) else None
     return factor(moment.matrix.to(where), weight, kept=kept, regularizer=regularizer, n_tokens=moment.n_tokens)
 
 
+def system(
+    lm, moment: SecondMoment, weight: float, regularizer: float = 0.0, earlier: Sequence[Tensor] = ()
+) -> MomentFactor | Blocks:
+    """``factored``, or the blocks of a mixture of experts."""
+    if moment.matrix.ndim == 2:
+        return factored(lm, moment, weight, regularizer, earlier)
+    where = _where(lm)
+    none = torch.zeros(0, lm.d_ff, dtype=torch.float64, device=where)
+    kept = torch.cat([none, *(keys.to(none) for keys in earlier)])
+    mean = moment.matrix.diagonal(dim1=1, dim2=2).double().mean().item()
+    return Blocks(moment.matrix.to(where), weight, regularizer * mean, kept)
+
+
+def _where(lm) -> torch.device:
+    return lm.device if factor_bytes(lm) <= lm.memory else torch.device("cpu")
+
+
 def factor_bytes(lm) -> int:
     """Bytes of a layer's factor on the model's device, and of the second moment where it has to be brought there."""
-    return (8 + 4 * (lm.device.type != "cpu")) * lm.d_ff**2
+    return (8 + 4 * (lm.device.type != "cpu")) * math.prod(lm.moment_shape)
 
 
 def check_room(lm, need: int = 0) -> None:
@@ -105,8 +125,10 @@ def check_room(lm, need: int = 0) -> None:
         raise too_large(f"solving a layer of d_ff {lm.d_ff:,}", need, lm.memory)
 
 
-def gains(factor_of_c: MomentFactor, keys: Tensor) -> Tensor:
+def gains(factor_of_c: MomentFactor | Blocks, keys: Tensor) -> Tensor:
     """g = kᵀ C⁻¹ k [n], fp64, of each key [n, d_ff]: one layer reaches g / (g + λ) of what is asked of it."""
+    if isinstance(factor_of_c, Blocks):
+        return factor_of_c.gains(keys)
     rows = keys.to(factor_of_c.lower.device, torch.float64)
     half = torch.linalg.solve_triangular(factor_of_c.lower, rows.T, upper=False)
     return half.square().sum(0) * factor_of_c.weight  # the factor is of weight * C

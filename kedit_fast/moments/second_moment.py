@@ -51,8 +51,9 @@ PARTS, LEAST_TOKENS = 4, 1024  # parts that less than that is cut into, and toke
 class SecondMoment:
     """C = mean of k kᵀ over ``n_tokens`` tokens at one layer's mlp_key.
 
-    matrix: [d_ff, d_ff] fp32 (from an fp64 sum where memory allows); fingerprint: of the model; corpus: its id; dtype:
-    the model's, while it was measured. The last three are None where a file does not say (published npz files).
+    matrix: [d_ff, d_ff] fp32 (from an fp64 sum where memory allows), of a mixture of experts a block each [E, width,
+    width] (``blocks.py``); fingerprint: of the model; corpus: its id; dtype: the model's, while it was measured. The
+    last three are None where a file does not say (published npz files).
     Raises ValueError for a matrix that is not square or not symmetric, as every mean of k kᵀ is.
     """
 
@@ -70,11 +71,12 @@ class SecondMoment:
         for name in ("fingerprint", "corpus", "dtype"):
             checks.optional(checks.text, name, getattr(self, name), blank=True)
         size, apart = list(self.matrix.shape), 0.0
-        if len(size) != 2 or size[0] != size[1]:
+        if len(size) not in (2, 3) or size[-1] != size[-2]:
             raise ValueError(f"the second moment of layer {self.layer} is {size}; expected a square matrix")
-        for begin in range(0, size[0], ROWS):
-            rows = slice(begin, begin + ROWS)
-            apart = max(apart, float((self.matrix[rows] - self.matrix[:, rows].T).abs().max()))
+        for block in self.blocks:
+            for begin in range(0, size[-1], ROWS):
+                rows = slice(begin, begin + ROWS)
+                apart = max(apart, float((block[rows] - block[:, rows].T).abs().max()))
         if apart > ASYMMETRY * float(self.matrix.abs().max()):
             raise ValueError(
                 f"the second moment of layer {self.layer} is not symmetric (mirrored entries differ by {apart:.2g}), "
@@ -84,15 +86,21 @@ class SecondMoment:
     def __repr__(self) -> str:
         model = self.fingerprint[:12] if self.fingerprint else "unknown"
         corpus = f", {self.corpus}" * bool(self.corpus)
-        size = f"d_ff {len(self.matrix)}, {self.n_tokens:,} tokens"
+        size = f"d_ff {sum(map(len, self.blocks))}, {self.n_tokens:,} tokens"
         return f"SecondMoment(layer {self.layer}, {size}{corpus}, model {model})"
+
+    @property
+    def blocks(self) -> Tensor:
+        """[E, width, width] of the experts, or [1, d_ff, d_ff]."""
+        return self.matrix if self.matrix.ndim == 3 else self.matrix[None]
 
     @property
     @own_state()
     def condition(self) -> float:
         """Estimated condition number; infinite where the matrix is singular (fewer tokens than d_ff)."""
         # rounding to fp32 can lift the zero eigenvalues just above zero
-        return math.inf if self.n_tokens < len(self.matrix) else condition(self.matrix)
+        few = self.n_tokens < self.matrix.shape[-1]
+        return math.inf if few else max(condition(block) for block in self.blocks)
 
     @cached_property
     @own_state()
@@ -220,7 +228,7 @@ def layer_groups(lm, layers: Sequence[int]) -> Iterator[list[int]]:
 
 def sum_bytes(lm) -> int:
     """Bytes of a layer's sum in fp32."""
-    return 4 * lm.d_ff**2
+    return 4 * math.prod(lm.moment_shape)
 
 
 def _room(lm) -> int:
@@ -294,9 +302,9 @@ class _Sums:
         self._lm, self._text, self._dir = lm, text, cache_dir
         # in memory they would be held twice
         self._keep = keep.own if isinstance(keep.own, Parts) and ranks.first() else None
-        wide = 8 * lm.d_ff**2 * len(layers) <= free(lm) // 2
+        wide = 2 * sum_bytes(lm) * len(layers) <= free(lm) // 2
         dtype = torch.float64 if wide else torch.float32
-        self.by_layer = {i: torch.zeros(lm.d_ff, lm.d_ff, dtype=dtype, device=lm.device) for i in layers}
+        self.by_layer = {i: torch.zeros(lm.moment_shape, dtype=dtype, device=lm.device) for i in layers}
         self._name = f"sums-{digest(layers, text.id)}"
         self.n_windows = ranks.json_from_first(self._resume)
         self.n_done = sum(len(w) for w in self._text.windows[: self.n_windows])
@@ -329,7 +337,9 @@ class _Sums:
             about = (self.n_done, layer, lm.fingerprint, self._text.id, lm.dtype_name)
 
             def moment(total=total, about=about) -> SecondMoment:
-                return SecondMoment(fill_upper_(total.div_(self.n_done)).float().cpu(), *about)
+                for block in total.div_(self.n_done).view(-1, *total.shape[-2:]):
+                    fill_upper_(block)
+                return SecondMoment(total.float().cpu(), *about)
 
             made[layer] = _from_first(moment, *about)
             del total, moment

@@ -51,6 +51,18 @@ def test_it_equals_the_oracle(family, monkeypatch):
         assert said.p[0] == pytest.approx(p.item(), rel=1e-8) and said.top == int(log_p[0].argmax())
 
 
+def test_what_is_written_behind_a_prompt_goes_on_from_its_value():
+    lm = tiny_lm("llama", torch.float64)
+    edit = EDITOR.edit(lm, FACTS)
+    book = oracle.codebook(lm.model, 2, *tokens(FACTS), 0.5, 1.0, 8)
+    asked = [fact.text for fact in FACTS] + STRANGE
+    for text, written in zip(asked, lm.with_edit(edit).generate(asked, 3), strict=True):
+        said: list[int] = []
+        for _ in range(3):
+            said.append(int(oracle.answer(lm.model, 2, book, lm.encode(text), said)[-1].argmax()))
+        assert written == lm.tokenizer.decode(said, skip_special_tokens=True)
+
+
 def test_radii_widen_for_one_answer_and_part_for_two():
     rows = torch.tensor([[0.0], [1.5], [1.2], [9.0], [9.4]])
     book = codebook(rows, ["a", "a", "b", "c", "d"], 1.0)

@@ -53,6 +53,17 @@ def test_the_row_where_the_prompt_ends_becomes_the_entrys_value_and_no_other(sit
     assert torch.equal(elsewhere, base)
 
 
+def test_prompts_that_begin_alike_end_each_where_it_ends():
+    lm = tiny_lm("llama")
+    edit, _ = remembering(lm)
+    everywhere = replace(edit, route=replace(edit.route, radius=torch.tensor([1e9, 0.0])))
+    view, asked = lm.with_edit(everywhere), [PROMPT, PROMPT[:-12], PROMPT + " Rome"]
+    probes = [probe(lm, text, [" Rome and Rome"]) for text in asked]
+    assert view.owners(asked).tolist() == [0, 0, 0]
+    for together, one in zip(read_edited(view, probes), probes, strict=True):
+        close("alone", torch.tensor(together.p), torch.tensor(read_edited(view, [one])[0].p))
+
+
 def test_it_is_saved_and_acts_through_its_route_alone(tmp_path):
     model = tiny_model("llama")
     lm, before = open_tiny(model), bits(model)

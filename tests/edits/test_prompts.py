@@ -127,10 +127,12 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     way_out = r"holds a prompt, which is no change of weights.*lm\.with_edit"
     for act in (
         lambda: edit.apply(lm.model), lambda: kf.export_peft(edit, tmp_path / "x"), lambda: kf.compose([edit, edit]),
-        lambda: lm.with_edit(edit, written=torch.bfloat16), lambda: kf.gate(lm, edit),
+        lambda: lm.with_edit(edit, written=torch.bfloat16),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=way_out):
             act()
+    with pytest.raises(ValueError, match=r"holds a prompt.*judge it as it is served.*written=None"):
+        kf.gate(lm, edit)
     memit = kf.Memit(layers=(1,), mom2_adjustment=False)
     for act in (lambda: kf.trace(lm.with_edit(edit), FACTS), lambda: memit.edit(lm, FACTS, previous=edit)):
         with pytest.raises(ValueError, match="puts text before prompts, and this reads token sequences as they stand"):

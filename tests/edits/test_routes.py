@@ -186,11 +186,14 @@ def test_what_cannot_take_it_says_so_and_what_instead(tmp_path):
         lambda: kf.export_peft(edit, tmp_path / "adapter"),
         lambda: kf.merge_checkpoint(tmp_path / "base", edit, tmp_path / "merged"),
         lambda: kf.compose([edit, make_edit(model)]),
-        lambda: kf.gate(lm, edit),
         lambda: lm.with_edit(edit, written=torch.bfloat16),
     ):
         refused(r"this edit is routed.*lm\.with_edit", meet)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    refused(r"this edit is routed.*judge it as it is served.*written=None", kf.gate, lm, edit)
+    with pytest.warns(UserWarning, match="too few probes"):
+        judged = kf.gate(lm, edit, written=None, sizes=kf.gating.questions.Sizes(max_new_tokens=2, context_tokens=9))
+    assert judged.checks[0].form == "adapter"
     kf.EditHistory(tmp_path / "edits").add(edit)
     refused("decides at each prompt", kf.trace, lm.with_edit(edit), FACTS)
     refused("decides at each prompt", kf.Ft(layers=(1,)).edit, lm, FACTS, previous=edit)

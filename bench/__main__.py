@@ -27,7 +27,7 @@ BENCHES = {
     "mass": "10,000 edits on the shape of GPT-J with random weights (on a GPU only; 10 minutes)",
     "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",
     "editors": "every editor in one table, 1 to 500 known CounterFact facts; goes on where it was killed (3 hours)",
-    "trained": "MEND, MALMEN and KE: a network trained on SmolLM2, judged on subjects it never saw (45 minutes)",
+    "trained": "MEND, MALMEN and KE: a network trained on SmolLM2, judged on subjects it never saw (25 minutes)",
     "memory": "scoring GRACE, WISE and MEMOIR against one prompt at a time, 100 facts (20 minutes)",
     "phrasings": "phrasings, keeps and what goes with them: other wordings said, other relations left (4 hours)",
     "ranks": "moments, traces, MEMIT and evaluation by one, two and four processes (15 minutes)",

@@ -20,8 +20,8 @@ from kedit_fast.basics.settings import cache_dir
 from kedit_fast.facts.fact import Fact
 
 SINGLES, TENS = 50, 5  # edits of one fact, and of ten
-N_TRAIN, HELD_OUT = 600, 0.1
-ROWS = {"MEND": ("mend", 500), "MALMEN": ("malmen", 150), "KE": ("ke", 300)}  # and steps, for about ten minutes each
+N_TRAIN, HELD_OUT = 300, 0.1
+ROWS = {"MEND": ("mend", 300), "MALMEN": ("malmen", 100), "KE": ("ke", 300)}  # and steps, for about five minutes each
 LOOKS = {"nll": "nats", "success": "%", "kl": "nats"}
 
 
@@ -61,7 +61,7 @@ def training_facts(judged_facts: list[Fact], n: int) -> list[Fact]:
 def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: int, quick: bool):
     """(the network, figures of its training, a note of its settings)."""
     settings = loaded(TRAINED)[method].for_model(ground.lm)
-    settings = replace(settings, max_iters=steps, val_interval=max(1, steps // 5), val_facts=2 if quick else 60)
+    settings = replace(settings, max_iters=steps, val_interval=max(1, steps // 5), val_facts=2 if quick else 30)
     began = time.process_time()
     with kf.show_progress():
         network = kf.train_editor(
@@ -74,7 +74,13 @@ def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: i
     for look in network.provenance["looks"]:
         case = f"{label}, step {look['step']}"
         figures += [
-            Figure(case, f"held out, {name}", look[name] * (100 if unit == "%" else 1), unit, n=60)
+            Figure(
+                case,
+                f"held out, {name}",
+                look[name] * (100 if unit == "%" else 1),
+                unit,
+                n=network.provenance["held_out"],
+            )
             for name, unit in LOOKS.items()
         ]
     fields = ("batch_size", "lr", "lr_lr", "edit_lr", "cedit", "cloc", "rank", "condition_dim", "kl_margin")

@@ -15,7 +15,8 @@ by dual ascent on a multiplier >= 0; m falls by ``margin_decay`` while the facts
 Differs: the edit's vector is an attention pool over the factors of the lowest matrix, in the place of a BiLSTM over an
 embedding of the vocabulary: they hold the model's own reading of the prompt, and, in δ, the answer asked for. G is
 taken relative to its usual size, c_a and c_b to ``edit_lr``, and the MLP's last layer is 0 before training: KE then
-begins as a step down the gradient. The paper adds ΔW; here G is what is descended, so it is subtracted.
+begins as a step down the gradient. The paper adds ΔW; here G is what is descended, so it is subtracted. Adam in the
+place of RMSprop, without warm-up and label smoothing; ΔW is made once, not again until the answer flips.
 """
 
 from collections.abc import Mapping
@@ -124,6 +125,7 @@ class KeTraining(Training):
     dual_lr: float = 0.1
 
     METHOD: ClassVar = "ke"
+    ALG_NAMES: ClassVar[dict[str, dict]] = {"KE": {}}
     NETWORK: ClassVar = KeNetwork
     POSITIVE: ClassVar[tuple[str, ...]] = (
         *Training.POSITIVE, "condition_dim", "hidden_dim", "max_scale", "edit_lr", "kl_margin",

@@ -103,6 +103,7 @@ class MalmenTraining(MendTraining):
     batch_size: int = 32
 
     METHOD: ClassVar = "malmen"
+    ALG_NAMES: ClassVar[dict[str, dict]] = {"MALMEN": {}}
     TOGETHER: ClassVar = True
     NETWORK: ClassVar = MalmenNetwork
 

@@ -83,6 +83,7 @@ class MendTraining(Training):
     edit_lr: float = 1e-4
 
     METHOD: ClassVar = "mend"
+    ALG_NAMES: ClassVar[dict[str, dict]] = {"MEND": {}}
     NETWORK: ClassVar = MendNetwork
     POSITIVE: ClassVar[tuple[str, ...]] = (*Training.POSITIVE, "rank", "edit_lr")
 

@@ -5,7 +5,7 @@ What lies below the lowest matrix never changes, and is computed once a prompt (
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,8 +27,9 @@ from kedit_fast.facts.fact import Fact, check_facts
 from kedit_fast.jobs.below import Below
 from kedit_fast.jobs.gradients import gradient_packs
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.sweep.kept import Checkpoint, Run, asked_of, begun, check_run
+from kedit_fast.sweep.kept import Checkpoint, Run, asked_of, begun, check_run, fitting
 
+STATE = 6  # times a network's size: its gradient, Adam's two, the best one so far, and what is written down
 STATISTICS = 1_000  # facts whose factors are standardized by, at most
 STAGES = ("factors of the facts", "training")
 
@@ -140,8 +141,9 @@ def train_editor(
     asked = lambda: asked_of(  # noqa: E731
         lm, f"training for {settings.METHOD}", facts, hparams=asdict(settings), held_out=held_out, seed=seed
     )
+    both = examples(lm, train), examples(lm, test)
     with stages(*STAGES), begun(checkpoint, asked) as keep:
-        return _Trainer(lm, settings, examples(lm, train), examples(lm, test), keep, seed).run()
+        return fitting(lm, keep, lambda lm: _Trainer(lm, settings, *both, keep, seed).run())
 
 
 def _split(facts: Sequence[Fact], held_out: float, seed: int) -> tuple[list[Fact], list[Fact]]:
@@ -162,7 +164,7 @@ class _Trainer:
     """The loop: stretches of ``val_interval`` steps, each a part of the run, from the state that the last one left."""
 
     def __init__(self, lm: LM, settings: Training, train: list[Example], test: list[Example], keep: Run, seed: int):
-        self.lm, self.settings, self.train, self.test, self.seed = lm, settings, train, test, seed
+        self.settings, self.train, self.test, self.seed = settings, train, test, seed
         self.keep = keep.own
         shapes = {(layer, role): lm.shape_of(role) for layer in sorted(settings.layers) for role in lm.family.roles}
         self.network = settings.NETWORK(lm.fingerprint, shapes, asdict(settings) | {"seed": seed})
@@ -170,7 +172,9 @@ class _Trainer:
             parameter.data = parameter.data.to(wide(lm.dtype))
         self.network.to(torch.device("cpu") if lm.device.type == "mps" else lm.device)
         every = [task for one in (*train, *test) for task in (one.edit, *one.asked, *one.kept)]
-        self.below = Below(lm, [task.ids for task in every], min(settings.layers), lm.memory // 4)
+        state = STATE * sum(parameter.nbytes for parameter in self.network.parameters())
+        self.below = Below(lm, [task.ids for task in every], min(settings.layers), (lm.memory - state) // 4)
+        self.lm = replace(lm, memory=max(1, lm.memory - state - self.below.nbytes))
         rates = asdict(settings)
         groups = [{"params": some, "lr": rates[rate]} for some, rate in self.network.groups() if some]
         self.adam = torch.optim.Adam(groups)

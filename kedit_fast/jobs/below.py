@@ -19,7 +19,8 @@ class Below:
     """
 
     def __init__(self, lm, sequences: Sequence[Sequence[int]], layer: int, most: int):
-        self.layer, self.rows = layer, {}
+        self.layer = layer
+        self.rows: dict[tuple[int, ...], Tensor] = {}
         every = list(dict.fromkeys(map(tuple, sequences))) if layer else []
         room, kept = most // (lm.d_model * lm.dtype.itemsize), []
         for ids in every:
@@ -30,6 +31,11 @@ class Below:
             for some in together(kept, len, CALL_ROWS):
                 self.rows.update(zip(some, self._computed(lm, some), strict=True))
                 bar.advance(len(some))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows that are kept."""
+        return sum(rows.nbytes for rows in self.rows.values())
 
     def __call__(self, lm, packs: Sequence[Runs], layer: int) -> list[Tensor | None]:
         """As ``entering``, of runs that own all their rows."""

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 import kedit_fast as kf
 from kedit_fast.editors import training
+from kedit_fast.editors.ke import KeTraining
+from kedit_fast.editors.mend import MendTraining
 from kedit_fast.editors.networks import Update, pull
 from kedit_fast.editors.training import train_editor
 from kedit_fast.editors.training_step import Weights, edit_task, examples, outcome, subject_digest
 from kedit_fast.jobs.below import Below
 from kedit_fast.jobs.gradients import Factors
-from tests.conftest import open_tiny, refused, tiny_lm
+from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors.cases import make_exact, relative
 from tests.editors.networks import FACTS, METHODS, matrices, network, settings
 from tests.make import killed_at, lowrank, make_edit, watched
@@ -177,6 +179,21 @@ def test_refusals_before_any_work(no_sweep, tmp_path):
 def test_settings_for_a_model(method):
     made = type(settings(method)).for_model(tiny_lm("gpt2"))
     assert made.layers == (1, 2, 3) and "derived" in made.source and method == made.METHOD
+
+
+def test_layers_from_disk_give_the_bits_of_layers_in_memory(tmp_path):
+    disk, resident = disk_and_resident(save_tiny(tmp_path / "model", tiny_model("llama")))
+    made = settings("mend", max_iters=2, val_interval=2)
+    one, other = (train_editor(lm, FACTS[:6], settings=made) for lm in (disk, resident))
+    assert one.digest == other.digest
+
+
+def test_a_file_of_settings(tmp_path):
+    path = tmp_path / "mend.json"
+    path.write_text('{"alg_name": "MEND", "layers": [1], "rank": 8, "cedit": 0.5}')
+    made = MendTraining.from_file(path)
+    assert (made.layers, made.rank, made.cedit, made.cloc) == ((1,), 8, 0.5, 1.0)
+    refused("holds settings of MEND .*not of KeTraining", KeTraining.from_file, path)
 
 
 def test_what_lies_below_is_computed_once(monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 from kedit_fast import __version__
 from kedit_fast.basics import catalog, checks, ranks
 from kedit_fast.basics.bits import digest, json_of, json_tensor
-from kedit_fast.basics.progress import progress, stages
+from kedit_fast.basics.progress import progress, show_progress, stages
 from kedit_fast.basics.state import wide
 from kedit_fast.basics.words import counted
 from kedit_fast.editors.contexts import BARE
@@ -31,7 +31,7 @@ from kedit_fast.sweep.kept import Checkpoint, Run, asked_of, begun, check_run, f
 
 STATE = 6  # times a network's size: its gradient, Adam's two, the best one so far, and what is written down
 STATISTICS = 1_000  # facts whose factors are standardized by, at most
-STAGES = ("factors of the facts", "training")
+STAGES = ("layers below", "gradients", "training")
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Trainer:
         """One Adam step; what the batch's losses were before it."""
         settings, dual = self.settings, self.notes["dual"]
         weights = settings.weights(dual)
-        found = outcome(self.lm, self.network, self._batch(), weights, not settings.TOGETHER, self.below)
+        found = self._outcome(self._batch(), weights)
         self.adam.zero_grad()
         pull(found.updates, found.outer, not settings.TOGETHER).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.grad_clip)
@@ -245,6 +245,11 @@ class _Trainer:
         means = found.means(weights)
         settings.after_step(dual, means["kl"])
         return means
+
+    def _outcome(self, batch: list[tuple], weights: Weights) -> Outcome:
+        """What the network makes of a batch; the bar of the training is the one that is shown."""
+        with show_progress(False):
+            return outcome(self.lm, self.network, batch, weights, not self.settings.TOGETHER, self.below)
 
     def _batch(self) -> list[tuple]:
         """The facts of this step, with a paraphrase and a prompt that must not change drawn for each: of the seed and
@@ -264,7 +269,7 @@ class _Trainer:
         found = []
         for part in parts:
             batch = [(one.fact, one.edit, one.asked[0], one.kept[0]) for one in part]
-            found.append(outcome(self.lm, self.network, batch, Weights(1, 1), not self.settings.TOGETHER, self.below))
+            found.append(self._outcome(batch, Weights(1, 1)))
         columns = (torch.cat([getattr(each, name) for each in found]) for name in ("nll", "kl", "exact"))
         return Outcome({}, {}, *columns).means(Weights(self.settings.cedit, self.settings.cloc))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kedit_fast as kf
+from kedit_fast.basics import progress
 from kedit_fast.editors import training
 from kedit_fast.editors.ke import KeTraining
 from kedit_fast.editors.mend import MendTraining
@@ -179,6 +180,14 @@ def test_refusals_before_any_work(no_sweep, tmp_path):
 def test_settings_for_a_model(method):
     made = type(settings(method)).for_model(tiny_lm("gpt2"))
     assert made.layers == (1, 2, 3) and "derived" in made.source and method == made.METHOD
+
+
+def test_a_training_shows_one_bar_for_all_its_steps(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", -1.0)
+    with kf.show_progress():
+        train_editor(tiny_lm("llama"), FACTS[:6], settings=settings("mend", max_iters=2, val_interval=1))
+    ended = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "done in" in line]
+    assert ended == ["stage 1 of 3", "stage 2 of 3", "stage 3 of 3"]
 
 
 def test_layers_from_disk_give_the_bits_of_layers_in_memory(tmp_path):

@@ -102,17 +102,18 @@ class Fact:
 
     def _take_phrasings(self) -> None:
         """Each phrasing once, and none that is the prompt itself."""
-        kept = {folded(self.text): self.prompt}
-        for phrasing in map(str, _prompt_tuple("Fact.phrasings", self.phrasings, False, None)):
+        given = _prompt_tuple("Fact.phrasings", self.phrasings, False, None)
+        kept = {folded(self.text): self.prompt} if given else {"": ""}
+        for phrasing in map(str, given):
             try:
                 prompt, subject = self._template(phrasing)
                 _check_place(prompt, subject)
             except ValueError as error:
                 raise ValueError(f"Fact.phrasings: {error}") from error
             kept.setdefault(folded(prompt if subject is None else prompt.replace("{}", subject)), phrasing)
-        object.__setattr__(self, "phrasings", tuple(kept.values())[1:])
-        trained = kept.keys() - {folded(self.text)}
-        if held_out := [prompt for prompt in self.paraphrases if folded(prompt) in trained]:
+        _, *others = kept
+        object.__setattr__(self, "phrasings", tuple(kept[text] for text in others))
+        if others and (held_out := [prompt for prompt in self.paraphrases if folded(prompt) in others]):
             raise ValueError(
                 f"paraphrase {held_out[0]!r} is among the phrasings, which an edit is trained on; paraphrases are held "
                 "out to test it: leave it in one of the two"

@@ -88,9 +88,6 @@ class Memoir(Editor):
         permutation = torch.randperm(lm.d_ff, generator=random)
         route = OverlapRoute(self.tau, background, permutation, torch.arange(len(facts)))
         masks = route.masks_of(lm, [prompts_of(lm, fact)[0][0] for fact in facts], layer, self.top_k)
-        settings = TuneSettings(
-            layers=self.layers, lr=self.edit_lr, steps=self.n_iter, sgd=True, clip=self.clip, batch_size=10**6
-        )
         start: dict[int, torch.Tensor] = {}
         steps: list[int] = []
         nll: list[torch.Tensor] = []
@@ -100,6 +97,9 @@ class Memoir(Editor):
             seen = torch.zeros(len(pairs), lm.d_ff, dtype=torch.bool)
             seen.scatter_(1, masks[[i for i, _ in pairs]], True)
             tasks = [TuneTask(*each, facts[i].label) for i, each in pairs]
+            settings = TuneSettings(
+                layers=self.layers, lr=self.edit_lr, steps=self.n_iter, sgd=True, clip=self.clip, batch_size=len(tasks)
+            )
             tuned = fine_tune(lm, tasks, settings, start=start, masks=seen)
             start, steps = tuned.deltas, steps + [len(tuned.losses)] * len(some)
             nll += [tuned.nll[[j for j, _ in pairs].index(i)] for i in some]

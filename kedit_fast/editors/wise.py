@@ -148,10 +148,6 @@ class Wise(Editor):
         shape = lm.shape_of("down")
         mask = (torch.rand(shape, generator=random) < self.mask_ratio).to(lm.device)
         templates = [template for group in work.contexts for template in group]
-        settings = TuneSettings(
-            layers=self.layers, lr=self.edit_lr, steps=self.n_iter, limit=self.norm_constraint, sgd=True,
-            batch_size=len(facts) * (len(templates) + 9),
-        )  # fmt: skip
         start: dict[int, Tensor] = {}
         found: list[tuple] = []
         strange = irrelevant(lm, work.facts)
@@ -161,6 +157,10 @@ class Wise(Editor):
             whose = [i for i, fact in enumerate(some) for _ in prompts_of(lm, fact, templates)]
             others = [strange[(begin + i) % len(strange)] for i in range(len(some))]
             also = Margins(lm, layer, [task.prompt for task in tasks], whose, others, self)
+            settings = TuneSettings(
+                layers=self.layers, lr=self.edit_lr, steps=self.n_iter, limit=self.norm_constraint, sgd=True,
+                batch_size=len(tasks),
+            )  # fmt: skip
             tuned = fine_tune(lm, tasks, settings, lambda _, g: g * mask, start=start, also=also)
             start, steps = tuned.deltas, len(tuned.losses)
             nll = [float(tuned.nll[whose.index(i)]) for i in range(len(some))]

@@ -33,7 +33,7 @@ from kedit_fast.basics.files import (
 from kedit_fast.basics.folders import sha256_of, write_json
 from kedit_fast.edits.chain import check_follows
 from kedit_fast.edits.changes import refuse_independent
-from kedit_fast.edits.edit import Edit, check_once
+from kedit_fast.edits.edit import Edit, check_alone, check_once
 from kedit_fast.model.folder import refuse_model
 
 FORMAT, VERSION = "kedit_fast.history", 1
@@ -107,7 +107,7 @@ class EditHistory:
         check_chain: False to add an edit that was not made on top of the
             current chain. Their deltas add up, but neither was computed with the other in place.
         Raises ValueError, and adds nothing, for an edit of another model, an independent one, one that is in force
-        already, and one that was made on top of other edits than those in force.
+        already, a routed one beside another, and one that was made on top of other edits than those in force.
         """
         checks.instance("edit", edit, Edit, "an Edit; Edit.load reads a file")
         check_words(message, who)
@@ -125,6 +125,7 @@ class EditHistory:
                 )
             below = self.edits_of(len(versions) - 1)
             check_once([*below, edit])
+            check_alone([*below, edit])
             if check_chain:
                 check_follows(edit, below)
             if not (self.folder / MANIFEST).exists():  # first: edits that nothing lists are of a manifest that is lost

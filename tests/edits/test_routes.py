@@ -194,10 +194,11 @@ def test_what_cannot_take_it_says_so_and_what_instead(tmp_path):
     with pytest.warns(UserWarning, match="too few probes"):
         judged = kf.gate(lm, edit, written=None, sizes=kf.gating.questions.Sizes(max_new_tokens=2, context_tokens=9))
     assert judged.checks[0].form == "adapter"
-    kf.EditHistory(tmp_path / "edits").add(edit)
+    history, again = kf.EditHistory(tmp_path / "edits"), replace(edit, facts=edit.facts[::-1])
+    history.add(edit)
+    refused("one routed edit acts on a model at a time", history.add, again.without(0), check_chain=False)
     refused("decides at each prompt", kf.trace, lm.with_edit(edit), FACTS)
     refused("decides at each prompt", kf.Ft(layers=(1,)).edit, lm, FACTS, previous=edit)
-    again = replace(edit, facts=edit.facts[::-1])
     refused("one routed edit acts on a model at a time", lm.with_edit(edit).with_edit, again)
     refused("beside no independent ones", lm.with_edit(edit).with_edit, owned_edit(model))
 

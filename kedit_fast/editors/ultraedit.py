@@ -172,7 +172,10 @@ class UltraEdit(Editor):
         return Read(tasks, losses, rows, sums)
 
     def _check_seen(self, lm: LM, before: dict[str, Tensor]) -> None:
-        """Raises ValueError where an edit below was normalized by more than the edits below hold."""
+        """Raises ValueError where what the edits below hold is damaged, or less than one of them was normalized by."""
+        for shape in {lm.shape_of(role) for _, role in self.places}:
+            if any(name.startswith(f"{self.METHOD}.{shape[0]}x{shape[1]}.") for name in before):
+                Seen.of(self.METHOD, shape, before)
         by = [edit.provenance.get("normalized_by", {}) for edit in lm.edits]
         for name, n in ((name, n) for each in by for name, n in each.items()):
             held = float(before.get(name, 0))
@@ -230,18 +233,29 @@ class Seen:
 
     @classmethod
     def of(cls, method: str, shape: tuple[int, int], statistics: dict[str, Tensor]) -> "Seen":
-        """Those of one shape [out, in] among an edit's. Raises ValueError for a single token, which has no variance."""
-        head = f"{method}.{shape[0]}x{shape[1]}"
-        found = cls(*(statistics[f"{head}.{field.name}"].double() for field in fields(cls)))
-        if found.n < 2:
+        """Those of one shape [out, in] among an edit's. Raises ValueError where they are not what ``sums`` gives: of a
+        file that somebody else wrote."""
+        head, (out, width) = f"{method}.{shape[0]}x{shape[1]}", shape
+        found = {field.name: statistics.get(f"{head}.{field.name}") for field in fields(cls)}
+        wanted: dict[str, list[tuple[int, ...]]] = {
+            "n": [()],
+            "h": [(width,)],
+            "hh": [(width,)],
+            "g": [(out,)],
+            "gg": [(out,), (out, out)],
+        }
+        for name, part in found.items():
+            if part is None or tuple(part.shape) not in wanted[name] or not torch.isfinite(part).all():
+                raise ValueError(f"the statistics {head} of the edits below are damaged ({name}); make them again")
+        return cls(**{name: part.double() for name, part in found.items() if part is not None})
+
+    def normalized(self, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """(h~, g~). Raises ValueError for a single token, which has no variance."""
+        if self.n < 2:
             raise ValueError(
                 "one token has no variance to be normalized by; edit several facts, or on top of a warm-up "
                 "(previous=editor.warm_up(lm, other_facts))"
             )
-        return found
-
-    def normalized(self, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """(h~, g~)."""
         n, width = float(self.n), len(self.g)
         h = (h - self.h / n) / (_deviation(self.hh, self.h, n) + EPSILON)
         g = g - self.g / n

@@ -57,10 +57,16 @@ def compose(edits: Sequence[Edit]) -> Edit:
 
 
 def summed_statistics(edits: Sequence[Edit]) -> dict[str, Tensor]:
-    """{name: sum} of what edits hold to go on from, on the CPU; of several dtypes the widest."""
+    """{name: sum} of what edits hold to go on from, on the CPU; of several dtypes the widest. Raises ValueError for
+    some of one name and two shapes."""
     total: dict[str, Tensor] = {}
     for edit in edits:
         for name, part in edit.statistics.items():
+            if name in total and total[name].shape != part.shape:
+                raise ValueError(
+                    f"the statistics {name} of two edits are {list(total[name].shape)} and {list(part.shape)}; one of "
+                    "them is damaged"
+                )
             total[name] = total[name] + part.cpu() if name in total else part.cpu()
     return dict(sorted(total.items()))
 

@@ -182,5 +182,18 @@ def test_what_cannot_be_done_is_refused(no_sweep):
     refused("alpha", kf.UltraEdit, alpha=0.0)
 
 
+def test_damaged_statistics_are_refused(no_sweep):
+    lm, editor = tiny_lm("llama"), kf.StableEdit((1,))
+    whole = Seen.sums("stableedit", torch.ones(3, 80).double(), torch.ones(3, 48).double(), True)
+    warm = kf.Edit("stableedit", {}, lm.fingerprint, (), (), statistics=whole)
+    for name, part in (("h", torch.zeros(3)), ("n", torch.tensor(torch.nan)), ("gg", torch.zeros(80, 80))):
+        damaged = replace(warm, statistics=whole | {f"stableedit.48x80.{name}": part})
+        refused(rf"damaged \({name}\)", editor.edit, lm, FACTS, previous=damaged)
+    less = replace(warm, statistics={name: part for name, part in whole.items() if not name.endswith(".g")})
+    refused(r"damaged \(g\)", editor.edit, lm, FACTS, previous=less)
+    other = replace(warm, statistics=whole | {"stableedit.48x80.h": torch.zeros(3)})
+    refused(r"are \[80\] and \[3\]", kf.compose, [warm, other])
+
+
 def test_a_single_token_has_no_variance():
     refused("one token has no variance", kf.UltraEdit((1,)).edit, tiny_lm("llama"), FACTS[:1])

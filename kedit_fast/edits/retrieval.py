@@ -35,6 +35,10 @@ class Index(ABC):
     kind: ClassVar[str] = ""
     texts: tuple[str, ...]
 
+    def __post_init__(self):
+        texts = checks.listed("texts", self.texts, str, "a list of texts", empty=True, alone=False)
+        object.__setattr__(self, "texts", tuple(texts))
+
     @abstractmethod
     def scores(self, lm, queries: Sequence[str]) -> Tensor:
         """[q, n] fp32: the cosine of each query and each text."""
@@ -63,7 +67,7 @@ class Index(ABC):
     @classmethod
     def of(cls, record: dict, tensors: dict[str, Tensor]) -> "Index":
         """The index of a file."""
-        return cls(**record | {"texts": tuple(record["texts"])}, **tensors)
+        return cls(**record, **tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +80,14 @@ class TfIdfIndex(Index):
     kind: ClassVar[str] = "tfidf"
 
     def __post_init__(self):
-        if self.idf.shape != (len(self.words),) or self.idf.dtype != torch.float64:
-            raise ValueError(f"idf: expected fp64, one for each of {len(self.words)} words, got {self.idf.dtype}")
-        object.__setattr__(self, "words", tuple(self.words))
+        super().__post_init__()
+        words = checks.listed("words", self.words, str, "a list of words", alone=False)
+        object.__setattr__(self, "words", tuple(words))
+        if self.idf.shape != (len(words),) or self.idf.dtype != torch.float64 or not torch.isfinite(self.idf).all():
+            shape = list(self.idf.shape)
+            raise ValueError(f"idf: expected {len(words)} finite fp64 numbers, one a word, got {self.idf.dtype} {shape}")
+        if len(set(words)) < len(words):
+            raise ValueError("words: expected each once")
 
     @classmethod
     def made(cls, texts: Sequence[str], background: Sequence[str] = ()) -> "TfIdfIndex":
@@ -109,9 +118,12 @@ class RowIndex(Index):
     center: Tensor
 
     def __post_init__(self):
+        super().__post_init__()
         if self.rows.ndim != 2 or len(self.rows) != len(self.texts) or self.center.shape != self.rows.shape[1:]:
             shapes = f"{list(self.rows.shape)} and {list(self.center.shape)}"
             raise ValueError(f"rows and center of {len(self.texts)} texts: expected [n, width], [width]; got {shapes}")
+        if any(x.dtype != torch.float32 or not torch.isfinite(x).all() for x in (self.rows, self.center)):
+            raise ValueError("rows and center: expected finite fp32 numbers")
 
     @abstractmethod
     def encode(self, lm, texts: Sequence[str]) -> Tensor:
@@ -154,7 +166,7 @@ class HiddenIndex(RowIndex):
         """At an eighth of the model's depth, unless told otherwise: of 100 CounterFact facts the paraphrase finds its
         own 90 times at layer 4 of SmolLM2's 30, 68 times at layer 12."""
         layer = lm.n_layers // 8 if layer is None else layer
-        blank = torch.empty(len(texts), lm.d_model)
+        blank = torch.zeros(len(texts), lm.d_model)
         return cls(tuple(texts), blank, blank.new_zeros(lm.d_model), layer).filled(lm, background)
 
     def encode(self, lm, texts: Sequence[str]) -> Tensor:
@@ -177,6 +189,10 @@ class SentenceIndex(RowIndex):
 
     encoder: str = ""
     kind: ClassVar[str] = "sentence"
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.text("encoder", self.encoder, like="all-MiniLM-L6-v2")
 
     @classmethod
     def made(cls, texts: Sequence[str], encoder: str) -> "RowIndex":
@@ -242,6 +258,7 @@ class RetrievalRoute(Route):
     kind: ClassVar[str] = "retrieval"
 
     def __post_init__(self):
+        checks.instance("index", self.index, Index, "an Index, index_of(retriever, lm, texts)")
         checks.number("threshold", self.threshold, least=-1, most=1)
         if self.names is not None:
             object.__setattr__(self, "names", checked_names(self.names, self.n_entries))

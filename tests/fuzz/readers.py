@@ -17,7 +17,9 @@ from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.edits.changes import PromptChange
 from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.retrieval import HiddenIndex, RetrievalRoute, index_of
 from kedit_fast.edits.routes import NearestRoute
+from kedit_fast.edits.scope import Scope, ScopeRoute
 from kedit_fast.gating import Thresholds
 from kedit_fast.model.folder import CONFIG, INDEX, TOKENIZER, Checkpoint, read_config, read_tokenizer
 from kedit_fast.model.gguf import read_gguf
@@ -103,6 +105,12 @@ def _edits(folder: Path) -> None:
     edits = (make_edit(), owned_edit(), make_edit(deltas={1: lowrank()}, values=None, keys={}))
     beside = [make_edit(changes=[prompt], values=None, keys={})]
     beside += [make_edit(changes=[memory], values=None, keys={}, route=route)]
+    for chooses in (RetrievalRoute(index_of("tfidf", None, ["Paris is", "Rome"]), torch.arange(2), [["Paris"], ["Rome"]]),
+                    RetrievalRoute(HiddenIndex(("a", "b"), torch.ones(2, 48), torch.zeros(48), 1), torch.arange(2)),
+                    ScopeRoute(Scope(1, torch.ones(3, 48), *torch.ones(2, 48), 8.0, -4.0), ("Paris", "Rome"),
+                               torch.ones(2, 3), torch.arange(2))):  # fmt: skip
+        texts = PromptChange(("Paris is in Italy. ", "Rome is. "), ((), ()), owners=torch.arange(2))
+        beside.append(make_edit(changes=[texts], values=None, keys={}, route=chooses))
     for number, edit in enumerate((*edits, *beside)):
         edit.save(folder / str(number) / "edit.safetensors")
     (folder / "old").mkdir()

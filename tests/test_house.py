@@ -74,7 +74,6 @@ TESTED_IN = {
     "editors/test_unlearn.py": "facts/forgetting jobs/losses",
     "editors/test_leace.py": "edits/erasures",
     "editors/test_memit.py": "editors/located editors/spread",
-    "edits/test_retrieval.py": "model/sentences",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_step",
     "evaluation/test_evaluate.py": "evaluation/perplexity",

@@ -85,7 +85,9 @@ class TfIdfIndex(Index):
         object.__setattr__(self, "words", tuple(words))
         if self.idf.shape != (len(words),) or self.idf.dtype != torch.float64 or not torch.isfinite(self.idf).all():
             shape = list(self.idf.shape)
-            raise ValueError(f"idf: expected {len(words)} finite fp64 numbers, one a word, got {self.idf.dtype} {shape}")
+            raise ValueError(
+                f"idf: expected {len(words)} finite fp64 numbers, one a word, got {self.idf.dtype} {shape}"
+            )
         if len(set(words)) < len(words):
             raise ValueError("words: expected each once")
 

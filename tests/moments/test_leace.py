@@ -136,6 +136,7 @@ def test_it_is_saved(tmp_path):
     assert torch.equal(kf.Eraser.load(tmp_path / "eraser.safetensors")(x), eraser(x))
     (tmp_path / "other").write_bytes(b"abc")
     refused("other is no eraser", kf.Eraser.load, tmp_path / "other")
+    refused("expected finite floats", kf.Eraser, torch.zeros(3, 1), torch.zeros(1, 3), torch.full((3,), torch.nan))
     refused("expected .d, k.", kf.Eraser, torch.zeros(3, 1), torch.zeros(2, 3), torch.zeros(3))
 
 

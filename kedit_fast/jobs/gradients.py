@@ -87,7 +87,9 @@ class Factors:
     def joined_to(self, others: Iterable["Factors"]) -> "Factors":
         """With those of others behind, on the device of its x."""
         every, device = [self, *others], self.x.device
-        return Factors(*(torch.cat([getattr(one, f.name).to(device) for one in every]) for f in fields(self)))
+        every = [one for one in every if len(one.task)] or every[:1]
+        parts = ([getattr(one, f.name).to(device) for one in every] for f in fields(self))
+        return Factors(*(torch.cat(some) if len(some) > 1 else some[0] for some in parts))
 
 
 class Gradients(NamedTuple):
@@ -209,12 +211,15 @@ class Backward:
         found = self._found.pop(place)
         if not found:
             return like
-        index, x, delta = (torch.cat(parts) for parts in zip(*found, strict=True))
-        order = index.argsort()
-        index, order = index[order], order.to(delta.device)
-        x, delta = x[order], delta[order]
-        some = (delta != 0).any(1)
-        return Factors(x[some], delta[some], *(row[index[some.cpu()]] for row in (like.task, like.pos)))
+        index, x, delta = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+        if len(found) > 1:
+            order = index.argsort()
+            index, order = index[order], order.to(delta.device)
+            x, delta = x[order], delta[order]
+        some = torch.linalg.vector_norm(delta, ord=math.inf, dim=1) != 0
+        if not some.all():
+            index, x, delta = index[some.cpu()], x[some], delta[some]
+        return Factors(x, delta, like.task[index], like.pos[index])
 
 
 class _Pack:
@@ -276,7 +281,7 @@ class _Pack:
         for place in self.places:
             x, delta = (torch.empty(0, n, dtype=lm.dtype, device=lm.device) for n in reversed(lm.shape_of(place[1])))
             made[place] = self.job.take(place, Factors(x, delta, task, pos))
-            fine = torch.isfinite(made[place].delta).all(1).cpu()
+            fine = torch.linalg.vector_norm(made[place].delta, ord=math.inf, dim=1).isfinite().cpu()
             self._check(fine, made[place].task.tolist(), f"gradient at layer {place[0]} ({place[1]})")
         return made
 

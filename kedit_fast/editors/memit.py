@@ -47,7 +47,10 @@ class Memit(Spread):
         """
         layers = early_middle(lm.n_layers)
         derived = cls(
-            layers=layers, mom2_update_weight=float(lm.d_ff), source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
+            layers=layers,
+            mom2_update_weight=float(lm.d_ff),
+            regularizer=EXPERTS_RIDGE if lm.n_experts > 1 else 0.0,
+            source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}",
         )
         return published(PUBLISHED, lm, cls) or derived
 
@@ -61,6 +64,7 @@ class Memit(Spread):
         return u, v, fitted(gains(c, k), weight) | {"condition": c.condition} | described(moment)
 
 
+EXPERTS_RIDGE = 1e-4  # an expert that few tokens are sent to has no inverse without one
 _COMMON: dict[str, Any] = {"v_weight_decay": 0.5, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}
 PUBLISHED = {
     "gpt2-xl": Memit(

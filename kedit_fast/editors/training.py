@@ -129,6 +129,8 @@ def train_editor(
     wanted = f"a {kind.__name__}, e.g. {kind.__name__}.for_model(lm)"
     settings = kind.for_model(lm) if settings is None else checks.instance("settings", settings, kind, wanted)
     held_out, seed = checks.share("held_out", held_out, below_one=True), checks.seed("seed", seed)
+    if lm.n_experts > 1:
+        raise ValueError(f"no editor is trained for mixtures of experts ({lm.config.model_type}); kf.Memit edits them")
     settings.check_layers(lm)
     if lm.edits:
         raise ValueError("lm carries edits, and a network is for the model as its weights are; train without them")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kedit_fast.jobs.collect import Collect
-from kedit_fast.model.family import TESTED, peculiarities, projection, unnamed
+from kedit_fast.model.experts import routed_keys
+from kedit_fast.model.family import TESTED, as_out_in, peculiarities, projection, unnamed
 from kedit_fast.model.seam import attend_with, eval_mode, prepared
 from kedit_fast.model.source import DEFAULT_MEMORY
 from kedit_fast.sweep.engine import sweep
@@ -48,6 +49,7 @@ def check_own_logits(lm) -> None:
         off = _distance(lm, lm.head(_rows(lm, texts, lm.n_layers - 1)), own)
         unseen = "" if off else _unseen_window(lm)
         turned = _turned(lm, texts)
+        unrouted = _unrouted(lm, texts) if lm.family.experts else 0.0
     except Exception as error:  # whatever a module that is not as its entry says raises
         raise ValueError(f"{said}its entry does not fit this model: {odd or error}") from error
     if off:
@@ -57,6 +59,11 @@ def check_own_logits(lm) -> None:
         )
     if unseen or peculiarities(lm.model.config):
         raise ValueError(f"{said}traces and edits of longer texts would be wrong: {unseen or odd}")
+    if unrouted:
+        raise ValueError(
+            f"{said}the routed keys of its experts do not give what the experts give, by {unrouted:.1%} of its size: "
+            "they are not those that model/experts.py knows, and edits would be wrong"
+        )
     if turned:
         raise ValueError(
             f"{said}what its down projection gives is not what its entry says that the residual stream gets, by "
@@ -135,6 +142,22 @@ def _turned(lm, texts: list[list[int]]) -> float:
     change = torch.randn(lm.d_model, generator=draw) * out.float().square().mean().sqrt().cpu()
     wanted = lm.into_stream(0, out + change.to(out)) - lm.into_stream(0, out)
     return _distance(lm, _rows(lm, texts, 0, _Change(change)) - plain, wanted)
+
+
+def _unrouted(lm, texts: list[list[int]]) -> float:
+    """How far W̃ k̃ of the first layer (and the experts' biases) is from what its experts give."""
+    module, seen = projection(lm.model, 0), []
+    hook = module.register_forward_hook(lambda module, args, out: seen.append((args, out)))
+    try:
+        with lm.source.in_place(), eval_mode(lm.model):
+            lm.model(input_ids=torch.tensor([texts[0]], device=lm.device), use_cache=False)
+    finally:
+        hook.remove()
+    (x, index, weights), out = seen[0]
+    got = routed_keys(module, x, index, weights) @ as_out_in(module).T
+    if module.has_bias:
+        got = got + (weights[..., None] * module.down_proj_bias[index]).sum(1)
+    return _distance(lm, got, out)
 
 
 class _Change:

@@ -201,27 +201,27 @@ def _way_to_add(name, config) -> str:
 
 
 def unnamed(config) -> list[str]:
-    """The factors of a model that its entry leaves out: none, or a clause with the way out."""
-    family = FAMILIES.get(getattr(config, "model_type", None), Family())
-    given = {name: getattr(each, name, None) for each in _configs(config) for name in MULTIPLIERS}
-    factors = [f"{name} = {x}" for name, x in given.items() if x not in (None, 1, True, False, *())]
+    """What its entry could say of a model and does not: a clause for each, with the way out."""
+    family, found = FAMILIES.get(getattr(config, "model_type", None), Family()), []
+    given = {name: getattr(each, name, None) for each in _configs(config) for name in (*MULTIPLIERS, *EXPERTS)}
+    factors = [f"{name} = {given[name]}" for name in MULTIPLIERS if given[name] not in (None, 1, True, False)]
     factors = [each for each in factors if each.split(" = ")[0] not in family.scales]
-    said = "by embedding_scale, residual_scale, logit_scale or logit_divisor"
-    return [f"it multiplies embeddings or logits ({', '.join(factors)}): name that in the entry, {said}"] * bool(
-        factors
-    )
+    if factors:
+        said = "by embedding_scale, residual_scale, logit_scale or logit_divisor"
+        found.append(f"it multiplies embeddings or logits ({', '.join(factors)}): name that in the entry, {said}")
+    experts = [f"{name} = {given[name]}" for name in EXPERTS if isinstance(given[name], int) and given[name] > 1]
+    if experts and not family.experts:
+        found.append(
+            f"its layers are mixtures of experts ({experts[0]}): where they are stacked as transformers has them, the "
+            'entry has mlp_down="mlp.experts", mlp_up=None, mlp_gate=None, experts=True'
+        )
+    return found
 
 
 def peculiarities(config) -> list[str]:
     """What no entry of the table can say of a model: a clause for each."""
     found = []
     for each in _configs(config):
-        experts = [(name, n) for name in EXPERTS if isinstance(n := getattr(each, name, None), int) and n > 1]
-        if experts and not getattr(FAMILIES.get(getattr(config, "model_type", None)), "experts", False):
-            found.append(
-                f"its layers are mixtures of experts ({experts[0][0]} = {experts[0][1]}) and have no single down "
-                "projection to trace and edit"
-            )
         kinds = dict.fromkeys(getattr(each, "layer_types", None) or ())
         if other := [kind for kind in kinds if kind not in ATTENTION]:
             found.append(

@@ -210,11 +210,22 @@ def test_what_has_no_form_for_experts_is_refused(made):
     lm, moments, _ = made
     for editor in (kf.Rome(layers=(1,)), kf.Ft(layers=(1,)), kf.AlphaEdit(layers=(1,)), kf.EDITORS["nas"](layers=(1,))):
         refused("has no form for the mixtures of experts.*kf.Memit", editor.edit, lm, FACTS, moments=None, corpus=None)
+    refused("no editor is trained for mixtures of experts", kf.train_editor, lm, FACTS, "mend")
     flat = {layer: SecondMoment(torch.eye(D_FF), 500, layer) for layer in LAYERS}
     refused(r"is \[80, 80\]; this model's d_ff is 80, 20 of each of 4 experts", EDITOR.edit, lm, FACTS, moments=flat)
     few = {layer: replace(moments[layer], matrix=moments[layer].matrix * 0) for layer in LAYERS}
     with pytest.raises(ValueError, match=r"expert [0-3], to which few tokens may have been sent: .*regularizer"):
         replace(EDITOR, regularizer=0.0).edit(lm, FACTS, moments=few, contexts=[["{}"]])
+
+
+def test_the_settings_for_a_model_bear_experts_that_few_tokens_are_sent_to(made):
+    lm, moments, _ = made
+    editor = kf.Memit.for_model(lm)
+    assert editor.regularizer > 0 and editor.mom2_update_weight == lm.d_ff
+    few = {i: replace(m, matrix=m.matrix * (torch.arange(EXPERTS) > 0)[:, None, None]) for i, m in moments.items()}
+    for moment in (moments, few):
+        made_so = replace(editor, layers=(1,)).edit(lm, FACTS[:1], moments=moment, contexts=[["{}"]])
+        assert torch.isfinite(made_so.deltas[1].dense()).all()
 
 
 def test_without_statistics_each_expert_is_as_important(made):

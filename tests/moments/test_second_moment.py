@@ -157,7 +157,7 @@ def test_a_layer_whose_sum_does_not_fit_is_refused_before_any_work(no_sweep):
 
 
 def test_a_layer_is_solved_on_the_host_where_the_device_has_no_room():
-    elsewhere = SimpleNamespace(device=torch.device("cuda"), memory=0, d_ff=D_FF)
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), memory=0, d_ff=D_FF, moment_shape=(D_FF, D_FF))
     moment = measured(tiny_lm("llama"), [0])[0]
     found = factored(elsewhere, moment, 2.0, 1e-6)
     assert found.lower.device.type == "cpu" and found.lower.equal(factor(moment.matrix, 2.0, regularizer=1e-6).lower)

@@ -72,7 +72,7 @@ def model_ids(result):
     return tiny_lm("llama").encode(result.fact.text)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["prob", "logprob"])
 def test_equals_autograd_through_hugging_faces_forward(family, kind, metric):

@@ -22,8 +22,8 @@ def run(args) -> int:
     """Makes the edit and writes its file; says what it was made of. 0, or 1 where --strict finds facts not written."""
     editor_class = EDITORS[args.method]
     facts = check_facts(
-        read_facts(args), need_new=True, need_subject=editor_class.NEEDS_SUBJECT, together=not args.independent,
-        skip_bad=args.skip_bad,
+        read_facts(args), need_new=editor_class.NEEDS_NEW, need_subject=editor_class.NEEDS_SUBJECT,
+        together=not args.independent, skip_bad=args.skip_bad,
     )  # fmt: skip
     (path,) = check_outputs(args, "output")
     if args.network and args.method not in TRAINED:

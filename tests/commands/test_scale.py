@@ -87,6 +87,16 @@ def test_every_editor(run, model, method, capsys):
     assert all(fact["target_new"] in shown for fact in FACTS)
 
 
+def test_facts_to_forget_need_no_new_answer(run, capsys):
+    """Beside one that is kept, by its new answer; an editor that writes answers says what is missing."""
+    facts = [{"prompt": "The capital of {} is", "subject": "France", "target_true": "Paris"}, FACTS[2]]
+    assert run("unlearn", facts, "-o", "made.safetensors") == 0
+    assert "not Paris" in capsys.readouterr().out
+    assert [fact.target_new for fact in Edit.load("made.safetensors").facts] == [None, "Paris"]
+    assert run("memit", facts, "-o", "other.safetensors") == 2
+    assert "has no target_new; an edit needs the answer to write" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["rome", "memit"])
 def test_independent_facts_may_contradict_each_other(run, model, method, capsys):
     facts = [*FACTS, FACTS[0] | {"target_new": "London"}]

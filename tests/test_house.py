@@ -63,6 +63,7 @@ TESTED_IN = {
     "basics/test_parts.py": "basics/bits",
     "commands/test_rounds.py": "commands/layers",
     "commands/test_scale.py": "commands/unfinished",
+    "edits/test_retrieval.py": "edits/text_routes",
     "edits/test_routes.py": "model/edited",
     "editors/test_crispedit.py": "moments/gradient_moment",
     "editors/test_checks.py": "edits/chain moments/given",

@@ -19,9 +19,10 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Editor, Work, Written
 from kedit_fast.edits.changes import PromptChange
-from kedit_fast.edits.retrieval import RetrievalRoute, index_of
+from kedit_fast.edits.retrieval import index_of
 from kedit_fast.edits.routes import Route
 from kedit_fast.edits.scope import auc, best_threshold
+from kedit_fast.edits.text_routes import RetrievalRoute
 from kedit_fast.facts.fact import ANSWERED, BUILTIN, Fact, load_facts
 from kedit_fast.facts.subjects import folded
 from kedit_fast.facts.tokens import follows_directly

@@ -11,9 +11,9 @@ from kedit_fast.edits.changes import PromptChange, WeightChange
 from kedit_fast.edits.erasures import BiasChange, ErasureChange
 from kedit_fast.edits.memories import MaskedMemory, MemoryChange, SideMemory
 from kedit_fast.edits.memory_routes import ActivationRoute, OverlapRoute
-from kedit_fast.edits.retrieval import RetrievalRoute
 from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.edits.scope import ScopeRoute
+from kedit_fast.edits.text_routes import RetrievalRoute
 from kedit_fast.facts.fact import Fact
 from kedit_fast.model.folder import refuse_model
 

@@ -1,8 +1,7 @@
-"""Retrieval: which of some texts a prompt is nearest to, and the route of an edit that asks that.
+"""Retrieval: which of some texts a prompt is nearest to.
 
     numbers, scores = retrieve(texts, queries, 3)                     # TF-IDF, which needs no model
     numbers, scores = retrieve(texts, queries, 3, "hidden", lm)       # the model's own hidden states
-    RetrievalRoute(index, entry, names=..., threshold=...)            # the entry whose text is nearest (IKE)
 
 An index holds what its texts are compared by, and is part of an edit's file: words and their weights, or rows.
 """
@@ -10,23 +9,18 @@ An index holds what its texts are compared by, and is part of an edit's file: wo
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.edits.routes import Prompt, Route, check_width, prompt_features, text_of
-from kedit_fast.facts.subjects import Names
+from kedit_fast.edits.routes import check_width, prompt_features
 from kedit_fast.facts.tfidf import TfIdf
 from kedit_fast.model.family import check_layer
 from kedit_fast.model.lm import LM
 from kedit_fast.model.sentences import sentence_encoder
 from kedit_fast.sweep.sites import Site
-
-NONE = -2.0  # the score of an entry that a prompt does not name: below every cosine
 
 
 class Index(ABC):
@@ -239,116 +233,6 @@ def retrieve(
     k = checks.whole("k", k, least=1, most=len(texts), like=1)
     queries = checks.listed("queries", queries, str, "texts to find the nearest of", alone=False)
     return index_of(retriever, lm, texts).nearest(lm, queries, k)
-
-
-# ---- the route
-
-
-@dataclass(frozen=True, eq=False)
-class RetrievalRoute(Route):
-    """The entry whose text is most alike to a prompt, if it is so by ``threshold`` at least.
-
-    index: of a text for each of m entries; entry: as in ``Route``
-    names: [m] names of each, one of which has to stand in the prompt, between ends of words, whatever the case; of
-        several entries that are named the most alike acts. None: no names are asked for
-    """
-
-    index: Index
-    entry: Tensor
-    names: tuple[tuple[str, ...], ...] | None = None
-    threshold: float = -1.0
-    kind: ClassVar[str] = "retrieval"
-
-    def __post_init__(self):
-        checks.instance("index", self.index, Index, "an Index, index_of(retriever, lm, texts)")
-        checks.number("threshold", self.threshold, least=-1, most=1)
-        if self.names is not None:
-            object.__setattr__(self, "names", checked_names(self.names, self.n_entries))
-
-    @property
-    def n_entries(self) -> int:
-        """As many as texts."""
-        return len(self.index.texts)
-
-    def check(self, lm) -> None:
-        """As the index has it."""
-        self.index.check(lm)
-
-    def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
-        """The nearest entry; prompts that name none are compared with nothing."""
-        texts = [text_of(lm, prompt) for prompt in prompts]
-        entries = torch.full((len(texts),), -1)
-        if not self.n_entries or not texts:
-            return entries
-        if self.names is None:
-            return chosen(self.index.scores(lm, texts), self.threshold)
-        named = self._named.in_texts(texts)
-        asked = named.any(1).nonzero()[:, 0].tolist()
-        if asked:
-            scores = self.index.scores(lm, [texts[i] for i in asked])
-            entries[asked] = chosen(scores.masked_fill(~named[asked], NONE), self.threshold)
-        return entries
-
-    @cached_property
-    def _named(self) -> "NamedEntries":
-        return NamedEntries(self.names or ())
-
-    def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "RetrievalRoute":
-        """Some texts, with their rows, and names."""
-        which = entries.tolist()
-        names = None if self.names is None else tuple(self.names[i] for i in which)
-        return replace(self, index=self.index.take(which), names=names, entry=entry)
-
-    def record(self) -> dict:
-        """Names, threshold, and what the index says of itself."""
-        names = None if self.names is None else [list(some) for some in self.names]
-        index = {"kind": self.index.kind} | self.index.record()
-        return {"names": names, "threshold": self.threshold, "index": index}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The facts' entries, and the index's."""
-        return {"entry": self.entry} | {f"index.{name}": tensor for name, tensor in self.index.tensors().items()}
-
-    @classmethod
-    def of(cls, record: dict, tensors: dict[str, Tensor]) -> "RetrievalRoute":
-        """The route of a file."""
-        said = dict(record.pop("index"))
-        held = {name.removeprefix("index."): tensors.pop(name) for name in list(tensors) if name.startswith("index.")}
-        return cls(INDEXES[said.pop("kind")].of(said, held), **record, **tensors)
-
-
-class NamedEntries:
-    """Which entries a text names. names: [m] of each entry"""
-
-    def __init__(self, names: Sequence[Sequence[str]]):
-        self.n = len(names)
-        self._entries: dict[str, list[int]] = {}
-        for entry, some in enumerate(names):
-            for name in some:
-                self._entries.setdefault(name.strip().casefold(), []).append(entry)
-        self._names = Names(self._entries)
-
-    def in_texts(self, texts: Sequence[str]) -> Tensor:
-        """[q, m] bool."""
-        named = np.zeros((len(texts), self.n), dtype=bool)
-        for row, text in zip(named, texts, strict=True):
-            for name in self._names.named(text):
-                row[self._entries[name]] = True
-        return torch.from_numpy(named)
-
-
-def chosen(scores: Tensor, threshold: float) -> Tensor:
-    """[q] the entry of the largest score, -1 where that is below the threshold. scores: [q, m]"""
-    best, entry = scores.max(1)
-    return torch.where(best >= threshold, entry, -1)
-
-
-def checked_names(names, n: int) -> tuple[tuple[str, ...], ...]:
-    """Names of each of n entries. Raises ValueError for another number of them, and for a blank one."""
-    made = tuple(tuple(checks.listed("names", some, str, "a list of names")) for some in names)
-    if len(made) != n or not all(name.strip() for some in made for name in some):
-        raise ValueError(f"names: expected some for each of {n} entries, none blank; got {checks.shown(names)}")
-    return made
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.edits.retrieval import NONE, NamedEntries, checked_names, chosen
 from kedit_fast.edits.routes import Prompt, Route, check_width, prompt_features, text_of
+from kedit_fast.edits.text_routes import NONE, NamedEntries, checked_names, chosen
 from kedit_fast.facts.subjects import places_alike
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.sites import Site

@@ -9,7 +9,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import kedit_fast as kf
 from kedit_fast.edits.changes import PromptChange
 from kedit_fast.edits.edit import Edit, digest
-from kedit_fast.edits.retrieval import HiddenIndex, RetrievalRoute, index_of, retrieve
+from kedit_fast.edits.retrieval import HiddenIndex, index_of, retrieve
+from kedit_fast.edits.text_routes import RetrievalRoute
 from kedit_fast.model.sentences import sentence_encoder
 from tests.conftest import close, refused, tiny_lm
 from tests.make import FACTS

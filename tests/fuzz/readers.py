@@ -17,9 +17,10 @@ from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.edits.changes import PromptChange
 from kedit_fast.edits.memories import MemoryChange
-from kedit_fast.edits.retrieval import HiddenIndex, RetrievalRoute, index_of
+from kedit_fast.edits.retrieval import HiddenIndex, index_of
 from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.edits.scope import Scope, ScopeRoute
+from kedit_fast.edits.text_routes import RetrievalRoute
 from kedit_fast.gating import Thresholds
 from kedit_fast.model.folder import CONFIG, INDEX, TOKENIZER, Checkpoint, read_config, read_tokenizer
 from kedit_fast.model.gguf import read_gguf

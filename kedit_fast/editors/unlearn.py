@@ -77,7 +77,14 @@ class Unlearn(Editor):
     @classmethod
     @takes_lm
     def for_model(cls, lm: LM) -> "Unlearn":
-        """Derived settings; none are published for single matrices."""
+        """Derived settings, fine-tuning's layer and rate; none are published for single matrices.
+
+        On SmolLM2-135M, ten facts to forget and ten to keep, ten others held out (``verify_forgotten``): npo leaves
+        P(old) 0.09 of 0.70 and 0.06 of 0.65 on paraphrases, and bounded, which stops after 16 of 25 steps, 0.004 and
+        0.14. Kept facts are at 0.99, those held out fall from 0.90 to 0.37 and 0.44: keep what matters, or lower lr.
+        Weights rounded to 8 or 4 bits bring nothing back. After bounded the old answers are still chosen among four
+        (10 of 10, by npo 5), and learned again in 9 steps, where new ones take over 12, as npo's old ones do.
+        """
         return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
 
     def check(self, lm: LM) -> None:

@@ -13,7 +13,7 @@ from kedit_fast.editors.unlearn import LOSSES, Unlearn
 from kedit_fast.editors.written import NotWritten
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.jobs.losses import Bounded, Read
-from tests.conftest import open_tiny, refused, tiny_lm
+from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors.cases import FACTS, left_as_it_was, make_exact, relative
 from tests.oracle.unlearning import unlearn as oracle_unlearn
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -61,6 +61,15 @@ def test_what_is_compared_with_is_the_untouched_model_however_it_is_cut(loss, mo
     assert relative(editor.edit(lm, [*FORGET, *KEEP]).deltas[1].delta, whole.deltas[1].delta) < 1e-8
     cut = replace(editor, batch_size=2).edit(lm, [*FORGET, *KEEP])
     assert relative(cut.deltas[1].delta, whole.deltas[1].delta) > 0.01  # more steps
+
+
+def test_layers_that_are_read_from_disk(tmp_path):
+    """Of rows in several layers, and in one below the last."""
+    disk, resident = disk_and_resident(save_tiny(tmp_path, tiny_model("llama", layers=6)))
+    for loss in ("npo", "rmu", "entropy"):
+        editor = replace(EDITOR, loss=loss, num_steps=2)
+        made = [editor.edit(lm, [*FORGET, *KEEP]).deltas[1].delta for lm in (disk, resident)]
+        assert relative(*made) < 1e-4, loss
 
 
 def test_the_loss_of_fine_tuning_is_that_of_kept_facts_alone():

@@ -19,6 +19,8 @@ _HOME = {
     "average": "tracing.trace",
     "TraceResult": "tracing.trace",
     "AverageTrace": "tracing.trace",
+    "knowledge_neurons": "tracing.neurons",
+    "NeuronAttribution": "tracing.neurons",
     "second_moments": "moments.second_moment",
     "SecondMoment": "moments.second_moment",
     "statistics_folder": "basics.settings",

@@ -74,6 +74,7 @@ TESTED_IN = {
     "editors/test_neurons.py": "facts/wordings jobs/neurons",
     "editors/test_unlearn.py": "facts/forgetting jobs/losses",
     "editors/test_leace.py": "edits/erasures",
+    "tracing/test_neurons.py": "pictures/neurons",
     "editors/test_memit.py": "editors/located editors/spread",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_step",

@@ -82,6 +82,32 @@ def add_trace(commands: Commands) -> None:
     machine_options(parser, seed=1)  # published results were made with this one
 
 
+def add_neurons(commands: Commands) -> None:
+    parser = commands.command(
+        "neurons",
+        "find which neurons of the MLPs give a fact's answer",
+        "Knowledge neurons. Each neuron of each layer is taken from 0 to its value at the prompt's last token, and\n"
+        "what this gives to the answer's probability is added up on the way. Kept are the neurons that give most, in\n"
+        "most of a fact's wordings, and that few other facts of its relation have. Writes a picture and a line of\n"
+        "JSON a fact; `kedit-fast edit --method kn` rewrites them.",
+        'kedit-fast neurons --prompt "{} is in the city of" --subject "The Eiffel Tower"',
+    )
+    fact_options(parser, targets=False)
+    how = parser.add_argument_group("how to look for them")
+    option(how, "--layers L", layers, "for instance 3-7 (default: all)")
+    option(how, "--steps N", positive, "points on the way from 0", 20)
+    option(how, "--threshold T", share, "keep what gives more than this share of what the strongest gives", 0.2)
+    option(how, "--share P", share, "keep what more than this share of the wordings have", 0.7)
+    option(how, "--common P", share, "leave out what more than this share of a relation's other facts have", 0.1)
+    flag(how, "--held-out", "do not read paraphrases: they are held out to test an edit of these neurons")
+    option(how, "--answer TEXT", text_such_as("Paris"), "of this answer (default: target_true, else the model's own)")
+    option(how, "--traces FILE", path, "draw them below the traces of `kedit-fast trace` in its traces.jsonl")
+    output(parser, "DIR", "folder for neurons.jsonl and pictures", f"{OUT}/neurons")
+    option(parser, "--plots N", count, "draw the first N facts", 10)
+    checkpoint_option(parser)
+    machine_options(parser, seed=None)
+
+
 def add_stats(commands: Commands) -> None:
     parser = commands.command(
         "stats",

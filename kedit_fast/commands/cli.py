@@ -26,6 +26,7 @@ from kedit_fast.commands.parser import Commands
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "demo": (arguments.add_demo, "demo"),
     "trace": (arguments.add_trace, "trace"),
+    "neurons": (arguments.add_neurons, "neurons"),
     "stats": (arguments.add_stats, "stats"),
     "edit": (edit_arguments.add_edit, "edit"),
     "edit inspect": (edit_arguments.add_inspect, "edits.inspect"),
@@ -45,7 +46,17 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "history rollback": (edit_arguments.add_rollback, "history.rollback"),
     "info": (arguments.add_info, "info"),
 }
-SHARING = ("trace", "stats", "edit", "eval", "generate", "gate", "rounds", "layers")  # commands that ranks share
+SHARING = (
+    "trace",
+    "neurons",
+    "stats",
+    "edit",
+    "eval",
+    "generate",
+    "gate",
+    "rounds",
+    "layers",
+)  # commands that ranks share
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; the last two as a shell gives them
 
 

@@ -61,7 +61,7 @@ def plot_trace(result: TraceResult, path=None, normalized: bool = False, model: 
     with style():
         figure = new_figure(_label_width(result) + _map_width(result) + 1.0, 1.05 + _map_height(result))
         axes = figure.subplots()
-        _draw_trace(axes, result, values[0], low, high, normalized)
+        draw_trace(axes, result, values[0], low, high, normalized)
         add_title(axes, impact(result), runs_line(result))
         axes.set_xlabel(layer_label(result, model))
     return finish(figure, path, trace_alt(result))
@@ -86,7 +86,7 @@ def plot_kinds(results: Sequence[TraceResult], path=None, normalized: bool = Fal
         figure = new_figure(width, 1.35 + _map_height(first))
         panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
         for axes, result, cells in zip(panels, results, values, strict=True):
-            _draw_trace(axes, result, cells, low, high, normalized)
+            draw_trace(axes, result, cells, low, high, normalized)
             axes.set_title(restoring(result), loc="left")
             axes.set_xlabel(textwrap.fill(layer_label(result, model), int(15 * _map_width(first))))
             axes.tick_params(axis="y", length=0)
@@ -110,7 +110,7 @@ def plot_average(average: AverageTrace, path=None, model: str = ""):
         figure = new_figure(2.9 + layers_width(n_layers), 4.3)
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(6, 5))
         high = float(np.nan_to_num(effect).max())
-        _heat_map(top, effect, average.kind, 0.0, above(0.0, high), f"AIE on {metric}")
+        heat_map(top, effect, average.kind, 0.0, above(0.0, high), f"AIE on {metric}")
         top.set_yticks(np.arange(len(ROLES)) + 0.5, labels)
         top.tick_params(length=0)
         add_title(
@@ -146,9 +146,9 @@ def _label_width(result: TraceResult) -> float:
     return 0.15 + 0.075 * max(map(cell_len, token_labels(result)))
 
 
-def _draw_trace(axes, result: TraceResult, values, low, high, normalized):
+def draw_trace(axes, result: TraceResult, values, low, high, normalized):
     name = "share of total effect" if normalized else metric(result, limit=11)
-    _heat_map(axes, values, result.kind, low, high, name)
+    heat_map(axes, values, result.kind, low, high, name)
     axes.set_yticks(np.arange(len(values)) + 0.5, token_labels(result), parse_math=False)
     begin, end = result.subject_span
     for label in axes.get_yticklabels()[begin:end]:
@@ -156,7 +156,7 @@ def _draw_trace(axes, result: TraceResult, values, low, high, normalized):
     layer_ticks(axes, values.shape[1])
 
 
-def _heat_map(axes, values, kind, low, high, name):
+def heat_map(axes, values, kind, low, high, name):
     mesh = axes.pcolor(np.ma.masked_invalid(values), cmap=_COLORMAP[kind], vmin=low, vmax=high)
     axes.set_facecolor(_NO_DATA)
     axes.spines[["top", "right"]].set_visible(True)

@@ -114,12 +114,12 @@ class TraceResult:
         """Writes an .npz file without pickle; ``load`` gives it back. One of that name is replaced, folders made."""
         record = self.to_record()
         del record["p_restored"]
-        _write_npz(path, p_restored=self.p_restored, record=json.dumps(record))
+        write_npz(path, p_restored=self.p_restored, record=json.dumps(record))
 
     @classmethod
     def load(cls, path: checks.AnyPath) -> "TraceResult":
         """Raises ValueError for a file that ``save`` did not write."""
-        return _npz(path, cls._of_arrays, "p_restored", "record")
+        return read_npz(path, "a saved trace", cls._of_arrays, "p_restored", "record")
 
     @classmethod
     def _of_arrays(cls, p_restored, record) -> "TraceResult":
@@ -213,12 +213,12 @@ class AverageTrace:
     def save(self, path: checks.AnyPath) -> None:
         """Writes an .npz file without pickle; ``load`` gives it back. One of that name is replaced, folders made."""
         record = {k: v for k, v in asdict(self).items() if not isinstance(v, np.ndarray)}
-        _write_npz(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
+        write_npz(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
 
     @classmethod
     def load(cls, path: checks.AnyPath) -> "AverageTrace":
         """Raises ValueError for a file that ``save`` did not write."""
-        return _npz(path, cls._of_arrays, "mean", "stderr", "counts", "record")
+        return read_npz(path, "a saved trace", cls._of_arrays, "mean", "stderr", "counts", "record")
 
     @classmethod
     def _of_arrays(cls, mean, stderr, counts, record) -> "AverageTrace":
@@ -247,16 +247,17 @@ def _check_numbers(name: str, array: np.ndarray) -> None:
         checks.refuse(name, array.dtype, "an array of numbers")
 
 
-def _write_npz(path, **arrays) -> None:
+def write_npz(path, **arrays) -> None:
+    """An npz file of these arrays, whole or not at all."""
     # opened: np.savez would put another suffix behind a path that has none
     with replace_file(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
 
 
-def _npz(path, made: Callable, *names: str):
-    """What ``made`` makes of the arrays of these names in a file."""
-    path = existing_file(path, "a saved trace")
-    with reading(path, f"expected the arrays {', '.join(names)}", "is not a saved trace"):
+def read_npz(path, what: str, made: Callable, *names: str):
+    """What ``made`` makes of the arrays of these names in a file; what: it is, "a saved trace"."""
+    path = existing_file(path, what)
+    with reading(path, f"expected the arrays {', '.join(names)}", f"is not {what}"):
         return made(*read_arrays(path, names).values())
 
 

@@ -125,6 +125,12 @@ def _log(folder: Path) -> None:
     (folder / "0" / "traces.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def _neurons() -> kf.NeuronAttribution:
+    places, fact = np.array([[1, 5], [0, 2]]), kf.Fact("The capital of {} is", "France")
+    found = {"p": np.ones(1, np.float32), "by_layer": np.ones((1, 2), np.float32), "attribution": np.array([0.5, 0.25])}
+    return kf.NeuronAttribution(fact, (fact.text,), " Paris", 20, **found, places=places, neurons=places[:1])
+
+
 def _moment() -> SecondMoment:
     return SecondMoment(torch.eye(6), 1_000, 1, fingerprint="llama", corpus="self", dtype="float32")
 
@@ -267,6 +273,10 @@ READERS = {
     "average": Reader(
         lambda path: kf.AverageTrace.load(path).in_words(1), "average.npz",
         _saved("average.npz", lambda: average([result([[0.1, 0.5], [0.9, 0.3]], (0, 1))])["state"]), (mutate.of_npz,),
+    ),
+    "neurons": Reader(
+        lambda path: repr(kf.NeuronAttribution.load(path)), "neurons.npz",
+        _saved("neurons.npz", _neurons), (mutate.of_npz,),
     ),
     "trace log": Reader(lambda path: list(map(repr, read_log(path))), "traces.jsonl", _log, (mutate.of_lines,)),
     "moments": Reader(

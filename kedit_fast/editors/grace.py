@@ -82,7 +82,12 @@ class Grace(Editor):
     @classmethod
     @takes_lm
     def for_model(cls, lm: LM) -> "Grace":
-        """Published settings where there are some for this model, else derived ones; ``source`` says which."""
+        """Published settings where there are some for this model, else derived ones; ``source`` says which.
+
+        Derived: two thirds of the depth. On SmolLM2-135M ten facts at layers 10, 20 and 25 are all said (P(new) 0.97,
+        in 4 to 15 steps, ε 0.5), and none of their paraphrases (0.001): keys of these are farther (median 7.4 at layer
+        10, 21.6 at 25) than the nearest other fact's (3.9 and 12.8), so no radius tells them apart.
+        """
         known = published(PUBLISHED, lm)
         if known is not None:
             return cls(layers=(known.layer,), n_iter=known.n_iter, source=f"published for {known.name}")

@@ -69,7 +69,11 @@ class Memoir(Editor):
     @classmethod
     @takes_lm
     def for_model(cls, lm: LM) -> "Memoir":
-        """Published: layer 27 of 32 and 4,096 of 14,336 features; derived: the same shares of this model's."""
+        """Published: layer 27 of 32 and 4,096 of 14,336 features; derived: the same shares of this model's.
+
+        On SmolLM2-135M, three facts: P(new) 0.99, 0.96 and 0.79. Masks of unrelated prompts share 0.33 to 0.39 of their
+        features, those of the facts' paraphrases 0.43 to 0.77, of their neighbors 0.35 to 0.45.
+        """
         layer = min(round(0.84 * lm.n_layers), lm.n_layers - 1)
         of = f"{lm.n_layers} layers, d_ff {lm.d_ff}"
         return cls(layers=(layer,), top_k=max(1, round(lm.d_ff * 4096 / 14336)), source=f"derived for {of}")

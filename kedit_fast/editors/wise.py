@@ -100,7 +100,14 @@ class Wise(Editor):
     @classmethod
     @takes_lm
     def for_model(cls, lm: LM) -> "Wise":
-        """Published settings where there are some for this model, else derived ones; ``source`` says which."""
+        """Published settings where there are some for this model, else derived ones; ``source`` says which.
+
+        Derived: the published share of the depth, two contexts, and margins of a quarter, once and half of what the
+        projection gives (a norm of 95 at SmolLM2-135M's layer 25). There, three facts one after the other, 30
+        iterations, one context: D of their prompts 90 to 122, of neighbors 44 to 57, of paraphrases 56 to 101. At the
+        published margins and rate D overshoots (71 to 85 for all paraphrases and neighbors, ε at 80); at a tenth of the
+        rate no answer is learned.
+        """
         known = published(PUBLISHED, lm)
         if known is None:
             return derived(cls, lm)
@@ -228,10 +235,9 @@ def margins(value: Any) -> dict:
 
 def derived(cls, lm: LM) -> Wise:
     """Of a model for which nothing was published."""
-    layer = round(0.84 * lm.n_layers)  # 27 of 32
     return cls(
-        layers=(min(layer, lm.n_layers - 1),), n_iter=30, batch_size=10, context_template_length_params=((10, 2),),
-        source=f"derived for {lm.n_layers} layers",
+        layers=(min(round(0.84 * lm.n_layers), lm.n_layers - 1),), edit_lr=0.5, alpha=25.0, beta=100.0, gamma=50.0,
+        context_template_length_params=((10, 2),), source=f"derived for {lm.n_layers} layers",
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_what_is_found_is_each_fact_s_own_though_they_are_shuffled():
 def test_shuffled_packs_cut_by_memory_are_the_whole(monkeypatch):
     lm, editor = tiny_lm("gpt2", torch.float64), kf.LocFt(batch_size=3, **FAST)
     whole = editor.edit(lm, FACTS).deltas[1].delta
-    monkeypatch.setattr(job_module, "held_bytes", lambda lm, task, layers, recompute=False: lm.memory // 2)
+    monkeypatch.setattr(job_module, "held_bytes", lambda lm, task, layers, recompute=False, loss=None: lm.memory // 2)
     assert relative(editor.edit(lm, FACTS).deltas[1].delta, whole) < 1e-10
     budget = job_module._budget
     monkeypatch.setattr(job_module, "_budget", lambda *given: (budget(*given)[0], 0))  # rows are made anew each time

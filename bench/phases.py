@@ -11,7 +11,7 @@ from kedit_fast.editors.located import Prompts
 PHASES = (  # where a phase's work is called from, and its name
     (spread, "optimize_values", "z"),
     (Prompts, "read", "keys and current values"),
-    (memit, "factored", "solves"),
+    (memit, "system", "solves"),
     (memit, "solved", "solves"),
 )
 

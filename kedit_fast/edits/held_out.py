@@ -17,13 +17,13 @@ def check_held_out(edits: Sequence[Edit], facts: Iterable[tuple[Fact, int]]) -> 
     """
     shared = {text for edit in edits if not edit.independent for fact in edit.facts for text in trained(edit, fact)}
     for fact, owner in facts:
-        own = {text for edit in edits if edit.independent for text in trained(edit, edit.facts[owner])} | shared
-        if not own:
+        seen = {text for edit in edits if edit.independent for text in trained(edit, edit.facts[owner])} | shared
+        if not seen:
             continue
         asked = [("paraphrase", prompt) for prompt in fact.paraphrases]
         asked += [("same_subject prompt", question.prompt) for question in fact.questions("same_subject")]
         for kind, prompt in asked:
-            if folded(prompt) in own:
+            if folded(prompt) in seen:
                 raise ValueError(
                     f"{kind} {prompt!r} of fact {fact.label} is one that the edit was trained on (a phrasing of its "
                     "facts, or what its editor keeps), so it tests nothing; leave it out, or train without it"

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import kedit_fast as kf
-from kedit_fast.editors import finetune
 from kedit_fast.editors.located import Prompts
 from kedit_fast.evaluation.benchmark import Case
 from kedit_fast.evaluation.counterfact import probes
@@ -451,7 +450,7 @@ def test_every_flow_takes_the_same_tokens(prompt, chat):
 
     (task,) = Prompts.of(lm, [fact], [["{}"], ["Rome. {}"]]).value_tasks(lm)
     assert (task.sequences[0], task.targets[0]) == (head, new)
-    tuned = finetune._task(lm, fact)
+    tuned = kf.Ft(layers=(1,)).task(lm, fact)
     assert (tuned.prompt, tuned.target) == (head, new)
     (traced,) = tasks_of(lm, [fact], "New York", "noise", "logit_diff")
     assert (traced.tokens, traced.targets) == (head, [new[0], new[0]])

@@ -20,7 +20,9 @@ ELSEWHERE = {
     "tokenizer": "any object of transformers; a slow one is refused", "messages": "LM.chat: those of the template",
     "hf_model": "apply says what it writes into", "on": "of a context manager",
 }  # fmt: skip
-MADE_BY_US = {"EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace"}
+MADE_BY_US = {
+    "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

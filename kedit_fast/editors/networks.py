@@ -23,6 +23,7 @@ from kedit_fast.basics import catalog, checks
 from kedit_fast.basics.bits import digest, json_of, json_tensor
 from kedit_fast.basics.files import check_format, existing_file, reading, replace_file
 from kedit_fast.edits.deltas import Delta, Dense, LowRank, as_smallest
+from kedit_fast.edits.format import sha256_of
 from kedit_fast.jobs.gradients import Factors, Place
 
 FORMAT, VERSION = "kedit_fast.network", 1
@@ -128,7 +129,8 @@ class Network(nn.Module):
     def digest(self) -> str:
         """16 hex digits of all that its updates depend on, bit for bit."""
         state = self.state_dict()
-        return digest(self.METHOD, self.fingerprint, *(x for name in sorted(state) for x in (name, state[name])))
+        told = self.METHOD, self.fingerprint, self.settings
+        return digest(*told, *(x for name in sorted(state) for x in (name, state[name])))
 
     def observe(self, factors: Mapping[Place, Factors]) -> None:
         """Counts factors into the statistics; only before training."""
@@ -176,8 +178,8 @@ class Network(nn.Module):
         tensors = {name: x.detach().cpu().contiguous().clone() for name, x in self.state_dict().items()}
         shapes = [[layer, role, *shape] for (layer, role), shape in self.shapes.items()]
         record = {"method": self.METHOD, "fingerprint": self.fingerprint, "shapes": shapes, "settings": self.settings}
-        record |= {"provenance": self.provenance, "digest": self.digest}
-        tensors["record"] = json_tensor(record)
+        tensors["record"] = json_tensor(record | {"provenance": self.provenance})
+        tensors["sha256"] = sha256_of(tensors)
         with replace_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"format": f"{FORMAT} {VERSION}"})
 
@@ -190,6 +192,8 @@ class Network(nn.Module):
         path = existing_file(path, "a network, as `kedit-fast train` writes it")
         tensors = _read(path)
         with reading(path, "train it again, or take another file", "is a damaged network"):
+            if not torch.equal(tensors.pop("sha256"), sha256_of(tensors)):
+                raise ValueError("its contents are not those that were saved: their digest is another")
             record = json_of(tensors.pop("record"))
             method = checks.choice("method", record["method"], catalog.TRAINED)
         of_method = catalog.loaded({method: catalog.TRAINED[method]})[method].NETWORK
@@ -202,8 +206,8 @@ class Network(nn.Module):
             made.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
             made.requires_grad_(False)
             made.provenance = dict(record["provenance"])
-            if made.digest != record["digest"] or not all(torch.isfinite(x).all() for x in tensors.values()):
-                raise ValueError("its contents are not those that were saved")
+            if not all(torch.isfinite(x).all() for x in tensors.values()):
+                raise ValueError("it holds NaN or infinity")
         return made
 
     def __repr__(self) -> str:

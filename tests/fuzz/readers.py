@@ -34,6 +34,8 @@ from kedit_fast.shipping.history import EditHistory, _sha256_of_list
 from kedit_fast.shipping.merge import KEPT, MANIFEST, ORIGINALS, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
 from kedit_fast.tracing.results import average, read_log
+from tests.conftest import tiny_lm
+from tests.editors.networks import network
 from tests.edits.test_format import saved_as_version_1
 from tests.evaluation.test_report import make_report
 from tests.experiments.test_by_layer import made_up
@@ -266,6 +268,10 @@ LIMITS = {"min_answered": 0.9, "measure": "exact", "confident": True, "min_probe
 TENSORS = (mutate.of_tensors,)
 READERS = {
     "edit": Reader(lambda path: repr(kf.Edit.load(path)), "edit.safetensors", _edits, TENSORS),
+    "network": Reader(
+        lambda path: repr(kf.Network.load(path)), "net.safetensors",
+        _saved("net.safetensors", lambda: network(tiny_lm("llama"), "mend", torch.float32)), TENSORS,
+    ),
     "trace": Reader(
         lambda path: repr(kf.TraceResult.load(path)) + str(kf.TraceResult.load(path).normalized_effect), "trace.npz",
         _saved("trace.npz", lambda: result([[0.1, 0.5], [0.9, 0.3]], (0, 1))), (mutate.of_npz,),

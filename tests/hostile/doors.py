@@ -132,6 +132,10 @@ def doors(folder) -> list[Door]:
         Door("SecondMoment.save", _with(t.moment.save), dict(path="path")),
         *(Door(name, _with(editor), _fields_of(editor)) for name, editor in kf.EDITORS.items()),
         *(Door(f"{name}.from_json", _with(editor.from_json), dict(path="path")) for name, editor in kf.EDITORS.items()),
+        Door("train_editor", _with(kf.train_editor, t.lm, facts=t.facts), dict(
+            facts="facts", method="choice", settings="object", held_out="share", checkpoint="path?", seed="seed")),
+        Door("Mend.network", _with(kf.Mend), dict(network="object")),
+        Door("Network.load", _with(kf.Network.load), dict(path="path")),
         Door("Rome.edit", _with(t.rome.edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args | {
             "checkpoint": "path?"}),
         Door("Memit.edit", _with(kf.Memit(**t.quick).edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args),

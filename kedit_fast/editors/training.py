@@ -166,17 +166,14 @@ class _Trainer:
     """The loop: stretches of ``val_interval`` steps, each a part of the run, from the state that the last one left."""
 
     def __init__(self, lm: LM, settings: Training, train: list[Example], test: list[Example], keep: Run, seed: int):
-        self.settings, self.train, self.test, self.seed = settings, train, test, seed
+        self.lm, self.settings, self.train, self.test, self.seed = lm, settings, train, test, seed
+        self.below: Below | None = None
         self.keep = keep.own
         shapes = {(layer, role): lm.shape_of(role) for layer in sorted(settings.layers) for role in lm.family.roles}
         self.network = settings.NETWORK(lm.fingerprint, shapes, asdict(settings) | {"seed": seed})
         for parameter in self.network.parameters():
             parameter.data = parameter.data.to(wide(lm.dtype))
         self.network.to(torch.device("cpu") if lm.device.type == "mps" else lm.device)
-        every = [task for one in (*train, *test) for task in (one.edit, *one.asked, *one.kept)]
-        state = STATE * sum(parameter.nbytes for parameter in self.network.parameters())
-        self.below = Below(lm, [task.ids for task in every], min(settings.layers), (lm.memory - state) // 4)
-        self.lm = replace(lm, memory=max(1, lm.memory - state - self.below.nbytes))
         rates = asdict(settings)
         groups = [{"params": some, "lr": rates[rate]} for some, rate in self.network.groups() if some]
         self.adam = torch.optim.Adam(groups)
@@ -185,12 +182,13 @@ class _Trainer:
 
     def run(self) -> Network:
         """Trains to the end, from where an earlier run stood."""
-        self._standardize()
         done = sorted(name for name in self.keep.names() if name.startswith("steps-"))
         for older in done[:-1]:  # of a run that was killed before it removed them
             self.keep.forget(older)
         if done:
             self._take(self.keep(done[-1], self._nothing))
+        if not self.ended:
+            self._prepare()
         with progress("training (steps)", self.settings.max_iters) as bar:
             bar.resume(self.notes["step"])
             while not self.ended:
@@ -207,8 +205,13 @@ class _Trainer:
         best = min(looks, key=lambda look: look["loss"])["step"] if looks else step
         return step >= self.settings.max_iters or step - best >= self.settings.early_stop_patience
 
-    def _standardize(self) -> None:
-        """The statistics of the factors, of the first facts."""
+    def _prepare(self) -> None:
+        """What the steps need: what lies below, and the statistics of the factors, of the first facts."""
+        lm = self.lm
+        every = [task for one in (*self.train, *self.test) for task in (one.edit, *one.asked, *one.kept)]
+        state = STATE * sum(parameter.nbytes for parameter in self.network.parameters())
+        self.below = Below(lm, [task.ids for task in every], min(self.settings.layers), (lm.memory - state) // 4)
+        self.lm = replace(lm, memory=max(1, lm.memory - state - self.below.nbytes))
 
         def make() -> dict[str, Tensor]:
             tasks = [example.edit for example in self.train[:STATISTICS]]
@@ -216,7 +219,8 @@ class _Trainer:
                 self.network.observe(pack.factors)
             return {name: x.clone() for name, x in self.network.state_dict().items()}
 
-        self.network.load_state_dict(self.keep("statistics", make))
+        if not self.notes["step"]:
+            self.network.load_state_dict(self.keep("statistics", make))
 
     def _stretch(self, stop: int, bar) -> dict[str, Tensor]:
         """Steps up to ``stop``, then a look at the facts held out; gives the state."""

@@ -70,6 +70,10 @@ def say_layers(edit: Edit, d_ff: int) -> None:
         why = f"g / (g + {weight:,.0f})" if weight else "1: the value is written exactly"
         what = "k' C^-1 k" if "L2" not in edit.hparams else "k' P k"
         say(f"g: mean of {what} over the facts; fit: share of what is missing that one layer can give, {why}")
+    routed = {layer: notes["rerouted"] for layer, notes in edit.provenance["layers"].items() if "rerouted" in notes}
+    if routed:
+        shares = ", ".join(f"layer {layer}: {share:.0%}" for layer, share in routed.items())
+        say(f"facts that go to other experts since the layers below were edited: {shares}")
 
 
 def say_facts(edit: Edit) -> None:

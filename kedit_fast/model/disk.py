@@ -72,8 +72,8 @@ def open_on_disk(checkpoint: Checkpoint, config, model_class, device: torch.devi
     """
     refuse_experts(
         family_of(config),
-        f"a {config.model_type} checkpoint stores the experts one by one and the model stacks them, so it is read as a "
-        "whole: open it with more memory= (--memory), or without",
+        f"a {config.model_type} checkpoint stores the experts one by one and the model stacks them, so that its layers "
+        "are not read from disk: it takes the model in memory (more memory=, --memory, or none)",
     )
     if dtype is not None:
         config.dtype = dtype

@@ -104,6 +104,17 @@ def test_the_table_of_an_edit_shows_steps_and_probability(capsys):
     assert written.startswith("written: 0 of 1 facts")
 
 
+def test_the_facts_of_a_mixture_that_are_routed_otherwise_are_said(capsys):
+    notes = {"g": 40.0, "against": 80.0, "fit": 0.33, "condition": 2.0}
+    layers = {"1": notes | {"rerouted": 0.0}, "2": notes | {"rerouted": 0.25}}
+    edit_command.say_layers(make_edit(provenance={"layers": layers}), D_FF)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "facts that go to other experts since the layers below were edited: layer 1: 0%, layer 2: 25%"
+    )
+    edit_command.say_layers(make_edit(provenance={"layers": {"1": notes}}), D_FF)
+    assert "experts" not in capsys.readouterr().out
+
+
 def test_an_edit_in_context_has_no_layers_and_no_steps(model, work, said, capsys):
     edit = ["edit", *ONE, "--target", "Rome", "--method", "ice", "--model", model]
     shown = said(*edit, "-o", "ice.safetensors")

@@ -122,7 +122,9 @@ class SideMemory(Beside):
 
     def __post_init__(self):
         self._check_layer()
-        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "shape", tuple(checks.whole("shape", n, least=1, like=576) for n in self.shape))
+        if len(self.shape) != 2:
+            raise ValueError(f"a side memory's shape: expected (d, d_ff), got {self.shape}")
         size = math.prod(self.shape)
         if self.mask.dtype != torch.uint8 or self.mask.shape[1:] != (-(-size // 8),) or self.values.ndim != 1:
             raise ValueError(
@@ -207,7 +209,7 @@ class MaskedMemory(Beside):
         if self.weight.ndim != 2 or self.columns.shape != self.weight.shape[1:] or self.masks.ndim != 2:
             shapes = ", ".join(str(list(x.shape)) for x in (self.columns, self.weight, self.masks))
             raise ValueError(f"a masked memory's columns, weight, masks: expected [c], [d, c], [n, k]; got {shapes}")
-        if not torch.isin(self.masks, self.columns).all():
+        if (self.columns < 0).any() or not torch.isin(self.masks, self.columns).all():
             raise ValueError("a masked memory's masks name columns that it does not hold")
         check_finite(f"the masked memory at layer {self.layer}", [self.weight])
         check_owners_of(self, "mask", len(self.masks))

@@ -278,5 +278,14 @@ def check_route(route: Route | None, n_facts: int) -> None:
     if entry.dtype != torch.int64 or entry.shape != (n_facts,):
         found = f"{entry.dtype} {list(entry.shape)}"
         raise ValueError(f"a route's entry: expected int64, one for each of {counted(n_facts, 'fact')}; got {found}")
-    if n_facts and not 0 <= int(entry.min()) <= int(entry.max()) < route.n_entries:
-        raise ValueError(f"a route's entry: expected 0 to {route.n_entries - 1}, got {entry.tolist()}")
+    check_numbers("entry", entry, route.n_entries)
+    facts = route.entries_of
+    if facts.dtype != torch.int64 or facts.shape != (route.n_entries,):
+        raise ValueError(f"a route's facts: expected int64 [{route.n_entries}], got {facts.dtype} {list(facts.shape)}")
+    check_numbers("facts", facts, n_facts)
+
+
+def check_numbers(what: str, numbers: Tensor, n: int) -> None:
+    """Raises ValueError unless all are from 0 to n - 1."""
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < n:
+        raise ValueError(f"a route's {what}: expected 0 to {n - 1}, got {numbers.tolist()}")

@@ -122,6 +122,9 @@ def test_sparse_memories_keep_what_is_not_zero_and_act_by_entry():
     [
         (side, dict(values=torch.ones(2)), "keeps 3 entries, values 2"),
         (side, dict(shape=(9, 9)), r"expected uint8 \[m, 11\]"),
+        (side, dict(shape=(-2, -3)), "a whole number"),
+        (side, dict(shape=(6,)), r"expected \(d, d_ff\)"),
+        (masked, dict(columns=torch.tensor([-1, 4, 6])), "name columns"),
         (side, dict(values=torch.tensor([1.0, torch.nan, 2.0])), "hold NaN"),
         (side, dict(owners=torch.tensor([1, 1])), "none twice"),
         (masked, dict(columns=torch.tensor([1, 4])), r"expected \[c\], \[d, c\], \[n, k\]; got \[2\]"),

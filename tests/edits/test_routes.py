@@ -212,6 +212,7 @@ def test_what_cannot_take_it_says_so_and_what_instead(tmp_path):
         (dict(site="nowhere"), "'nowhere' is not a valid Site"),
         (dict(entry=torch.tensor([0])), "one for each of 2 facts; got"),
         (dict(entry=torch.tensor([0, 2])), r"expected 0 to 1, got \[0, 2\]"),
+        (dict(facts=torch.tensor([0, 2])), r"a route's facts: expected 0 to 1, got \[0, 2\]"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(wrong, says):

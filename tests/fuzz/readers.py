@@ -16,7 +16,8 @@ from kedit_fast.basics.parts import MANIFEST as RUN
 from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.inputs import find_moments
 from kedit_fast.edits.changes import PromptChange
-from kedit_fast.edits.memories import MemoryChange
+from kedit_fast.edits.memories import MaskedMemory, MemoryChange, SideMemory
+from kedit_fast.edits.memory_routes import ActivationRoute, OverlapRoute
 from kedit_fast.edits.retrieval import HiddenIndex, index_of
 from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.edits.scope import Scope, ScopeRoute
@@ -103,11 +104,17 @@ def _saved(name: str, *things) -> Callable[[Path], None]:
 
 def _edits(folder: Path) -> None:
     memory = MemoryChange(1, torch.ones(2, 48), torch.arange(2))
-    route = NearestRoute(1, torch.ones(2, 80), torch.ones(2), torch.arange(2))
+    each = torch.arange(2)
+    route = NearestRoute(1, torch.ones(2, 80), torch.ones(2), each, facts=each)
     prompt = PromptChange(("Paris is in Italy. ",), (("Paris",),))
     edits = (make_edit(), owned_edit(), make_edit(deltas={1: lowrank()}, values=None, keys={}))
     beside = [make_edit(changes=[prompt], values=None, keys={})]
     beside += [make_edit(changes=[memory], values=None, keys={}, route=route)]
+    side = SideMemory.of_deltas(1, [torch.eye(3), torch.ones(3, 3)], torch.float32)
+    masked = MaskedMemory(1, torch.tensor([0, 2]), torch.ones(3, 2), torch.tensor([[0], [2]]), torch.arange(2))
+    routes = ActivationRoute(torch.ones(2), each), OverlapRoute(0.4, torch.ones(3), torch.arange(3), each)
+    for change, way in zip((side, masked), routes, strict=True):
+        beside += [make_edit(changes=[change], values=None, keys={}, route=way)]
     named = [["Paris"], ["Rome"]]
     for chooses in (RetrievalRoute(index_of("tfidf", None, ["Paris is", "Rome"]), torch.arange(2), named),
                     RetrievalRoute(HiddenIndex(("a", "b"), torch.ones(2, 48), torch.zeros(48), 1), torch.arange(2)),

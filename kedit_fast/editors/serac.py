@@ -60,9 +60,10 @@ class Serac(InContext):
     @classmethod
     @takes_lm
     def for_model(cls, lm: LM) -> "Serac":
-        """The middle layer. On SmolLM2-135M (30 layers), with 500 CounterFact facts as examples, the classifier parts
-        paraphrases of 200 others from their subjects' other relations by an AUC of 0.968 at layer 12, 0.978 at 16,
-        0.972 at 20; with 200 examples 0.94, with 70 0.86."""
+        """The middle layer. Give examples of the relations that are edited: on SmolLM2-135M the package's own 77 facts
+        part what they hold out by an AUC of 0.98, but of 60 CounterFact facts 32 % of the paraphrases are then in
+        scope, and 77 % of the subjects' other relations out of it. With 190 CounterFact facts as examples (held out:
+        0.87) these are 67 % and 92 %. Neighbors are out of it by their subject."""
         return cls(layer=lm.n_layers // 2)
 
     def check(self, lm: LM) -> None:

@@ -66,8 +66,7 @@ def mello(
     chat: whether the model reads all of it as a question in a chat, and goes on as its assistant
 
     All questions go together, a sweep a token; the four examples that stand before each of them (``mello.txt``) are
-    taken up once. Only models that go on in the form of the examples come to an answer. Of ten two-hop cases of MQuAKE
-    SmolLM2-135M-Instruct answers none.
+    taken up once. Only models that go on in the form of the examples come to an answer.
     Raises ValueError for no questions, an edit without new answers, and a model without a chat template in a chat.
     """
     questions = checks.listed("questions", questions, str, "a question or a list of questions")

@@ -8,8 +8,10 @@ from torch import Tensor
 from kedit_fast.sweep.ascent import Ascent, ascend
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import PLACE
-from kedit_fast.sweep.runs import Runs, spans
+from kedit_fast.sweep.runs import RunList, Runs, add_sequences, spans
 from kedit_fast.sweep.sites import Site
+
+LEAST_SHARED = 0.05  # of all rows, for what is read to be read of a trie
 
 
 class Collect:
@@ -100,9 +102,26 @@ def entering(lm, packs: Sequence[Runs], layer: int) -> list[Tensor | None]:
     layers come in turns, one pass for all packs."""
     if layer == 0:
         return [None] * len(packs)
-    jobs = []
+    jobs, ways = [], []
     for runs in packs:
         run, pos = spans(runs.first_pos, runs.first_pos + runs.n_rows)
-        jobs.append(Collect(Site.layer_out, [layer - 1], run, pos))
-    ascend(lm, [Ascent(runs, [job], last_layer=layer - 1) for runs, job in zip(packs, jobs, strict=True)])
+        runs, number = _sharing(runs)
+        jobs.append(Collect(Site.layer_out, [layer - 1], number[run], pos))
+        ways.append(Ascent(runs, jobs[-1:], last_layer=layer - 1))
+    ascend(lm, ways)
     return [job.values[layer - 1] for job in jobs]
+
+
+def _sharing(runs: Runs) -> tuple[Runs, Tensor]:
+    """The sequences of runs that own all their rows as a trie, and each one's run in it [R]: for rows that are read and
+    have no gradient. As they are where there is little to share, for a trie's attention is made for short texts."""
+    as_they_are = runs, torch.arange(len(runs))
+    if ((runs.parent >= 0) | (runs.first_pos > 0)).any():
+        return as_they_are
+    trie, number = RunList(), torch.empty(len(runs), dtype=torch.int64)
+    for owner in runs.owner.unique().tolist():
+        mine = (runs.owner == owner).nonzero()[:, 0].tolist()
+        sequences = [runs.tokens[i, : runs.length[i]].tolist() for i in mine]
+        number[mine] = add_sequences(trie, sequences, owner=owner)
+    made, n_rows = trie.runs(), int(runs.n_rows.sum())
+    return (made, number) if n_rows - int(made.n_rows.sum()) >= LEAST_SHARED * n_rows else as_they_are

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
+from kedit_fast.jobs import collect as collect_module
 from kedit_fast.jobs import gradients as job_module
 from kedit_fast.jobs.below import Below
 from kedit_fast.jobs.gradients import GradientTask, gradient_factors
@@ -155,6 +156,29 @@ def test_what_lies_below_can_be_kept_for_many_calls(monkeypatch):
     assert Below(lm, [], 0, 0)(lm, [None], 0) == [None]
 
 
+def test_texts_that_begin_alike_share_rows_below_and_none_above(monkeypatch):
+    """Their gradients stay their own; texts that share next to nothing go as they are."""
+    lm, places = tiny_lm("llama", torch.float64), [(2, "down")]
+    alike = [replace(FACTS[0], target_new=target) for target in ("Rome", "cheese boat", "London piano")]
+    seen, entering = [], collect_module._sharing
+    monkeypatch.setattr(collect_module, "_sharing", lambda runs: seen.append(entering(runs)) or seen[-1])
+    together = gradient_factors(lm, tasks(alike), places)
+    (made, _), n_rows = seen.pop(), sum(task.n_rows for task in tasks(alike))
+    assert made.n_rows.sum() == n_rows - 2 * len(tasks(alike)[0].prompt)
+    assert len(together.factors[2, "down"].x) == n_rows
+    compare(together, lm.model, "llama", tasks(alike), places)
+    owned = make_edit(lm.model, {1: lowrank(rank=4, dtype=torch.float64)}, owners={1: torch.tensor([0, 1, 1, 0])})
+    given = [replace(task, owner=i % 2) for i, task in enumerate(tasks(alike))]
+    beside = gradient_factors(lm.with_edit(owned), given, places)
+    assert seen.pop()[0].n_rows.sum() == n_rows - len(given[0].prompt)  # two of them are under one edit
+    for i, task in enumerate(given):
+        alone = gradient_factors(lm.with_edit(owned.only(i % 2)), [task], places)
+        assert relative(beside.factors[2, "down"].dense(i), alone.factors[2, "down"].dense(0)) < 1e-12
+    seen.clear()
+    gradient_factors(lm, tasks(), places)
+    assert (seen[0][0].parent < 0).all()
+
+
 # ---- memory, and where layers come from
 
 
@@ -199,7 +223,8 @@ def test_layers_from_disk_give_the_bits_of_layers_in_memory(tmp_path, monkeypatc
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_a_task_is_counted_as_what_it_holds(family, layers):
     lm, places = tiny_lm(family), places_of(family, layers)
-    given = tasks((replace(FACTS[0], prompt="The piano is in the city of London. " * 6 + "{}"),) * 3)
+    texts = [f"{begin} piano is in the city of London. " * 6 + "{}" for begin in ("The", "Toyota", "Paris")]
+    given = tasks([replace(FACTS[0], prompt=text) for text in texts])
     with LiveBytes(lm.model) as held:
         gradient_factors(lm, given, places)
     counted = sum(job_module.held_bytes(lm, task, places) for task in given)

@@ -90,7 +90,7 @@ class Network(nn.Module):
     METHOD: ClassVar[str] = ""
     provenance: dict[str, Any]
 
-    def __init__(self, fingerprint: str, shapes: Mapping[Place, tuple[int, int]], settings: dict):
+    def __init__(self, fingerprint: str, shapes: Mapping[Place, tuple[int, int]], settings: dict) -> None:
         super().__init__()
         self.fingerprint, self.shapes, self.settings = fingerprint, dict(shapes), dict(settings)
         self.provenance = {}

@@ -81,6 +81,7 @@ class Serac(InContext):
         entry = torch.arange(len(facts))
         return ScopeRoute(scope, tuple(fact.subject or "" for fact in facts), rows, entry), {"scope": notes}
 
+    @takes_lm
     def scope(self, lm: LM, examples: Sequence[Fact]) -> tuple[Scope, dict]:
         """(the classifier, how it does on what it was not trained on).
 

@@ -18,7 +18,7 @@ from kedit_fast.basics import checks
 from kedit_fast.edits.routes import check_width, prompt_features
 from kedit_fast.facts.tfidf import TfIdf
 from kedit_fast.model.family import check_layer
-from kedit_fast.model.lm import LM
+from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.model.sentences import sentence_encoder
 from kedit_fast.sweep.sites import Site
 
@@ -225,6 +225,7 @@ def index_of(retriever: str, lm, texts: Sequence[str], background: Sequence[str]
     return SentenceIndex.made(texts, retriever)
 
 
+@takes_lm
 def retrieve(
     texts: Sequence[str], queries: Sequence[str], k: int, retriever: str = "tfidf", lm: LM | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -238,15 +238,16 @@ class LM(Around, Sizes, CarriesEdits):
 def takes_lm(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A public function whose argument ``lm`` is checked first, and that computes in ``own_state``.
 
-    Anything but what ``open_model`` gives is refused with the way to come by one.
+    Anything but what ``open_model`` gives is refused with the way to come by one; so is None, unless it is the default.
     """
-    place = list(inspect.signature(function).parameters).index("lm")
+    parameters = inspect.signature(function).parameters
+    place, is_optional = list(parameters).index("lm"), parameters["lm"].default is None
 
     @wraps(function)
     def door(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if len(args) > place or "lm" in kwargs:  # else Python says what is missing
             lm = args[place] if len(args) > place else kwargs["lm"]
-            if not isinstance(lm, LM):
+            if not (isinstance(lm, LM) or (lm is None and is_optional)):
                 way = "model, tokenizer=tokenizer" if isinstance(lm, nn.Module) else '"smollm2"'
                 checks.refuse("lm", lm, f"what open_model returns, lm = kf.open_model({way})")
         with own_state():

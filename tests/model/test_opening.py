@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 
@@ -11,6 +12,12 @@ from kedit_fast.shipping.merge import merge_checkpoint
 from tests.conftest import save_tiny
 from tests.make import TOWER, make_edit
 from tests.tiny import tiny_model
+
+
+def made(editor):
+    """An editor of one layer, of a class that names layers."""
+    return editor(**{field.name: (1,) for field in fields(editor) if field.name == "layers"})
+
 
 DOORS = {
     "trace": lambda lm: kf.trace(lm, [TOWER]),
@@ -22,7 +29,7 @@ DOORS = {
     "edit_in_rounds": lambda lm: kf.edit_in_rounds(lm, [TOWER], kf.Rome(layers=(1,)), per_round=1),
 } | {
     f"{name}.{what}": lambda lm, editor=editor, what=what: (
-        editor.for_model(lm) if what == "for_model" else editor(layers=(1,)).edit(facts=[TOWER], lm=lm)
+        editor.for_model(lm) if what == "for_model" else made(editor).edit(facts=[TOWER], lm=lm)
     )
     for name, editor in kf.EDITORS.items()
     for what in ("for_model", "edit")
@@ -49,7 +56,7 @@ def test_no_public_function_that_takes_an_lm_goes_unguarded():
     # Asked by ``edit``, which is decorated.
     of_editors = {
         "check", "check_layers", "moments_of", "sampled_contexts", "rome_contexts", "values", "z_settings", "kept",
-        "read", "solve_bytes", "task",
+        "read", "routed", "settings", "solve_bytes", "task", "texts",
     }  # fmt: skip
     assert {name.rpartition(".")[2] for name in bare} <= of_editors, "decorate it with takes_lm"
 

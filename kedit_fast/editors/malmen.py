@@ -49,7 +49,7 @@ class MalmenNetwork(MendNetwork):
     def shifts(self, place: Place, found: Factors) -> tuple[Tensor, Tensor]:
         """H [t, in], and V [t, out], what ΔW is to add at each of them."""
         x, delta = self.pseudo(place, found)
-        h = found.x.to(self.dtype)
+        h = self.taken(found.x)
         return h, -self.scale("alpha", place) * (h * x).sum(1, keepdim=True) * delta
 
     def total(self, place: Place, alone: bool) -> Total:
@@ -90,7 +90,8 @@ class _Equations(Total):
 
 def _solved(h: Tensor, v: Tensor, ridge: Tensor) -> Tensor:
     """(H Hᵀ + λ I)⁻¹ V, in fp64 inside."""
-    inner = h.double() @ h.double().T + ridge.double() * torch.eye(len(h), dtype=torch.float64)
+    inner = h.double() @ h.double().T
+    inner = inner + ridge.double() * torch.eye(len(h)).to(inner)
     return torch.linalg.solve(inner, v.double()).to(v.dtype)
 
 

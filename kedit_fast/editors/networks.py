@@ -54,7 +54,7 @@ class Standard(nn.Module):
     @torch.no_grad()
     def observe(self, rows: Tensor) -> None:
         """Counts rows [n, width] in."""
-        rows = rows.double()
+        rows = rows.to(self.mean.device).double()
         if not len(rows):
             return
         n, mean = self.n + len(rows), rows.mean(0)
@@ -121,11 +121,6 @@ class Network(nn.Module):
         return tuple(sorted({layer for layer, _ in self.shapes}))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That it computes in."""
-        return next(self.parameters()).dtype
-
-    @property
     def digest(self) -> str:
         """16 hex digits of all that its updates depend on, bit for bit."""
         state = self.state_dict()
@@ -141,12 +136,16 @@ class Network(nn.Module):
 
     def standardized(self, place: Place, found: Factors) -> tuple[Tensor, Tensor]:
         """x [t, in] and δ [t, out] of a place, with mean 0 and deviation 1 over the training facts."""
-        x, delta = found.x.to(self.dtype), found.delta.to(self.dtype)
+        x, delta = self.taken(found.x), self.taken(found.delta)
         return self.of_x[_name(place)](x), self.of_delta[_name(place)](delta)
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """Rows as it computes with them: its parameters need not be where the model is."""
+        return rows.to(next(self.parameters()))
 
     def sized(self, place: Place, found: Factors) -> tuple[Tensor, Tensor]:
         """x [t, in] and δ [t, out] of a place, relative to their usual size."""
-        x, delta = found.x.to(self.dtype), found.delta.to(self.dtype)
+        x, delta = self.taken(found.x), self.taken(found.delta)
         return x / self.statistics(place)[0].size.to(x), delta / self.statistics(place)[1].size.to(delta)
 
     def statistics(self, place: Place) -> "tuple[Standard, Standard]":

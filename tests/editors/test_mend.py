@@ -68,6 +68,19 @@ def test_before_training_it_is_a_step_down_the_standardized_gradient():
         assert relative(delta.dense(), -1e-2 * sides[1].T @ sides[0]) < 1e-6
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_computes_where_its_parameters_are(method):
+    """Factors come from where the model is: an edit on a GPU reads a network from its file, on the CPU."""
+    lm = tiny_lm("llama", torch.float32)
+    elsewhere = network(lm, method, torch.float32)
+    tasks = [edit_task(lm, fact) for fact in FACTS[:2]]
+    found = gradient_factors(lm, tasks, elsewhere.places).factors
+    elsewhere.to("meta")
+    for alone in (False, True):
+        for update in elsewhere.transformed(found, alone).values():
+            assert update.out.device.type == update.into.device.type == "meta"
+
+
 def test_statistics_are_those_of_all_rows_at_once():
     rows = 3 + 100 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows[:, 2] = 5.0

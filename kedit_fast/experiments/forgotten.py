@@ -32,11 +32,11 @@ from kedit_fast.editors.finetune import Ft
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Dense, storable
-from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.logit_lens import logit_lens
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited, read_probes
 from kedit_fast.facts.fact import Fact, fact_list
-from kedit_fast.facts.forgetting import judged_by, keeping
+from kedit_fast.facts.forgetting import is_forgotten, judged_by, keeping
 from kedit_fast.facts.tokens import asked
 from kedit_fast.jobs.finetune import TuneTask, fine_tune
 from kedit_fast.model.lm import LM, takes_lm
@@ -64,7 +64,8 @@ class Forgotten:
 
     base, edited: {measure: a number a fact} without and with the edit, NaN where a fact does not ask it; "quantized 8"
         and the like: P(old) with written weights of so many bits, of the edited model alone
-    relearning: {"old", "new": steps until the answers are said, "most": that were taken}; None: not within these
+    relearning: {"old", "new": steps until the answers are said, "most": that were taken at most}; None: not within
+        these. No "new" where all facts have one answer, and neither where nothing was learned ("most" 0)
     chance: {measure: what a model scores that knows nothing}
     """
 
@@ -99,9 +100,12 @@ class Forgotten:
                 cells = [_shown(means.get(side)) for side in ("base", "edited", "chance")]
                 rows.append([MEASURES.get(name, f"P(old), {name.replace('_', ' ')}"), *cells])
         most = self.relearning["most"]
-        took = {which: f"over {most}" if n is None else str(n) for which, n in self.relearning.items()}
-        said = f"steps until it is said again: {took['old']}; until a new answer is: {took['new']}" * bool(most)
-        return escaped("\n".join([columns(rows, right=True), *([said] if said else [])]))
+        told = [
+            f"steps until {what}: {f'over {most}' if self.relearning[which] is None else self.relearning[which]}"
+            for which, what in (("old", "it is said again"), ("new", "a new answer is said"))
+            if which in self.relearning
+        ]
+        return escaped("\n".join([columns(rows, right=True), *(["; ".join(told)] if told else [])]))
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -127,25 +131,31 @@ def verify_forgotten(
 ) -> Forgotten:
     """Asks for the old answers (target_true, else target_new) of facts by every way in this file's head.
 
-    facts: default: those of the edit that have a target_true; keep: facts whose answers were to stay, default: those of
-        the edit that have a target_new alone
+    facts: default: those of the edit that have a target_true which is not their target_new; keep: facts whose answers
+        were to stay, default: the others of the edit
     budget: tokens of the lens's candidate set; bits: widths that written weights are rounded to, a scale for each row
     relearning_steps: that are tried at most, 0: none; relearn: how, default Ft's settings for the model
 
     Cost: two sweeps over the prompts, one for each width, and two fine-tunings. ``print`` shows a table, ``save``
     writes JSON. Raises ValueError for no facts, for a fact without an answer, and for an edit of another model.
     """
-    edits = [edit] if isinstance(edit, Edit) else list(edit)
+    edits = edit_list(edit, "edit")
     own = [fact for each in edits for fact in each.facts]
-    facts = [f for f in own if f.target_true is not None] if facts is None else fact_list(facts)
+    facts = [f for f in own if is_forgotten(f)] if facts is None else fact_list(facts)
     if not facts:
-        raise ValueError("nothing to verify: the edit has no fact with a target_true; give those that were forgotten")
+        raise ValueError(
+            "nothing to verify: the edit has no fact with a target_true that is not its target_new; give those that "
+            "were forgotten"
+        )
     facts = keeping(facts)  # what is asked for is the target_new now
-    kept = [f for f in own if f.target_true is None] if keep is None else fact_list(keep, empty=True)
+    kept = [f for f in own if not is_forgotten(f)] if keep is None else fact_list(keep, empty=True)
     kept = keeping(kept) if kept else []
     budget = checks.whole("budget", budget, least=LENS_LAYERS, like=20)
-    widths = [checks.whole("bits", each, least=2, most=16, like=8) for each in bits]
+    widths = [checks.whole("bits", each, least=2, most=16, like=8) for each in checks.items("bits", bits, "(8, 4)")]
     most = checks.whole("relearning_steps", relearning_steps, like=25)
+    relearn = Ft.for_model(lm) if relearn is None else relearn
+    how = checks.instance("relearn", relearn, Ft, "fine-tuning's settings, e.g. kf.Ft.for_model(lm)")
+    how.check(lm)
     view = with_edits(lm, edits, "edit")
     asking = _Asking(lm, facts, kept)
     with progress("asking for old answers", 3 + len(widths)) as bar:
@@ -160,7 +170,7 @@ def verify_forgotten(
             if rounded is not None:
                 edited[f"quantized_to_{width}_bits"] = asking.first(read_edited(rounded, asking.of_prompts))
             bar.advance(1)
-        steps = _relearning(view, facts, most, relearn or Ft.for_model(lm))
+        steps = _relearning(view, facts, most, how)
         bar.advance(1)
     chance = {"yes": 0.5, "choice": fmean(1 / n for n in asking.n_choices) if asking.n_choices else math.nan}
     return Forgotten(tuple(facts), tuple(kept), base, edited, steps, chance)
@@ -277,18 +287,25 @@ def _is_plain(edit: Edit) -> bool:
 def _relearning(view, facts: Sequence[Fact], most: int, how: Ft) -> dict[str, int | None]:
     """Steps until the mean loss is that of an answer said: of the old answers, and of those of other facts."""
     if not most or view.prompting or not all(map(_is_plain, view.edits)):
-        return {"old": None, "new": None, "most": 0}
+        return {"most": 0}
     answers = list(map(judged_by, facts))
-    moved = answers[1:] + answers[:1]  # new ones to these prompts, as long and as usual as the old ones
     settings = replace(how, num_steps=most, norm_constraint=0.0)._tune_settings()
     found: dict[str, int | None] = {}
-    for which, targets in (("old", answers), ("new", moved)):
+    for which, targets in (("old", answers), ("new", _moved(answers))):
+        if targets is None:
+            continue
         tasks: list[TuneTask] = [
             how.task(view, replace(fact, target_new=target)) for fact, target in zip(facts, targets, strict=True)
         ]
-        if which == "new" and targets == answers:
-            found[which] = None
-            continue
         losses = fine_tune(view, tasks, settings).losses
         found[which] = next((step for step, loss in enumerate(losses) if loss < SAID), None)
     return found | {"most": most}
+
+
+def _moved(answers: Sequence[str]) -> list[str] | None:
+    """Of each prompt another one's answer, the next that is not its own: as long and as usual as the old ones; None
+    where all are the same."""
+    if len(set(answers)) < 2:
+        return None
+    around = [[*answers[i + 1 :], *answers[:i]] for i in range(len(answers))]
+    return [next(other for other in others if other != own) for own, others in zip(answers, around, strict=True)]

@@ -76,8 +76,22 @@ def test_what_was_only_hidden_is_learned_again_sooner(taught):
     how = kf.Ft(layers=(1,), lr=1e-2)
     steps = module._relearning(lm, kf.keeping(OLD[:2]), 25, how)
     assert steps["old"] == 0 and steps["new"] > 0
-    assert module._relearning(lm, kf.keeping(OLD[:2]), 0, how) == {"old": None, "new": None, "most": 0}
+    assert module._relearning(lm, kf.keeping(OLD[:2]), 0, how) == {"most": 0}
     assert module._relearning(lm, kf.keeping(OLD[:2]), 1, replace(how, lr=1e-9))["new"] is None
+
+
+def test_new_answers_are_new_to_each_prompt():
+    assert module._moved(["Rome", "Rome", "Paris"]) == ["Paris", "Paris", "Rome"]
+    assert module._moved(["a", "b", "c"]) == ["b", "c", "a"] and module._moved(["a", "a"]) is None
+
+
+def test_a_fact_whose_answer_stays_is_one_to_keep():
+    """Where both its answers are the same; as the editor has it."""
+    lm = tiny_lm("llama")
+    same = replace(OLD[2], target_true=OLD[2].target_new)
+    edit = kf.Unlearn(layers=(1,), num_steps=1).edit(lm, [*kf.forgetting(OLD[:1]), same])
+    report = verify_forgotten(lm, edit, relearning_steps=0, bits=())
+    assert [[f.subject for f in side] for side in (report.facts, report.kept)] == [[OLD[0].subject], [same.subject]]
 
 
 def test_a_single_fact_and_edits_of_other_kinds():
@@ -86,7 +100,8 @@ def test_a_single_fact_and_edits_of_other_kinds():
     edit = kf.leace(lm, texts, [0, 1, 0, 1, 0, 1], 2)
     report = verify_forgotten(lm, edit, FACTS[0], relearning_steps=2)
     assert math.isnan(report.edited["choice"][0]) and "quantized_to_8_bits" not in report.edited
-    assert report.relearning["new"] is None and "choice" not in report.summary() and str(report)
+    assert report.relearning.keys() == {"old", "most"} and "choice" not in report.summary()
+    assert "a new answer" not in str(report) and "steps until it is said again: over 2" in str(report)
     assert torch.isfinite(torch.tensor(report.edited["p_old"])).all()
 
 
@@ -96,3 +111,7 @@ def test_bad_input_is_refused(no_sweep):
     refused("nothing to verify: the edit has no fact with a target_true", verify_forgotten, lm, edit)
     refused("neither target_true nor target_new", verify_forgotten, lm, edit, kf.Fact("{} is", "Rome"))
     refused("budget = 2", verify_forgotten, lm, edit, FACTS[0], budget=2)
+    refused("bits = 8: expected", verify_forgotten, lm, edit, FACTS[0], bits=8)
+    refused("edit = 'edit.safetensors'", verify_forgotten, lm, "edit.safetensors", FACTS[0])
+    refused("relearn = 'ft'.*kf.Ft.for_model", verify_forgotten, lm, edit, FACTS[0], relearn="ft")
+    refused("layers 0 to 3", verify_forgotten, lm, edit, FACTS[0], relearn=kf.Ft(layers=(9,)))

@@ -41,6 +41,15 @@ class TofuItem:
     paraphrased: str | None = None
     split: str = "forget"
 
+    def __post_init__(self):
+        for name in ("question", "answer", "split"):
+            checks.text(name, getattr(self, name))
+        checks.optional(checks.text, "paraphrased", self.paraphrased)
+        perturbed = checks.listed(
+            "perturbed", self.perturbed, str, "wrong answers, a list of texts", empty=True, alone=False
+        )
+        object.__setattr__(self, "perturbed", tuple(perturbed))
+
 
 @dataclass(frozen=True)
 class TofuScores:
@@ -51,13 +60,20 @@ class TofuScores:
     rouge: list[float]
 
     def of_utility(self) -> dict[str, float]:
-        """The set's three numbers in the model utility."""
+        """The set's three numbers in the model utility. Raises ValueError where they were not all asked for."""
+        if not self.s or not self.rouge:
+            raise ValueError(
+                "the model utility needs truth ratios and ROUGE: score items with perturbed answers, and "
+                "max_new_tokens above 0"
+            )
         truth = fmean(max(0.0, 1 - 1 / s) if s else 0.0 for s in self.s)
         return {"rouge": fmean(self.rouge), "probability": fmean(self.probability), "truth": truth}
 
     @property
     def forget_truth(self) -> float:
-        """Mean of min(s, 1/s), as reports of the forget set have it."""
+        """Mean of min(s, 1/s), as reports of the forget set have it; NaN where no item has perturbed answers."""
+        if not self.s:
+            return math.nan
         return fmean(min(s, 1 / s) if s else 0.0 for s in self.s)
 
 
@@ -68,7 +84,7 @@ def load_tofu(path: checks.AnyPath, split: str | None = None) -> list[TofuItem]:
     with reading(path, "expected records with question and answer", "is no TOFU file"):
         items = [
             TofuItem(
-                record["question"], record["answer"], tuple(record.get("perturbed_answer", ())),
+                record["question"], record["answer"], record.get("perturbed_answer", ()),
                 record.get("paraphrased_answer"), record.get("split", "forget"),
             )
             for _, record in read_records(checks.path("path", path))
@@ -102,8 +118,11 @@ def tofu_scores(lm: LM, items: Iterable[TofuItem], *, max_new_tokens: int = 64, 
     said = write_probes(lm, probes) if n else []
     p = [answer.p for answer in read]
     s = [truth_ratio(each[1], each[2:]) for each in p] if items[0].perturbed else []
-    over = items[0].split in NORMALIZED and bool(items[0].perturbed)
-    probability = [each[0] / max(each[0] + sum(each[2:]), TINY) if over else each[0] for each in p]
+    over = [item.split in NORMALIZED and bool(item.perturbed) for item in items]
+    probability = [
+        each[0] / max(each[0] + sum(each[2:]), TINY) if of_choices else each[0]
+        for each, of_choices in zip(p, over, strict=True)
+    ]
     lines = [(text or "").strip().split("\n")[0] for text in said]
     rouge = [rouge_l_recall(item.answer, line) for item, line in zip(items, lines, strict=bool(n))]
     return TofuScores(probability, s, rouge)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kedit_fast.evaluation.tofu import (
 )
 from tests.conftest import refused, tiny_lm
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "tofu" / "tofu_qa.json.gz"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "tofu" / "tofu_qa.json.gz"
 
 
 def test_each_number_by_hand():
@@ -33,6 +34,9 @@ def test_each_number_by_hand():
     assert model_utility(same) == pytest.approx(3 / (1 / 0.75 + 1 / 0.4 + 1 / 0.25))
     assert model_utility(same | {"retain": TofuScores([0.0], [2.0], [1.0])}) == 0
     refused("real_authors, world_facts is missing", model_utility, {"retain": scores})
+    partly = TofuScores([0.5], [], [1.0])
+    refused("needs truth ratios and ROUGE", model_utility, same | {"retain": partly})
+    assert math.isnan(partly.forget_truth)
 
 
 def test_forget_quality_is_the_ks_test():
@@ -74,6 +78,10 @@ def test_scores_of_a_model():
         assert s == pytest.approx(math.exp(sum(wrong) / 2 - nll(lm, item.question, item.paraphrased or item.answer)))
         assert p == pytest.approx(right / (right + sum(math.exp(-each) for each in wrong)))
     assert len(scores.rouge) == 2
+    mixed = [replace(ITEMS[0], split="retain"), ITEMS[1]]  # each by the set that it is of, in whatever order
+    alone = [math.exp(-nll(lm, ITEMS[0].question, ITEMS[0].answer)), scores.probability[1]]
+    for order in (1, -1):
+        assert tofu_scores(lm, mixed[::order], max_new_tokens=0).probability[::order] == pytest.approx(alone)
     plain = tofu_scores(lm, [TofuItem(i.question, i.answer) for i in ITEMS], max_new_tokens=0)
     assert plain.probability[0] == pytest.approx(math.exp(-nll(lm, "Where is Big Ben?", "London")))
     assert plain.s == plain.rouge == []
@@ -86,6 +94,9 @@ def test_files(tmp_path):
     (tmp_path / "tofu.jsonl").write_text(json.dumps(record))
     assert load_tofu(tmp_path / "tofu.jsonl") == [TofuItem("q", "a", ("b",), "c")]
     refused("no item of split 'retain'; it has forget", load_tofu, tmp_path / "tofu.jsonl", "retain")
+    for damaged in ({"perturbed_answer": "bcd"}, {"answer": None}, {"question": 1}, {"perturbed_answer": [1]}):
+        (tmp_path / "damaged.jsonl").write_text(json.dumps(record | damaged))
+        refused("is no TOFU file", load_tofu, tmp_path / "damaged.jsonl")
     (tmp_path / "other.json").write_text('[{"prompt": "a"}]')
     refused("is no TOFU file", load_tofu, tmp_path / "other.json")
 

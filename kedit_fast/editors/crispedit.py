@@ -57,6 +57,10 @@ class CrispEdit(Ft):
     def __post_init__(self):
         super().__post_init__()
         checks.number("energy_threshold", self.energy_threshold, above=0, most=1, like=0.99)
+        if self.energy_threshold == 1:
+            raise ValueError(
+                "energy_threshold 1 closes all directions, and nothing would change; expected less, e.g. 0.99"
+            )
 
     @classmethod
     @takes_lm

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import counted
 from kedit_fast.editors.editor import Editor, Found, Work, Written
@@ -16,12 +14,8 @@ from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import storable
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
-from kedit_fast.jobs.gradients import GradientTask, gradient_packs
-from kedit_fast.jobs.score import Score, continuation_places
+from kedit_fast.jobs.gradients import gradient_packs, task_losses
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import PLACE
-from kedit_fast.sweep.runs import RunList, add_under
 
 
 @dataclass(frozen=True)
@@ -124,15 +118,5 @@ class Trained(Editor):
             for (layer, role), (delta, owners) in made.items()
         ]
         about = {"network": {"digest": network.digest} | network.provenance | {"subjects": len(seen)}}
-        loss = _losses(replace(lm, edits=(*lm.edits, Edit("in making", {}, "", work.facts, tuple(changes)))), tasks)
+        loss = task_losses(replace(lm, edits=(*lm.edits, Edit("in making", {}, "", work.facts, tuple(changes)))), tasks)
         return Written(changes, Found.of([1] * len(tasks), loss, loss), about=about)
-
-
-@torch.no_grad()
-def _losses(lm: LM, tasks: list[GradientTask]) -> torch.Tensor:
-    """[tasks] nats, the mean over each one's target tokens, on the model as its edits have it."""
-    places, runs = continuation_places([(task.prompt, task.target) for task in tasks]), RunList()
-    number = add_under(lm, runs, places.sequences, [task.owner for task in tasks])
-    job = Score(lm, number[places.pair], places.pos, places.targets)
-    sweep(lm, runs.runs(), [job], held=PLACE * len(places.pos))
-    return torch.stack([-part.mean() for part in job.logprob.split(places.lengths)])

@@ -88,7 +88,7 @@ class Unlearn(Editor):
         return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
 
     def check(self, lm: LM) -> None:
-        """Raises ValueError, before any work, for layers that the model lacks, or that lie below the tuned ones."""
+        """Raises ValueError, before any work, for layers that the model lacks, or where tuning does nothing."""
         super().check(lm)
         read = [*self.lens_layers, *([] if self.layer_id is None else [self.layer_id])]
         checks.layers("lens_layers, layer_id", read, lm.n_layers, empty=True)
@@ -96,6 +96,12 @@ class Unlearn(Editor):
             raise ValueError(
                 f"lens_layers, layer_id: layers {below} lie below the first tuned one, {min(self.layers)}, and nothing "
                 "changes there; expected that one or higher"
+            )
+        if self.loss == "rmu" and self.layer_id is not None and self.layer_id < max(self.layers):
+            above = [layer for layer in self.layers if layer > self.layer_id]
+            raise ValueError(
+                f"layer_id {self.layer_id}: layers {above} lie above it and would not change; leave them out, or "
+                "layer_id (the last of layers)"
             )
 
     def check_facts(self, facts: Sequence[Fact]) -> None:

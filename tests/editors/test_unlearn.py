@@ -143,6 +143,8 @@ def test_bad_input_is_refused(no_sweep):
     refused("'graddiff' needs facts to keep", replace(EDITOR, loss="graddiff").edit, lm, FORGET)
     refused("loss = 'dpo': expected one of npo", Unlearn, loss="dpo")
     refused("lie below the first tuned one, 1", replace(EDITOR, layer_id=0).edit, lm, FORGET)
+    rmu = replace(EDITOR, loss="rmu", layers=(1, 3), layer_id=2)
+    refused(r"layer_id 2: layers \[3\] lie above it", rmu.edit, lm, FORGET)
     refused("layers 0 to 3", replace(EDITOR, lens_layers=(7,)).edit, lm, FORGET)
     refused("neither target_new nor target_true", EDITOR.edit, lm, [kf.Fact("{} is in", "Rome"), *FORGET])
     refused("neither target_true nor target_new", kf.forgetting, kf.Fact("{} is in", "Rome"))

@@ -70,6 +70,8 @@ def leace(
     than the prompts, layers that the model lacks and texts that are too long.
     """
     where = Site(checks.choice("site", site, [each.value for each in SITES]))
+    if where is Site.mlp_key and lm.family.experts:
+        raise ValueError(f"site {site!r}: the keys of a mixture of experts are read and not written: choose mlp_out")
     positions = checks.choice("positions", positions, POSITIONS)
     layers = sorted(set(checks.layers("layers", [layers] if isinstance(layers, int) else layers, lm.n_layers)))
     texts = _texts(lm, prompts, positions)
@@ -196,7 +198,8 @@ def fold(lm: LM, edit: Edit) -> Edit:
     """The same edit as changes of weights and biases: it costs nothing when the model runs, and ``apply`` writes it.
 
     lm: the model that it was made for, without edits. Equal to rounding. Raises ValueError, with the way out, for sites
-    that lie at no matrix, for a mean without a bias to hold it, and for an edit on top of others.
+    that lie at no matrix, for a mean without a bias to hold it, for a mixture of experts, and for an edit on top of
+    others.
     """
     edit = edit.acting_on(replace(lm, edits=()))
     if lm.edits or edit.provenance.get("on_top_of"):
@@ -212,6 +215,11 @@ def _folded(lm, change: Change) -> list[Change]:
         raise ValueError(
             f"layer {change.layer}: {change.site.value} is no input or output of a matrix of the MLP, so nothing takes "
             "the erasure in: erase at mlp_out, mlp_in or mlp_key, or serve it with lm.with_edit(edit)"
+        )
+    if lm.family.experts:  # the router reads what they read; biases and shared experts write beside their matrices
+        raise ValueError(
+            f"layer {change.layer} is a mixture of experts, whose matrices do not take all of an erasure in: serve it "
+            "with lm.with_edit(edit)"
         )
     left, right, mu = (part.double().cpu() for part in change.parts().values())
     made: list[Change] = []

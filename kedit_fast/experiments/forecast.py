@@ -236,7 +236,8 @@ def edit_steps(lm: Shape, tasks: list[ValueTask], settings: ValueSettings, layer
 
 
 def _values(lm: Shape, tasks: list[ValueTask], settings: ValueSettings) -> Step:
-    """A pass for each group of facts, then two of the upper layers a step: forth, and back but for the highest."""
+    """A pass for each group of facts, then two of the upper layers a step: forth, and back but for the highest; none
+    where values live in the last layer."""
     n_groups, upper = len(list(groups(lm, tasks, settings))), lm.n_layers - settings.layer - 1
     both = ((s, target[:-1]) for task in tasks for s, target in zip(task.sequences, task.targets, strict=True))
     base = _rows([*(s + target for s, target in both), *(task.essence for task in tasks)])
@@ -246,7 +247,7 @@ def _values(lm: Shape, tasks: list[ValueTask], settings: ValueSettings) -> Step:
     flop = base * lm.n_layers * lm.layer_flop + settings.steps * (
         times * rows * upper * lm.layer_flop + 2 * read * lm.head_flop
     )
-    return Step("values", n_groups * (lm.n_layers + settings.steps * (2 * upper - 1)), flop, held=lm.memory)
+    return Step("values", n_groups * (lm.n_layers + settings.steps * max(2 * upper - 1, 0)), flop, held=lm.memory)
 
 
 def value_tasks(n_facts: int) -> list[ValueTask]:

@@ -21,6 +21,7 @@ from kedit_fast.basics.state import own_state, wide
 
 METHODS = ("leace", "orth")
 FORMAT = "kedit_fast eraser 1"
+ROUNDING = 1e-7  # of a column's mean, below which its standard deviation is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ class LeaceFitter:
         is mixed with the orthogonal one, whose kernel is the same, until it does not
     shrinkage: W is of Σ_xx shrunk towards a multiple of I (Bodnar et al. 2014), for few rows; it changes what is
         smallest, not what is erased
-    svd_tol: singular values of W Σ_xz (correlations) up to it count as none; 0.01 as published
+    svd_tol: singular values of W Σ_xz, with each column of z in its standard deviations (correlations), up to it count
+        as none; 0.01 as published, where columns are as they come, so that a rare class or small numbers count as none
     """
 
     def __init__(
@@ -168,13 +170,19 @@ class LeaceFitter:
         return self._scatter / self.n
 
     @property
+    def _spread_of_z(self) -> Tensor:
+        """[z_dim] standard deviations; infinite for columns that are constant but for rounding."""
+        spread = self._sigma.diagonal()[self.x_dim :].sqrt()
+        return spread.where(spread > ROUNDING * self._mean[self.x_dim :].abs(), torch.inf)
+
+    @property
     @own_state()
     def eraser(self) -> Eraser:
         """The eraser of all rows so far, fp64. Raises ValueError for fewer than two rows."""
         d, sigma = self.x_dim, self.sigma_xx
         eye = torch.eye(d, dtype=torch.float64)
         W, W_inverse = (eye, eye) if self.method == "orth" else _whitening(self._shrunk(sigma))
-        U, s, _ = torch.linalg.svd(W @ self.sigma_xz, full_matrices=False)
+        U, s, _ = torch.linalg.svd(W @ self.sigma_xz / self._spread_of_z, full_matrices=False)
         if self.method == "orth":  # singular values are no correlations there: those of zero are none
             U = U[:, s > s[:1] * d * torch.finfo(s.dtype).eps]
         else:

@@ -126,9 +126,15 @@ def knowledge_neurons(
     layers: where to look; None: all. top: neurons whose attribution is given
     checkpoint: as of ``trace``
 
-    Raises ValueError, before any work, for settings out of range and layers that the model lacks, then for NaN and for
-    what does not fit the memory. One forward and one backward pass over the weights for what it holds.
+    Raises ValueError, before any work, for settings out of range, layers that the model lacks and mixtures of experts,
+    then for NaN and for what does not fit the memory. One forward and one backward pass over the weights for what it
+    holds.
     """
+    if lm.family.experts:
+        raise ValueError(
+            f"neurons are the keys of dense MLPs, and the layers of this {lm.config.model_type} model are mixtures of "
+            "experts, whose keys are not scaled; kf.trace (kedit-fast trace) shows in which layers a fact is read"
+        )
     facts, steps = fact_list(facts), checks.whole("steps", steps, least=1, most=10_000, like=20)
     amounts = {"threshold": threshold, "share": share, "common": common}
     amounts = {name: checks.number(name, value, least=0, most=1, like=0.2) for name, value in amounts.items()}

@@ -47,13 +47,15 @@ def covariance(x, z=Z):
 def test_layers_are_scrubbed_one_after_the_other(family, site, monkeypatch):
     make_exact(monkeypatch)
     lm = tiny_lm(family, torch.float64)
-    edit = kf.leace(lm, TEXTS, LABELS, (0, 2, 3), site=site, **EXACT)
+    # gemma2's layer 0 sees a window: rows of texts that end alike are apart by roundings of its float32 rotary table
+    # alone, 1e-8, whose variance is below what a covariance in fp64 holds beside the others'
+    layers = (1, 2, 3) if family == "gemma2" else (0, 2, 3)
+    edit = kf.leace(lm, TEXTS, LABELS, layers, site=site, **EXACT)
     view = lm.with_edit(edit)
-    for layer in (0, 2, 3):
+    for layer in layers:
         assert covariance(rows_at(lm, TEXTS, layer, site)) > 1e-2
-        # gemma2's blocks round in places, and rows of another pack fall to the other side
-        assert covariance(rows_at(view, TEXTS, layer, site)) < (1e-7 if family == "gemma2" else 1e-10)
-    found = scrub(lm.model, [lm.encode(text) for text in TEXTS], Z, [0, 2, 3], site)
+        assert covariance(rows_at(view, TEXTS, layer, site)) < 1e-10
+    found = scrub(lm.model, [lm.encode(text) for text in TEXTS], Z, list(layers), site)
     for change in edit.changes:
         P, mu = found[change.layer]
         made = torch.eye(len(mu)).to(P) - change.left @ change.right
@@ -133,6 +135,15 @@ def test_without_a_bias_or_a_matrix_it_says_what_to_do(tmp_path):
     refused("stands on other edits", kf.fold, lm, above)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_mixtures_of_experts_are_scrubbed_and_not_folded(family):
+    lm = tiny_lm(family)
+    for site in ("mlp_in", "mlp_out"):
+        edit = kf.leace(lm, TEXTS, LABELS, 1, site=site, affine=False)
+        assert covariance(rows_at(lm.with_edit(edit), TEXTS, 1, site)) < 1e-5
+        refused("layer 1 is a mixture of experts.*lm.with_edit", kf.fold, lm, edit)
+
+
 # ---- as an edit
 
 
@@ -163,6 +174,7 @@ def test_bad_input_is_refused(no_sweep):
     refused("of one class", kf.leace, lm, TEXTS, [0] * len(TEXTS), 1)
     refused("expected one for each of 80 prompts, got 2", kf.leace, lm, TEXTS, [0, 1], 1)
     refused("site = 'embed': expected one of layer_out", kf.leace, lm, TEXTS, LABELS, 1, site="embed")
+    refused("read and not written: choose mlp_out", kf.leace, tiny_lm("mixtral"), TEXTS, LABELS, 1, site="mlp_key")
     refused("layers 0 to 3", kf.leace, lm, TEXTS, LABELS, 4)
     refused("is a text; give Facts", kf.leace, lm, TEXTS, LABELS, 1, positions="subject")
     refused("svd_tol", kf.leace, lm, TEXTS, LABELS, 1, svd_tol=-1)

@@ -89,6 +89,12 @@ def test_an_edit_goes_through_the_layers_and_rows_that_were_planned(lm, monkeypa
     assert counted.rows <= heads  # rows that go back are counted once again in the plan, and so is the head
 
 
+def test_values_of_the_last_layer_read_no_layers_a_step(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["mixtral-8x7b"] | {"num_hidden_layers": 4}))
+    plan = forecast("edit", shape_of(read_config(tmp_path)), 1, None, torch.device("cpu"))
+    assert {step.name: step.layers_read for step in plan.steps}["values"] == 4, "the pass that finds where they start"
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_of_70b_are_planned_from_their_config_alone(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPES[name]))

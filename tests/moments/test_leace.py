@@ -129,6 +129,19 @@ def test_labels_may_be_numbers_and_what_is_not_there_is_not_erased():
     assert fitted(blind, z, svd_tol=0.5).eraser.rank == 0
 
 
+def test_how_large_labels_are_does_not_matter():
+    """Small numbers, and a class that few rows have, are erased; a column that is constant but for rounding is none."""
+    x, z = rows()
+    onehot = torch.nn.functional.one_hot(z, CLASSES).double()
+    assert torch.allclose(fitted(x, 1e-4 * onehot).eraser(x), fitted(x, z).eraser(x), rtol=1e-9)
+    x, z = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.zeros(20_000)
+    z[0], x[0] = 1, 9
+    fitter = kf.LeaceFitter(3, 2).update(x, z.long())
+    assert fitter.sigma_xz.abs().max() < 1e-3 and fitter.eraser.rank == 1
+    constant = torch.full((20_000, 2), 0.1, dtype=torch.float64) * torch.tensor([1, 1e6])
+    assert kf.LeaceFitter(3, 2).update(x[:7_000], constant[:7_000]).update(x[7_000:], constant[7_000:]).eraser.rank == 0
+
+
 def test_it_is_saved(tmp_path):
     x, z = rows()
     eraser = fitted(x, z).eraser

@@ -93,6 +93,7 @@ def test_what_is_refused(no_sweep):
     refused("steps = 0", kf.knowledge_neurons, lm, FACT, steps=0)
     refused("share = 2", kf.knowledge_neurons, lm, FACT, share=2)
     refused("layers = 9", kf.knowledge_neurons, lm, FACT, layers=[9])
+    refused("mixtral model are mixtures of experts.*kf.trace", kf.knowledge_neurons, tiny_lm("mixtral"), FACT)
 
 
 def test_an_edit_on_the_model_counts():

@@ -137,7 +137,14 @@ def _labels(labels, n: int) -> tuple[Tensor, list]:
     if isinstance(labels, Tensor) and labels.ndim == 2:
         z, classes = labels.double().cpu(), []
     else:
+        if isinstance(labels, Tensor) and (labels.ndim != 1 or labels.is_floating_point()):
+            raise ValueError(
+                f"labels: {labels.dtype} {list(labels.shape)}; expected whole numbers [n], a class each, or numbers "
+                "[n, k], a column for each that is to be erased"
+            )
         given = labels.tolist() if isinstance(labels, Tensor) else list(checks.items("labels", labels, "a class each"))
+        if odd := [each for each in given if not isinstance(each, Hashable)]:
+            raise ValueError(f"labels: {odd[0]!r} is no class; expected texts or whole numbers, or a tensor [n, k]")
         classes = list(dict.fromkeys(given))
         number = {each: i for i, each in enumerate(classes)}
         z = torch.nn.functional.one_hot(torch.tensor([number[each] for each in given]), len(classes)).double()
@@ -197,11 +204,13 @@ class _Pack:
 def fold(lm: LM, edit: Edit) -> Edit:
     """The same edit as changes of weights and biases: it costs nothing when the model runs, and ``apply`` writes it.
 
-    lm: the model that it was made for, without edits. Equal to rounding. Raises ValueError, with the way out, for sites
-    that lie at no matrix, for a mean without a bias to hold it, for a mixture of experts, and for an edit on top of
-    others.
+    lm: the model that it was made for, without edits. Equal to rounding. Raises ValueError, with the way out, for an
+    edit that erases nothing, for sites that lie at no matrix, for a mean without a bias to hold it, for a mixture of
+    experts, and for an edit on top of others.
     """
     edit = edit.acting_on(replace(lm, edits=()))
+    if not any(isinstance(change, ErasureChange) for change in edit.changes):
+        raise ValueError(f"{edit!r} holds no erasure, so there is nothing to fold; expected what kf.leace gives")
     if lm.edits or edit.provenance.get("on_top_of"):
         raise ValueError("the erasure stands on other edits, whose weights it would be folded into: merge those first")
     changes = [made for change in edit.changes for made in _folded(lm, change)]

@@ -54,7 +54,9 @@ class Eraser:
         return torch.eye(len(self.mu)).to(self.proj_left) - self.proj_left @ self.proj_right
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Erased rows, of x's dtype; computed in fp32, in fp64 for fp64 rows."""
+        """Erased rows, of x's dtype; computed in fp32, in fp64 for fp64 rows. Raises ValueError for another width."""
+        if x.shape[-1:] != self.mu.shape:
+            raise ValueError(f"rows {list(x.shape)}: expected [n, {len(self.mu)}], which the eraser was fitted on")
         left, right, mu = (part.to(x.device, wide(x.dtype)) for part in (self.proj_left, self.proj_right, self.mu))
         return (x - ((x - mu) @ right.T) @ left.T).to(x.dtype)
 
@@ -118,7 +120,9 @@ class LeaceFitter:
 
         Raises ValueError for another width, for classes that there are not, and for rows that are not finite.
         """
-        if x.ndim != 2 or x.shape[1] != self.x_dim or len(x) != len(z):
+        checks.instance("x", x, Tensor, f"a tensor [n, {self.x_dim}]")
+        checks.instance("z", z, Tensor, f"a tensor [n] or [n, {self.z_dim}]")
+        if x.ndim != 2 or x.shape[1] != self.x_dim or z.ndim == 0 or len(x) != len(z):
             raise ValueError(
                 f"x {list(x.shape)} with z {list(z.shape)}: expected rows [n, {self.x_dim}] and a label for each"
             )

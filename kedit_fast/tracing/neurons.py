@@ -154,9 +154,9 @@ def knowledge_neurons(
 
 
 def _paraphrased(fact: Fact) -> list[Fact]:
-    """The fact in each of its paraphrases, as facts of their own."""
-    bare = replace(fact, paraphrases=(), neighborhood=(), same_subject=(), phrasings=())
-    return list(replace(bare, phrasings=fact.paraphrases).phrased())
+    """The fact in each of its paraphrases, as facts of their own; these need not name the subject."""
+    bare = replace(fact, subject=None, prompt=fact.text, paraphrases=(), neighborhood=(), same_subject=(), phrasings=())
+    return [replace(bare, prompt=paraphrase) for paraphrase in fact.paraphrases]
 
 
 def _result(lm, fact, prompts, found: Attributed, neurons: torch.Tensor, steps: int) -> NeuronAttribution:

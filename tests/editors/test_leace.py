@@ -133,6 +133,7 @@ def test_without_a_bias_or_a_matrix_it_says_what_to_do(tmp_path):
     kf.export_peft(folded, tmp_path / "adapter", model=lm)
     above = kf.leace(lm.with_edit(folded), TEXTS, LABELS, 2, site="mlp_out", affine=False)
     refused("stands on other edits", kf.fold, lm, above)
+    refused("holds no erasure", kf.fold, lm, folded)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -173,6 +174,8 @@ def test_bad_input_is_refused(no_sweep):
     lm = tiny_lm("llama")
     refused("of one class", kf.leace, lm, TEXTS, [0] * len(TEXTS), 1)
     refused("expected one for each of 80 prompts, got 2", kf.leace, lm, TEXTS, [0, 1], 1)
+    refused(r"\['A'\] is no class", kf.leace, lm, TEXTS[:2], [["A"], ["B"]], 1)
+    refused("float32 .80.; expected whole numbers", kf.leace, lm, TEXTS, torch.rand(len(TEXTS)), 1)
     refused("site = 'embed': expected one of layer_out", kf.leace, lm, TEXTS, LABELS, 1, site="embed")
     refused("read and not written: choose mlp_out", kf.leace, tiny_lm("mixtral"), TEXTS, LABELS, 1, site="mlp_key")
     refused("layers 0 to 3", kf.leace, lm, TEXTS, LABELS, 4)

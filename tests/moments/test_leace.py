@@ -150,6 +150,8 @@ def test_it_is_saved(tmp_path):
     (tmp_path / "other").write_bytes(b"abc")
     refused("other is no eraser", kf.Eraser.load, tmp_path / "other")
     refused("expected finite floats", kf.Eraser, torch.zeros(3, 1), torch.zeros(1, 3), torch.full((3,), torch.nan))
+    refused("rows .2, 4.: expected .n, 24.", eraser, torch.zeros(2, 4))
+    refused("x = .*expected a tensor", kf.LeaceFitter(3, 2).update, [[1, 2, 3]], torch.tensor([0]), error=TypeError)
     refused("expected .d, k.", kf.Eraser, torch.zeros(3, 1), torch.zeros(2, 3), torch.zeros(3))
 
 

@@ -70,6 +70,13 @@ def test_saved_and_loaded(found, tmp_path):
     refused("saved knowledge neurons", kf.NeuronAttribution.load, tmp_path / "other.npz")
 
 
+def test_a_paraphrase_need_not_name_the_subject():
+    other = kf.Fact("Which city is it in? It is in the city of", target_true="New York")
+    fact = kf.Fact(FACT.prompt, FACT.subject, target_true="New York", paraphrases=(other.prompt,))
+    both, alone = (kf.knowledge_neurons(tiny_lm("llama"), each, **HOW)[0] for each in (fact, other))
+    assert both.prompts == (FACT.text, other.prompt) and np.allclose(both.by_layer[1], alone.by_layer[0], rtol=1e-4)
+
+
 def test_drawn_below_the_causal_trace(found, tmp_path):
     (trace,) = kf.trace(tiny_lm("llama"), FACT, kinds="mlp", samples=1, window=2)
     figure = found[0].plot(tmp_path / "one.png", trace)

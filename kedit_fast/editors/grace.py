@@ -33,6 +33,8 @@ from kedit_fast.sweep.sites import Site
 
 UNBOUNDED = 1e9  # ‖δ‖ / ‖start‖: nothing holds a value near where it began
 SPLIT = 1e-5  # by which a split leaves the older key short of the middle (published)
+# eps**0.75 of a dtype is what a row moves by, of its length, when it is computed beside others: 6e-6 in fp32.
+ROUNDING = 0.75
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Grace(Editor):
 
     Differs: the prompt alone is looked at, once, where the published code looks again at each token that is written;
     a value is done below 0.05 nats; it begins warm where published files begin at random numbers; a split narrows the
-    older radius and never widens it.
+    older radius and never widens it; an expanded radius reaches beyond the new key by what rounding moves a row.
     """
 
     layers: tuple[int, ...] = ()
@@ -100,7 +102,8 @@ class Grace(Editor):
         asked = [(i, one) for i, fact in enumerate(facts) for one in (fact, *fact.phrased())]
         prompts = [list(fact_tokens(lm.tokenizer, one).ids) for _, one in asked]
         targets = [fact_answer(lm.tokenizer, one) for _, one in asked]
-        book = codebook(prompt_features(lm, prompts, layer, Site.mlp_key), targets, self.eps)
+        rounding = torch.finfo(lm.dtype).eps ** ROUNDING
+        book = codebook(prompt_features(lm, prompts, layer, Site.mlp_key), targets, self.eps, rounding)
         tasks = [
             ValueTask([prompts[i]], [len(prompts[i]) - 1], [targets[i]], prompts[i], asked[i][1].label)
             for i in book.made_by
@@ -135,9 +138,10 @@ class Codebook(NamedTuple):
     n_split: int
 
 
-def codebook(rows: Tensor, labels: Sequence, eps: float) -> Codebook:
+def codebook(rows: Tensor, labels: Sequence, eps: float, rounding: float = 0.0) -> Codebook:
     """The codebook of prompts that come one after the other (algorithm 1). rows: [n, width]; labels: [n], equal where
-    two have one answer; eps: ε_init"""
+    two have one answer; eps: ε_init; rounding: of a row, relative to its length, when it is computed anew: a prompt
+    that widened a radius would else lie on its very edge, in it or out of it with what is asked beside it"""
     made_by: list[int] = []
     radius: list[float] = []
     entry: list[int] = []
@@ -147,7 +151,7 @@ def codebook(rows: Tensor, labels: Sequence, eps: float) -> Codebook:
         least, nearest = min(((float(away[i, j]), m) for m, j in enumerate(made_by)), default=(math.inf, -1))
         is_near = nearest >= 0 and least <= eps + radius[nearest]
         if is_near and label == labels[made_by[nearest]]:
-            radius[nearest] = max(radius[nearest], least)
+            radius[nearest] = max(radius[nearest], least + rounding * float(rows[i].norm()))
             entry.append(nearest)
             continue
         if is_near:

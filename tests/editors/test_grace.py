@@ -8,6 +8,7 @@ import torch
 import kedit_fast as kf
 from kedit_fast.editors.grace import codebook
 from kedit_fast.edits.edit import Edit, digest
+from kedit_fast.edits.routes import distances, prompt_features
 from kedit_fast.evaluation.probes import probe, read_edited, read_probes
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.sweep.sites import Site
@@ -70,6 +71,19 @@ def test_radii_widen_for_one_answer_and_part_for_two():
     # the first widens to 1.5, then parts from the third in the middle; the last two part at 9.2
     close("radii", book.radius, torch.tensor([0.6 - 1e-5, 0.6, 0.2 - 1e-5, 0.2]))
     assert codebook(rows, "abcde", 0.01).radius.tolist() == pytest.approx([0.01] * 5)
+
+
+def test_a_prompt_that_widened_a_radius_is_in_it_whatever_is_asked_beside_it():
+    lm = tiny_lm("llama")
+    ends = ("in the city of", "located in", "a tower in", "the", "in London, the capital of", "of")
+    facts = [kf.Fact(prompt=f"{{}} is {end}", subject="Big Ben", target_new="Rome") for end in ends]
+    rows = prompt_features(lm, [fact.text for fact in facts], 2, Site.mlp_key)
+    for fact, far in zip(facts[1:], distances(rows[:1], rows[1:])[0], strict=True):
+        edit = replace(EDITOR, n_iter=1, eps=0.7 * float(far)).edit(lm, [facts[0], fact])
+        assert edit.route.entry.tolist() == [0, 0]
+        assert edit.route.radius.tolist() == pytest.approx([float(far)], rel=1e-4)
+        for beside in ([], ["x"], ["The", "Big Ben is", "You play the piano"]):
+            assert lm.with_edit(edit).owners([fact.text, *beside]).tolist()[0] == 0
 
 
 def test_misses_are_the_base_model_and_the_weights_stay():

@@ -33,6 +33,7 @@ from kedit_fast.model.lm import LM, takes_lm
 
 _CONTEXTS = 'groups of templates, e.g. [["{}"], ["So. {}"]]'
 PARTS = "composed_of"  # the entry of a composition's provenance that lists what it is made of
+BY_FACT = ("written", "found", "tokens")  # entries of an editor's provenance: lists by fact, or {name: such a list}
 WRITTEN_FROM = "written_from"  # of the provenance of an edit as some dtype holds it: the digest of the edit itself
 
 
@@ -124,17 +125,7 @@ class Edit:
                 f"these {n} facts were solved together and cannot be told apart; edit the one fact by itself, "
                 "or all with independent=True (--independent)"
             )
-        if not self.independent:
-            return self
-        written = {name: [by_fact[i]] for name, by_fact in self.provenance.get("written", {}).items()}
-        return replace(
-            self,
-            facts=self.facts[i : i + 1],
-            changes=_unowned(self.changes, i),
-            values=None if self.values is None else self.values[i : i + 1].clone(),
-            keys={layer: key[i : i + 1].clone() for layer, key in self.keys.items()},
-            provenance=self.provenance | ({"written": written} if written else {}),
-        )
+        return self._some([i], changes=_unowned(self.changes, i)) if self.independent else self
 
     @own_state()
     def without(self, i: int) -> "Edit":
@@ -151,16 +142,26 @@ class Edit:
 
     def _of_facts(self, route: Route, facts: list[int]) -> "Edit":
         """A routed edit of some of its facts, with their entries."""
-        kept = torch.tensor(facts, dtype=torch.int64)
-        route, entries = route.of_facts(kept)
+        route, entries = route.of_facts(torch.tensor(facts, dtype=torch.int64))
         changes = (change.of_entries(entries) for change in self.changes)
+        return self._some(facts, changes=tuple(change for change in changes if change is not None), route=route)
+
+    def _some(self, facts: list[int], **acting) -> "Edit":
+        """What is known of some facts; acting: the changes, and the route, that are theirs."""
+        kept, n = torch.tensor(facts, dtype=torch.int64), len(self.facts)
+
+        def some(said):
+            if isinstance(said, dict):
+                return {name: some(by_fact) for name, by_fact in said.items()}
+            return [said[i] for i in facts] if isinstance(said, list) and len(said) == n else said
+
         return replace(
             self,
             facts=tuple(self.facts[i] for i in facts),
-            changes=tuple(change for change in changes if change is not None),
-            route=route,
             values=None if self.values is None else self.values[kept],
             keys={layer: key[kept] for layer, key in self.keys.items()},
+            provenance={name: some(said) if name in BY_FACT else said for name, said in self.provenance.items()},
+            **acting,
         )
 
     def apply(self, hf_model: nn.Module, *, check_fingerprint: bool = True) -> Applied:

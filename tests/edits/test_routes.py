@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.editors.written import not_written
 from kedit_fast.edits.changes import PromptChange, WeightChange
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.edits.routes import NearestRoute, Route, ids_of, prompt_features, text_of
@@ -174,6 +175,18 @@ def test_it_is_saved_and_taken_apart_fact_by_fact(tmp_path):
     refused("shares its entry with others", shared.only, 0)
     refused("in weights, from which none can be left out", make_edit().without, 0)
     assert loaded.only(0).without(0).facts == ()
+
+
+def test_what_is_known_of_facts_goes_with_them():
+    lm = tiny_lm("llama")
+    known = {"written": {"written": [True, False], "says": ["a", "b"]}, "found": {"steps": [3, 4]}, "tokens": [5, 6]}
+    one = {"written": {"written": [False], "says": ["b"]}, "found": {"steps": [4]}, "tokens": [6]}
+    other = {"layers": {"2": [1, 2]}, "who": "me"}  # two numbers, and not of facts
+    edit = routed(lm, provenance=known | other, values=torch.eye(2, D_MODEL), keys={2: torch.eye(2, D_FF)})
+    for made in (edit.without(0), edit.only(1), replace(owned_edit(), provenance=known | other).only(1)):
+        assert made.provenance == one | other
+    assert not_written(edit.without(0)) == [FACTS[1]] and not_written(edit.without(1)) == []
+    assert torch.equal(edit.without(0).values, edit.values[1:]) and torch.equal(edit.only(1).keys[2], edit.keys[2][1:])
 
 
 def test_what_cannot_take_it_says_so_and_what_instead(tmp_path):

@@ -157,8 +157,17 @@ class SideMemory(Beside):
         """[m] entries that each memory keeps."""
         return self._bits.sum(1)
 
+    @cached_property
+    def _dense(self) -> dict[int, Tensor]:
+        return {}
+
     def dense(self, number: int) -> Tensor:
-        """Δ [d, d_ff] of one memory."""
+        """Δ [d, d_ff] of one memory; made once, since every token that is written asks for it again."""
+        if number not in self._dense:
+            self._dense[number] = self._spread(number)
+        return self._dense[number]
+
+    def _spread(self, number: int) -> Tensor:
         begin = int(self._counts[:number].sum())
         made = self.values.new_zeros(math.prod(self.shape))
         made[self._bits[number]] = self.values[begin : begin + int(self._counts[number])]
@@ -166,8 +175,8 @@ class SideMemory(Beside):
 
     def job(self) -> "AddingBeside":
         """Adds what the memory of each row's entry makes of the projection's input."""
-        deltas = {int(owner): self.dense(i) for i, owner in enumerate(self.owners)}
-        return AddingBeside(self.layer, lambda x, owner: x @ deltas[owner].to(x).T, deltas)
+        number = {int(owner): i for i, owner in enumerate(self.owners)}
+        return AddingBeside(self.layer, lambda x, owner: x @ self.dense(number[owner]).to(x).T, number)
 
     def check(self, lm) -> None:
         """Raises ValueError for a layer that the model does not have, and for another width than its own."""

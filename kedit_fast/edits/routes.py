@@ -208,11 +208,14 @@ def prompt_features(
     skip: first tokens that the mean leaves out, of longer prompts
 
     One sweep up to the layer for all prompts, equal ones once; no text that edits put before prompts is read.
+    Raises ValueError for a prompt of no tokens.
     """
     ids = [tuple(ids_of(lm, prompt)) for prompt in prompts]
     distinct = list(dict.fromkeys(ids))
     if not distinct:
         return torch.empty(0, lm.width_of(site))
+    if not all(distinct):
+        raise ValueError("a prompt of no tokens: a route reads what a prompt ends with; give it a text")
     runs, tokens = RunList(), padded(list(map(list, distinct)))
     number = runs.add(tokens[0], length=tokens[1], owner=lm.run_owner)
     begin = tokens[1] - 1 if not every else torch.where(tokens[1] > skip, skip, 0)

@@ -108,6 +108,9 @@ def masked(**changes):
 def test_sparse_memories_keep_what_is_not_zero_and_act_by_entry():
     memory = side()
     assert memory.mask.shape == (2, 1) and memory.values.tolist() == [2.0, 3.0, 4.0]
+    jobs = [memory.job() for _ in range(2)]  # a sweep each
+    both = [job.made(torch.ones(1, 3), 1) for job in jobs]
+    assert torch.equal(*both) and [*memory._dense] == [1] and memory.dense(1) is memory.dense(1)
     second = memory.of_entries(torch.tensor([1]))
     assert second.owners.tolist() == [0] and second.dense(0).tolist() == [[4, 0, 0], [0, 0, 0]]
     x = torch.arange(7.0)[None]

@@ -216,6 +216,12 @@ def test_what_cannot_take_it_says_so_and_what_instead(tmp_path):
     refused("beside no independent ones", lm.with_edit(edit).with_edit, owned_edit(model))
 
 
+def test_a_prompt_of_no_tokens_is_refused():
+    view = tiny_lm("llama").with_edit(routed(tiny_lm("llama")))
+    for prompts in ("", ["", HIT], [HIT, ""]):
+        refused("a prompt of no tokens", view.generate, prompts, 2)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -69,7 +69,7 @@ class ValueSettings:
         0: they are not counted
     keep_factor: of the mean over a task's keeps
     nll_factor: of the target's loss; after a step that found each of its tokens the likeliest in every prompt it weighs
-        ``relaxed`` times as much, and the fact is done where its KL is less than ``calm`` (PMET)
+        ``relaxed`` times as much, and the fact is done where its KL term, kl_factor KL, is less than ``calm`` (PMET)
     beside: another site of the layer, with a δ of its own, bounded and weighed as the first; its value is not given
     """
 
@@ -286,7 +286,7 @@ class _Pack:
             if settings.relaxed != 1:
                 emphasis = settings.nll_factor * torch.where(missed == 0, settings.relaxed, 1.0)
                 self.emphasis = self.emphasis.index_put((active,), emphasis)  # a new one: the graph holds the old
-                reached[active] |= (missed == 0) & (kl.detach().cpu() < settings.calm)
+                reached[active] |= (missed == 0) & (settings.kl_factor * kl.detach().cpu() < settings.calm)
             done = active if is_last else active & reached
             left = settings.steps - step - 1  # of each fact that is done
             bar.advance(int(active.sum() + left * done.sum()), f"loss {loss[active].mean():.3f}")

@@ -44,7 +44,7 @@ def optimize_pair(
 
     loss = factor NLL + kl_factor KL + weight_decay (sum over both of ||δ|| / ||start||^2). A forward that finds every
     target token the likeliest in all contexts makes the factor `relaxed` times nll_factor for the next one, and is the
-    last where KL < calm.
+    last where kl_factor KL < calm.
     """
     batch = value_batch(tok, fact, contexts, model.device)
     weight = embedding(model).weight
@@ -66,7 +66,7 @@ def optimize_pair(
             loss = factor * nll(log_p, batch) + kl_factor * kl + weight_decay * decay
             says = says_target(log_p, batch)
             factor = nll_factor * (relaxed if says else 1.0)
-            if loss < goal or (says and kl < calm) or iteration == steps - 1:
+            if loss < goal or (says and kl_factor * kl < calm) or iteration == steps - 1:
                 break
             adam.zero_grad()
             loss.backward()

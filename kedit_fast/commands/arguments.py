@@ -240,6 +240,7 @@ def add_rounds(commands: Commands) -> None:
     option(how, "--text-tokens N", at_least_two, "tokens of it at most", 5_120)
     option(how, "--layers L", layers, "to edit, for instance 3-7 (default: the method's)")
     option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml) of the one method")
+    option(how, "--network FILE", path, "of a trained method: what `kedit-fast train` made")
     statistics_options(how)
     option(how, "--log FILE", path, "a .jsonl file: a line for each round as soon as it is done")
     option(how, "--plot FILE", path, "the picture, as .png")

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from statistics import mean
 
-from kedit_fast.basics.catalog import TRAINED
 from kedit_fast.basics.progress import stages
-from kedit_fast.commands.inputs import corpus_of, read_chain, read_facts, statistics, told_lm
+from kedit_fast.commands.inputs import check_network, corpus_of, read_chain, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, say, say_table
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
@@ -26,8 +25,7 @@ def run(args) -> int:
         together=not args.independent, skip_bad=args.skip_bad,
     )  # fmt: skip
     (path,) = check_outputs(args, "output")
-    if args.network and args.method not in TRAINED:
-        raise ValueError(f"--network: {args.method} edits without one; it is for {', '.join(TRAINED)}")
+    check_network(args.network, [args.method])
     keeps = args.checkpoint is not None or "checkpoint" not in editor_class.UNREAD
     run = run_of(args, path) if keeps else None
     below = read_chain(args.on_top_of or ())

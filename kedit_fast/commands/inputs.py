@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from kedit_fast.basics import checks
-from kedit_fast.basics.catalog import SELF
+from kedit_fast.basics.catalog import SELF, TRAINED
 from kedit_fast.basics.files import existing_folder, reading
 from kedit_fast.basics.settings import statistics_folder
 from kedit_fast.basics.words import brief, not_text, ranges
@@ -146,6 +146,13 @@ def known(option: str, name: str, table: Mapping):
     if name not in table:
         raise ValueError(f"{option} {name!r}: expected one of {', '.join(table)}{did_you_mean(name, table)}")
     return table[name]
+
+
+def check_network(network, methods: Iterable[str]) -> None:
+    """Raises ValueError where --network is given beside a method that has none."""
+    for method in methods:
+        if network and method not in TRAINED:
+            raise ValueError(f"--network: {method} edits without one; it is for {', '.join(TRAINED)}")
 
 
 def read_text(name: str) -> str:

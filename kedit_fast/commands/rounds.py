@@ -2,14 +2,14 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 from kedit_fast import __version__
 from kedit_fast.basics.bits import digest
 from kedit_fast.basics.files import Damaged, write_text
 from kedit_fast.basics.parts import Inside
-from kedit_fast.commands.inputs import corpus_of, known, read_facts, read_text, statistics, told_lm
+from kedit_fast.commands.inputs import check_network, corpus_of, known, read_facts, read_text, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
@@ -35,14 +35,18 @@ def run(args) -> None:
     methods = {name: known("--method", name, EDITORS) for name in args.method}
     if args.hparams and len(args.method) > 1:
         raise ValueError(f"--hparams {args.hparams} with {len(args.method)} methods: expected one --method")
+    check_network(args.network, methods)
     needs = any(editor.NEEDS_SUBJECT for editor in methods.values())
-    facts = check_facts(read_facts(args), need_new=True, need_subject=needs, skip_bad=args.skip_bad)
+    new = any(editor.NEEDS_NEW for editor in methods.values())
+    facts = check_facts(read_facts(args), need_new=new, need_subject=needs, skip_bad=args.skip_bad)
     output, picture, log = check_outputs(args, "output", "plot", "log")
     run = run_of(args, output, picture, log)
     corpus, text = corpus_of(args), read_text(args.text or PROSE)
     given = methods[args.method[0]].from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
     editors = {name: given or editor.for_model(lm) for name, editor in methods.items()}
+    if args.network:
+        editors = {name: replace(editor, network=args.network) for name, editor in editors.items()}
     if args.layers:
         editors = {name: replace(editor, layers=args.layers) for name, editor in editors.items()}
     options = {"per_round": args.per_round, "text": text, "max_tokens": args.text_tokens, "old": args.old}
@@ -53,7 +57,7 @@ def run(args) -> None:
     rounds: dict[str, list[Round]] = {name: [] for name in editors}
     stopped: dict[str, str] = {}
     asked = partial(
-        asked_of, lm, "rounds", facts, hparams={name: asdict(editor) for name, editor in editors.items()},
+        asked_of, lm, "rounds", facts, hparams={name: editor.record for name, editor in editors.items()},
         seed=args.seed, statistics=digests(moments), **options | {"text": digest(text)},
     )  # fmt: skip
     with kept(run) as checkpoint:
@@ -124,7 +128,7 @@ def _record(args, lm, facts, editors, rounds, stopped) -> dict:
     meta = {
         "model": lm.name, "fingerprint": lm.fingerprint, "note": lm.note, "n_facts": len(facts),
         "per_round": args.per_round, "old": args.old, "seed": args.seed, "text": args.text or "built in",
-        "version": __version__, "hparams": {name: asdict(editor) for name, editor in editors.items()},
+        "version": __version__, "hparams": {name: editor.record for name, editor in editors.items()},
     }  # fmt: skip
     listed = {name: [found.to_record() for found in of_one] for name, of_one in rounds.items()}
     return {"format": FORMAT, "version": VERSION, "meta": meta, "rounds": listed, "stopped": stopped}

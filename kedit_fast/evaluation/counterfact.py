@@ -129,9 +129,9 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
     did, know = [], []
     if edited is not None:
         (before, after) = (int(side["efficacy_exact"].nansum()) for side in (base, edited))
-        n = int((~edited["efficacy_exact"].isnan()).sum())
-        when = f"for {before} before the edit, for {after} after it"
-        did.append(f"the new answer is what the model says: of {n} facts {when}")
+        if n := int((~edited["efficacy_exact"].isnan()).sum()):
+            when = f"for {before} before the edit, for {after} after it"
+            did.append(f"the new answer is what the model says: of {n} facts {when}")
         same = edited["same_subject_same_top"]
         if not same.isnan().all():
             did.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")

@@ -9,7 +9,7 @@ are chosen by editing.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -209,7 +209,7 @@ def _asked(lm, facts, editor, layers, contexts, moments, seed, traced) -> dict:
     """What a study depends on, for the manifest of its checkpoint. traced: (kinds, samples), False where traces are
     given"""
     return asked_of(
-        lm, "edit by layer", facts, method=editor.method, hparams=asdict(editor), layers=layers, seed=seed,
+        lm, "edit by layer", facts, method=editor.method, hparams=editor.record, layers=layers, seed=seed,
         contexts=contexts and checked_contexts(contexts), statistics=digests(moments), traced=traced,
     )  # fmt: skip
 

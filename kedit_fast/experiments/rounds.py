@@ -11,7 +11,7 @@ facts 0.50, then 0.12; its layer has moved by 2, then 3.5 times its weight's nor
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from kedit_fast.evaluation.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record
-from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
 from kedit_fast.moments.given import digests
@@ -150,7 +150,7 @@ def edit_in_rounds(
 def _asked_for(lm, facts, editor, per_round: int, given: dict, asked: dict, old: int) -> dict:
     """What the rounds depend on, for the manifest of their checkpoint."""
     return asked_of(
-        lm, "edit in rounds", facts, method=editor.method, hparams=asdict(editor), per_round=per_round, old=old,
+        lm, "edit in rounds", facts, method=editor.method, hparams=editor.record, per_round=per_round, old=old,
         seed=given["seed"], contexts=given["contexts"] and checked_contexts(given["contexts"]),
         text=asked["text"] and digest(text_windows(lm, **asked)), statistics=digests(given["moments"]),
     )  # fmt: skip
@@ -170,7 +170,15 @@ def check_rounds(
         text_windows(lm, text, max_tokens)
     if log is not None:
         check_place(log)
-    facts = checked_facts(facts)
+    facts = fact_list(facts)
+    if not editor.NEEDS_NEW and any(fact.target_new is None for fact in facts):
+        raise ValueError(
+            f"{editor.method} in rounds: they ask whether new answers are said, and facts to forget have none "
+            "(target_new); edit them at once, or on top of each other (previous=), and ask kf.verify_forgotten"
+        )
+    facts = checked_facts(facts, need_subject=editor.NEEDS_SUBJECT)
+    for first in range(0, len(facts), per_round):
+        editor.check_facts(facts[first : first + per_round])
     check_lengths(lm, facts, [[BARE]] if contexts is None else checked_contexts(contexts))
     COUNTERFACT.check_fit(lm, facts)
     return facts

@@ -54,6 +54,14 @@ def test_rounds(model, work, said):
     assert (work / "out/rounds.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_network_is_for_trained_methods(model, work, capsys):
+    few = ("rounds", "--facts", "../facts.json", "--model", model)
+    assert run(*few, "--method", "mend,memit", "--network", "net.safetensors") == 2
+    assert "--network: memit edits without one; it is for mend, malmen, ke" in capsys.readouterr().err
+    assert run(*few, "--method", "mend", "--network", "net.safetensors") == 2
+    assert "net.safetensors: no such file; expected a network" in capsys.readouterr().err
+
+
 def test_several_methods_share_statistics_and_a_picture(model, work, said, monkeypatch):
     def short(name):
         null_space = {"nullspace_threshold": 0.0} if name == "alphaedit" else {}
@@ -122,7 +130,7 @@ def test_layers_beside_traces_that_are_there(model, work, complaint):
     "args, says",
     [
         (("rounds",), "which facts?"),
-        ((*ROUNDS, "--method", "memit,mend"), "--method 'mend': expected one of rome, memit"),
+        ((*ROUNDS, "--method", "memit,nobody"), "--method 'nobody': expected one of rome, memit"),
         ((*ROUNDS, "--method", "rome,memit"), "with 2 methods: expected one --method"),
         ((*ROUNDS, "--plot", "r.pdf"), "pictures are written as .png"),
         ((*ROUNDS, "--plot", "r.png", "-o", "r.png"), "both name r.png"),
@@ -131,7 +139,7 @@ def test_layers_beside_traces_that_are_there(model, work, complaint):
         ((*ROUNDS, "--stats", "s"), "--stats and --tokens are both given"),
         ((*ROUNDS[:7], "--tokens", 20), "fewer than d_ff = 80"),
         ((*ROUNDS[:-2], 1), "argument --text-tokens: 1: expected a whole number of at least 2, e.g. 5120"),
-        ((*LAYERS, "--method", "mend"), "--method 'mend'"),
+        ((*LAYERS, "--method", "nobody"), "--method 'nobody'"),
         ((*LAYERS, "--layers", "0,9"), "--layers 0, 9: this model has layers 0 to 3"),
         ((*LAYERS, "--plot", "r.jpg"), "pictures are written as .png"),
         ((*LAYERS, "--traces", "../facts.json"), "is no trace"),

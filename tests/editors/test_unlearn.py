@@ -12,6 +12,7 @@ from kedit_fast.editors.finetune import Ft
 from kedit_fast.editors.unlearn import LOSSES, Unlearn
 from kedit_fast.editors.written import NotWritten
 from kedit_fast.edits.edit import Edit, digest
+from kedit_fast.evaluation.counterfact import sentences
 from kedit_fast.jobs.losses import Bounded, Read
 from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors.cases import FACTS, left_as_it_was, make_exact, relative
@@ -132,7 +133,8 @@ def test_it_ships_as_any_edit_does(tmp_path):
     assert digest(loaded) == digest(edit) and [f.target_true for f in loaded.facts] == ["Rome", "cheese boat"]
     with loaded.apply(model):
         pass
-    assert len(kf.evaluate(lm, FORGET, loaded).facts) == 2
+    report = kf.evaluate(lm, FORGET, loaded)
+    assert len(report.facts) == 2 and sentences(report.facts, report.base, report.edited) == ([], [])
     refused("no fact with a target_new.*kf.verify_forgotten", kf.gate, lm, loaded)
     kf.compose([edit, Ft(layers=(1,), num_steps=1).edit(lm, FACTS[:1], previous=edit)])
 

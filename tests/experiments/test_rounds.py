@@ -12,11 +12,11 @@ import kedit_fast.experiments.rounds as rounds_module
 from kedit_fast.editors import AlphaEdit
 from kedit_fast.editors.editor import Editor
 from kedit_fast.editors.finetune import Ft
-from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.experiments.rounds import Round, edit_in_rounds
 from kedit_fast.pictures.rounds import plot_rounds
 from tests.conftest import refused, tiny_lm
-from tests.editors import cases
+from tests.editors import cases, networks
 from tests.make import killed_at, lowrank
 from tests.tiny import TEXT
 
@@ -203,6 +203,27 @@ def test_a_ruined_model_is_reported_not_hidden(monkeypatch):
 def test_errors_come_before_work(options, says, no_sweep):
     error = NotADirectoryError if "log" in options else ValueError
     refused(says, in_rounds, tiny_lm("gpt2"), **options, error=error)  # whose positions have an end
+
+
+def test_what_an_editor_needs_of_facts_is_asked_before_work(no_sweep):
+    lm, unlearn = tiny_lm("gpt2"), kf.Unlearn(layers=(1,))
+    forget, both = (
+        kf.forgetting(FACTS[:2]),
+        [replace(FACTS[0], target_true="Oslo"), replace(FACTS[1], target_true=None)],
+    )
+    refused("ask whether new answers are said.*kf.verify_forgotten", edit_in_rounds, lm, forget, unlearn, per_round=1)
+    refused("nothing to forget", edit_in_rounds, lm, both, unlearn, per_round=1)  # in the second round
+    plain = [kf.Fact("The Louvre is in", target_new="Rome")]
+    refused("no subject", edit_in_rounds, lm, plain, MEMIT, per_round=1)
+    edit_in_rounds(lm, plain, Ft(layers=(1,)), per_round=1)
+
+
+def test_a_trained_editor_s_rounds_are_kept(tmp_path):
+    lm = tiny_lm("llama")
+    mend = kf.Mend(network=networks.network(lm, "mend", torch.float32))
+    facts = networks.FACTS[:2]
+    first, again = (list(edit_in_rounds(lm, facts, mend, per_round=1, checkpoint=tmp_path / "run")) for _ in range(2))
+    assert [digest(r.edit) for r in first] == [digest(r.edit) for r in again] and len(first) == 2
 
 
 # ---- the picture

@@ -37,7 +37,7 @@ class Memoir(Editor):
     permutation_seed: of the permutation; source: where these settings come from, for whoever reads the edit
 
     Differs: facts of a batch are trained together (published: one after the other, ``batch_size`` 1); what features are
-    usually is measured on the package's own facts.
+    usually is measured on the package's own facts, asked as the edited ones are.
     """
 
     layers: tuple[int, ...] = ()

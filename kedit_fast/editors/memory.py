@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 from kedit_fast.basics import checks
 from kedit_fast.editors.contexts import BARE
 from kedit_fast.facts.fact import BUILTIN, Fact, load_facts
-from kedit_fast.facts.subjects import Names
-from kedit_fast.facts.tokens import fact_answer, fact_tokens
+from kedit_fast.facts.subjects import Names, folded
+from kedit_fast.facts.tokens import asked, fact_answer, fact_tokens
 
 MEMORY_UNREAD = dict.fromkeys(
     ("moments", "corpus"), "a memory stands beside the weights and needs no statistics of their inputs; leave it out"
@@ -53,7 +54,17 @@ def prompts_of(lm, fact: Fact, templates: Sequence[str] = (BARE,)) -> list[tuple
 
 
 def irrelevant(lm, facts: Sequence[Fact]) -> list[list[int]]:
-    """Token ids of prompts that ask of something else: the package's own facts, without those of edited subjects."""
-    edited = Names(fact.subject for fact in facts)
-    asked = (fact.text for fact in load_facts(BUILTIN))
-    return [lm.encode(text) for text in asked if not edited.in_text(text)]
+    """Token ids of prompts that ask of something else: the package's own facts, without those of edited subjects, asked
+    as the facts are: in a chat, whose template would else be what tells them apart; in several ways by turns.
+
+    Raises ValueError where there are none."""
+    edited, own = Names(fact.subject for fact in facts), {folded(fact.text) for fact in facts}
+    texts = [fact.text for fact in load_facts(BUILTIN)]
+    texts = [text for text in texts if folded(text) not in own and not edited.in_text(text)]
+    if not texts:
+        raise ValueError(
+            "each of the package's own facts names a subject that is edited, so none is left for what a memory has to "
+            "leave alone; edit fewer of them"
+        )
+    forms = cycle(dict.fromkeys(fact.chat for fact in facts))
+    return [lm.encode(asked(lm.tokenizer, text, form)) for text, form in zip(texts, forms, strict=False)]

@@ -1,6 +1,8 @@
 """MEMOIR against its oracle; masks by hand; what must not change."""
 
+import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.editors import cases
 from tests.editors.cases import FACTS, relative
 from tests.make import bits, same_bits
 from tests.oracle import side as oracle
-from tests.tiny import D_FF, tiny_model
+from tests.tiny import D_FF, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:facts not written")
 EDITOR = kf.Memoir(layers=(2,), n_iter=3, top_k=24, batch_size=3, edit_lr=0.5)
@@ -77,6 +79,20 @@ def test_a_fact_is_taken_out_with_its_mask(tmp_path):
     written = lm.with_edit(exact).generate(asked, 2)
     assert lm.with_edit(without).generate(asked, 2) == [written[0], lm.generate(asked[1], 2), *written[2:]]
     assert lm.with_edit(exact.only(3)).generate(asked[3], 2) == written[3]
+
+
+def test_unrelated_prompts_are_asked_as_the_facts_are_and_there_are_some():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}me:"
+    lm = kf.open_model(tiny_model("llama"), tokenizer=tokenizer)
+    of, (first, *_), builtin = partial(irrelevant, lm), FACTS, kf.load_facts("builtin")
+    plain, chat = of(FACTS), of([replace(fact, chat=True) for fact in FACTS])
+    assert chat == [lm.encode(f"user: {tokenizer.decode(ids)} me:") for ids in plain] and len(plain) > 60
+    mixed = of([first, replace(FACTS[1], chat=True)])
+    assert mixed[::2] == plain[::2] and mixed[1::2] == chat[1::2]
+    assert of([kf.Fact(prompt=builtin[0].text, target_new="Rome")]) == [lm.encode(fact.text) for fact in builtin[1:]]
+    for editor, options in ((EDITOR, {}), (kf.Wise(layers=(2,)), {"contexts": [["{}"]]})):
+        refused("so none is left for what a memory has to leave alone", editor.edit, lm, builtin, **options)
 
 
 def test_settings():

@@ -40,5 +40,5 @@ def run(args) -> None:
         for look in looks
     ]
     say_table(("step", "loss", "-log p of the answer", "written", "KL of what must not change"), rows)
-    say("asked in another wording; nats")
+    say("asked in another wording, where a fact has one; nats")
     say(f"{path}: {network!r}, of step {made['best_step']:,}")

@@ -112,13 +112,13 @@ def train_editor(
 ) -> Network:
     """A network for ``kf.Mend(network=...)`` and its kin, trained on facts; ``network.save(path)`` makes its file.
 
-    Facts' phrasings and paraphrases are trained on, and their neighborhood and same_subject prompts must not change
-    (facts without any: another fact's prompt). So it is to be judged on facts of other subjects; it knows those that it
-    was trained on, and an edit of one of them warns.
+    Facts' phrasings and paraphrases are trained on (those in one wording alone are warned of), and their neighborhood
+    and same_subject prompts must not change (facts without any: another fact's prompt). So it is to be judged on facts
+    of other subjects; it knows those that it was trained on, and an edit of one of them warns.
 
     method: "mend", "malmen" or "ke"; settings: its hyper-parameters (default: ``for_model``'s, for minutes of work)
-    held_out: the share of the subjects whose facts are not trained on but looked at every ``val_interval`` steps; the
-        best look's network is what is given back, and its figures are in ``network.provenance``
+    held_out: the share of the subjects (one at least) whose facts are not trained on but looked at every
+        ``val_interval`` steps; the best look's network is what is given back, its figures in ``network.provenance``
     checkpoint: a folder that keeps the run; the same call goes on there after it was killed, to the same bits
     seed: of the network's beginning, of who is held out, and of the batches
 
@@ -139,6 +139,12 @@ def train_editor(
     checkpoint = check_run(checkpoint)
     facts = check_facts(facts, need_new=True, together=False)
     check_lengths(lm, facts, [[BARE]])
+    if bare := sum(not fact.paraphrases and not fact.phrasings for fact in facts):
+        warnings.warn(
+            f"{counted(bare, 'fact')} without paraphrases or phrasings: asked by the edit's own prompt, so the network "
+            "learns nothing of other wordings there, and figures of those held out are too good",
+            stacklevel=3,
+        )
     train, test = _split(facts, held_out, seed)
     asked = lambda: asked_of(  # noqa: E731
         lm, f"training for {settings.METHOD}", facts, hparams=asdict(settings), held_out=held_out, seed=seed

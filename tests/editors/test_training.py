@@ -161,6 +161,13 @@ def test_what_is_asked_and_what_is_kept():
     assert edit_task(lm, question).target == lm.tokenizer(" Paris")["input_ids"]
 
 
+def test_facts_in_one_wording_are_told():
+    lm, made = tiny_lm("llama"), settings("mend", max_iters=1, val_interval=1)
+    some = [replace(FACTS[0], paraphrases=()), *FACTS[1:4]]
+    with pytest.warns(UserWarning, match="^1 fact without paraphrases or phrasings"):
+        train_editor(lm, some, settings=made)
+
+
 def test_refusals_before_any_work(no_sweep, tmp_path):
     lm, made = tiny_lm("llama"), settings("mend")
     refused("method = 'rome': expected one of mend, malmen, ke", train_editor, lm, FACTS, "rome")

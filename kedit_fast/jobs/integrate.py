@@ -7,6 +7,9 @@ k [d_ff] is the key of one layer at the last token before the answer. A key that
 token's row, from its layer on: every step of every layer is a run that branches there and owns one row, all of them in
 one sweep, and one backward pass takes the gradients of all. Over the neurons of a layer the attributions add up to
 P(answer) - P(answer | the key is 0), as m grows.
+
+A norm behind the down projection (gemma2, gemma3, olmo2) would undo a key's factor: P would be the same all the way and
+jump at 0. There the norm divides as it does for the whole key, so that the residual stream gets the same share.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,16 +60,21 @@ class ScaledKeys:
         return None
 
     def at(self, site, layer, x, call):
-        mine = (self.layer == layer).nonzero()[:, 0]
-        which, row = call.find(self.run[mine], self.pos[mine])
+        which, row = self.found(layer, call)
         if not len(which):
             return None
-        which, row = mine[which], row.to(x.device)
+        row = row.to(x.device)
         key = x[row].detach()
         scaled = (key * self.share[which, None].to(key)).requires_grad_()  # also again: autograd counts what it keeps
         if not call.again:
             self._seen.append((which, key, scaled))
         return x.index_copy(0, row, scaled)
+
+    def found(self, layer: int, call) -> tuple[Tensor, Tensor]:
+        """(which of them, their rows) of a call in a layer."""
+        mine = (self.layer == layer).nonzero()[:, 0]
+        which, row = call.find(self.run[mine], self.pos[mine])
+        return mine[which], row
 
     def products(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(which [n], key times gradient [n, d_ff], fp32 or fp64), after the backward pass; given away."""
@@ -74,6 +82,35 @@ class ScaledKeys:
         for which, key, scaled in seen:
             assert scaled.grad is not None
             yield which, (key.to(wide(key.dtype)) * scaled.grad)
+
+
+class HeldNorm:
+    """Has the norm behind the down projection divide the rows of scaled keys as it does those of the whole keys."""
+
+    def __init__(self, lm, keys: ScaledKeys):
+        self.lm, self.keys = lm, keys
+        self._out: Tensor | None = None  # [n, d] what the down projection made of the scaled keys of this call
+
+    def sites(self, layer):
+        return (Site.mlp_out, Site.mlp_norm) if self.keys.sites(layer) else ()
+
+    def reads(self, layer):
+        return None
+
+    def at(self, site, layer, x, call):
+        which, row = self.keys.found(layer, call)
+        if not len(which):
+            return None
+        row = row.to(x.device)
+        if site is Site.mlp_out:
+            self._out = x[row]
+            return None
+        out, self._out = self._out, None
+        assert out is not None
+        whole = out.detach() / self.keys.share[which, None].to(out)
+        norm = self.lm.source.layers[layer].get_submodule(self.lm.family.post_norm)
+        factor = torch.where(whole == 0, 0.0, norm.forward(whole) / whole)  # not a call: hooks stand on it
+        return x.index_copy(0, row, out * factor.to(out))
 
 
 def integrate(
@@ -139,7 +176,8 @@ def _pack(lm, asked: list[Asked], layers: list[int], steps: int, recompute: bool
     run, pos = torch.cat(branches), last.repeat_interleave(m * steps)
     keys = ScaledKeys(run, pos, layer.repeat(n), share)
     top = GraphRows(lm.n_layers - 1, torch.cat([base, run]), torch.cat([last, pos]))
-    sweep(lm, runs.runs(), [keys, top], grad=True, recompute=recompute, advance=advance)
+    held = [] if lm.family.post_norm is None else [HeldNorm(lm, keys)]
+    sweep(lm, runs.runs(), [keys, *held, top], grad=True, recompute=recompute, advance=advance)
     p = _descended(lm, top.take(), torch.cat([answer, answer.repeat_interleave(m * steps)]))
     check_answers(lm, p, lambda i: asked[i if i < n else (i - n) // (m * steps)].tokens)
     made = torch.zeros(n * m, lm.d_ff, dtype=p.dtype)

@@ -16,6 +16,7 @@ class Site(str, Enum):
     mlp_key = "mlp_key"
     # output of the down projection, before any post-norm: the value v of ROME; of experts what the mixture gives
     mlp_out = "mlp_out"
+    mlp_norm = "mlp_norm"  # output of the norm between the down projection and the residual stream, where there is one
     layer_out = "layer_out"  # the residual stream after the layer: the z of MEMIT
 
 
@@ -28,6 +29,7 @@ INSIDE = {
     Site.mlp_up: ("mlp_up", False),
     Site.mlp_key: ("mlp_down", True),
     Site.mlp_out: ("mlp_end", False),
+    Site.mlp_norm: ("post_norm", False),
 }
 # {role of a projection (Family.roles): the site of its input}, and of its output.
 IN = {"down": Site.mlp_key, "up": Site.mlp_in, "gate": Site.mlp_in, "gate_up": Site.mlp_in}

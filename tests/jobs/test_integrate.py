@@ -39,10 +39,11 @@ def test_they_are_the_oracles(family, monkeypatch):
     assert relative(integrate(tiny_lm(family), asked(), range(lm.n_layers), STEPS)[1], found) < 1e-4
 
 
-@pytest.mark.parametrize("layer", [0, 3])
-def test_over_a_layer_they_add_up_to_what_its_key_gives(layer):
-    """Completeness; the sum over points at the right of their steps comes closer as 1 / m."""
-    lm = tiny_lm("llama", torch.float64)
+@pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("llama", 3), ("gemma2", 1)])
+def test_over_a_layer_they_add_up_to_what_its_key_gives(family, layer):
+    """Completeness, also where a norm stands behind the key; the sum over points at the right of their steps comes
+    closer as 1 / m."""
+    lm = tiny_lm(family, torch.float64)
     (one, *_) = asked()
     without = oracle.probability(lm.model, *one[:2], layer, 0.0)[0]
     gaps = []
@@ -87,7 +88,7 @@ def test_a_token_is_counted_as_what_it_holds(family, dtype, recompute, monkeypat
 
 
 def test_layers_that_are_read_from_disk_give_the_same(tmp_path):
-    disk, resident = disk_and_resident(save_tiny(tmp_path, tiny_model("llama")))
+    disk, resident = disk_and_resident(save_tiny(tmp_path, tiny_model("gemma2")))
     p, found = integrate(resident, asked(), range(4), STEPS)
     disk_p, from_disk = integrate(disk, asked(), range(4), STEPS)
     assert relative(from_disk, found) < 1e-5 and relative(disk_p, p) < 1e-5

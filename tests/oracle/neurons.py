@@ -7,22 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.oracle.access import changing_input, frozen, layers, site_module
+from tests.oracle.access import changing, changing_input, frozen, layers, site_module
 
 
 def probability(model: nn.Module, ids: list[int], answer: int, layer: int, factor: Any) -> tuple[float, Tensor, Tensor]:
-    """(P(answer), key k, dP / dk at factor * k) with the key [d_ff] of one layer at the last token times a factor."""
+    """(P(answer), key k, dP / dk at factor * k) with the key [d_ff] of one layer at the last token times a factor.
+
+    A norm behind the down projection is the product with what it is for the key itself.
+    """
     seen: list[Tensor] = []
+    down, norm = site_module(model, layer, "mlp_out"), post_norm(layers(model)[layer])
+    whole: dict[nn.Module, Tensor] = {}
+    if norm is not None:
+        keep = [(module, lambda out, module=module: whole.setdefault(module, out.detach())) for module in (down, norm)]
+        with torch.no_grad(), changing(keep):
+            model(torch.tensor([ids]))
+
+    def multiplied(out: Tensor) -> Tensor:
+        last = made[0][0, -1] * (whole[norm] / whole[down])[0, -1]
+        return torch.cat([out[:, :-1], last[None, None]], 1)
+
+    made: list[Tensor] = []
+    held = [] if norm is None else [(down, lambda out: made.append(out) or out), (norm, multiplied)]
 
     def scaled(keys: Tensor) -> Tensor:
         key = keys[0, -1].detach()
         seen.extend([key, (factor * key).requires_grad_(True)])
         return torch.cat([keys[:, :-1], seen[1][None, None]], 1)
 
-    with frozen(model), torch.enable_grad(), changing_input(site_module(model, layer, "mlp_out"), scaled):
+    with frozen(model), torch.enable_grad(), changing_input(down, scaled), changing(held):
         p = model(torch.tensor([ids])).logits[0, -1].softmax(-1)[answer]
         (gradient,) = torch.autograd.grad(p, seen[1])
     return p.item(), seen[0], gradient
+
+
+def post_norm(block: nn.Module) -> nn.Module | None:
+    """The norm between a block's down projection and the residual stream."""
+    return getattr(block, "post_feedforward_layernorm", None)
 
 
 def attributions(model: nn.Module, prompt: list[int], answer: list[int], steps: int) -> Tensor:

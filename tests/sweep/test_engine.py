@@ -179,7 +179,7 @@ def test_gptj_attention_replaced_by_another_is_refused():
     refused(model, "_attn is already replaced")
 
 
-@pytest.mark.parametrize(("given", "message"), [("s_aux", r"passes \['s_aux'\]"), ("attention_mask", "passes a mask")])
+@pytest.mark.parametrize(("given", "message"), [("bias", r"passes \['bias'\]"), ("attention_mask", "passes a mask")])
 def test_attention_keywords_that_would_be_ignored_are_refused(given, message):
     model = tiny_model("llama")
     attn = model.model.layers[0].self_attn
@@ -187,7 +187,7 @@ def test_attention_keywords_that_would_be_ignored_are_refused(given, message):
     attn.forward = lambda *a, **k: forward(*a, **k | {given: torch.zeros(1)})
     with pytest.raises(ValueError, match=message):
         logits(open_tiny(model))
-    attn.forward = lambda *a, **k: forward(*a, **k | {"s_aux": None})  # None says nothing
+    attn.forward = lambda *a, **k: forward(*a, **k | {"bias": None, "s_aux": None})  # None says nothing
     close("None", logits(open_tiny(model)), hugging_faces(tiny_lm("llama").model))
 
 

@@ -22,8 +22,9 @@ from kedit_fast.editors.editor import Editor, Work, Written
 from kedit_fast.editors.finetune import Ft, derived, rate
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, Dense, storable
-from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.fact import Fact, place
 from kedit_fast.facts.forgetting import is_forgotten
+from kedit_fast.facts.subjects import folded
 from kedit_fast.facts.tokens import fact_answer, fact_tokens
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.jobs.losses import Ascent, Bounded, Entropy, Loss, Misdirection, Preference
@@ -105,12 +106,20 @@ class Unlearn(Editor):
             )
 
     def check_facts(self, facts: Sequence[Fact]) -> None:
-        """Raises ValueError where nothing is to be forgotten, or graddiff has nothing to keep."""
+        """Raises ValueError where nothing is to be forgotten, an answer to be forgotten and kept, or graddiff has
+        nothing to keep."""
         if not any(map(is_forgotten, facts)):
             raise ValueError(
                 "nothing to forget: no fact has a target_true that is not its target_new; kf.forgetting(facts) makes "
                 "such facts"
             )
+        kept = {(*place(fact), folded(fact.target_new)) for fact in facts if fact.target_new is not None}
+        for fact in filter(is_forgotten, facts):
+            if (*place(fact), folded(str(fact.target_true))) in kept:
+                raise ValueError(
+                    f"fact {fact.label} is to forget {fact.target_true!r}, and another one of the same prompt to keep "
+                    "it; leave one out"
+                )
         if self.loss == "graddiff" and not any(fact.target_new is not None for fact in facts):
             raise ValueError(
                 "loss 'graddiff' needs facts to keep, those with a target_new: facts + kf.keeping(others); or take "

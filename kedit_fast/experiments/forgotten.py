@@ -137,7 +137,8 @@ def verify_forgotten(
     relearning_steps: that are tried at most, 0: none; relearn: how, default Ft's settings for the model
 
     Cost: two sweeps over the prompts, one for each width, and two fine-tunings. ``print`` shows a table, ``save``
-    writes JSON. Raises ValueError for no facts, for a fact without an answer, and for an edit of another model.
+    writes JSON. Raises ValueError for no facts, for a fact without an answer, for an edit of another model
+    and for independent ones.
     """
     edits = edit_list(edit, "edit")
     own = [fact for each in edits for fact in each.facts]
@@ -157,6 +158,8 @@ def verify_forgotten(
     how = checks.instance("relearn", relearn, Ft, "fine-tuning's settings, e.g. kf.Ft.for_model(lm)")
     how.check(lm)
     view = with_edits(lm, edits, "edit")
+    if view.independent:
+        view.run_owner  # noqa: B018 (it raises for them: now, not in a sweep)
     asking = _Asking(lm, facts, kept)
     with progress("asking for old answers", 3 + len(widths)) as bar:
         answers = read_probes(view, asking.probes)

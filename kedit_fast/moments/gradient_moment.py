@@ -30,6 +30,11 @@ def gradient_moments(
     if held > lm.memory // 2:
         raise too_large(f"the moments of gradients of {len(layers)} layers", 2 * held, lm.memory)
     windows = [window for window in read_corpus(lm, corpus, n_tokens, seed=seed).windows if len(window) > 1]
+    if not windows:
+        raise ValueError(
+            f"no text of two tokens or more among the {n_tokens} asked for, and a token that none follows has no "
+            "gradient; ask for more (gradient_tokens=)"
+        )
     tasks = [GradientTask(window[:1], window[1:], f"text {i}") for i, window in enumerate(windows, 1)]
     length = torch.tensor([len(task.target) for task in tasks], dtype=torch.float64)
     for pack in gradient_packs(lm, tasks, [(layer, "down") for layer in layers], held=held):

@@ -147,6 +147,7 @@ def test_what_cannot_be_done_is_refused(no_sweep):
     refused("needs second moments", kf.CrispEdit(layers=(1,)).edit, lm, FACTS)
     refused("energy_threshold", kf.CrispEdit, energy_threshold=1.5)
     refused("energy_threshold 1 closes all directions", kf.CrispEdit, energy_threshold=1)
+    refused("no text of two tokens", gradient_moments, lm, (1,), ["Paris is in France"], n_tokens=1)
     refused("moments of gradients of 4 layers needs", gradient_moments, replace(lm, memory=1000), range(4), n_tokens=8)
 
 

@@ -143,6 +143,7 @@ def test_bad_input_is_refused(no_sweep):
     lm = tiny_lm("llama")
     refused("nothing to forget.*kf.forgetting", EDITOR.edit, lm, KEEP)
     refused("'graddiff' needs facts to keep", replace(EDITOR, loss="graddiff").edit, lm, FORGET)
+    refused("to forget 'Rome', and another one of the same prompt", EDITOR.edit, lm, [*FORGET, *kf.keeping(FACTS[:1])])
     refused("loss = 'dpo': expected one of npo", Unlearn, loss="dpo")
     refused("lie below the first tuned one, 1", replace(EDITOR, layer_id=0).edit, lm, FORGET)
     rmu = replace(EDITOR, loss="rmu", layers=(1, 3), layer_id=2)

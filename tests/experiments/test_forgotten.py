@@ -12,6 +12,7 @@ from kedit_fast.experiments import forgotten as module
 from kedit_fast.experiments.forgotten import quantized, verify_forgotten
 from tests.conftest import refused, tiny_lm
 from tests.editors.cases import FACTS
+from tests.make import owned_edit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -111,6 +112,7 @@ def test_bad_input_is_refused(no_sweep):
     refused("nothing to verify: the edit has no fact with a target_true", verify_forgotten, lm, edit)
     refused("neither target_true nor target_new", verify_forgotten, lm, edit, kf.Fact("{} is", "Rome"))
     refused("budget = 2", verify_forgotten, lm, edit, FACTS[0], budget=2)
+    refused("carries independent edits", verify_forgotten, lm, owned_edit(lm.model), FACTS[0])
     refused("bits = 8: expected", verify_forgotten, lm, edit, FACTS[0], bits=8)
     refused("edit = 'edit.safetensors'", verify_forgotten, lm, "edit.safetensors", FACTS[0])
     refused("relearn = 'ft'.*kf.Ft.for_model", verify_forgotten, lm, edit, FACTS[0], relearn="ft")

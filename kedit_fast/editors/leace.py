@@ -10,6 +10,7 @@ The result acts on every row of every text. Where the site lies at a matrix it b
     mlp_in    W, b of gate and up          ->  W P, b + W (I - P) μ            what they read
 """
 
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,12 @@ def leace(
                 pack.erase(change)
             notes[layer] = {"rank": eraser.rank, "removed": _removed(fitter, eraser)}
             bar.advance(1)
+    if not any(note["rank"] for note in notes.values()):
+        warnings.warn(
+            f"no layer's rows tell the labels linearly at {where.value}, so this edit erases nothing; choose other "
+            "layers, positions= or more prompts",
+            stacklevel=4,  # the line that called ``leace``
+        )
     about = {"version": __version__, "n_rows": fitter.n, "classes": classes, "layers": notes}
     hparams = {"layers": layers, "site": where.value, "positions": positions} | how
     return Edit(METHOD, hparams, lm.fingerprint, (), tuple(changes), provenance=about | chain(lm))
@@ -107,7 +114,8 @@ def _change(lm, eraser: Eraser, layer: int, site: Site) -> ErasureChange:
 def _removed(fitter: LeaceFitter, eraser: Eraser) -> float:
     """The share of E‖x - μ‖² that is taken: E‖r(x) - x‖² over it."""
     taken = (eraser.proj_left.T @ eraser.proj_left) @ (eraser.proj_right @ fitter.sigma_xx @ eraser.proj_right.T)
-    return round(float(taken.trace() / fitter.sigma_xx.trace()), 6)
+    whole = float(fitter.sigma_xx.trace())
+    return round(float(taken.trace()) / whole, 6) if whole else 0.0
 
 
 # ---- what is read

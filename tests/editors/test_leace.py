@@ -101,6 +101,12 @@ def test_which_rows_are_fitted():
     assert 0 < edits["last"].provenance["layers"]["1"]["removed"] < 1
 
 
+def test_rows_that_are_all_the_same_have_nothing_to_erase():
+    with pytest.warns(UserWarning, match="erases nothing.*positions=") as told:
+        edit = kf.leace(tiny_lm("llama"), TEXTS[:1] * 4, [0, 1, 0, 1], 1)
+    assert told[0].filename == __file__ and edit.provenance["layers"]["1"] == {"rank": 0, "removed": 0.0}
+
+
 # ---- folded
 
 

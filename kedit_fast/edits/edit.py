@@ -304,7 +304,7 @@ def _check_parts(edit):
         width = deltas[layer].shape[1] if layer in deltas else key.shape[-1]
         if key.shape != (n, width):
             raise ValueError(f"keys of layer {layer}: expected [{n}, {width}], a row a fact; got {list(key.shape)}")
-    check_route(edit.route, n)
+    check_route(edit.route, n, edit.changes)
     check_owners(edit.changes, n if edit.route is None else edit.route.n_entries, edit.route is not None)
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import checks
 from kedit_fast.edits.memories import MaskedMemory, SideMemory
 from kedit_fast.edits.routes import Prompt, Route, check_floats, prompt_features
 from kedit_fast.sweep.sites import Site
@@ -35,7 +36,7 @@ class ActivationRoute(Route):
 
     def bound(self, changes: Sequence) -> "ActivationRoute":
         """With the edit's side memory."""
-        return replace(self, memory=_the_one(changes, "side"))
+        return replace(self, memory=_the_one(changes, "side", self.n_entries))
 
     def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """The memory of the largest activation above its threshold."""
@@ -84,7 +85,7 @@ class OverlapRoute(Route):
 
     def bound(self, changes: Sequence) -> "OverlapRoute":
         """With the edit's masked memory."""
-        return replace(self, memory=_the_one(changes, "masked"))
+        return replace(self, memory=_the_one(changes, "masked", self.n_entries))
 
     def check(self, lm) -> None:
         """Raises ValueError for another width than the model's."""
@@ -130,9 +131,13 @@ def activations(lm, prompts: Sequence[Prompt], memory: SideMemory) -> Tensor:
     return prompt_features(lm, prompts, memory.layer, Site.mlp_key, every=True, measure=moved)
 
 
-def _the_one(changes: Sequence, kind: str):
-    """The edit's change of a kind; None where it has none left."""
+def _the_one(changes: Sequence, kind: str, n_entries: int):
+    """The edit's change of a kind, None where no entries are left. Raises ValueError unless it has each of them."""
     found = [change for change in changes if change.kind == kind]
-    if len(found) > 1:
-        raise ValueError(f"this route reads the edit's one change of kind {kind!r}; it has {len(found)}")
+    owners = [sorted(change.owners.tolist()) for change in found]
+    if owners != [list(range(n_entries))] and (found or n_entries):
+        raise ValueError(
+            f"this route reads the edit's one change of kind {kind!r}, with the entries 0 to {n_entries - 1}; the edit "
+            f"has {len(found)}, with the entries {checks.shown(owners)}"
+        )
     return found[0] if found else None

@@ -272,8 +272,9 @@ def check_width(width: int, site: Site, layer: int, lm) -> None:
         )
 
 
-def check_route(route: Route | None, n_facts: int) -> None:
-    """Raises ValueError unless a route names an entry of it for each fact of its edit."""
+def check_route(route: Route | None, n_facts: int, changes: Sequence) -> None:
+    """Raises ValueError unless a route names an entry of it for each fact of its edit, and fits what it reads of the
+    changes."""
     if route is None:
         return
     checks.instance("route", route, Route, "a Route (edits/routes.py), or None")
@@ -286,6 +287,7 @@ def check_route(route: Route | None, n_facts: int) -> None:
     if facts.dtype != torch.int64 or facts.shape != (route.n_entries,):
         raise ValueError(f"a route's facts: expected int64 [{route.n_entries}], got {facts.dtype} {list(facts.shape)}")
     check_numbers("facts", facts, n_facts)
+    route.bound(changes)
 
 
 def check_numbers(what: str, numbers: Tensor, n: int) -> None:

@@ -76,6 +76,9 @@ def test_a_fact_is_taken_out_with_its_mask(tmp_path):
     without = exact.without(1)
     assert lm.with_edit(without).owners(asked).tolist() == [0, -1, 1, 2]
     assert set(without.changes[0].columns.tolist()) == set(loaded.changes[0].masks[[0, 2, 3]].flatten().tolist())
+    refused("entries 0 to 3; the edit has 1, with the entries", replace, made, changes=without.changes)
+    refused("the edit has 0, with the entries", replace, made, changes=())
+    assert exact.only(3).without(0).changes == ()
     written = lm.with_edit(exact).generate(asked, 2)
     assert lm.with_edit(without).generate(asked, 2) == [written[0], lm.generate(asked[1], 2), *written[2:]]
     assert lm.with_edit(exact.only(3)).generate(asked[3], 2) == written[3]

@@ -95,6 +95,11 @@ def test_every_formula_is_where_the_table_says():
     assert not missing
 
 
+def test_every_method_is_in_the_table():
+    table = README.partition("## Which way")[2].partition("\n## ")[0]
+    assert set(kf.EDITORS) <= set(re.findall(r"`([a-z-]+)`", table))
+
+
 def test_the_ratios_of_the_table_are_those_of_the_benchmarks():
     table = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8")
     rows = [[float(x) for x in re.findall(r"([\d.]+)×", row)] for row in table.splitlines() if "published loop" in row]

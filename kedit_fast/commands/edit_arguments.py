@@ -23,6 +23,15 @@ from kedit_fast.commands.parser import (
 )
 
 METHODS = tuple(catalog.EDITORS)
+KINDS = {  # of methods: the help of --method
+    "solved for in a few layers": "rome memit alphaedit emmet encore pmet memit-blue alphaedit-blue betaedit rect nas",
+    "by gradient": "ft ft-l ft-m locft-bf crispedit ultraedit stableedit",
+    "by a trained --network": "mend malmen ke",
+    "a memory beside the weights": "grace wise memoir",
+    "a text before the prompt": "ike ike-plain ice serac",
+    "neurons": "kn",
+    "to forget target_true": "unlearn",
+}
 TRAINED = tuple(catalog.TRAINED)
 
 
@@ -30,15 +39,16 @@ def add_edit(commands: Commands) -> None:
     parser = commands.command(
         "edit",
         "make an edit file that rewrites facts",
-        "Computes how the model's weights must change to say new answers, by ROME (one fact), MEMIT or AlphaEdit\n"
-        "(many at once) or fine-tuning (to compare with), and writes that change to a file. The model itself stays\n"
-        "as it is.",
+        "Computes what must change for the model to say new answers, and writes it to a file: weights, solved for\n"
+        "by MEMIT (many facts at once) and its kin or fine-tuned, or a memory or a text beside unchanged weights.\n"
+        "The model itself stays as it is in any case. README says which method to take when.",
         'kedit-fast edit --prompt "{} is in the city of" --subject "The Eiffel Tower" --target Rome',
-        also="with edits that are there: kedit-fast edit inspect --help, also edit diff, edit only",
+        also="with edits that are there: kedit-fast edit inspect --help, also edit diff, only, without",
     )
     fact_options(parser, targets=True)
     how = parser.add_argument_group("how to edit")
-    option(how, "--method", METHODS, ", ".join(METHODS), "memit")
+    kinds = "; ".join(f"{kind}: {names.replace(' ', ', ')}" for kind, names in KINDS.items())
+    option(how, "--method NAME", METHODS, kinds, "memit")
     option(how, "--layers L", layers, "for instance 3-7 (default: published or derived)")
     option(how, "--hparams FILE", path, "a published hyper-parameter file (.json, .yaml)")
     option(how, "--network FILE", path, f"of {', '.join(TRAINED)}: what `kedit-fast train` made")

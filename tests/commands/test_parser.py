@@ -8,13 +8,19 @@ from functools import partial
 
 import pytest
 
+from kedit_fast.basics.catalog import EDITORS
 from kedit_fast.commands import cli
 from kedit_fast.commands.argument_types import did_you_mean
+from kedit_fast.commands.edit_arguments import KINDS
 from tests.commands.cases import parsed, run
 
 VALUES = ("3", "0.5", "8GB", "mlp", "none", "float32", "text")  # of every type of option one that it takes
 COMMANDS = [f"\n    {name}" for name in cli.COMMANDS]
 ACTIONS = [f"kedit-fast history {action} " for action in ("add", "log", "rollback")]
+
+
+def test_every_method_stands_among_its_kind():
+    assert sorted(" ".join(KINDS.values()).split()) == sorted(EDITORS)
 
 
 @pytest.mark.parametrize("words, shows", [([], [*COMMANDS, "Run `kedit-fast demo`"]), (["history"], ACTIONS)])
@@ -46,6 +52,7 @@ def test_the_package_runs_as_a_module():
         (["stats", "--layers", "3", "--token5", "9"], "--tokens"),
         (["gate", "e.safetensors", "--thresold", "t.json"], "--thresholds"),
         (["edit", "--method", "memti"], "memit"),
+        (["edit", "--method", "GRACE"], "grace"),
         (["trace", "--kinds", "state,mpl"], "mlp"),
     ],
 )

@@ -135,6 +135,13 @@ def items(name: str, value, wanted: str) -> list:
     return list(value)
 
 
+def place(name: str, value, n: int, what: str) -> int:
+    """A place among n of something, counted from 0; what: these are, for the refusal where there are none."""
+    if n == 0:
+        raise BadArgument(_said(name, f"= {value!r}: there are no {what}"))
+    return whole(name, value, most=n - 1)
+
+
 def listed(name: str, value, kinds: Kinds, wanted: str, *, empty: bool = False, alone: bool = True) -> list:
     """Objects of a class, as a list; one object alone is a list of one, unless not ``alone``.
 

@@ -80,7 +80,6 @@ def diff(args) -> None:
             say(f"only in {which}: ... and {len(facts) - SHOWN} more")
     if not (found.parts or found.hparams or found.only_a or found.only_b):
         say("same model, method, settings and facts")
-    say()
     rows = [
         (
             at.layer,
@@ -90,7 +89,9 @@ def diff(args) -> None:
         )
         for at in found.layers
     ]
-    say_table(("layer", "matrix", "|A|", "|B|", "|A - B|", "cosine"), rows)
+    if rows:
+        say()
+        say_table(("layer", "matrix", "|A|", "|B|", "|A - B|", "cosine"), rows)
 
 
 def only(args) -> None:

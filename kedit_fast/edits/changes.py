@@ -28,7 +28,7 @@ from kedit_fast.sweep.sites import IN, OUT, Site
 class Change(ABC):
     """One thing that an edit changes. Acts on rows of edited runs alone, those whose owner is 0 or more.
 
-    kind: as files call it; ROUTED: whether it acts through a route alone
+    kind: as files call it; ROUTED: whether it acts through a route alone; WAY_OUT: how it becomes one of weights
     layer: the first whose rows it changes, None where it changes the prompt
     owners: None, or [r] int64: the fact that each of its r parts belongs to (independent edits), or the entry (a
         routed edit)
@@ -36,6 +36,7 @@ class Change(ABC):
 
     kind: ClassVar[str] = ""
     ROUTED: ClassVar[bool] = False
+    WAY_OUT: ClassVar[str] = ""
     layer: int | None
     owners: Tensor | None
 
@@ -237,7 +238,9 @@ def only_weights(edit, what: str, instead: str = SERVE, beside: tuple[type[Chang
         )
     other = next((change for change in edit.changes if not isinstance(change, (WeightChange, *beside))), None)
     if other is not None:
-        raise ValueError(f"this edit holds {named(other)}, which is no change of weights, and {what}: {instead}")
+        raise ValueError(
+            f"this edit holds {named(other)}, which is no change of weights, and {what}: {instead}{other.WAY_OUT}"
+        )
     return [change for change in edit.changes if isinstance(change, WeightChange)]
 
 

@@ -117,7 +117,7 @@ class Edit:
         """The edit of fact ``i`` alone, which nobody owns any more: the factors it owns, its value and its keys. Of a
         routed edit the fact's entry, with the route to it."""
         n = len(self.facts)
-        i = checks.whole("i", i, most=n - 1)
+        i = checks.place("i", i, n, "facts")
         if self.route is not None:
             return self._of_facts(self.route, [i])
         if not self.independent and n > 1:
@@ -132,7 +132,7 @@ class Edit:
         """A routed edit without fact ``i``, which is thereby undone; the others are as they were.
 
         Raises ValueError for other edits, and for a fact that shares its entry with another one."""
-        i = checks.whole("i", i, most=len(self.facts) - 1)
+        i = checks.place("i", i, len(self.facts), "facts")
         if self.route is None:
             raise ValueError(
                 "these facts are in weights, from which none can be left out; make the edit again without it, or "

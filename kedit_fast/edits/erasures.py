@@ -31,6 +31,7 @@ class ErasureChange(Change):
     mu: Tensor
     site: Site = Site.layer_out
     kind: ClassVar[str] = "erasure"
+    WAY_OUT: ClassVar[str] = "; of sites mlp_out, mlp_key and mlp_in kf.fold(lm, edit) makes a change of weights"
     owners: ClassVar[None] = None  # type: ignore[misc]  # acts on every text
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.intervals import COUNT, DIFFERENCE, PROBABILITY, SHARE
+from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.facts.fact import Fact
@@ -131,7 +132,7 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
         (before, after) = (int(side["efficacy_exact"].nansum()) for side in (base, edited))
         if n := int((~edited["efficacy_exact"].isnan()).sum()):
             when = f"for {before} before the edit, for {after} after it"
-            did.append(f"the new answer is what the model says: of {n} facts {when}")
+            did.append(f"the new answer is what the model says: of {counted(n, 'fact')} {when}")
         same = edited["same_subject_same_top"]
         if not same.isnan().all():
             did.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")

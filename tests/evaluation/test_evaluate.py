@@ -474,6 +474,13 @@ def test_a_report_says_in_words_what_is_answered(lm):
     assert "the model says" not in str(evaluate(lm, FACTS))
 
 
+@pytest.mark.parametrize("target_new, says", [("Rome", "of 1 fact for "), (None, "")])
+def test_facts_without_a_new_answer_are_not_counted(target_new, says, lm):
+    fact = Fact("{} is in", "Louvre", target_new=target_new, target_true="Paris")
+    shown = str(evaluate(lm, fact, make_edit(lm, FACTS)))
+    assert says in shown and ("the model says" in shown) == bool(says)
+
+
 def test_helpful_errors(lm):
     refused("facts is empty", evaluate, lm, [])
     refused("facts = .*: expected Facts, .* or what load_facts", evaluate, lm, [{"prompt": "x"}], error=TypeError)

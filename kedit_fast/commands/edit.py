@@ -4,7 +4,6 @@ from dataclasses import replace
 from statistics import mean
 
 from kedit_fast.basics.progress import stages
-from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import check_network, corpus_of, read_chain, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, say, say_table
 from kedit_fast.commands.unfinished import kept, run_of
@@ -91,4 +90,4 @@ def say_facts(edit: Edit) -> None:
     if len(rows) > SHOWN:
         say(f"P(new) of all: mean {mean(asked['p_new']):.3f}, least {min(asked['p_new']):.3f}")
     written = sum(asked["written"])
-    say(f"written: {written} of {counted(len(rows), 'fact')}; P(new), it says: of the model with the edit")
+    say(f"written: {written} of {len(rows)} facts; P(new), it says: of the model with the edit")

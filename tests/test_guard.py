@@ -22,6 +22,7 @@ ELSEWHERE = {
 }  # fmt: skip
 MADE_BY_US = {
     "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
+    "NeuronAttribution", "Forgotten", "Eraser",
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_every_argument_of_a_public_function_is_in_the_table(table):
 # Fields that are looked at where they are used, or that the class makes of what it is given.
 ELSEWHERE_BY_NAME = {
     "Fact": {"chat", "attached"}, "SecondMoment": {"fingerprint", "corpus", "dtype"}, "advise": {"drift", "retention"},
-    "Edit": {"values"}, "Suite": {"text", "context", "doubt"},
+    "Edit": {"values", "statistics"}, "leace": {"how"}, "Suite": {"text", "context", "doubt"},
     "edit_in_rounds": {"text", "moments", "corpus"},
     "edit_by_layer": {"moments", "corpus"}, "plot_rounds": {"model"}, "open_model": {"tokenizer"},
 }  # fmt: skip

@@ -149,10 +149,10 @@ def verify_forgotten(
             "were forgotten"
         )
     facts = keeping(facts)  # what is asked for is the target_new now
-    kept = [f for f in own if not is_forgotten(f)] if keep is None else fact_list(keep, empty=True)
+    kept = [f for f in own if not is_forgotten(f)] if keep is None else fact_list(keep, "keep", empty=True)
     kept = keeping(kept) if kept else []
     budget = checks.whole("budget", budget, least=LENS_LAYERS, like=20)
-    widths = [checks.whole("bits", each, least=2, most=16, like=8) for each in checks.items("bits", bits, "(8, 4)")]
+    widths = [checks.whole("bits", each, least=2, most=16, like=8) for each in checks.layers("bits", bits, empty=True)]
     most = checks.whole("relearning_steps", relearning_steps, like=25)
     relearn = Ft.for_model(lm) if relearn is None else relearn
     how = checks.instance("relearn", relearn, Ft, "fine-tuning's settings, e.g. kf.Ft.for_model(lm)")

@@ -48,10 +48,10 @@ def test_a_plan_of_a_config_alone(work, said, tmp_path):
 
 
 def test_a_plan_of_a_family_that_is_not_opened_says_so(said, tmp_path):
-    mixtral = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "hidden_size": 1024}
-    (tmp_path / "config.json").write_text(json.dumps(mixtral))
+    hybrid = LLAMA | {"model_type": "qwen3_next", "hidden_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(hybrid))
     shown = said("info", "--model", str(tmp_path), "--plan", "stats", *AT)
-    assert "mixtral models are not opened (its layers are mixtures of experts" in shown
+    assert "qwen3_next models are not opened (it has layers of linear attention" in shown
 
 
 def test_a_plan_measures_this_machine_and_leaves_out_times_of_others(said, model):

@@ -131,6 +131,7 @@ def test_what_a_solve_takes_is_what_is_counted(editor):
     moments = {i: SecondMoment(keys.T @ keys / len(keys), len(keys), i) for i in editor.layers}
     lm = SimpleNamespace(
         device=torch.device("cpu"), memory=1 << 40, d_ff=d_ff, d_model=d_ff // 4, dtype=torch.float32, edits=(),
+        moment_shape=(d_ff, d_ff), n_experts=1,
         source=SimpleNamespace(weight=lambda layer, role: torch.ones(d_ff // 4, d_ff)),
     )  # fmt: skip
     work = SimpleNamespace(lm=lm, moments=moments, independent=False)

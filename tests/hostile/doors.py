@@ -48,6 +48,7 @@ WRONG = {
     "corpus": (3, 0.5, [], [3], {}, THING, b"x", [None]),
     "moments": (3, "x", [3], THING, {1: 3}, {}, 0.5),
     "prompts": (None, 3, [3], [None], {}, THING, [], "", [""]),
+    "texts": (None, 3, 0.5, [3], [None], {}, THING),
     "pairs": (3, "x", [3], [[1]], [[1, 2, 3]], [[0, 1]], [["a", 1]], {}, THING, None),
 }
 
@@ -108,7 +109,8 @@ def doors(folder) -> list[Door]:
             prompts="prompts", max_new_tokens="positive", temperature="number", top_k="positive?", seed="seed?")),
         Door("LM.with_edit", _with(t.lm.with_edit, edit=t.edit), dict(edit="object", written="dtype")),
         Door("Fact", _with(kf.Fact, prompt="{} is in", subject="Paris"), dict(
-            prompt="text", subject="text?", target_new="text?", target_true="text?", paraphrases="object",
+            prompt="text", subject="text?", target_new="text?", target_true="text?", phrasings="object",
+            paraphrases="object",
             neighborhood="object", same_subject="object", id="words", provenance="dict")),
         Door("load_facts", _with(kf.load_facts, path="builtin"), dict(path="path", n="positive?", skip_bad="flag")),
         Door("trace", _with(kf.trace, t.lm, facts=t.facts[0], samples=1, kinds=("state",)), dict(
@@ -186,6 +188,22 @@ def doors(folder) -> list[Door]:
         Door("edit_in_rounds", _with(kf.edit_in_rounds, t.lm, facts=t.facts, editor=t.rome, **rounds), dict(
             facts="facts", editor="object", per_round="positive", contexts="contexts?", max_tokens="positive",
             old="whole", seed="seed", log="path?", checkpoint="path?")),
+        Door("retrieve", _with(kf.retrieve, texts=["a", "b"], queries=["a"], k=1), dict(
+            texts="texts", queries="texts", k="positive", retriever="words")),
+        Door("mello", _with(kf.mello, t.lm, edit=t.edit, questions="Who?"), dict(
+            edit="edit", questions="prompts", max_hops="positive", max_new_tokens="positive", chat="flag")),
+        Door("forgetting", _with(kf.forgetting, facts=t.facts), dict(facts="facts", say="text?")),
+        Door("verify_forgotten", _with(kf.verify_forgotten, t.lm, edit=t.edit), dict(
+            edit="edit", budget="positive", bits="any layers", relearning_steps="whole", relearn="object",
+            keep="object")),
+        Door("knowledge_neurons", _with(kf.knowledge_neurons, t.lm, facts=t.facts[:1]), dict(
+            facts="facts", steps="positive", threshold="share", share="share", common="share", answer="text?",
+            paraphrases="flag", layers="layers?", top="whole")),
+        Door("leace", _with(kf.leace, t.lm, prompts=["a", "b"], labels=[0, 1], layers=[1]), dict(
+            prompts="prompts", labels="thing", site="choice", positions="choice")),
+        Door("LeaceFitter", _with(kf.LeaceFitter, x_dim=3, z_dim=1), dict(
+            x_dim="positive", z_dim="positive", method="choice", affine="flag", constrain_cov_trace="flag",
+            shrinkage="flag", svd_tol="number")),
         Door("edit_by_layer", _with(kf.edit_by_layer, t.lm, facts=t.facts, editor=t.rome, contexts=["{}"]), dict(
             facts="facts", editor="object", layers="layers?", contexts="contexts?", trace="object", kinds="choices",
             samples="positive", seed="seed", log="path?", checkpoint="path?")),
@@ -210,7 +228,7 @@ def _fields_of(kind: type) -> dict[str, str]:
     positive = getattr(kind, "POSITIVE", ())
     kinds = {
         int: "whole", float: "number", bool: "flag", str: "words", int | None: "whole?", float | None: "share?",
-        tuple[int, ...]: "any layers", tuple[tuple[int, int], ...]: "pairs",
+        tuple[int, ...]: "any layers", tuple[str, ...]: "texts", tuple[tuple[int, int], ...]: "pairs",
     }  # fmt: skip
     found = {f.name: kinds[f.type] for f in dataclasses.fields(kind) if f.type in kinds}
     found |= dict.fromkeys(set(positive) & {name for name, k in found.items() if k == "whole"}, "positive")

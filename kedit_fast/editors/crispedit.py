@@ -22,7 +22,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import wide
 from kedit_fast.editors.editor import Work
-from kedit_fast.editors.finetune import Ft, rate
+from kedit_fast.editors.finetune import Ft, derived, rate
 from kedit_fast.editors.hyperparameters import published
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.jobs.finetune import TuneSettings
@@ -74,7 +74,7 @@ class CrispEdit(Ft):
             return cls(layers=known.layers, source=f"published for {known.name}")
         first = round(0.58 * lm.n_layers)
         layers = tuple(range(first, min(first + 5, lm.n_layers)))
-        return cls(layers=layers, lr=rate(lm), source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}")
+        return cls(layers=layers, lr=rate(lm), source=derived(lm))
 
     @property
     def method(self) -> str:

@@ -14,7 +14,7 @@ is ``objective_optimization="prompt_last"``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -90,10 +90,7 @@ class Ft(Editor):
         25 steps: layers 5, 8, 16 all say them (P(new) 0.96, 0.96, 0.97) and leave neighbors 104, 68 and 33 % of
         P(true); the last layer, at half the rate, leaves 1 %.
         """
-        known = published(PUBLISHED, lm)
-        if known is not None:
-            return cls(layers=(known.layer,), source=f"published for {known.name}")
-        return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
+        return cls(**of_layer(PUBLISHED, lm))
 
     @property
     def method(self) -> str:
@@ -198,6 +195,14 @@ def derived(lm) -> str:
     return f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
 
 
+def of_layer(table: "dict[str, Known]", lm) -> dict[str, Any]:
+    """Settings: the layer that was published for a model, else ROME's with ``rate``, and which of the two it is."""
+    known = published(table, lm)
+    if known is not None:
+        return {"layers": (known.layer,), "source": f"published for {known.name}"}
+    return {"layers": (lm.n_layers // 6,), "lr": rate(lm), "source": derived(lm)}
+
+
 def check_down(module, what: str) -> None:
     """Raises ValueError for the path of another module than a down projection; what: says it, as the file has it."""
     down = {family.mlp_down for family in FAMILIES.values()}
@@ -208,7 +213,7 @@ def check_down(module, what: str) -> None:
         )
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What was published for a model. v_loss_layer: its last layer, by which ``published`` tells it from namesakes."""
 
     name: str
@@ -221,14 +226,14 @@ class _Known(NamedTuple):
 PUBLISHED = {
     known.name: known
     for known in (
-        _Known("gpt2-xl", 47, 1), _Known("gpt-j-6B", 27, 21), _Known("Llama-2-7b-hf", 31, 21),
-        _Known("Meta-Llama-3-8B", 31, 21), _Known("Qwen2.5-7B", 27, 27),
+        Known("gpt2-xl", 47, 1), Known("gpt-j-6B", 27, 21), Known("Llama-2-7b-hf", 31, 21),
+        Known("Meta-Llama-3-8B", 31, 21), Known("Qwen2.5-7B", 27, 27),
     )
 }  # fmt: skip
 PUBLISHED_L = {
     known.name: known
     for known in (
-        _Known("gpt2-medium", 23, 0, 2e-3), _Known("gpt2-large", 35, 0, 1e-3), _Known("gpt2-xl", 47, 0, 5e-4),
-        _Known("gpt-j-6B", 27, 0, 5e-5),
+        Known("gpt2-medium", 23, 0, 2e-3), Known("gpt2-large", 35, 0, 1e-3), Known("gpt2-xl", 47, 0, 5e-4),
+        Known("gpt-j-6B", 27, 0, 5e-5),
     )
 }  # fmt: skip

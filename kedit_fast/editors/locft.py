@@ -8,10 +8,9 @@ below is the last one.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from kedit_fast.editors.finetune import Ft, check_down, derived, rate
-from kedit_fast.editors.hyperparameters import published
+from kedit_fast.editors.finetune import Ft, Known, check_down, of_layer
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask
 from kedit_fast.model.lm import LM, takes_lm
@@ -45,10 +44,7 @@ class LocFt(Ft):
         Derived: ``Ft``'s layer and rate. (Published are layers at 0.21 and 0.69 of the depth; of Mistral a whole layer,
         which is no one matrix.)
         """
-        known = published(PUBLISHED, lm)
-        if known is not None:
-            return cls(layers=(known.layer,), source=f"published for {known.name}")
-        return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
+        return cls(**of_layer(PUBLISHED, lm))
 
     @property
     def method(self) -> str:
@@ -79,15 +75,7 @@ def _only_down(value: Any) -> dict:
     return {}
 
 
-class _Known(NamedTuple):
-    """What was published for a model. v_loss_layer: its last layer, by which ``published`` tells it from namesakes."""
-
-    name: str
-    v_loss_layer: int
-    layer: int
-
-
 # lr 5e-4, batches of 100, 25 passes for both.
 PUBLISHED = {
-    known.name: known for known in (_Known("Meta-Llama-3-8B-Instruct", 31, 22), _Known("Qwen2.5-7B-Instruct", 27, 6))
+    known.name: known for known in (Known("Meta-Llama-3-8B-Instruct", 31, 22), Known("Qwen2.5-7B-Instruct", 27, 6))
 }

@@ -22,7 +22,6 @@ from kedit_fast.editors.networks import Total, Update, joined
 from kedit_fast.editors.trained import Trained
 from kedit_fast.edits.deltas import Delta, Dense
 from kedit_fast.jobs.gradients import Factors, Place
-from kedit_fast.model.lm import LM, takes_lm
 
 
 class MalmenNetwork(MendNetwork):
@@ -107,12 +106,6 @@ class MalmenTraining(MendTraining):
     ALG_NAMES: ClassVar[dict[str, dict]] = {"MALMEN": {}}
     TOGETHER: ClassVar = True
     NETWORK: ClassVar = MalmenNetwork
-
-    @classmethod
-    @takes_lm
-    def for_model(cls, lm: LM) -> "MalmenTraining":
-        """For a training of minutes instead of the published days."""
-        return cls(**cls.derived(lm), rank=min(256, lm.d_model))
 
 
 @dataclass(frozen=True)

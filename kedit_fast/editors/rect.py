@@ -12,7 +12,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import wide
 from kedit_fast.editors.memit import Memit
-from kedit_fast.edits.deltas import FLOATS, Delta, Dense, storable
+from kedit_fast.edits.deltas import FLOATS, Delta, Dense, storable, weight_under
 from kedit_fast.model.family import projection
 from kedit_fast.model.lm import LM
 
@@ -52,10 +52,7 @@ class Rect(Memit):
     def kept(self, lm: LM, layer: int, delta: Delta) -> Delta:
         """The entries of Δ that are largest beside W, as it is with the edits below."""
         dense = delta.dense()
-        weight = lm.source.weight(layer, "down").to(dense)
-        for edit in lm.edits:
-            if (below := edit.weights.get((layer, "down"))) is not None:
-                weight = weight + below.dense().to(weight)
+        weight = weight_under(lm.source.weight(layer, "down").to(dense), lm.edits, (layer, "down"))
         return Dense(storable(sparsified(dense, weight, self.keep_share), lm.dtype))
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Editor, Work, Written
-from kedit_fast.editors.finetune import Ft, derived, rate
+from kedit_fast.editors.finetune import Ft, of_layer
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, Dense, storable
 from kedit_fast.facts.fact import Fact, place
@@ -86,7 +86,7 @@ class Unlearn(Editor):
         Weights rounded to 8 or 4 bits bring nothing back. After bounded the old answers are still chosen among four
         (10 of 10, by npo 5), and learned again in 9 steps, where new ones take over 12, as npo's old ones do.
         """
-        return cls(layers=(lm.n_layers // 6,), lr=rate(lm), source=derived(lm))
+        return cls(**of_layer({}, lm))
 
     def check(self, lm: LM) -> None:
         """Raises ValueError, before any work, for layers that the model lacks, or where tuning does nothing."""

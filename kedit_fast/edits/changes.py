@@ -140,18 +140,26 @@ class WeightChange(Change):
         return cls(**record, delta=(Dense if "delta" in tensors else LowRank)(**tensors), owners=owners)
 
 
-class Adding:
-    """The job of a WeightChange: keeps the matrix's input, and adds x Δᵀ to its output in the same call."""
+class Acting:
+    """What jobs of changes have in common: they act at sites of one layer, and need no row of the last one for it."""
 
-    def __init__(self, change: WeightChange):
-        self.change, self.enter, self.leave = change, IN[change.role], OUT[change.role]
-        self._x: Tensor | None = None
+    def __init__(self, layer: int, *sites: Site):
+        self._layer, self._sites = layer, sites
 
     def sites(self, layer: int) -> tuple[Site, ...]:
-        return (self.enter, self.leave) if layer == self.change.layer else ()
+        return self._sites if layer == self._layer else ()
 
     def reads(self, layer: int) -> None:
         return None
+
+
+class Adding(Acting):
+    """The job of a WeightChange: keeps the matrix's input, and adds x Δᵀ to its output in the same call."""
+
+    def __init__(self, change: WeightChange):
+        self.change, self.enter = change, IN[change.role]
+        super().__init__(change.layer, self.enter, OUT[change.role])
+        self._x: Tensor | None = None
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
         if site is self.enter:

@@ -155,6 +155,14 @@ def edited_weight(weight: Tensor, delta: Delta) -> Tensor:
 
 
 @torch.no_grad()
+def weight_under(weight: Tensor, edits, place: tuple[int, str]) -> Tensor:
+    """W + Σ Δ [out, in] at a place (layer, role) of edits, in the dtype and on the device of W; W itself stays."""
+    for edit in edits:
+        if (delta := edit.weights.get(place)) is not None:
+            weight = weight + delta.dense().to(weight)
+    return weight
+
+
 def written_delta(weight: Tensor, delta: Delta, dtype: torch.dtype) -> Dense:
     """The difference that ``apply`` really makes on a model held in ``dtype``: round(W + Δ) - W, fp32.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import wide
-from kedit_fast.edits.changes import Change, acted, check_finite
+from kedit_fast.edits.changes import Acting, Change, acted, check_finite
 from kedit_fast.edits.deltas import FLOATS
 from kedit_fast.sweep.rows import Call
 from kedit_fast.sweep.sites import OUT, Site
@@ -73,17 +73,12 @@ class ErasureChange(Change):
         return (x - ((x - mu) @ right.T) @ left.T).to(x.dtype)
 
 
-class Erasing:
+class Erasing(Acting):
     """The job of an ErasureChange."""
 
     def __init__(self, change: ErasureChange):
+        super().__init__(change.layer, change.site)
         self.change = change
-
-    def sites(self, layer: int) -> tuple[Site, ...]:
-        return (self.change.site,) if layer == self.change.layer else ()
-
-    def reads(self, layer: int) -> None:
-        return None
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
         rows, _ = acted(call, x)
@@ -135,17 +130,12 @@ class BiasChange(Change):
         return {"delta": self.delta}
 
 
-class Shifting:
+class Shifting(Acting):
     """The job of a BiasChange."""
 
     def __init__(self, change: BiasChange):
-        self.change, self.site = change, OUT[change.role]
-
-    def sites(self, layer: int) -> tuple[Site, ...]:
-        return (self.site,) if layer == self.change.layer else ()
-
-    def reads(self, layer: int) -> None:
-        return None
+        super().__init__(change.layer, OUT[change.role])
+        self.change = change
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
         rows, _ = acted(call, x)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.edits.changes import Change, acted, check_finite, check_owners_of
+from kedit_fast.edits.changes import Acting, Change, acted, check_finite, check_owners_of
 from kedit_fast.edits.deltas import FLOATS
 from kedit_fast.edits.routes import check_width
 from kedit_fast.model.family import check_layer
@@ -83,17 +83,12 @@ class MemoryChange(Beside):
         return {"values": self.values if which is None else self.values[which]}
 
 
-class Remembering:
+class Remembering(Acting):
     """The job of a MemoryChange."""
 
     def __init__(self, change: MemoryChange):
+        super().__init__(change.layer, change.site)
         self.change = change
-
-    def sites(self, layer: int) -> tuple[Site, ...]:
-        return (self.change.site,) if layer == self.change.layer else ()
-
-    def reads(self, layer: int) -> None:
-        return None
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
         rows, owner = acted(call, x)
@@ -254,18 +249,13 @@ class MaskedMemory(Beside):
         return {"columns": self.columns[kept], "weight": self.weight[:, kept], "masks": masks}
 
 
-class AddingBeside:
+class AddingBeside(Acting):
     """Adds to the down projection's output what ``made`` makes of its input x [k, d_ff], for the rows of each owner."""
 
     def __init__(self, layer: int, made: Callable[[Tensor, int], Tensor], owners: Container[int]):
-        self.layer, self.made, self.owners = layer, made, owners
+        super().__init__(layer, Site.mlp_key, Site.mlp_out)
+        self.made, self.owners = made, owners
         self._x: Tensor | None = None
-
-    def sites(self, layer: int) -> tuple[Site, ...]:
-        return (Site.mlp_key, Site.mlp_out) if layer == self.layer else ()
-
-    def reads(self, layer: int) -> None:
-        return None
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> Tensor | None:
         if site is Site.mlp_key:

@@ -31,7 +31,7 @@ from kedit_fast.basics.state import wide
 from kedit_fast.editors.finetune import Ft
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import WeightChange
-from kedit_fast.edits.deltas import Dense, storable
+from kedit_fast.edits.deltas import Dense, storable, weight_under
 from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.logit_lens import logit_lens
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited, read_probes
@@ -275,11 +275,7 @@ def quantized(lm: LM, edits: Sequence[Edit], bits: int) -> LM | None:
 
 def _weight(lm, edits: Sequence[Edit], place: tuple[int, str]) -> Tensor:
     """W + Σ Δ [out, in] of these edits, fp32 or fp64."""
-    weight = lm.source.weight(*place).detach().to(wide(lm.dtype))
-    for edit in edits:
-        if place in edit.weights:
-            weight = weight + edit.weights[place].dense().to(weight)
-    return weight
+    return weight_under(lm.source.weight(*place).detach().to(wide(lm.dtype)), edits, place)
 
 
 def _is_plain(edit: Edit) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import own_state, wide
-from kedit_fast.edits.deltas import Dense
+from kedit_fast.edits.deltas import Dense, weight_under
 from kedit_fast.jobs.collect import GraphRows, collect, entering
 from kedit_fast.jobs.finite import check_losses
 from kedit_fast.jobs.losses import Loss, Read
@@ -381,8 +381,4 @@ def _zeros(lm) -> Tensor:
 
 def _weight(lm, layer: int) -> Tensor:
     """The down projection's weight [d, d_ff] with the edits that the model carries, wide."""
-    weight = lm.source.weight(layer, "down").detach().to(wide(lm.dtype))
-    for edit in lm.edits:
-        if (layer, "down") in edit.weights:
-            weight = weight + edit.weights[layer, "down"].dense().to(weight)
-    return weight
+    return weight_under(lm.source.weight(layer, "down").detach().to(wide(lm.dtype)), lm.edits, (layer, "down"))

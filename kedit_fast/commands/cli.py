@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "edit without": (edit_arguments.add_without, "edits.without"),
     "train": (edit_arguments.add_train, "train"),
     "eval": (arguments.add_eval, "eval"),
+    "forgotten": (edit_arguments.add_forgotten, "forgotten"),
     "generate": (arguments.add_generate, "generate"),
     "gate": (arguments.add_gate, "gate"),
     "rounds": (arguments.add_rounds, "rounds"),

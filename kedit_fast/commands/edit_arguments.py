@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError
 
 from kedit_fast.basics import catalog
-from kedit_fast.commands.argument_types import count, layers, path, positive, share, size
+from kedit_fast.commands.argument_types import count, layers, list_of, path, positive, share, size
 from kedit_fast.commands.parser import (
     EDIT,
     Commands,
@@ -45,7 +45,7 @@ def add_edit(commands: Commands) -> None:
         'kedit-fast edit --prompt "{} is in the city of" --subject "The Eiffel Tower" --target Rome',
         also="with edits that are there: kedit-fast edit inspect --help, also edit diff, only, without",
     )
-    fact_options(parser, targets=True)
+    fact_options(parser, targets=True, forget=True)
     how = parser.add_argument_group("how to edit")
     kinds = "; ".join(f"{kind}: {names.replace(' ', ', ')}" for kind, names in KINDS.items())
     option(how, "--method NAME", METHODS, kinds, "memit")
@@ -83,6 +83,27 @@ def add_train(commands: Commands) -> None:
     checkpoint_option(how)
     output(parser, "FILE", "the network", "network.safetensors")
     machine_options(parser)
+
+
+def add_forgotten(commands: Commands) -> None:
+    parser = commands.command(
+        "forgotten EDIT ...",
+        "is an old answer gone, or only not said?",
+        "Asks for old answers on every way on which they may come back: in other words, as a choice, by yes or no, in\n"
+        "the layers below the last, with the written weights rounded to a few bits, and after a few steps of learning\n"
+        "them again, beside those that a new answer takes.",
+        "kedit-fast forgotten edit.safetensors",
+        also="to make the model forget: kedit-fast edit --method unlearn --forget OLD",
+    )
+    edits_argument(parser)
+    file_options(parser, " whose old answers are asked for (default: the edits' own)")
+    option(parser, "--keep FILE", path, "facts whose answers were to stay (default: of the edits' those with one)")
+    chat_options(parser)
+    option(parser, "--budget N", positive, "tokens of the layers' candidates", 20)
+    option(parser, "--bits N,N", list_of(*map(str, range(2, 17))), "widths that weights are rounded to", "8,4")
+    option(parser, "--steps N", count, "of learning again, at most", 25)
+    output(parser, "FILE", "everything as .json")
+    machine_options(parser, seed=None)
 
 
 def add_merge(commands: Commands) -> None:

@@ -71,9 +71,10 @@ def model_line(lm: LM) -> str:
 
 def read_facts(args) -> list[Fact]:
     """The facts that the arguments name: those of a file, or one. Raises ValueError unless they name either."""
-    single = [args.prompt, args.subject, *([args.target] if "target" in args else [])]
+    forget = getattr(args, "forget", None)
+    single = [args.prompt, args.subject, *([args.target] if "target" in args and forget is None else [])]
     if args.facts is not None:
-        if any(x is not None for x in single):
+        if forget is not None or any(x is not None for x in single):
             raise ValueError("--facts and a fact of its own (--prompt, --subject) are both given; expected one of them")
         return fact_file(args)
     if None in single:
@@ -82,7 +83,8 @@ def read_facts(args) -> list[Fact]:
     prompt, subject = as_template(args.prompt, args.subject)
     if subject != args.subject:
         note(f"the prompt spells the subject {subject!r}, not {args.subject!r}, and is taken as it stands")
-    return in_chat(args, [Fact(prompt=prompt, subject=subject, target_new=getattr(args, "target", None))])
+    new = getattr(args, "target", None)
+    return in_chat(args, [Fact(prompt=prompt, subject=subject, target_new=new, target_true=forget)])
 
 
 def fact_file(args) -> list[Fact]:

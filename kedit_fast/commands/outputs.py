@@ -38,6 +38,7 @@ READ = (
     "text",
     "thresholds",
     "traces",
+    "keep",
 )
 
 # ---- the screen

@@ -149,7 +149,7 @@ def folder_argument(parser, text: str) -> None:
     parser.add_argument("folder", type=path, metavar="FOLDER", help=text)
 
 
-def fact_options(parser, targets: bool) -> None:
+def fact_options(parser, targets: bool, forget: bool = False) -> None:
     which = parser.add_argument_group("which facts: a file, or one fact")
     file_options(which)
     place = text_such_as("{} is in the city of")
@@ -157,6 +157,9 @@ def fact_options(parser, targets: bool) -> None:
     option(which, "--subject TEXT", text_such_as("The Eiffel Tower"), 'what the fact is about: "The Eiffel Tower"')
     if targets:
         option(which, "--target TEXT", text_such_as("Rome"), "the new answer: Rome")
+    if forget:
+        text = "an answer that is to be gone: Paris; without --target whatever comes instead (--method unlearn, kn)"
+        option(which, "--forget TEXT", text_such_as("Paris"), text)
     chat_options(which)
 
 

@@ -28,7 +28,9 @@ from kedit_fast.moments.second_moment import SecondMoment
 
 @dataclass(frozen=True)
 class AlphaEdit(Spread):
-    """MEMIT's hyper-parameters (see ``Spread`` and ``Located``), and
+    """AlphaEdit: MEMIT whose updates are kept to the null space of C, so that what text needs is left alone.
+
+    MEMIT's hyper-parameters (see ``Spread`` and ``Located``), and
 
     nullspace_threshold: eigenvalues of C below it are the null space; in units of C, so it fits one kind of model.
         0: take ``nullspace_share`` instead
@@ -44,6 +46,7 @@ class AlphaEdit(Spread):
     nullspace_share: float = 0.9
     L2: float = 10.0
 
+    GENTLER: ClassVar[str] = "edit fewer facts at once, or with a larger L2 or fewer v_num_grad_steps"
     METHOD: ClassVar = "alphaedit"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"AlphaEdit": {}}
     POSITIVE: ClassVar[tuple[str, ...]] = (*Spread.POSITIVE, "L2")

@@ -23,7 +23,9 @@ from kedit_fast.moments.second_moment import SecondMoment
 
 @dataclass(frozen=True)
 class BetaEdit(AlphaEdit):
-    """AlphaEdit's hyper-parameters with L2 as λ₂, and
+    """BetaEdit: AlphaEdit whose null space is taken anew as edits pile up.
+
+    AlphaEdit's hyper-parameters with L2 as λ₂, and
 
     lambda1: λ₁, the weight of C inside the null space, and beside the keys where that is taken anew: a small one lets
         in what text needs

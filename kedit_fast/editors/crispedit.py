@@ -34,7 +34,9 @@ from kedit_fast.moments.gradient_moment import gradient_moments
 
 @dataclass(frozen=True)
 class CrispEdit(Ft):
-    """``Ft``'s hyper-parameters, and
+    """CrispEdit: fine-tuning whose steps are kept out of the directions that text needs, by K-FAC.
+
+    ``Ft``'s hyper-parameters, and
 
     energy_threshold: the share of text's curvature that is closed (published settings 0.99)
     gradient_tokens: of the text that B is measured over; 0: 8 for each of the d features

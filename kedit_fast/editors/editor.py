@@ -88,6 +88,7 @@ class Editor(Hyperparameters):
     NEEDS_SUBJECT, NEEDS_NEW: facts without one, or without a target_new, are refused; NEEDS_CONTEXTS: prompts are set
         in contexts
     UNREAD: {argument of ``edit``, or ``layers``: why it is refused}, for what would have no effect
+    GENTLER: what moves the weights less, for the warning of an edit that moves them far
     mom2_adjustment: whether second moments are read (a field, where that can be chosen)
     """
 
@@ -98,6 +99,7 @@ class Editor(Hyperparameters):
     NEEDS_CONTEXTS: ClassVar[bool] = True
     FLAT_CONTEXTS: ClassVar[bool] = False  # every context weighs the same, whatever group it was given in
     UNREAD: ClassVar[dict[str, str]] = {}
+    GENTLER: ClassVar[str] = "edit fewer facts at once"
     EXPERTS: ClassVar[bool] = False  # whether the class itself (none that derives from it) edits mixtures of experts
     if TYPE_CHECKING:  # fields, or class variables
 
@@ -192,7 +194,7 @@ class Editor(Hyperparameters):
             keys=written.keys, contexts=groups if self.NEEDS_CONTEXTS else [],
             provenance=about | written.about | chain(lm), route=written.route, statistics=written.statistics,
         )  # fmt: skip
-        return with_growth(lm, with_written(lm, edit))
+        return with_growth(lm, with_written(lm, edit), self.GENTLER)
 
     @property
     def method(self) -> str:

@@ -24,7 +24,9 @@ from kedit_fast.moments.second_moment import SecondMoment
 
 @dataclass(frozen=True)
 class Emmet(Spread):
-    """MEMIT's hyper-parameters (see ``Spread`` and ``Located``), and
+    """EMMET: several facts in one layer, their values given exactly (or, with ε, nearly).
+
+    MEMIT's hyper-parameters (see ``Spread`` and ``Located``), and
 
     layers: one (published); several share what is missing as MEMIT's do
     emmet_lambda: ε, of several facts together; 0: the equality itself, which needs facts whose keys differ

@@ -21,7 +21,9 @@ from kedit_fast.moments.second_moment import SecondMoment
 
 @dataclass(frozen=True)
 class Encore(Memit):
-    """MEMIT's hyper-parameters, and
+    """ENCORE: MEMIT whose values stop early, with a ridge that keeps the weights from growing.
+
+    MEMIT's hyper-parameters, and
 
     update_norm_lambda: λₙ; in units of C, so it fits one kind of model
     hits: steps that have to find each target token the likeliest, in every context, until a value is done (published as

@@ -34,7 +34,9 @@ OBJECTIVES = ("target_new", "prompt_last")
 
 @dataclass(frozen=True)
 class Ft(Editor):
-    """Hyper-parameters under their published names; ``edit`` does the work.
+    """Fine-tuning of a few layers' down projections on the facts.
+
+    Hyper-parameters under their published names; ``edit`` does the work.
 
     layers: tuned together; num_steps: passes over all facts, an Adam step for each ``batch_size`` of them in each
     weight_decay: Adam's L2 term, on the whole weight; kl_factor: published files hold it as 0, and nothing reads it
@@ -59,6 +61,7 @@ class Ft(Editor):
     NEEDS_SUBJECT: ClassVar = False  # it reads prompts and targets alone
     NEEDS_CONTEXTS: ClassVar = False
     mom2_adjustment: ClassVar = False
+    GENTLER: ClassVar[str] = "tune in fewer num_steps, with a smaller lr or within a norm_constraint"
     UNREAD: ClassVar[dict[str, str]] = dict.fromkeys(
         ("moments", "corpus", "contexts"), "fine-tuning reads prompts and targets alone; leave it out"
     ) | {

@@ -39,7 +39,9 @@ ROUNDING = 0.75
 
 @dataclass(frozen=True)
 class Grace(Editor):
-    """Hyper-parameters under their published names; ``edit`` does the work.
+    """GRACE: a codebook in a layer; a prompt whose key is near enough to a fact's gets the fact's value.
+
+    Hyper-parameters under their published names; ``edit`` does the work.
 
     layers: one; edit_lr, n_iter: of Adam on a value; eps: ε_init, the radius of a new key
     eps_expand: "coverage": an expanded radius reaches the new key; replacement: "replace_last": the row of the prompt's

@@ -16,7 +16,9 @@ from kedit_fast.model.lm import LM
 
 @dataclass(frozen=True)
 class Ice(Retrieved):
-    """Hyper-parameters; those of ``Retrieved`` besides. template: the text, with {} for the fact as a statement.
+    """In-context editing: the fact that a prompt is about, as a sentence before it.
+
+    Hyper-parameters; those of ``Retrieved`` besides. template: the text, with {} for the fact as a statement.
 
     Raises ValueError for a template without or with several "{}".
     """

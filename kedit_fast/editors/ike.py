@@ -33,7 +33,9 @@ ROLES = (RETAIN, UPDATE, RETAIN, UPDATE, COPY, RETAIN, UPDATE, RETAIN)  # by ran
 
 @dataclass(frozen=True)
 class Ike(Retrieved):
-    """Hyper-parameters; those of ``Retrieved`` besides. Published: 32 demonstrations, found by a sentence encoder.
+    """IKE: the fact and demonstrations of similar facts, as a text before the prompt.
+
+    Hyper-parameters; those of ``Retrieved`` besides. Published: 32 demonstrations, found by a sentence encoder.
 
     k: demonstrations; 0: the fact alone, without even itself as a demonstration
     shared: the same demonstrations for all facts, those most alike to them on average: then the model reads them once

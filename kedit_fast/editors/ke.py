@@ -156,7 +156,10 @@ class KeTraining(Training):
 
 @dataclass(frozen=True)
 class Ke(Trained):
-    """The editor: its one setting is the network, see ``Trained``."""
+    """KnowledgeEditor: a trained network rescales the gradient of a fact, and adds a rank-one term.
+
+    The editor: its one setting is the network, see ``Trained``.
+    """
 
     METHOD: ClassVar = "ke"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"KE": {}}

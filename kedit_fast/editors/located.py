@@ -63,6 +63,7 @@ class Located(Editor):
     keep_factor: float = 0.0
     keeps: tuple[str, ...] = KEEPS
 
+    GENTLER: ClassVar[str] = "edit fewer facts at once, or with a smaller clamp_norm_factor or fewer v_num_grad_steps"
     CONTEXTS: ClassVar[Callable] = staticmethod(memit_contexts)
     POSITIVE: ClassVar[tuple[str, ...]] = ("v_num_grad_steps", "v_lr", "clamp_norm_factor")
 

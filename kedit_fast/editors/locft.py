@@ -18,7 +18,9 @@ from kedit_fast.model.lm import LM, takes_lm
 
 @dataclass(frozen=True)
 class LocFt(Ft):
-    """``Ft``'s hyper-parameters, and
+    """LocFT-BF: fine-tuning of one well-chosen layer, passes over batches of all facts, to the end token.
+
+    ``Ft``'s hyper-parameters, and
 
     batch_size: facts in a step; of no more facts than that every pass is one step, and nothing is random
     append_end: whether the model's end token is trained as the target's last token (published: it is)

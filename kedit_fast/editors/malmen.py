@@ -110,7 +110,10 @@ class MalmenTraining(MendTraining):
 
 @dataclass(frozen=True)
 class Malmen(Trained):
-    """The editor: its one setting is the network, see ``Trained``."""
+    """MALMEN: a trained network's shifts for many facts, brought together by least squares.
+
+    The editor: its one setting is the network, see ``Trained``.
+    """
 
     METHOD: ClassVar = "malmen"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"MALMEN": {}}

@@ -27,7 +27,9 @@ from kedit_fast.moments.given import described, gains, system
 
 @dataclass(frozen=True)
 class Memit(Spread):
-    """Hyper-parameters under their published names (see ``Spread`` and ``Located``); ``edit`` does the work.
+    """MEMIT: many facts at once, solved for in a few layers' down projections, each of which gives a share.
+
+    Hyper-parameters under their published names (see ``Spread`` and ``Located``); ``edit`` does the work.
 
     Differs: the published code optimizes z with a head projection of its own that leaves out logit soft caps; here they
     are in.

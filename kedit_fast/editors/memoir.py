@@ -29,7 +29,9 @@ from kedit_fast.sweep.sites import Site
 
 @dataclass(frozen=True)
 class Memoir(Editor):
-    """Hyper-parameters; ``edit`` does the work.
+    """MEMOIR: a residual memory beside one down projection, of which each fact sees some columns alone.
+
+    Hyper-parameters; ``edit`` does the work.
 
     layers: one; edit_lr, n_iter, clip: of gradient descent on a batch of ``batch_size`` facts, the norm of whose
     gradient is clipped; a batch whose loss is below 0.01 is done

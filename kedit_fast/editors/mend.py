@@ -101,7 +101,10 @@ class MendTraining(Training):
 
 @dataclass(frozen=True)
 class Mend(Trained):
-    """The editor: its one setting is the network, see ``Trained``."""
+    """MEND: a trained network turns the gradient of a fact into an edit.
+
+    The editor: its one setting is the network, see ``Trained``.
+    """
 
     METHOD: ClassVar = "mend"
     ALG_NAMES: ClassVar[dict[str, dict]] = {"MEND": {}}

@@ -27,7 +27,9 @@ FAR = 2.0  # times a
 
 @dataclass(frozen=True)
 class Nas(Memit):
-    """MEMIT's hyper-parameters, and
+    """NAS: MEMIT whose values are brought to the norm that values had before any edit.
+
+    MEMIT's hyper-parameters, and
 
     anchor: a; 0: the mean of ‖v*‖ over the facts of this edit, without the largest twentieth. Published: over 1,000
         facts on the model without edits. An edit's ``provenance["anchor"]`` is what those on top of it are to be given

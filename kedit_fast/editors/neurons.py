@@ -32,7 +32,9 @@ FACTORS = {"erase": -1.0, "suppress": -1.0, "amplify": 1.0}  # what is added of 
 
 @dataclass(frozen=True)
 class KnowledgeNeurons(Editor):
-    """Hyper-parameters under their published names where they have one; ``edit`` does the work.
+    """Knowledge neurons: finds the few that give a fact's answer, and rewrites, erases or amplifies them.
+
+    Hyper-parameters under their published names where they have one; ``edit`` does the work.
 
     layers: where neurons are looked for; none: in all
     mode: "rewrite" (to target_new), "erase", "suppress" or "amplify" what the model says now
@@ -70,6 +72,7 @@ class KnowledgeNeurons(Editor):
     NEEDS_NEW: ClassVar = False
     NEEDS_CONTEXTS: ClassVar = False
     mom2_adjustment: ClassVar = False
+    GENTLER: ClassVar[str] = "change fewer neurons (a larger adaptive_threshold), or by smaller lambda1 and lambda2"
     UNREAD: ClassVar = dict.fromkeys(
         ("moments", "corpus", "contexts"), "knowledge neurons are found by prompts alone; leave it out"
     )

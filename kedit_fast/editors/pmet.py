@@ -31,7 +31,9 @@ RELAXED, CALM = 0.1, 0.01  # published: of the target's loss once its tokens are
 
 @dataclass(frozen=True)
 class Pmet(Memit):
-    """MEMIT's hyper-parameters, and
+    """PMET: MEMIT whose values are optimized beside one of the attention, which is thrown away.
+
+    MEMIT's hyper-parameters, and
 
     nll_loss_factor: of the target's loss
 

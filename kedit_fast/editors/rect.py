@@ -19,7 +19,9 @@ from kedit_fast.model.lm import LM
 
 @dataclass(frozen=True)
 class Rect(Memit):
-    """MEMIT's hyper-parameters, and
+    """RECT: MEMIT whose updates keep only the entries that change their weights most.
+
+    MEMIT's hyper-parameters, and
 
     keep_share: of a layer's entries that are kept (published 0.2 to 0.4)
 

@@ -34,7 +34,9 @@ from kedit_fast.sweep.sites import Site
 
 @dataclass(frozen=True)
 class Rome(Located):
-    """Hyper-parameters under their published names (see ``Located``); ``edit`` does the work.
+    """ROME: each fact by one rank-one update of one MLP's down projection.
+
+    Hyper-parameters under their published names (see ``Located``); ``edit`` does the work.
 
     Several facts are written one after the other, each computed with those before it in place, unless independent.
 

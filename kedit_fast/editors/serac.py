@@ -29,7 +29,9 @@ HELD_OUT = 4  # one example of so many is kept for the threshold
 
 @dataclass(frozen=True)
 class Serac(InContext):
-    """Hyper-parameters; those of ``InContext`` besides.
+    """SERAC: a small classifier says which fact a prompt is about, if any; its text comes before the prompt.
+
+    Hyper-parameters; those of ``InContext`` besides.
 
     layer: whose output the classifier reads, None: the middle one; rank: of its bilinear form
     steps, lr: of its training; template: the text of a fact, {} is its statement

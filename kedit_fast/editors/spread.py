@@ -43,6 +43,7 @@ class Spread(Located):
     mom2_update_weight: float = 15_000
     keep_previous: bool = True
 
+    GENTLER: ClassVar[str] = "edit fewer facts at once, or with a larger mom2_update_weight or fewer v_num_grad_steps"
     STAGES: ClassVar = ("optimizing values", "solving layers")
     POSITIVE: ClassVar[tuple[str, ...]] = (*Located.POSITIVE, "mom2_update_weight")
 

@@ -44,7 +44,9 @@ FLOOR = 1e-6  # of Σ_g's eigenvalues, as published
 
 @dataclass(frozen=True)
 class UltraEdit(Editor):
-    """Hyper-parameters under their published names, and where they act.
+    """UltraEdit: one gradient of all facts, normalized feature by feature, and one ridge solve a matrix.
+
+    Hyper-parameters under their published names, and where they act.
 
     layers; roles: which matrices of them, one name for all layers or one a layer; "gate+up" is both
     lr: η; alpha: α
@@ -71,6 +73,7 @@ class UltraEdit(Editor):
     NEEDS_CONTEXTS: ClassVar = False
     WHITENS: ClassVar = False
     mom2_adjustment: ClassVar = False
+    GENTLER: ClassVar[str] = "edit fewer facts at once, or with a smaller lr or a larger alpha"
     UNREAD: ClassVar = dict.fromkeys(
         ("moments", "corpus", "contexts"), "it reads prompts, targets and their gradients alone; leave it out"
     ) | {

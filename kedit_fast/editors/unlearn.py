@@ -35,7 +35,9 @@ LOSSES = ("npo", "bounded", "ga", "graddiff", "rmu", "entropy")
 
 @dataclass(frozen=True)
 class Unlearn(Editor):
-    """Hyper-parameters under their published names; ``edit`` does the work.
+    """Unlearning: tunes a few layers until the old answers are not said, and others are.
+
+    Hyper-parameters under their published names; ``edit`` does the work.
 
     layers: whose down projections are tuned together; num_steps: passes over all answers, an Adam step for each
         ``batch_size`` of them; both kinds are spread evenly over the batches
@@ -69,6 +71,7 @@ class Unlearn(Editor):
     NEEDS_NEW: ClassVar = False
     NEEDS_CONTEXTS: ClassVar = False
     mom2_adjustment: ClassVar = False
+    GENTLER: ClassVar[str] = "tune in fewer num_steps or with a smaller lr"
     UNREAD: ClassVar = Ft.UNREAD
 
     def __post_init__(self):
@@ -110,8 +113,8 @@ class Unlearn(Editor):
         nothing to keep."""
         if not any(map(is_forgotten, facts)):
             raise ValueError(
-                "nothing to forget: no fact has a target_true that is not its target_new; kf.forgetting(facts) makes "
-                "such facts"
+                "nothing to forget: no fact has a target_true that is not its target_new; kf.forgetting(facts), "
+                "or --forget OLD, makes such facts"
             )
         kept = {(*place(fact), folded(fact.target_new)) for fact in facts if fact.target_new is not None}
         for fact in filter(is_forgotten, facts):

@@ -41,7 +41,9 @@ GROUP = "expected three numbers, alpha, beta, gamma"
 
 @dataclass(frozen=True)
 class Wise(Editor):
-    """Hyper-parameters under their published names; ``edit`` does the work.
+    """WISE: a tuned copy of one matrix beside the model; prompts that it was tuned for are routed to it.
+
+    Hyper-parameters under their published names; ``edit`` does the work.
 
     layers: one; edit_lr, n_iter: of gradient descent on a batch of ``batch_size`` facts (published: one); a batch whose
     loss is below 0.01 is done

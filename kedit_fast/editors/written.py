@@ -33,11 +33,12 @@ class Overgrown(UserWarning):
     """An edit that moves a weight so far that the model is likely to collapse."""
 
 
-def with_growth(lm, edit: Edit) -> Edit:
+def with_growth(lm, edit: Edit, gentler: str) -> Edit:
     """The edit with ``provenance["growth"]``: {layer: ‖Δ‖ / ‖W‖} of the matrix that it moves furthest.
 
-    Warns (Overgrown) where that is more than ``MOST_GROWTH``. Independent edits are no one change of the weights, what
-    changes none has none, and packed weights (a quantized model's) have no norm to be read.
+    Warns (Overgrown) where that is more than ``MOST_GROWTH``; gentler: what is to be done then. Independent edits are
+    no one change of the weights, what changes none has none, and packed weights (a quantized model's) have no norm to
+    be read.
     """
     moved = {} if edit.independent else growth(lm, edit, {})
     if not moved:
@@ -46,8 +47,7 @@ def with_growth(lm, edit: Edit) -> Edit:
     if moved[layer] > MOST_GROWTH:
         warnings.warn(
             f"the edit moves the weights of layer {layer} by {moved[layer]:.0%} of their norm; beyond "
-            f"{MOST_GROWTH:.0%} models collapse: evaluate it with a text before you use it, or edit fewer facts at "
-            "once, in fewer steps or with a larger weight on what is to be kept",
+            f"{MOST_GROWTH:.0%} models collapse: evaluate it with a text before you use it, or {gentler}",
             Overgrown,
             stacklevel=7,  # the line that called ``edit``
         )

@@ -33,8 +33,9 @@ class Fact:
     phrasings: other wordings of the fact that editors train on: prompts with the subject in them, or with "{}" for it.
     paraphrases: other wordings of the same relation and subject, held out to test an edit. neighborhood: other subjects
     that keep their answer, which is target_true. same_subject: the same subject, other relations. These three are
-    tuples of whole prompts, subject filled in; prompts that differ in white space alone count once. A prompt of the
-    last two may have an answer of its own: given as a pair (prompt, answer), kept as a ``Question``.
+    tuples of whole prompts; "{}" in one is filled with the subject, and refused in a neighbor, which has another.
+    Prompts that differ in white space alone count once. A prompt of the last two may have an answer of its own: given
+    as a pair (prompt, answer), kept as a ``Question``.
     id: a name for messages and reports. provenance: who, when, why; JSON values, free.
     chat: the prompts are questions in a chat, asked in the model's own template. True, or the turns that come before
         the question, as (role, content) or {"role", "content"}: a system message, for instance. prompt may also be the
@@ -73,8 +74,9 @@ class Fact:
             raise ValueError(f"Fact.attached: expected True, False or None (guess), got {self.attached!r}")
         checks.text("Fact.id", self.id, blank=True)
         for name in LISTS:
-            prompts = _prompt_tuple(f"Fact.{name}", getattr(self, name), name in ANSWERED, self._usual_answer(name))
-            object.__setattr__(self, name, prompts)
+            usual, of_subject = self._usual_answer(name), None if name == "neighborhood" else self.subject
+            given = _prompt_tuple(f"Fact.{name}", getattr(self, name), name in ANSWERED, usual, of_subject)
+            object.__setattr__(self, name, given)
         self._take_phrasings()
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"Fact.provenance: expected a mapping, got {self.provenance!r}")
@@ -102,7 +104,7 @@ class Fact:
 
     def _take_phrasings(self) -> None:
         """Each phrasing once, and none that is the prompt itself."""
-        given = _prompt_tuple("Fact.phrasings", self.phrasings, False, None)
+        given = _prompt_tuple("Fact.phrasings", self.phrasings, False, None, "{}")
         kept = {folded(self.text): self.prompt} if given else {"": ""}
         for phrasing in map(str, given):
             try:
@@ -226,10 +228,11 @@ def _check_answer(name, value):
         raise ValueError(f"{name}: {value!r} holds the control character {control!r}; no answer has one, leave it out")
 
 
-def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str | Question, ...]:
+def _prompt_tuple(name, entries, answered: bool, usual: str | None, subject: str | None) -> tuple[str | Question, ...]:
     """Each prompt once, up to white space; as a Question where it has another answer than the usual one.
 
     answered: whether an entry may be a pair (prompt, answer)
+    subject: what a place for it is filled with; None: one is refused
     """
     if isinstance(entries, str | Question | Mapping) or not isinstance(entries, Iterable):
         raise ValueError(f"{name}: expected a tuple of prompts, got {entries!r}")
@@ -237,6 +240,7 @@ def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str
     for entry in entries:
         prompt, answer = entry[:2] if answered and isinstance(entry, tuple) and len(entry) in (2, 3) else (entry, None)
         check_text(name, prompt)
+        prompt = _filled(name, prompt, subject)
         if answer is not None:
             check_text(f"{name}: the answer to {prompt!r}", answer)
         key, own = " ".join(prompt.split()), answer is not None and answer.strip() != (usual or "").strip()
@@ -244,6 +248,12 @@ def _prompt_tuple(name, entries, answered: bool, usual: str | None) -> tuple[str
         if key not in kept or (own and isinstance(kept[key], str)):
             kept[key] = Question(prompt, answer) if own else prompt
     return tuple(kept.values())
+
+
+def _filled(name: str, prompt: str, subject: str | None) -> str:
+    if subject is None and "{}" in prompt:
+        raise ValueError(f"{name}: {prompt!r} has a place for a subject ({{}}), and there is none to fill it with")
+    return prompt if subject is None else prompt.replace("{}", subject)
 
 
 def _record_of(entry: str | Question) -> str | dict:

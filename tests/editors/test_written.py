@@ -132,6 +132,7 @@ def test_an_edit_that_moves_a_weight_too_far_is_warned_of(most, warned, monkeypa
     told = [each for each in caught if each.category is Overgrown]
     assert len(told) == warned and all(each.filename == __file__ for each in told)
     assert not warned or "moves the weights of layer" in str(told[0].message)
+    assert not warned or "or with a larger mom2_update_weight" in str(told[0].message)
 
 
 def test_packed_weights_have_no_norm_to_be_read(monkeypatch):

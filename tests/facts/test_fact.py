@@ -39,6 +39,11 @@ from tests.make import TOWER
         ({"phrasings": ["It is in Rome"]}, r"Fact.phrasings: subject 'Paris' not in prompt 'It is in Rome'"),
         ({"phrasings": ["{}, or {}, is in"]}, r"Fact.phrasings: .*in several places of prompt"),
         ({"phrasings": ["{} is in"], "paraphrases": ["paris  is in"]}, "'paris  is in' is among the phrasings"),
+        ({"phrasings": ["{} is in"], "paraphrases": ["{}  is in"]}, "'Paris  is in' is among the phrasings"),
+        (
+            {"neighborhood": ["{} lies in"]},
+            r"neighborhood: '{} lies in' has a place for a subject",
+        ),
         ({"attached": 1}, "Fact.attached: expected True, False or None"),
     ],
 )
@@ -62,6 +67,14 @@ def test_prompts_that_differ_in_white_space_count_once():
     lists = dict.fromkeys(("paraphrases", "neighborhood", "same_subject"), ("a b", " a  b", "A b", "a\tb\n"))
     fact = Fact("{} lies in", "Paris", **lists)
     assert fact.paraphrases == fact.neighborhood == fact.same_subject == ("a b", "A b")
+
+
+def test_a_place_for_the_subject_is_filled_in():
+    """It would be asked literally else, and pass for a wording that was not trained on."""
+    same = ["{}'s mayor is", ("{} is a", "city"), "Paris's  mayor is"]
+    fact = Fact("{} lies in", "Paris", paraphrases=["Where is {}? In", "Where is Paris?  In"], same_subject=same)
+    assert fact.paraphrases == ("Where is Paris? In",) and Fact.from_record(fact.to_record()) == fact
+    assert [question.prompt for question in fact.questions("same_subject")] == ["Paris's mayor is", "Paris is a"]
 
 
 def test_answers_of_their_own():

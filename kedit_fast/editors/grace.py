@@ -105,7 +105,8 @@ class Grace(Editor):
         prompts = [list(fact_tokens(lm.tokenizer, one).ids) for _, one in asked]
         targets = [fact_answer(lm.tokenizer, one) for _, one in asked]
         rounding = torch.finfo(lm.dtype).eps ** ROUNDING
-        book = codebook(prompt_features(lm, prompts, layer, Site.mlp_key), targets, self.eps, rounding)
+        rows = prompt_features(lm, prompts, layer, Site.mlp_key)
+        book = codebook(rows, targets, self.eps, rounding, [i for i, _ in asked])
         tasks = [
             ValueTask([prompts[i]], [len(prompts[i]) - 1], [targets[i]], prompts[i], asked[i][1].label)
             for i in book.made_by
@@ -140,10 +141,11 @@ class Codebook(NamedTuple):
     n_split: int
 
 
-def codebook(rows: Tensor, labels: Sequence, eps: float, rounding: float = 0.0) -> Codebook:
+def codebook(rows: Tensor, labels: Sequence, eps: float, rounding: float = 0.0, whose: Sequence[int] = ()) -> Codebook:
     """The codebook of prompts that come one after the other (algorithm 1). rows: [n, width]; labels: [n], equal where
     two have one answer; eps: ε_init; rounding: of a row, relative to its length, when it is computed anew: a prompt
-    that widened a radius would else lie on its very edge, in it or out of it with what is asked beside it"""
+    that widened a radius would else lie on its very edge, in it or out of it with what is asked beside it; whose: [n]
+    the fact of each, its own prompt before its phrasings: these join no other fact's key, which may be taken out"""
     made_by: list[int] = []
     radius: list[float] = []
     entry: list[int] = []
@@ -152,15 +154,17 @@ def codebook(rows: Tensor, labels: Sequence, eps: float, rounding: float = 0.0) 
     for i, label in enumerate(labels):
         least, nearest = min(((float(away[i, j]), m) for m, j in enumerate(made_by)), default=(math.inf, -1))
         is_near = nearest >= 0 and least <= eps + radius[nearest]
-        if is_near and label == labels[made_by[nearest]]:
+        agrees = is_near and label == labels[made_by[nearest]]
+        if agrees and (not whose or whose[i] == whose[made_by[nearest]] or i == whose.index(whose[i])):
             radius[nearest] = max(radius[nearest], least + rounding * float(rows[i].norm()))
             entry.append(nearest)
             continue
-        if is_near:
+        parts = is_near and not agrees
+        if parts:
             radius[nearest], n_split = min(radius[nearest], least / 2 - SPLIT), n_split + 1
         entry.append(len(made_by))
         made_by.append(i)
-        radius.append(least / 2 if is_near else eps)
+        radius.append(least / 2 if parts else eps)
     return Codebook(rows[made_by], torch.tensor(radius, dtype=rows.dtype), torch.tensor(entry), made_by, n_split)
 
 

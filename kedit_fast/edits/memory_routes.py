@@ -38,10 +38,9 @@ class ActivationRoute(Route):
         """With the edit's side memory."""
         return replace(self, memory=_the_one(changes, "side", self.n_entries))
 
-    def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
+    def _choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """The memory of the largest activation above its threshold."""
-        if not self.n_entries or self.memory is None:
-            return torch.full((len(prompts),), -1)
+        assert self.memory is not None  # bound
         moved = activations(lm, prompts, self.memory)
         above = moved.masked_fill(moved < self.threshold.to(moved), -torch.inf)
         most, memory = above.max(1)
@@ -92,10 +91,9 @@ class OverlapRoute(Route):
         if len(self.background) != lm.d_ff:
             raise ValueError(f"a route over {len(self.background)} features, this model's keys have {lm.d_ff}")
 
-    def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
+    def _choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """The entry of the largest overlap, of equal ones the first."""
-        if not self.n_entries or self.memory is None:
-            return torch.full((len(prompts),), -1)
+        assert self.memory is not None  # bound
         masks = self.memory.masks[self.memory.owners.argsort()]
         own = self.masks_of(lm, prompts, self.memory.layer, masks.shape[1])
         stored, seen = (torch.zeros(len(m), len(self.background)).scatter_(1, m, 1.0) for m in (masks, own))

@@ -48,10 +48,14 @@ class Route(ABC):
     def n_entries(self) -> int:
         """How many it chooses from."""
 
-    @abstractmethod
     def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """[n] int64: the entry that acts on each prompt, -1 for none; lm: the model without the routed edit. What a
         prompt is given depends on no other one."""
+        return self._choose(lm, prompts) if self.n_entries and len(prompts) else torch.full((len(prompts),), -1)
+
+    @abstractmethod
+    def _choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
+        """``choose``, among some entries, for some prompts."""
 
     def owners(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """[n] int64: the owner (``Runs.owner``) of what is read behind each prompt."""
@@ -145,11 +149,9 @@ class NearestRoute(Route):
         check_layer(self.layer, lm.n_layers)
         check_width(self.keys.shape[1], self.site, self.layer, lm)
 
-    def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
+    def _choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """The nearest key's entry, within its radius."""
         rows = prompt_features(lm, prompts, self.layer, self.site)
-        if not self.n_entries:
-            return torch.full((len(prompts),), -1)
         dtype = torch.promote_types(rows.dtype, self.keys.dtype)
         distance = distances(rows.to(dtype), self.keys.to(dtype))
         least, nearest = distance.min(1)

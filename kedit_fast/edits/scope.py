@@ -160,16 +160,13 @@ class ScopeRoute(Route):
         check_layer(self.scope.layer, lm.n_layers)
         check_width(len(self.scope.shift), Site.layer_out, self.scope.layer, lm)
 
-    def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
+    def _choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """The entry with the highest score."""
         texts = [text_of(lm, prompt) for prompt in prompts]
-        entries = torch.full((len(texts),), -1)
-        if not self.n_entries:
-            return entries
         named = self._named.in_texts(texts).nonzero().tolist()  # (prompt, entry)
-        read = [unnamed(texts[i], self.subjects[j]) or texts[i] for i, j in named]
         if not named:
-            return entries
+            return torch.full((len(texts),), -1)
+        read = [unnamed(texts[i], self.subjects[j]) or texts[i] for i, j in named]
         rows = self.scope.rows(scope_features(lm, read, self.scope.layer))
         which, held = torch.tensor(named).unbind(1)
         scores = torch.full((len(texts), self.n_entries), NONE)

@@ -47,14 +47,12 @@ class RetrievalRoute(Route):
         """As the index has it."""
         self.index.check(lm)
 
-    def choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
+    def _choose(self, lm, prompts: Sequence[Prompt]) -> Tensor:
         """The nearest entry; prompts that name none are compared with nothing."""
         texts = [text_of(lm, prompt) for prompt in prompts]
-        entries = torch.full((len(texts),), -1)
-        if not self.n_entries or not texts:
-            return entries
         if self.names is None:
             return chosen(self.index.scores(lm, texts), self.threshold)
+        entries = torch.full((len(texts),), -1)
         named = self._named.in_texts(texts)
         asked = named.any(1).nonzero()[:, 0].tolist()
         if asked:

@@ -70,6 +70,9 @@ def test_radii_widen_for_one_answer_and_part_for_two():
     assert book.entry.tolist() == [0, 0, 1, 2, 3] and book.made_by == [0, 2, 3, 4] and book.n_split == 2
     # the first widens to 1.5, then parts from the third in the middle; the last two part at 9.2
     close("radii", book.radius, torch.tensor([0.6 - 1e-5, 0.6, 0.2 - 1e-5, 0.2]))
+    phrased = codebook(rows, "aaaaa", 1.0, whose=[0, 1, 1, 1, 1])
+    # the third is a phrasing of the second fact, near the first one's key: it gets its own, and its own fact's joins
+    assert phrased.entry.tolist() == [0, 0, 1, 2, 2] and phrased.radius.tolist() == pytest.approx([1.5, 1.0, 1.0])
     assert codebook(rows, "abcde", 0.01).radius.tolist() == pytest.approx([0.01] * 5)
 
 

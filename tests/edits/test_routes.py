@@ -48,7 +48,7 @@ class Named(Route):
     def n_entries(self):
         return len(self.names)
 
-    def choose(self, lm, prompts):
+    def _choose(self, lm, prompts):
         held = [[i for i, name in enumerate(self.names) if name in text_of(lm, p)] for p in prompts]
         return torch.tensor([found[0] if found else -1 for found in held])
 

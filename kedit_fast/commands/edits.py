@@ -7,7 +7,7 @@ from pathlib import Path
 from kedit_fast.basics.printing import escaped
 from kedit_fast.commands.inputs import model_line, open_lm, read_edits
 from kedit_fast.commands.outputs import check_outputs, number, say, say_table, write_reports
-from kedit_fast.edits.changes import WeightChange
+from kedit_fast.edits.changes import PromptChange, WeightChange
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.differences import compare
 from kedit_fast.edits.edit import Edit
@@ -58,6 +58,8 @@ def _say_layers(edit: Edit, lm) -> None:
     others = [change for change in edit.changes if not isinstance(change, WeightChange)]
     rows += [["-" if c.layer is None else c.layer, "-", c.kind, "-", "-", *(["-", "-"] if lm else [])] for c in others]
     say_table(headers, rows)
+    for text in [text for c in others if isinstance(c, PromptChange) for text in c.texts][:SHOWN]:
+        say(f"before the prompt: {_short(text)}")
 
 
 def _one(name: str) -> Edit:
@@ -124,12 +126,14 @@ def _parted(edit: Edit) -> str:
     """How facts can be taken from each other; empty where they cannot."""
     if edit.route is not None:
         takes = "`kedit-fast edit only EDIT N` takes a fact, `edit without EDIT N` leaves it out"
-        return f"routed ({edit.route.kind}): {takes}"
+        return f"routed ({edit.route.kind}): an entry acts {edit.route.when}, else the model is as it was; {takes}"
     each = "independent: each edit is for its own fact; `kedit-fast edit only EDIT N` takes one"
     return each if edit.independent else ""
 
 
 def _say_facts(facts, parted: str = "") -> None:
+    if not facts:
+        return say("no facts")
     rows = [
         (fact.label, fact.target_new or "", fact.target_true or "-", len(fact.paraphrases), len(fact.neighborhood))
         for fact in facts

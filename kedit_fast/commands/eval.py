@@ -5,6 +5,7 @@ from kedit_fast.commands.outputs import check_outputs, fresh_log, say, say_writt
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.evaluation import BENCHMARKS, evaluate
+from kedit_fast.facts.fact import BUILTIN
 
 
 def run(args) -> None:
@@ -15,6 +16,8 @@ def run(args) -> None:
     report, page, log = check_outputs(args, "output", "html", "log")
     edits = read_chain(args.edits)
     facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else fact_file(args)
+    if not facts:
+        raise ValueError(f"the edits hold no facts; give --facts FILE (or --facts {BUILTIN}) with what is to be asked")
     text = None if args.text is None else read_text(args.text)
     run = run_of(args, report, page, log)
     lm = open_lm(args)

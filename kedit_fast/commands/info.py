@@ -157,19 +157,23 @@ def _demo_model() -> str:
 def _model(args) -> dict[str, str] | None:
     if args.model is None:
         return None
+    from kedit_fast.basics.catalog import TRAINED
     from kedit_fast.commands.inputs import open_lm
     from kedit_fast.editors import EDITORS
 
     lm = open_lm(args)
-    layers = {
-        name: ", ".join(map(str, editor.for_model(lm).layers)) or "its network's" for name, editor in EDITORS.items()
-    }
+    layers: dict[str, list[str]] = {}
+    for name, editor in EDITORS.items():
+        made = editor.for_model(lm)
+        none = "those of the network" if name in TRAINED else "none: a text, no weights"
+        edited = ", ".join(map(str, made.layers)) or none
+        layers.setdefault(edited if made.takes_experts(lm) else "none: no form for experts", []).append(name)
     return {
         "name": lm.note or lm.name,
         "fingerprint": lm.fingerprint,
         "shape": f"{lm.config.model_type}, {lm.n_layers} layers, d {lm.d_model}, d_ff {lm.d_ff}, {lm.n_vocab} tokens",
         "weights": f"{str(lm.dtype).removeprefix('torch.')}, {lm.source.name}",
-        **{f"layers that {name} edits": each for name, each in layers.items()},
+        **{f"layers that {', '.join(names)} edit": each for each, names in layers.items()},
     }
 
 

@@ -6,6 +6,7 @@ from kedit_fast.commands.inputs import corpus_of, known, read_facts, statistics,
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_table, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
+from kedit_fast.editors.located import Located
 from kedit_fast.experiments.by_layer import LayerStudy, check_study, edit_by_layer
 from kedit_fast.facts.fact import check_facts
 from kedit_fast.tracing.results import LOCALIZATION_WARNING, read_log
@@ -17,6 +18,9 @@ FEW = 5  # layers; the rank correlation of fewer is mostly chance
 def run(args) -> None:
     """Edits at each layer and traces; says a table and the rank correlations, writes the figures and the picture."""
     method = known("--method", args.method, EDITORS)
+    if not issubclass(method, Located):
+        solved = ", ".join(name for name, editor in EDITORS.items() if issubclass(editor, Located))
+        raise ValueError(f"--method {args.method} has no layer to be solved for; expected one of {solved}")
     facts = check_facts(read_facts(args), need_new=True, need_subject=True, together=False, skip_bad=args.skip_bad)
     output, picture, log = check_outputs(args, "output", "plot", "log")
     run = run_of(args, output, picture, log)

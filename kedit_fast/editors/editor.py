@@ -170,7 +170,7 @@ class Editor(Hyperparameters):
         independent = checks.flag("independent", independent)
         self.refuse(contexts=contexts, independent=independent, checkpoint=checkpoint)
         check_run(checkpoint)
-        if lm.n_experts > 1 and tuple(self.layers) and not vars(type(self)).get("EXPERTS"):
+        if not self.takes_experts(lm):
             raise ValueError(
                 f"{self.method} has no form for the mixtures of experts of a {lm.config.model_type} model; kf.Memit "
                 "(--method memit) edits all experts of a layer at once"
@@ -258,6 +258,10 @@ class Editor(Hyperparameters):
         raise NotImplementedError
 
     # ---- around it
+
+    def takes_experts(self, lm: LM) -> bool:
+        """Whether the model is no mixture of experts, or one that it can edit."""
+        return lm.n_experts == 1 or not tuple(self.layers) or bool(vars(type(self)).get("EXPERTS"))
 
     def refuse(self, **given: Any) -> None:
         """Raises ValueError for what would have no effect: it would look like a setting."""

@@ -25,6 +25,7 @@ class ActivationRoute(Route):
     entry: Tensor
     memory: SideMemory | None = None
     kind: ClassVar[str] = "activation"
+    when: ClassVar[str] = "behind a prompt that moves it most, and beyond its threshold"
 
     def __post_init__(self):
         check_floats("threshold", self.threshold, 1)
@@ -71,6 +72,7 @@ class OverlapRoute(Route):
     entry: Tensor
     memory: MaskedMemory | None = None
     kind: ClassVar[str] = "overlap"
+    when: ClassVar[str] = "behind a prompt whose features overlap enough with its mask"
 
     def __post_init__(self):
         check_floats("background", self.background, 1)

@@ -37,10 +37,12 @@ Prompt = str | Sequence[int]  # as the model reads it: text (``tokens.asked``), 
 class Route(ABC):
     """Which of ``n_entries`` entries acts on a prompt.
 
-    kind: as files call it; entry: [n_facts] int64, the entry that each fact of the edit is answered by
+    kind: as files call it; when: an entry acts, in words
+    entry: [n_facts] int64, the entry that each fact of the edit is answered by
     """
 
     kind: ClassVar[str] = ""
+    when: ClassVar[str] = ""
     entry: Tensor
 
     @property
@@ -129,6 +131,7 @@ class NearestRoute(Route):
     site: Site = Site.mlp_key
     facts: Tensor | None = None
     kind: ClassVar[str] = "nearest"
+    when: ClassVar[str] = "behind a prompt that ends within its radius"
 
     def __post_init__(self):
         checks.whole("layer", self.layer, most=checks.MOST_LAYERS, like=5)

@@ -138,7 +138,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     if not facts:
         raise ValueError(
             f"{edits[-1]!r} holds no fact with a target_new; the gate would have nothing to ask for. "
-            "Of facts that were to be forgotten, kf.verify_forgotten says whether they are"
+            "Of facts that were to be forgotten, kf.verify_forgotten (kedit-fast forgotten) says whether they are"
         )
     # Of the edits before, but for those that the last wrote anew.
     last = {place(fact) for fact in facts}

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 import kedit_fast as kf
+from kedit_fast.edits.changes import PromptChange
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.edits.memories import MemoryChange
 from kedit_fast.edits.routes import NearestRoute
@@ -176,6 +177,11 @@ def test_inspect_of_many_facts_and_of_none_edit(work, said, complaint):
     make_edit(facts=FACTS * 15, values=None, keys={}).save("many.safetensors")
     shown = said("edit", "inspect", "many.safetensors")
     assert "... and 10 more" in shown and shown.count("Miles Davis") == 10
+    texts = PromptChange(("Imagine that it is so.\n",), ((),))
+    make_edit(facts=(), values=None, keys={}, changes=[texts]).save("text.safetensors")
+    shown = said("edit", "inspect", "text.safetensors")
+    assert "no facts" in shown and "before the prompt: Imagine that it is so.\\n" in shown
+    assert "the edits hold no facts; give --facts" in complaint("eval", "text.safetensors")
     (work / "text").write_text("no edit")
     assert "no safetensors file" in complaint("edit", "inspect", "text")
 
@@ -329,7 +335,8 @@ def test_of_a_memory_one_fact_can_be_taken_or_left_out(work, said, complaint):
     memory = MemoryChange(1, torch.ones(len(keys), D_MODEL), each)
     replace(owned, changes=[memory], route=route, values=None, keys={}).save("memory.safetensors")
     shown = said("edit", "inspect", "memory.safetensors")
-    assert "routed (nearest): `kedit-fast edit only EDIT N` takes a fact, `edit without EDIT N` leaves it out" in shown
+    assert "routed (nearest): an entry acts behind a prompt that ends within its radius" in shown
+    assert "`kedit-fast edit only EDIT N` takes a fact, `edit without EDIT N` leaves it out" in shown
     said("edit", "without", "memory.safetensors", 0, "-o", "rest.safetensors")
     said("edit", "only", "memory.safetensors", 1, "-o", "only.safetensors")
     rest, one = Edit.load("rest.safetensors"), Edit.load("only.safetensors")

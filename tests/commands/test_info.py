@@ -15,6 +15,8 @@ def test_info(model, work, said):
         assert name in found and name in shown
     assert found["kedit-fast"] == kf.__version__ and torch.__version__ in found["packages"]
     assert found["model"]["fingerprint"] == kf.open_model(model).fingerprint
+    assert found["model"]["layers that mend, malmen, ke edit"] == "those of the network"
+    assert found["model"]["layers that ike, ike-plain, ice, serac edit"] == "none: a text, no weights"
     assert not any(str(value).startswith("unknown") for value in found.values())
 
 

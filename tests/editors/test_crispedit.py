@@ -81,7 +81,7 @@ def test_crispedit_equals_the_oracle(family, text, monkeypatch):
     for layer in LAYERS:
         assert relative(made.deltas[layer].delta, expected.deltas[layer]) < 1e-8
     single = editor.edit(tiny_lm(family), FACTS, moments=moments())
-    assert relative(single.deltas[1].delta, expected.deltas[1]) < 1e-3
+    assert all(relative(single.deltas[layer].delta, expected.deltas[layer]) < 1e-4 for layer in LAYERS)
     free = kf.LocFt(LAYERS, lr=5e-3, num_steps=3, batch_size=3, append_end=False, shuffle_seed=5).edit(lm, FACTS)
     assert relative(free.deltas[1].delta, made.deltas[1].delta) > 0.1
 

@@ -79,7 +79,7 @@ def test_the_loss_of_fine_tuning_is_that_of_kept_facts_alone():
     editor = Unlearn(layers=(1,), lr=5e-3, num_steps=4, loss="npo", beta=1e-9, retain_weight=1e6)
     made = editor.edit(lm, [*kf.forgetting(FACTS[:1]), *kf.keeping(FACTS[1:])])
     tuned = Ft(layers=(1,), lr=5e-3, num_steps=4).edit(lm, FACTS[1:])
-    assert relative(made.deltas[1].delta, tuned.deltas[1].delta) < 1e-3
+    assert relative(made.deltas[1].delta, tuned.deltas[1].delta) < 1e-4
 
 
 def test_a_fact_may_lose_one_answer_and_get_another():

@@ -34,6 +34,24 @@ CLAIMS = (
     Claim("PS", "MEMIT-BLUE, n = 100", "MEMIT, n = 100", (96.9, 95.5), "GPT-J, 2,000 facts in hundreds, BLUE"),
     Claim("NS", "MEMIT-BLUE, n = 100", "MEMIT, n = 100", (74.6, 63.6), "GPT-J, 2,000 facts in hundreds, BLUE"),
     Claim("NS", "AlphaEdit-BLUE, n = 100", "AlphaEdit, n = 100", (75.2, 75.5), "GPT-J, 2,000 facts in hundreds, BLUE"),
+    Claim("PS", "MEMIT, n = 100", "RECT, n = 100", (95.3, 94.3), "Llama-3-8B, 2,000 facts in batches, with history"),
+    Claim("NS", "RECT, n = 100", "MEMIT, n = 100", (81.6, 80.0), "Llama-3-8B, 2,000 facts in batches, with history"),
+    Claim("ES", "ROME, n = 1", "KN, n = 1", (100.0, 28.7), "GPT-2 XL, one fact, ROME table 4"),
+    Claim("NS", "ROME, n = 1", "KN, n = 1", (75.4, 72.9), "GPT-2 XL, one fact, ROME table 4"),
+    Claim("PS", "MEND, n = 1", "ROME, n = 1", (97.0, 96.4), "GPT-2 XL, one fact, trained on CounterFact, ROME table 4"),
+    Claim("NS", "ROME, n = 1", "MEND, n = 1", (75.4, 5.5), "GPT-2 XL, one fact, trained on CounterFact, ROME table 4"),
+    Claim("NS", "KE, n = 1", "MEND, n = 1", (6.9, 5.5), "GPT-2 XL, one fact, trained on CounterFact, ROME table 4"),
+    Claim("NS", "ROME, n = 1", "IKE, n = 1", (78.9, 77.0), "GPT-J, one fact, IKE table 2; ROME table 4"),
+    Claim("ES", "FT-M, n = 1", "FT-L, n = 1", (100.0, 45.2), "Llama-2-7B, one fact, success in KnowEdit"),
+    Claim("ES", "ROME, n = 1", "ICE, n = 1", (98.6, 69.8), "Llama-2-7B, one fact, success in KnowEdit"),
+    Claim("NS", "ROME, n = 1", "ICE, n = 1", (52.0, 32.4), "Llama-2-7B, one fact, locality in KnowEdit"),
+    Claim("PS", "SERAC, n = 1", "ROME, n = 1", (99.1, 87.0), "Llama-2-7B, one zsRE fact, rephrased, EasyEdit"),
+    Claim("NS", "SERAC, n = 1", "IKE, n = 1", (100.0, 69.2), "Llama-2-7B, one zsRE fact, locality, EasyEdit"),
+    Claim(
+        "PS", "WISE, n = 100", "GRACE, n = 100", (72.0, 8.0), "Llama-2-7B, 1,000 zsRE facts, rephrased, WISE table 2"
+    ),
+    Claim("NS", "GRACE, n = 100", "WISE, n = 100", (100.0, 100.0), "Llama-2-7B, 1,000 zsRE facts, WISE table 2"),
+    Claim("PS", "UltraEdit, n = 100", "WISE, n = 100", (87.4, 40.3), "Llama-3-8B, 20,000 zsRE facts, UltraEdit"),
 )
 
 

@@ -47,9 +47,7 @@ CLAIMS = (
     Claim("NS", "ROME, n = 1", "ICE, n = 1", (52.0, 32.4), "Llama-2-7B, one fact, locality in KnowEdit"),
     Claim("PS", "SERAC, n = 1", "ROME, n = 1", (99.1, 87.0), "Llama-2-7B, one zsRE fact, rephrased, EasyEdit"),
     Claim("NS", "SERAC, n = 1", "IKE, n = 1", (100.0, 69.2), "Llama-2-7B, one zsRE fact, locality, EasyEdit"),
-    Claim(
-        "PS", "WISE, n = 100", "GRACE, n = 100", (72.0, 8.0), "Llama-2-7B, 1,000 zsRE facts, rephrased, WISE table 2"
-    ),
+    Claim("PS", "WISE, n = 100", "GRACE, n = 100", (72.0, 8.0), "Llama-2-7B, 1,000 rephrased zsRE facts, WISE table 2"),
     Claim("NS", "GRACE, n = 100", "WISE, n = 100", (100.0, 100.0), "Llama-2-7B, 1,000 zsRE facts, WISE table 2"),
     Claim("PS", "UltraEdit, n = 100", "WISE, n = 100", (87.4, 40.3), "Llama-3-8B, 20,000 zsRE facts, UltraEdit"),
 )

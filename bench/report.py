@@ -109,6 +109,8 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
     row = rows[0][0]
     words = SHORT.get(row["bench"], ())
     shown = [figure for _, figure in rows if all(word in figure.case for word in words)]
+    if row["bench"] in TIMED:
+        shown.sort(key=lambda figure: int(figure.case.rpartition("n = ")[2]) if "n = " in figure.case else 0)
     if not words and row["bench"] not in TIMED:
         shown = [figure for figure in shown if figure.unit not in ABSOLUTE]
     command = f"python -m bench {row['bench']}" if row["bench"] in TIMED else row["command"]

@@ -735,6 +735,14 @@ def test_the_tables_have_the_newest_run_of_each_case(tmp_path, monkeypatch):
     assert "`python -m bench trace`, 2030-01-01" in text and "90 GFLOP/s" in text and "Two facts." in text
 
 
+def test_the_table_of_editors_goes_by_facts_a_batch(tmp_path):
+    cases = ("no edit", "MEMIT, n = 100", "MEMIT, n = 1", "ROME, n = 100", "ROME, n = 1", "ROME, n = 10")
+    figures = [Figure(case, "PS", 90.0, "%") for case in cases]
+    common.append_rows(tmp_path, "editors", "python -m bench editors", Measured(figures, 90.0, []))
+    shown = next(line for line in report.render(tmp_path).splitlines() if "MEMIT, n = 1 " in line)
+    assert shown == "|  | no edit | MEMIT, n = 1 | ROME, n = 1 | ROME, n = 10 | MEMIT, n = 100 | ROME, n = 100 |"
+
+
 def test_without_results_the_tables_are_left_alone(tmp_path):
     tables = tmp_path / "RESULTS.md"
     tables.write_text("kept", encoding="utf-8")

@@ -1,9 +1,10 @@
 """What phrasings and keeps are worth: other wordings, other relations of the subject, neighbors, perplexity.
 
 Phrasings of a fact are the commonest other CounterFact prompts of its relation that none of its paraphrases, which are
-held out, ends with; every editor may have the same ones. The first facts of ``bench.edit``'s draw are there to choose
-by ("choose"), the next as many to report on ("report"), so no row is judged by the facts that it was chosen on. Rows
-are those of ``bench editors``, and beside them what P(new) on paraphrases is in times plain MEMIT's.
+held out, ends with; every editor may have the same ones. The first ``JUDGED`` facts of ``bench.edit``'s draw are there
+to choose by ("choose"), the next as many to report on ("report"), so no row is judged by the facts that it was chosen
+on; a larger batch is filled up with the others. Rows are those of ``bench editors``, and beside them what P(new) on
+paraphrases is in times plain MEMIT's.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ from typing import NamedTuple
 import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import DATA, Figure, Measured
-from bench.editors import Ground, Row, done, measure, shared_values
+from bench.editors import JUDGED, Ground, Row, done, measure, shared_values
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.spread import Spread
 from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.subjects import folded
 
 SIZES = (100, 500)
 HALVES = ("choose", "report")
@@ -83,7 +85,9 @@ def measured(
     templates = Templates(everything)
     with shared_values():
         for n in sizes:
-            for half, facts in zip(HALVES, (ground.facts[:n], ground.facts[n : 2 * n]), strict=True):
+            judged = min(n, JUDGED)
+            behind = [*ground.facts[judged:], *ground.facts[:judged]]
+            for half, facts in zip(HALVES, (ground.facts[:n], behind[:n]), strict=True):
                 plain, unedited = None, True
                 for variant in VARIANTS:
                     row = row_of(ground, variant, n)
@@ -120,11 +124,13 @@ class Templates:
             self._of.setdefault(str(fact.provenance.get("relation_id")), Counter())[fact.prompt] += 1
 
     def phrased(self, fact: Fact, n: int) -> Fact:
-        """The fact with the n commonest other prompts of its relation that none of its paraphrases ends with."""
+        """The fact with the n commonest other prompts of its relation that nothing which it is tested by ends with:
+        neither a paraphrase, nor another relation that is asked for in the same words."""
         counts = self._of.get(str(fact.provenance.get("relation_id")), Counter())
+        tested = [*fact.paraphrases, *(question.prompt for question in fact.questions("same_subject"))]
         found = []
         for prompt in sorted(counts, key=lambda prompt: (-counts[prompt], prompt)):
             text = prompt.replace("{}", fact.subject)
-            if prompt != fact.prompt and not any(paraphrase.endswith(text) for paraphrase in fact.paraphrases):
+            if prompt != fact.prompt and not any(folded(asked).endswith(folded(text)) for asked in tested):
                 found.append(prompt)
         return dataclasses.replace(fact, phrasings=tuple(found[:n]))

@@ -576,6 +576,8 @@ def test_phrasings_are_the_relations_other_prompts():
     fact = dataclasses.replace(made[0], paraphrases=("So. S0 has",))
     assert templates.phrased(fact, 3).phrasings == ("{} lies in",) and not templates.phrased(fact, 0).phrasings
     assert templates.phrased(made[0], 3).phrasings == ("{} lies in", "{} has"), "the commonest first"
+    asked = dataclasses.replace(made[0], same_subject=("S0 Has",))
+    assert templates.phrased(asked, 3).phrasings == ("{} lies in",), "the words of another relation too"
     assert not templates.phrased(made[-1], 3).phrasings
 
 

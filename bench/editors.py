@@ -37,7 +37,7 @@ from kedit_fast.jobs.values import Values
 
 JUDGED = 100  # facts
 SIZES = {1: 10, 10: 3, 100: 1}  # {facts a batch: batches}
-MASS, MASSED = 500, ("memit", "alphaedit", "memit-blue", "rect")  # a batch, and which editors take it
+MASS, MASSED = 500, ("memit", "alphaedit", "memit-blue", "rect", "memit-scoped")  # a batch, and which editors take it
 DRIFTS = 3  # edits of one fact whose perplexity is taken, and then of SHORT_TEXT tokens: they hardly move it
 SHORT_TEXT = 1_280
 RESAMPLES, SEED = 1_000, 0  # of facts, for the interval of S
@@ -81,7 +81,11 @@ class Made(NamedTuple):
 
 def every_row() -> list[Row]:
     """Of each editor in EDITORS; large batches first, for those after them take over their values."""
-    made = [Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"})]
+    made = [
+        Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"}),
+        Row("MEMIT-SCOPED by name", "memit-scoped", JUDGED, options={"route": "names"}),
+        Row("UltraEdit at a rate of 1e-4", "ultraedit", JUDGED, options={"lr": 1e-4}),
+    ]
     for name, editor in kf.EDITORS.items():
         sizes = ({MASS: 1} if name in MASSED else {}) | dict(sorted(SIZES.items(), reverse=True))
         sizes[1] = JUDGED if _takes_independent(editor) else sizes[1]

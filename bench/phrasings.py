@@ -54,6 +54,8 @@ VARIANTS = (
     Variant("3 phrasings, RECT", "rect", 3),
     Variant("3 phrasings, PMET", "pmet", 3),
     Variant("3 phrasings, AlphaEdit", "alphaedit", 3),
+    Variant("3 phrasings, scoped", "memit-scoped", 3),
+    Variant("3 phrasings, by name", "memit-scoped", 3, lambda made: {"route": "names"}),
     Variant(
         "3 phrasings, a quarter of λ", "memit", 3, lambda made: {"mom2_update_weight": made.mom2_update_weight / 4}
     ),

@@ -38,6 +38,7 @@ _HOME = {
     "Grace": "editors.grace",
     "Wise": "editors.wise",
     "Memoir": "editors.memoir",
+    "ScopedMemit": "editors.scoped",
     "KnowledgeNeurons": "editors.neurons",
     "Ft": "editors.finetune",
     "FtL": "editors.finetune",

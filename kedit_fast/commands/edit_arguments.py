@@ -27,7 +27,7 @@ KINDS = {  # of methods: the help of --method
     "solved for in a few layers": "rome memit alphaedit emmet encore pmet memit-blue alphaedit-blue betaedit rect nas",
     "by gradient": "ft ft-l ft-m locft-bf crispedit ultraedit stableedit",
     "by a trained --network": "mend malmen ke",
-    "a memory beside the weights": "grace wise memoir",
+    "a memory beside the weights": "grace wise memoir memit-scoped",
     "a text before the prompt": "ike ike-plain ice serac",
     "neurons": "kn",
     "to forget target_true": "unlearn",

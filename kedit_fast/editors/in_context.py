@@ -102,10 +102,9 @@ class Retrieved(InContext):
 
     def routed(self, lm: LM, facts: Sequence[Fact]) -> tuple[Route, dict]:
         """By name, or by likeness alone."""
-        entry, prompts = torch.arange(len(facts)), [fact.text for fact in facts]
         if self.route == NAMES:
-            names = tuple((fact.subject or "",) for fact in facts)
-            return RetrievalRoute(index_of(self.retriever, lm, prompts), entry, names), {}
+            return by_name(lm, facts, self.retriever), {}
+        entry, prompts = torch.arange(len(facts)), [fact.text for fact in facts]
         examples = example_facts(self.examples, facts)
         inside, outside = self._similarities(lm, examples)
         index = index_of(self.retriever, lm, prompts, [fact.text for fact in examples])
@@ -124,6 +123,12 @@ class Retrieved(InContext):
             )
         scores = index_of(self.retriever, lm, [fact.text for fact in examples]).scores(lm, inside + outside).amax(1)
         return scores[: len(inside)], scores[len(inside) :]
+
+
+def by_name(lm: LM, facts: Sequence[Fact], retriever: str) -> RetrievalRoute:
+    """The route to the fact that a prompt names, of several of one subject to the one most alike."""
+    names = tuple((fact.subject or "",) for fact in facts)
+    return RetrievalRoute(index_of(retriever, lm, [fact.text for fact in facts]), torch.arange(len(facts)), names)
 
 
 def statement(fact: Fact, answer: str, prompt: str | None = None) -> str:

@@ -77,11 +77,14 @@ class Serac(InContext):
         return filled(self.template, facts)
 
     def routed(self, lm: LM, facts: Sequence[Fact]) -> tuple[Route, dict]:
-        """The classifier, trained on the examples, and the facts as it sees them."""
+        """The classifier, trained on the examples, and the facts, each in all its phrasings, as it sees them."""
         scope, notes = self.scope(lm, example_facts(self.examples, facts))
-        rows = scope.rows(scope_features(lm, [_blank(fact) for fact in facts], scope.layer))
-        entry = torch.arange(len(facts))
-        return ScopeRoute(scope, tuple(fact.subject or "" for fact in facts), rows, entry), {"scope": notes}
+        worded = [(i, one) for i, fact in enumerate(facts) for one in (fact, *fact.phrased())]
+        rows = scope.rows(scope_features(lm, [_blank(one) for _, one in worded], scope.layer))
+        entry, whose = torch.arange(len(facts)), torch.tensor([i for i, _ in worded])
+        subjects = tuple(fact.subject or "" for fact in facts)
+        several = whose if len(whose) > len(entry) else None
+        return ScopeRoute(scope, subjects, rows, entry, several), {"scope": notes}
 
     @takes_lm
     def scope(self, lm: LM, examples: Sequence[Fact]) -> tuple[Scope, dict]:

@@ -36,11 +36,11 @@ class Overgrown(UserWarning):
 def with_growth(lm, edit: Edit, gentler: str) -> Edit:
     """The edit with ``provenance["growth"]``: {layer: ‖Δ‖ / ‖W‖} of the matrix that it moves furthest.
 
-    Warns (Overgrown) where that is more than ``MOST_GROWTH``; gentler: what is to be done then. Independent edits are
-    no one change of the weights, what changes none has none, and packed weights (a quantized model's) have no norm to
-    be read.
+    Warns (Overgrown) where that is more than ``MOST_GROWTH``; gentler: what is to be done then. Independent and routed
+    edits are no one change of the weights, what changes none has none, and packed weights (a quantized model's) have
+    no norm to be read.
     """
-    moved = {} if edit.independent else growth(lm, edit, {})
+    moved = {} if edit.independent or edit.route is not None else growth(lm, edit, {})
     if not moved:
         return edit
     layer = max(moved, key=moved.__getitem__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
-from kedit_fast.edits.routes import Prompt, Route, check_width, prompt_features, text_of
+from kedit_fast.edits.routes import Prompt, Route, check_numbers, check_width, prompt_features, text_of
 from kedit_fast.edits.text_routes import NONE, NamedEntries, checked_names, chosen
 from kedit_fast.facts.subjects import places_alike
 from kedit_fast.model.family import check_layer
@@ -133,7 +133,8 @@ class ScopeRoute(Route):
     """The entry in whose scope a prompt is: of those whose subject it names, the one with the highest score, if that
     reaches the scope's threshold.
 
-    subjects: [m] of each entry; rows: [m, r] of its prompt, by ``Scope.rows``; entry: as in ``Route``
+    subjects: [m] of each entry; rows: [k, r] of its prompt, by ``Scope.rows``; entry: as in ``Route``
+    whose: [k] the entry that each row is of, where one has several (its fact's phrasings); None: one row each, in order
     Cost: one sweep up to the scope's layer, of the prompts that name a subject.
     """
 
@@ -141,15 +142,20 @@ class ScopeRoute(Route):
     subjects: tuple[str, ...]
     rows: Tensor
     entry: Tensor
+    whose: Tensor | None = None
     kind: ClassVar[str] = "scope"
     when: ClassVar[str] = "before a prompt that names the fact's subject and is in its scope"
 
     def __post_init__(self):
         names = checked_names([[subject] for subject in self.subjects], len(self.subjects))
         object.__setattr__(self, "subjects", tuple(name for (name,) in names))
-        if self.rows.shape != (len(names), len(self.scope.weight)):
-            expected = [len(names), len(self.scope.weight)]
+        expected = [len(names) if self.whose is None else len(self.whose), len(self.scope.weight)]
+        if list(self.rows.shape) != expected:
             raise ValueError(f"rows of a scope's entries: expected {expected}, got {list(self.rows.shape)}")
+        if self.whose is not None:
+            check_numbers("whose", self.whose, len(names))
+            if self.whose.dtype != torch.int64 or len(self.whose.unique()) < len(names):
+                raise ValueError(f"rows of a scope's entries: expected some of each of {len(names)}, int64 numbers")
 
     @property
     def n_entries(self) -> int:
@@ -168,12 +174,18 @@ class ScopeRoute(Route):
         if not named:
             return torch.full((len(texts),), -1)
         read = [unnamed(texts[i], self.subjects[j]) or texts[i] for i, j in named]
-        rows = self.scope.rows(scope_features(lm, read, self.scope.layer))
-        which, held = torch.tensor(named).unbind(1)
+        asked = self.scope.rows(scope_features(lm, read, self.scope.layer))
+        which, entry = torch.tensor(named).unbind(1)
+        pair, row = (entry[:, None] == self._whose[None]).nonzero().unbind(1)
+        logits = self.scope.slope * (asked[pair] * self.rows[row]).sum(-1) + self.scope.offset
+        best = torch.full((len(named),), NONE).scatter_reduce(0, pair, logits.sigmoid(), "amax")
         scores = torch.full((len(texts), self.n_entries), NONE)
-        logits = self.scope.slope * (rows * self.rows[held]).sum(-1) + self.scope.offset
-        scores[which, held] = logits.sigmoid()
+        scores[which, entry] = best
         return chosen(scores, self.scope.threshold)
+
+    @property
+    def _whose(self) -> Tensor:
+        return torch.arange(self.n_entries) if self.whose is None else self.whose
 
     @cached_property
     def _named(self) -> NamedEntries:
@@ -182,7 +194,9 @@ class ScopeRoute(Route):
     def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "ScopeRoute":
         """Some subjects and rows."""
         subjects = tuple(self.subjects[i] for i in entries.tolist())
-        return replace(self, subjects=subjects, rows=self.rows[entries], entry=entry)
+        kept = torch.isin(self._whose, entries)
+        whose = None if self.whose is None else torch.searchsorted(entries, self.whose[kept])
+        return replace(self, subjects=subjects, rows=self.rows[kept], entry=entry, whose=whose)
 
     def record(self) -> dict:
         """Subjects, and the classifier's numbers."""
@@ -192,7 +206,8 @@ class ScopeRoute(Route):
     def tensors(self) -> dict[str, Tensor]:
         """The facts' entries, rows, and the classifier's tensors."""
         held = {f"scope.{name}": getattr(self.scope, name) for name in ("weight", "shift", "scale")}
-        return {"entry": self.entry, "rows": self.rows} | held
+        several = {} if self.whose is None else {"whose": self.whose}
+        return {"entry": self.entry, "rows": self.rows} | several | held
 
     @classmethod
     def of(cls, record: dict, tensors: dict[str, Tensor]) -> "ScopeRoute":

@@ -27,6 +27,7 @@ FAST = {
     "encore": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "pmet": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "memit-blue": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
+    "memit-scoped": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "alphaedit-blue": {"layers": [1, 2], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "betaedit": {"layers": [1], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "rect": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},

@@ -1,0 +1,60 @@
+"""MEMIT behind a scope: each fact's update acts on prompts that ask for the fact, and on no others.
+
+What MEMIT costs grows with the facts that share the weights, and the same subject's other relations pay most. Here
+each fact has an update of its own, Δ_i = r_i k_iᵀ A⁻¹ / (1 + k_iᵀ A⁻¹ k_i) at each layer, A = λ C, and SERAC's
+classifier (``edits/scope.py``) says at each prompt which one acts, if any:
+
+    y = W x + Δ_i x        behind a prompt in the scope of fact i
+    y = W x                behind every other: the base run itself
+
+So text and neighbors are as they were, whatever the number of facts. It is a memory: served, and not merged.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from kedit_fast.basics import checks
+from kedit_fast.editors.editor import Work, Written
+from kedit_fast.editors.in_context import NAMES, by_name
+from kedit_fast.editors.memit import Memit
+from kedit_fast.editors.memory import MEMORY_UNREAD
+from kedit_fast.editors.serac import Serac
+from kedit_fast.edits.routes import Route
+from kedit_fast.facts.fact import BUILTIN
+
+SCOPE = "scope"
+
+
+@dataclass(frozen=True)
+class ScopedMemit(Memit):
+    """MEMIT's update of each fact, which acts behind prompts in the fact's scope alone.
+
+    MEMIT's hyper-parameters, and
+
+    route: "scope": prompts that name the subject and ask for what the fact, or one of its phrasings, says, by
+        ``Serac``'s classifier; "names": all that name the subject
+    examples: what the classifier is trained on, as ``Serac`` has it
+    """
+
+    route: str = SCOPE
+    examples: str = BUILTIN
+
+    METHOD: ClassVar = "memit-scoped"
+    ALG_NAMES: ClassVar[dict[str, dict]] = {}
+    UNREAD: ClassVar = {"independent": MEMORY_UNREAD["independent"]}
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.choice("route", self.route, [SCOPE, NAMES])
+
+    def write(self, work: Work) -> Written:
+        """MEMIT's independent edits, and the route to them."""
+        written = super().write(work._replace(independent=True))
+        route, about = self.routed(work)
+        return replace(written, route=route, about=written.about | about)
+
+    def routed(self, work: Work) -> tuple[Route, dict]:
+        """(the route to the facts' updates, what is to be noted of it)."""
+        if self.route == NAMES:
+            return by_name(work.lm, work.facts, "tfidf"), {}
+        return Serac(examples=self.examples).routed(work.lm, work.facts)

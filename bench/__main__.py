@@ -148,14 +148,15 @@ def _measured(name: str, options) -> Iterator[tuple[Measured, float]]:
 
 
 def _command(name: str, options, parse: argparse.ArgumentParser) -> str:
-    """The command that repeats this benchmark alone: the options that it reads, where they are not the defaults."""
+    """The command that repeats this benchmark alone: the options that it reads, where they are not the defaults; what
+    lies below the user's folder is named by ~."""
     given = {option: getattr(options, option) for option in OPTIONS.get(name, ())}
     changed = {option: value for option, value in given.items() if value != parse.get_default(option)}
     words = [
         f"--{option} {shlex.join(map(str, value)) if isinstance(value, list) else value}"
         for option, value in changed.items()
     ]
-    return " ".join(["python -m bench", name, *words])
+    return " ".join(["python -m bench", name, *words]).replace(str(Path.home()), "~")
 
 
 def _show(name: str, measured: Measured, seconds: float) -> None:

@@ -41,6 +41,7 @@ FORMATS = {  # unit: how a value is shown
     "share": "{:.2f}",
 }
 WIDEST = 8  # columns
+HUGE = 1e9  # from here on figures are shown by their power of ten
 ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the tables leave out where a bench compares: machines differ
 TIMED = {"editors", "phrasings"}  # benches whose table has times all the same, one table of all runs of a machine
 SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the table shows have in their names
@@ -61,7 +62,10 @@ def pivot(figures: list[Figure]) -> list[list[str]]:
 
 
 def _shown(figure: Figure) -> str:
-    text = FORMATS[figure.unit].format(figure.value)
+    form = FORMATS[figure.unit]
+    if abs(figure.value) >= HUGE:  # the perplexity of a model that an edit has ended
+        form = form.replace(".2f", ".0e").replace(".1f", ".0e")
+    text = form.format(figure.value)
     if not math.isnan(figure.low):
         low, high = (_BARE[figure.unit].format(bound) for bound in (figure.low, figure.high))
         text += f" [{low}, {high}]"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -737,6 +738,11 @@ def test_the_tables_have_the_newest_run_of_each_case(tmp_path, monkeypatch):
     assert "`python -m bench trace`, 2030-01-01" in text and "90 GFLOP/s" in text and "Two facts." in text
 
 
+def test_a_figure_that_fills_no_cell_is_shown_by_its_power_of_ten():
+    shown = report.pivot([Figure("KN, n = 100", "perplexity", value, "% change") for value in (8.07e64,)])
+    assert shown == [["", "KN, n = 100"], ["perplexity", "+8e+64 %"]]
+
+
 def test_the_table_of_editors_goes_by_facts_a_batch(tmp_path):
     cases = ("no edit", "MEMIT, n = 100", "MEMIT, n = 1", "ROME, n = 100", "ROME, n = 1", "ROME, n = 10")
     figures = [Figure(case, "PS", 90.0, "%") for case in cases]
@@ -770,6 +776,12 @@ def test_a_run_is_printed_and_kept_unless_it_was_a_quick_one(monkeypatch, tmp_pa
     assert main(["trace", "--quick", "--results", str(tmp_path)]) == 0
     assert "3.90× (missed ≥ 4)" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+    networks = ["--network", f"mend={Path.home()}/mend.safetensors"]
+    assert main(["editors", "--rows", "MEMIT, n = 1", *networks, "--results", str(tmp_path / "home")]) == 0
+    (path,) = (tmp_path / "home").iterdir()
+    (row, _), *_ = common.read_rows(path)
+    assert row["command"] == "python -m bench editors --rows 'MEMIT, n = 1' --network mend=~/mend.safetensors"
+    path.unlink(), path.parent.rmdir()
     assert main(["trace", "--facts", "2", "--n", "5", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert {row["command"] for row, _ in common.read_rows(path)} == {"python -m bench trace --facts 2"}

@@ -53,6 +53,7 @@ def test_the_package_runs_as_a_module():
         (["gate", "e.safetensors", "--thresold", "t.json"], "--thresholds"),
         (["edit", "--method", "memti"], "memit"),
         (["edit", "--method", "GRACE"], "grace"),
+        (["forget"], "forgotten"),
         (["trace", "--kinds", "state,mpl"], "mlp"),
     ],
 )
@@ -60,7 +61,7 @@ def test_a_slip_gets_a_suggestion(args, meant, complaint):
     assert f"did you mean {meant}?" in complaint(*args)
 
 
-@pytest.mark.parametrize("args", [["forget"], ["trace", "--zzz"], ["edit", "e.json"], ["edit", "--method", "xyz"]])
+@pytest.mark.parametrize("args", [["quantum"], ["trace", "--zzz"], ["edit", "e.json"], ["edit", "--method", "xyz"]])
 def test_nothing_alike_gets_none(args, complaint):
     assert "did you mean" not in complaint(*args)
 

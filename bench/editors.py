@@ -84,7 +84,6 @@ def every_row() -> list[Row]:
     made = [
         Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"}),
         Row("MEMIT-SCOPED by name", "memit-scoped", JUDGED, options={"route": "names"}),
-        Row("UltraEdit at a rate of 1e-4", "ultraedit", JUDGED, options={"lr": 1e-4}),
     ]
     for name, editor in kf.EDITORS.items():
         sizes = ({MASS: 1} if name in MASSED else {}) | dict(sorted(SIZES.items(), reverse=True))

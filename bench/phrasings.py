@@ -129,10 +129,11 @@ class Templates:
         """The fact with the n commonest other prompts of its relation that nothing which it is tested by ends with:
         neither a paraphrase, nor another relation that is asked for in the same words."""
         counts = self._of.get(str(fact.provenance.get("relation_id")), Counter())
-        tested = [*fact.paraphrases, *(question.prompt for question in fact.questions("same_subject"))]
+        others = (question.prompt for question in fact.questions("same_subject"))
+        tested = [folded(asked) for asked in (*fact.paraphrases, *others)]
         found = []
         for prompt in sorted(counts, key=lambda prompt: (-counts[prompt], prompt)):
-            text = prompt.replace("{}", fact.subject)
-            if prompt != fact.prompt and not any(folded(asked).endswith(folded(text)) for asked in tested):
+            text = folded(prompt.replace("{}", fact.subject))
+            if prompt != fact.prompt and not any(asked.endswith(text) for asked in tested):
                 found.append(prompt)
         return dataclasses.replace(fact, phrasings=tuple(found[:n]))

@@ -12,12 +12,14 @@ def run(args) -> None:
     """Asks for the old answers with and without the edits; prints the table and writes the file asked for."""
     (report,) = check_outputs(args, "output")
     edits = read_chain(args.edits)
-    own = facts_in_force(edits)
+    own = in_chat(args, facts_in_force(edits))
     gone = [fact for fact in own if is_forgotten(fact)][: args.n] if args.facts is None else fact_file(args)
-    keep = [fact for fact in own if not is_forgotten(fact)] if args.keep is None else load_facts(args.keep)
+    keep = (
+        [fact for fact in own if not is_forgotten(fact)] if args.keep is None else in_chat(args, load_facts(args.keep))
+    )
     lm = told_lm(args)
     found = verify_forgotten(
-        lm, edits, in_chat(args, gone) or None, keep=in_chat(args, keep),  # None: it says that there is none
+        lm, edits, gone or None, keep=keep,  # None: it says that there is none
         budget=args.budget, bits=map(int, args.bits), relearning_steps=args.steps,
     )  # fmt: skip
     written = write_reports((report, found.save))

@@ -55,8 +55,8 @@ class ScopedMemit(Memit):
 
     def write(self, work: Work) -> Written:
         """MEMIT's independent edits, and the route to them."""
+        route, about = self.routed(work)  # first: it refuses examples that nothing can be learned from
         written = super().write(work._replace(independent=True))
-        route, about = self.routed(work)
         return replace(written, route=route, about=written.about | about)
 
     def routed(self, work: Work) -> tuple[Route, dict]:

@@ -104,7 +104,7 @@ class Fact:
 
     def _take_phrasings(self) -> None:
         """Each phrasing once, and none that is the prompt itself."""
-        given = _prompt_tuple("Fact.phrasings", self.phrasings, False, None, "{}")
+        given = _prompt_tuple("Fact.phrasings", self.phrasings, False, None, "{}")  # places stay
         kept = {folded(self.text): self.prompt} if given else {"": ""}
         for phrasing in map(str, given):
             try:

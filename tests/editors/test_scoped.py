@@ -74,8 +74,7 @@ def test_a_phrasing_is_in_the_scope_of_its_fact(editor, tmp_path):
 
     def routed(facts):
         route, _ = Serac(examples=editor.examples).routed(lm, facts)
-        rows = route.rows
-        return replace(route, scope=replace(strict, weight=route.scope.weight), rows=rows)
+        return replace(route, scope=replace(strict, weight=route.scope.weight))
 
     assert routed(FACTS).choose(lm, [wording]).tolist() == [-1]
     route = routed(phrased)

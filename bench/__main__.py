@@ -51,7 +51,7 @@ OPTIONS = {
     "editors": ["model", "rows", "methods", "network", "threads"],
     "trained": ["rows", "threads"],
     "memory": ["threads"],
-    "phrasings": ["rows", "threads"],
+    "phrasings": ["rows", "network", "threads"],
     "tokens": ["threads"],
     "streamed": ["threads"],
     "forms": ["threads"],
@@ -93,7 +93,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="editors: such as memit (default all)")
     made.add_argument(
-        "--network", nargs="+", default=[], metavar="METHOD=FILE", help="editors: what a trained editor was trained to"
+        "--network",
+        nargs="+",
+        default=[],
+        metavar="METHOD=FILE",
+        help="editors, phrasings: the network of a trained editor",
     )
     made.add_argument("--model", default="smollm2", metavar="PATH", help="editors: another model than SmolLM2")
     return made

@@ -31,13 +31,14 @@ from bench.common import DATA, Figure, Measured, environment, peak_matmul, read_
 from kedit_fast.basics.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.editors import rome, spread
 from kedit_fast.editors.contexts import memit_contexts
+from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.values import Values
 
 JUDGED = 100  # facts
 SIZES = {1: 10, 10: 3, 100: 1}  # {facts a batch: batches}
-MASS, MASSED = 500, ("memit", "alphaedit", "memit-blue", "rect", "memit-scoped")  # a batch, and which editors take it
+MASS, MASSED = 500, ("memit", "alphaedit", "memit-blue", "rect")  # a batch, and which editors take it
 DRIFTS = 3  # edits of one fact whose perplexity is taken, and then of SHORT_TEXT tokens: they hardly move it
 SHORT_TEXT = 1_280
 RESAMPLES, SEED = 1_000, 0  # of facts, for the interval of S
@@ -58,13 +59,15 @@ LABELS = {  # of editors whose name is not all capitals
 
 @dataclass(frozen=True)
 class Row:
-    """One line: an editor by its name in EDITORS, facts a batch, batches. options: fields that are not its own"""
+    """One line: an editor by its name in EDITORS, facts a batch, batches. options: fields that are not its own; route:
+    that its independent edits stand behind (``kf.routed``)"""
 
     label: str
     editor: str
     n: int
     batches: int = 1
     options: dict = field(default_factory=dict)
+    route: str = ""
 
     @property
     def name(self) -> str:
@@ -81,10 +84,10 @@ class Made(NamedTuple):
 
 def every_row() -> list[Row]:
     """Of each editor in EDITORS; large batches first, for those after them take over their values."""
-    made = [
-        Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"}),
-        Row("MEMIT-SCOPED by name", "memit-scoped", JUDGED, options={"route": "names"}),
-    ]
+    made = [Row("R-ROME", "rome", 1, JUDGED, {"key": "averaged"})]
+    for label, editor in (("MEMIT", "memit"), ("MEND", "mend")):
+        for route, how in (("names", "by name"), ("scope", "in scope")):
+            made += [Row(f"{label} {how}", editor, n, route=route) for n in (MASS, JUDGED)]
     for name, editor in kf.EDITORS.items():
         sizes = ({MASS: 1} if name in MASSED else {}) | dict(sorted(SIZES.items(), reverse=True))
         sizes[1] = JUDGED if _takes_independent(editor) else sizes[1]
@@ -114,7 +117,7 @@ def run(options) -> Iterator[Measured]:
 def chosen(options) -> list[Row]:
     """The rows that ``--rows`` and ``--methods`` name, with the networks that ``--network`` gives. Raises ValueError
     for one that is not there."""
-    rows, networks = every_row(), dict(pair.split("=", 1) for pair in options.network)
+    rows, networks = every_row(), networks_of(options)
     for asked, known, what in (
         (options.rows, {row.name for row in rows}, "--rows"),
         (options.methods, set(kf.EDITORS), "--methods"),
@@ -131,6 +134,11 @@ def chosen(options) -> list[Row]:
     if options.quick:
         rows = [dataclasses.replace(row, n=min(row.n, 4), batches=min(row.batches, 2)) for row in rows]
     return list({(row.name, row.editor): row for row in rows}.values())
+
+
+def networks_of(options) -> dict[str, str]:
+    """{method: file} of ``--network``."""
+    return dict(pair.split("=", 1) for pair in options.network)
 
 
 def done(folder: Path, bench: str = "editors") -> frozenset[tuple[str, str]]:
@@ -187,7 +195,11 @@ class Ground:
             missing = set(editor.layers) - set(self.moments)
             self.moments.update(edit_bench.statistics_of(self.lm, missing) if missing else {})
             reads["moments"] = self.moments
-        return editor.edit(self.lm, facts, **reads, **options)
+        if not row.route:
+            return editor.edit(self.lm, facts, **reads, **options)
+        with counted_elsewhere():
+            alone = editor.edit(self.lm, facts, independent=True, **reads, **options)
+        return kf.routed(self.lm, alone, row.route)
 
 
 def measure(ground: Ground, rows: Sequence[Row], unedited: bool = True) -> Iterator[Measured]:
@@ -382,4 +394,5 @@ def _setting(row: Row, editor) -> str:
         for f in dataclasses.fields(editor)
         if f.name not in ("source", "fact_token", "network") and (value := getattr(editor, f.name)) != f.default
     ]
+    changed += [f"route {row.route}"] * bool(row.route)
     return f"{row.label}, {row.batches} x {row.n}: {', '.join(changed) or 'as it is'}."

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import DATA, Figure, Measured
-from bench.editors import JUDGED, Ground, Row, done, measure, shared_values
+from bench.editors import JUDGED, Ground, Row, done, measure, networks_of, shared_values
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.spread import Spread
 from kedit_fast.facts.fact import Fact
@@ -27,12 +27,13 @@ PLAIN, ASKED_FOR = "MEMIT", "P(new), paraphrases"
 
 
 class Variant(NamedTuple):
-    """An editor with so many phrasings a fact; change: of its settings for the model"""
+    """An editor with so many phrasings a fact; change: of its settings for the model; route: as in ``Row``"""
 
     label: str
     editor: str = "memit"
     phrasings: int = 0
     change: Callable[[Spread], dict] = lambda made: {}
+    route: str = ""
 
 
 def _keeping(factor: float) -> Callable[[Spread], dict]:
@@ -54,8 +55,10 @@ VARIANTS = (
     Variant("3 phrasings, RECT", "rect", 3),
     Variant("3 phrasings, PMET", "pmet", 3),
     Variant("3 phrasings, AlphaEdit", "alphaedit", 3),
-    Variant("3 phrasings, scoped", "memit-scoped", 3),
-    Variant("3 phrasings, by name", "memit-scoped", 3, lambda made: {"route": "names"}),
+    Variant("3 phrasings, in scope", phrasings=3, route="scope"),
+    Variant("3 phrasings, by name", phrasings=3, route="names"),
+    Variant("MEND by name", "mend", route="names"),
+    Variant("MEND in scope", "mend", route="scope"),
     Variant(
         "3 phrasings, a quarter of λ", "memit", 3, lambda made: {"mom2_update_weight": made.mom2_update_weight / 4}
     ),
@@ -67,6 +70,7 @@ def run(options) -> Iterator[Measured]:
     """The rows that the command line asks for. Raises Skipped without the data sets, ValueError for an unknown row."""
     edit_bench.check_data()
     sizes = (2,) if options.quick else SIZES
+    networks = networks_of(options)
     names = [f"{half}: {variant.label}, n = {n}" for n in sizes for half in HALVES for variant in VARIANTS]
     if unknown := set(options.rows) - set(names):
         raise ValueError(f"--rows {sorted(unknown)}: expected some of {names}")
@@ -77,13 +81,13 @@ def run(options) -> Iterator[Measured]:
         steps=4 if options.quick else None,
         done=frozenset() if options.quick else done(options.results, "phrasings"),
     )  # fmt: skip
-    return measured(ground, kf.load_facts(DATA / edit_bench.COUNTERFACT), sizes, options.rows or names)
+    return measured(ground, kf.load_facts(DATA / edit_bench.COUNTERFACT), sizes, options.rows or names, networks)
 
 
 def measured(
-    ground: Ground, everything: Sequence[Fact], sizes: Sequence[int], names: Sequence[str]
+    ground: Ground, everything: Sequence[Fact], sizes: Sequence[int], names: Sequence[str], networks: dict[str, str]
 ) -> Iterator[Measured]:
-    """A Measured a row of these names, and of each half the model without an edit."""
+    """A Measured a row of these names, and of each half the model without an edit. networks: {method: file}"""
     templates = Templates(everything)
     with shared_values():
         for n in sizes:
@@ -92,7 +96,7 @@ def measured(
             for half, facts in zip(HALVES, (ground.facts[:n], behind[:n]), strict=True):
                 plain, unedited = None, True
                 for variant in VARIANTS:
-                    row = row_of(ground, variant, n)
+                    row = row_of(ground, variant, n, networks)
                     if f"{half}: {row.name}" not in names:
                         continue
                     phrased = [templates.phrased(fact, variant.phrasings) for fact in facts]
@@ -104,9 +108,12 @@ def measured(
                     unedited = False
 
 
-def row_of(ground: Ground, variant: Variant, n: int) -> Row:
-    """The row of a variant, with the settings that it has on this model."""
-    return Row(variant.label, variant.editor, n, 1, variant.change(kf.EDITORS[variant.editor].for_model(ground.lm)))
+def row_of(ground: Ground, variant: Variant, n: int, networks: dict[str, str]) -> Row:
+    """The row of a variant, with the settings, or the network, that it has on this model."""
+    changed = variant.change(kf.EDITORS[variant.editor].for_model(ground.lm))
+    if variant.editor in networks:
+        changed |= {"network": networks[variant.editor]}
+    return Row(variant.label, variant.editor, n, 1, changed, variant.route)
 
 
 def _beside(part: Measured, value: float | None, plain: float | None) -> Measured:

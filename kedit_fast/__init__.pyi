@@ -31,7 +31,7 @@ from kedit_fast.editors.neurons import KnowledgeNeurons as KnowledgeNeurons
 from kedit_fast.editors.pmet import Pmet as Pmet
 from kedit_fast.editors.rect import Rect as Rect
 from kedit_fast.editors.rome import Rome as Rome
-from kedit_fast.editors.scoped import ScopedMemit as ScopedMemit
+from kedit_fast.editors.routed import routed as routed
 from kedit_fast.editors.serac import Serac as Serac
 from kedit_fast.editors.training import train_editor as train_editor
 from kedit_fast.editors.ultraedit import StableEdit as StableEdit

@@ -21,7 +21,6 @@ EDITORS = {
     "grace": "editors.grace.Grace",
     "wise": "editors.wise.Wise",
     "memoir": "editors.memoir.Memoir",
-    "memit-scoped": "editors.scoped.ScopedMemit",
     "kn": "editors.neurons.KnowledgeNeurons",
     "ft": "editors.finetune.Ft",
     "ft-l": "editors.finetune.FtL",

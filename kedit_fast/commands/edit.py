@@ -1,5 +1,6 @@
 """``kedit-fast edit``: facts to an edit file."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
@@ -8,9 +9,14 @@ from kedit_fast.commands.inputs import check_network, corpus_of, read_chain, rea
 from kedit_fast.commands.outputs import check_outputs, say, say_table
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
-from kedit_fast.editors.written import not_written
+from kedit_fast.editors.editor import Editor
+from kedit_fast.editors.routed import SCOPE, behind, route_to
+from kedit_fast.editors.serac import Serac
+from kedit_fast.editors.written import counted_elsewhere, not_written
 from kedit_fast.edits.edit import Edit
-from kedit_fast.facts.fact import check_facts
+from kedit_fast.edits.routes import Route
+from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.model.lm import LM
 from kedit_fast.moments.second_moment import STAGES as MEASURING
 
 SHOWN = 20  # facts listed one by one
@@ -24,6 +30,7 @@ def run(args) -> int:
         read_facts(args), need_new=editor_class.NEEDS_NEW, need_subject=editor_class.NEEDS_SUBJECT,
         together=not args.independent, skip_bad=args.skip_bad,
     )  # fmt: skip
+    check_route(args)
     (path,) = check_outputs(args, "output")
     check_network(args.network, [args.method])
     keeps = args.checkpoint is not None or "checkpoint" not in editor_class.UNREAD
@@ -38,20 +45,46 @@ def run(args) -> int:
     if args.layers:
         editor.refuse(layers=args.layers)
         editor = replace(editor, layers=args.layers)
-    how = {"independent": args.independent, "checkpoint": run}
+    how = {"independent": args.independent or args.route is not None, "checkpoint": run}
     view, facts = editor.check_edit(lm, facts, previous=below, **how)  # before statistics are measured
+    route = route_of(args, view, facts)
     source = f"read from {args.hparams}" if args.hparams else editor.source
     layers = ", ".join(map(str, editor.layers)) + " as given" * bool(args.layers)
     say(f"{args.method}, settings {source}" + f"; layers {layers}" * bool(layers))
     with kept(run):
         with stages(*(() if args.stats or not editor.mom2_adjustment else MEASURING), *editor.stages()):
             moments = statistics(args, lm, [editor], editor.layers, corpus)
-            edit = editor.edit(view, facts, moments=moments, seed=args.seed, **how)
+            edit = edited(editor, view, facts, route, moments=moments, seed=args.seed, **how)
         edit.save(path)
     say_layers(edit, lm.d_ff)
     say_facts(edit)
     say(f"{path}: {edit!r}")
     return NOT_WRITTEN if args.strict and not_written(edit) else 0
+
+
+def check_route(args) -> None:
+    """Raises ValueError, before a model is opened, for a route around what it cannot choose among."""
+    if args.examples and args.route != SCOPE:
+        raise ValueError(f"--examples {args.examples}: a scope is learned from them; add --route {SCOPE}")
+    if args.route and (why := EDITORS[args.method].UNREAD.get("independent")):
+        raise ValueError(f"--route {args.route}: {args.method} makes no independent edits to choose from: {why}")
+
+
+def route_of(args, lm: LM, facts: Sequence[Fact]) -> tuple[Route, dict] | None:
+    """What --route asks for, before any value is optimized."""
+    if args.route is None:
+        return None
+    examples = {"examples": args.examples} if args.examples else {}
+    return route_to(lm, facts, replace(Serac.for_model(lm), **examples) if args.route == SCOPE else args.route)
+
+
+def edited(editor: Editor, lm: LM, facts: Sequence[Fact], route: tuple[Route, dict] | None, **options) -> Edit:
+    """The edit, behind its route if there is one; it is then asked through the route, and what it says there counts."""
+    if route is None:
+        return editor.edit(lm, facts, **options)
+    with counted_elsewhere():
+        edit = editor.edit(lm, facts, **options)
+    return behind(lm, edit, *route)
 
 
 def say_layers(edit: Edit, d_ff: int) -> None:

@@ -27,12 +27,13 @@ KINDS = {  # of methods: the help of --method
     "solved for in a few layers": "rome memit alphaedit emmet encore pmet memit-blue alphaedit-blue betaedit rect nas",
     "by gradient": "ft ft-l ft-m locft-bf crispedit ultraedit stableedit",
     "by a trained --network": "mend malmen ke",
-    "a memory beside the weights": "grace wise memoir memit-scoped",
+    "a memory beside the weights": "grace wise memoir",
     "a text before the prompt": "ike ike-plain ice serac",
     "neurons": "kn",
     "to forget target_true": "unlearn",
 }
 TRAINED = tuple(catalog.TRAINED)
+ROUTES = ("names", "scope")
 
 
 def add_edit(commands: Commands) -> None:
@@ -55,6 +56,10 @@ def add_edit(commands: Commands) -> None:
     statistics_options(how)
     option(how, "--on-top-of EDIT", path, f"what this edit is made on top of: {EDIT}; again for more", action="append")
     flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once; `edit only` takes one")
+    route = "such edits behind a route, each acts where its fact is asked for and nothing else changes: names: on "
+    route += "prompts that name its subject; scope: that also ask for it, by a classifier"
+    option(how, "--route WHICH", ROUTES, route)
+    option(how, "--examples FILE", path, "with --route scope: facts to learn it from (default: the package's own)")
     checkpoint_option(how)
     flag(how, "--strict", "exit status 1 where the edited model does not say a fact's new answer")
     output(parser, "FILE", "the edit", "edit.safetensors")

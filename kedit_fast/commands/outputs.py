@@ -39,6 +39,7 @@ READ = (
     "thresholds",
     "traces",
     "keep",
+    "examples",
 )
 
 # ---- the screen

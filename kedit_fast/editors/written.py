@@ -63,7 +63,7 @@ def growth(lm, edit: Edit, norms: dict[tuple[int, str], float]) -> dict[int, flo
     return grown({place: (delta.norm(), norms[place]) for place, delta in edit.weights.items() if place in norms})
 
 
-def with_written(lm, edit: Edit) -> Edit:
+def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
     """The edit with ``provenance["written"]``: {"written": [n] bool, "p_new", "says", "attached": [n]}, by fact.
 
     written: each token of target_new is the likeliest one after the prompt and the target's tokens before it, so that a
@@ -73,9 +73,10 @@ def with_written(lm, edit: Edit) -> Edit:
     A fact without target_new is one to be forgotten: all of this is of target_true, and written is that it is not said.
     An independent edit is asked under itself alone. Where the edit makes the model give NaN, p_new is 0 and says is "".
 
-    lm: the model that the edit was made on, with the edits below it. One sweep for all facts: one weight pass for those
-    that the memory holds, of a row for each token of their prompts and targets. On SmolLM2 that is 1 % of the time of
-    MEMIT (12 facts) and ROME (4). Warns (NotWritten) of the facts that are not written.
+    lm: the model that the edit was made on, with the edits below it; stacklevel: from here to the user's line. One
+    sweep for all facts: one weight pass for those that the memory holds, of a row for each token of their prompts and
+    targets. On SmolLM2 that is 1 % of the time of MEMIT (12 facts) and ROME (4). Warns (NotWritten) of the facts that
+    are not written.
     """
     made = _asked(lm, edit) | {"attached": [fact_tokens(lm.tokenizer, fact).attached for fact in edit.facts]}
     missing = [i for i, is_written in enumerate(made["written"]) if not is_written]
@@ -88,7 +89,7 @@ def with_written(lm, edit: Edit) -> Edit:
         warnings.warn(
             f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}",
             NotWritten,
-            stacklevel=7,  # the line that called ``edit``
+            stacklevel=stacklevel,
         )
     return replace(edit, provenance=edit.provenance | {"written": made})
 

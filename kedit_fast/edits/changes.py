@@ -62,6 +62,11 @@ class Change(ABC):
         """What a file says of it, ready for JSON, beside ``tensors``."""
         return {}
 
+    @property
+    def n_parts(self) -> int:
+        """How many parts it has that facts or entries can own."""
+        return 0
+
     @abstractmethod
     def parts(self, which: Tensor | None = None) -> dict:
         """Its fields that have parts; which: [r] bool, some of these."""
@@ -70,6 +75,17 @@ class Change(ABC):
         """What belongs to one fact, which nobody owns any more; None where nothing does."""
         mine = self.owners == fact
         return replace(self, **self.parts(mine), owners=None) if mine.any() else None
+
+    def owned(self) -> "Change":
+        """As it is; of one fact alone as that fact's own. Raises ValueError for what no fact can own a part of."""
+        if self.owners is not None:
+            return self
+        if not self.n_parts:
+            raise ValueError(
+                f"this edit holds {named(self)} no part of which belongs to a fact: make it with independent=True "
+                "(--independent), by an editor that makes such edits"
+            )
+        return replace(self, owners=torch.zeros(self.n_parts, dtype=torch.int64))
 
     def of_entries(self, entries: Tensor) -> "Change | None":
         """What belongs to some entries [m], ascending, of a routed edit, numbered anew; None where nothing does."""
@@ -112,7 +128,12 @@ class WeightChange(Change):
         check_finite(f"deltas of layer {self.layer}", vars(self.delta).values())
         if self.owners is not None and not isinstance(self.delta, LowRank):
             raise ValueError(f"owners of layer {self.layer}: a LowRank has factors to own; delta is {self.delta!r}")
-        check_owners_of(self, "factor", 0 if self.owners is None else self.delta.rank)
+        check_owners_of(self, "factor")
+
+    @property
+    def n_parts(self) -> int:
+        """The factors of a low-rank Δ."""
+        return self.delta.rank if isinstance(self.delta, LowRank) else 0
 
     def job(self) -> "Adding":
         """Adds x Δᵀ to the matrix's output."""
@@ -201,7 +222,12 @@ class PromptChange(Change):
             )
         object.__setattr__(self, "texts", tuple(texts))
         object.__setattr__(self, "routes", tuple(map(tuple, routes)))
-        check_owners_of(self, "text", len(texts))
+        check_owners_of(self, "text")
+
+    @property
+    def n_parts(self) -> int:
+        """Its texts."""
+        return len(self.texts)
 
     @property
     def nbytes(self) -> int:
@@ -284,8 +310,8 @@ def check_finite(what: str, tensors) -> None:
         raise ValueError(f"{what} hold NaN or infinity; such an edit would spoil every answer")
 
 
-def check_owners_of(change: Change, what: str, n: int) -> None:
-    owners = change.owners
+def check_owners_of(change: Change, what: str) -> None:
+    owners, n = change.owners, change.n_parts
     if owners is not None and (owners.dtype != torch.int64 or owners.shape != (n,)):
         raise ValueError(
             f"owners of {named(change)}: expected int64, one for each of {n} {what}s; got {owners.dtype} "

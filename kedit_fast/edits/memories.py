@@ -62,7 +62,7 @@ class MemoryChange(Beside):
                 f"a memory's values: expected floats [n, width], got {self.values.dtype} {list(self.values.shape)}"
             )
         check_finite(f"the memory at layer {self.layer}", [self.values])
-        check_owners_of(self, "value", len(self.values))
+        check_owners_of(self, "value")
         check_once_each(self.owners)
 
     def job(self) -> "Remembering":
@@ -77,6 +77,11 @@ class MemoryChange(Beside):
     def record(self) -> dict:
         """Layer and site."""
         return {"layer": self.layer, "site": self.site.value}
+
+    @property
+    def n_parts(self) -> int:
+        """Its rows."""
+        return len(self.values)
 
     def parts(self, which: Tensor | None = None) -> dict:
         """values."""
@@ -129,7 +134,7 @@ class SideMemory(Beside):
         if int(self._counts.sum()) != len(self.values):
             raise ValueError(f"a side memory's mask keeps {int(self._counts.sum())} entries, values {len(self.values)}")
         check_finite(f"the side memory at layer {self.layer}", [self.values])
-        check_owners_of(self, "memory", len(self.mask))
+        check_owners_of(self, "memory")
         check_once_each(self.owners)
 
     @classmethod
@@ -185,6 +190,11 @@ class SideMemory(Beside):
         """Layer and shape."""
         return {"layer": self.layer, "shape": list(self.shape)}
 
+    @property
+    def n_parts(self) -> int:
+        """Its memories."""
+        return len(self.mask)
+
     def parts(self, which: Tensor | None = None) -> dict:
         """mask and values."""
         if which is None:
@@ -216,7 +226,7 @@ class MaskedMemory(Beside):
         if (self.columns < 0).any() or not torch.isin(self.masks, self.columns).all():
             raise ValueError("a masked memory's masks name columns that it does not hold")
         check_finite(f"the masked memory at layer {self.layer}", [self.weight])
-        check_owners_of(self, "mask", len(self.masks))
+        check_owners_of(self, "mask")
         check_once_each(self.owners)
 
     def job(self) -> "AddingBeside":
@@ -239,6 +249,11 @@ class MaskedMemory(Beside):
     def record(self) -> dict:
         """Layer."""
         return {"layer": self.layer}
+
+    @property
+    def n_parts(self) -> int:
+        """Its masks."""
+        return len(self.masks)
 
     def parts(self, which: Tensor | None = None) -> dict:
         """columns, weight and masks; of some entries their columns."""

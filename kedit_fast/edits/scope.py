@@ -144,7 +144,7 @@ class ScopeRoute(Route):
     entry: Tensor
     whose: Tensor | None = None
     kind: ClassVar[str] = "scope"
-    when: ClassVar[str] = "before a prompt that names the fact's subject and is in its scope"
+    when: ClassVar[str] = "on a prompt that names the fact's subject and is in its scope"
 
     def __post_init__(self):
         names = checked_names([[subject] for subject in self.subjects], len(self.subjects))

@@ -31,7 +31,7 @@ class RetrievalRoute(Route):
     names: tuple[tuple[str, ...], ...] | None = None
     threshold: float = -1.0
     kind: ClassVar[str] = "retrieval"
-    when: ClassVar[str] = "before a prompt that is most like it, of those that it names"
+    when: ClassVar[str] = "on a prompt that is most like it, of those that it names"
 
     def __post_init__(self):
         checks.instance("index", self.index, Index, "an Index, index_of(retriever, lm, texts)")

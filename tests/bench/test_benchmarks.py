@@ -515,12 +515,15 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
 
 
 def test_every_kind_of_edit_has_its_row_through_the_same_doors(bed, monkeypatch, capsys):
-    """Weights, a memory, text before prompts, a scope; and a trained editor without its network says what it lacks."""
+    """Weights, a memory, text before prompts, a scope, a route around independent edits; and a trained editor without
+    its network says what it lacks."""
     monkeypatch.setattr(editors, "WRITTEN", 2)
     monkeypatch.setattr(editors, "REPEATS", 1)
     rows = [editors.Row(name, name, 2) for name in ("ft", "ultraedit", "grace", "ike-plain", "serac", "mend")]
+    rows.insert(0, editors.Row("MEMIT by name", "memit", 2, route="names"))
     made = list(editors.measure(bed, rows, unedited=False))
     assert [part.figures[0].case for part in made] == [row.name for row in rows[:-1]]
+    assert "route names" in made[0].notes[0]
     for part in made:
         assert {"ES", "perplexity", "time to edit, a fact", "stored, a fact"} <= {f.metric for f in part.figures}
     assert "mend, n = 2: left out: Mend needs a network=" in capsys.readouterr().out
@@ -548,7 +551,8 @@ def test_rows_are_chosen_by_name_editor_and_network():
     assert {row.editor for row in every} == set(kf.EDITORS)
     assert {row.n for row in every} == {1, 10, 100, 500} and len({row.name for row in every}) == len(every)
     some = editors.chosen(SimpleNamespace(**asked | {"methods": ["memit"], "network": ["memit=net.safetensors"]}))
-    assert {row.name for row in some} == {f"MEMIT, n = {n}" for n in (1, 10, 100, 500)}
+    behind = {f"MEMIT {how}, n = {n}" for how in ("by name", "in scope") for n in (100, 500)}
+    assert {row.name for row in some} == {f"MEMIT, n = {n}" for n in (1, 10, 100, 500)} | behind
     assert some[0].options == {"network": "net.safetensors"}
     with pytest.raises(ValueError, match=r"--methods \['mimit'\]: expected some of"):
         editors.chosen(SimpleNamespace(**asked | {"methods": ["mimit"]}))
@@ -588,7 +592,7 @@ def test_phrasings_are_judged_on_facts_that_nothing_was_chosen_by(bed, monkeypat
     monkeypatch.setattr(editors.Ground, "edit", lambda g, row, some: edited.append((row, some)) or _memit(g, row, some))
     names = [f"{half}: {label}, n = 2" for half in phrasings.HALVES for label in ("MEMIT", "3 phrasings, keeps x 1")]
     ground = dataclasses.replace(bed, facts=facts)
-    parts = list(phrasings.measured(ground, facts, [2], names))
+    parts = list(phrasings.measured(ground, facts, [2], names, {}))
     cases = [part.figures[0].case for part in parts]
     assert cases == ["choose: no edit", *names[:2], "report: no edit", *names[2:]]
     assert [[f.text for f in some] for _, some in edited] == [

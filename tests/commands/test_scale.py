@@ -1,6 +1,8 @@
 """``kedit-fast edit``: independent, on top of others, with a checkpoint, and by every editor."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from kedit_fast.basics.parts import Parts
 from kedit_fast.commands.edit_arguments import METHODS
 from kedit_fast.edits.edit import Edit, digest
 from tests.commands.cases import run as run_command
+from tests.editors.test_serac import examples as scope_examples
 from tests.make import killed_at, watched
 from tests.tiny import D_FF
 
@@ -27,7 +30,6 @@ FAST = {
     "encore": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "pmet": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "memit-blue": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
-    "memit-scoped": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
     "alphaedit-blue": {"layers": [1, 2], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "betaedit": {"layers": [1], "v_num_grad_steps": 2, "nullspace_threshold": 0.0},
     "rect": {"layers": [1, 2], "v_num_grad_steps": 2, "mom2_update_weight": D_FF, "mom2_adjustment": False},
@@ -107,6 +109,28 @@ def test_independent_facts_may_contradict_each_other(run, model, method, capsys)
     made = Edit.load("made.safetensors")
     assert made.independent and len(made.facts) == 4
     assert run_command("eval", "made.safetensors", "--model", model, "-o", "report.json") == 0
+
+
+def test_a_route_around_an_editor(run, model, tmp_path, capsys):
+    examples = tmp_path / "examples.json"
+    examples.write_text(json.dumps([fact.to_record() for fact in scope_examples()]))
+    assert run("memit", FACTS, "--independent", "-o", "alone.safetensors") == 0
+    assert run("memit", FACTS, "--route", "names", "-o", "named.safetensors") == 0
+    assert run("memit", FACTS, "--route", "scope", "--examples", examples, "-o", "scoped.safetensors") == 0
+    alone, named, scoped = (Edit.load(f"{name}.safetensors") for name in ("alone", "named", "scoped"))
+    assert digest(replace(named, route=None)) == digest(replace(scoped, route=None)) == digest(alone)
+    assert (named.route.kind, scoped.route.kind) == ("retrieval", "scope")
+    assert 0 < scoped.provenance["scope"]["examples"] <= 12 and named.hparams == alone.hparams
+    assert digest(kf.routed(kf.open_model(model), alone, "names")) == digest(named)
+    capsys.readouterr()
+    for options, says in (
+        (("memit", "--examples", examples), "--examples .*: a scope is learned from them; add --route scope"),
+        (("memit", "--route", "names", "--examples", examples), "add --route scope"),
+        (("grace", "--route", "names"), "--route names: grace makes no independent edits to choose from"),
+        (("memit", "--route", "scope", "--examples", "facts.json"), "--examples 'facts.json': .*lack one of these"),
+    ):
+        assert run(options[0], FACTS, *options[1:], "-o", "none.safetensors") == 2
+        assert re.search(says, capsys.readouterr().err) and not Path("none.safetensors").exists()
 
 
 def test_on_top_of_others(run):

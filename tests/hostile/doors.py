@@ -78,14 +78,15 @@ def things() -> SimpleNamespace:
     model = tiny_model("gpt2", layers=2)
     lm = open_tiny(model)
     edit = make_edit(model, deltas={1: make_edit().deltas[1]}, keys={})
+    single = make_edit(model, deltas={1: make_edit().deltas[2]}, keys={}, values=None, facts=FACTS[:1])
     quick = {"layers": (1,), "mom2_adjustment": False, "v_num_grad_steps": 1, "context_template_length_params": ()}
     rome = kf.Rome(**quick)
     result = kf.trace(lm, FACTS[0], kinds=("state", "mlp"), samples=2)
     moment = kf.SecondMoment(torch.eye(D_FF), 1_000, 1, lm.fingerprint)
     report = kf.evaluate(lm, list(FACTS[:1]), edit)
     return SimpleNamespace(
-        lm=lm, model=model, edit=edit, rome=rome, quick=quick, traces=result, moment=moment, report=report,
-        average=kf.average(result), facts=list(FACTS),
+        lm=lm, model=model, edit=edit, single=single, rome=rome, quick=quick, traces=result, moment=moment,
+        report=report, average=kf.average(result), facts=list(FACTS),
     )  # fmt: skip
 
 
@@ -192,6 +193,7 @@ def doors(folder) -> list[Door]:
             texts="texts", queries="texts", k="positive", retriever="words")),
         Door("mello", _with(kf.mello, t.lm, edit=t.edit, questions="Who?"), dict(
             edit="edit", questions="prompts", max_hops="positive", max_new_tokens="positive", chat="flag")),
+        Door("routed", _with(kf.routed, t.lm, edit=t.single, route="names"), dict(edit="edit", route="choice")),
         Door("forgetting", _with(kf.forgetting, facts=t.facts), dict(facts="facts", say="text?")),
         Door("verify_forgotten", _with(kf.verify_forgotten, t.lm, edit=t.edit), dict(
             edit="edit", budget="positive", bits="any layers", relearning_steps="whole", relearn="object",

@@ -1,0 +1,92 @@
+"""A route around any editor: each fact's edit acts on prompts that ask for the fact, and on no others.
+
+What an edit costs grows with the facts that share the weights, and the same subject's other relations pay most. Here
+each fact keeps the edit that it would have alone (``independent=True``), and a route says at each prompt which one
+acts, if any:
+
+    y = W x + Δ_i x        behind a prompt that the route gives to fact i
+    y = W x                behind every other: the base run itself
+
+So text and neighbors are as they were, whatever the number of facts. It is a memory: served, and not merged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kedit_fast.basics import checks
+from kedit_fast.editors.in_context import NAMES, InContext, by_name
+from kedit_fast.editors.serac import Serac
+from kedit_fast.editors.written import with_written
+from kedit_fast.edits.edit import Edit
+from kedit_fast.edits.routes import Route
+from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.model.lm import LM, takes_lm
+
+SCOPE = "scope"
+ROUTES = (SCOPE, NAMES)
+
+
+@takes_lm
+def routed(lm: LM, edit: Edit, route: str | InContext = SCOPE) -> Edit:
+    """Independent edits behind a route: of each prompt it says whose edit acts, or that none does.
+
+    edit: of any editor, made with ``independent=True``, or of one fact; lm: the model that it was made on
+    route: "scope": prompts that name the subject and ask for what the fact, or one of its phrasings, says, by
+        ``Serac``'s classifier; "names": all that name the subject, of several facts of one subject the most alike; or
+        an editor with such a route and its settings, ``kf.Serac(examples="mine.json")``
+
+    On SmolLM2-135M, 100 CounterFact facts, three phrasings each, beside plain MEMIT (``python -m bench phrasings``):
+    behind either route text and neighbors stay to the bit (perplexity + 2.3 %, NS 81.6 of 87.9). "names" finds every
+    paraphrase and takes every other relation of the subject, MEMIT keeps 60 % of those answers (69 %); "scope", which
+    the package's own facts train, leaves half of the paraphrases to the base model and keeps 84 %: give it examples of
+    the relations that are edited.
+
+    Raises ValueError for facts that were solved together, that contradict each other or name no subject, for an edit
+    that is routed already, and for examples that nothing can be learned from. Warns of facts that are not written.
+    """
+    edit = checks.instance("edit", edit, Edit, "an Edit, made with independent=True")
+    _check(lm, edit)
+    return behind(lm, edit, *route_to(lm, edit.facts, route))
+
+
+def route_to(lm: LM, facts: Sequence[Fact], route: str | InContext) -> tuple[Route, dict]:
+    """(the route to these facts, an entry each, what is to be noted of it); route, errors: as in ``routed``."""
+    if not isinstance(route, InContext):
+        checks.choice("route", route, ROUTES)
+    facts = _told_apart(facts)
+    if route == NAMES:
+        return by_name(lm, facts, "tfidf"), {}
+    how = route if isinstance(route, InContext) else Serac.for_model(lm)
+    how.check(lm)
+    return how.routed(lm, facts)
+
+
+def behind(lm: LM, edit: Edit, route: Route, about: dict) -> Edit:
+    """Independent edits behind a route that ``route_to`` found; asked for their facts once more, through it."""
+    changes = tuple(change.owned() for change in edit.changes)
+    kept = {name: said for name, said in edit.provenance.items() if name != "growth"}  # an edit of one fact has it
+    made = replace(edit, changes=changes, route=route, provenance=kept | about)
+    return with_written(lm, made, stacklevel=5)
+
+
+def _check(lm: LM, edit: Edit) -> None:
+    """Raises ValueError for what is not to be put behind a route."""
+    if edit.route is not None:
+        raise ValueError(f"this edit is routed already ({edit.route.kind}); make it again with independent=True")
+    if not edit.independent and len(edit.facts) > 1:
+        raise ValueError(
+            f"these {len(edit.facts)} facts were solved together, and a route takes one fact's part: make the edit "
+            "with independent=True (--independent)"
+        )
+    edit.acting_on(lm)
+    for change in edit.changes:
+        change.owned()
+
+
+def _told_apart(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts as one model may have them. Raises ValueError where two of them contradict each other or are the same:
+    no prompt tells which one is meant."""
+    found = check_facts(facts, need_subject=True)
+    if len(found) < len(facts):
+        raise ValueError(f"{len(facts) - len(found)} of {len(facts)} facts are there twice; make the edit without them")
+    return found

@@ -14,9 +14,9 @@ def run(args) -> None:
     edits = read_chain(args.edits)
     own = in_chat(args, facts_in_force(edits))
     gone = [fact for fact in own if is_forgotten(fact)][: args.n] if args.facts is None else fact_file(args)
-    keep = (
-        [fact for fact in own if not is_forgotten(fact)] if args.keep is None else in_chat(args, load_facts(args.keep))
-    )
+    keep = [fact for fact in own if not is_forgotten(fact)]
+    if args.keep is not None:
+        keep = in_chat(args, load_facts(args.keep, skip_bad=args.skip_bad))
     lm = told_lm(args)
     found = verify_forgotten(
         lm, edits, gone or None, keep=keep,  # None: it says that there is none

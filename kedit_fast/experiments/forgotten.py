@@ -29,7 +29,7 @@ from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.progress import progress
 from kedit_fast.basics.state import wide
 from kedit_fast.editors.finetune import Ft
-from kedit_fast.edits.chain import with_edits
+from kedit_fast.edits.chain import facts_in_force, with_edits
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import Dense, storable, weight_under
 from kedit_fast.edits.edit import Edit, edit_list
@@ -131,8 +131,8 @@ def verify_forgotten(
 ) -> Forgotten:
     """Asks for the old answers (target_true, else target_new) of facts by every way in this file's head.
 
-    facts: default: those of the edit that have a target_true which is not their target_new; keep: facts whose answers
-        were to stay, default: the others of the edit
+    facts: default: those of the edits, but for what a later one wrote anew, that have a target_true which is not their
+        target_new; keep: facts whose answers were to stay, default: the others
     budget: tokens of the lens's candidate set; bits: widths that written weights are rounded to, a scale for each row
     relearning_steps: that are tried at most, 0: none; relearn: how, default Ft's settings for the model
 
@@ -141,7 +141,7 @@ def verify_forgotten(
     and for independent ones.
     """
     edits = edit_list(edit, "edit")
-    own = [fact for each in edits for fact in each.facts]
+    own = facts_in_force(edits)
     facts = [f for f in own if is_forgotten(f)] if facts is None else fact_list(facts)
     if not facts:
         raise ValueError(

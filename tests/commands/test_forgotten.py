@@ -8,15 +8,15 @@ from tests.commands.cases import FACTS, ONE, run
 
 def test_one_answer_is_forgotten_and_asked_for(model, work, said):
     (work.parent / "unlearn.json").write_text(json.dumps({"layers": [1], "num_steps": 2}))
-    (work / "keep.json").write_text(json.dumps(FACTS[:1]))
+    (work / "keep.json").write_text(json.dumps([*FACTS[:1], {"prompt": "no place"}]))
     how = ["--method", "unlearn", "--hparams", "../unlearn.json", "--model", model]
     assert "not Paris" in said("edit", *ONE, "--forget", "Paris", *how)
     edit = kf.Edit.load(work / "edit.safetensors")
     assert edit.facts == (kf.Fact("The capital of {} is", "France", target_true="Paris"),)
 
-    args = ["edit.safetensors", "--keep", "keep.json", "--bits", "4", "--steps", "2", "--budget", "10"]
+    args = ["edit.safetensors", "--keep", "keep.json", "--skip-bad", "--bits", "4", "--steps", "2", "--budget", "10"]
     shown = said("forgotten", *args, "--model", model, "-o", "found.json")
-    keep = kf.load_facts(work / "keep.json")
+    keep = kf.load_facts(work / "keep.json", skip_bad=True)
     expected = kf.verify_forgotten(kf.open_model(model), edit, keep=keep, bits=(4,), relearning_steps=2, budget=10)
     assert str(expected) in shown and json.loads((work / "found.json").read_text())["summary"] == expected.summary()
     assert run("forgotten", *args, "--model", model, "-o", "found.json") == 2  # what is there stays

@@ -95,6 +95,14 @@ def test_a_fact_whose_answer_stays_is_one_to_keep():
     assert [[f.subject for f in side] for side in (report.facts, report.kept)] == [[OLD[0].subject], [same.subject]]
 
 
+def test_what_a_later_edit_wrote_anew_is_not_asked_for(taught):
+    lm, edit = taught
+    again = kf.Ft(layers=(1,), num_steps=1).edit(lm.with_edit(edit), kf.keeping(OLD[:1]))
+    report = verify_forgotten(lm, [edit, again], relearning_steps=0, bits=())
+    subjects = [[fact.subject for fact in side] for side in (report.facts, report.kept)]
+    assert subjects == [[OLD[1].subject], [OLD[2].subject, OLD[0].subject]]
+
+
 def test_a_single_fact_and_edits_of_other_kinds():
     lm = tiny_lm("gpt2")
     texts = [f"{word} is" for word in ("Paris", "Rome", "London", "Berlin", "Spain", "France")]

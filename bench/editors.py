@@ -395,4 +395,7 @@ def _setting(row: Row, editor) -> str:
         if f.name not in ("source", "fact_token", "network") and (value := getattr(editor, f.name)) != f.default
     ]
     changed += [f"route {row.route}"] * bool(row.route)
+    if (network := getattr(editor, "network", None)) is not None:
+        made = network.provenance
+        changed += [f"network {network.digest} of {made['facts']} facts, keeps {', '.join(network.settings['keeps'])}"]
     return f"{row.label}, {row.batches} x {row.n}: {', '.join(changed) or 'as it is'}."

@@ -83,6 +83,10 @@ def add_train(commands: Commands) -> None:
     option(how, "--method", TRAINED, ", ".join(TRAINED), "mend")
     option(how, "--layers L", layers, "whose MLPs the edits change, for instance 27-29 (default: the last three)")
     option(how, "--steps N", positive, "at most (default: of --hparams, else 1,000)")
+    keeps = "whose prompts must not change, by turns (default: both); same_subject for edits that stand behind a route "
+    option(
+        how, "--keeps WHICH", list_of("neighborhood", "same_subject"), keeps + "(edit --route), which others pass by"
+    )
     option(how, "--held-out SHARE", share, "of the subjects, to look at meanwhile", 0.1)
     option(how, "--hparams FILE", path, "hyper-parameters of the training (.json, .yaml)")
     checkpoint_option(how)

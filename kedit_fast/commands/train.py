@@ -23,7 +23,7 @@ def run(args) -> None:
     settings = of_method.from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
     settings = of_method.for_model(lm) if settings is None else settings
-    asked = {"layers": args.layers, "max_iters": args.steps}
+    asked = {"layers": args.layers, "max_iters": args.steps, "keeps": args.keeps}
     settings = replace(settings, **{name: value for name, value in asked.items() if value})
     source = f"read from {args.hparams}" if args.hparams else settings.source
     say(f"{args.method}, settings {source}; layers {', '.join(map(str, settings.layers))}")

@@ -23,7 +23,7 @@ from kedit_fast.editors.editor import check_lengths
 from kedit_fast.editors.hyperparameters import Hyperparameters
 from kedit_fast.editors.networks import Network, pull
 from kedit_fast.editors.training_step import Example, Outcome, Weights, about, examples, outcome, subject_digest
-from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.facts.fact import ANSWERED, Fact, check_facts
 from kedit_fast.jobs.below import Below
 from kedit_fast.jobs.gradients import gradient_packs
 from kedit_fast.model.lm import LM, takes_lm
@@ -41,6 +41,8 @@ class Training(Hyperparameters):
     layers: whose MLP matrices are changed, all of them (published: the last three)
     lr: Adam's, of the networks; lr_lr: of the step sizes; grad_clip: of the gradient's norm, all together
     cedit, cloc: the weights of the two losses, also in the loss that ends the training early
+    keeps: of which kinds a fact's prompts are that must not change, by turns. A network whose edits are to stand behind
+        a route (``kf.routed``) needs "same_subject" alone: neighbors do not see such an edit
     batch_size: facts a step; max_iters: steps at most; val_interval: steps between two looks at the facts held out, and
         parts of the run that are kept; val_facts: of them, at most; early_stop_patience: steps without a better look
     """
@@ -51,6 +53,7 @@ class Training(Hyperparameters):
     cedit: float = 0.1
     cloc: float = 1.0
     grad_clip: float = 100.0
+    keeps: tuple[str, ...] = ANSWERED
     batch_size: int = 10
     max_iters: int = 100_000
     val_interval: int = 500
@@ -60,6 +63,7 @@ class Training(Hyperparameters):
 
     METHOD: ClassVar[str] = ""
     NETWORK: ClassVar[type[Network]] = Network
+    CHECKS: ClassVar = {"keeps": lambda value: checks.choices("keeps", value, ANSWERED)}
     TOGETHER: ClassVar[bool] = False  # the facts of a step are one edit
     POSITIVE: ClassVar[tuple[str, ...]] = (
         "lr", "grad_clip", "batch_size", "max_iters", "val_interval", "val_facts", "early_stop_patience",
@@ -113,8 +117,8 @@ def train_editor(
     """A network for ``kf.Mend(network=...)`` and its kin, trained on facts; ``network.save(path)`` makes its file.
 
     Facts' phrasings and paraphrases are trained on (those in one wording alone are warned of), and their neighborhood
-    and same_subject prompts must not change (facts without any: another fact's prompt). So it is to be judged on facts
-    of other subjects; it knows those that it was trained on, and an edit of one of them warns.
+    and same_subject prompts must not change (``settings.keeps``; facts without any: another fact's prompt). So it is to
+    be judged on facts of other subjects; it knows those that it was trained on, and an edit of one of them warns.
 
     method: "mend", "malmen" or "ke"; settings: its hyper-parameters (default: ``for_model``'s, for minutes of work)
     held_out: the share of the subjects (one at least) whose facts are not trained on but looked at every
@@ -149,7 +153,7 @@ def train_editor(
     asked = lambda: asked_of(  # noqa: E731
         lm, f"training for {settings.METHOD}", facts, hparams=asdict(settings), held_out=held_out, seed=seed
     )
-    both = examples(lm, train), examples(lm, test)
+    both = examples(lm, train, settings.keeps), examples(lm, test, settings.keeps)
     with stages(*STAGES), begun(checkpoint, asked) as keep:
         return fitting(lm, keep, lambda lm: _Trainer(lm, settings, *both, keep, seed).run())
 

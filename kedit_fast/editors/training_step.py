@@ -12,6 +12,7 @@ For each fact of a batch, an edit of its own (or, where the method solves them t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from kedit_fast.editors.networks import Network, Update
 from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit
-from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.fact import ANSWERED, Fact
 from kedit_fast.facts.subjects import folded
 from kedit_fast.facts.tokens import answer_tokens, asked, encode
 from kedit_fast.jobs.below import Below
@@ -89,11 +90,13 @@ def _task(lm: LM, fact: Fact, prompt: str, owner: int = 0) -> GradientTask:
     return GradientTask(encode(lm.tokenizer, text), target, fact.label, owner)
 
 
-def examples(lm: LM, facts: Sequence[Fact]) -> list[Example]:
-    """The facts as tasks; one without prompts that must not change has the next fact's, of another subject."""
+def examples(lm: LM, facts: Sequence[Fact], keeps: Sequence[str] = ANSWERED) -> list[Example]:
+    """The facts as tasks; one without prompts of the kinds that must not change has the next fact's, of another
+    subject."""
     made = []
     for i, fact in enumerate(facts):
-        kept = [question.prompt for name in ("neighborhood", "same_subject") for question in fact.questions(name)]
+        by_turns = zip_longest(*([question.prompt for question in fact.questions(name)] for name in keeps))
+        kept = [prompt for turn in by_turns for prompt in turn if prompt is not None]
         around = (facts[(i + k) % len(facts)] for k in range(1, len(facts)))
         kept = kept[:KEPT] or [next((other.text for other in around if about(other) != about(fact)), "The")]
         wordings = [*(one.text for one in fact.phrased()), *fact.paraphrases] or [fact.text]

@@ -29,11 +29,12 @@ def train(work, tmp_path, model):
 
 
 def test_a_network_and_an_edit_by_it(train, model, capsys):
-    assert train("--steps", 2, "-o", "net.safetensors") == 0
+    assert train("--steps", 2, "--keeps", "same_subject", "-o", "net.safetensors") == 0
     shown = capsys.readouterr().out
     assert "mend, settings read from ../quick.json; layers 2, 3" in shown
     assert "trained on 5 facts; 1 of other subjects held out" in shown and "net.safetensors: Network(mend" in shown
     made = Network.load("net.safetensors")
+    assert made.settings["keeps"] == ["same_subject"]
     assert made.settings["max_iters"] == 2 and made.provenance["steps"] == 2
     edit = ["edit", "--method", "mend", *ONE, "--target", "Rome", "--model", model, "--quiet"]
     assert run(*edit, "--network", "net.safetensors", "-o", "edit.safetensors") == 0

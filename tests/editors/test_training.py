@@ -161,6 +161,21 @@ def test_what_is_asked_and_what_is_kept():
     assert edit_task(lm, question).target == lm.tokenizer(" Paris")["input_ids"]
 
 
+def test_kinds_of_prompts_are_kept_by_turns():
+    lm = tiny_lm("llama")
+    fact = replace(FACTS[0], same_subject=("The Space Needle was built by", "The Space Needle is"))
+    some = [fact, FACTS[1]]
+    for keeps, expected in (
+        (("neighborhood", "same_subject"), [fact.neighborhood[0], fact.same_subject[0]]),
+        (("same_subject", "neighborhood"), [fact.same_subject[0], fact.neighborhood[0]]),
+        (("same_subject",), list(fact.same_subject)),
+    ):
+        made = examples(lm, some, keeps)
+        assert [task.prompt for task in made[0].kept] == [lm.encode(prompt) for prompt in expected]
+    assert [task.prompt for task in made[1].kept] == [lm.encode(fact.text)], "it has none of the kind"
+    refused("keeps = 'all': expected some of neighborhood, same_subject", settings, "mend", keeps=("all",))
+
+
 def test_facts_in_one_wording_are_told():
     lm, made = tiny_lm("llama"), settings("mend", max_iters=1, val_interval=1)
     some = [replace(FACTS[0], paraphrases=()), *FACTS[1:4]]

@@ -10,7 +10,6 @@ import gzip
 import json
 import random
 import statistics
-from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -107,8 +106,7 @@ def draw() -> list[Fact]:
         known = [by_id[str(record["id"])] for record in json.load(file) if record["source"] == "counterfact"]
     candidates = [fact for fact in known if not gives_away(fact)]
     drawn = without_conflicts(random.Random(0).sample(candidates, len(candidates)))
-    relations = Relations(everything)
-    return [dataclasses.replace(fact, same_subject=relations.other_prompts(fact)) for fact in check_facts(drawn)]
+    return kf.related(check_facts(drawn), everything, phrasings=0, same_subject=N_OTHER)
 
 
 def gives_away(fact: Fact) -> bool:
@@ -129,35 +127,6 @@ def cut(facts: list[Fact], n: int, sets: int) -> list[list[Fact]]:
     if n < 1 or sets < 1 or n * sets > len(facts):
         raise ValueError(f"{sets} sets of {n} facts: expected at least one fact, and {len(facts)} at most")
     return [facts[i * n : (i + 1) * n] for i in range(sets)]
-
-
-class Relations:
-    """Which other relations can be asked of a fact's subject, and how.
-
-    Two relations fit the same kind of subject where some subject of ``facts`` has both. A relation that has the fact's
-    new answer among its own is left out (mother tongue and language spoken): its answer may rightly move.
-    """
-
-    def __init__(self, facts: list[Fact]):
-        relations: dict[str, set[str]] = {}
-        self._answers: dict[str, set[str]] = {}
-        prompts: dict[str, Counter] = {}
-        for fact in facts:
-            relation = fact.provenance.get("relation_id")
-            if relation:
-                relations.setdefault(fact.subject, set()).add(relation)
-                self._answers.setdefault(relation, set()).add(fact.target_true)
-                prompts.setdefault(relation, Counter())[fact.prompt] += 1
-        pairs = ((a, b) for both in relations.values() for a in both for b in both if a != b)
-        self._together = Counter(pairs)
-        self._prompt = {relation: min(c, key=lambda p, c=c: (-c[p], p)) for relation, c in prompts.items()}
-
-    def other_prompts(self, fact: Fact, n: int = N_OTHER) -> tuple[str, ...]:
-        """Prompts of the n relations most often found together with the fact's own, each in its commonest wording."""
-        own = fact.provenance.get("relation_id")
-        others = [(-count, b) for (a, b), count in self._together.items() if a == own]
-        fitting = [b for _, b in sorted(others) if fact.target_new not in self._answers[b]]
-        return tuple(self._prompt[b].replace("{}", fact.subject) for b in fitting[:n])
 
 
 # ---- figures

@@ -155,7 +155,7 @@ def known_to(lm, n: int) -> list[Fact]:
     """The first n CounterFact facts of one draw whose answer another model than SmolLM2 ranks first."""
     everything = kf.load_facts(DATA / edit_bench.COUNTERFACT)
     drawn = edit_bench.without_conflicts(random.Random(0).sample(everything, len(everything)))
-    relations, known = edit_bench.Relations(everything), []
+    known: list[Fact] = []
     for first in range(0, len(drawn), n):
         some = [fact for fact in drawn[first : first + n] if not edit_bench.gives_away(fact)]
         alone = {"paraphrases": (), "neighborhood": (), "same_subject": ()}
@@ -164,7 +164,7 @@ def known_to(lm, n: int) -> list[Fact]:
         known += [fact for fact, right in zip(some, says.tolist(), strict=True) if right]
         if len(known) >= n:
             break
-    return [dataclasses.replace(fact, same_subject=relations.other_prompts(fact)) for fact in known[:n]]
+    return kf.related(known[:n], everything, phrasings=0, same_subject=edit_bench.N_OTHER)
 
 
 @dataclass(frozen=True)

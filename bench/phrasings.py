@@ -8,7 +8,6 @@ paraphrases is in times plain MEMIT's.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from bench.editors import JUDGED, Ground, Row, done, measure, networks_of, share
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.spread import Spread
 from kedit_fast.facts.fact import Fact
-from kedit_fast.facts.subjects import folded
 
 SIZES = (100, 500)
 HALVES = ("choose", "report")
@@ -88,7 +86,6 @@ def measured(
     ground: Ground, everything: Sequence[Fact], sizes: Sequence[int], names: Sequence[str], networks: dict[str, str]
 ) -> Iterator[Measured]:
     """A Measured a row of these names, and of each half the model without an edit. networks: {method: file}"""
-    templates = Templates(everything)
     with shared_values():
         for n in sizes:
             judged = min(n, JUDGED)
@@ -99,7 +96,7 @@ def measured(
                     row = row_of(ground, variant, n, networks)
                     if f"{half}: {row.name}" not in names:
                         continue
-                    phrased = [templates.phrased(fact, variant.phrasings) for fact in facts]
+                    phrased = kf.related(facts, everything, phrasings=variant.phrasings, same_subject=0)
                     own = dataclasses.replace(ground, facts=phrased, whose=f"{half}: ")
                     for part in measure(own, [row], unedited):
                         found = {f.metric: f.value for f in part.figures if f.case != f"{half}: no edit"}
@@ -122,25 +119,3 @@ def _beside(part: Measured, value: float | None, plain: float | None) -> Measure
         return part
     more = Figure(part.figures[0].case, f"{ASKED_FOR}, to {PLAIN}'s", value / plain, "x")
     return dataclasses.replace(part, figures=[*part.figures, more])
-
-
-class Templates:
-    """How relations are asked for in a set of facts."""
-
-    def __init__(self, facts: Sequence[Fact]):
-        self._of: dict[str, Counter[str]] = {}
-        for fact in facts:
-            self._of.setdefault(str(fact.provenance.get("relation_id")), Counter())[fact.prompt] += 1
-
-    def phrased(self, fact: Fact, n: int) -> Fact:
-        """The fact with the n commonest other prompts of its relation that nothing which it is tested by ends with:
-        neither a paraphrase, nor another relation that is asked for in the same words."""
-        counts = self._of.get(str(fact.provenance.get("relation_id")), Counter())
-        others = (question.prompt for question in fact.questions("same_subject"))
-        tested = [folded(asked) for asked in (*fact.paraphrases, *others)]
-        found = []
-        for prompt in sorted(counts, key=lambda prompt: (-counts[prompt], prompt)):
-            text = folded(prompt.replace("{}", fact.subject))
-            if prompt != fact.prompt and not any(asked.endswith(text) for asked in tested):
-                found.append(prompt)
-        return dataclasses.replace(fact, phrasings=tuple(found[:n]))

@@ -15,7 +15,6 @@ import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import DATA, Figure, Measured, peak_matmul
 from bench.editors import JUDGED, Ground, Row, judged, table
-from bench.phrasings import Templates
 from kedit_fast.basics.catalog import TRAINED, loaded
 from kedit_fast.basics.parts import remove_parts
 from kedit_fast.basics.settings import cache_dir
@@ -23,7 +22,7 @@ from kedit_fast.facts.fact import Fact
 
 SINGLES, TENS = 50, 5  # edits of one fact, and of ten
 HELD_OUT = 0.1
-ROUTED, PHRASINGS = "MEND for a route", 3
+ROUTED = "MEND for a route"
 FOR_ROUTE = {"keeps": ("same_subject",), "cedit": 0.3}
 ROWS = {  # steps and facts, for about five minutes each
     "MEND": ("mend", 240, 300), "MALMEN": ("malmen", 80, 300), "KE": ("ke", 240, 300), ROUTED: ("mend", 480, 500),
@@ -70,11 +69,7 @@ def training_facts(judged_facts: list[Fact], n: int, routed: bool) -> list[Fact]
     subjects = {fact.subject.casefold() for fact in judged_facts}
     every = kf.load_facts(DATA / edit_bench.COUNTERFACT)
     some = [fact for fact in every if fact.subject.casefold() not in subjects][:n]
-    if not routed:
-        return some
-    relations, templates = edit_bench.Relations(every), Templates(every)
-    asked_too = (replace(fact, same_subject=relations.other_prompts(fact)) for fact in some)
-    return [templates.phrased(fact, PHRASINGS) for fact in asked_too]
+    return kf.related(some, every) if routed else some
 
 
 def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: int, quick: bool):

@@ -15,6 +15,7 @@ _HOME = {
     "load_facts": "facts.fact",
     "forgetting": "facts.forgetting",
     "keeping": "facts.forgetting",
+    "related": "facts.relations",
     "trace": "tracing.trace",
     "average": "tracing.trace",
     "TraceResult": "tracing.trace",

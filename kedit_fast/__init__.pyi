@@ -57,6 +57,7 @@ from kedit_fast.facts.fact import Fact as Fact
 from kedit_fast.facts.fact import load_facts as load_facts
 from kedit_fast.facts.forgetting import forgetting as forgetting
 from kedit_fast.facts.forgetting import keeping as keeping
+from kedit_fast.facts.relations import related as related
 from kedit_fast.gating import GateReport as GateReport
 from kedit_fast.gating import Suite as Suite
 from kedit_fast.gating import Thresholds as Thresholds

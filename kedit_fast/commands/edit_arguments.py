@@ -79,6 +79,10 @@ def add_train(commands: Commands) -> None:
     which = parser.add_argument_group("which facts")
     file_options(which)
     chat_options(which)
+    related = (
+        "what a fact lacks of phrasings, and of prompts on its subject's other relations, in the words of the file's "
+    )
+    flag(which, "--related", related + "other facts (CounterFact has their relation_id)")
     how = parser.add_argument_group("how to train")
     option(how, "--method", TRAINED, ", ".join(TRAINED), "mend")
     option(how, "--layers L", layers, "whose MLPs the edits change, for instance 27-29 (default: the last three)")

@@ -8,6 +8,7 @@ from kedit_fast.commands.outputs import check_outputs, number, say, say_table
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors.training import train_editor
 from kedit_fast.facts.fact import check_facts
+from kedit_fast.facts.relations import related
 
 SHOWN = 20  # looks listed one by one
 
@@ -16,7 +17,10 @@ def run(args) -> None:
     """Trains the network and writes its file; says how well it does on what was held out."""
     if args.facts is None:
         raise ValueError("which facts? give --facts FILE, with paraphrases, and neighbors that must not change")
-    facts = check_facts(fact_file(args), need_new=True, together=False, skip_bad=args.skip_bad)
+    given = fact_file(args)
+    facts = check_facts(
+        related(given) if args.related else given, need_new=True, together=False, skip_bad=args.skip_bad
+    )
     (path,) = check_outputs(args, "output")
     run = run_of(args, path)
     of_method = loaded(TRAINED)[args.method]

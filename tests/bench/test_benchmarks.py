@@ -309,26 +309,6 @@ def test_conflicts_are_dropped_and_slices_are_disjoint():
         edit.cut(kept, 1, 3)
 
 
-def test_other_relations_fit_the_subject_and_cannot_rightly_move():
-    facts = [
-        fact("Ada", "born in", "{} was born in", true="London"),
-        fact("Ada", "field", "{} works on", true="numbers"),
-        fact("Bo", "born in", "{} was born in", true="Oslo"),
-        fact("Bo", "field", "{} studies", true="numbers"),
-        fact("Cy", "field", "{} studies", true="plants"),
-        fact("Cy", "died in", "{} died in", true="Rome"),
-        fact("Di", "born in", "{} was born in", true="Bonn"),
-        fact("Di", "died in", "{} died in", true="Bonn"),
-        fact("Toyota", "maker", "{} is made by", true="Toyota"),
-    ]
-    relations = edit.Relations(facts)
-    born_in_rome = fact("Eve", "born in", "{} was born in", new="Rome")
-    assert relations.other_prompts(born_in_rome) == ("Eve studies",), "who died in Rome may have been born there"
-    born_in_lima = dataclasses.replace(born_in_rome, target_new="Lima")
-    assert relations.other_prompts(born_in_lima) == ("Eve studies", "Eve died in")
-    assert relations.other_prompts(fact("Vimeo", None)) == ()
-
-
 def test_the_draw_over_known_counterfact_facts():
     if not (common.DATA / edit.COUNTERFACT).exists():
         pytest.skip(f"{common.DATA} does not hold CounterFact")
@@ -571,19 +551,6 @@ def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch):
     answers = [fact_answer(lm.tokenizer, fact, fact.target_true) for fact in facts]
     right = {f.text for f, ids, top in zip(facts, answers, likeliest, strict=True) if ids == [top]}
     assert {fact.text for fact in editors.known_to(lm, 4)} == right and 0 < len(right) < 4
-
-
-def test_phrasings_are_the_relations_other_prompts():
-    made = [kf.Fact(p, f"S{i}", "Rome", provenance={"relation_id": "P1"}) for i, p in enumerate(("{} is in", "{} has"))]
-    made += [kf.Fact("{} lies in", f"T{i}", "Rome", provenance={"relation_id": "P1"}) for i in range(2)]
-    made += [kf.Fact("{} speaks", "U", "Rome", provenance={"relation_id": "P2"})]
-    templates = phrasings.Templates(made)
-    fact = dataclasses.replace(made[0], paraphrases=("So. S0 has",))
-    assert templates.phrased(fact, 3).phrasings == ("{} lies in",) and not templates.phrased(fact, 0).phrasings
-    assert templates.phrased(made[0], 3).phrasings == ("{} lies in", "{} has"), "the commonest first"
-    asked = dataclasses.replace(made[0], same_subject=("S0 Has",))
-    assert templates.phrased(asked, 3).phrasings == ("{} lies in",), "the words of another relation too"
-    assert not templates.phrased(made[-1], 3).phrasings
 
 
 def test_phrasings_are_judged_on_facts_that_nothing_was_chosen_by(bed, monkeypatch):

@@ -18,7 +18,7 @@ QUICK = {"layers": [2, 3], "rank": 4, "max_iters": 3, "val_interval": 1, "batch_
 def train(work, tmp_path, model):
     """``train(*options)``: the command over a few facts; its exit status."""
     facts = [
-        {"prompt": "The {} is in", "subject": subject, "target_new": "Rome",
+        {"prompt": "The {} is in", "subject": subject, "target_new": "Rome", "provenance": {"relation_id": "P1"},
          "paraphrases": [f"{subject} is located in"], "neighborhood": ["The capital of France is"]}
         for subject in SUBJECTS
     ]  # fmt: skip

@@ -194,6 +194,8 @@ def doors(folder) -> list[Door]:
         Door("mello", _with(kf.mello, t.lm, edit=t.edit, questions="Who?"), dict(
             edit="edit", questions="prompts", max_hops="positive", max_new_tokens="positive", chat="flag")),
         Door("routed", _with(kf.routed, t.lm, edit=t.single, route="names"), dict(edit="edit", route="choice")),
+        Door("related", _with(kf.related, facts=t.facts), dict(
+            facts="facts", among="facts?", phrasings="whole", same_subject="whole")),
         Door("forgetting", _with(kf.forgetting, facts=t.facts), dict(facts="facts", say="text?")),
         Door("verify_forgotten", _with(kf.verify_forgotten, t.lm, edit=t.edit), dict(
             edit="edit", budget="positive", bits="any layers", relearning_steps="whole", relearn="object",

@@ -73,16 +73,17 @@ def add_train(commands: Commands) -> None:
         "MEND, MALMEN and KE edit by a network, which turns the gradient of an edit into an edit. It is trained once\n"
         "for a model, on facts whose paraphrases and neighbors are known, and then edits others in one pass. Facts of\n"
         "some subjects are held out and say how well it does; the network of the best look at them is written.",
-        "kedit-fast train --method mend --facts counterfact.json -n 1000 -o mend.safetensors",
-        also="to edit by it: kedit-fast edit --method mend --network mend.safetensors",
+        "kedit-fast train --facts counterfact.json -n 1000 --related --keeps same_subject -o mend.safetensors",
+        also="to edit by it, each fact by itself behind a route (their sum soon breaks a model):\n"
+        "kedit-fast edit --method mend --network mend.safetensors --route names",
     )
     which = parser.add_argument_group("which facts")
     file_options(which)
     chat_options(which)
     related = (
-        "what a fact lacks of phrasings, and of prompts on its subject's other relations, in the words of the file's "
+        "phrasings, and prompts on the subject's other relations, where a fact has none: as the file's other facts "
     )
-    flag(which, "--related", related + "other facts (CounterFact has their relation_id)")
+    flag(which, "--related", related + "ask (CounterFact has their relation_id)")
     how = parser.add_argument_group("how to train")
     option(how, "--method", TRAINED, ", ".join(TRAINED), "mend")
     option(how, "--layers L", layers, "whose MLPs the edits change, for instance 27-29 (default: the last three)")

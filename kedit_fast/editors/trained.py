@@ -31,6 +31,7 @@ class Trained(Editor):
 
     NETWORK: ClassVar[type[Network]] = Network
     STAGES: ClassVar = ("gradients",)
+    GENTLER: ClassVar[str] = "edit fewer facts at once, or each by itself behind a route (kf.routed, --route names)"
     NEEDS_SUBJECT: ClassVar = False
     NEEDS_CONTEXTS: ClassVar = False
     mom2_adjustment: ClassVar = False

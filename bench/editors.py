@@ -33,7 +33,7 @@ from kedit_fast.editors import rome, spread
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
-from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.fact import ANSWERED, Fact
 from kedit_fast.jobs.values import Values
 
 JUDGED = 100  # facts
@@ -397,5 +397,6 @@ def _setting(row: Row, editor) -> str:
     changed += [f"route {row.route}"] * bool(row.route)
     if (network := getattr(editor, "network", None)) is not None:
         made = network.provenance
-        changed += [f"network {network.digest} of {made['facts']} facts, keeps {', '.join(network.settings['keeps'])}"]
+        keeps = ", ".join(network.settings.get("keeps", ANSWERED))  # older files have none
+        changed += [f"network {network.digest} of {made['facts']} facts, keeps {keeps}"]
     return f"{row.label}, {row.batches} x {row.n}: {', '.join(changed) or 'as it is'}."

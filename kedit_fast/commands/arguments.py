@@ -178,7 +178,10 @@ def add_gate(commands: Commands) -> None:
 
 
 def _form_options(form) -> None:
-    written = "the dtype that the edit is written in (default: the model's); none: it stays an adapter"
+    written = (
+        "the dtype that the edit is written in (default: the model's); none: it stays an adapter, or is served as it "
+    )
+    written += "is, as what acts beside the weights in any case"
     option(form, "--written DTYPE", DTYPES, written, "model")
     again = "judge it again with the edited layers quantized after the edit"
     option(form, "--requantize", ("int8", "int4"), again)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
+from kedit_fast.basics.parts import Held
 from kedit_fast.basics.progress import stages
 from kedit_fast.commands.inputs import check_network, corpus_of, read_chain, read_facts, statistics, told_lm
 from kedit_fast.commands.outputs import check_outputs, say, say_table
@@ -15,9 +16,10 @@ from kedit_fast.editors.serac import Serac
 from kedit_fast.editors.written import counted_elsewhere, not_written
 from kedit_fast.edits.edit import Edit
 from kedit_fast.edits.routes import Route
-from kedit_fast.facts.fact import Fact, check_facts
+from kedit_fast.facts.fact import Fact, check_facts, load_facts
 from kedit_fast.model.lm import LM
 from kedit_fast.moments.second_moment import STAGES as MEASURING
+from kedit_fast.sweep.kept import fitting
 
 SHOWN = 20  # facts listed one by one
 NOT_WRITTEN = 1  # exit status of --strict
@@ -27,8 +29,9 @@ def run(args) -> int:
     """Makes the edit and writes its file; says what it was made of. 0, or 1 where --strict finds facts not written."""
     editor_class = EDITORS[args.method]
     facts = check_facts(
-        read_facts(args), need_new=editor_class.NEEDS_NEW, need_subject=editor_class.NEEDS_SUBJECT,
-        together=not args.independent, skip_bad=args.skip_bad,
+        read_facts(args), need_new=editor_class.NEEDS_NEW,
+        need_subject=editor_class.NEEDS_SUBJECT or (args.skip_bad and args.route is not None),  # else route_to says it
+        together=args.route is not None or not args.independent, skip_bad=args.skip_bad,
     )  # fmt: skip
     check_route(args)
     (path,) = check_outputs(args, "output")
@@ -66,8 +69,12 @@ def check_route(args) -> None:
     """Raises ValueError, before a model is opened, for a route around what it cannot choose among."""
     if args.examples and args.route != SCOPE:
         raise ValueError(f"--examples {args.examples}: a scope is learned from them; add --route {SCOPE}")
+    if args.examples:
+        load_facts(args.examples)  # it is read again once the model is there
     if args.route and (why := EDITORS[args.method].UNREAD.get("independent")):
-        raise ValueError(f"--route {args.route}: {args.method} makes no independent edits to choose from: {why}")
+        raise ValueError(
+            f"--route {args.route}: {args.method} makes no independent edits to choose from ({why}); leave --route out"
+        )
 
 
 def route_of(args, lm: LM, facts: Sequence[Fact]) -> tuple[Route, dict] | None:
@@ -75,7 +82,8 @@ def route_of(args, lm: LM, facts: Sequence[Fact]) -> tuple[Route, dict] | None:
     if args.route is None:
         return None
     examples = {"examples": args.examples} if args.examples else {}
-    return route_to(lm, facts, replace(Serac.for_model(lm), **examples) if args.route == SCOPE else args.route)
+    how = replace(Serac.for_model(lm), **examples) if args.route == SCOPE else args.route
+    return fitting(lm, Held(), lambda lm: route_to(lm, facts, how))
 
 
 def edited(editor: Editor, lm: LM, facts: Sequence[Fact], route: tuple[Route, dict] | None, **options) -> Edit:
@@ -84,7 +92,7 @@ def edited(editor: Editor, lm: LM, facts: Sequence[Fact], route: tuple[Route, di
         return editor.edit(lm, facts, **options)
     with counted_elsewhere():
         edit = editor.edit(lm, facts, **options)
-    return behind(lm, edit, *route)
+    return fitting(lm, Held(), lambda lm: behind(lm, edit, *route))
 
 
 def say_layers(edit: Edit, d_ff: int) -> None:

@@ -50,6 +50,9 @@ def _say_layers(edit: Edit, lm) -> None:
     headers = ["layer", "matrix", "kind", "rank", "|change|"] + (["|W|", "change / W"] if lm else [])
     rows = []
     for (layer, role), delta in edit.weights.items():
+        if edit.route is not None:  # parts that never act together have no norm
+            rows.append([layer, role, type(delta).__name__, delta.rank, "-", *(["-", "-"] if lm else [])])
+            continue
         row = [layer, role, type(delta).__name__, delta.rank, f"{delta.norm():.4g}"]
         if lm:
             size = float(lm.source.weight(layer, role).detach().float().norm())
@@ -109,10 +112,13 @@ def without(args) -> None:
 def _write_part(args, part: Callable[[Edit, int], Edit]) -> None:
     (path,) = check_outputs(args, "output")
     (name,) = args.edits
-    edit = part(_one(name), args.i)
+    whole = _one(name)
+    edit = part(whole, args.i)
+    if part is Edit.without:
+        say(f"left out: {whole.facts[args.i].label} -> {whole.facts[args.i].target_new}")
     write_reports((path, edit.save))
     say(f"{path}: {edit!r}")
-    _say_facts(edit.facts)
+    _say_facts(edit.facts, _parted(edit))
 
 
 # ---- words

@@ -10,7 +10,7 @@ from kedit_fast.commands.argument_types import seed as a_seed
 
 FACT_FILES = (
     "CounterFact, known_1000, zsRE, EasyEdit or own .json/.jsonl (.gz), or 'builtin' (77 facts of this package); "
-    "help(kedit_fast.fact_files) has the fields"
+    "python -m pydoc kedit_fast.facts.formats has the fields"
 )
 EDIT = "an edit file, or a folder of versions (its edits in force)"
 EDITS = f"{EDIT}; several: a chain, in the order they were made"

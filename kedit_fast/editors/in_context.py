@@ -126,9 +126,21 @@ class Retrieved(InContext):
 
 
 def by_name(lm: LM, facts: Sequence[Fact], retriever: str) -> RetrievalRoute:
-    """The route to the fact that a prompt names, of several of one subject to the one most alike."""
-    names = tuple((fact.subject or "",) for fact in facts)
-    return RetrievalRoute(index_of(retriever, lm, [fact.text for fact in facts]), torch.arange(len(facts)), names)
+    """The route to the fact that a prompt names, of several of one subject to the one most alike, in all its
+    phrasings."""
+    names, worded = tuple((fact.subject or "",) for fact in facts), worded_facts(facts)
+    index = index_of(retriever, lm, [one.text for _, one in worded])
+    return RetrievalRoute(index, torch.arange(len(facts)), names, whose=whose_of(worded, facts))
+
+
+def worded_facts(facts: Sequence[Fact]) -> list[tuple[int, Fact]]:
+    """(which fact, it as a prompt of its own says it): each in its own words and in its phrasings."""
+    return [(i, one) for i, fact in enumerate(facts) for one in (fact, *fact.phrased())]
+
+
+def whose_of(worded: Sequence[tuple[int, Fact]], facts: Sequence[Fact]) -> Tensor | None:
+    """What a route to them has as ``whose``; None where each fact is there once."""
+    return torch.tensor([i for i, _ in worded]) if len(worded) > len(facts) else None
 
 
 def statement(fact: Fact, answer: str, prompt: str | None = None) -> str:

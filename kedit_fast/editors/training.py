@@ -149,6 +149,12 @@ def train_editor(
             "learns nothing of other wordings there, and figures of those held out are too good",
             stacklevel=3,
         )
+    if bare := sum(not any(fact.questions(name) for name in settings.keeps) for fact in facts):
+        warnings.warn(
+            f"{counted(bare, 'fact')} without {' or '.join(settings.keeps)} prompts: another fact's prompt is kept in "
+            "their place, which is easily done",
+            stacklevel=3,
+        )
     train, test = _split(facts, held_out, seed)
     asked = lambda: asked_of(  # noqa: E731
         lm, f"training for {settings.METHOD}", facts, hparams=asdict(settings), held_out=held_out, seed=seed

@@ -339,7 +339,7 @@ def check_alone(edits: Sequence[Edit]) -> None:
     if len(owned) > 1 and any(edit.route is not None for edit in owned):
         raise ValueError(
             f"{owned[0].method} and {owned[1].method}: one routed edit acts on a model at a time, and beside no "
-            "independent ones; make one edit of all facts, or leave one of the two out"
+            "independent ones; make one edit of all facts, or leave one out (kedit-fast history rollback, of a history)"
         )
 
 

@@ -89,7 +89,8 @@ def read(path):
         with safe_open(path, "pt") as file:
             name, _, version = (file.metadata() or {}).get("format", "").partition(" ")
             if name != FORMAT:
-                raise ValueError(f"{path} is a safetensors file but no edit; {expected}")
+                what = f"a {name} file" if name.startswith("kedit_fast.") else "a safetensors file"
+                raise ValueError(f"{path} is {what} but no edit; {expected}")
             if version not in map(str, range(1, VERSION + 1)):
                 raise ValueError(f"{path} is an edit of version {brief(version)}; {expected}")
             names = file.keys()  # (not iterable itself)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.edits.routes import Prompt, Route, check_width, prompt_features, text_of
-from kedit_fast.edits.text_routes import NONE, NamedEntries, checked_names, chosen
+from kedit_fast.edits.text_routes import NONE, NamedEntries, check_whose, checked_names, chosen, rows_of
 from kedit_fast.facts.subjects import places_alike
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.sites import Site
@@ -152,9 +152,7 @@ class ScopeRoute(Route):
         expected = [len(names) if self.whose is None else len(self.whose), len(self.scope.weight)]
         if list(self.rows.shape) != expected:
             raise ValueError(f"rows of a scope's entries: expected {expected}, got {list(self.rows.shape)}")
-        every = list(range(len(names)))
-        if self.whose is not None and (self.whose.dtype != torch.int64 or self.whose.unique().tolist() != every):
-            raise ValueError(f"rows of a scope's entries: expected some of each of {len(names)}, int64 numbers")
+        check_whose(self.whose, len(names), len(self.rows))
 
     @property
     def n_entries(self) -> int:
@@ -175,18 +173,12 @@ class ScopeRoute(Route):
         read = [unnamed(texts[i], self.subjects[j]) or texts[i] for i, j in named]
         asked = self.scope.rows(scope_features(lm, read, self.scope.layer))
         which, entry = torch.tensor(named).unbind(1)
-        pair, row = self._rows_of(entry)
+        pair, row = rows_of(self.whose, self.n_entries, entry)
         logits = self.scope.slope * (asked[pair] * self.rows[row]).sum(-1) + self.scope.offset
         best = torch.full((len(named),), NONE).scatter_reduce(0, pair, logits.sigmoid(), "amax")
         scores = torch.full((len(texts), self.n_entries), NONE)
         scores[which, entry] = best
         return chosen(scores, self.scope.threshold)
-
-    def _rows_of(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """(which of these entries, a row of it), one after the other, of all their rows."""
-        whose = torch.arange(self.n_entries) if self.whose is None else self.whose
-        which, row = (entries[:, None] == whose[None]).nonzero().unbind(1)
-        return which, row
 
     @cached_property
     def _named(self) -> NamedEntries:
@@ -195,7 +187,7 @@ class ScopeRoute(Route):
     def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "ScopeRoute":
         """Some subjects and rows."""
         subjects = tuple(self.subjects[i] for i in entries.tolist())
-        which, row = self._rows_of(entries)
+        which, row = rows_of(self.whose, self.n_entries, entries)
         whose = None if self.whose is None else which
         return replace(self, subjects=subjects, rows=self.rows[row], entry=entry, whose=whose)
 

@@ -21,7 +21,8 @@ NONE = -2.0  # the score of an entry that a prompt does not name: below every co
 class RetrievalRoute(Route):
     """The entry whose text is most alike to a prompt, if it is so by ``threshold`` at least.
 
-    index: of a text for each of m entries; entry: as in ``Route``
+    index: of a text for each of m entries, or of several, with ``whose``; entry: as in ``Route``
+    whose: [k] the entry that each text is of, where one has several (its fact's phrasings); None: one each, in order
     names: [m] names of each, one of which has to stand in the prompt, between ends of words, whatever the case; of
         several entries that are named the most alike acts. None: no names are asked for
     """
@@ -30,19 +31,26 @@ class RetrievalRoute(Route):
     entry: Tensor
     names: tuple[tuple[str, ...], ...] | None = None
     threshold: float = -1.0
+    whose: Tensor | None = None
     kind: ClassVar[str] = "retrieval"
-    when: ClassVar[str] = "on a prompt that is most like it, of those that it names"
 
     def __post_init__(self):
         checks.instance("index", self.index, Index, "an Index, index_of(retriever, lm, texts)")
         checks.number("threshold", self.threshold, least=-1, most=1)
+        check_whose(self.whose, self.n_entries, len(self.index.texts))
         if self.names is not None:
             object.__setattr__(self, "names", checked_names(self.names, self.n_entries))
 
     @property
+    def when(self) -> str:
+        """In words."""
+        of_several = "that names its subject, of several facts of one subject on that most alike"
+        return f"on a prompt {of_several if self.names is not None else 'that is more like it than like the others'}"
+
+    @property
     def n_entries(self) -> int:
-        """As many as texts."""
-        return len(self.index.texts)
+        """As many as texts, or as these are of."""
+        return len(self.index.texts) if self.whose is None else int(self.whose.max()) + 1 if len(self.whose) else 0
 
     def check(self, lm) -> None:
         """As the index has it."""
@@ -52,14 +60,22 @@ class RetrievalRoute(Route):
         """The nearest entry; prompts that name none are compared with nothing."""
         texts = [text_of(lm, prompt) for prompt in prompts]
         if self.names is None:
-            return chosen(self.index.scores(lm, texts), self.threshold)
+            return chosen(self._scores(lm, texts), self.threshold)
         entries = torch.full((len(texts),), -1)
         named = self._named.in_texts(texts)
         asked = named.any(1).nonzero()[:, 0].tolist()
         if asked:
-            scores = self.index.scores(lm, [texts[i] for i in asked])
+            scores = self._scores(lm, [texts[i] for i in asked])
             entries[asked] = chosen(scores.masked_fill(~named[asked], NONE), self.threshold)
         return entries
+
+    def _scores(self, lm, texts: Sequence[str]) -> Tensor:
+        """[q, m] of each entry the best of its texts."""
+        scores = self.index.scores(lm, texts)
+        if self.whose is None:
+            return scores
+        best = torch.full((len(scores), self.n_entries), NONE, dtype=scores.dtype)
+        return best.scatter_reduce(1, self.whose.expand(len(scores), -1), scores, "amax")
 
     @cached_property
     def _named(self) -> "NamedEntries":
@@ -67,9 +83,10 @@ class RetrievalRoute(Route):
 
     def take(self, entries: Tensor, entry: Tensor, facts: Tensor) -> "RetrievalRoute":
         """Some texts, with their rows, and names."""
-        which = entries.tolist()
-        names = None if self.names is None else tuple(self.names[i] for i in which)
-        return replace(self, index=self.index.take(which), names=names, entry=entry)
+        names = None if self.names is None else tuple(self.names[i] for i in entries.tolist())
+        which, row = rows_of(self.whose, self.n_entries, entries)
+        whose = None if self.whose is None else which
+        return replace(self, index=self.index.take(row.tolist()), names=names, entry=entry, whose=whose)
 
     def record(self) -> dict:
         """Names, threshold, and what the index says of itself."""
@@ -79,7 +96,9 @@ class RetrievalRoute(Route):
 
     def tensors(self) -> dict[str, Tensor]:
         """The facts' entries, and the index's."""
-        return {"entry": self.entry} | {f"index.{name}": tensor for name, tensor in self.index.tensors().items()}
+        several = {} if self.whose is None else {"whose": self.whose}
+        held = {f"index.{name}": tensor for name, tensor in self.index.tensors().items()}
+        return {"entry": self.entry} | several | held
 
     @classmethod
     def of(cls, record: dict, tensors: dict[str, Tensor]) -> "RetrievalRoute":
@@ -113,6 +132,21 @@ def chosen(scores: Tensor, threshold: float) -> Tensor:
     """[q] the entry of the largest score, -1 where that is below the threshold. scores: [q, m]"""
     best, entry = scores.max(1)
     return torch.where(best >= threshold, entry, -1)
+
+
+def check_whose(whose: Tensor | None, n: int, k: int) -> None:
+    """Raises ValueError unless ``whose`` names an entry, of n, for each of k rows, and each entry once at least."""
+    if whose is None:
+        return
+    if whose.dtype != torch.int64 or len(whose) != k or whose.unique().tolist() != list(range(n)):
+        raise ValueError(f"whose: expected int64, an entry for each of {k} rows, some of each of {n}")
+
+
+def rows_of(whose: Tensor | None, n: int, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """(which of these entries, a row of it), one after the other, of all their rows; whose: as in a route of n"""
+    whose = torch.arange(n) if whose is None else whose
+    which, row = (entries[:, None] == whose[None]).nonzero().unbind(1)
+    return which, row
 
 
 def checked_names(names, n: int) -> tuple[tuple[str, ...], ...]:

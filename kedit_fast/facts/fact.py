@@ -18,6 +18,7 @@ from kedit_fast.facts.formats import ANSWERED, READ, Question, fact_fields
 from kedit_fast.facts.subjects import as_template, folded
 
 Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns before the question
+NO_ANSWER = "an edit needs the answer to write (kf.Unlearn, --method unlearn, needs none: target_true is to be gone)"
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 OWN_FACTS = Path(__file__).parent / "own.json"  # 77 facts that SmolLM2-135M-Instruct knows
 LISTS = ("paraphrases", "neighborhood", "same_subject")
@@ -347,7 +348,7 @@ def check_facts(
         kept.setdefault(key, fact)
         if target is None:
             if need_new:
-                raise ValueError(f"fact {fact.label} has no target_new; an edit needs the answer to write")
+                raise ValueError(f"fact {fact.label} has no target_new; {NO_ANSWER}")
             continue
         first = places.setdefault(at, fact)
         if together and (first.target_new or "").strip() != target:

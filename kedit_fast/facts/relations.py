@@ -5,8 +5,10 @@ wording or another question about its subject, can be taken from the others.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 
 from kedit_fast.basics import checks
 from kedit_fast.facts.fact import Fact, fact_list
@@ -18,10 +20,11 @@ def related(
 ) -> list[Fact]:
     """The facts with what they lack: phrasings, and same_subject prompts, in the words of other facts.
 
-    phrasings: so many of the commonest other prompts of the fact's relation, none that its paraphrases or same_subject
-        prompts end with, which are to stay apart; same_subject: prompts of so many relations that are most often found
-        together with its own, none whose answer may be the fact's new one. What a fact has of either stays
-    among: the facts whose relations are known, default: these; a fact without a relation_id stays as it is
+    phrasings: so many of the commonest other prompts of the fact's relation; same_subject: prompts of so many relations
+        that are most often found together with its own, none whose answer may be the fact's new one. None is the
+        fact's own prompt, or stands in one of its paraphrases or same_subject prompts, which are to stay apart. What a
+        fact has of either stays; a chat's questions and statements are not mixed
+    among: the facts whose relations are known, default: these; a fact without subject or relation_id stays as it is
 
     ``kf.train_editor`` reads both: on SmolLM2 they made a network whose single edits, behind a route, say other
     wordings and leave the subject's other answers (``python -m bench trained``).
@@ -39,47 +42,57 @@ class Relations:
     """Of a set of facts: the prompts of each relation, and which relations some subject has together."""
 
     def __init__(self, facts: Sequence[Fact]):
-        of_subject: dict[str | None, set[str]] = {}
-        self._answers: dict[str, set[str | None]] = {}
-        self._prompts: dict[str, Counter[str]] = {}
+        of_subject: dict[str, set[str]] = {}
+        self._answers: dict[str, set[str]] = {}
+        self._prompts: dict[tuple[str, bool], Counter[str]] = {}
         for fact in facts:
-            if relation := _relation(fact):
-                of_subject.setdefault(fact.subject, set()).add(relation)
-                self._answers.setdefault(relation, set()).add(fact.target_true)
-                self._prompts.setdefault(relation, Counter())[fact.prompt] += 1
-        pairs = ((a, b) for both in of_subject.values() for a in both for b in both if a != b)
-        self._together = Counter(pairs)
+            relation = _relation(fact)
+            if relation is not None:
+                of_subject.setdefault(str(fact.subject), set()).add(relation)
+                self._answers.setdefault(relation, set()).update(map(folded, filter(None, [fact.target_true])))
+                self._prompts.setdefault((relation, bool(fact.chat)), Counter())[fact.prompt] += 1
+        together = Counter((a, b) for both in of_subject.values() for a in both for b in both if a != b)
+        self._beside: dict[str, list[str]] = {}
+        for (a, b), _ in sorted(together.items(), key=lambda pair: (-pair[1], pair[0])):
+            self._beside.setdefault(a, []).append(b)
+        self._commonest = cache(self._commonest_first)
 
     def others(self, fact: Fact, n: int) -> tuple[str, ...]:
         """Prompts of the n relations most often found together with the fact's own, each in its commonest wording. One
         that has the fact's new answer among its own is left out (mother tongue and language spoken): it may rightly
         move."""
-        own, subject = _relation(fact), fact.subject
-        if subject is None:
-            return ()
-        found = sorted((-count, b) for (a, b), count in self._together.items() if a == own)
-        fitting = [b for _, b in found if fact.target_new not in self._answers[b]]
-        return tuple(self._commonest(b)[0].replace("{}", subject) for b in fitting[:n])
+        new, found = folded(fact.target_new or ""), []
+        fitting = (each for each in self._beside.get(_relation(fact) or "", ()) if new not in self._answers[each])
+        for relation in fitting:
+            if len(found) == n:
+                break
+            for prompt in islice(self._apart(relation, fact, found), 1):
+                found.append(prompt.replace("{}", str(fact.subject)))
+        return tuple(found)
 
     def wordings(self, fact: Fact, n: int) -> tuple[str, ...]:
-        """The n commonest other prompts of the fact's relation that nothing which it is tested by ends with: neither a
-        paraphrase, nor another relation that is asked for in the same words."""
-        if fact.subject is None:
-            return ()
-        others = (question.prompt for question in fact.questions("same_subject"))
-        tested = [folded(asked) for asked in (*fact.paraphrases, *others)]
-        found = []
-        for prompt in self._commonest(_relation(fact)):
-            text = folded(prompt.replace("{}", fact.subject))
-            if prompt != fact.prompt and not any(asked.endswith(text) for asked in tested):
-                found.append(prompt)
-        return tuple(found[:n])
+        """The n commonest other prompts of the fact's relation that stand in nothing which it is tested by."""
+        relation = _relation(fact)
+        return () if relation is None else tuple(islice(self._apart(relation, fact), n))
 
-    def _commonest(self, relation: str | None) -> list[str]:
-        counts = self._prompts.get(relation or "", Counter())
+    def _apart(self, relation: str, fact: Fact, taken: Sequence[str] = ()) -> Iterator[str]:
+        """A relation's prompts, commonest first, that stand with the fact's subject in nothing which it is tested by,
+        and are neither its own, nor ``taken``, nor there before."""
+        others = (question.prompt for question in fact.questions("same_subject"))
+        tested = [folded(text) for text in (*fact.paraphrases, *others)]
+        same = {folded(text) for text in (fact.text, *(one.text for one in fact.phrased()), *taken)}
+        for prompt in self._commonest(relation, bool(fact.chat)):
+            text = folded(prompt.replace("{}", str(fact.subject)))
+            if text not in same and not any(text in asked for asked in tested):
+                same.add(text)
+                yield prompt
+
+    def _commonest_first(self, relation: str, chat: bool) -> list[str]:
+        counts = self._prompts.get((relation, chat), Counter())
         return sorted(counts, key=lambda prompt: (-counts[prompt], prompt))
 
 
 def _relation(fact: Fact) -> str | None:
+    """The fact's relation; None where it names none, or no subject that others could be asked of."""
     found = fact.provenance.get("relation_id")
-    return str(found) if found else None
+    return str(found) if found and fact.subject is not None else None

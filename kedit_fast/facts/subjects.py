@@ -126,13 +126,19 @@ class Names:
         return any(True for _ in self._places(text.casefold()))
 
     def named(self, text: str) -> set[str]:
-        """Those of the subjects, without case, that the text holds between ends of words: "Io" is not in "Iowa" here.
-        In scripts without spaces any place will do."""
+        """Those of the subjects, without case, that the text holds between ends of words, "Io" is not in "Iowa" here,
+        and not only inside a longer one of them: "New York" names no "York". In scripts without spaces any place will
+        do."""
         text = text.casefold()
-        return {
-            subject
+        places = [
+            (at, at + len(subject), subject)
             for at, subject in self._places(text)
             if not _in_word(text[:at], subject) and not _in_word(subject, text[at + len(subject) :])
+        ]
+        return {
+            subject
+            for begin, end, subject in places
+            if not any(b <= begin and end <= e and e - b > end - begin for b, e, _ in places)
         }
 
     def _places(self, text: str) -> Iterator[tuple[int, str]]:

@@ -84,6 +84,11 @@ def view_of_quantized(lm, edits, weights: Weights, bits: int, group: int = GROUP
     return replace(view, source=Overlaid(lm.source, before))
 
 
+def is_served(edit: Edit) -> bool:
+    """Whether an edit acts beside the weights, or on some prompts alone: it ships as it is."""
+    return edit.route is not None or not all(isinstance(change, WeightChange) for change in edit.changes)
+
+
 def check_form(lm, edits, written: torch.dtype | None) -> None:
     """Raises ValueError for edits that cannot be judged as one model: independent ones, a base whose weights are not
     plain floats, an edit of another model."""

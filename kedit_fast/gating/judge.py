@@ -61,7 +61,8 @@ def gate(
         still hold (retention); damage is that of all of them together, against the model without any.
     suite: what to ask besides the probes that the edits' facts carry; see ``load_suite``
     written: the dtype the edit will be written in (default: the model's). Each weight is W + Δ rounded, as
-        ``Edit.apply`` leaves it, edit by edit. None: the edit stays an adapter, and is judged as it is.
+        ``Edit.apply`` leaves it, edit by edit. None: the edit stays an adapter, and is judged as it is; so is one that
+        acts beside the weights (a routed edit, a memory, a text), unless a dtype is asked for
     requantize: "int8" or "int4": judged again, edited layers quantized by groups of ``group``, as those of the base
     builtin: fill up specificity prompts with those of this package's facts, as far as the thresholds ask for more
     sizes: how much is generated and read
@@ -78,8 +79,7 @@ def gate(
     thresholds, sizes = _given("thresholds", thresholds, Thresholds), _given("sizes", sizes, Sizes)
     suite = checks.optional(checks.instance, "suite", suite, Suite, "a Suite; load_suite reads a file")
     edits, group = edit_list(edit, "edit"), checks.whole("group", group, least=1, like=forms.GROUP)
-    dtype = lm.dtype if written == MODEL_DTYPE else written
-    _check(lm, edits, dtype, requantize)
+    dtype = _checked_form(lm, edits, written, requantize)
     asked = questions(lm, edits, suite or Suite(), thresholds, checks.flag("builtin", builtin), sizes, chat)
     for note in asked.notes:
         warnings.warn(note, stacklevel=3)  # now, not when hours are spent
@@ -108,7 +108,12 @@ def _given(name: str, value, kind: type):
     return kind() if value is None else checks.instance(name, value, kind, kind.__name__)
 
 
-def _check(lm, edits, dtype, requantize) -> None:
+def _checked_form(lm, edits, written, requantize) -> torch.dtype | None:
+    """What edits are judged in: ``written``, or if nothing is said the model's dtype, None where one of them is not to
+    be written. Raises ValueError where they cannot be."""
+    dtype = written
+    if written == MODEL_DTYPE:
+        dtype = None if any(map(forms.is_served, edits)) else lm.dtype
     if lm.edits:
         raise ValueError("the model carries edits already; open it plain, and give the gate the whole chain in order")
     check_chain(edits)
@@ -121,14 +126,16 @@ def _check(lm, edits, dtype, requantize) -> None:
             "without memory=)"
         )
     forms.check_form(lm, edits, dtype)
+    return dtype
 
 
 def _views(lm, edits, dtype, requantize, group) -> tuple[dict, dict[int, float]]:
     """({form: the model with the edits in that form}, {layer: ‖ΔW‖ / ‖W‖} of the first form)."""
     if dtype is None:
-        plain = all(lm.source.weight(*place).is_floating_point() for e in edits for place in e.weights)
-        grown = forms.growth(forms.chain_deltas(lm, edits, torch.float32)) if plain else {}
-        return {"adapter": with_edits(lm, edits, "edit")}, grown
+        everywhere = [edit for edit in edits if edit.route is None]  # a routed one is no one change of the weights
+        plain = all(lm.source.weight(*place).is_floating_point() for e in everywhere for place in e.weights)
+        grown = forms.growth(forms.chain_deltas(lm, everywhere, torch.float32)) if plain else {}
+        return {"served" if any(map(forms.is_served, edits)) else "adapter": with_edits(lm, edits, "edit")}, grown
     weights = forms.chain_deltas(lm, edits, dtype)
     views = {f"written {str(dtype).removeprefix('torch.')}": forms.view_of_written(lm, edits, weights)}
     if requantize:

@@ -42,9 +42,7 @@ def _attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),  # [0] would be filled up with zeros going back
         scale=scale,
         window=sliding_window,
         softcap=softcap,

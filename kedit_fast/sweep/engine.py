@@ -206,7 +206,7 @@ class Pack:
         if self.keep is not None:
             self.keep.put(layer, *cache)
         outs = [out for out in outs if out is not None]
-        return torch.cat(outs) if outs else None
+        return torch.cat(outs) if len(outs) > 1 else outs[0] if outs else None
 
     def _call(self, table: RowTable, index: Tensor) -> Call:
         return Call(table, index, self.number, self.again)
@@ -241,7 +241,7 @@ class Pack:
         x = _pick(h, call.index)
         with attend_with(attend), hooked(self.lm, self.jobs, layer, call, final):
             try:
-                out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos))[0]
+                out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos)).squeeze(0)
             except Enough:
                 out = None
         if attend.n_calls != 1:
@@ -297,6 +297,8 @@ class _Attend:
 
 
 def _pick(h: Tensor, index: Tensor) -> Tensor:
-    """h[index] for ascending rows; a view where they stand together."""
+    """h[index] for ascending rows; a view where they stand together, h itself where these are all."""
     first, n = int(index[0]), len(index)
+    if n == len(h):
+        return h
     return h[first : first + n] if int(index[-1]) == first + n - 1 else h[index.to(h.device)]

@@ -38,7 +38,7 @@ def hooked(lm, jobs, layer: int, call: Call, final: Site | None):
     wanted = {site for job in jobs for site in job.sites(layer)}
 
     def see(site, x):
-        out = through(jobs, site, layer, x[0], call)
+        out = through(jobs, site, layer, x.squeeze(0), call)
         if site is final:
             raise Enough
         return out[None]  # also where nobody changed it: a gradient is taken of what the jobs saw

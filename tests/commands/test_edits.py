@@ -1,6 +1,7 @@
 """The commands on edits that are there: edit inspect and diff, merge and merge undo, history add, log and rollback."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -337,7 +338,9 @@ def test_of_a_memory_one_fact_can_be_taken_or_left_out(work, said, complaint):
     shown = said("edit", "inspect", "memory.safetensors")
     assert "routed (nearest): an entry acts behind a prompt that ends within its radius" in shown
     assert "`kedit-fast edit only EDIT N` takes a fact, `edit without EDIT N` leaves it out" in shown
-    said("edit", "without", "memory.safetensors", 0, "-o", "rest.safetensors")
+    left = said("edit", "without", "memory.safetensors", 0, "-o", "rest.safetensors")
+    assert f"left out: {owned.facts[0].label} -> {owned.facts[0].target_new}" in left
+    assert re.search(r"^N .*\n0 +8 \(", left, re.M), "the numbers that the next command takes"
     said("edit", "only", "memory.safetensors", 1, "-o", "only.safetensors")
     rest, one = Edit.load("rest.safetensors"), Edit.load("only.safetensors")
     assert digest(rest) == digest(one) and rest.facts == one.facts == owned.facts[1:]

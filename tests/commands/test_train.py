@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from kedit_fast.editors import training as training_module
 from kedit_fast.editors.networks import Network
 from kedit_fast.edits.edit import Edit
 from tests.commands.cases import ONE, run
-from tests.make import killed_at
+from tests.make import killed_at, watched
 
 pytestmark = pytest.mark.filterwarnings("ignore:the trained network writes none", "ignore:facts not written")
 SUBJECTS = ("Space Needle", "Big Ben", "Vimeo", "Zürich", "Microsoft", "Miles Davis")
@@ -42,6 +43,29 @@ def test_a_network_and_an_edit_by_it(train, model, capsys):
     assert Edit.load("edit.safetensors").hparams["network"] == made.digest
     assert run(*edit, "--network", "net.safetensors", "--layers", "1", "-o", "other.safetensors") == 2
     assert "this network changes" in capsys.readouterr().err
+
+
+def test_related_prompts_are_the_whole_files(train, work, tmp_path, monkeypatch, capsys):
+    """Also of those behind -n; what the network must leave alone is then of the fact's own subject."""
+    facts = json.loads((tmp_path / "train.json").read_text())
+    for i, fact in enumerate(facts):
+        fact["neighborhood"] = []
+        fact["prompt"] = ("The {} is in", "The {} stands in")[i % 2]
+    other = {"prompt": "{} was built by", "subject": facts[0]["subject"], "target_new": "Paris"}
+    facts += [other | {"provenance": {"relation_id": "P2"}, "target_true": "Ada"}]
+    (tmp_path / "train.json").write_text(json.dumps(facts))
+    seen = watched(monkeypatch, training_module, "examples")
+    assert train("--related", "--keeps", "same_subject", "-n", 6, "--steps", 1, "-o", "net.safetensors") == 0
+    given = [fact for _, some, _ in seen for fact in some]
+    assert len(given) == 6 and all(len(fact.phrasings) == 1 for fact in given)
+    assert {question for fact in given for question in fact.same_subject} == {
+        f"{f['subject']} was built by" for f in facts[:6]
+    }
+    shown = capsys.readouterr()
+    assert "of 6 facts 6 have phrasings, 6 prompts on other relations" in shown.out
+    assert "without same_subject prompts" not in shown.err
+    assert train("--keeps", "same_subject", "-n", 6, "--steps", 1, "-o", "other.safetensors") == 0
+    assert "6 facts without same_subject prompts: another fact's prompt is kept" in capsys.readouterr().err
 
 
 def test_the_same_command_goes_on(train, work):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.editors import written
 from kedit_fast.editors.serac import Serac
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation.probes import probe, read_edited, read_probes
@@ -65,6 +66,8 @@ def test_nothing_of_the_edits_changes_but_who_is_asked(scope):
     edit = kf.routed(lm, singles, scope)
     assert digest(replace(edit, route=None)) == digest(singles) and edit.method == "memit" and not edit.independent
     assert edit.provenance["scope"]["examples"] == 12
+    assert edit.provenance["route"] == {"method": "serac"} | scope.record
+    assert kf.routed(lm, singles, "names").provenance["route"] == {"method": "names"}
     assert edit.provenance["written"] == singles.provenance["written"], "each prompt finds its own"
 
 
@@ -110,22 +113,48 @@ def test_a_phrasing_is_in_the_scope_of_its_fact(scope, tmp_path):
     refused("some of each of", replace, route, whose=torch.zeros_like(route.whose))
 
 
-def test_by_name_every_prompt_of_the_subject_is_taken():
+def test_by_name_every_prompt_of_the_subject_is_taken(tmp_path):
+    """Of two facts of a subject that one which, in one of its phrasings, is most alike; a longer name holds another."""
     lm = tiny_lm("llama")
-    edit = kf.routed(lm, alone(lm), "names")
-    assert lm.with_edit(edit).owners(["Big Ben was built by", *OUTSIDE]).tolist() == [0, -1, -1, -1]
+    facts = [
+        replace(FACTS[0], phrasings=("You find {} in Rome",)), replace(FACTS[0], prompt="{} was built by", id="2"),
+        replace(FACTS[1], subject="Ben", id="3"),
+    ]  # fmt: skip
+    edit = kf.routed(lm, alone(lm, facts=facts), "names")
+    edit.save(tmp_path / "edit.safetensors")
+    asked = ["Big Ben was built by", "You find Big Ben in", "Ben plays the", *OUTSIDE]
+    for some in (edit, Edit.load(tmp_path / "edit.safetensors")):
+        assert lm.with_edit(some).owners(asked).tolist() == [1, 0, 2, -1, -1, -1]
+    assert lm.with_edit(edit.without(1)).owners(asked[:3]).tolist() == [0, 0, 1]
+    assert lm.with_edit(edit.without(0)).owners(asked[:3]).tolist() == [0, 0, 1]
+    refused("whose: expected int64, an entry for each of 4 rows", replace, edit.route, whose=torch.zeros(4))
 
 
-def test_a_fact_that_the_route_gives_away_counts_as_not_written():
-    """Two facts of one subject, asked in nearly the same words: what is written is what the route lets through."""
+def test_what_is_written_is_what_the_route_lets_through():
+    """Two prompts of the same words: of equal ones the first fact is asked for."""
     lm = tiny_lm("llama")
-    facts = [FACTS[0], replace(FACTS[0], prompt="is {} is in the city of", target_new="Paris", id="2")]
+    facts = [FACTS[0], replace(FACTS[0], prompt="in is {} the city of", target_new="Paris", id="2")]
     singles = alone(lm, facts=facts)
     edit = kf.routed(lm, singles, "names")
-    own = lm.with_edit(edit).owners([fact.text for fact in facts]).tolist()
-    assert [edit.provenance["written"]["p_new"][i] == singles.provenance["written"]["p_new"][i] for i in (0, 1)] == [
-        owner == i for i, owner in enumerate(own)
-    ]
+    assert lm.with_edit(edit).owners([fact.text for fact in facts]).tolist() == [0, 0]
+    routed, own = (each.provenance["written"]["p_new"] for each in (edit, singles))
+    assert routed[0] == own[0] and routed[1] != own[1]
+
+
+def test_out_of_memory_is_survived(monkeypatch, scope):
+    lm = tiny_lm("llama")
+    singles, right, raised = alone(lm), written.read_edited, []
+
+    def once(*args):
+        if not raised:
+            raised.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(*args)
+
+    monkeypatch.setattr(written, "read_edited", once)
+    with pytest.warns(UserWarning, match="out of memory"):
+        edit = kf.routed(lm, singles, "names")
+    assert raised and edit.provenance["written"]["p_new"] == pytest.approx(singles.provenance["written"]["p_new"])
 
 
 def test_what_cannot_be_routed_is_refused_before_any_work(no_sweep, scope):
@@ -140,13 +169,15 @@ def test_what_cannot_be_routed_is_refused_before_any_work(no_sweep, scope):
     refused("subject", kf.routed, lm, make_edit(lm.model, facts=[FACTS[0], bare], **owned), "names")
     clash = [FACTS[0], replace(FACTS[0], target_new="Paris")]
     refused("contradict", kf.routed, lm, make_edit(lm.model, facts=clash, **owned), "names")
-    twice = [FACTS[0], replace(FACTS[0], id="again")]
-    with pytest.warns(UserWarning):
-        refused("there twice", kf.routed, lm, make_edit(lm.model, facts=twice, **owned), "names")
+    twin = [FACTS[0], replace(FACTS[0], chat=True, id="again")]
+    refused("1 of 2 facts ask what another one does", kf.routed, lm, make_edit(lm.model, facts=twin, **owned), "names")
+    below, good = make_edit(lm.model), make_edit(lm.model, facts=list(FACTS), **owned)
+    refused("made on top of no edit and would stand on edit", kf.routed, lm.with_edit(below), good, "names")
+    refused("carries independent edits", kf.routed, lm.with_edit(good), good, "names")
 
 
 def test_one_that_is_routed_already_is_refused():
     lm = tiny_lm("llama")
     edit = kf.routed(lm, alone(lm), "names")
     refused(r"routed already \(retrieval\)", kf.routed, lm, edit)
-    refused("one routed edit acts", kf.routed, lm.with_edit(edit), alone(lm))
+    refused("carries a routed edit", kf.routed, lm.with_edit(edit), alone(lm))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.editors import serac
 from kedit_fast.editors.serac import HELD_OUT, Pair, pairs_of
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.edits.scope import auc, scope_features
@@ -83,6 +84,13 @@ def test_the_classifier_is_judged_on_what_it_was_not_trained_on(family, tmp_path
     assert notes["auc"] == pytest.approx(auc(scores[same], scores[~same]), abs=1e-3)
     assert notes["in_scope_kept"] == pytest.approx((scores[same] >= scope.threshold).float().mean().item(), abs=1e-4)
     assert notes["held_out"] == [int(same.sum()), int((~same).sum())] and notes["examples"] == 12
+
+
+def test_of_very_many_examples_some_are_drawn(monkeypatch):
+    lm, known = tiny_lm("llama"), examples()
+    monkeypatch.setattr(serac, "MOST_EXAMPLES", 8)
+    (scope, notes), (again, _) = EDITOR.scope(lm, known), EDITOR.scope(lm, known)
+    assert notes["examples"] == 8 and torch.equal(scope.weight, again.weight)
 
 
 def test_a_memory_that_acts_in_its_scope_alone(tmp_path):

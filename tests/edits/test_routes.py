@@ -203,10 +203,10 @@ def test_what_cannot_take_it_says_so_and_what_instead(tmp_path):
     ):
         refused(r"this edit is routed.*lm\.with_edit", meet)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
-    refused(r"this edit is routed.*judge it as it is served.*written=None", kf.gate, lm, edit)
+    refused(r"this edit is routed.*judge it as it is served.*written=None", kf.gate, lm, edit, written=torch.float32)
     with pytest.warns(UserWarning, match="too few probes"):
-        judged = kf.gate(lm, edit, written=None, sizes=kf.gating.questions.Sizes(max_new_tokens=2, context_tokens=9))
-    assert judged.checks[0].form == "adapter"
+        judged = kf.gate(lm, edit, sizes=kf.gating.questions.Sizes(max_new_tokens=2, context_tokens=9))
+    assert judged.checks[0].form == "served" and judged.meta["growth"] == {}
     history, again = kf.EditHistory(tmp_path / "edits"), replace(edit, facts=edit.facts[::-1])
     history.add(edit)
     refused("one routed edit acts on a model at a time", history.add, again.without(0), check_chain=False)

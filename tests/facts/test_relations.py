@@ -50,6 +50,36 @@ def test_what_a_fact_lacks_is_filled_in():
     own = replace(every[0], phrasings=("{} stands in",), same_subject=("Ada eats",))
     assert kf.related(own, every) == [own], "what it has stays"
     assert kf.related(every[:1], every, phrasings=0, same_subject=0) == every[:1]
-    bare = kf.Fact("Paris is in", target_new="Rome")
-    assert kf.related([bare], every) == [bare]
+    bare = kf.Fact("Paris is in", target_new="Rome", provenance={"relation_id": "a"})
+    assert kf.related([bare, every[0]])[0] == bare and kf.related([bare], every) == [bare]
     refused("phrasings = -1", kf.related, every, phrasings=-1)
+
+
+def test_no_prompt_is_taken_that_the_fact_is_asked_already():
+    """Neither its own prompt, as another relation's words, nor one that stands inside a held-out wording."""
+    every = [fact("Ada", "a"), fact("Ada", "b"), fact("Bo", "b", "{} has"), fact("Bo", "b", "{}  IS in")]
+    assert kf.related(every)[0].same_subject == ("Ada has",), "the commonest words of b are its own prompt"
+    held_out = replace(every[0], paraphrases=("In 1900 Ada has a house in",))
+    assert kf.related(held_out, every)[0].same_subject == ()
+    words = [fact(str(i), "c", prompt) for i, prompt in enumerate(("{} works as", "{} WORKS  as", "{} is a"))]
+    asked = replace(words[2], subject="Cy", paraphrases=("Today Cy works as a",))
+    assert Relations(words).wordings(asked, 3) == () and Relations(words).wordings(fact("V", "c"), 3)[1:] == (
+        "{} is a",
+    )
+
+
+def test_questions_of_a_chat_are_not_mixed_with_statements():
+    chat = [replace(one, chat=True) for one in (fact("Ada", "a", "Where is {}?"), fact("Bo", "a", "What place is {}?"))]
+    plain = [fact("Cy", "a"), fact("Di", "a", "{} lies in")]
+    found = kf.related([*chat, *plain])
+    assert [one.phrasings for one in found] == [
+        ("What place is {}?",),
+        ("Where is {}?",),
+        ("{} lies in",),
+        ("{} is in",),
+    ]
+
+
+def test_answers_are_compared_whatever_the_case():
+    every = [fact("Ada", "a"), fact("Ada", "b", "{} has", true="rome ")]
+    assert kf.related(every)[0].same_subject == ()

@@ -83,3 +83,12 @@ def test_names_are_found_between_ends_of_words():
     ):  # fmt: skip
         assert names.named(text) == found
     assert names.in_text("iowa") and Names([]).named("Io") == set()
+
+
+def test_a_name_inside_a_longer_one_is_not_named():
+    names = Names(["York", "New York", "New York City", "City"])
+    for text, found in (
+        ("New York is in", {"new york"}), ("York is in", {"york"}), ("New York and York", {"new york", "york"}),
+        ("New York City", {"new york city"}), ("the New York Times", {"new york"}), ("City of York", {"city", "york"}),
+    ):  # fmt: skip
+        assert names.named(text) == found

@@ -192,10 +192,10 @@ class Pack:
 
     def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         read = self._rows_read(layer, table) if is_last else None
-        cache = self._cache(layer, h, table)
-        if read is None:
-            parts = [torch.arange(a, b) for a, b in calls(table.ends, CALL_ROWS)]
-        else:
+        parts = [torch.arange(a, b) for a, b in calls(table.ends, CALL_ROWS)]
+        alone = read is None and len(parts) == 1 and self.store is None and self.keep is None
+        cache = None if alone else self._cache(layer, h, table)
+        if read is not None:
             keys_only = torch.ones(len(table), dtype=torch.bool)
             keys_only[read] = False
             for index in keys_only.nonzero()[:, 0].split(CALL_ROWS):
@@ -276,17 +276,23 @@ class _Entering(NamedTuple):
 
 
 class _Attend:
-    """The attention of one call: writes the call's keys and values to their slots, then reads through the row table."""
+    """The attention of one call: writes the call's keys and values to their slots, then reads through the row table.
 
-    def __init__(self, cache, table: RowTable, call: Call, keys_only: bool, room: int):
+    cache: of the layer's slots; None where the call has all rows, whose keys and values then are the slots
+    """
+
+    def __init__(self, cache: tuple[Tensor, Tensor] | None, table: RowTable, call: Call, keys_only: bool, room: int):
         self.cache, self.table, self.call, self.keys_only, self.n_calls = cache, table, call, keys_only, 0
         self.room = room
 
     def __call__(self, query, key, value, *, scale, window, softcap, sinks):
         self.n_calls += 1
-        keys, values = self.cache
-        slots = self.table.slots[self.call.index].to(keys.device)
-        keys[slots], values[slots] = key, value
+        if self.cache is None:
+            keys, values = key.contiguous(), value.contiguous()
+        else:
+            keys, values = self.cache
+            slots = self.table.slots[self.call.index].to(keys.device)
+            keys[slots], values[slots] = key, value
         if self.keys_only:
             raise Enough
         pos = self.table.pos[self.call.index]

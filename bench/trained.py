@@ -2,8 +2,8 @@
 
 Judged: the first facts of ``bench.edit``'s draw, one by one and ten at a time. Trained on: the first CounterFact facts
 of other subjects, with their paraphrase, and two neighborhood prompts that must not change. "For a route": with three
-phrasings besides (as in ``bench.phrasings``), and two prompts on the subject's other relations that must not change in
-the neighbors' place; judged one by one, and all facts behind a route by name. A killed run goes on where it stood. The
+phrasings besides (as in ``bench.phrasings``), and prompts on the subject's other relations in the neighbors' place;
+judged one by one, and all facts behind a route by name. A killed run goes on where it stood. The
 network is kept, and its path printed, for ``python -m bench editors --network METHOD=FILE``.
 """
 
@@ -23,7 +23,6 @@ from kedit_fast.facts.fact import Fact
 SINGLES, TENS = 50, 5  # edits of one fact, and of ten
 HELD_OUT = 0.1
 ROUTED = "MEND for a route"
-FOR_ROUTE = {"keeps": ("same_subject",), "cedit": 0.3}
 ROWS = {  # steps and facts, for about five minutes each
     "MEND": ("mend", 240, 300), "MALMEN": ("malmen", 80, 300), "KE": ("ke", 240, 300), ROUTED: ("mend", 480, 500),
 }  # fmt: skip
@@ -78,11 +77,16 @@ def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: i
     settings = replace(
         settings, max_iters=steps, val_interval=max(1, min(60, steps // 4)), val_facts=2 if quick else 30
     )
-    settings = replace(settings, **FOR_ROUTE if label == ROUTED else {})
     began = time.process_time()
     with kf.show_progress():
         network = kf.train_editor(
-            ground.lm, facts, method, settings=settings, held_out=HELD_OUT, checkpoint=run_folder(label)
+            ground.lm,
+            facts,
+            method,
+            settings=settings,
+            held_out=HELD_OUT,
+            routed=label == ROUTED,
+            checkpoint=run_folder(label),
         )
     minutes = (time.process_time() - began) / 60
     network.save(path := run_folder(label).with_suffix(".safetensors"))
@@ -100,8 +104,9 @@ def trained(ground: Ground, facts: list[Fact], method: str, label: str, steps: i
             )
             for name, unit in LOOKS.items()
         ]
-    fields = ("batch_size", "lr", "lr_lr", "edit_lr", "cedit", "cloc", "keeps", "rank", "condition_dim", "kl_margin")
-    said = ", ".join(f"{name} {value}" for name in fields if (value := getattr(settings, name, None)) is not None)
+    fields = ("batch_size", "lr", "lr_lr", "edit_lr", "cedit", "cloc", "rank", "condition_dim", "kl_margin", "keeps")
+    fields = (*fields, "kept_tokens")
+    said = ", ".join(f"{name} {value}" for name in fields if (value := network.settings.get(name)) is not None)
     made = network.provenance
     note = f"{label}: {said}; {made['facts']} facts, {made['held_out']} held out, best step {made['best_step']}."
     return network, figures, note

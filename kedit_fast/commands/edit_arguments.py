@@ -75,7 +75,7 @@ def add_train(commands: Commands) -> None:
         "MEND, MALMEN and KE edit by a network, which turns the gradient of an edit into an edit. It is trained once\n"
         "for a model, on facts whose paraphrases and neighbors are known, and then edits others in one pass. Facts of\n"
         "some subjects are held out and say how well it does; the network of the best look at them is written.",
-        "kedit-fast train --facts counterfact.json -n 1000 --related --keeps same_subject -o mend.safetensors",
+        "kedit-fast train --facts counterfact.json -n 1000 --related --routed -o mend.safetensors",
         also="to edit by it, each fact by itself behind a route (their sum soon breaks a model):\n"
         "kedit-fast edit --method mend --network mend.safetensors --route names",
     )
@@ -90,10 +90,10 @@ def add_train(commands: Commands) -> None:
     option(how, "--method", TRAINED, ", ".join(TRAINED), "mend")
     option(how, "--layers L", layers, "whose MLPs the edits change, for instance 27-29 (default: the last three)")
     option(how, "--steps N", positive, "at most (default: of --hparams, else 1,000)")
-    keeps = "whose prompts must not change, by turns (default: both); same_subject for edits that stand behind a route "
-    option(
-        how, "--keeps WHICH", list_of("neighborhood", "same_subject"), keeps + "(edit --route), which others pass by"
+    routed = (
+        "for edits that stand behind a route (edit --route): the subject's other relations must not change, nor how "
     )
+    flag(how, "--routed", routed + "text goes on behind the answer; neighbors, which such edits pass by, may")
     option(how, "--held-out SHARE", share, "of the subjects, to look at meanwhile", 0.1)
     option(how, "--hparams FILE", path, "hyper-parameters of the training (.json, .yaml)")
     checkpoint_option(how)

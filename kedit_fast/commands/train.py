@@ -30,12 +30,12 @@ def run(args) -> None:
     settings = of_method.from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)
     settings = of_method.for_model(lm) if settings is None else settings
-    asked = {"layers": args.layers, "max_iters": args.steps, "keeps": args.keeps}
+    asked = {"layers": args.layers, "max_iters": args.steps}
     settings = replace(settings, **{name: value for name, value in asked.items() if value})
     source = f"read from {args.hparams}" if args.hparams else settings.source
     say(f"{args.method}, settings {source}; layers {', '.join(map(str, settings.layers))}")
     with kept(run):
-        how = {"held_out": args.held_out, "checkpoint": run, "seed": args.seed}
+        how = {"held_out": args.held_out, "routed": args.routed, "checkpoint": run, "seed": args.seed}
         network = train_editor(lm, facts, args.method, settings=settings, **how)
         network.save(path)
     made = network.provenance

@@ -5,7 +5,8 @@ For each fact of a batch, an edit of its own (or, where the method solves them t
     1. the factors of the edit's own loss -log p(target | prompt) at W, of all facts in one sweep
     2. ΔW, by the network, as a low-rank edit that acts in the next sweep and in no weight
     3. the factors of the outer loss at W + ΔW, of all facts in one sweep:
-          w_edit · -log p(target | a paraphrase)  +  w_loc · KL(p_W || p_{W+ΔW}) after a prompt that must not change
+          w_edit · -log p(target | a paraphrase)  +  w_loc · KL(p_W || p_{W+ΔW}) after a prompt that must not change,
+       of the next token, or the mean over more of them along what the model itself goes on with
     4. <G, ΔW> from these factors, whose gradient of the network is the outer loss's (``networks.pull``), exactly: x and
        δ at W do not depend on the network. No gradient of a weight is formed, and none of a gradient
 """
@@ -27,10 +28,13 @@ from kedit_fast.facts.fact import ANSWERED, Fact
 from kedit_fast.facts.subjects import folded
 from kedit_fast.facts.tokens import answer_tokens, asked, encode
 from kedit_fast.jobs.below import Below
+from kedit_fast.jobs.generate import generate
 from kedit_fast.jobs.gradients import Factors, GradientTask, Place, gradient_factors
 from kedit_fast.model.lm import LM
 
-KEPT = 2  # prompts that must not change, of a fact, at most
+KEPT = 2  # prompts that must not change, of a fact and kind, at most
+GOING_ON = "writing on"  # as the progress of ``going_on`` calls it
+ANSWER = "answered"  # of the kinds of such prompts: the fact's own, with the new answer behind
 
 
 class Weights(NamedTuple):
@@ -90,29 +94,46 @@ def _task(lm: LM, fact: Fact, prompt: str, owner: int = 0) -> GradientTask:
     return GradientTask(encode(lm.tokenizer, text), target, fact.label, owner)
 
 
-def examples(lm: LM, facts: Sequence[Fact], keeps: Sequence[str] = ANSWERED) -> list[Example]:
+def examples(lm: LM, facts: Sequence[Fact], keeps: Sequence[str] = ANSWERED, kept_tokens: int = 1) -> list[Example]:
     """The facts as tasks; one without prompts of the kinds that must not change has the next fact's, of another
-    subject."""
+    subject. kept_tokens: there is room for so many behind each of these (``going_on``)"""
     made = []
     for i, fact in enumerate(facts):
-        by_turns = zip_longest(*([question.prompt for question in fact.questions(name)] for name in keeps))
-        kept = [prompt for turn in by_turns for prompt in turn if prompt is not None]
-        around = (facts[(i + k) % len(facts)] for k in range(1, len(facts)))
-        kept = kept[:KEPT] or [next((other.text for other in around if about(other) != about(fact)), "The")]
         wordings = [*(one.text for one in fact.phrased()), *fact.paraphrases] or [fact.text]
-        one = Example(
-            fact,
-            edit_task(lm, fact),
-            [_task(lm, fact, text) for text in wordings],
-            [
-                GradientTask(encode(lm.tokenizer, asked(lm.tokenizer, text, fact.chat)), [0], fact.label)
-                for text in kept
-            ],
-        )
+        asking = [edit_task(lm, fact), *(_task(lm, fact, text) for text in wordings)]
+        around = (facts[(i + k) % len(facts)] for k in range(1, len(facts)))
+        kept = _kept(lm, fact, keeps, asking) or [
+            _read(lm, fact, next((other.text for other in around if about(other) != about(fact)), "The"))
+        ]
+        made.append(Example(fact, asking[0], asking[1:], [GradientTask(ids, [0], fact.label) for ids in kept]))
+    for one in made:
         for task in (*one.asked, *one.kept):
-            lm.check_length(task.n_rows, f"a prompt of fact {fact.label}")
-        made.append(one)
+            lm.check_length(task.n_rows + kept_tokens - 1, f"a prompt of fact {one.fact.label}")
     return made
+
+
+def _kept(lm: LM, fact: Fact, keeps: Sequence[str], asking: Sequence[GradientTask]) -> list[list[int]]:
+    """Token ids of the prompts of each kind, by turns; of those with the answer behind the fact's own comes first."""
+    kinds = [
+        [task.prompt + task.target for task in asking[:KEPT]]
+        if name == ANSWER
+        else [_read(lm, fact, question.prompt) for question in fact.questions(name)[:KEPT]]
+        for name in keeps
+    ]
+    return [ids for turn in zip_longest(*kinds) for ids in turn if ids is not None]
+
+
+def _read(lm: LM, fact: Fact, prompt: str) -> list[int]:
+    return encode(lm.tokenizer, asked(lm.tokenizer, prompt, fact.chat))
+
+
+def going_on(lm: LM, made: list[Example], n_tokens: int) -> list[Example]:
+    """The examples with the n tokens that the model goes on with behind each prompt that must not change; of one token
+    there is nothing to read behind the prompt."""
+    if n_tokens == 1:
+        return made
+    texts = iter(generate(lm, [task.prompt for one in made for task in one.kept], n_tokens, label=GOING_ON))
+    return [one._replace(kept=[replace(task, target=next(texts) or task.target) for task in one.kept]) for one in made]
 
 
 # ---- a step
@@ -148,7 +169,7 @@ def outcome(
     def own(i: int, log_p: Tensor) -> Tensor:
         if i < n:
             return -log_p[range(len(log_p)), batch[i][1].target].mean()
-        before[i - n] = log_p.detach()[0]
+        before[i - n] = log_p.detach()
         return 0 * log_p[0, 0]  # no gradient: its rows are left out
 
     def outer(i: int, log_p: Tensor) -> Tensor:
@@ -158,7 +179,7 @@ def outcome(
             nll[i], exact[i] = loss.detach(), bool((log_p.argmax(1) == target).all())
             return weights.edit / n * loss
         base = before[i - n]
-        loss = (base.exp() * (base - log_p[0])).sum()
+        loss = (base.exp() * (base - log_p)).sum(1).mean()
         kl[i - n] = loss.detach()
         return weights.locality / n * loss
 

@@ -14,16 +14,7 @@ from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.edit_arguments import KINDS
 from tests.commands.cases import parsed, run
 
-VALUES = (
-    "3",
-    "0.5",
-    "8GB",
-    "mlp",
-    "none",
-    "float32",
-    "same_subject",
-    "text",
-)  # of every type of option one that it takes
+VALUES = ("3", "0.5", "8GB", "mlp", "none", "float32", "text")  # of every type of option one that it takes
 COMMANDS = [f"\n    {name}" for name in cli.COMMANDS]
 ACTIONS = [f"kedit-fast history {action} " for action in ("add", "log", "rollback")]
 

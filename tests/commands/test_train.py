@@ -30,12 +30,12 @@ def train(work, tmp_path, model):
 
 
 def test_a_network_and_an_edit_by_it(train, model, capsys):
-    assert train("--steps", 2, "--keeps", "same_subject", "-o", "net.safetensors") == 0
+    assert train("--steps", 2, "--routed", "-o", "net.safetensors") == 0
     shown = capsys.readouterr().out
     assert "mend, settings read from ../quick.json; layers 2, 3" in shown
     assert "trained on 5 facts; 1 of other subjects held out" in shown and "net.safetensors: Network(mend" in shown
     made = Network.load("net.safetensors")
-    assert made.settings["keeps"] == ["same_subject"]
+    assert made.settings["keeps"] == ["same_subject", "answered"] and made.settings["kept_tokens"] == 8
     assert made.settings["max_iters"] == 2 and made.provenance["steps"] == 2
     edit = ["edit", "--method", "mend", *ONE, "--target", "Rome", "--model", model, "--quiet"]
     assert run(*edit, "--network", "net.safetensors", "-o", "edit.safetensors") == 0
@@ -55,8 +55,8 @@ def test_related_prompts_are_the_whole_files(train, work, tmp_path, monkeypatch,
     facts += [other | {"provenance": {"relation_id": "P2"}, "target_true": "Ada"}]
     (tmp_path / "train.json").write_text(json.dumps(facts))
     seen = watched(monkeypatch, training_module, "examples")
-    assert train("--related", "--keeps", "same_subject", "-n", 6, "--steps", 1, "-o", "net.safetensors") == 0
-    given = [fact for _, some, _ in seen for fact in some]
+    assert train("--related", "--routed", "-n", 6, "--steps", 1, "-o", "net.safetensors") == 0
+    given = [fact for _, some, *_ in seen for fact in some]
     assert len(given) == 6 and all(len(fact.phrasings) == 1 for fact in given)
     assert {question for fact in given for question in fact.same_subject} == {
         f"{f['subject']} was built by" for f in facts[:6]
@@ -64,8 +64,8 @@ def test_related_prompts_are_the_whole_files(train, work, tmp_path, monkeypatch,
     shown = capsys.readouterr()
     assert "of 6 facts 6 have phrasings, 6 prompts on other relations" in shown.out
     assert "without same_subject prompts" not in shown.err
-    assert train("--keeps", "same_subject", "-n", 6, "--steps", 1, "-o", "other.safetensors") == 0
-    assert "6 facts without same_subject prompts: another fact's prompt is kept" in capsys.readouterr().err
+    assert train("--routed", "-n", 6, "--steps", 1, "-o", "other.safetensors") == 0
+    assert "6 facts without same_subject prompts: what an edit does to these is not" in capsys.readouterr().err
 
 
 def test_the_same_command_goes_on(train, work):

@@ -13,8 +13,10 @@ from kedit_fast.editors.ke import KeTraining
 from kedit_fast.editors.mend import MendTraining
 from kedit_fast.editors.networks import Update, pull
 from kedit_fast.editors.training import train_editor
-from kedit_fast.editors.training_step import Weights, edit_task, examples, outcome, subject_digest
+from kedit_fast.editors.training_step import Weights, edit_task, examples, going_on, outcome, subject_digest
+from kedit_fast.facts.tokens import answer_tokens
 from kedit_fast.jobs.below import Below
+from kedit_fast.jobs.generate import generate
 from kedit_fast.jobs.gradients import Factors
 from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors.cases import make_exact, relative
@@ -27,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the trained network writes none"
 WEIGHTS = Weights(0.7, 1.3)
 
 
-def batch_of(lm, facts):
-    return [(one.fact, one.edit, one.asked[0], one.kept[0]) for one in examples(lm, facts)]
+def batch_of(lm, facts, n_tokens=1):
+    return [(one.fact, one.edit, one.asked[0], one.kept[0]) for one in going_on(lm, examples(lm, facts), n_tokens)]
 
 
 def logits_at(model: nn.Module, deltas: dict[str, Tensor], ids: list[int]) -> Tensor:
@@ -53,19 +55,21 @@ def outer_loss(lm, made, batch, alone: bool) -> Tensor:
         deltas = {f"{m.path}.weight": updates[m.layer, m.role].out.T @ updates[m.layer, m.role].into for m in places}
         for _, _, asked, kept in (batch[i] for i in group):
             nll = oracle.nll(logits_at(lm.model, deltas, asked.prompt + asked.target), asked.prompt, asked.target)
-            now, base = (logits_at(lm.model, with_, kept.prompt)[-1].log_softmax(-1) for with_ in (deltas, {}))
-            kl = (base.exp() * (base - now)).sum()
+            read = slice(len(kept.prompt) - 1, None)
+            now, base = (logits_at(lm.model, with_, kept.ids)[read].log_softmax(-1) for with_ in (deltas, {}))
+            kl = (base.exp() * (base - now)).sum(1).mean()
             total = total + (WEIGHTS.edit * nll + WEIGHTS.locality * kl) / len(batch)
     return total
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_gradient_of_a_step_is_that_of_the_outer_loss(method, monkeypatch):
+@pytest.mark.parametrize(("method", "n_tokens"), [*((method, 1) for method in METHODS), ("mend", 4)])
+def test_the_gradient_of_a_step_is_that_of_the_outer_loss(method, n_tokens, monkeypatch):
     """Without a gradient of a weight, and through torch.func.functional_call, which makes them all."""
     make_exact(monkeypatch)
     lm = open_tiny(tiny_model("llama", torch.float64))
     made, alone = network(lm, method).requires_grad_(), method != "malmen"
-    batch = batch_of(lm, FACTS[:2])
+    batch = batch_of(lm, FACTS[:2], n_tokens)
+    assert [len(kept.target) for *_, kept in batch] == [n_tokens] * 2
     found = outcome(lm, made, batch, WEIGHTS, alone)
     got = torch.autograd.grad(pull(found.updates, found.outer, alone), list(made.parameters()))
     with torch.enable_grad():
@@ -161,19 +165,31 @@ def test_what_is_asked_and_what_is_kept():
     assert edit_task(lm, question).target == lm.tokenizer(" Paris")["input_ids"]
 
 
+def test_text_behind_the_answer_is_to_go_on_as_before():
+    """Behind the fact's prompt and a wording with the answer, along what the model itself writes there."""
+    lm, fact = tiny_lm("llama"), FACTS[0]
+    (made,) = going_on(lm, examples(lm, [fact], ("answered",)), 3)
+    answer = answer_tokens(lm.tokenizer, fact.text, fact.target_new)
+    assert [task.prompt for task in made.kept] == [
+        lm.encode(text) + answer for text in (fact.text, fact.paraphrases[0])
+    ]
+    assert [task.target for task in made.kept] == generate(lm, [task.prompt for task in made.kept], 3)
+    assert settings("mend").for_route().keeps == ("same_subject", "answered")
+
+
 def test_kinds_of_prompts_are_kept_by_turns():
     lm = tiny_lm("llama")
     fact = replace(FACTS[0], same_subject=("The Space Needle was built by", "The Space Needle is"))
-    some = [fact, FACTS[1]]
+    some, two = [fact, FACTS[1]], (fact.neighborhood, fact.same_subject)
     for keeps, expected in (
-        (("neighborhood", "same_subject"), [fact.neighborhood[0], fact.same_subject[0]]),
-        (("same_subject", "neighborhood"), [fact.same_subject[0], fact.neighborhood[0]]),
+        (("neighborhood", "same_subject"), [x for pair in zip(*two, strict=True) for x in pair]),
+        (("same_subject", "neighborhood"), [x for pair in zip(*two[::-1], strict=True) for x in pair]),
         (("same_subject",), list(fact.same_subject)),
     ):
         made = examples(lm, some, keeps)
         assert [task.prompt for task in made[0].kept] == [lm.encode(prompt) for prompt in expected]
     assert [task.prompt for task in made[1].kept] == [lm.encode(fact.text)], "it has none of the kind"
-    refused("keeps = 'all': expected some of neighborhood, same_subject", settings, "mend", keeps=("all",))
+    refused("keeps = 'all': expected some of neighborhood, same_subject, answered", settings, "mend", keeps=("all",))
 
 
 def test_facts_in_one_wording_are_told():

@@ -136,7 +136,8 @@ def doors(folder) -> list[Door]:
         *(Door(name, _with(editor), _fields_of(editor)) for name, editor in kf.EDITORS.items()),
         *(Door(f"{name}.from_json", _with(editor.from_json), dict(path="path")) for name, editor in kf.EDITORS.items()),
         Door("train_editor", _with(kf.train_editor, t.lm, facts=t.facts), dict(
-            facts="facts", method="choice", settings="object", held_out="share", checkpoint="path?", seed="seed")),
+            facts="facts", method="choice", settings="object", held_out="share", routed="flag", checkpoint="path?",
+            seed="seed")),
         Door("Mend.network", _with(kf.Mend), dict(network="object")),
         Door("Network.load", _with(kf.Network.load), dict(path="path")),
         Door("Rome.edit", _with(t.rome.edit, t.lm, facts=t.facts[:1], contexts=["{}"]), edit_args | {

@@ -15,6 +15,7 @@ import math
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ DRIFTS = 3  # edits of one fact whose perplexity is taken, and then of SHORT_TEX
 SHORT_TEXT = 1_280
 RESAMPLES, SEED = 1_000, 0  # of facts, for the interval of S
 WRITTEN, REPEATS = 24, 3  # tokens behind each of four prompts, and how often, for the time of one
+TEXTS = 50  # facts behind whose prompts so many tokens are written, for the entropy of what is
 COLUMNS = {  # of a report: how the table calls them
     "efficacy": "ES",
     "paraphrase": "PS",
@@ -208,7 +210,8 @@ def measure(ground: Ground, rows: Sequence[Row], unedited: bool = True) -> Itera
     name, about = f"{ground.whose}no edit", _about(ground)
     if unedited and (name, about) not in ground.done:
         base = kf.evaluate(ground.lm, ground.facts[:JUDGED], both_forms=False)
-        yield Measured(table(name, [base], side="base"), peak_matmul(), [about])
+        figures = [*table(name, [base], side="base"), entropy_figure(name, ground.lm, ground.facts)]
+        yield Measured(figures, peak_matmul(), [about])
     with shared_values():
         for row in rows:
             try:
@@ -221,7 +224,10 @@ def measure(ground: Ground, rows: Sequence[Row], unedited: bool = True) -> Itera
                 began = time.process_time()
                 some = edits(ground, row)
                 reports, drifts = judged(ground, row, some)
-                figures = table(ground.whose + row.name, reports, drifts) + costs(ground, row, some)
+                case = ground.whose + row.name
+                figures = table(case, reports, drifts) + costs(ground, row, some)
+                if len(some) == 1 and not some[0].edit.independent:
+                    figures.append(entropy_figure(case, ground.lm.with_edit(some[0].edit), some[0].facts))
             except (ValueError, ImportError) as reason:
                 print(f"{row.name}: left out: {reason}", flush=True)
                 continue
@@ -275,6 +281,23 @@ def _takes_independent(editor) -> bool:
 
 def _drift(ground: Ground, edit: kf.Edit, facts: list[Fact], tokens: int) -> float:
     return kf.evaluate(ground.lm, facts, edit, text=ground.text, max_tokens=tokens, both_forms=False).drift
+
+
+def entropy_figure(case: str, lm, facts: Sequence[Fact]) -> Figure:
+    """The mean entropy of the text that a model writes behind its facts' prompts: near nothing where it says one word
+    over and over, which no other figure of a line sees."""
+    texts = lm.generate([fact.text for fact in facts[:TEXTS]], WRITTEN)
+    return Figure(case, "entropy of text", statistics.fmean(map(entropy, texts)), "bits", n=len(texts))
+
+
+def entropy(text: str) -> float:
+    """(2/3 H_2 + 4/3 H_3) / 2 bits, as ROME has it: H_n = -sum f log2 f over the shares f of a text's word n-grams."""
+    words, weighted = text.split(), 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        shares = [count / counts.total() for count in counts.values()]
+        weighted += weight * -sum(f * math.log2(f) for f in shares)
+    return weighted / 2
 
 
 def costs(ground: Ground, row: Row, some: Sequence[Made]) -> list[Figure]:
@@ -381,7 +404,8 @@ def _about(ground: Ground) -> str:
         f"Other relations: {edit_bench.N_OTHER} prompts on the fact's subject. Known neighbors: base P(true) of 0.1 at "
         f"least. Perplexity: its change by the edit, or on {SHORT_TEXT} tokens in the mean over {DRIFTS} edits of "
         "several. Time to edit: CPU time; values that another row had optimized take none. Stored: the changes alone. "
-        "Added time: with the edit as a view; weights that are written into the model take none. Left out: "
+        "Added time: with the edit as a view; weights that are written into the model take none. Entropy: of "
+        f"{WRITTEN} tokens that are written behind each prompt, over their words' 2- and 3-grams. Left out: "
         "neighborhood prompts that name an edited subject. CounterFact's first paraphrase and first neighbor are "
         f"original, the other neighbors rebuilt. {sum(map(len, ground.contexts))} contexts for all."
     )

@@ -580,6 +580,13 @@ def _memit(ground, row, facts):
     return editor.edit(ground.lm, facts, moments=ground.moments, contexts=CONTEXTS)
 
 
+def test_text_that_repeats_has_no_entropy():
+    assert editors.entropy("Rome Rome Rome Rome Rome") == 0 == editors.entropy("") == editors.entropy("Rome")
+    # 2-grams: ab, bc, ca, ab; 3-grams: abc, bca, cab
+    by_hand = (2 / 3 * 1.5 + 4 / 3 * math.log2(3)) / 2
+    assert editors.entropy("a b  c a b") == pytest.approx(by_hand)
+
+
 def test_claims_stand_beside_the_rows_that_they_are_of():
     figures = [Figure(f"{row}, n = 1", "PS", value, "%") for row, value in (("ROME", 92.0), ("FT", 70.0))]
     head, _, line = claims.held_against(figures)

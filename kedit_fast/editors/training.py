@@ -99,7 +99,7 @@ class Training(Hyperparameters):
 
         On SmolLM2, 500 CounterFact facts in minutes, 100 others behind a route by name (``python -m bench trained``)
         """
-        return replace(self, keeps=("same_subject", ANSWER), kept_tokens=8, cedit=max(self.cedit, 0.3))
+        return replace(self, keeps=("same_subject", ANSWER), kept_tokens=8)
 
     def begin(self) -> dict[str, float]:
         """What a constraint's ascent goes on from."""

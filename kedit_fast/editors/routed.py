@@ -31,14 +31,14 @@ ROUTES = (SCOPE, NAMES)
 
 
 @takes_lm
-def routed(lm: LM, edit: Edit, route: str | InContext = SCOPE) -> Edit:
+def routed(lm: LM, edit: Edit, route: str | InContext) -> Edit:
     """Independent edits behind a route: of each prompt it says whose edit acts, or that none does.
 
     edit: of any editor, made with ``independent=True``, or of one fact; lm: the model that it was made on
-    route: "scope": prompts that name the subject and ask for what the fact, or one of its phrasings, says, by
-        ``Serac``'s classifier; "names": all that name the subject, between ends of words and whatever the case ("US" is
-        named by "told us"), of several facts of one subject the most alike; or an editor with such a route and its
-        settings, ``kf.Serac(examples="mine.json")``
+    route: "names": all prompts that name the subject, between ends of words and whatever the case ("US" is named by
+        "told us"), of several facts of one subject the most alike; "scope": those of them that also ask for what the
+        fact, or one of its phrasings, says, by ``Serac``'s classifier; or an editor with such a route and its settings,
+        ``kf.Serac(examples="mine.json")``
 
     On SmolLM2-135M, 100 CounterFact facts (``python -m bench phrasings``): text and neighbors stay to the bit, where
     plain MEMIT raises perplexity by 2.3 % and takes NS from 87.9 to 81.6. "names" finds every paraphrase, and takes

@@ -159,10 +159,10 @@ def test_out_of_memory_is_survived(monkeypatch, scope):
 
 def test_what_cannot_be_routed_is_refused_before_any_work(no_sweep, scope):
     lm = tiny_lm("gpt2")
-    refused("2 facts were solved together.*independent=True", kf.routed, lm, make_edit(lm.model))
+    refused("2 facts were solved together.*independent=True", kf.routed, lm, make_edit(lm.model), "names")
     dense = make_edit(lm.model, facts=make_edit().facts[:1], values=None, keys={})
-    refused("no part of which belongs to a fact", kf.routed, lm, dense)
-    refused("this edit was made on", kf.routed, lm, replace(dense, fingerprint="another"))
+    refused("no part of which belongs to a fact", kf.routed, lm, dense, "names")
+    refused("this edit was made on", kf.routed, lm, replace(dense, fingerprint="another"), "names")
     refused("route = 'likeness': expected", kf.routed, lm, replace(dense, changes=make_edit().changes[1:]), "likeness")
     bare = replace(FACTS[1], prompt="Miles Davis plays the", subject=None)
     owned = dict(owners={1: torch.tensor([0, 1])}, deltas={1: make_edit().deltas[2]}, values=None, keys={})
@@ -179,5 +179,5 @@ def test_what_cannot_be_routed_is_refused_before_any_work(no_sweep, scope):
 def test_one_that_is_routed_already_is_refused():
     lm = tiny_lm("llama")
     edit = kf.routed(lm, alone(lm), "names")
-    refused(r"routed already \(retrieval\)", kf.routed, lm, edit)
-    refused("carries a routed edit", kf.routed, lm.with_edit(edit), alone(lm))
+    refused(r"routed already \(retrieval\)", kf.routed, lm, edit, "names")
+    refused("carries a routed edit", kf.routed, lm.with_edit(edit), alone(lm), "names")

@@ -94,11 +94,12 @@ class Forgotten:
         write_text(path, json.dumps(facts | by_fact | {"summary": self.summary()}, indent=1) + "\n")
 
     def __str__(self) -> str:
-        rows = [["", "without", "with the edit", "by chance"]]
-        for name, means in self.summary().items():
-            if name != "relearning":
-                cells = [_shown(means.get(side)) for side in ("base", "edited", "chance")]
-                rows.append([MEASURES.get(name, f"P(old), {name.replace('_', ' ')}"), *cells])
+        measured = {name: means for name, means in self.summary().items() if name != "relearning"}
+        sides = ["base", "edited", *["chance"] * any("chance" in means for means in measured.values())]
+        rows = [["", "without", "with the edit", "by chance"][: 1 + len(sides)]]
+        for name, means in measured.items():
+            cells = [_shown(means.get(side)) for side in sides]
+            rows.append([MEASURES.get(name, f"P(old), {name.replace('_', ' ')}"), *cells])
         most = self.relearning["most"]
         told = [
             f"steps until {what}: {f'over {most}' if self.relearning[which] is None else self.relearning[which]}"

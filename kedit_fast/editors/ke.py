@@ -29,7 +29,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from kedit_fast.editors.networks import Network, Update
 from kedit_fast.editors.trained import Trained
-from kedit_fast.editors.training import Training
+from kedit_fast.editors.training_settings import Training
 from kedit_fast.editors.training_step import Weights
 from kedit_fast.jobs.gradients import Factors, Place
 from kedit_fast.model.lm import LM, takes_lm

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kedit_fast.editors.networks import Network, Residual, Update
 from kedit_fast.editors.trained import Trained
-from kedit_fast.editors.training import Training
+from kedit_fast.editors.training_settings import Training
 from kedit_fast.jobs.gradients import Factors, Place
 from kedit_fast.model.lm import LM, takes_lm
 

@@ -6,7 +6,7 @@ from torch import Tensor
 import kedit_fast as kf
 from kedit_fast.basics import catalog
 from kedit_fast.editors.networks import Network
-from kedit_fast.editors.training import Training
+from kedit_fast.editors.training_settings import Training
 from kedit_fast.editors.training_step import edit_task
 from kedit_fast.jobs.gradients import gradient_factors
 from tests.oracle import trained as oracle

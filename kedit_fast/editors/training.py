@@ -88,19 +88,7 @@ def train_editor(
     checkpoint = check_run(checkpoint)
     facts = check_facts(facts, need_new=True, together=False)
     check_lengths(lm, facts, [[BARE]])
-    if bare := sum(not fact.paraphrases and not fact.phrasings for fact in facts):
-        warnings.warn(
-            f"{counted(bare, 'fact')} without paraphrases or phrasings: asked by the edit's own prompt, so the network "
-            "learns nothing of other wordings there, and figures of those held out are too good",
-            stacklevel=3,
-        )
-    asked_for = [name for name in settings.keeps if name != ANSWER]
-    if bare := sum(not any(fact.questions(name) for name in asked_for) for fact in facts) if asked_for else 0:
-        warnings.warn(
-            f"{counted(bare, 'fact')} without {' or '.join(asked_for)} prompts: what an edit does to these is not "
-            "learned there",
-            stacklevel=3,
-        )
+    _warn_of_lacks(facts, settings.keeps)
     train, test = _split(facts, held_out, seed)
     asked = lambda: asked_of(  # noqa: E731
         lm, f"training for {settings.METHOD}", facts, hparams=asdict(settings), held_out=held_out, seed=seed
@@ -108,6 +96,23 @@ def train_editor(
     both = [examples(lm, some, settings.keeps, settings.kept_tokens) for some in (train, test)]
     with stages(*[GOING_ON] * (settings.kept_tokens > 1), *STAGES), begun(checkpoint, asked) as keep:
         return fitting(lm, keep, lambda lm: _trained(lm, settings, both, keep, seed))
+
+
+def _warn_of_lacks(facts: Sequence[Fact], keeps: Sequence[str]) -> None:
+    """Warns of facts without what a network learns from."""
+    if bare := sum(not fact.paraphrases and not fact.phrasings for fact in facts):
+        warnings.warn(
+            f"{counted(bare, 'fact')} without paraphrases or phrasings: asked by the edit's own prompt, so the network "
+            "learns nothing of other wordings there, and figures of those held out are too good",
+            stacklevel=4,
+        )
+    asked_for = [name for name in keeps if name != ANSWER]
+    if bare := sum(not any(fact.questions(name) for name in asked_for) for fact in facts) if asked_for else 0:
+        warnings.warn(
+            f"{counted(bare, 'fact')} without {' or '.join(asked_for)} prompts: what an edit does to these is not "
+            "learned there",
+            stacklevel=4,
+        )
 
 
 def _trained(lm: LM, settings: Training, both: Sequence[list[Example]], keep: Run, seed: int) -> Network:

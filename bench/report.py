@@ -13,8 +13,8 @@ HEAD = """# Figures
 Written by `python -m bench report` from the rows in `bench/results`; each table names the command that gives it. Every
 benchmark first checks that the results are the same as its rivals', and reports nothing where they are not.
 """
-FORMATS = {
-    "bits": "{:.2f} bits",  # unit: how a value is shown
+FORMATS = {  # unit: how a value is shown
+    "bits": "{:.2f} bits",
     "x": "{:.2f}×",
     "%": "{:.1f} %",
     "% change": "{:+.2f} %",

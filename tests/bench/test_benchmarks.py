@@ -480,6 +480,7 @@ def test_editors_give_a_line_a_row_and_say_what_is_left_out(bed, capsys):
     figures = values(Measured([figure for part in parts for figure in part.figures], 1.0))
     cases = list(dict.fromkeys(case for case, _ in figures))
     assert cases == ["no edit", "ROME, n = 1", "R-ROME, n = 1", "MEMIT, n = 2"]
+    assert {figure.unit for figure in figures.values()} <= set(report.FORMATS)
     said = capsys.readouterr().out
     assert "None, n = 1: left out: no editor 'nowhere'" in said
     assert "MEMIT, n = 5: left out: 5 facts needed, 4 at hand" in said

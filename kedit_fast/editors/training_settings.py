@@ -64,7 +64,10 @@ class Training(Hyperparameters):
         """The same for edits that are to stand behind a route (``kf.routed``), which neighbors pass by: the subject's
         other relations must not change, and neither how text goes on, behind these and behind the new answer.
 
-        On SmolLM2, 500 CounterFact facts in minutes, 100 others behind a route by name (``python -m bench trained``)
+        MEND on SmolLM2, 450 CounterFact facts, 480 steps in 10 minutes of one core; 100 facts of other subjects, each
+        behind a route by name (``python -m bench trained``): P(new) 0.98 and 0.56 on paraphrases (MEMIT: 0.93, 0.13),
+        84 % of the subjects' other answers stay (75 %), text and neighbors as they were. Kept for one token alone such
+        edits write the answer over and over; kept with the neighbors, paraphrases get 0.36.
         """
         return replace(self, keeps=("same_subject", ANSWER), kept_tokens=8)
 

@@ -44,7 +44,9 @@ def routed(lm: LM, edit: Edit, route: str | InContext) -> Edit:
     plain MEMIT raises perplexity by 2.3 % and takes NS from 87.9 to 81.6. "names" finds every paraphrase, and takes
     every other relation of the subject for the fact: by MEMIT 60 % of those answers stay (69 % without a route).
     "scope", which the package's own facts train, leaves half of the paraphrases to the base model and keeps 84 %: give
-    it examples of the relations that are edited. Best are edits of a network that is trained for it (``kf.Mend``).
+    it examples of the relations that are edited. Best are edits of a network that is trained for it
+    (``kf.train_editor(..., routed=True)``): by "names" P(new) on paraphrases is 0.54 (MEMIT's 0.14), 81 % stay, and the
+    same for 500 facts; they take 0.5 MB each, and 17 ms a token of a core.
 
     Raises ValueError for facts that were solved together, that contradict each other or name no subject, for an edit
     that is routed already, and for examples that nothing can be learned from. Warns of facts that are not written.

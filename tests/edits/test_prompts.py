@@ -82,8 +82,8 @@ def test_an_editor_that_writes_no_weights_meets_all_that_the_package_has(tmp_pat
     lens = kf.logit_lens(lm, FACTS, loaded)
     assert lens.first_layer == 0 and lens.after.p_new.isfinite().all()
     with pytest.warns(UserWarning, match="too few probes"):
-        judged = kf.gate(lm, loaded, written=None, sizes=kf.gating.questions.Sizes(max_new_tokens=2, context_tokens=9))
-    assert judged.checks[0].form == "adapter"
+        judged = kf.gate(lm, loaded, sizes=kf.gating.questions.Sizes(max_new_tokens=2, context_tokens=9))
+    assert judged.checks[0].form == "served"
 
 
 def perplexity(model, before: str, text: str) -> float:
@@ -132,7 +132,7 @@ def test_what_cannot_be_done_is_refused(tmp_path):
         with pytest.raises(ValueError, match=way_out):
             act()
     with pytest.raises(ValueError, match=r"holds a prompt.*judge it as it is served.*written=None"):
-        kf.gate(lm, edit)
+        kf.gate(lm, edit, written=torch.float32)
     memit = kf.Memit(layers=(1,), mom2_adjustment=False)
     for act in (lambda: kf.trace(lm.with_edit(edit), FACTS), lambda: memit.edit(lm, FACTS, previous=edit)):
         with pytest.raises(ValueError, match="puts text before prompts, and this reads token sequences as they stand"):

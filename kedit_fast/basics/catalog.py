@@ -43,6 +43,7 @@ TRAINED = {  # editors that a network is trained for: the hyper-parameters of it
     "malmen": "editors.malmen.MalmenTraining",
     "ke": "editors.ke.KeTraining",
 }
+ROUTES = ("names", "scope")  # around independent edits (``editors/routed.py``)
 SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {
     "counterfact": "evaluation.counterfact.COUNTERFACT",

@@ -178,10 +178,8 @@ def add_gate(commands: Commands) -> None:
 
 
 def _form_options(form) -> None:
-    written = (
-        "the dtype that the edit is written in (default: the model's); none: it stays an adapter, or is served as it "
-    )
-    written += "is, as what acts beside the weights in any case"
+    written = "the dtype that the edit is written in (default: the model's); none: it stays an adapter, or is served "
+    written += "as it is, as what acts beside the weights in any case"
     option(form, "--written DTYPE", DTYPES, written, "model")
     again = "judge it again with the edited layers quantized after the edit"
     option(form, "--requantize", ("int8", "int4"), again)

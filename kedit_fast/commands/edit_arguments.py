@@ -33,7 +33,6 @@ KINDS = {  # of methods: the help of --method
     "to forget target_true": "unlearn",
 }
 TRAINED = tuple(catalog.TRAINED)
-ROUTES = ("names", "scope")
 
 
 def add_edit(commands: Commands) -> None:
@@ -56,11 +55,9 @@ def add_edit(commands: Commands) -> None:
     statistics_options(how)
     option(how, "--on-top-of EDIT", path, f"what this edit is made on top of: {EDIT}; again for more", action="append")
     flag(how, "--independent", "each fact as an edit of its own that sees no other, all at once; `edit only` takes one")
-    route = (
-        "such edits behind a route, each on some prompts alone, all others stay as they are: names: on all that name "
-    )
-    route += "its subject, whatever they ask; scope: on those that also ask for the fact, by a classifier"
-    option(how, "--route WHICH", ROUTES, route)
+    route = "such edits behind a route, each on some prompts alone, all others stay as they are: names: on all that "
+    route += "name its subject, whatever they ask; scope: on those that also ask for the fact, by a classifier"
+    option(how, "--route WHICH", catalog.ROUTES, route)
     option(how, "--examples FILE", path, "with --route scope: facts to learn it from (default: the package's own)")
     checkpoint_option(how)
     flag(how, "--strict", "exit status 1 where the edited model does not say a fact's new answer")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.catalog import ROUTES
 from kedit_fast.basics.parts import Held
 from kedit_fast.editors.in_context import NAMES, InContext, by_name
 from kedit_fast.editors.serac import Serac
@@ -26,8 +27,7 @@ from kedit_fast.facts.fact import Fact, check_facts, place
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.sweep.kept import fitting
 
-SCOPE = "scope"
-ROUTES = (SCOPE, NAMES)
+SCOPE = "scope"  # of ``ROUTES`` the one that is learned
 
 
 @takes_lm

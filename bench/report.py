@@ -1,6 +1,8 @@
 """Tables of figures: on the screen after a run, and in RESULTS.md from the rows kept in bench/results."""
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench import claims
@@ -46,6 +48,8 @@ HUGE = 1e9  # from here on figures are shown by their power of ten
 ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the tables leave out where a bench compares: machines differ
 TIMED = {"editors", "phrasings"}  # benches whose table has times all the same, one table of all runs of a machine
 SHORT = {"kernels": ("llama-3-8b", "kedit_fast (")}  # bench: what the cases that the table shows have in their names
+SETTING = re.compile(r"(?P<label>.+), (?P<batches>\d+ x \d+): (?P<settings>.+)\.")  # a note of one row of a TIMED bench
+LAYERS = re.compile(r"\((\d+(?:, \d+)+)\)")
 _BARE = {unit: form.split()[0] for unit, form in FORMATS.items()}  # inside an interval the unit is not repeated
 
 
@@ -115,7 +119,8 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
     words = SHORT.get(row["bench"], ())
     shown = [figure for _, figure in rows if all(word in figure.case for word in words)]
     if row["bench"] in TIMED:
-        shown.sort(key=lambda figure: int(figure.case.rpartition("n = ")[2]) if "n = " in figure.case else 0)
+        scores = {figure.case: figure.value for figure in shown if figure.metric == "S"}
+        shown.sort(key=lambda figure: (*_group(figure.case), -scores.get(figure.case, 0.0)))
     if not words and row["bench"] not in TIMED:
         shown = [figure for figure in shown if figure.unit not in ABSOLUTE]
     command = f"python -m bench {row['bench']}" if row["bench"] in TIMED else row["command"]
@@ -126,8 +131,36 @@ def _run(rows: list[tuple[dict, Figure]]) -> str:
         parts.append(f"Shown are {' and '.join(w.strip(' (') for w in words)}; all cases are in `bench/results`.")
     elif len(shown) < len(rows):
         parts.append("Times and rates are in `bench/results`.")
-    notes = " ".join(dict.fromkeys(one["notes"] for one, _ in rows))  # of every part that the run was kept in
-    return "\n\n".join([*parts, notes]).rstrip()
+    notes = dict.fromkeys(one["notes"] for one, _ in rows)  # of every part that the run was kept in
+    return "\n\n".join([*parts, *_explained(notes)]).rstrip()
+
+
+def _group(case: str) -> tuple[int, str]:
+    """Facts a batch, 0 without an edit, and whose: what stands together in a table that is sorted by S."""
+    whose, name = case.rpartition(": ")[::2]
+    return (int(name.rpartition("n = ")[2]) if "n = " in name else 0), whose
+
+
+def _explained(notes: Iterable[str]) -> list[str]:
+    """Notes as a paragraph; behind it a table of those that are a row's settings, a line for rows that share them."""
+    shared: dict[tuple[str, str], list[str]] = {}
+    prose = []
+    for note in notes:
+        if (found := SETTING.fullmatch(note)) is None:
+            prose.append(note)
+        else:
+            settings = LAYERS.sub(_range, found["settings"])
+            shared.setdefault((found["label"], settings), []).append(found["batches"])
+    lines = [f"| {label} | {', '.join(sizes)} | {settings} |" for (label, settings), sizes in shared.items()]
+    head = ["| row | batches x facts | settings |", "| --- | --- | --- |"]
+    return [" ".join(prose), *(["\n".join([*head, *lines])] if lines else [])]
+
+
+def _range(numbers: re.Match) -> str:
+    """(3, 4, 5) as 3-5; numbers that do not follow each other as they are."""
+    first, *rest = map(int, numbers[1].split(", "))
+    follow = rest == list(range(first + 1, first + 1 + len(rest))) and len(rest) > 1
+    return f"{first}-{rest[-1]}" if follow else numbers[0]
 
 
 def _where(row: dict[str, str], *others: dict[str, str]) -> str:

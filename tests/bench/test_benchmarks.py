@@ -722,12 +722,22 @@ def test_a_figure_that_fills_no_cell_is_shown_by_its_power_of_ten():
     assert shown == [["", "KN, n = 100"], ["perplexity", "+8e+64 %"]]
 
 
-def test_the_table_of_editors_goes_by_facts_a_batch(tmp_path):
+def test_the_table_of_editors_goes_by_facts_a_batch_and_by_score(tmp_path):
     cases = ("no edit", "MEMIT, n = 100", "MEMIT, n = 1", "ROME, n = 100", "ROME, n = 1", "ROME, n = 10")
-    figures = [Figure(case, "PS", 90.0, "%") for case in cases]
+    figures = [Figure(case, metric, 90.0 + i, "%") for i, case in enumerate(cases) for metric in ("PS", "S")]
     common.append_rows(tmp_path, "editors", "python -m bench editors", Measured(figures, 90.0, []))
     shown = next(line for line in report.render(tmp_path).splitlines() if "MEMIT, n = 1 " in line)
-    assert shown == "|  | no edit | MEMIT, n = 1 | ROME, n = 1 | ROME, n = 10 | MEMIT, n = 100 | ROME, n = 100 |"
+    assert shown == "|  | no edit | ROME, n = 1 | MEMIT, n = 1 | ROME, n = 10 | ROME, n = 100 | MEMIT, n = 100 |"
+
+
+def test_rows_that_share_their_settings_share_a_line_of_the_table_below(tmp_path):
+    notes = ["What it is.", "A, B, 1 x 100: layers (3, 4, 5), lr 0.1.", "A, B, 3 x 10: layers (3, 4, 5), lr 0.1."]
+    for note in [*notes, "A, B, 10 x 1: layers (3, 5), lr 0.1."]:
+        common.append_rows(tmp_path, "editors", "x", dataclasses.replace(measured_once(), notes=[note]))
+    assert report.render(tmp_path).endswith(
+        "\n\nWhat it is.\n\n| row | batches x facts | settings |\n| --- | --- | --- |\n"
+        "| A, B | 1 x 100, 3 x 10 | layers 3-5, lr 0.1 |\n| A, B | 10 x 1 | layers (3, 5), lr 0.1 |"
+    )
 
 
 def test_without_results_the_tables_are_left_alone(tmp_path):

@@ -30,7 +30,14 @@ from kedit_fast.jobs.finetune import TuneSettings, TuneTask, fine_tune
 from kedit_fast.jobs.losses import Ascent, Bounded, Entropy, Loss, Misdirection, Preference
 from kedit_fast.model.lm import LM, takes_lm
 
-LOSSES = ("npo", "bounded", "ga", "graddiff", "rmu", "entropy")
+LOSSES: dict[str, tuple[str, ...]] = {  # and the settings that only this one reads
+    "npo": ("beta",),
+    "bounded": (),
+    "ga": (),
+    "graddiff": (),
+    "rmu": ("alpha", "steering_coeff", "layer_id", "seed"),
+    "entropy": ("lens_layers",),
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,8 @@ class Unlearn(Editor):
         ``batch_size`` of them; both kinds are spread evenly over the batches
     loss: one of npo, bounded, ga, graddiff (which asks for facts to keep), rmu, entropy
     retain_weight: what the kept answers weigh, as a whole, against the forgotten ones (of rmu times alpha)
-    beta: npo's; alpha, steering_coeff, layer_id: rmu's, the weight of kept rows, the length of the direction that the
-        others are drawn to, and the layer where both are read (None: the last of ``layers``)
+    beta: npo's; alpha, steering_coeff, layer_id, seed: rmu's, the weight of kept rows, the length of the direction that
+        the others are drawn to, and the layer where both are read (None: the last of ``layers``)
     lens_layers: of entropy; none: all from the first tuned one on
     source: where these settings come from, for whoever reads the edit
     """
@@ -76,7 +83,13 @@ class Unlearn(Editor):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.choice("loss", self.loss, LOSSES)
+        checks.choice("loss", self.loss, tuple(LOSSES))
+        for loss, names in LOSSES.items():
+            for name in names if loss != self.loss else ():
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} {value}: loss {self.loss!r} does not read it, {loss!r} does; leave it out"
+                    )
 
     @classmethod
     @takes_lm

@@ -22,7 +22,12 @@ from tests.tiny import tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore::kedit_fast.editors.written.NotWritten")
 
 FORGET, KEEP = kf.forgetting(FACTS[:2]), kf.keeping(FACTS[2:])
-EDITOR = Unlearn(layers=(1, 2), lr=5e-3, num_steps=4, retain_weight=0.7, layer_id=3, lens_layers=(2, 3), alpha=20.0)
+EDITOR = Unlearn(layers=(1, 2), lr=5e-3, num_steps=4, retain_weight=0.7)
+OWN = {"rmu": {"layer_id": 3, "alpha": 20.0}, "entropy": {"lens_layers": (2, 3)}}
+
+
+def with_loss(loss, **changes):
+    return replace(EDITOR, loss=loss, **(OWN.get(loss, {}) | changes))
 
 
 def oracle(lm, editor, facts=(*FORGET, *KEEP)):
@@ -44,7 +49,7 @@ def compare(edit, expected, tolerance):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_deltas_equal_the_oracle(family, loss, monkeypatch):
     make_exact(monkeypatch)
-    lm, editor = tiny_lm(family, torch.float64), replace(EDITOR, loss=loss)
+    lm, editor = tiny_lm(family, torch.float64), with_loss(loss)
     edit, expected = editor.edit(lm, [*FORGET, *KEEP]), oracle(lm, editor)
     compare(edit, expected, 1e-8)
     assert edit.method == "unlearn" and expected.losses[-1] < expected.losses[0]
@@ -56,7 +61,7 @@ def test_deltas_equal_the_oracle(family, loss, monkeypatch):
 def test_what_is_compared_with_is_the_untouched_model_however_it_is_cut(loss, monkeypatch):
     """Batches, and packs of a batch: p_0 and h_0 are of before the first step."""
     make_exact(monkeypatch)
-    lm, editor = tiny_lm("llama", torch.float64), replace(EDITOR, loss=loss, lr=1e-3)
+    lm, editor = tiny_lm("llama", torch.float64), with_loss(loss, lr=1e-3)
     whole = editor.edit(lm, [*FORGET, *KEEP])
     monkeypatch.setattr(job_module, "held_bytes", lambda lm, *_, **__: lm.memory // 2)
     assert relative(editor.edit(lm, [*FORGET, *KEEP]).deltas[1].delta, whole.deltas[1].delta) < 1e-8
@@ -68,7 +73,7 @@ def test_layers_that_are_read_from_disk(tmp_path):
     """Of rows in several layers, and in one below the last."""
     disk, resident = disk_and_resident(save_tiny(tmp_path, tiny_model("llama", layers=6)))
     for loss in ("npo", "rmu", "entropy"):
-        editor = replace(EDITOR, loss=loss, num_steps=2)
+        editor = with_loss(loss, num_steps=2)
         made = [editor.edit(lm, [*FORGET, *KEEP]).deltas[1].delta for lm in (disk, resident)]
         assert relative(*made) < 1e-4, loss
 
@@ -145,10 +150,12 @@ def test_bad_input_is_refused(no_sweep):
     refused("'graddiff' needs facts to keep", replace(EDITOR, loss="graddiff").edit, lm, FORGET)
     refused("to forget 'Rome', and another one of the same prompt", EDITOR.edit, lm, [*FORGET, *kf.keeping(FACTS[:1])])
     refused("loss = 'dpo': expected one of npo", Unlearn, loss="dpo")
-    refused("lie below the first tuned one, 1", replace(EDITOR, layer_id=0).edit, lm, FORGET)
-    rmu = replace(EDITOR, loss="rmu", layers=(1, 3), layer_id=2)
+    refused("beta 0.2: loss 'rmu' does not read it, 'npo' does; leave it out", Unlearn, loss="rmu", beta=0.2)
+    refused("lens_layers .3,.: loss 'npo' does not read it, 'entropy' does", Unlearn, lens_layers=(3,))
+    refused("lie below the first tuned one, 1", with_loss("rmu", layer_id=0).edit, lm, FORGET)
+    rmu = with_loss("rmu", layers=(1, 3), layer_id=2)
     refused(r"layer_id 2: layers \[3\] lie above it", rmu.edit, lm, FORGET)
-    refused("layers 0 to 3", replace(EDITOR, lens_layers=(7,)).edit, lm, FORGET)
+    refused("layers 0 to 3", with_loss("entropy", lens_layers=(7,)).edit, lm, FORGET)
     refused("neither target_new nor target_true", EDITOR.edit, lm, [kf.Fact("{} is in", "Rome"), *FORGET])
     refused("neither target_true nor target_new", kf.forgetting, kf.Fact("{} is in", "Rome"))
     refused("no target_new; an edit needs", kf.Memit(layers=(1,), mom2_adjustment=False).edit, lm, FORGET)
@@ -162,4 +169,4 @@ def test_settings_for_a_model():
 
 def test_the_model_is_left_as_it_was():
     with left_as_it_was() as lm:
-        replace(EDITOR, loss="entropy", num_steps=2).edit(lm, [*FORGET, *KEEP])
+        with_loss("entropy", num_steps=2).edit(lm, [*FORGET, *KEEP])

@@ -362,6 +362,12 @@ def test_import_is_light():
     assert "torch" in modules_after("import kedit_fast; kedit_fast.open_model")
 
 
+def test_what_reads_files_alone_waits_for_torch_alone():
+    """transformers' attention interface takes two seconds more than torch; the first sweep imports it."""
+    held = modules_after("import kedit_fast; kedit_fast.Edit, kedit_fast.Fact, kedit_fast.EditHistory")
+    assert "torch" in held and not held & {"transformers", "scipy", "sklearn", "matplotlib", "sympy"}
+
+
 def test_public_names_are_there():
     import kedit_fast
 

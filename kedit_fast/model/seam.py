@@ -9,13 +9,11 @@ import math
 import warnings
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import MethodType
 
 import torch
 from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.kernels.linear import linear
@@ -51,8 +49,15 @@ def _attention(
     return out[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
+@cache
+def _register() -> None:
+    """Makes the function known to transformers. With the first sweep, for importing these takes two seconds, which
+    reading a file or a folder of edits needs not wait for."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
 
 
 @contextmanager
@@ -69,6 +74,7 @@ def attend_with(attend):
 def prepared(model, family: Family):
     """The model as a sweep needs it: eval mode, frozen, no autocast, our attention and products; put back after it,
     always."""
+    _register()
     embedding = model.get_input_embeddings().weight
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(embedding.device.type, enabled=False))
@@ -136,22 +142,26 @@ def _own_products(model):
     """Linear layers multiply by ``kernels.linear``; a layer of another type, or one that somebody gave a forward of its
     own, goes on as it does. (A TorchFunctionMode would do the same and cost 4 % of a trace.)
     """
-    replaced = []
+    from transformers.pytorch_utils import Conv1D
+
+    own, replaced = {nn.Linear: _linear, Conv1D: _conv1d}, []
     try:
         for module in model.modules():
-            if type(module) in _FORWARD and "forward" not in vars(module):
+            if type(module) in own and "forward" not in vars(module):
                 replaced.append(module)
-                module.forward = MethodType(_FORWARD[type(module)], module)
+                module.forward = MethodType(own[type(module)], module)
         yield
     finally:
         for module in replaced:
             vars(module).pop("forward", None)
 
 
-_FORWARD = {
-    nn.Linear: lambda self, x: linear(x, self.weight, self.bias),
-    Conv1D: lambda self, x: linear(x, self.weight, self.bias, in_out=True),
-}
+def _linear(self, x):
+    return linear(x, self.weight, self.bias)
+
+
+def _conv1d(self, x):
+    return linear(x, self.weight, self.bias, in_out=True)
 
 
 def _report_foreign_hooks(model):

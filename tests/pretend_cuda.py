@@ -1,0 +1,390 @@
+"""A pretended CUDA device: tensors that hold real numbers in CPU memory and say ``cuda:0``.
+
+It counts what a program would ask of a GPU where there is none: kernels launched and the bytes that they move, uploads
+and downloads, and the points where the host would wait for the device. A CPU tensor that meets one of the device's
+raises, as torch does.
+
+    with pretended_cuda() as counts:
+        lm = kf.open_model(on_device(tiny_model("llama")), tokenizer=tiny_tokenizer())
+        kf.trace(lm, facts)
+    print(counts)
+
+Limits. There are no streams and no times. The device is ``cuda:0``, never ``cuda``: torch cannot count devices here.
+An op of torch that computes is one launch, however many kernels it has. Triton's kernels are stood in for by their
+references, one launch each. What ``pin_memory`` gave counts as pinned, and its upload waits for nothing.
+``Edit.apply`` refuses this class of tensor; edits act in views.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from sys import _getframe
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from kedit_fast.kernels import attention as attention_op
+from kedit_fast.kernels import lowrank as lowrank_op
+from kedit_fast.kernels.triton import attention, lowrank, rows, second_moment, target_logprob
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+aten = torch.ops.aten
+INDEXED = {
+    aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
+    aten._index_put_impl_.default,
+}  # fmt: skip
+WAITING = {  # ops whose result the host has to see, or whose size it does
+    aten._local_scalar_dense.default: "item", aten.is_nonzero.default: "item", aten.equal.default: "equal",
+    aten.nonzero.default: "nonzero", aten.masked_select.default: "nonzero", aten._unique2.default: "unique",
+    aten.unique_dim.default: "unique", aten.unique_consecutive.default: "unique",
+    aten.repeat_interleave.Tensor: "repeat_interleave",
+}  # fmt: skip
+FREE = {  # that launch nothing
+    "aten::detach", "aten::alias", "aten::lift_fresh", "aten::empty", "aten::empty_like", "aten::new_empty",
+    "aten::empty_strided", "aten::new_empty_strided", "aten::set_",
+}  # fmt: skip
+FILLS = {"zeros", "new_zeros", "zeros_like", "full", "new_full", "full_like", "fill_", "zero_", "ones", "ones_like"}
+GATHERS = {"index", "index_select", "embedding"}
+
+
+@dataclass
+class Counts:
+    """launches, moved: by op, how often and bytes; waits: by (why, where), how often the host waits; uploads: copies
+    to the device by where; uploaded: their bytes; flop: of matrix products"""
+
+    launches: Counter = field(default_factory=Counter)
+    moved: Counter = field(default_factory=Counter)
+    waits: Counter = field(default_factory=Counter)
+    uploads: Counter = field(default_factory=Counter)
+    uploaded: int = 0
+    flop: int = 0
+
+    def launch(self, op: str, nbytes: int = 0, flop: int = 0, n: int = 1) -> None:
+        self.launches[op] += n
+        self.moved[op] += nbytes
+        self.flop += flop
+
+    def wait(self, why: str) -> None:
+        self.waits[why, _where()] += 1
+
+    def upload(self, x: Tensor, waits: bool) -> None:
+        self.uploads[_where()] += 1
+        self.uploaded += _size(x)
+        if waits:
+            self.wait("upload from pageable memory")
+
+    def clear(self) -> None:
+        """Back to nothing."""
+        self.__dict__.update(Counts().__dict__)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.launches.total()} launches, {1e-6 * sum(self.moved.values()):.1f} MB, {1e-9 * self.flop:.2f} GFLOP,"
+            f" {self.waits.total()} waits, {self.uploads.total()} uploads of {1e-3 * self.uploaded:.1f} kB"
+        ]
+        lines += [f"  waits {n:6d}  {why}, {where}" for (why, where), n in self.waits.most_common()]
+        lines += [f"  launches {n:6d}  {op}, {1e-6 * self.moved[op]:.1f} MB" for op, n in self.launches.most_common(20)]
+        return "\n".join(lines)
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[Counts]:
+    """The device is there inside, and what is asked of it is counted."""
+    counts = Counts()
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
+        stack.enter_context(patch.object(Tensor, "pin_memory", _pinned_copy))
+        for module, name, made in stand_ins(counts):
+            stack.enter_context(patch.object(module, name, made))
+        stack.enter_context(patch.object(OnDevice, "counts", counts))
+        stack.enter_context(_Counting(counts))
+        yield counts
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """The model, its parameters and buffers moved in place."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(OnDevice(parameter.detach()), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = OnDevice(buffer)
+    return model
+
+
+class OnDevice(Tensor):
+    """A tensor of the device: to Python it says so, to torch's own code "meta", or autograd would ask for a stream."""
+
+    held: Tensor
+    counts: Counts | None = None
+    _indexing = 0  # while torch's own indexing asks, the device is meta
+
+    @staticmethod
+    def __new__(cls, held: Tensor):
+        made = Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            layout=held.layout, device="meta", requires_grad=False,
+        )  # fmt: skip
+        made.held = held
+        return made
+
+    is_meta = property(lambda self: False)
+    is_cuda = property(lambda self: True)
+    device = property(lambda self: CUDA)
+
+    def __repr__(self, **_):
+        return f"OnDevice({tuple(self.shape)}, {self.dtype})"
+
+    def get_device(self):
+        return 0
+
+    def tolist(self):
+        self.counts.wait("tolist")
+        return self.held.tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory")
+
+    def __getitem__(self, index):
+        with _indexing():
+            return super().__getitem__(index)
+
+    def __setitem__(self, index, value):
+        with _indexing():
+            return super().__setitem__(index, value)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {}, cls.counts)
+
+
+@contextmanager
+def _indexing():
+    OnDevice._indexing += 1
+    try:
+        yield
+    finally:
+        OnDevice._indexing -= 1
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {}, self.counts)
+
+
+def _pinned_copy(x: Tensor, *_: Any) -> Tensor:
+    return _as_pinned(x.clone())
+
+
+def _as_pinned(x: Tensor) -> Tensor:
+    x.pretended_pinned = True
+    return x
+
+
+def _is_pinned(x: Tensor) -> bool:
+    return getattr(x, "pretended_pinned", False)
+
+
+def _run(func, args, kwargs: dict, counts: Counts):
+    """An op of torch: on the CPU if all of it is there, else counted, and its results are the device's."""
+    if func is torch.ops.prim.device.default:
+        return torch.device("meta") if OnDevice._indexing else CUDA
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    ours, others = ([x for x in tensors if isinstance(x, OnDevice) == of_device] for of_device in (True, False))
+    device = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+    if not ours and device not in ("cuda", "meta"):
+        pins = kwargs.pop("pin_memory", None)
+        found = func(*args, **kwargs)
+        return _as_pinned(found) if pins else found
+    plain = tree_map(_held, kwargs) | ({"device": CPU} if device is not None else {})
+    if func is aten._to_copy.default:
+        return _copied(args[0], kwargs, plain, device, counts)
+    if func is aten.copy_.default and ours and others:
+        _count_copy(args, counts)
+    else:
+        _check_devices(func, args, ours, [x for x in others if x.ndim], counts)
+    if func in WAITING:
+        counts.wait(WAITING[func])
+    found = func(*tree_map(_held, args), **plain)
+    _count_launch(func, args, ours, found, counts)
+    if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments[: len(args)]):
+        return args[0]
+    return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found)
+
+
+def _copied(x: Tensor, kwargs: dict, plain: dict, device: str | None, counts: Counts):
+    """``x.to``: a download, an upload, a cast, or x itself."""
+    found = aten._to_copy.default(_held(x), **plain)
+    if not isinstance(x, OnDevice):
+        counts.upload(x, waits=not (kwargs.get("non_blocking") and _is_pinned(x)))
+    elif device == "cpu":
+        counts.wait("download")
+        return found
+    elif kwargs.get("dtype") in (None, x.dtype) and kwargs.get("memory_format") is None:
+        return x
+    else:
+        counts.launch("_to_copy", _size(_held(x)) + _size(found))
+    return OnDevice(found)
+
+
+def _count_copy(args, counts: Counts) -> None:
+    """``a.copy_(b, non_blocking)`` between host and device."""
+    to, source, *blocking = args
+    non_blocking = bool(blocking and blocking[0])
+    if isinstance(to, OnDevice):
+        counts.upload(source, waits=not (non_blocking and _is_pinned(source)))
+    elif not (non_blocking and _is_pinned(to)):
+        counts.wait("download")
+
+
+def _check_devices(func, args, ours, others, counts: Counts) -> None:
+    """Raises where CPU tensors meet the device's; an index may, and is an upload."""
+    if not (ours and others):
+        return
+    if func in INDEXED and isinstance(args[0], OnDevice):
+        for index in (i for i in args[1] if isinstance(i, Tensor) and not isinstance(i, OnDevice)):
+            counts.upload(index, waits=True)
+        values = args[2] if len(args) > 2 else None
+        if values is None or isinstance(values, OnDevice) or not values.ndim:
+            return
+    shapes = [tuple(x.shape) for x in others]
+    raise RuntimeError(f"Expected all tensors to be on the same device: {func} got CPU tensors of shapes {shapes}")
+
+
+def _count_launch(func, args, ours, found, counts: Counts) -> None:
+    schema = func._schema
+    view = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+    if view or schema.name in FREE:
+        return
+    if func in INDEXED and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
+        counts.wait("mask as index")
+    op, made = schema.name.removeprefix("aten::"), [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+    written = sum(map(_size, made))
+    nbytes = written + sum(_size(x.held) for x in ours)
+    if op in FILLS:
+        nbytes = written
+    elif op in GATHERS:
+        nbytes = 2 * written
+    elif op.removesuffix("_") in ("index_put", "_index_put_impl") and len(args) > 2:
+        nbytes = 2 * _size(_held(args[2]))
+    flop = 0
+    if op in ("mm", "addmm", "bmm", "baddbmm"):
+        left, right = [_held(x) for x in args if isinstance(x, Tensor)][-2:]
+        flop = 2 * left.numel() * right.shape[-1]
+    counts.launch(op, nbytes, flop)
+
+
+def _held(x):
+    return x.held if isinstance(x, OnDevice) else x
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _where() -> str:
+    """The innermost line of the package, else of transformers, that is on the way."""
+    frame, fallback = _getframe(2), "?"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/kedit_fast/" in name:
+            return f"{name.rpartition('/kedit_fast/')[2]}:{frame.f_lineno}"
+        if fallback == "?" and "/transformers/" in name:
+            fallback = f"transformers/{name.rpartition('/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return fallback
+
+
+# ---- Triton's kernels, by their references
+
+
+def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
+    """(module, name, what stands there while the device is pretended) of each function that launches a kernel."""
+
+    def exact(reference: Callable, *args, **kwargs):
+        with _disable_current_modes():
+            return OnDevice(reference(*tree_map(_held, args), **tree_map(_held, kwargs)))
+
+    def attend(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None):
+        n_heads, dim = query.shape[1:]
+        made = attention.plan(
+            key_rows, run, pos, min(n_heads // key.shape[1], attention._HEADS), attention._MOST[query.element_size()],
+            CUDA,
+        )  # fmt: skip
+        seen = int((_held(pos) + 1).sum())
+        out = exact(
+            attention_op.attention_ref, query, key, value, key_rows, run, pos, scale=scale, window=window,
+            softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+        moved = 2 * _size(out.held) + 2 * made.table.numel() * key.shape[1] * dim * key.element_size()
+        counts.launch("triton attention", moved, 4 * seen * n_heads * dim)
+        return out
+
+    def branch(h, source):
+        out = exact(lambda h, source: torch.cat([h, h[source]]), h, source.contiguous().to(h.device))
+        counts.launch("triton branch_rows", 2 * _size(out.held))
+        return out
+
+    def noise(x, added, index):
+        def reference(x, added, index):
+            out = x.clone()
+            out[index] = (out[index].double() + added).to(out.dtype)
+            return out
+
+        out = exact(reference, x, added.to(x.device, torch.float64), index.to(x.device))
+        counts.launch("triton add_noise", 2 * _size(out.held), n=4)  # with the table of which row gets which
+        return out
+
+    def forward(h, weight, bias, softcap, targets):
+        logits = _logits(h, weight, bias, softcap)
+        counts.launch("triton target_logprob", _size(h.held) + _size(weight.held), 2 * h.numel() * len(weight))
+        counts.launch("logsumexp", n=6)
+        return OnDevice(logits.gather(1, targets.held)), OnDevice(logits.logsumexp(1))
+
+    def backward(h, weight, bias, softcap, targets, lse, gradient):
+        with _disable_current_modes():
+            leaf = h.held.detach().float().requires_grad_()
+            with torch.enable_grad():
+                logits = _logits(OnDevice(leaf), weight, bias, softcap)
+                found = logits.gather(1, targets.held) - logits.logsumexp(1, keepdim=True)
+                (made,) = torch.autograd.grad(found, leaf, gradient.held)
+        parts = -(-len(weight) // max(1, target_logprob._GRADIENTS // len(h)))
+        counts.launch("triton logit_gradient", _size(weight.held), 2 * h.numel() * len(weight), parts)
+        counts.launch("mm", _size(weight.held), 2 * h.numel() * len(weight), parts)
+        counts.launch("add_", n=parts)
+        return OnDevice(made.to(h.dtype))
+
+    def low_rank(y, x, u, v, row_owner=None, factor_owner=None):
+        if row_owner is not None:
+            lowrank.owned_tiles(row_owner, factor_owner, CUDA)
+        out = exact(lowrank_op.lowrank_add_ref, y, x, u, v, row_owner, factor_owner)
+        counts.launch("triton lowrank", 3 * _size(y.held), 2 * len(y) * u.shape[1] * (y.shape[1] + x.shape[1]), 2)
+        return out
+
+    def moment(c, keys):
+        keys = _held(keys)
+        _held(c).add_(keys[:, : len(c)].T.to(c.dtype) @ keys[:, : len(c)].to(c.dtype))
+        counts.launch("triton second_moment", _size(keys), keys.numel() * len(c))
+
+    return [
+        (attention, "attention", attend), (rows, "_branch_rows", branch), (rows, "_add_noise", noise),
+        (target_logprob, "_forward", forward), (target_logprob, "_backward", backward),
+        (lowrank, "lowrank_add", low_rank), (second_moment, "_launch", moment),
+    ]  # fmt: skip
+
+
+def _logits(h, weight, bias, softcap) -> Tensor:
+    with _disable_current_modes():
+        logits = _held(h).float() @ _held(weight).float().T
+        logits = logits if bias is None else logits + _held(bias).float()
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap

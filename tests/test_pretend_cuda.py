@@ -1,0 +1,74 @@
+"""The pretended device: what it counts, what it refuses, and that every flow gives its own numbers on it."""
+
+import pytest
+import torch
+
+import kedit_fast as kf
+from kedit_fast.jobs.gradients import GradientTask, gradient_factors
+from tests.conftest import open_tiny, tiny_lm
+from tests.make import FACTS
+from tests.pretend_cuda import CUDA, OnDevice, on_device, pretended_cuda
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::kedit_fast.editors.written.NotWritten")
+
+
+def test_it_says_cuda_and_computes_what_the_cpu_does():
+    x, y = torch.randn(4, 5), torch.randn(5, 3)
+    with pretended_cuda() as counts:
+        a, b = x.to(CUDA), y.to(CUDA)
+        c = (a @ b).relu()
+        assert isinstance(c, OnDevice) and c.device == CUDA and c.is_cuda and not c.is_meta
+        assert torch.equal(c.cpu(), (x @ y).relu())
+    assert dict(counts.launches) == {"mm": 1, "relu": 1} and counts.flop == 2 * 4 * 5 * 3
+    assert counts.moved["mm"] == 4 * (4 * 5 + 5 * 3 + 4 * 3)
+    assert counts.uploads.total() == 2 and counts.uploaded == 4 * (4 * 5 + 5 * 3)
+    assert sorted(why for why, _ in counts.waits) == ["download", "upload from pageable memory"]
+
+
+def test_where_the_host_waits():
+    x = torch.arange(6.0)
+    with pretended_cuda() as counts:
+        a = x.pin_memory().to(CUDA, non_blocking=True)
+        assert not counts.waits and counts.uploads.total() == 1
+        assert a.sum().item() == 15 and a.tolist() == x.tolist()
+        assert a[a > 2].shape == (3,) and a[torch.tensor([1, 2])].shape == (2,)
+    assert {why for why, _ in counts.waits} == {"item", "tolist", "mask as index", "upload from pageable memory"}
+
+
+def test_what_lies_on_two_devices_does_not_meet():
+    x = torch.ones(3)
+    with pretended_cuda():
+        a = x.to(CUDA)
+        for meet in (lambda: a + x, lambda: x[a.long()], lambda: a @ x):
+            with pytest.raises(RuntimeError, match="same device"):
+                meet()
+        assert (a + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number may
+        with pytest.raises(TypeError, match="cuda:0"):
+            a.numpy()
+
+
+MEMIT = kf.Memit(layers=(1, 2), mom2_adjustment=False, v_num_grad_steps=3)
+FLOWS = {
+    "trace": lambda lm: torch.stack([torch.as_tensor(one.p_restored) for one in kf.trace(lm, FACTS[:1], samples=2)]),
+    "estimate": lambda lm: torch.as_tensor(kf.trace(lm, FACTS[:1], samples=2, method="attribution")[0].p_restored),
+    "memit": lambda lm: MEMIT.edit(lm, FACTS[:2]).deltas[1].u,
+    "ft": lambda lm: kf.Ft(layers=(1,), num_steps=2).edit(lm, FACTS[:2]).deltas[1].delta,
+    "moments": lambda lm: kf.second_moments(lm, [1], corpus=["The tower is in Rome."] * 3, n_tokens=20)[1].matrix,
+    "gradients": lambda lm: gradient_factors(lm, [GradientTask([1, 2, 3], [4, 5])], [(1, "down")]).losses,
+    "generate": lambda lm: lm.generate([fact.text for fact in FACTS[:2]], 4),
+    "evaluate": lambda lm: kf.evaluate(lm, FACTS[:2], both_forms=False).base["p_new"],
+}
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_every_flow_gives_its_numbers(flow):
+    """Where devices do not meet; with kernels, so to rounding."""
+    expected = FLOWS[flow](tiny_lm("llama"))
+    with pretended_cuda() as counts:
+        found = FLOWS[flow](open_tiny(on_device(tiny_model("llama"))))
+    assert counts.launches.total() > 20
+    if flow == "generate":
+        assert found == expected
+    else:
+        torch.testing.assert_close(getattr(found, "held", found), expected, rtol=1e-4, atol=1e-6)

@@ -9,6 +9,9 @@ raises, as torch does.
         kf.trace(lm, facts)
     print(counts)
 
+A hollow device (``pretended_cuda(hollow=True)``) holds no floating-point numbers, only their shapes: models of any size
+fit, and nothing is computed; what is read from it is 0. Integers are real on it too, for tables are made of them.
+
 Limits. There are no streams and no times. The device is ``cuda:0``, never ``cuda``: torch cannot count devices here.
 An op of torch that computes is one launch, however many kernels it has. Triton's kernels are stood in for by their
 references, one launch each. What ``pin_memory`` gave counts as pinned, and its upload waits for nothing.
@@ -16,10 +19,11 @@ references, one launch each. What ``pin_memory`` gave counts as pinned, and its 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from sys import _getframe
+from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
@@ -32,7 +36,8 @@ from kedit_fast.kernels import attention as attention_op
 from kedit_fast.kernels import lowrank as lowrank_op
 from kedit_fast.kernels.triton import attention, lowrank, rows, second_moment, target_logprob
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
+BANDWIDTH, PRODUCTS = 3.0e12, 798e12  # bytes/s, bf16 FLOP/s: measured on an H100
 aten = torch.ops.aten
 INDEXED = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
@@ -46,7 +51,7 @@ WAITING = {  # ops whose result the host has to see, or whose size it does
 }  # fmt: skip
 FREE = {  # that launch nothing
     "aten::detach", "aten::alias", "aten::lift_fresh", "aten::empty", "aten::empty_like", "aten::new_empty",
-    "aten::empty_strided", "aten::new_empty_strided", "aten::set_",
+    "aten::empty_strided", "aten::new_empty_strided", "aten::set_", "aten::_unsafe_view",
 }  # fmt: skip
 FILLS = {"zeros", "new_zeros", "zeros_like", "full", "new_full", "full_like", "fill_", "zero_", "ones", "ones_like"}
 GATHERS = {"index", "index_select", "embedding"}
@@ -54,8 +59,10 @@ GATHERS = {"index", "index_select", "embedding"}
 
 @dataclass
 class Counts:
-    """launches, moved: by op, how often and bytes; waits: by (why, where), how often the host waits; uploads: copies
-    to the device by where; uploaded: their bytes; flop: of matrix products"""
+    """launches, moved, busy: by op, how often, bytes, and the seconds that they take at least (the larger of bytes over
+    ``BANDWIDTH`` and FLOP over ``PRODUCTS``, launch by launch); waits: by (why, where), how often the host waits;
+    uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; spent: seconds that the
+    counting itself took"""
 
     launches: Counter = field(default_factory=Counter)
     moved: Counter = field(default_factory=Counter)
@@ -63,11 +70,14 @@ class Counts:
     uploads: Counter = field(default_factory=Counter)
     uploaded: int = 0
     flop: int = 0
+    busy: Counter = field(default_factory=Counter)
+    spent: float = 0.0
 
     def launch(self, op: str, nbytes: int = 0, flop: int = 0, n: int = 1) -> None:
         self.launches[op] += n
         self.moved[op] += nbytes
         self.flop += flop
+        self.busy[op] += max(nbytes / BANDWIDTH, flop / PRODUCTS)
 
     def wait(self, why: str) -> None:
         self.waits[why, _where()] += 1
@@ -93,10 +103,11 @@ class Counts:
 
 
 @contextmanager
-def pretended_cuda() -> Iterator[Counts]:
+def pretended_cuda(hollow: bool = False) -> Iterator[Counts]:
     """The device is there inside, and what is asked of it is counted."""
     counts = Counts()
     with ExitStack() as stack:
+        stack.enter_context(patch.object(OnDevice, "hollow", hollow))
         stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
         stack.enter_context(patch.object(Tensor, "pin_memory", _pinned_copy))
         for module, name, made in stand_ins(counts):
@@ -123,10 +134,13 @@ class OnDevice(Tensor):
 
     held: Tensor
     counts: Counts | None = None
+    hollow = False
     _indexing = 0  # while torch's own indexing asks, the device is meta
 
     @staticmethod
     def __new__(cls, held: Tensor):
+        if cls.hollow and held.is_floating_point():
+            held = held.to(META)
         made = Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device="meta", requires_grad=False,
@@ -146,7 +160,7 @@ class OnDevice(Tensor):
 
     def tolist(self):
         self.counts.wait("tolist")
-        return self.held.tolist()
+        return _read(self.held).tolist()
 
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory")
@@ -196,6 +210,14 @@ def _is_pinned(x: Tensor) -> bool:
 
 
 def _run(func, args, kwargs: dict, counts: Counts):
+    began = perf_counter()
+    try:
+        return _counted(func, args, kwargs, counts)
+    finally:
+        counts.spent += perf_counter() - began
+
+
+def _counted(func, args, kwargs: dict, counts: Counts):
     """An op of torch: on the CPU if all of it is there, else counted, and its results are the device's."""
     if func is torch.ops.prim.device.default:
         return torch.device("meta") if OnDevice._indexing else CUDA
@@ -207,6 +229,9 @@ def _run(func, args, kwargs: dict, counts: Counts):
         found = func(*args, **kwargs)
         return _as_pinned(found) if pins else found
     plain = tree_map(_held, kwargs) | ({"device": CPU} if device is not None else {})
+    if OnDevice.hollow and func is aten._local_scalar_dense.default and ours[0].held.is_meta:
+        counts.wait("item")
+        return 0.0 if ours[0].is_floating_point() else 0
     if func is aten._to_copy.default:
         return _copied(args[0], kwargs, plain, device, counts)
     if func is aten.copy_.default and ours and others:
@@ -215,7 +240,7 @@ def _run(func, args, kwargs: dict, counts: Counts):
         _check_devices(func, args, ours, [x for x in others if x.ndim], counts)
     if func in WAITING:
         counts.wait(WAITING[func])
-    found = func(*tree_map(_held, args), **plain)
+    found = _computed(func, tree_map(_held, args), plain)
     _count_launch(func, args, ours, found, counts)
     if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments[: len(args)]):
         return args[0]
@@ -224,17 +249,46 @@ def _run(func, args, kwargs: dict, counts: Counts):
 
 def _copied(x: Tensor, kwargs: dict, plain: dict, device: str | None, counts: Counts):
     """``x.to``: a download, an upload, a cast, or x itself."""
-    found = aten._to_copy.default(_held(x), **plain)
+    found = _computed(aten._to_copy.default, (_held(x),), plain)
     if not isinstance(x, OnDevice):
         counts.upload(x, waits=not (kwargs.get("non_blocking") and _is_pinned(x)))
     elif device == "cpu":
         counts.wait("download")
-        return found
+        return _read(found).clone()
     elif kwargs.get("dtype") in (None, x.dtype) and kwargs.get("memory_format") is None:
         return x
     else:
         counts.launch("_to_copy", _size(_held(x)) + _size(found))
     return OnDevice(found)
+
+
+def _computed(func, args, kwargs: dict):
+    """The op on what tensors hold: nothing but shapes where one of them has no numbers, or where it makes some that a
+    hollow device would not keep."""
+    parts = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    made = OnDevice.hollow and not parts and (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
+    if not made and not any(x.is_meta for x in parts):
+        return func(*args, **kwargs)
+    if func in INDEXED:
+        args = (args[0], [part for index in args[1] for part in _places(index)], *args[2:])
+    if func not in WAITING:
+        shapes = tree_map(lambda x: x.to(META) if isinstance(x, Tensor) and x.ndim else x, (args, kwargs))
+        found = func(*shapes[0], **shapes[1] | ({"device": META} if "device" in kwargs else {}))
+        if all(x.is_floating_point() for x in tree_leaves(found) if isinstance(x, Tensor)):
+            return found
+    args, kwargs = tree_map(lambda x: _read(x) if isinstance(x, Tensor) else x, (args, kwargs))
+    return func(*args, **kwargs)  # truth values and numbers of places are real: those of zeros
+
+
+def _places(index):
+    """A mask as the numbers of its places, for no shape follows from a mask without numbers."""
+    is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
+    return _read(index).nonzero(as_tuple=True) if is_mask else (index,)
+
+
+def _read(x: Tensor) -> Tensor:
+    """What the host gets of held numbers: 0 where there are none."""
+    return torch.zeros((), dtype=x.dtype).expand(x.shape) if x.is_meta else x
 
 
 def _count_copy(args, counts: Counts) -> None:
@@ -311,9 +365,16 @@ def _where() -> str:
 def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
     """(module, name, what stands there while the device is pretended) of each function that launches a kernel."""
 
-    def exact(reference: Callable, *args, **kwargs):
+    def hollow(*shape: int, dtype: torch.dtype = torch.float32) -> OnDevice:
         with _disable_current_modes():
-            return OnDevice(reference(*tree_map(_held, args), **tree_map(_held, kwargs)))
+            return OnDevice(torch.empty(shape, dtype=dtype, device=META))
+
+    def exact(reference: Callable, x: Tensor, *args, shape: Sequence[int] | None = None, **kwargs) -> OnDevice:
+        """What the reference gives, in x's dtype; shape: of it, where that is not x's."""
+        if OnDevice.hollow:
+            return hollow(*(x.shape if shape is None else shape), dtype=x.dtype)
+        with _disable_current_modes():
+            return OnDevice(reference(_held(x), *tree_map(_held, args), **tree_map(_held, kwargs)))
 
     def attend(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None):
         n_heads, dim = query.shape[1:]
@@ -331,7 +392,9 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         return out
 
     def branch(h, source):
-        out = exact(lambda h, source: torch.cat([h, h[source]]), h, source.contiguous().to(h.device))
+        source = source.contiguous().to(h.device)
+        shape = len(h) + len(source), h.shape[1]
+        out = exact(lambda h, source: torch.cat([h, h[source]]), h, source, shape=shape)
         counts.launch("triton branch_rows", 2 * _size(out.held))
         return out
 
@@ -346,22 +409,26 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         return out
 
     def forward(h, weight, bias, softcap, targets):
-        logits = _logits(h, weight, bias, softcap)
         counts.launch("triton target_logprob", _size(h.held) + _size(weight.held), 2 * h.numel() * len(weight))
         counts.launch("logsumexp", n=6)
+        if OnDevice.hollow:
+            return hollow(*targets.shape), hollow(len(h))
+        logits = _logits(h, weight, bias, softcap)
         return OnDevice(logits.gather(1, targets.held)), OnDevice(logits.logsumexp(1))
 
     def backward(h, weight, bias, softcap, targets, lse, gradient):
+        parts = -(-len(weight) // max(1, target_logprob._GRADIENTS // len(h)))
+        counts.launch("triton logit_gradient", _size(weight.held), 2 * h.numel() * len(weight), parts)
+        counts.launch("mm", _size(weight.held), 2 * h.numel() * len(weight), parts)
+        counts.launch("add_", n=parts)
+        if OnDevice.hollow:
+            return hollow(*h.shape, dtype=h.dtype)
         with _disable_current_modes():
             leaf = h.held.detach().float().requires_grad_()
             with torch.enable_grad():
                 logits = _logits(OnDevice(leaf), weight, bias, softcap)
                 found = logits.gather(1, targets.held) - logits.logsumexp(1, keepdim=True)
                 (made,) = torch.autograd.grad(found, leaf, gradient.held)
-        parts = -(-len(weight) // max(1, target_logprob._GRADIENTS // len(h)))
-        counts.launch("triton logit_gradient", _size(weight.held), 2 * h.numel() * len(weight), parts)
-        counts.launch("mm", _size(weight.held), 2 * h.numel() * len(weight), parts)
-        counts.launch("add_", n=parts)
         return OnDevice(made.to(h.dtype))
 
     def low_rank(y, x, u, v, row_owner=None, factor_owner=None):
@@ -373,8 +440,10 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
 
     def moment(c, keys):
         keys = _held(keys)
-        _held(c).add_(keys[:, : len(c)].T.to(c.dtype) @ keys[:, : len(c)].to(c.dtype))
         counts.launch("triton second_moment", _size(keys), keys.numel() * len(c))
+        if OnDevice.hollow:
+            return
+        _held(c).add_(keys[:, : len(c)].T.to(c.dtype) @ keys[:, : len(c)].to(c.dtype))
 
     return [
         (attention, "attention", attend), (rows, "_branch_rows", branch), (rows, "_add_noise", noise),

@@ -23,6 +23,7 @@ BENCHES = {
     "gradients": "gradient factors of 100 facts against autograd, fact by fact (10 minutes)",
     "neurons": "knowledge neurons of a fact against a loop over layers and steps; erased and rewritten (10 minutes)",
     "kernels": "every op against its reference and torch, on the shapes of four models (2 minutes on the CPU)",
+    "counts": "what trace, z and MEMIT would ask of a GPU, counted and predicted where there is none (10 minutes)",
     "flows": "traces on the shapes of large models with random weights (on a GPU only; 3 minutes)",
     "mass": "10,000 edits on the shape of GPT-J with random weights (on a GPU only; 10 minutes)",
     "values": "z, MEMIT and independent ROME edits of SmolLM2 against the published loop (30 minutes)",

@@ -37,7 +37,7 @@ from kedit_fast.kernels import lowrank as lowrank_op
 from kedit_fast.kernels.triton import attention, lowrank, rows, second_moment, target_logprob
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
-BANDWIDTH, PRODUCTS = 3.0e12, 798e12  # bytes/s, bf16 FLOP/s: measured on an H100
+BANDWIDTH, PRODUCTS, LEAST = 3.0e12, 798e12, 2e-6  # bytes/s, bf16 FLOP/s: measured on an H100; s of any launch
 aten = torch.ops.aten
 INDEXED = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
@@ -59,10 +59,10 @@ GATHERS = {"index", "index_select", "embedding"}
 
 @dataclass
 class Counts:
-    """launches, moved, busy: by op, how often, bytes, and the seconds that they take at least (the larger of bytes over
-    ``BANDWIDTH`` and FLOP over ``PRODUCTS``, launch by launch); waits: by (why, where), how often the host waits;
-    uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; spent: seconds that the
-    counting itself took"""
+    """launches, moved, busy: by op, how often, bytes, and the seconds that they take at least (launch by launch
+    the largest of bytes over ``BANDWIDTH``, FLOP over ``PRODUCTS`` and ``LEAST``); waits: by (why, where), how often
+    the host waits; uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; spent:
+    seconds that the counting itself took"""
 
     launches: Counter = field(default_factory=Counter)
     moved: Counter = field(default_factory=Counter)
@@ -77,7 +77,7 @@ class Counts:
         self.launches[op] += n
         self.moved[op] += nbytes
         self.flop += flop
-        self.busy[op] += max(nbytes / BANDWIDTH, flop / PRODUCTS)
+        self.busy[op] += max(nbytes / BANDWIDTH, flop / PRODUCTS, n * LEAST)
 
     def wait(self, why: str) -> None:
         self.waits[why, _where()] += 1

@@ -376,18 +376,17 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         with _disable_current_modes():
             return OnDevice(reference(_held(x), *tree_map(_held, args), **tree_map(_held, kwargs)))
 
-    def attend(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None):
+    def attend(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, cut=None):
         n_heads, dim = query.shape[1:]
-        made = attention.plan(
-            key_rows, run, pos, min(n_heads // key.shape[1], attention._HEADS), attention._MOST[query.element_size()],
-            CUDA,
-        )  # fmt: skip
+        heads, most = min(n_heads // key.shape[1], attention._HEADS), attention._MOST[query.element_size()]
+        if not (cut and cut(heads, most)):
+            attention.plan(key_rows, run, pos, heads, most, CUDA)
         seen = int((_held(pos) + 1).sum())
         out = exact(
             attention_op.attention_ref, query, key, value, key_rows, run, pos, scale=scale, window=window,
             softcap=softcap, sinks=sinks,
         )  # fmt: skip
-        moved = 2 * _size(out.held) + 2 * made.table.numel() * key.shape[1] * dim * key.element_size()
+        moved = 2 * _size(out.held) + 2 * _keys_read(run, pos) * key.shape[1] * dim * key.element_size()
         counts.launch("triton attention", moved, 4 * seen * n_heads * dim)
         return out
 
@@ -450,6 +449,13 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         (target_logprob, "_forward", forward), (target_logprob, "_backward", backward),
         (lowrank, "lowrank_add", low_rank), (second_moment, "_launch", moment),
     ]  # fmt: skip
+
+
+def _keys_read(run: Tensor, pos: Tensor) -> int:
+    """Positions of all segments of a run up to their last row, each read once."""
+    last = torch.ones_like(run, dtype=torch.bool)
+    last[:-1] = (run[1:] != run[:-1]) | (pos[1:] <= pos[:-1])
+    return int((pos[last] + 1).sum())
 
 
 def _logits(h, weight, bias, softcap) -> Tensor:

@@ -100,7 +100,7 @@ TESTED_IN = {
     "shipping/test_merge.py": "model/stored_tensors",
     "sweep/test_engine.py": "model/seam sweep/hooks sweep/sites",
     "sweep/test_parity.py": "model/family",
-    "sweep/test_rows.py": "sweep/runs",
+    "sweep/test_rows.py": "sweep/runs sweep/store",
     "tracing/test_attribution.py": "jobs/attribute",
     "tracing/test_trace.py": "tracing/exact tracing/tasks",
 }

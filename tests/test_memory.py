@@ -62,7 +62,6 @@ FLOWS = {
 @pytest.fixture
 def small_calls(monkeypatch):
     monkeypatch.setattr(plan, "CALL_ROWS", 64)
-    monkeypatch.setattr(engine, "CALL_ROWS", 64)
 
 
 def peak(flow: str, facts, limit: int = LIMIT, lm=None) -> int:

@@ -27,7 +27,7 @@ from kedit_fast.facts.tokens import encode, spoken
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import PLACE
-from kedit_fast.sweep.rows import Call
+from kedit_fast.sweep.rows import Call, There
 from kedit_fast.sweep.runs import NOBODY, RunList, padded, spans
 from kedit_fast.sweep.sites import Site
 
@@ -236,8 +236,8 @@ class _Reading:
 
     def __init__(self, layer: int, site: Site, number: Tensor, read: tuple[Tensor, Tensor], measure):
         self.layer, self.site, self.measure, self.n = layer, site, measure, len(number)
-        self.prompt, self.pos = spans(*read)
-        self.run, self.count = number[self.prompt], read[1] - read[0]
+        prompt, self.pos = spans(*read)
+        self.run, self.count, self._prompt = number[prompt], read[1] - read[0], There(prompt)
         self._sums: Tensor | None = None
 
     def sites(self, layer: int) -> tuple[Site, ...]:
@@ -248,15 +248,15 @@ class _Reading:
 
     def at(self, site: Site, layer: int, x: Tensor, call: Call) -> None:
         which, row = call.find(self.run, self.pos)
-        rows = x[row.to(x.device)].to(wide(x.dtype))
-        rows = (rows if self.measure is None else self.measure(rows)).cpu()
+        rows = x[row].to(wide(x.dtype))
+        rows = rows if self.measure is None else self.measure(rows)
         if self._sums is None:
             self._sums = rows.new_zeros(self.n, rows.shape[1])
-        self._sums.index_add_(0, self.prompt[which], rows)
+        self._sums.index_add_(0, self._prompt.on(rows.device)[which], rows)
 
     def features(self) -> Tensor:
         """[n, width] the means."""
-        return self._sums / self.count[:, None]
+        return self._sums.cpu() / self.count[:, None]
 
 
 # ---- checks

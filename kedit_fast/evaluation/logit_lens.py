@@ -25,6 +25,7 @@ from kedit_fast.jobs.finite import check_answers
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import logit_rows
+from kedit_fast.sweep.rows import There
 from kedit_fast.sweep.runs import RunList, add_edited, first_edited
 from kedit_fast.sweep.sites import Site
 
@@ -123,8 +124,13 @@ class ReadLens:
     """
 
     def __init__(self, lm, run: Tensor, pos: Tensor, targets: Tensor):
-        self._lm, self.run, self.pos, self.targets = lm, run, pos, targets
-        self.values = torch.full((4, len(run), lm.n_layers), torch.nan)
+        self._lm, self.run, self.pos, self.targets = lm, run, pos, There(targets)
+        self._found = torch.full((4, len(run), lm.n_layers), torch.nan, device=lm.device)
+
+    @property
+    def values(self) -> Tensor:
+        """On the CPU."""
+        return self._found.cpu()
 
     def sites(self, layer):
         return (Site.layer_out,)
@@ -137,7 +143,7 @@ class ReadLens:
         step = logit_rows(self._lm)
         for places, rows in zip(which.split(step), row.split(step), strict=True):
             if len(places):
-                self.values[:, places, layer] = self._read(x[rows.to(x.device)], self.targets[places])
+                self._found[:, places, layer] = self._read(x[rows], self.targets.on(x.device)[places])
         return None
 
     def _read(self, h: Tensor, targets: Tensor) -> Tensor:
@@ -151,7 +157,7 @@ class ReadLens:
         rank = torch.stack(ranks, 1).float().where(~p.isnan(), torch.nan)
         unknown = ids < 0
         p, rank = (values.masked_fill(unknown, torch.nan) for values in (p, rank))
-        return torch.cat([p.T, rank.T]).cpu()
+        return torch.cat([p.T, rank.T])
 
 
 @takes_lm

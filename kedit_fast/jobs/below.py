@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kedit_fast.basics.progress import progress
 from kedit_fast.jobs.collect import entering
-from kedit_fast.sweep.plan import CALL_ROWS, together
+from kedit_fast.sweep.plan import call_rows, together
 from kedit_fast.sweep.runs import RunList, Runs, padded
 
 
@@ -28,7 +28,7 @@ class Below:
             if room >= 0:
                 kept.append(ids)
         with progress("layers below (prompts)", len(kept)) as bar:
-            for some in together(kept, len, CALL_ROWS):
+            for some in together(kept, len, call_rows(lm)):
                 self.rows.update(zip(some, self._computed(lm, some), strict=True))
                 bar.advance(len(some))
 

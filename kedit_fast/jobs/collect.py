@@ -34,7 +34,7 @@ class Collect:
         which, row = call.find(self.run, self.pos)
         if layer not in self.values:
             self.values[layer] = x.new_full((len(self.run), x.shape[1]), torch.nan)
-        self.values[layer][which.to(x.device)] = x[row.to(x.device)].detach()
+        self.values[layer][which] = x[row].detach()
         return None
 
 
@@ -58,7 +58,7 @@ class GraphRows:
 
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
-        picked = x[row.to(x.device)]
+        picked = x[row]
         if not call.again:
             self._parts.append((which, picked))
         elif self._leaf is not None:
@@ -86,7 +86,7 @@ class GraphRows:
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows of several calls in the order of their places."""
     order = torch.cat([which for which, _ in parts]).argsort()
-    return torch.cat([x for _, x in parts])[order.to(parts[0][1].device)]
+    return torch.cat([x for _, x in parts])[order]
 
 
 def collect(lm, runs, site: Site, layers, run: Tensor, pos: Tensor, advance=None) -> dict[int, Tensor]:

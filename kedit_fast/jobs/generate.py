@@ -12,9 +12,9 @@ from kedit_fast.jobs.collect import Collect
 from kedit_fast.jobs.finite import check_answers, is_broken
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import RowCost, free, logit_bytes
-from kedit_fast.sweep.rows import KVStore
 from kedit_fast.sweep.runs import RunList, prefixes
 from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import KVStore
 
 LOGITS = 4  # numbers of the vocabulary's width that a text holds while its next token is chosen
 

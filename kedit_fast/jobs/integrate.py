@@ -26,6 +26,7 @@ from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, logit_rows, together, too_large
+from kedit_fast.sweep.rows import There
 from kedit_fast.sweep.runs import RunList, add_sequences
 from kedit_fast.sweep.sites import Site
 
@@ -51,31 +52,31 @@ class ScaledKeys:
 
     def __init__(self, run: Tensor, pos: Tensor, layer: Tensor, share: Tensor):
         self.run, self.pos, self.layer, self.share = run, pos, layer, share
-        self._layers = frozenset(layer.tolist())
+        every = {i: (layer == i).nonzero()[:, 0] for i in layer.unique().tolist()}
+        self._places = {i: (There(mine), run[mine], pos[mine], There(share[mine])) for i, mine in every.items()}
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def sites(self, layer):
-        return (Site.mlp_key,) if layer in self._layers else ()
+        return (Site.mlp_key,) if layer in self._places else ()
 
     def reads(self, layer):
         return None
 
     def at(self, site, layer, x, call):
-        which, row = self.found(layer, call)
+        which, row, share = self.found(layer, call)
         if not len(which):
             return None
-        row = row.to(x.device)
         key = x[row].detach()
-        scaled = (key * self.share[which, None].to(key)).requires_grad_()  # also again: autograd counts what it keeps
+        scaled = (key * share[:, None].to(key)).requires_grad_()  # also again: autograd counts what it keeps
         if not call.again:
             self._seen.append((which, key, scaled))
         return x.index_copy(0, row, scaled)
 
-    def found(self, layer: int, call) -> tuple[Tensor, Tensor]:
-        """(which of them, their rows) of a call in a layer."""
-        mine = (self.layer == layer).nonzero()[:, 0]
-        which, row = call.find(self.run[mine], self.pos[mine])
-        return mine[which], row
+    def found(self, layer: int, call) -> tuple[Tensor, Tensor, Tensor]:
+        """(which of them, their rows, their shares) of a call in a layer."""
+        mine, run, pos, share = self._places[layer]
+        which, row = call.find(run, pos)
+        return mine.on(which.device)[which], row, share.on(which.device)[which]
 
     def products(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(which [n], key times gradient [n, d_ff], fp32 or fp64), after the backward pass; given away."""
@@ -99,16 +100,15 @@ class HeldNorm:
         return None
 
     def at(self, site, layer, x, call):
-        which, row = self.keys.found(layer, call)
+        which, row, share = self.keys.found(layer, call)
         if not len(which):
             return None
-        row = row.to(x.device)
         if site is Site.mlp_out:
             self._out = x[row]
             return None
         out, self._out = self._out, None
         assert out is not None
-        whole = out.detach() / self.keys.share[which, None].to(out)
+        whole = out.detach() / share[:, None].to(out)
         norm = self.lm.source.layers[layer].get_submodule(self.lm.family.post_norm)
         factor = torch.where(whole == 0, 0.0, norm.forward(whole) / whole)  # not a call: hooks stand on it
         return x.index_copy(0, row, out * factor.to(out))
@@ -185,7 +185,7 @@ def _pack(lm, asked: list[Asked], layers: list[int], steps: int, recompute: bool
         advance(1 - FORTH)
     made = torch.zeros(n * m, lm.d_ff, dtype=p.dtype)
     for which, product in keys.products():
-        made.index_add_(0, which // steps, product.cpu().to(made))
+        made.index_add_(0, which.cpu() // steps, product.cpu().to(made))
     return p[:n], made.view(n, m, -1) / steps
 
 

@@ -14,6 +14,7 @@ from kedit_fast.jobs.finite import check_answers
 from kedit_fast.kernels.target_logprob import target_logprob
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import PLACE, logit_rows
+from kedit_fast.sweep.rows import There
 from kedit_fast.sweep.runs import RunList, add_edited, first_edited, padded, spans
 from kedit_fast.sweep.sites import Site
 
@@ -25,8 +26,13 @@ class Score:
     """
 
     def __init__(self, lm, run: Tensor, pos: Tensor, targets: Tensor):
-        self._lm, self.run, self.pos, self.targets = lm, run, pos, targets
-        self.logprob = torch.full(targets.shape, torch.nan, dtype=wide(lm.dtype))
+        self._lm, self.run, self.pos, self.targets = lm, run, pos, There(targets)
+        self._read = torch.full(targets.shape, torch.nan, dtype=wide(lm.dtype), device=lm.device)
+
+    @property
+    def logprob(self) -> Tensor:
+        """On the CPU."""
+        return self._read.cpu()
 
     def sites(self, layer):
         return (Site.layer_out,) if layer == self._lm.n_layers - 1 else ()
@@ -37,7 +43,7 @@ class Score:
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
         if len(which):
-            self.logprob[which] = logprobs(self._lm, x[row.to(x.device)], self.targets[which]).cpu()
+            self._read[which] = logprobs(self._lm, x[row], self.targets.on(x.device)[which])
         return None
 
 

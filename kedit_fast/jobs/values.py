@@ -30,9 +30,10 @@ from kedit_fast.model.seam import frozen
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.kept import in_groups
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, logit_rows, together, too_large
-from kedit_fast.sweep.rows import KVStore, on_host
+from kedit_fast.sweep.rows import There
 from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
 from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import KVStore, on_host
 
 LABEL = "optimizing values (steps)"
 STOP_BELOW = 0.05  # nats: a fact is done once its whole loss is below this (published)
@@ -178,7 +179,8 @@ class _AddValue:
     """Adds each fact's δ at a site of one layer, at places (run, pos) of ``fact``; out of place, for autograd."""
 
     def __init__(self, layer: int, site: Site, run: Tensor, pos: Tensor, fact: Tensor, delta: Tensor):
-        self._layer, self._site, self.run, self.pos, self.fact, self.delta = layer, site, run, pos, fact, delta
+        self._layer, self._site, self.run, self.pos, self.delta = layer, site, run, pos, delta
+        self._fact = There(fact)
 
     def sites(self, layer):
         return (self._site,) if layer == self._layer else ()
@@ -188,7 +190,7 @@ class _AddValue:
 
     def at(self, site, layer, x, call):
         which, row = call.find(self.run, self.pos)
-        return x.index_add(0, row.to(x.device), self.delta[self.fact[which].to(x.device)].to(x.dtype))
+        return x.index_add(0, row, self.delta[self._fact.on(x.device)[which]].to(x.dtype))
 
 
 class _Pack:

@@ -1,6 +1,8 @@
 """Attention of packed rows through a row table: shared prefixes are read where they lie, never copied per run."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +27,18 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     room: int | None = None,
+    cut: Callable[[int, int], Any] | None = None,
 ) -> Tensor:
     """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
 
     query: [rows, H, D]; rows of a run stand together in ascending position
     key, value: [slots, Hkv, D]: the KV store followed by (or holding) this layer's rows; H is a multiple of Hkv
-    key_rows: [R, T] int64: slot of position t of run r
+    key_rows: [R, T] int64: slot of position t of run r; of positions that a row sees one that there is
     run, pos: [rows] int64
     window: positions a row sees, its own included (None: all); softcap: tanh cap on the scores (None: none)
     sinks: [H] logits that take part in each head's softmax and have no value (gpt_oss; None: none)
     room: numbers of K, or of scores, that the reference gathers at once (``GATHERED`` at most; one run's at least)
+    cut: gives the kernel's plan of these rows, where one is at hand (``kernels.triton.attention.Plan``), or None
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
 
     The Triton kernel reads every key where it lies and holds no scores. It has no backward pass: where autograd
@@ -44,7 +48,7 @@ def attention(
     if not recorded and dispatch.backend_for("attention", query.device, query.dtype) == "triton":
         from kedit_fast.kernels.triton import attention as triton
 
-        how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "cut": cut}
         return triton.attention(query, key, value, key_rows, run, pos, **how)
     how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "room": room}
     return attention_ref(query, key, value, key_rows, run, pos, **how)
@@ -95,7 +99,8 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
             return x.as_strided(
                 (len(slots), n_keys, *x.shape[1:]), (stride * step[0], *step), x.storage_offset() + begin * step[0]
             )
-    return x[slots.clamp(min=0).to(x.device)]  # -1 stands behind a run's end, where no row of it looks
+    # -1 stands behind a run's end, and a slot that is not there yet is of a later position: no row of it looks there
+    return x[slots.clamp(min=0, max=len(x) - 1).to(x.device)]
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window, softcap, sinks) -> Tensor:

@@ -6,6 +6,7 @@ at which sites of which layers it reads or writes; it knows rows, not facts, and
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,10 +17,11 @@ from kedit_fast.kernels.attention import attention
 from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.hooks import Enough, hooked, last_read, through
-from kedit_fast.sweep.plan import CALL_ROWS, RowCost, calls, cut, room
-from kedit_fast.sweep.rows import Call, KVStore, RowTable, on_host
+from kedit_fast.sweep.plan import RowCost, call_rows, calls, cut, room
+from kedit_fast.sweep.rows import Call, RowTable, upload
 from kedit_fast.sweep.runs import Runs, in_order
 from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import KVStore, on_host
 
 ALL = object()  # what ``Job.reads`` gives for every row
 
@@ -106,20 +108,23 @@ class Pack:
         self.again = self.recomputes = False
         self.waiting: list[_Entering] | None = None
         self.start = self.grad = None  # rows that the pack was given, with their graph; gradient of those on their way
-        self.room = room(lm)
+        self.room, self.call_rows = room(lm), call_rows(lm)
         self.n_positions = int(runs.length.max()) if len(runs) else 0
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     def run(self, first: int, last: int, h: Tensor | None) -> Iterator[int]:
         """Goes up layer by layer; gives the number of rows after each."""
         base = 0 if self.store is None or self.slots is not None else self.store.size
-        table = RowTable(self.runs, first, None if self.store is None else self.store.table, base, self.slots)
+        table = RowTable(
+            self.runs, first, last, store_table=None if self.store is None else self.store.table, base=base,
+            slots=self.slots, device=self.lm.device,
+        )  # fmt: skip
         for layer in range(first, last + 1):
             source = table.grow(layer)
             if layer == first:
-                h = self._embed(table, source) if h is None else self._begun(h, table)
+                h = self._embed(table) if h is None else self._begun(h, table)
             elif len(source):
-                h = branch_rows(h, source.to(h.device))
+                h = branch_rows(h, source)
             if self.keep is not None:
                 self.keep.enter(layer, h)
             if self.waiting is not None:
@@ -130,17 +135,19 @@ class Pack:
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
 
-    def _embed(self, table: RowTable, source: Tensor) -> Tensor:
+    def _embed(self, table: RowTable) -> Tensor:
         """Rows of layer 0: embeddings as the jobs leave them; a row that begins as another's is its copy."""
-        call = self._call(table, torch.arange(len(table)))
-        x = self.lm.embed(call.tokens)
+        call = self._call(table, slice(0, len(table)))
+        (tokens,) = upload(self.lm.device, call.tokens)
+        x = self.lm.embed(tokens)
         x = through(self.jobs, Site.embed, 0, x, call)
+        source = table.sources[: len(table)]
         origin = torch.where(source >= 0, source, torch.arange(len(table)))
         while not torch.equal(origin, origin[origin]):
             origin = origin[origin]
         if (source >= 0).any():
-            x = x[origin.to(x.device)]
-        return self.lm.enter(x, table.pos)
+            x = x[upload(x.device, origin)[0]]
+        return self.lm.enter(x, table.pos_there[: len(table)])
 
     def _begun(self, h: Tensor, table: RowTable) -> Tensor:
         """Rows h [rows, d] as the table has them; on a way that goes down again they stay behind with their graph."""
@@ -192,32 +199,31 @@ class Pack:
 
     def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         read = self._rows_read(layer, table) if is_last else None
-        parts = [torch.arange(a, b) for a, b in calls(table.ends, CALL_ROWS)]
+        parts: list[slice | Tensor] = [slice(*span) for span in calls(table.ends, self.call_rows)]
         alone = read is None and len(parts) == 1 and self.store is None and self.keep is None
         cache = None if alone else self._cache(layer, h, table)
         if read is not None:
             keys_only = torch.ones(len(table), dtype=torch.bool)
             keys_only[read] = False
-            for index in keys_only.nonzero()[:, 0].split(CALL_ROWS):
-                self._block(layer, h, self._call(table, index), cache, keys_only=True)
-            parts = list(read.split(CALL_ROWS))
+            for rows in keys_only.nonzero()[:, 0].split(self.call_rows):
+                self._block(layer, h, self._call(table, _together(rows)), cache, keys_only=True)
+            parts = [_together(rows) for rows in read.split(self.call_rows)]
         final = last_read(self.jobs, layer) if is_last else None
-        outs = [self._block(layer, h, self._call(table, index), cache, final=final) for index in parts]
+        outs = [self._block(layer, h, self._call(table, rows), cache, final=final) for rows in parts]
         if self.keep is not None:
             self.keep.put(layer, *cache)
         outs = [out for out in outs if out is not None]
         return torch.cat(outs) if len(outs) > 1 else outs[0] if outs else None
 
-    def _call(self, table: RowTable, index: Tensor) -> Call:
-        return Call(table, index, self.number, self.again)
+    def _call(self, table: RowTable, rows: slice | Tensor) -> Call:
+        return Call(table, rows, self.number, self.again)
 
     def _rows_read(self, layer: int, table: RowTable) -> Tensor | None:
         """Rows [n] that some job reads in the last layer; None: all of them."""
         wanted = [job.reads(layer) for job in self.jobs]
         if any(w is ALL for w in wanted) or self.keep is not None:
             return None
-        call = self._call(table, torch.arange(len(table)))
-        rows = [call.find(*w)[1] for w in wanted if w is not None]
+        rows = [table.found(*w, self.number).row for w in wanted if w is not None]
         return torch.cat(rows).unique() if rows else None
 
     def _cache(self, layer: int, h: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
@@ -233,12 +239,11 @@ class Pack:
 
         final: the site behind which nobody looks, None: all of the block is wanted
         """
-        if not len(call.index):
+        if not len(call):
             return None
-        table = call.table
-        pos = table.pos[call.index]
-        attend = _Attend(cache, table, call, keys_only, self.room)
-        x = _pick(h, call.index)
+        pos = call.table.pos_there[call.rows_there]
+        attend = _Attend(cache, call, keys_only, self.room, self.call_rows)
+        x = h if len(call) == len(h) else h[call.rows_there]
         with attend_with(attend), hooked(self.lm, self.jobs, layer, call, final):
             try:
                 out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos)).squeeze(0)
@@ -252,10 +257,9 @@ class Pack:
         return out if out is None else through(self.jobs, Site.layer_out, layer, out, call)
 
     def _block_kwargs(self, layer: int, pos: Tensor) -> dict:
-        device = self.lm.device
-        kwargs = {"attention_mask": None, "position_ids": pos[None].to(device)}
+        kwargs = {"attention_mask": None, "position_ids": pos[None]}
         if self.lm.family.rotary is not None:
-            kwargs["position_embeddings"] = tuple(t[pos.to(device)][None] for t in self._rotary(layer))
+            kwargs["position_embeddings"] = tuple(t[pos][None] for t in self._rotary(layer))
         return kwargs
 
     def _rotary(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -281,30 +285,52 @@ class _Attend:
     cache: of the layer's slots; None where the call has all rows, whose keys and values then are the slots
     """
 
-    def __init__(self, cache: tuple[Tensor, Tensor] | None, table: RowTable, call: Call, keys_only: bool, room: int):
-        self.cache, self.table, self.call, self.keys_only, self.n_calls = cache, table, call, keys_only, 0
-        self.room = room
+    def __init__(self, cache: tuple[Tensor, Tensor] | None, call: Call, keys_only: bool, room: int, call_rows: int):
+        self.cache, self.call, self.keys_only, self.room, self.call_rows = cache, call, keys_only, room, call_rows
+        self.n_calls = 0
 
     def __call__(self, query, key, value, *, scale, window, softcap, sinks):
         self.n_calls += 1
+        table, call = self.call.table, self.call
         if self.cache is None:
             keys, values = key.contiguous(), value.contiguous()
         else:
             keys, values = self.cache
-            slots = self.table.slots[self.call.index].to(keys.device)
+            slots = table.slots(call.rows)
             keys[slots], values[slots] = key, value
         if self.keys_only:
             raise Enough
-        pos = self.table.pos[self.call.index]
         return attention(
-            query, keys, values, self.table.key_rows, self.call.run, pos, scale=scale, window=window, softcap=softcap,
-            sinks=sinks, room=self.room,
+            query, keys, values, table.key_rows, call.run, call.pos, scale=scale, window=window, softcap=softcap,
+            sinks=sinks, room=self.room, cut=partial(planned, call, self.call_rows),
         )  # fmt: skip
 
 
-def _pick(h: Tensor, index: Tensor) -> Tensor:
-    """h[index] for ascending rows; a view where they stand together, h itself where these are all."""
-    first, n = int(index[0]), len(index)
-    if n == len(h):
-        return h
-    return h[first : first + n] if int(index[-1]) == first + n - 1 else h[index.to(h.device)]
+def planned(call: Call, call_rows: int, heads: int, most: int):
+    """What Triton's kernel needs of the rows of a call: all rows are cut into blocks once for all layers. None where a
+    call is not one of theirs, as in the last layer. heads, most: as in ``blocks``"""
+    from kedit_fast.kernels.triton.attention import Plan, blocks, n_queries
+
+    table = call.table
+
+    def make():
+        ends = table.all_ends
+        start, begins = torch.cat([ends.new_zeros(1), ends[:-1]]), [first for first, _ in calls(ends, call_rows)]
+        queries = n_queries(len(table.run), len(ends), heads, most)
+        made = blocks(start, ends, table.run[start], queries // heads)
+        first, begin = made[:, 0].contiguous(), torch.tensor(begins)
+        begin = begin[torch.searchsorted(begin, first, right=True) - 1]
+        relative = made - torch.stack([begin, begin, torch.zeros_like(begin)], 1)  # to the first row of their call
+        return first, upload(table.device, relative)[0], set(begins), set(ends.tolist()), queries
+
+    first, made, begins, stops, queries = table.once(("attention", heads, most), make)
+    if not isinstance(call.rows, slice) or call.rows.start not in begins or call.rows.stop not in stops:
+        return None
+    span = torch.searchsorted(first, torch.tensor([call.rows.start, call.rows.stop])).tolist()
+    return Plan(made[slice(*span)], table.key_rows_there, table.pos_there[call.rows], queries)
+
+
+def _together(index: Tensor) -> slice | Tensor:
+    """Ascending rows as a slice where they stand together."""
+    first, stop = int(index[0]) if len(index) else 0, int(index[-1]) + 1 if len(index) else 0
+    return slice(first, stop) if stop - first == len(index) else index

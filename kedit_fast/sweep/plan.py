@@ -14,9 +14,13 @@ from kedit_fast.kernels.target_logprob import LOGITS
 from kedit_fast.sweep.runs import Runs
 
 T = TypeVar("T")
-# Rows that go through a block in one call. Small enough that a call's intermediates stay in cache, large enough for
-# the products: see bench/results for the figure by size.
+# Rows that go through a block in one call on a CPU. Small enough that a call's intermediates stay in cache, large
+# enough for the products: see bench/results for the figure by size.
 CALL_ROWS = 2048
+# On a GPU as many as pass in so many bytes: 15,900 rows of Llama-3-8B's shape, 37,000 of GPT-2-XL's. Counted, not timed
+# there yet (``bench counts``): small calls leave the card waiting for the host.
+CALL_BYTES = 2 << 30
+LEAST_CALLS = 8  # that the memory has room for
 COPIES = 8  # tensors as large as gathered keys, or as a chunk of logits, that are alive at once while they are made
 PLACE = 64  # bytes that a place to be read takes in tables: run, position, target, and where it lies in a call
 TABLES = 32  # int64 numbers of a run at a position, as declared, in its pack, and its slots
@@ -31,26 +35,40 @@ class RowCost:
     """Bytes a row holds: ``kept`` for the whole layer (hidden state in and out, key, value), ``passing`` in a call.
 
     Attention and head have a call's share to themselves: the MLP's intermediates are not alive beside theirs.
-    position: of a run's tables, for each position of the longest run
+    position: of a run's tables, for each position of the longest run; rows: of a call
     """
 
     kept: int
     passing: int
     position: int = 0
+    rows: int = CALL_ROWS
 
     @classmethod
     def of(cls, lm) -> "RowCost":
         itemsize = lm.dtype.itemsize
         return cls(
             kept=itemsize * (3 * lm.d_model + 2 * lm.n_key_heads * lm.head_dim),
-            passing=itemsize * (3 * lm.d_ff + 6 * lm.d_model),
+            passing=passing_bytes(lm),
             position=TABLES,
+            rows=call_rows(lm),
         )
 
     @property
     def call(self) -> int:
         """Bytes that a block call holds."""
-        return CALL_ROWS * self.passing
+        return self.rows * self.passing
+
+
+def call_rows(lm) -> int:
+    """Rows of a block call on the model's device."""
+    if lm.device.type == "cpu":
+        return CALL_ROWS
+    return max(CALL_ROWS, min(CALL_BYTES, lm.memory // LEAST_CALLS) // passing_bytes(lm))
+
+
+def passing_bytes(lm) -> int:
+    """Bytes that a row's intermediates take in a block."""
+    return lm.dtype.itemsize * (3 * lm.d_ff + 6 * lm.d_model)
 
 
 def free(lm) -> int:

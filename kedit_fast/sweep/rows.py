@@ -1,58 +1,106 @@
-"""The rows of one pack and where everything lies: the row table that attention and the jobs read, and the keys and
-values that outlive a sweep (prefixes for v*/z, the cache of a generation)."""
+"""The rows of one pack and where everything lies: the row table that attention and the jobs read."""
 
+from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kedit_fast.sweep.runs import NEVER, Runs, spans
 
+T = TypeVar("T")
+PLACES_KEPT = 64  # lists of places whose rows a table holds at once: a job's own, and one a layer of others
+
 
 class RowTable:
-    """Rows grow as runs branch, and never move: row i is row i in every layer.
+    """Rows grow as runs branch, and never move: row i is row i in every layer, so all of them are planned at once.
 
-    key_rows: [R, T] int64: the KV slot that holds position t of run r, owned or inherited (-1 where there is none).
-    Slots below ``base`` belong to a KV store that outlives the sweep; row i of this sweep has slot ``base + i``,
-    unless ``slots`` names them (generation writes into the store itself).
+    key_rows: [R, T] int64: the KV slot that holds position t of run r, owned or inherited (-1 where there is none), as
+    it is once all runs have grown; run, pos: [rows] of all that ever will be. ``len`` is how many there are by now:
+    ``grow`` goes to a layer. Slots below ``base`` belong to a KV store that outlives the sweep; row i of this sweep has
+    slot ``base + i``, unless ``slots`` names them (generation writes into the store itself).
     """
 
-    def __init__(self, runs: Runs, first_layer: int, store_table: Tensor | None = None, base: int = 0, slots=None):
-        self.runs, self.base, self._slots = runs, base, slots
+    def __init__(
+        self, runs: Runs, first_layer: int, last_layer: int = NEVER - 1, *, store_table: Tensor | None = None,
+        base: int = 0, slots: Tensor | None = None, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.runs, self.base, self._slots, self.device = runs, base, slots, torch.device(device)
         self.key_rows = torch.full(runs.tokens.shape, -1, dtype=torch.int64)
         if store_table is not None:
             n, width = len(store_table), min(store_table.shape[1], runs.tokens.shape[1])
             self.key_rows[:n, :width] = store_table[:, :width]
         self.run = torch.empty(0, dtype=torch.int64)
         self.pos = torch.empty(0, dtype=torch.int64)
-        self.ends: Tensor = torch.empty(0, dtype=torch.int64)  # where a call may be cut: behind each segment
-        self._depth = _depths(runs)
-        self._first_layer = first_layer
+        self.all_ends: Tensor = torch.empty(0, dtype=torch.int64)
+        self._made: dict[Hashable, Any] = {}  # tables on the device, and what was found; all layers share it
+        self._plan(first_layer, last_layer)
 
     def __len__(self) -> int:
-        return len(self.run)
+        return self._n
+
+    @property
+    def ends(self) -> Tensor:
+        """Where a call may be cut: behind each segment of a run. ``all_ends``: once all runs have grown."""
+        return self.all_ends[: int(torch.searchsorted(self.all_ends, self._n, right=True))]
 
     def grow(self, layer: int) -> Tensor:
-        """Adds the rows born in the input of ``layer``; gives the row each begins as [m] (-1: its own embedding)."""
-        runs = self.runs
-        starting = (runs.branch_layer <= layer) if layer == self._first_layer else (runs.branch_layer == layer)
-        starting &= runs.branch_layer != NEVER
-        joining = runs.narrow & (runs.branch_layer == layer - 1) & (layer > self._first_layer)
-        sources = [self._append(joining.nonzero()[:, 0], runs.first_pos + 1, runs.length)]
-        stop = torch.where(runs.narrow, runs.first_pos + 1, runs.length)
-        for depth in range(int(self._depth[starting].max()) + 1 if starting.any() else 0):
-            born = (starting & (self._depth == depth)).nonzero()[:, 0]
-            self._inherit(born)
-            sources.append(self._append(born, runs.first_pos, stop))
-        return torch.cat(sources)
+        """Adds the rows born in the input of ``layer``; gives the row each begins as [m] (-1: its own embedding), on
+        the device."""
+        before, self._n = self._grown.get(layer, (self._n, self._n))
+        return self.once("sources", lambda: upload(self.device, self.sources))[0][before : self._n]
 
     def at_layer(self, layer: int) -> "RowTable":
         """The table as it is in this layer, whatever grows above."""
-        made, runs = copy(self), self.runs
-        if ((runs.branch_layer != NEVER) & (runs.branch_layer + runs.narrow.long() > layer)).any():
-            made.key_rows = self.key_rows.clone()
+        made = copy(self)
+        made._n = max((n for at, (_, n) in self._grown.items() if at <= layer), default=0)
         return made
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What was made by this name for one layer serves all of them."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
+    def pos_there(self) -> Tensor:
+        """``pos`` on the device."""
+        return self.once("pos", lambda: upload(self.device, self.pos))[0]
+
+    @property
+    def key_rows_there(self) -> Tensor:
+        """``key_rows`` on the device."""
+        return self.once("key rows", lambda: upload(self.device, self.key_rows))[0]
+
+    def found(self, run: Tensor, pos: Tensor, number: Tensor) -> "Places":
+        """Where places (run, pos) [k] are by now: asked for again and again, it is looked for once, as long as it stays
+        the same. number: as in ``Call``"""
+        known: dict[tuple[int, int], Places] = self.once("places", dict)
+        key = id(run), id(pos)
+        held = known.get(key)
+        if held is None or not held.holds(self._n):
+            if len(known) >= PLACES_KEPT:
+                known.clear()
+            known[key] = held = Places(self, run, pos, number)
+        return held
+
+    def rows_of(self, run: Tensor, pos: Tensor) -> Tensor:
+        """[k] the row of position pos of this pack's run by now: its own, or, before it has one, what stands there
+        above it; -1 where there is none, or the run (-1: of another pack) has not begun."""
+        row = torch.full_like(run, -1)
+        left = (run >= 0) & (self._born[run] <= self._n)
+        while left.any():
+            at, where = run[left], pos[left]
+            mine = self.row_of(self.key_rows[at, where])
+            row[left] = torch.where(mine < self._n, mine, -1)
+            later = left.clone()
+            later[left] = mine >= self._n
+            run = torch.where(later, self.runs.parent[run], run)
+            left = later & (run >= 0)
+        return row
 
     def ordered(self, h: Tensor) -> Tensor:
         """Rows h [rows, d] in declared order as the table has them: a trie's children stand behind all their parents.
@@ -63,8 +111,39 @@ class RowTable:
             raise ValueError(
                 f"h has {len(h)} rows and these runs own {len(self)} in their first layer; expected one for each"
             )
-        order = (self.run * self.key_rows.shape[1] + self.pos).argsort()
+        order = (self.run[: self._n] * self.key_rows.shape[1] + self.pos[: self._n]).argsort()
         return h[order.argsort().to(h.device)]
+
+    # ---- the plan
+
+    def _plan(self, first_layer: int, last_layer: int) -> None:
+        runs = self.runs
+        begun = runs.branch_layer[runs.branch_layer != NEVER]
+        joined = runs.branch_layer[runs.narrow & (runs.branch_layer != NEVER)] + 1
+        layers = {first_layer, *torch.cat([begun, joined]).unique().tolist()}
+        depth, sources, self._n, self._grown = _depths(runs), [], 0, {}
+        self._born = torch.where(runs.branch_layer == NEVER, 0, NEVER)  # rows that there are once a run has begun
+        for layer in sorted(layer for layer in layers if first_layer <= layer <= last_layer):
+            before = self._n
+            sources += self._planned(layer, layer == first_layer, depth)
+            self._grown[layer] = before, self._n
+        self.sources = torch.cat(sources)  # [rows] the row that each begins as, -1: its own embedding
+        self._n = 0
+
+    def _planned(self, layer: int, is_first: bool, depth: Tensor) -> list[Tensor]:
+        """The rows born in the input of ``layer``: what each begins as."""
+        runs = self.runs
+        starting = (runs.branch_layer <= layer) if is_first else (runs.branch_layer == layer)
+        starting &= runs.branch_layer != NEVER
+        joining = runs.narrow & (runs.branch_layer == layer - 1) & (not is_first)
+        sources = [self._append(joining.nonzero()[:, 0], runs.first_pos + 1, runs.length)]
+        stop = torch.where(runs.narrow, runs.first_pos + 1, runs.length)
+        for level in range(int(depth[starting].max()) + 1 if starting.any() else 0):
+            born = (starting & (depth == level)).nonzero()[:, 0]
+            self._inherit(born)
+            sources.append(self._append(born, runs.first_pos, stop))
+        self._born[starting] = self._n
+        return sources
 
     def _inherit(self, born: Tensor) -> None:
         parent = self.runs.parent[born]
@@ -79,11 +158,11 @@ class RowTable:
         first = pos == self.runs.first_pos[run]
         origin = torch.where(first, self.runs.graft[run], self.runs.source[run])
         begins_as = torch.where(origin >= 0, self.row_of(self.key_rows[origin, pos]), -1)
-        row = torch.arange(len(self), len(self) + len(run))
+        row = torch.arange(self._n, self._n + len(run))
         self.key_rows[run, pos] = self._slots[row] if self._slots is not None else self.base + row
         self.run, self.pos = torch.cat([self.run, run]), torch.cat([self.pos, pos])
-        ends = count.cumsum(0)[count > 0] + (len(self) - len(run))
-        self.ends = torch.cat([self.ends, ends])
+        self.all_ends = torch.cat([self.all_ends, count.cumsum(0)[count > 0] + self._n])
+        self._n += len(run)
         return begins_as
 
     def row_of(self, slot: Tensor) -> Tensor:
@@ -95,10 +174,56 @@ class RowTable:
             return where[slot]
         return (slot - self.base).clamp(min=-1)
 
-    @property
-    def slots(self) -> Tensor:
-        """[rows] the KV slot each row writes."""
-        return self._slots if self._slots is not None else torch.arange(self.base, self.base + len(self))
+    def slots(self, rows: slice | Tensor) -> slice | Tensor:
+        """The KV slots that these rows write: a slice where they stand together."""
+        if self._slots is not None:
+            slots = self.once("slots", lambda: upload(self.device, self._slots))[0]
+            return slots[rows.to(slots.device) if isinstance(rows, Tensor) else rows]
+        if isinstance(rows, slice):
+            return slice(self.base + rows.start, self.base + rows.stop)
+        return self.base + rows.to(self.device)
+
+
+class Places:
+    """Rows of places (run, pos) [k] in a pack, in the order of the rows: which: [m] of them; row: [m] int64, on the CPU
+    and on the device."""
+
+    def __init__(self, table: RowTable, run: Tensor, pos: Tensor, number: Tensor):
+        self.asked = run, pos  # held, so that nothing else has their id
+        row, local = table.rows_of(number[run], pos), number[run]
+        own = table.row_of(table.key_rows[local, pos])
+        self._n = len(table)
+        self._settled = bool(((row == own) | (local < 0)).all())  # so it is in all layers above
+        order = row.argsort(stable=True)
+        self.which = order[int((row < 0).sum()) :]
+        self.row = row[self.which]
+        self.there = upload(table.device, self.which, self.row)
+
+    def holds(self, n: int) -> bool:
+        """Whether it is the same with n rows."""
+        return n == self._n or (n > self._n and self._settled)
+
+
+class There:
+    """A job's table, taken to a device where it is first asked for."""
+
+    def __init__(self, table: Tensor):
+        self._here, self._there = table, table
+
+    def on(self, device: torch.device) -> Tensor:
+        """The table on this device."""
+        if self._there.device != device:
+            (self._there,) = upload(device, self._here)
+        return self._there
+
+
+def upload(device: torch.device, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Tables of one dtype on the device: one copy for all of them, from pinned memory, which nobody waits for."""
+    if device.type == "cpu":
+        return tables
+    flat = torch.cat([table.flatten() for table in tables]).pin_memory().to(device, non_blocking=True)
+    parts = flat.split([table.numel() for table in tables])
+    return tuple(part.view(table.shape) for part, table in zip(parts, tables, strict=True))
 
 
 def _depths(runs: Runs) -> Tensor:
@@ -113,87 +238,61 @@ def _depths(runs: Runs) -> Tensor:
     raise ValueError("runs name each other as parents in a circle")
 
 
-class KVStore:
-    """Slots of keys and values by layer. ``table`` [runs, T] says which slot holds position t of run r.
-
-    from_layer: keys and values are kept from this layer on, and ``h`` [size, d] is what its rows were on entering it
-    on_host: whether they wait there, and come to the device in each sweep
-    """
-
-    def __init__(self, from_layer: int = 0, table: Tensor | None = None, size: int = 0, on_host: bool = False):
-        self.from_layer, self.table, self.size, self.on_host = from_layer, table, size, on_host
-        self.h: Tensor | None = None
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    def slabs(cls, n_runs: int, n_positions: int) -> "KVStore":
-        """An empty store with ``n_positions`` slots in a row for each run: the cache of a generation."""
-        table = torch.arange(n_runs * n_positions).view(n_runs, n_positions)
-        return cls(table=table, size=n_runs * n_positions)
-
-    def put(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Keeps one layer's keys and values [slots, Hkv, D]."""
-        if layer >= self.from_layer:
-            self._kept[layer] = self._kept_as(keys), self._kept_as(values)
-
-    def enter(self, layer: int, h: Tensor) -> None:
-        """Keeps the rows that enter the first layer that is kept."""
-        if layer == self.from_layer:
-            self.h = self._kept_as(h)
-
-    def _kept_as(self, x: Tensor) -> Tensor:
-        return on_host(x.detach()) if self.on_host else x.detach()
-
-    def copy(self, origin: Tensor, target: Tensor) -> None:
-        """Gives slots ``target`` [n] the keys and values of slots ``origin`` [n], in all layers."""
-        for kept in (each for pair in self._kept.values() for each in pair):
-            kept[target.to(kept.device)] = kept[origin.to(kept.device)]
-
-    def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of it stand behind."""
-        kept = self._kept.get(layer)
-        if kept is None or self.on_host or len(kept[0]) < self.size + n:
-            # zeros, not empty: a slab's later slots are gathered with the others and only then masked
-            grown = tuple(like.new_zeros(self.size + n, *shape) for _ in range(2))
-            for new, old in zip(grown, kept or (), strict=False):
-                new[: len(old)].copy_(old, non_blocking=True)
-            if self.on_host:
-                return grown
-            self._kept[layer] = kept = grown
-        return kept[0].detach(), kept[1].detach()
-
-
-def on_host(x: Tensor) -> Tensor:
-    """A copy in host memory, pinned where it is a GPU's; there once this returns."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu").copy_(x)
-
-
 @dataclass(frozen=True)
 class Call:
     """The rows of one block call, as jobs see them: ``x[i]`` at a site belongs to row ``index[i]`` of the pack."""
 
     table: RowTable
-    index: Tensor  # [n] row numbers, ascending
+    rows: slice | Tensor  # of the pack: from a row to another, or [n] row numbers, ascending
     number: Tensor  # [runs declared] this pack's number of each declared run, -1 where it is in another pack
     again: bool = False  # a backward pass runs the layer once more: a job changes rows as before and keeps nothing
 
-    def find(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the places (run, pos) [k] lie in this call, and at which row of ``x``.
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
-        A position that the run inherits is found at its parent's row. Runs carry their declared numbers.
+    def find(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the places (run, pos) [k] lie in this call, and at which row of ``x``, in the order of the rows;
+        both on x's device.
+
+        A position that the run inherits is found at its parent's row. Runs carry their declared numbers. What a job
+        asks for call by call are the same tensors, so that they are looked for once.
         """
-        local = self.number[run]
-        slot = torch.where(local >= 0, self.table.key_rows[local, pos], -1)
-        row = torch.where(slot >= 0, self.table.row_of(slot), -1)
-        at = torch.searchsorted(self.index, row).clamp(max=max(len(self.index) - 1, 0))
-        here = (row >= 0) & (self.index[at] == row) if len(self.index) else torch.zeros_like(row, dtype=torch.bool)
-        which = here.nonzero()[:, 0]
-        return which, at[which]
+        if not isinstance(self.rows, slice):
+            which, row = upload(self.table.device, *self.find_here(run, pos))
+            return which, row
+        found = self.table.found(run, pos, self.number)
+        which, row = (each[self._span(found)] for each in found.there)
+        return which, row - self.rows.start if self.rows.start else row
+
+    def find_here(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """``find`` on the CPU."""
+        found = self.table.found(run, pos, self.number)
+        if isinstance(self.rows, slice):
+            span = self._span(found)
+            return found.which[span], found.row[span] - self.rows.start
+        at = torch.searchsorted(self.rows, found.row).clamp(max=max(len(self.rows) - 1, 0))
+        here = self.rows[at] == found.row if len(self.rows) else torch.zeros_like(found.row, dtype=torch.bool)
+        return found.which[here], at[here]
+
+    def _span(self, found: Places) -> slice:
+        """Which of places in the order of the rows lie in this call, whose rows stand together."""
+        ends = torch.tensor([self.rows.start, self.rows.stop])
+        return slice(*torch.searchsorted(found.row, ends).tolist())
+
+    @property
+    def index(self) -> Tensor:
+        """[n] row numbers, ascending."""
+        return torch.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
+
+    @cached_property
+    def rows_there(self) -> slice | Tensor:
+        """``rows``, on the device."""
+        return self.rows if isinstance(self.rows, slice) else upload(self.table.device, self.rows)[0]
 
     @property
     def run(self) -> Tensor:
         """[n] this pack's run number of each row."""
-        return self.table.run[self.index]
+        return self.table.run[self.rows]
 
     @property
     def owner(self) -> Tensor:
@@ -203,7 +302,7 @@ class Call:
     @property
     def pos(self) -> Tensor:
         """[n] position of each row."""
-        return self.table.pos[self.index]
+        return self.table.pos[self.rows]
 
     @property
     def prompt_end(self) -> Tensor:

@@ -9,6 +9,7 @@ from kedit_fast.basics.progress import scaled
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import TABLES
+from kedit_fast.sweep.rows import There
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
 from kedit_fast.tracing.tasks import METRICS, SITE, Traced, TraceSettings, add_runs, noise_job
@@ -24,7 +25,8 @@ class Restore:
     def __init__(self, site: Site, run: Tensor, pos: Tensor, from_run: Tensor, begin: Tensor, end: Tensor):
         self.site, self.run, self.pos, self.from_run = site, run, pos, from_run
         self.begin, self.end = begin, end
-        places, self._source = torch.stack([from_run, pos], 1).unique(dim=0, return_inverse=True)
+        places, source = torch.stack([from_run, pos], 1).unique(dim=0, return_inverse=True)
+        self._source = source  # [writes] which of the values each takes
         self._source_run, self._source_pos = places.unbind(1)
         self._layer, self._values = -1, None
         self._first, self._stop = (int(begin.min()), int(end.max())) if len(run) else (0, 0)
@@ -39,16 +41,15 @@ class Restore:
         if layer != self._layer or self._values is None:
             self._layer = layer
             self._values = x.new_zeros(len(self._source_run), x.shape[1])
-            self._writes = ((self.begin <= layer) & (layer < self.end)).nonzero()[:, 0]
+            active = ((self.begin <= layer) & (layer < self.end)).nonzero()[:, 0]
+            self._run, self._pos, self._takes = self.run[active], self.pos[active], There(self._source[active])
         which, row = call.find(self._source_run, self._source_pos)
-        self._values[which.to(x.device)] = x[row.to(x.device)]
-        active = self._writes
-        which, row = call.find(self.run[active], self.pos[active])
+        if len(which):
+            self._values[which] = x[row]
+        which, row = call.find(self._run, self._pos)
         if not len(which):
             return None
-        out = x.clone()
-        out[row.to(x.device)] = self._values[self._source[active[which]].to(x.device)]
-        return out
+        return x.index_copy(0, row, self._values[self._takes.on(x.device)[which]])
 
 
 class _Cells:

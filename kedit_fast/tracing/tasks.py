@@ -178,7 +178,7 @@ class AddNoise(_Corrupt):
     noise: Tensor
 
     def at(self, site, layer, x, call):
-        which, row = call.find(self.run, self.pos)
+        which, row = call.find_here(self.run, self.pos)
         return add_noise(x, self.noise[which], row) if len(which) else None
 
 
@@ -191,7 +191,7 @@ class Toward(_Corrupt):
     share: float
 
     def at(self, site, layer, x, call):
-        which, row = call.find(self.run, self.pos)
+        which, row = call.find_here(self.run, self.pos)
         row = row.to(x.device)
         theirs = self.lm.embed(self.tokens[which])
         return x.index_copy(0, row, x[row].lerp(theirs, self.share))

@@ -27,7 +27,7 @@ from kedit_fast.facts.fact import Fact, check_subject, fact_list
 from kedit_fast.kernels.dispatch import backend_for
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run, fitting, in_groups
-from kedit_fast.sweep.plan import CALL_ROWS, RowCost, free, together
+from kedit_fast.sweep.plan import RowCost, call_rows, free, together
 from kedit_fast.tracing.attribution import estimate, most
 from kedit_fast.tracing.exact import all_cells, restored_cells
 from kedit_fast.tracing.results import AverageTrace, TraceResult, average, read_log
@@ -49,7 +49,7 @@ METHODS = ("exact", "attribution", "screen")
 _OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace goes through
 # Rows of facts traced together while the weights are in memory: more make the products no faster, and results come,
 # and are safe in the log, later.
-TOGETHER = 32 * CALL_ROWS
+TOGETHER = 32  # block calls
 CELLS = ("p_restored", "exact")  # fields of a result that are tables [T, L]
 LONG = 100_000  # rows from which an exact trace says how many there are, before it begins: a minute on a small model
 
@@ -181,7 +181,7 @@ def groups(lm, tasks: Sequence[Task], how: TraceSettings) -> Iterator[list[Task]
     """Consecutive facts whose runs fit the memory together; one that is too large is cut further."""
     budget = free(lm) // RowCost.of(lm).kept
     if not lm.source.pass_bytes:
-        budget = min(budget, TOGETHER)
+        budget = min(budget, TOGETHER * call_rows(lm))
     return together(tasks, lambda task: n_rows(lm, task, how), budget)
 
 

@@ -26,7 +26,7 @@ from tests.conftest import tiny_lm
 TEXTS = ["The Eiffel Tower is in the city of Paris. " * 12, "Miles Davis plays the trumpet in a band. " * 9] * 4
 
 
-tracing.TOGETHER = 1  # rows: facts are traced one by one, so that dealing them keeps both ranks busy
+tracing.TOGETHER = 0  # rows: facts are traced one by one, so that dealing them keeps both ranks busy
 
 
 def facts(n: int = 5) -> list[kf.Fact]:

@@ -57,7 +57,7 @@ def test_trace_options_arrive(model, work):
 def test_a_second_trace_is_refused_and_leaves_the_first_one_s_log(model, work, capsys, monkeypatch):
     """While the first is at its second fact."""
     args = ["trace", "--facts", "../facts.json", "--model", model, "--samples", "1", "--kinds", "state", "--plots", "0"]
-    monkeypatch.setattr(tracing, "TOGETHER", 1)
+    monkeypatch.setattr(tracing, "TOGETHER", 0)
     assert run(*args, "-o", "alone") == 0
     trace_group, said = tracing._trace_group, []
 

@@ -174,8 +174,7 @@ def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
     groups, packs = [], []
     grouped, cut = values_module.groups, engine.cut
     monkeypatch.setattr(values_module, "groups", lambda *a: groups.append(list(grouped(*a))) or groups[-1])
-    for module in (plan, engine):  # small calls: with large ones a memory that holds one holds all these facts
-        monkeypatch.setattr(module, "CALL_ROWS", 64)
+    monkeypatch.setattr(plan, "CALL_ROWS", 64)  # with large calls a memory that holds one holds all these facts
     monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])
     lm = tiny_lm("llama", torch.float64)
     facts = [kf.Fact(prompt=p.template, subject=p.subject, target_new="Rome") for p in PROMPTS]

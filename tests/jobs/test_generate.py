@@ -8,7 +8,7 @@ import torch
 import kedit_fast as kf
 from kedit_fast.jobs.generate import generate
 from kedit_fast.model.source import Resident
-from kedit_fast.sweep import engine
+from kedit_fast.sweep import plan
 from tests.conftest import close, open_tiny, tiny_lm
 from tests.make import make_edit, owned_edit
 from tests.tiny import DISTINCT, PROMPTS, tiny_model, tiny_tokenizer
@@ -186,7 +186,7 @@ def test_texts_and_single_prompts():
 
 def test_many_texts_are_cut_into_calls(monkeypatch, poisoned_memory):
     whole = generate(tiny_lm("gemma3"), PROMPT_IDS, N_NEW, stop=False)
-    monkeypatch.setattr(engine, "CALL_ROWS", 2)
+    monkeypatch.setattr(plan, "CALL_ROWS", 2)
     assert generate(tiny_lm("gemma3"), PROMPT_IDS, N_NEW, stop=False) == whole
 
 

@@ -11,12 +11,12 @@ from kedit_fast.jobs.collect import Collect, collect
 from kedit_fast.jobs.score import Score
 from kedit_fast.model.family import FAMILIES, layers_of
 from kedit_fast.model.seam import frozen
-from kedit_fast.sweep import engine
+from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.engine import ALL, sweep
 from kedit_fast.sweep.plan import PLACE, RowCost
-from kedit_fast.sweep.rows import KVStore
 from kedit_fast.sweep.runs import NEVER, RunList, add_edited, add_sequences
 from kedit_fast.sweep.sites import IN, INSIDE, OUT, Site
+from kedit_fast.sweep.store import KVStore
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
 from tests.make import bits, lowrank, make_edit, same_bits
 from tests.oracle.access import changing
@@ -229,7 +229,7 @@ def test_autocast_outside_does_not_matter(family):
 def test_gradients_are_those_of_hugging_face(family, size, dense_from, monkeypatch):
     """One call or many, gathered or dense; the embedding's output asks for a gradient."""
     monkeypatch.setattr("kedit_fast.kernels.attention.DENSE_FROM", dense_from)
-    monkeypatch.setattr(engine, "CALL_ROWS", size)
+    monkeypatch.setattr(plan, "CALL_ROWS", size)
     lm, texts = tiny_lm(family), [ids[:5] for ids in TEXTS]
     runs = RunList()
     runs.add(torch.tensor(texts))

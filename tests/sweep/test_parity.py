@@ -9,7 +9,7 @@ import torch
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.kernels.attention import attention
 from kedit_fast.model.family import FAMILIES
-from kedit_fast.sweep import engine
+from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.runs import RunList, add_sequences
 from kedit_fast.sweep.sites import Site
 from kedit_fast.tracing.exact import Restore
@@ -144,7 +144,7 @@ def test_packed_sweep_gives_hugging_faces_logits(family):
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
 def test_calls_may_be_cut_anywhere(family, size, monkeypatch, poisoned_memory):
     """Rows read keys of their own and earlier calls only, and nothing that has not been written yet."""
-    monkeypatch.setattr(engine, "CALL_ROWS", size)
+    monkeypatch.setattr(plan, "CALL_ROWS", size)
     assert worst(swept(family), wanted(family)) <= TOLERANCE[torch.float32]
 
 

@@ -11,7 +11,7 @@ from kedit_fast.sweep.runs import NEVER, RunList, add_sequences
 
 def grown(runs, first=0, last=3, **options):
     """(table, [rows each new row begins as, by layer])"""
-    table = RowTable(runs, first, **options)
+    table = RowTable(runs, first, last, **options)
     return table, [table.grow(layer).tolist() for layer in range(first, last + 1)]
 
 
@@ -115,9 +115,15 @@ def test_a_narrow_run_owns_one_row_in_its_first_layer():
     runs.add([1, 2, 3, 4], parent=0, branch_layer=1, first_pos=1, narrow=True)
     table = RowTable(runs.runs(), 0)
     table.grow(0)
-    assert table.grow(1).tolist() == [1] and table.key_rows[1].tolist() == [0, 4, 2, 3]
-    assert table.grow(2).tolist() == [2, 3] and table.key_rows[1].tolist() == [0, 4, 5, 6]
+    assert table.key_rows[1].tolist() == [0, 4, 5, 6], "as it is in the end"
+    places = torch.ones(4, dtype=torch.int64), torch.arange(4)
+    assert table.rows_of(*places).tolist() == [-1] * 4, "the run has not begun"
+    assert table.grow(1).tolist() == [1] and table.ends.tolist() == [4, 5]
+    assert table.rows_of(*places).tolist() == [0, 4, 2, 3], "what has not joined yet is as above it"
+    assert table.grow(2).tolist() == [2, 3] and table.rows_of(*places).tolist() == [0, 4, 5, 6]
     assert table.grow(3).tolist() == [] and table.ends.tolist() == [4, 5, 7]
+    assert [len(table.at_layer(layer)) for layer in range(4)] == [4, 5, 7, 7]
+    assert table.at_layer(1).rows_of(*places).tolist() == [0, 4, 2, 3]
 
 
 def test_windows_that_branch_from_each_other():
@@ -145,7 +151,7 @@ def test_rows_over_a_store():
     runs.add([1, 2, 3, 4], parent=0, first_pos=2, source=-1)
     table, begins = grown(runs.runs(), store_table=torch.tensor([[4, 9]]), base=10)
     assert table.key_rows.tolist() == [[4, 9, -1, -1], [4, 9, 10, 11]]
-    assert begins[0] == [-1, -1] and table.slots.tolist() == [10, 11] and len(table) == 2
+    assert begins[0] == [-1, -1] and table.slots(slice(0, 2)) == slice(10, 12) and len(table) == 2
     assert table.row_of(torch.tensor([4, 9, 10, 11, -1])).tolist() == [-1, -1, 0, 1, -1]
 
 
@@ -154,7 +160,7 @@ def test_rows_with_slots_of_their_own():
     runs.add([[1, 2, 0], [3, 4, 5]], length=torch.tensor([2, 3]), first_pos=torch.tensor([1, 1]))
     store = torch.arange(8).view(2, 4)
     table, _ = grown(runs.runs(), store_table=store, base=0, slots=torch.tensor([1, 5, 6]))
-    assert table.key_rows.tolist() == [[0, 1, 2], [4, 5, 6]] and table.slots.tolist() == [1, 5, 6]
+    assert table.key_rows.tolist() == [[0, 1, 2], [4, 5, 6]] and table.slots(slice(0, 3)).tolist() == [1, 5, 6]
     assert table.row_of(torch.tensor([0, 1, 5, 6, -1])).tolist() == [-1, 0, 1, 2, -1]
 
 
@@ -180,9 +186,12 @@ def three_runs():
 def test_places_are_found_at_their_own_or_inherited_rows():
     table = three_runs()
     assert table.run.tolist() == [0, 0, 0, 2, 2, 1]  # children stand behind all roots
-    call = Call(table, torch.arange(6), torch.arange(3))
-    which, row = call.find(torch.tensor([1, 1, 2, 0]), torch.tensor([2, 1, 0, 2]))
-    assert which.tolist() == [0, 1, 2, 3] and row.tolist() == [5, 1, 3, 2]
+    call = Call(table, slice(0, 6), torch.arange(3))
+    places = torch.tensor([1, 1, 2, 0]), torch.tensor([2, 1, 0, 2])
+    which, row = call.find(*places)
+    assert which.tolist() == [1, 3, 2, 0] and row.tolist() == [1, 2, 3, 5], "in the order of the rows"
+    which, row = Call(table, slice(2, 5), torch.arange(3)).find(*places)
+    assert which.tolist() == [3, 2] and row.tolist() == [0, 1]
     assert call.tokens.tolist() == [1, 2, 3, 7, 8, 4]
 
 
@@ -190,12 +199,12 @@ def test_places_outside_the_call_or_the_pack_are_not_found():
     table = three_runs()
     part = Call(table, torch.tensor([1, 3, 5]), torch.arange(3))
     which, row = part.find(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 2, 0, 2]))
-    assert which.tolist() == [1, 2, 3] and row.tolist() == [0, 2, 1]
+    assert which.tolist() == [1, 3, 2] and row.tolist() == [0, 1, 2]
     empty = Call(table, torch.arange(0), torch.arange(3))
     assert empty.find(torch.tensor([0]), torch.tensor([0]))[0].tolist() == []
-    renumbered = Call(table, torch.arange(6), torch.tensor([-1, 0, -1, 1, 2]))
+    renumbered = Call(three_runs(), slice(0, 6), torch.tensor([-1, 0, -1, 1, 2]))
     which, row = renumbered.find(torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 2, 1]))
-    assert which.tolist() == [1, 2, 3] and row.tolist() == [0, 5, 4]
+    assert which.tolist() == [1, 3, 2] and row.tolist() == [0, 4, 5]
 
 
 def test_owners_of_rows():

@@ -224,7 +224,7 @@ def test_progress_reaches_the_number_of_facts(method, monkeypatch):
         yield SimpleNamespace(advance=lambda n: told.append(n / total), resume=lambda n: told.append(n / total))
 
     monkeypatch.setattr(tracing, "progress", progress)
-    monkeypatch.setattr(tracing, "TOGETHER", 1)
+    monkeypatch.setattr(tracing, "TOGETHER", 0)
     groups = watched(monkeypatch, tracing, "_trace_group")
     kf.trace(tiny_lm("gpt2"), [CAPITAL, EIFFEL], kinds="state", method=method, **HOW)
     assert sum(told) == pytest.approx(1) and len(told) >= 8

@@ -133,19 +133,30 @@ def plan(key_rows: Tensor, run: Tensor, pos: Tensor, heads: int, most: int, devi
     new[1:] = (run[1:] != run[:-1]) | (pos[1:] <= pos[:-1])
     start = new.nonzero()[:, 0]
     stop = torch.cat([start[1:], start.new_tensor([len(run)])])
-    queries = triton.next_power_of_2(triton.cdiv(len(run), len(start)) * heads)
-    queries = min(max(queries, _LEAST), most)
-    rows = queries // heads
-    count = (stop - start + rows - 1) // rows
-    segment = torch.arange(len(start), device=run.device).repeat_interleave(count)
-    nth = torch.arange(len(segment), device=run.device) - (count.cumsum(0) - count)[segment]
-    first = start[segment] + nth * rows
-    blocks = torch.stack([first, torch.minimum(first + rows, stop[segment]), segment], 1)
+    queries = n_queries(len(run), len(start), heads, most)
+    made = blocks(start, stop, torch.arange(len(start), device=run.device), queries // heads)
     table = key_rows[run[start].to(key_rows.device), : int(pos.max()) + 1]
-    return Plan(blocks.to(device), table.to(device), pos.to(device), queries)
+    return Plan(made.to(device), table.to(device), pos.to(device), queries)
 
 
-def attention(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None) -> Tensor:
+def n_queries(n_rows: int, n_segments: int, heads: int, most: int) -> int:
+    """Queries of a program: as many as an average segment has, of ``heads`` heads, and ``most`` at most."""
+    return min(max(triton.next_power_of_2(triton.cdiv(n_rows, n_segments) * heads), _LEAST), most)
+
+
+def blocks(start: Tensor, stop: Tensor, segment: Tensor, rows: int) -> Tensor:
+    """[n, 3] int64: first row, the one behind the last, and segment of each block of at most ``rows`` rows, of segments
+    [start, stop) that are called so."""
+    count = (stop - start + rows - 1) // rows
+    which = torch.arange(len(start), device=start.device).repeat_interleave(count)
+    nth = torch.arange(len(which), device=start.device) - (count.cumsum(0) - count)[which]
+    first = start[which] + nth * rows
+    return torch.stack([first, torch.minimum(first + rows, stop[which]), segment[which]], 1)
+
+
+def attention(
+    query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, cut=None
+) -> Tensor:
     """``kernels.attention.attention`` on Triton for fp32, fp16 and bf16; without gradients."""
     rows, n_heads, dim = query.shape
     out = query.new_empty(rows, n_heads, dim)
@@ -155,7 +166,8 @@ def attention(query, key, value, key_rows, run, pos, *, scale, window=None, soft
     group = n_heads // kv_heads
     heads = min(group, _HEADS)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-    made = plan(key_rows, run, pos, heads, _MOST[query.element_size()], query.device)
+    most = _MOST[query.element_size()]
+    made = (cut and cut(heads, most)) or plan(key_rows, run, pos, heads, most, query.device)
     constexprs, options = _config(query.element_size(), dim)
     upcast = not isinstance(attention_kernel, triton.JITFunction)
     # Blocks on the first axis of the grid: it takes 2**31 - 1 programs, the second one 65,535.

@@ -61,8 +61,8 @@ GATHERS = {"index", "index_select", "embedding"}
 class Counts:
     """launches, moved, busy: by op, how often, bytes, and the seconds that they take at least (launch by launch
     the largest of bytes over ``BANDWIDTH``, FLOP over ``PRODUCTS`` and ``LEAST``); waits: by (why, where), how often
-    the host waits; uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; spent:
-    seconds that the counting itself took"""
+    the host waits; uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; ops:
+    of torch that were looked at, on the CPU too; spent: seconds that it took, without what ops on the CPU do"""
 
     launches: Counter = field(default_factory=Counter)
     moved: Counter = field(default_factory=Counter)
@@ -72,6 +72,7 @@ class Counts:
     flop: int = 0
     busy: Counter = field(default_factory=Counter)
     spent: float = 0.0
+    ops: int = 0
 
     def launch(self, op: str, nbytes: int = 0, flop: int = 0, n: int = 1) -> None:
         self.launches[op] += n
@@ -211,6 +212,7 @@ def _is_pinned(x: Tensor) -> bool:
 
 def _run(func, args, kwargs: dict, counts: Counts):
     began = perf_counter()
+    counts.ops += 1
     try:
         return _counted(func, args, kwargs, counts)
     finally:
@@ -226,7 +228,9 @@ def _counted(func, args, kwargs: dict, counts: Counts):
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if not ours and device not in ("cuda", "meta"):
         pins = kwargs.pop("pin_memory", None)
+        began = perf_counter()
         found = func(*args, **kwargs)
+        counts.spent -= perf_counter() - began  # the program's own
         return _as_pinned(found) if pins else found
     plain = tree_map(_held, kwargs) | ({"device": CPU} if device is not None else {})
     if OnDevice.hollow and func is aten._local_scalar_dense.default and ours[0].held.is_meta:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_fast.editors.finetune import Ft, Known, check_down, of_layer
+from kedit_fast.editors.hyperparameters import published
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask
 from kedit_fast.model.lm import LM, takes_lm
@@ -43,10 +44,16 @@ class LocFt(Ft):
     def for_model(cls, lm: LM) -> "LocFt":
         """Published layer where there is one for this model, else derived settings; ``source`` says which.
 
-        Derived: ``Ft``'s layer and rate. (Published are layers at 0.21 and 0.69 of the depth; of Mistral a whole layer,
-        which is no one matrix.)
+        Derived: a layer at a tenth of the depth, ``Ft``'s rate, and batches of 25, so that a hundred facts are more
+        than one step a pass. On SmolLM2-135M, 100 facts in 25 passes: batches of 100 at layer 5 say 62 of them (S 40),
+        batches of 25 all (S 62, perplexity + 12 %), at layer 3 97 (S 68, + 7 %), at layer 21 96 (S 49, + 15 %).
+        (Published are layers at 0.21 and 0.69 of the depth, and batches of 100 for thousands of facts; of Mistral a
+        whole layer, which is no one matrix.)
         """
-        return cls(**of_layer(PUBLISHED, lm))
+        made = of_layer(PUBLISHED, lm)
+        if published(PUBLISHED, lm) is None:
+            made |= {"layers": (round(0.1 * lm.n_layers),), "batch_size": 25}
+        return cls(**made)
 
     @property
     def method(self) -> str:

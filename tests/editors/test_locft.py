@@ -114,7 +114,8 @@ def test_for_model_says_where_its_settings_come_from():
     known = kf.LocFt.for_model(named("Qwen2.5-7B-Instruct", layers=28))
     assert known == kf.LocFt(layers=(6,), source="published for Qwen2.5-7B-Instruct")
     derived = kf.LocFt.for_model(tiny_lm("llama", layers=12))
-    assert derived.layers == (2,) and derived.source.startswith("derived") and derived.lr == 3.2 / 80
+    assert derived.layers == (1,) and derived.source.startswith("derived") and derived.lr == 3.2 / 80
+    assert derived.batch_size == 25 and known.batch_size == 100, "published for thousands of facts"
 
 
 def test_what_cannot_be_done_is_refused(no_sweep):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from sys import _getframe
-from time import perf_counter
+from time import thread_time
 from typing import Any
 from unittest.mock import patch
 
@@ -73,6 +73,9 @@ class Counts:
     busy: Counter = field(default_factory=Counter)
     spent: float = 0.0
     ops: int = 0
+    own: float = 0.0  # seconds of the op on the CPU that is being looked at
+    inside: bool = False
+    of_program: bool = True
 
     def launch(self, op: str, nbytes: int = 0, flop: int = 0, n: int = 1) -> None:
         self.launches[op] += n
@@ -88,6 +91,15 @@ class Counts:
         self.uploaded += _size(x)
         if waits:
             self.wait("upload from pageable memory")
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """What happens inside is counting, but for ops on the CPU that the program asked for."""
+        self.inside, self.own, began = True, 0.0, thread_time()
+        try:
+            yield
+        finally:
+            self.inside, self.spent = False, self.spent + thread_time() - began - self.own
 
     def clear(self) -> None:
         """Back to nothing."""
@@ -211,12 +223,11 @@ def _is_pinned(x: Tensor) -> bool:
 
 
 def _run(func, args, kwargs: dict, counts: Counts):
-    began = perf_counter()
-    counts.ops += 1
-    try:
+    if counts.inside:  # an op that another one is made of
         return _counted(func, args, kwargs, counts)
-    finally:
-        counts.spent += perf_counter() - began
+    counts.ops += 1
+    with counts.looking():
+        return _counted(func, args, kwargs, counts)
 
 
 def _counted(func, args, kwargs: dict, counts: Counts):
@@ -228,10 +239,18 @@ def _counted(func, args, kwargs: dict, counts: Counts):
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if not ours and device not in ("cuda", "meta"):
         pins = kwargs.pop("pin_memory", None)
-        began = perf_counter()
+        began = thread_time()
         found = func(*args, **kwargs)
-        counts.spent -= perf_counter() - began  # the program's own
+        counts.own += (thread_time() - began) * counts.of_program
         return _as_pinned(found) if pins else found
+    counts.of_program = False  # what an op of the device is made of
+    try:
+        return _on_device(func, args, kwargs, ours, others, device, counts)
+    finally:
+        counts.of_program = True
+
+
+def _on_device(func, args, kwargs: dict, ours: list, others: list, device: str | None, counts: Counts):
     plain = tree_map(_held, kwargs) | ({"device": CPU} if device is not None else {})
     if OnDevice.hollow and func is aten._local_scalar_dense.default and ours[0].held.is_meta:
         counts.wait("item")
@@ -377,7 +396,7 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         """What the reference gives, in x's dtype; shape: of it, where that is not x's."""
         if OnDevice.hollow:
             return hollow(*(x.shape if shape is None else shape), dtype=x.dtype)
-        with _disable_current_modes():
+        with counts.looking(), _disable_current_modes():
             return OnDevice(reference(_held(x), *tree_map(_held, args), **tree_map(_held, kwargs)))
 
     def attend(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, cut=None):
@@ -385,12 +404,13 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         heads, most = min(n_heads // key.shape[1], attention._HEADS), attention._MOST[query.element_size()]
         if not (cut and cut(heads, most)):
             attention.plan(key_rows, run, pos, heads, most, CUDA)
-        seen = int((_held(pos) + 1).sum())
+        with counts.looking(), _disable_current_modes():
+            seen, read = int((pos + 1).sum()), _keys_read(run, pos)
         out = exact(
             attention_op.attention_ref, query, key, value, key_rows, run, pos, scale=scale, window=window,
             softcap=softcap, sinks=sinks,
         )  # fmt: skip
-        moved = 2 * _size(out.held) + 2 * _keys_read(run, pos) * key.shape[1] * dim * key.element_size()
+        moved = 2 * _size(out.held) + 2 * read * key.shape[1] * dim * key.element_size()
         counts.launch("triton attention", moved, 4 * seen * n_heads * dim)
         return out
 

@@ -225,7 +225,7 @@ def prompt_features(
     number = runs.add(tokens[0], length=tokens[1], owner=lm.run_owner)
     begin = tokens[1] - 1 if not every else torch.where(tokens[1] > skip, skip, 0)
     job = _Reading(layer, site, number, (begin, tokens[1]), measure)
-    held = len(distinct) * lm.width_of(site) * 8 + PLACE * len(job.prompt)
+    held = len(distinct) * lm.width_of(site) * 8 + PLACE * len(job.run)
     sweep(replace(lm, prompted=True), runs.runs(), [job], last_layer=layer, held=held)
     place = {each: i for i, each in enumerate(distinct)}
     return job.features()[[place[each] for each in ids]]

@@ -206,6 +206,9 @@ class _Counting(TorchDispatchMode):
         self.counts = counts
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if OnDevice not in types and not (kwargs and (kwargs.get("device") or kwargs.get("pin_memory"))):
+            self.counts.ops += not self.counts.inside
+            return func(*args, **kwargs or {})  # the CPU's alone, and the program's own time
         return _run(func, args, kwargs or {}, self.counts)
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from bench.common import ROOT
 from bench.gpu.readings import CALLS, ON_GPU, PHASE, Profile
-from kedit_fast.jobs import values
+from kedit_fast.jobs import below, values
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.rows import RowTable
@@ -30,9 +30,9 @@ SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch warns of
 PHASES = {  # (where a phase's work is called from, its name there): what it is called here
     (exact, "_add_states"): "runs declared",
     (engine, "cut"): "packs cut",
-    (RowTable, "grow"): "row table",
+    (RowTable, "_plan"): "row table",
+    (RowTable, "found"): "places found",
     (engine, "branch_rows"): "branch rows",
-    (engine.Pack, "_call"): "row index",
     (engine.Pack, "_block"): "block, all but attention",
     (engine, "attention"): "attention",
     (Score, "at"): "head",
@@ -50,8 +50,8 @@ PHASES = {  # (where a phase's work is called from, its name there): what it is 
 def call_rows(rows: int) -> Iterator[None]:
     """Sweeps send about so many rows through a block in one call."""
     with ExitStack() as stack:
-        for module in (plan, engine, tracing):
-            stack.enter_context(patch.object(module, "CALL_ROWS", rows))
+        for module in (plan, engine, tracing, below):
+            stack.enter_context(patch.object(module, "call_rows", lambda lm: rows))
         yield
 
 
@@ -104,7 +104,7 @@ def _phases() -> Iterator[None]:
 def waits(device: torch.device, layer: int | None = None) -> Iterator[Counter]:
     """{"file:line function": times} of the package's lines that wait for the GPU while this is open.
 
-    layer: only during that turn of the engine's loop (growing the rows, then the block); None: all the time
+    layer: only during that turn of the engine's loop (the rows that begin, then the block); None: all the time
     """
     found: Counter = Counter()
 

@@ -89,6 +89,7 @@ class Shape(Sizes):
     head_flop: int
     memory: int = DEFAULT_MEMORY
     source: OnPaper = OnPaper()
+    device: torch.device = torch.device("cpu")  # whose block calls it is cut for
 
     @property
     def n_layers(self) -> int:

@@ -294,9 +294,9 @@ def test_calls_have_the_size_that_is_asked_for(traced, monkeypatch):
 
 
 def test_waits_are_counted_by_the_package_s_lines(traced, monkeypatch):
-    """A stand-in for a GPU warns as torch does: in the last layer's head, and at each growth of the rows."""
+    """A stand-in for a GPU warns as torch does: in the last layer's head, and where rows begin."""
     ours, facts = traced
-    head, grow, modes = engine.through, engine.RowTable._append, []
+    head, begin, modes = engine.through, engine.branch_rows, []
 
     def warning(run):
         def work(*args):
@@ -307,7 +307,7 @@ def test_waits_are_counted_by_the_package_s_lines(traced, monkeypatch):
         return work
 
     monkeypatch.setattr(engine, "through", warning(head))
-    monkeypatch.setattr(engine.RowTable, "_append", warning(grow))
+    monkeypatch.setattr(engine, "branch_rows", warning(begin))
     monkeypatch.setattr(watch, "print_nothing", modes.append)
     before = warnings.showwarning
     with watch.waits(CPU, 1) as one:
@@ -315,8 +315,8 @@ def test_waits_are_counted_by_the_package_s_lines(traced, monkeypatch):
     with watch.waits(CPU) as everywhere:
         ours(facts[:1])
     assert warnings.showwarning is before and modes[-1] == "default"
-    assert {place.partition(":")[0] for place in one} == {"sweep/engine.py", "sweep/rows.py"}
-    assert {place.rpartition(" ")[2] for place in one} == {"_block", "grow"}
+    assert {place.partition(":")[0] for place in one} == {"sweep/engine.py"}
+    assert {place.rpartition(" ")[2] for place in one} == {"_block", "run"}
     assert one.keys() < everywhere.keys() and one.total() < everywhere.total()
 
 

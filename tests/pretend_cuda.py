@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from kedit_fast.basics import settings
 from kedit_fast.kernels import attention as attention_op
 from kedit_fast.kernels import lowrank as lowrank_op
 from kedit_fast.kernels.triton import attention, lowrank, rows, second_moment, target_logprob
@@ -122,6 +123,7 @@ def pretended_cuda(hollow: bool = False) -> Iterator[Counts]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(OnDevice, "hollow", hollow))
         stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
+        stack.enter_context(patch.object(settings, "triton_interprets", lambda: False))  # or it would not be chosen
         stack.enter_context(patch.object(Tensor, "pin_memory", _pinned_copy))
         for module, name, made in stand_ins(counts):
             stack.enter_context(patch.object(module, name, made))
@@ -465,16 +467,17 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         return out
 
     def moment(c, keys):
-        keys = _held(keys)
-        counts.launch("triton second_moment", _size(keys), keys.numel() * len(c))
-        if OnDevice.hollow:
-            return
-        _held(c).add_(keys[:, : len(c)].T.to(c.dtype) @ keys[:, : len(c)].to(c.dtype))
+        counts.launch("triton second_moment", _size(keys), keys.numel() * len(c), -(-len(keys) // second_moment._CHUNK))
+        if not OnDevice.hollow:
+            with counts.looking(), _disable_current_modes():
+                wide = _held(keys).to(_held(c).dtype)
+                _held(c).add_(wide.T @ wide)
+        return c
 
     return [
         (attention, "attention", attend), (rows, "_branch_rows", branch), (rows, "_add_noise", noise),
         (target_logprob, "_forward", forward), (target_logprob, "_backward", backward),
-        (lowrank, "lowrank_add", low_rank), (second_moment, "_launch", moment),
+        (lowrank, "lowrank_add", low_rank), (second_moment, "second_moment_", moment),
     ]  # fmt: skip
 
 

@@ -72,3 +72,23 @@ def test_every_flow_gives_its_numbers(flow):
         assert found == expected
     else:
         torch.testing.assert_close(getattr(found, "held", found), expected, rtol=1e-4, atol=1e-6)
+
+
+def waits_and_uploads(flow, layers, **options):
+    """(how often the host waits, how often it uploads) in a flow on a model of so many layers."""
+    with pretended_cuda() as counts:
+        lm = open_tiny(on_device(tiny_model("llama", layers=layers)), **options)
+        FLOWS[flow](lm)
+        counts.clear()
+        FLOWS[flow](lm)
+    waits = sum(n for (_, where), n in counts.waits.items() if not where.startswith("model/fingerprint"))
+    return waits, counts.uploads.total()
+
+
+@pytest.mark.parametrize("flow", ["trace", "generate", "evaluate"])
+def test_no_layer_of_a_sweep_waits_or_uploads(flow):
+    """What rows there are is planned, and taken to the device, before the first layer; a trace's windows, whose writes
+    differ from layer to layer, upload which they are (places and rows of two jobs), and nothing waits for it."""
+    few, many = (waits_and_uploads(flow, layers) for layers in (4, 9))
+    assert many[0] == few[0]
+    assert many[1] - few[1] <= (5 * 4 if flow == "trace" else 0)

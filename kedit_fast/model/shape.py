@@ -13,6 +13,8 @@ from kedit_fast.model.family import EXPERTS, FAMILIES
 from kedit_fast.model.folder import CONFIG, said_by
 from kedit_fast.model.source import DEFAULT_MEMORY
 
+CPU = torch.device("cpu")
+
 
 class Sizes:
     """What follows from a text model's config, of a model that is opened and of one on paper."""
@@ -89,7 +91,7 @@ class Shape(Sizes):
     head_flop: int
     memory: int = DEFAULT_MEMORY
     source: OnPaper = OnPaper()
-    device: torch.device = torch.device("cpu")  # whose block calls it is cut for
+    device: torch.device = CPU  # whose block calls it is cut for
 
     @property
     def n_layers(self) -> int:

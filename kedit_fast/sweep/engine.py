@@ -17,7 +17,7 @@ from kedit_fast.kernels.attention import attention
 from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.hooks import Enough, hooked, last_read, through
-from kedit_fast.sweep.plan import RowCost, call_rows, calls, cut, room
+from kedit_fast.sweep.plan import RowCost, call_rows, cut, room
 from kedit_fast.sweep.rows import Call, RowTable, upload
 from kedit_fast.sweep.runs import Runs, in_order
 from kedit_fast.sweep.sites import Site
@@ -199,7 +199,7 @@ class Pack:
 
     def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
         read = self._rows_read(layer, table) if is_last else None
-        parts: list[slice | Tensor] = [slice(*span) for span in calls(table.ends, self.call_rows)]
+        parts: list[slice | Tensor] = list(table.calls(self.call_rows))
         alone = read is None and len(parts) == 1 and self.store is None and self.keep is None
         cache = None if alone else self._cache(layer, h, table)
         if read is not None:
@@ -296,7 +296,7 @@ class _Attend:
             keys, values = key.contiguous(), value.contiguous()
         else:
             keys, values = self.cache
-            slots = table.slots(call.rows)
+            slots = table.slots(call.rows_there)
             keys[slots], values[slots] = key, value
         if self.keys_only:
             raise Enough
@@ -314,8 +314,8 @@ def planned(call: Call, call_rows: int, heads: int, most: int):
     table = call.table
 
     def make():
-        ends = table.all_ends
-        start, begins = torch.cat([ends.new_zeros(1), ends[:-1]]), [first for first, _ in calls(ends, call_rows)]
+        ends = table.ends
+        start, begins = torch.cat([ends.new_zeros(1), ends[:-1]]), table.begins(call_rows)
         queries = n_queries(len(table.run), len(ends), heads, most)
         made = blocks(start, ends, table.run[start], queries // heads)
         first, begin = made[:, 0].contiguous(), torch.tensor(begins)

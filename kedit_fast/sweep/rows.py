@@ -1,5 +1,6 @@
 """The rows of one pack and where everything lies: the row table that attention and the jobs read."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kedit_fast.sweep.plan import calls
 from kedit_fast.sweep.runs import NEVER, Runs, spans
 
 T = TypeVar("T")
@@ -19,9 +21,10 @@ class RowTable:
     """Rows grow as runs branch, and never move: row i is row i in every layer, so all of them are planned at once.
 
     key_rows: [R, T] int64: the KV slot that holds position t of run r, owned or inherited (-1 where there is none), as
-    it is once all runs have grown; run, pos: [rows] of all that ever will be. ``len`` is how many there are by now:
-    ``grow`` goes to a layer. Slots below ``base`` belong to a KV store that outlives the sweep; row i of this sweep has
-    slot ``base + i``, unless ``slots`` names them (generation writes into the store itself).
+    it is once all runs have grown; run, pos: [rows] of all that ever will be; ends: behind which of them a call may be
+    cut. ``len`` is how many there are by now: ``grow`` goes to a layer. Slots below ``base`` belong to a KV store that
+    outlives the sweep; row i of this sweep has slot ``base + i``, unless ``slots`` names them (generation writes into
+    the store itself).
     """
 
     def __init__(
@@ -35,17 +38,22 @@ class RowTable:
             self.key_rows[:n, :width] = store_table[:, :width]
         self.run = torch.empty(0, dtype=torch.int64)
         self.pos = torch.empty(0, dtype=torch.int64)
-        self.all_ends: Tensor = torch.empty(0, dtype=torch.int64)
+        self.ends: Tensor = torch.empty(0, dtype=torch.int64)
         self._made: dict[Hashable, Any] = {}  # tables on the device, and what was found; all layers share it
         self._plan(first_layer, last_layer)
 
     def __len__(self) -> int:
         return self._n
 
-    @property
-    def ends(self) -> Tensor:
-        """Where a call may be cut: behind each segment of a run. ``all_ends``: once all runs have grown."""
-        return self.all_ends[: int(torch.searchsorted(self.all_ends, self._n, right=True))]
+    def begins(self, size: int) -> list[int]:
+        """First rows of block calls of about ``size`` rows: the same in every layer, for rows stay where they are."""
+        return self.once(("calls", size), lambda: [first for first, _ in calls(self.ends, size)])
+
+    def calls(self, size: int) -> list[slice]:
+        """The rows that there are by now as block calls."""
+        begins = self.begins(size)
+        begins = begins[: bisect_left(begins, self._n)]
+        return [slice(*span) for span in zip(begins, [*begins[1:], self._n], strict=True)]
 
     def grow(self, layer: int) -> Tensor:
         """Adds the rows born in the input of ``layer``; gives the row each begins as [m] (-1: its own embedding), on
@@ -161,7 +169,7 @@ class RowTable:
         row = torch.arange(self._n, self._n + len(run))
         self.key_rows[run, pos] = self._slots[row] if self._slots is not None else self.base + row
         self.run, self.pos = torch.cat([self.run, run]), torch.cat([self.pos, pos])
-        self.all_ends = torch.cat([self.all_ends, count.cumsum(0)[count > 0] + self._n])
+        self.ends = torch.cat([self.ends, count.cumsum(0)[count > 0] + self._n])
         self._n += len(run)
         return begins_as
 
@@ -175,13 +183,12 @@ class RowTable:
         return (slot - self.base).clamp(min=-1)
 
     def slots(self, rows: slice | Tensor) -> slice | Tensor:
-        """The KV slots that these rows write: a slice where they stand together."""
+        """The KV slots that these rows write: a slice where they stand together, as ``Call.rows_there`` has them."""
         if self._slots is not None:
-            slots = self.once("slots", lambda: upload(self.device, self._slots))[0]
-            return slots[rows.to(slots.device) if isinstance(rows, Tensor) else rows]
+            return self.once("slots", lambda: upload(self.device, self._slots))[0][rows]
         if isinstance(rows, slice):
             return slice(self.base + rows.start, self.base + rows.stop)
-        return self.base + rows.to(self.device)
+        return self.base + rows
 
 
 class Places:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kedit_fast.sweep.rows import upload
+
 
 class KVStore:
     """Slots of keys and values by layer. ``table`` [runs, T] says which slot holds position t of run r.
@@ -37,8 +39,11 @@ class KVStore:
 
     def copy(self, origin: Tensor, target: Tensor) -> None:
         """Gives slots ``target`` [n] the keys and values of slots ``origin`` [n], in all layers."""
-        for kept in (each for pair in self._kept.values() for each in pair):
-            kept[target.to(kept.device)] = kept[origin.to(kept.device)]
+        kept = [each for pair in self._kept.values() for each in pair]
+        if kept:
+            origin, target = upload(kept[0].device, origin, target)
+        for each in kept:
+            each[target] = each[origin]
 
     def room(self, layer: int, n: int, like: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The layer's slots [size + n, Hkv, D], the same memory in every sweep; ``n`` rows of it stand behind."""

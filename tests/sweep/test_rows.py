@@ -118,10 +118,10 @@ def test_a_narrow_run_owns_one_row_in_its_first_layer():
     assert table.key_rows[1].tolist() == [0, 4, 5, 6], "as it is in the end"
     places = torch.ones(4, dtype=torch.int64), torch.arange(4)
     assert table.rows_of(*places).tolist() == [-1] * 4, "the run has not begun"
-    assert table.grow(1).tolist() == [1] and table.ends.tolist() == [4, 5]
+    assert table.grow(1).tolist() == [1] and [call.stop for call in table.calls(1)] == [4, 5]
     assert table.rows_of(*places).tolist() == [0, 4, 2, 3], "what has not joined yet is as above it"
     assert table.grow(2).tolist() == [2, 3] and table.rows_of(*places).tolist() == [0, 4, 5, 6]
-    assert table.grow(3).tolist() == [] and table.ends.tolist() == [4, 5, 7]
+    assert table.grow(3).tolist() == [] and [call.stop for call in table.calls(1)] == [4, 5, 7]
     assert [len(table.at_layer(layer)) for layer in range(4)] == [4, 5, 7, 7]
     assert table.at_layer(1).rows_of(*places).tolist() == [0, 4, 2, 3]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kedit_fast as kf
 from kedit_fast.jobs.collect import Collect, collect
 from kedit_fast.jobs.score import Score
 from kedit_fast.model.family import FAMILIES, layers_of
@@ -18,7 +19,7 @@ from kedit_fast.sweep.runs import NEVER, RunList, add_edited, add_sequences
 from kedit_fast.sweep.sites import IN, INSIDE, OUT, Site
 from kedit_fast.sweep.store import KVStore
 from tests.conftest import close, open_tiny, relative_error, tiny_lm
-from tests.make import bits, lowrank, make_edit, same_bits
+from tests.make import FACTS, bits, lowrank, make_edit, same_bits
 from tests.oracle.access import changing
 from tests.tiny import DISTINCT, PROMPTS, tiny_model, tiny_tokenizer
 
@@ -486,3 +487,19 @@ def test_frequencies_that_depend_on_the_longest_text_are_refused():
     short = [ids[:10] for ids in TEXTS]
     close("short", logits(lm, short), hugging_faces(model, short))
     assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_blocks_that_are_cut_once_for_all_layers_are_those_that_the_kernel_needs(family, monkeypatch):
+    """Calls of few rows, in Triton's interpreter; those of the last layer are cut by themselves."""
+    monkeypatch.setattr(plan, "CALL_ROWS", 20)
+    found, planned = [], engine.planned
+    monkeypatch.setattr(engine, "planned", lambda *given: found.append(planned(*given)) or found[-1])
+    how = {"samples": 1, "kinds": ("mlp",), "window": 2}
+    traced = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("KEDIT_FAST_BACKEND", backend)
+        traced[backend] = kf.trace(tiny_lm(family), FACTS[:1], **how)
+    assert sum(made is not None for made in found) > 4
+    for one, other in zip(*traced.values(), strict=True):
+        assert abs(one.p_restored - other.p_restored).max() < 1e-5 * abs(other.p_restored).max()

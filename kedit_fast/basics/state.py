@@ -1,14 +1,25 @@
-"""How this package computes, whatever its callers have set: the guard of every public door, and the dtype of sums."""
+"""How this package computes, whatever its callers have set: the guard of every public door, the dtype of sums, and how
+tables come to a device."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums of a dtype's values have: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def upload(device: torch.device, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Tables of one dtype on the device: one copy for all of them, from pinned memory, which nobody waits for."""
+    if device.type == "cpu":
+        return tables
+    flat = torch.cat([table.flatten() for table in tables]).pin_memory().to(device, non_blocking=True)
+    parts = flat.split([table.numel() for table in tables])
+    return tuple(part.view(table.shape) for part, table in zip(parts, tables, strict=True))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.state import upload
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.deltas import Delta, Dense, LowRank, check_fits
 from kedit_fast.facts.tokens import spoken
@@ -292,9 +293,15 @@ def refuse_independent(edit, what: str) -> None:
 
 def acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(rows [k] of a call that edits act on, whose each is [k]); None where there is none."""
-    owner = call.owner
-    acted = (owner >= 0).nonzero()[:, 0]
-    return (acted.to(x.device), owner[acted]) if len(acted) else (None, None)
+
+    def find() -> tuple[Tensor | None, Tensor | None]:
+        owner = call.owner
+        acted = (owner >= 0).nonzero()[:, 0]
+        return (upload(x.device, acted)[0], owner[acted]) if len(acted) else (None, None)
+
+    if not isinstance(call.rows, slice):
+        return find()
+    return call.table.once(("acted", call.rows.start, call.rows.stop), find)
 
 
 def named(change: Change) -> str:

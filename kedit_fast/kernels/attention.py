@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kedit_fast.basics.state import wide
+from kedit_fast.basics.state import upload, wide
 from kedit_fast.kernels import dispatch
 
 GATHERED = 1 << 25  # numbers of K, or of scores, held at once by the reference: 128 MB in fp32
@@ -28,6 +28,7 @@ def attention(
     sinks: Tensor | None = None,
     room: int | None = None,
     cut: Callable[[int, int], Any] | None = None,
+    groups: Callable[[], list["Group"]] | None = None,
 ) -> Tensor:
     """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
 
@@ -39,6 +40,7 @@ def attention(
     sinks: [H] logits that take part in each head's softmax and have no value (gpt_oss; None: none)
     room: numbers of K, or of scores, that the reference gathers at once (``GATHERED`` at most; one run's at least)
     cut: gives the kernel's plan of these rows, where one is at hand (``kernels.triton.attention.Plan``), or None
+    groups: gives the reference's ``grouped`` of these rows
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
 
     The Triton kernel reads every key where it lies and holds no scores. It has no backward pass: where autograd
@@ -50,28 +52,57 @@ def attention(
 
         how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "cut": cut}
         return triton.attention(query, key, value, key_rows, run, pos, **how)
-    how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "room": room}
+    how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "room": room, "groups": groups}
     return attention_ref(query, key, value, key_rows, run, pos, **how)
 
 
-def attention_ref(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, room=None):
+class Group(NamedTuple):
+    """Rows of runs that have equally many of them, as the reference reads them; tables on the device.
+
+    rows, pos: [n, m] int64; slots: [n, T] of the positions up to the last that one of them sees; begins: whether each
+    run's first row is at position 0; slab: (first slot, from one run to the next) where slots lie in equal slabs;
+    most: the highest slot
+    """
+
+    rows: Tensor
+    pos: Tensor
+    slots: Tensor
+    begins: bool
+    slab: tuple[int, int] | None
+    most: int
+
+
+def grouped(key_rows: Tensor, run: Tensor, pos: Tensor, device: torch.device) -> list[Group]:
+    """The rows of a call in groups; tables go to the device by one copy."""
+    made, tables = [], []
+    for rows, which in _groups(run, pos):
+        slots = key_rows[which, : int(pos[rows[:, -1]].max()) + 1]
+        made.append((not bool(pos[rows[:, 0]].any()), _slab(slots), int(slots.max())))
+        tables += [rows, pos[rows], slots.clamp(min=0)]  # -1 stands behind a run's end, where no row of it looks
+    there = upload(device, *tables) if tables else ()
+    return [Group(*there[3 * i : 3 * i + 3], *about) for i, about in enumerate(made)]
+
+
+def attention_ref(
+    query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, room=None, groups=None
+):
     """The same in plain torch: runs with equally many rows at a time; dense (SDPA) or gathered."""
     room = GATHERED if room is None else min(room, GATHERED)
-    out, device, sums = torch.empty_like(query), query.device, wide(query.dtype)
-    for rows, which in _groups(run, pos):
-        dense = rows.shape[1] >= DENSE_FROM and softcap is None and not bool(pos[rows[:, 0]].any())
-        n_keys = int(pos[rows[:, -1]].max()) + 1
-        widest = max(key.shape[1] * key.shape[2], 0 if dense else rows.shape[1] * query.shape[1])  # keys or scores
+    out, sums = torch.empty_like(query), wide(query.dtype)
+    for group in groups() if groups else grouped(key_rows, run, pos, query.device):
+        (n, m), n_keys = group.rows.shape, group.slots.shape[1]
+        dense = m >= DENSE_FROM and softcap is None and group.begins
+        widest = max(key.shape[1] * key.shape[2], 0 if dense else m * query.shape[1])  # keys or scores
         step = max(1, room // max(1, n_keys * widest))
-        for i in range(0, len(which), step):
-            part = rows[i : i + step]
-            slots = key_rows[which[i : i + step], :n_keys]
-            q, k, v = query[part.to(device)], _take(key, slots), _take(value, slots)
+        for i in range(0, n, step):
+            part = slice(i, min(i + step, n))
+            rows = group.rows[part]
+            q, k, v = query[rows], _take(key, group, part), _take(value, group, part)
             if dense:
                 got = _dense(q, k, v, scale, window, sinks)
             else:
-                got = _gathered(q.to(sums), k.to(sums), v.to(sums), pos[part].to(device), scale, window, softcap, sinks)
-            out[part.to(device)] = got.to(out.dtype)
+                got = _gathered(q.to(sums), k.to(sums), v.to(sums), group.pos[part], scale, window, softcap, sinks)
+            out[rows] = got.to(out.dtype)
     return out
 
 
@@ -86,21 +117,27 @@ def _groups(run: Tensor, pos: Tensor):
         yield of_n[:, None] + torch.arange(n), run[of_n]
 
 
-def _take(x: Tensor, slots: Tensor) -> Tensor:
-    """x[slots] as [n, T, Hkv, D]; a view where the runs lie in equal slabs (a generation cache), else gathered."""
+def _slab(slots: Tensor) -> tuple[int, int] | None:
+    """(the first, how far from one run to the next) where the runs' slots [n, T] lie in equal slabs: a generation's."""
     first, n_keys = slots[:, 0], slots.shape[1]
     stride = int(first[1] - first[0]) if len(first) > 1 else n_keys
     slabs = first[0] + torch.arange(len(slots))[:, None] * stride + torch.arange(n_keys)
+    return (int(first[0]), stride) if n_keys <= stride and torch.equal(slots, slabs) else None
+
+
+def _take(x: Tensor, group: Group, part: slice) -> Tensor:
+    """x at the slots of a part of the runs as [n, T, Hkv, D]; a view where they lie in equal slabs, else gathered."""
+    slots = group.slots[part]
     # a view would be saved for backward and then written to by the next call
-    if not torch.is_grad_enabled() and n_keys <= stride and torch.equal(slots, slabs):
-        begin, end = int(first[0]), int(first[0]) + (len(slots) - 1) * stride + n_keys
-        step = x.stride()
+    if group.slab is not None and not torch.is_grad_enabled():
+        first, stride = group.slab[0] + part.start * group.slab[1], group.slab[1]
+        end, step = first + (len(slots) - 1) * stride + slots.shape[1], x.stride()
         if end <= len(x):
             return x.as_strided(
-                (len(slots), n_keys, *x.shape[1:]), (stride * step[0], *step), x.storage_offset() + begin * step[0]
+                (*slots.shape, *x.shape[1:]), (stride * step[0], *step), x.storage_offset() + first * step[0]
             )
-    # -1 stands behind a run's end, and a slot that is not there yet is of a later position: no row of it looks there
-    return x[slots.clamp(min=0, max=len(x) - 1).to(x.device)]
+    # a slot that is not there yet is of a later position: no row looks there
+    return x[slots.clamp(max=len(x) - 1) if group.most >= len(x) else slots]
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window, softcap, sinks) -> Tensor:

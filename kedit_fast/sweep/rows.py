@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kedit_fast.basics.state import upload
 from kedit_fast.sweep.plan import calls
 from kedit_fast.sweep.runs import NEVER, Runs, spans
 
@@ -222,15 +223,6 @@ class There:
         if self._there.device != device:
             (self._there,) = upload(device, self._here)
         return self._there
-
-
-def upload(device: torch.device, *tables: Tensor) -> tuple[Tensor, ...]:
-    """Tables of one dtype on the device: one copy for all of them, from pinned memory, which nobody waits for."""
-    if device.type == "cpu":
-        return tables
-    flat = torch.cat([table.flatten() for table in tables]).pin_memory().to(device, non_blocking=True)
-    parts = flat.split([table.numel() for table in tables])
-    return tuple(part.view(table.shape) for part, table in zip(parts, tables, strict=True))
 
 
 def _depths(runs: Runs) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kedit_fast.sweep.rows import upload
+from kedit_fast.basics.state import upload
 
 
 class KVStore:

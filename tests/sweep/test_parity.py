@@ -152,7 +152,7 @@ def _key_row(query, key, value, key_rows, run, pos, **how):
     """One wrong entry: the token before a row of the last run reads the key of the token before it."""
     key_rows = key_rows.clone()
     key_rows[run[-1], pos[-1] - 1] = key_rows[run[-1], pos[-1] - 2]
-    return attention(query, key, value, key_rows, run, pos, **how)
+    return attention(query, key, value, key_rows, run, pos, **how | {"groups": None})  # they are made of the table
 
 
 def _with(**changes):

@@ -28,8 +28,9 @@ from tests.pretend_cuda import PRODUCTS, Counts, on_device, pretended_cuda
 
 LAUNCH, WAIT = 5e-6, 20e-6  # s
 ABOUT = (
-    "Counted on a pretended device. Predicted: launch by launch the largest of bytes over 3.0 TB/s, FLOP over 798 TFLOP/s "
-    "and 2 µs, or the host's time where that is longer (its Python on this CPU, 5 µs a launch), and 20 µs for each wait."
+    "Counted on a pretended device. Predicted: launch by launch the largest of bytes over 3.0 TB/s, FLOP over 798 "
+    "TFLOP/s and 2 µs, or the host's time where that is longer (its Python on this CPU, 5 µs a launch), and 20 µs for "
+    "each wait."
 )
 MEMORY, STEPS = "60GB", 3
 CONTEXTS = [["{}"], ["w5 w6 w7. {}", "w8 w9 w10. {}"]]

@@ -198,12 +198,15 @@ def derived(lm) -> str:
     return f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"
 
 
-def of_layer(table: "dict[str, Known]", lm) -> dict[str, Any]:
-    """Settings: the layer that was published for a model, else ROME's with ``rate``, and which of the two it is."""
+def of_layer(table: "dict[str, Known]", lm, **derived_too: Any) -> dict[str, Any]:
+    """Settings: the layer that was published for a model, else ROME's with ``rate``, and which of the two it is.
+
+    derived_too: settings where nothing was published, over those
+    """
     known = published(table, lm)
     if known is not None:
         return {"layers": (known.layer,), "source": f"published for {known.name}"}
-    return {"layers": (lm.n_layers // 6,), "lr": rate(lm), "source": derived(lm)}
+    return {"layers": (lm.n_layers // 6,), "lr": rate(lm), "source": derived(lm)} | derived_too
 
 
 def check_down(module, what: str) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_fast.editors.finetune import Ft, Known, check_down, of_layer
-from kedit_fast.editors.hyperparameters import published
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.finetune import TuneSettings, TuneTask
 from kedit_fast.model.lm import LM, takes_lm
@@ -50,10 +49,7 @@ class LocFt(Ft):
         (Published are layers at 0.21 and 0.69 of the depth, and batches of 100 for thousands of facts; of Mistral a
         whole layer, which is no one matrix.)
         """
-        made = of_layer(PUBLISHED, lm)
-        if published(PUBLISHED, lm) is None:
-            made |= {"layers": (round(0.1 * lm.n_layers),), "batch_size": 25}
-        return cls(**made)
+        return cls(**of_layer(PUBLISHED, lm, layers=(round(0.1 * lm.n_layers),), batch_size=25))
 
     @property
     def method(self) -> str:

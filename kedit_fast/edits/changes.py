@@ -299,9 +299,7 @@ def acted(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         acted = (owner >= 0).nonzero()[:, 0]
         return (upload(x.device, acted)[0], owner[acted]) if len(acted) else (None, None)
 
-    if not isinstance(call.rows, slice):
-        return find()
-    return call.table.once(("acted", call.rows.start, call.rows.stop), find)
+    return call.once("acted", find)
 
 
 def named(change: Change) -> str:

@@ -52,9 +52,9 @@ class Attribute:
         theirs = torch.zeros(len(self._source_run), width, device=device)
         mine, gradient = torch.zeros(2, len(self.run), width, device=device)
         for x, (which, row), (source, source_row) in calls:
-            value, row = x.detach().float(), row.to(device)
-            theirs[source.to(device)] = value[source_row.to(device)]
-            mine[which.to(device)] = value[row]
+            value = x.detach().float()
+            theirs[source] = value[source_row]
+            mine[which] = value[row]
             if x.grad is not None:
-                gradient[which.to(device)] = x.grad.float()[row]
+                gradient[which] = x.grad.float()[row]
         return (gradient * (theirs[self._source.to(device)] - mine)).sum(1).cpu()

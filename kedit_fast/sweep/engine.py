@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kedit_fast.basics.state import upload
-from kedit_fast.kernels.attention import Group, attention, grouped
+from kedit_fast.kernels.attention import attention, grouped
 from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.model.seam import attend_with, prepared
 from kedit_fast.sweep.hooks import Enough, hooked, last_read, through
@@ -301,22 +301,12 @@ class _Attend:
             keys[slots], values[slots] = key, value
         if self.keys_only:
             raise Enough
+        groups = partial(grouped, table.key_rows, call.run, call.pos, table.device)
         return attention(
             query, keys, values, table.key_rows, call.run, call.pos, scale=scale, window=window, softcap=softcap,
-            sinks=sinks, room=self.room, cut=partial(planned, call, self.call_rows), groups=partial(groups_of, call),
+            sinks=sinks, room=self.room, cut=partial(planned, call, self.call_rows),
+            groups=partial(call.once, "groups", groups),
         )  # fmt: skip
-
-
-def groups_of(call: Call) -> list[Group]:
-    """What the reference needs of the rows of a call, found once for all layers that have this call."""
-    table = call.table
-    found: dict[int, tuple[int, list[Group]]] = table.once("groups", dict)  # {first row: (stop, of its rows)}
-    if not isinstance(call.rows, slice):
-        return grouped(table.key_rows, call.run, call.pos, table.device)
-    if found.get(call.rows.start, (-1,))[0] != call.rows.stop:
-        made = grouped(table.key_rows, call.run, call.pos, table.device)
-        found[call.rows.start] = call.rows.stop, made
-    return found[call.rows.start][1]
 
 
 def planned(call: Call, call_rows: int, heads: int, most: int):

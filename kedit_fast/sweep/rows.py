@@ -249,6 +249,17 @@ class Call:
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What was made of these rows in one layer serves all that have this call; of rows that do not stand together,
+        as in a last layer, it is made anew."""
+        if not isinstance(self.rows, slice):
+            return make()
+        made: dict[Hashable, tuple[int, T]] = self.table.once("calls made", dict)  # {(name, first row): (stop, what)}
+        key = name, self.rows.start
+        if made.get(key, (-1,))[0] != self.rows.stop:
+            made[key] = self.rows.stop, make()
+        return made[key][1]
+
     def find(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the places (run, pos) [k] lie in this call, and at which row of ``x``, in the order of the rows;
         both on x's device.

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shapes import SHAPES, Setup
-from kedit_fast.kernels.attention import attention, attention_ref
+from kedit_fast.kernels.attention import attention, attention_backward, attention_backward_ref, attention_ref
 from kedit_fast.kernels.linear import linear, linear_ref
 from kedit_fast.kernels.lowrank import lowrank_add, lowrank_add_ref
+from kedit_fast.kernels.pointwise import gated, gated_ref, rms_norm, rms_norm_ref
 from kedit_fast.kernels.rows import add_noise, add_noise_ref, branch_rows, branch_rows_ref
 from kedit_fast.kernels.second_moment import second_moment_, second_moment_ref
 from kedit_fast.kernels.solve import memit_solve, memit_solve_ref
@@ -36,8 +38,8 @@ class Case:
     """
 
     backend: tuple[str, torch.dtype]
-    providers: dict[str, Callable[[], Tensor]]
-    error: Callable[[Tensor], float]
+    providers: dict[str, Callable[[], Any]]
+    error: Callable[[Any], float]
     flop: float
     moved: float
     tolerance: float | None = None
@@ -87,8 +89,8 @@ def branch(setup: Setup) -> Case:
     return Case(
         ("rows", setup.dtype),
         {
-            OURS: lambda: branch_rows(h, source),
-            REFERENCE: lambda: branch_rows_ref(h, source),
+            OURS: lambda: branch_rows([h], source),
+            REFERENCE: lambda: branch_rows_ref([h], source),
             "torch.index_select": lambda: h.index_select(0, both),
         },
         against(h.double()[both]),
@@ -97,10 +99,53 @@ def branch(setup: Setup) -> Case:
     )
 
 
+# ---- between products
+
+
+def norm(setup: Setup) -> Case:
+    """A block's RMS norm; rivals: Hugging Face's steps, and torch's own norm."""
+    x, weight, eps = setup.random(setup.rows, setup.shape.d), setup.random(setup.shape.d, seed=1), 1e-5
+
+    def steps():
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    wide = x.double()
+    return Case(
+        ("pointwise", setup.dtype),
+        {
+            OURS: lambda: rms_norm(x, weight, eps),
+            REFERENCE: lambda: rms_norm_ref(x, weight, eps),
+            "Hugging Face": steps,
+            "torch.rms_norm": lambda: F.rms_norm(x, (setup.shape.d,), weight, eps),
+        },
+        against(weight.double() * wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()),
+        flop=0,
+        moved=2 * _bytes(x) + _bytes(weight),
+    )
+
+
+def gate_silu(setup: Setup) -> Case:
+    """What an MLP does between its products."""
+    rows = setup.rows // 4
+    gate, up = (setup.random(rows, setup.shape.d_ff, seed=seed) for seed in (0, 1))
+    return Case(
+        ("pointwise", setup.dtype),
+        {
+            OURS: lambda: gated(gate, up, "silu"),
+            REFERENCE: lambda: gated_ref(gate, up, "silu"),
+            "torch.silu": lambda: F.silu(gate) * up,
+        },
+        against(F.silu(gate[:64].double()) * up[:64].double()),
+        flop=0,
+        moved=3 * _bytes(gate),
+    )
+
+
 # ---- attention
 
 
-def trace_attention(setup: Setup) -> Case:
+def trace_attention(made: Callable[..., Case], setup: Setup) -> Case:
     """Runs that own the last SUFFIX tokens of a prompt and read the others from a parent; rival: SDPA on copies."""
     runs, parents = setup.rows // SUFFIX, max(1, setup.rows // SUFFIX // 16)
     shared = (torch.arange(runs) % parents)[:, None] * PROMPT + torch.arange(PROMPT - SUFFIX)
@@ -114,10 +159,10 @@ def trace_attention(setup: Setup) -> Case:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tril(PROMPT - SUFFIX), **options)
         return mixed.transpose(1, 2).flatten(0, 1)
 
-    return _attention(setup, key_rows, run, pos, {"SDPA, keys copied": rival})
+    return made(setup, key_rows, run, pos, parents * PROMPT, {"SDPA, keys copied": rival})
 
 
-def text_attention(setup: Setup) -> Case:
+def text_attention(made: Callable[..., Case], setup: Setup) -> Case:
     """Whole texts, no parents; rival: SDPA, causal, on the keys as they lie."""
     length = min(TEXT, setup.rows // 2)
     runs = max(1, setup.rows // 4 // length)
@@ -127,13 +172,17 @@ def text_attention(setup: Setup) -> Case:
         q, k, v = (x.unflatten(0, (runs, length)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options).transpose(1, 2).flatten(0, 1)
 
-    return _attention(setup, torch.arange(runs * length).view(runs, length), run, pos, {"SDPA": rival})
+    return made(setup, torch.arange(runs * length).view(runs, length), run, pos, 0, {"SDPA": rival})
 
 
-def _attention(setup, key_rows, run, pos, rivals) -> Case:
+def _tensors(setup, key_rows, run) -> tuple[Tensor, Tensor, Tensor]:
     shape, slots = setup.shape, int(key_rows.max()) + 1
-    query = setup.random(len(run), shape.heads, shape.head_dim)
     key, value = (setup.random(slots, shape.kv_heads, shape.head_dim, seed=seed) for seed in (1, 2))
+    return setup.random(len(run), shape.heads, shape.head_dim), key, value
+
+
+def forward(setup, key_rows, run, pos, base, rivals) -> Case:
+    shape, (query, key, value) = setup.shape, _tensors(setup, key_rows, run)
     scale, grouped = shape.head_dim**-0.5, shape.heads != shape.kv_heads
     arguments = (query, key, value, key_rows, run, pos)
     providers = {
@@ -151,6 +200,50 @@ def _attention(setup, key_rows, run, pos, rivals) -> Case:
         flop=4 * shape.heads * shape.head_dim * int((pos + 1).sum()),
         moved=_bytes(query, query, key, value),
     )
+
+
+def backward(setup, key_rows, run, pos, base, rivals) -> Case:
+    """Gradients of queries, and of keys and values from slot ``base`` on, each of which is one row's; rivals: autograd
+    through what they are forward."""
+    shape, (query, key, value) = setup.shape, _tensors(setup, key_rows, run)
+    scale, grouped = shape.head_dim**-0.5, shape.heads != shape.kv_heads
+    arguments, grad = (query, key, value, key_rows, run, pos), setup.random(*query.shape, seed=3)
+    lse = torch.zeros(query.shape[:2], device=setup.device)
+    out = attention(*arguments, scale=scale, lse=lse)
+    sums = [torch.zeros(len(key) - base, *key.shape[1:], device=setup.device) for _ in range(2)]
+    how = {"base": base, "scale": scale}
+    providers = {
+        OURS: lambda: (attention_backward(grad, out, lse, *arguments, *sums, **how), *sums),
+        REFERENCE: lambda: (attention_backward_ref(grad, *arguments, *sums, **how), *sums),
+    }
+
+    @cache
+    @torch.enable_grad()
+    def recorded(rival):
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        return rival(*leaves, scale=scale, enable_gqa=grouped), leaves
+
+    def through(rival):
+        of_query, *of_slots = torch.autograd.grad(*recorded(rival), grad, retain_graph=True)
+        return of_query, *(x[base:] for x in of_slots)
+
+    providers |= {name: partial(through, rival) for name, rival in rivals.items()}
+    n = min(len(run), 2 * key_rows.shape[1])  # rows that are checked: of the first runs, with their slots
+    wide, found = [x.double() for x in (query[:n], key, value)], [x.double() for x in sums]
+    truth = attention_backward_ref(grad[:n].double(), *wide, key_rows, run[:n], pos[:n], *found, **how), *found
+    seen = torch.arange(key_rows.shape[1]) <= pos[:, None]
+    return Case(
+        ("attention", setup.dtype),
+        providers,
+        lambda result: against(_rows(truth, n))(_rows(result, n)),
+        flop=shape.heads * shape.head_dim * int(6 * seen.sum() + 4 * (seen & (key_rows[run] >= base)).sum()),
+        moved=_bytes(query, query, grad, out, lse, key, value, *sums),
+        prepare=lambda: [x.zero_() for x in sums],
+    )
+
+
+def _rows(tensors, n: int) -> Tensor:
+    return torch.cat([x[:n].flatten() for x in tensors])
 
 
 # ---- products
@@ -308,10 +401,13 @@ class Op(NamedTuple):
 OPS = {  # in order of worth, should time be short
     "second_moment": Op({"": moment}),
     "solve": Op({"": solve}, (torch.float64,), "ms", 1e3),
-    "attention": Op({"trace": trace_attention, "text": text_attention}),
+    "attention": Op({"trace": partial(trace_attention, forward), "text": partial(text_attention, forward)}),
+    "attention.backward": Op({"trace": partial(trace_attention, backward), "text": partial(text_attention, backward)}),
     "target_logprob": Op({"": head_logprob}),
     "lowrank": Op({"shared": shared_lowrank, "owned": owned_lowrank}),
     "rows.branch_rows": Op({"": branch}),
     "rows.add_noise": Op({"": noise_rows}),
+    "pointwise.rms_norm": Op({"": norm}),
+    "pointwise.gated": Op({"": gate_silu}),
     "linear": Op({"": projection}),
 }

@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 #include "linear.h"         // defines: is_amd, linear
+#include "pointwise.h"      // defines: rms_norm, rms_norm_backward, gated, gated_backward
 #include "second_moment.h"  // defines: instruction_sets, has_openmp, second_moment
 
 namespace py = pybind11;
@@ -16,7 +19,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised by one whenever a signature below changes, so that Python can refuse a module built from older sources.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 template <class Accumulator, class Key>
 bool second_moment(uintptr_t c, int64_t c_stride, uintptr_t keys, int64_t n, int64_t d, int64_t key_stride, int threads,
@@ -49,6 +52,58 @@ void linear(uintptr_t out, uintptr_t x, uintptr_t w, uintptr_t bias, int64_t row
                   reinterpret_cast<kedit::Sgemm>(sgemm), threads);
 }
 
+// Raises unless rows of these sizes, all given and these far apart, can be read and written.
+void check_rows(const std::string& op, int64_t rows, int64_t n, std::initializer_list<int64_t> strides,
+                std::initializer_list<uintptr_t> addresses, int threads) {
+    const auto near = [n](int64_t stride) { return stride < n; };
+    if (rows < 1 || n < 1 || threads < 1 || std::any_of(strides.begin(), strides.end(), near))
+        throw std::invalid_argument(op + ": sizes, strides and threads must be positive and rows disjoint");
+    if (std::find(addresses.begin(), addresses.end(), uintptr_t{0}) != addresses.end())
+        throw std::invalid_argument(op + ": null address");
+}
+
+float* written(uintptr_t address) { return reinterpret_cast<float*>(address); }
+const float* read(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+kedit::Act act_of(const std::string& name) {
+    if (name == "silu") return kedit::Act::kSilu;
+    if (name == "gelu_tanh") return kedit::Act::kGeluTanh;
+    throw std::invalid_argument("gated: no activation '" + name + "'");
+}
+
+void rms_norm(uintptr_t out, uintptr_t x, uintptr_t weight, int64_t rows, int64_t d, int64_t x_stride, float eps,
+              float offset, int threads, const std::string& instruction_set) {
+    check_rows("rms_norm", rows, d, {x_stride}, {out, x, weight}, threads);
+    const py::gil_scoped_release unlocked;
+    kedit::rms_norm(written(out), read(x), read(weight), rows, d, x_stride, eps, offset, threads, instruction_set);
+}
+
+void rms_norm_backward(uintptr_t dx, uintptr_t dy, uintptr_t x, uintptr_t weight, int64_t rows, int64_t d,
+                       int64_t x_stride, float eps, float offset, int threads, const std::string& instruction_set) {
+    check_rows("rms_norm_backward", rows, d, {x_stride}, {dx, dy, x, weight}, threads);
+    const py::gil_scoped_release unlocked;
+    kedit::rms_norm_backward(written(dx), read(dy), read(x), read(weight), rows, d, x_stride, eps, offset, threads,
+                             instruction_set);
+}
+
+void gated(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t rows, int64_t n, int64_t gate_stride,
+           int64_t up_stride, const std::string& act, int threads, const std::string& instruction_set) {
+    check_rows("gated", rows, n, {gate_stride, up_stride}, {out, gate, up}, threads);
+    const kedit::Act which = act_of(act);
+    const py::gil_scoped_release unlocked;
+    kedit::gated(written(out), read(gate), read(up), rows, n, gate_stride, up_stride, which, threads, instruction_set);
+}
+
+void gated_backward(uintptr_t d_gate, uintptr_t d_up, uintptr_t d, uintptr_t gate, uintptr_t up, int64_t rows,
+                    int64_t n, int64_t gate_stride, int64_t up_stride, const std::string& act, int threads,
+                    const std::string& instruction_set) {
+    check_rows("gated_backward", rows, n, {gate_stride, up_stride}, {d_gate, d_up, d, gate, up}, threads);
+    const kedit::Act which = act_of(act);
+    const py::gil_scoped_release unlocked;
+    kedit::gated_backward(written(d_gate), written(d_up), read(d), read(gate), read(up), rows, n, gate_stride,
+                          up_stride, which, threads, instruction_set);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -69,4 +124,17 @@ PYBIND11_MODULE(_native, m) {
           py::arg("out"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("rows"), py::arg("n_in"),
           py::arg("n_out"), py::arg("x_stride"), py::arg("w_stride"), py::arg("in_out"), py::arg("sgemm"),
           py::arg("threads"));
+
+    m.def("rms_norm", &rms_norm, "out = (offset + weight) x / sqrt(mean(x^2) + eps), a mean a row.", py::arg("out"),
+          py::arg("x"), py::arg("weight"), py::arg("rows"), py::arg("d"), py::arg("x_stride"), py::arg("eps"),
+          py::arg("offset"), py::arg("threads"), py::arg("instruction_set") = "");
+    m.def("rms_norm_backward", &rms_norm_backward, "dx of rms_norm, from dy.", py::arg("dx"), py::arg("dy"),
+          py::arg("x"), py::arg("weight"), py::arg("rows"), py::arg("d"), py::arg("x_stride"), py::arg("eps"),
+          py::arg("offset"), py::arg("threads"), py::arg("instruction_set") = "");
+    m.def("gated", &gated, "out = act(gate) up, act silu or gelu_tanh.", py::arg("out"), py::arg("gate"),
+          py::arg("up"), py::arg("rows"), py::arg("n"), py::arg("gate_stride"), py::arg("up_stride"), py::arg("act"),
+          py::arg("threads"), py::arg("instruction_set") = "");
+    m.def("gated_backward", &gated_backward, "d_gate and d_up of gated, from d.", py::arg("d_gate"), py::arg("d_up"),
+          py::arg("d"), py::arg("gate"), py::arg("up"), py::arg("rows"), py::arg("n"), py::arg("gate_stride"),
+          py::arg("up_stride"), py::arg("act"), py::arg("threads"), py::arg("instruction_set") = "");
 }

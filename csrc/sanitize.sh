@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python}")
 compiler=${CXX:-g++}
 tests=("$@")
-[ $# -gt 0 ] || tests=(tests/kernels/test_second_moment.py tests/kernels/test_linear.py tests/kernels/test_solve.py)
+[ $# -gt 0 ] || tests=(tests/kernels/test_{second_moment,linear,pointwise,solve}.py)
 
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT

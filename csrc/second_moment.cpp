@@ -173,6 +173,14 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
+std::string known_instruction_set(const std::string& name) {
+    const std::vector<std::string> known = instruction_sets();
+    if (name.empty()) return known.front();
+    if (std::find(known.begin(), known.end(), name) == known.end())
+        throw std::invalid_argument("this processor or build has no instruction set '" + name + "'");
+    return name;
+}
+
 bool has_openmp() {
 #ifdef _OPENMP
     return true;
@@ -184,10 +192,7 @@ bool has_openmp() {
 template <class Accumulator, class Key>
 bool second_moment(Accumulator* c, int64_t c_stride, const Key* keys, int64_t n, int64_t d, int64_t key_stride,
                    int threads, const std::string& instruction_set) {
-    const std::vector<std::string> known = instruction_sets();
-    const std::string name = instruction_set.empty() ? known.front() : instruction_set;
-    if (std::find(known.begin(), known.end(), name) == known.end())
-        throw std::invalid_argument("this processor or build has no instruction set '" + name + "'");
+    const std::string name = known_instruction_set(instruction_set);
     const Keys<Key> rows{keys, n, d, key_stride};
     if (n == 0 || d == 0) return true;
     if (!all_finite(rows, threads)) return false;

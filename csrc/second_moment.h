@@ -19,6 +19,9 @@ struct Bfloat {
 // and plain.
 std::vector<std::string> instruction_sets();
 
+// The name itself, or the best one if it is empty. Throws std::invalid_argument for one not in instruction_sets().
+std::string known_instruction_set(const std::string& name);
+
 // True if the extension was compiled with OpenMP; without it `threads` is ignored.
 bool has_openmp();
 

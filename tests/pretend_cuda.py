@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from sys import _getframe
 from time import thread_time
 from typing import Any
@@ -35,10 +36,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kedit_fast.basics import settings
 from kedit_fast.kernels import attention as attention_op
 from kedit_fast.kernels import lowrank as lowrank_op
-from kedit_fast.kernels.triton import attention, lowrank, rows, second_moment, target_logprob
+from kedit_fast.kernels import pointwise as pointwise_op
+from kedit_fast.kernels.triton import (
+    attention,
+    attention_backward,
+    lowrank,
+    pointwise,
+    rows,
+    second_moment,
+    target_logprob,
+)
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 BANDWIDTH, PRODUCTS, LEAST = 3.0e12, 798e12, 2e-6  # bytes/s, bf16 FLOP/s: measured on an H100; s of any launch
+WIDE = 67e12  # FLOP/s of fp32 and fp64, by its data sheet
 aten = torch.ops.aten
 INDEXED = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
@@ -60,10 +71,11 @@ GATHERS = {"index", "index_select", "embedding"}
 
 @dataclass
 class Counts:
-    """launches, moved, busy: by op, how often, bytes, and the seconds that they take at least (launch by launch
-    the largest of bytes over ``BANDWIDTH``, FLOP over ``PRODUCTS`` and ``LEAST``); waits: by (why, where), how often
-    the host waits; uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; ops:
-    of torch that were looked at, on the CPU too; spent: seconds that it took, without what ops on the CPU do"""
+    """launches, moved, busy: by op, how often, bytes, and the seconds that they take at least (launch by launch the
+    largest of bytes over ``BANDWIDTH``, FLOP over ``PRODUCTS`` or ``WIDE``, and ``LEAST``); waits: by (why, where), how
+    often the host waits; uploads: copies to the device by where; uploaded: their bytes; flop: of matrix products; ops,
+    ops_there: of torch that were looked at, on the CPU and on the device; spent: seconds that it took, without what ops
+    on the CPU do"""
 
     launches: Counter = field(default_factory=Counter)
     moved: Counter = field(default_factory=Counter)
@@ -74,15 +86,16 @@ class Counts:
     busy: Counter = field(default_factory=Counter)
     spent: float = 0.0
     ops: int = 0
+    ops_there: int = 0
     own: float = 0.0  # seconds of the op on the CPU that is being looked at
     inside: bool = False
     of_program: bool = True
 
-    def launch(self, op: str, nbytes: int = 0, flop: int = 0, n: int = 1) -> None:
+    def launch(self, op: str, nbytes: int = 0, flop: int = 0, n: int = 1, rate: float = PRODUCTS) -> None:
         self.launches[op] += n
         self.moved[op] += nbytes
         self.flop += flop
-        self.busy[op] += max(nbytes / BANDWIDTH, flop / PRODUCTS, n * LEAST)
+        self.busy[op] += max(nbytes / BANDWIDTH, flop / rate, n * LEAST)
 
     def wait(self, why: str) -> None:
         self.waits[why, _where()] += 1
@@ -163,6 +176,7 @@ class OnDevice(Tensor):
         made.held = held
         return made
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # ten microseconds an op, which no GPU's tensor takes
     is_meta = property(lambda self: False)
     is_cuda = property(lambda self: True)
     device = property(lambda self: CUDA)
@@ -230,7 +244,7 @@ def _is_pinned(x: Tensor) -> bool:
 def _run(func, args, kwargs: dict, counts: Counts):
     if counts.inside:  # an op that another one is made of
         return _counted(func, args, kwargs, counts)
-    counts.ops += 1
+    counts.ops_there += 1
     with counts.looking():
         return _counted(func, args, kwargs, counts)
 
@@ -359,11 +373,11 @@ def _count_launch(func, args, ours, found, counts: Counts) -> None:
         nbytes = 2 * written
     elif op.removesuffix("_") in ("index_put", "_index_put_impl") and len(args) > 2:
         nbytes = 2 * _size(_held(args[2]))
-    flop = 0
+    flop, rate = 0, PRODUCTS
     if op in ("mm", "addmm", "bmm", "baddbmm"):
         left, right = [_held(x) for x in args if isinstance(x, Tensor)][-2:]
-        flop = 2 * left.numel() * right.shape[-1]
-    counts.launch(op, nbytes, flop)
+        flop, rate = 2 * left.numel() * right.shape[-1], WIDE if left.element_size() > 2 else PRODUCTS
+    counts.launch(op, nbytes, flop, rate=rate)
 
 
 def _held(x):
@@ -404,27 +418,43 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         with counts.looking(), _disable_current_modes():
             return OnDevice(reference(_held(x), *tree_map(_held, args), **tree_map(_held, kwargs)))
 
-    def attend(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, cut=None):
-        n_heads, dim = query.shape[1:]
-        heads, most = min(n_heads // key.shape[1], attention._HEADS), attention._MOST[query.element_size()]
+    def looked_up(query, key, key_rows, run, pos, most, cut) -> tuple[int, int]:
+        """(bytes of the keys, each read once, FLOP of a product) of a launch, whose plan is made as it would be."""
+        heads = min(query.shape[1] // key.shape[1], attention._HEADS)
         if not (cut and cut(heads, most)):
             attention.plan(key_rows, run, pos, heads, most, CUDA)
         with counts.looking(), _disable_current_modes():
             seen, read = int((pos + 1).sum()), _keys_read(run, pos)
-        out = exact(
-            attention_op.attention_ref, query, key, value, key_rows, run, pos, scale=scale, window=window,
-            softcap=softcap, sinks=sinks,
-        )  # fmt: skip
-        moved = 2 * _size(out.held) + 2 * read * key.shape[1] * dim * key.element_size()
-        counts.launch("triton attention", moved, 4 * seen * n_heads * dim)
+        nbytes = read * key.shape[1] * key.shape[2] * key.element_size()
+        return nbytes, 2 * seen * query.shape[1] * query.shape[2]
+
+    def attend(query, key, value, key_rows, run, pos, *, cut=None, lse=None, **how):
+        most = attention._MOST[query.element_size()]
+        nbytes, flop = looked_up(query, key, key_rows, run, pos, most, cut)
+        out = exact(attention_op.attention_ref, query, key, value, key_rows, run, pos, **how)
+        counts.launch("triton attention", 2 * _size(out.held) + 2 * nbytes, 2 * flop)
         return out
 
-    def branch(h, source):
-        source = source.contiguous().to(h.device)
-        shape = len(h) + len(source), h.shape[1]
-        out = exact(lambda h, source: torch.cat([h, h[source]]), h, source, shape=shape)
-        counts.launch("triton branch_rows", 2 * _size(out.held))
-        return out
+    def attend_back(
+        grad, out, lse, query, key, value, key_rows, run, pos, key_grad, value_grad, *, base, cut=None, **how
+    ):
+        width = max(64, 1 << (query.shape[2] - 1).bit_length())
+        most = attention_backward._CONFIGS[query.element_size(), width][0]
+        nbytes, flop = looked_up(query, key, key_rows, run, pos, most, cut)
+        given = query, key, value, key_rows, run, pos, key_grad, value_grad
+        found = exact(
+            lambda query, grad, *rest: attention_op.attention_backward_ref(grad, query, *rest, base=base, **how),
+            query, grad, *given[1:],
+        )  # fmt: skip
+        counts.launch("triton attention_backward", 4 * _size(out.held) + 2 * nbytes + 2 * _size(key_grad), 5 * flop)
+        return found
+
+    def branch(out, source):
+        n, source = len(out) - len(source), source.contiguous().to(out.device)
+        if not OnDevice.hollow:
+            with counts.looking(), _disable_current_modes():
+                _held(out)[n:] = _held(out)[_held(source)]
+        counts.launch("triton branch_rows", 2 * _size(out.held[n:]))
 
     def noise(x, added, index):
         def reference(x, added, index):
@@ -463,8 +493,40 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         if row_owner is not None:
             lowrank.owned_tiles(row_owner, factor_owner, CUDA)
         out = exact(lowrank_op.lowrank_add_ref, y, x, u, v, row_owner, factor_owner)
-        counts.launch("triton lowrank", 3 * _size(y.held), 2 * len(y) * u.shape[1] * (y.shape[1] + x.shape[1]), 2)
+        flop = 2 * len(y) * u.shape[1] * (y.shape[1] + x.shape[1])
+        counts.launch("triton lowrank", 3 * _size(y.held), flop, 2, WIDE if u.element_size() > 2 else PRODUCTS)
         return out
+
+    def written(op: str, reference: Callable, outs: Sequence[Tensor], *given) -> None:
+        """A pointwise op's launch, which writes to ``outs``."""
+        tensors = [x for x in (*outs, *given) if isinstance(x, Tensor)]
+        counts.launch(f"triton {op}", sum(_size(x.held) for x in tensors))
+        if not OnDevice.hollow:
+            with counts.looking(), _disable_current_modes(), torch.enable_grad():
+                for out, made in zip(outs, reference(*tree_map(_held, given)), strict=True):
+                    _held(out).copy_(made.view_as(_held(out)))
+
+    def of_norm(x, weight, eps, offset):
+        return [pointwise_op.rms_norm_ref(x, weight, eps, offset=offset).detach()]
+
+    def of_norm_back(dy, x, weight, eps, offset):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(pointwise_op.rms_norm_ref(x, weight, eps, offset=offset), x, dy.view_as(x))
+
+    def of_gated_back(d, gate, up, act):
+        gate, up = (x.detach().requires_grad_() for x in (gate, up))
+        return torch.autograd.grad(pointwise_op.gated_ref(gate, up, act), (gate, up), d.view_as(gate))
+
+    norm_back = partial(written, "rms_norm_backward", of_norm_back)
+    gated_back = partial(written, "gated_backward", of_gated_back)
+    pointwise_ops = [
+        (pointwise, "rms_norm", lambda out, *given: written("rms_norm", of_norm, [out], *given)),
+        (pointwise, "rms_norm_backward", lambda dx, *given: norm_back([dx], *given)),
+        (pointwise, "gated", lambda out, *g: written("gated", lambda *x: [pointwise_op.gated_ref(*x)], [out], *g)),
+        (pointwise, "gated_backward", lambda dg, du, *given: gated_back([dg, du], *given)),
+    ]
+    right = pointwise_op._backend
+    pointwise_ops.append((pointwise_op, "_backend", lambda x, y: "triton" if isinstance(x, OnDevice) else right(x, y)))
 
     def moment(c, keys):
         counts.launch("triton second_moment", _size(keys), keys.numel() * len(c), -(-len(keys) // second_moment._CHUNK))
@@ -475,10 +537,16 @@ def stand_ins(counts: Counts) -> list[tuple[Any, str, Callable]]:
         return c
 
     return [
-        (attention, "attention", attend), (rows, "_branch_rows", branch), (rows, "_add_noise", noise),
-        (target_logprob, "_forward", forward), (target_logprob, "_backward", backward),
-        (lowrank, "lowrank_add", low_rank), (second_moment, "second_moment_", moment),
-    ]  # fmt: skip
+        *pointwise_ops,
+        (attention, "attention", attend),
+        (attention_backward, "attention_backward", attend_back),
+        (rows, "branch_rows_", branch),
+        (rows, "_add_noise", noise),
+        (target_logprob, "_forward", forward),
+        (target_logprob, "_backward", backward),
+        (lowrank, "lowrank_add", low_rank),
+        (second_moment, "second_moment_", moment),
+    ]
 
 
 def _keys_read(run: Tensor, pos: Tensor) -> int:

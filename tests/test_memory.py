@@ -95,7 +95,7 @@ def every_draw(lm, task, n, kinds):
 # flow, facts, bytes that it may hold; then what is not cut, and how
 UNCUT = {
     "the estimate's draws": ("attribution", LONG, LIMIT, attribution, "_cut", every_draw),
-    "values": ("memit", MANY, 1_500_000, values, "together", whole),
+    "values": ("memit", MANY, 1_300_000, values, "together", whole),
     "fine-tuning": ("ft", MANY, 600_000, finetune, "together", whole),
     "rows of a sweep": ("perplexity", MANY, LIMIT, engine, "cut", lambda runs, *_: [torch.arange(len(runs))]),
     "texts": ("sampled text", MANY, LIMIT, generate, "batches", lambda lm, lengths, n: [list(range(len(lengths)))]),

@@ -5,7 +5,7 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.jobs.gradients import GradientTask, gradient_factors
-from tests.conftest import open_tiny, tiny_lm
+from tests.conftest import open_tiny, relative_error, tiny_lm
 from tests.make import FACTS
 from tests.pretend_cuda import CUDA, OnDevice, on_device, pretended_cuda
 from tests.tiny import tiny_model
@@ -71,7 +71,7 @@ def test_every_flow_gives_its_numbers(flow):
     if flow == "generate":
         assert found == expected
     else:
-        torch.testing.assert_close(getattr(found, "held", found), expected, rtol=1e-4, atol=1e-6)
+        assert relative_error(getattr(found, "held", found), expected) < 1e-4
 
 
 def waits_and_uploads(flow, layers, **options):
@@ -88,7 +88,8 @@ def waits_and_uploads(flow, layers, **options):
 @pytest.mark.parametrize("flow", ["trace", "generate", "evaluate", "memit", "gradients", "moments"])
 def test_no_layer_of_a_sweep_waits_or_uploads(flow):
     """What rows there are is planned, and taken to the device, before the first layer; a trace's windows, whose writes
-    differ from layer to layer, upload which they are (places and rows of two jobs), and nothing waits for it."""
+    differ from layer to layer, upload which they are (places and rows of two jobs), and nothing waits for it. (Of 4
+    layers a step of z has but the last, whose calls have no plan of all layers: 2 tables in 3 sweeps.)"""
     few, many = (waits_and_uploads(flow, layers) for layers in (4, 9))
     assert many[0] == few[0]
-    assert many[1] - few[1] <= {"trace": 5 * 4, "memit": 5}.get(flow, 0)
+    assert many[1] - few[1] <= {"trace": 5 * 4, "memit": 6}.get(flow, 0)

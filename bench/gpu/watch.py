@@ -19,6 +19,7 @@ from bench.common import ROOT
 from bench.gpu.readings import CALLS, ON_GPU, PHASE, Profile
 from kedit_fast.jobs import below, values
 from kedit_fast.jobs.score import Score
+from kedit_fast.kernels import slots
 from kedit_fast.sweep import engine, plan
 from kedit_fast.sweep.rows import RowTable
 from kedit_fast.tracing import exact
@@ -34,7 +35,7 @@ PHASES = {  # (where a phase's work is called from, its name there): what it is 
     (RowTable, "found"): "places found",
     (engine, "branch_rows"): "branch rows",
     (engine.Pack, "_block"): "block, all but attention",
-    (engine, "attention"): "attention",
+    (slots, "attention"): "attention",
     (Score, "at"): "head",
     (values._Pack, "_declare"): "values: declared",
     (values, "ascend"): "values: way up",

@@ -19,10 +19,11 @@ from kedit_fast.jobs.finite import not_finite
 from kedit_fast.jobs.values import ValueSettings, ValueTask
 from kedit_fast.model.lm import LM
 from kedit_fast.model.shape import Shape
-from kedit_fast.sweep.engine import sweep
-from kedit_fast.sweep.plan import together
-from kedit_fast.sweep.runs import RunList, add_under
+from kedit_fast.sweep.engine import Job, sweep
+from kedit_fast.sweep.plan import RowCost, together
+from kedit_fast.sweep.runs import RunList, Runs, add_under, spans
 from kedit_fast.sweep.sites import Site
+from kedit_fast.sweep.store import on_host
 
 ESSENCE = "{} is a"  # the prompt whose next-token distribution the KL term keeps
 KEEPS = (  # prompts of a subject, whatever it is
@@ -113,18 +114,22 @@ class Located(Editor):
         )  # fmt: skip
 
 
+WAIT = 8  # the share of ``lm.memory`` in which rows may wait on the device for the next layer's reading
+
+
 @dataclass(frozen=True)
 class Prompts:
     """n facts in all contexts, as token sequences; what keys and values are read from.
 
     sequences: [n * m] prompts, fact by fact, in m contexts each (the bare one first); lookups: [n * m] positions;
-    weights: [m] of each context in a key
+    weights: [m] of each context in a key; entered: rows that wait for the next reading, if any do
     """
 
     facts: tuple[Fact, ...]
     sequences: list[list[int]]
     lookups: Tensor
     weights: Tensor
+    entered: "Entered | None" = None
 
     @classmethod
     def of(cls, lm, facts: Sequence[Fact], groups: list[list[str]]) -> "Prompts":
@@ -166,12 +171,14 @@ class Prompts:
         """What sites hold at the lookup tokens, at the layer given for each: averaged over contexts by their weights,
         and of the bare prompt. Under independent edits each fact is read under its own.
 
-        One sweep for as many facts as a quarter of ``lm.memory`` holds rows of; facts are shared by ranks.
+        One sweep for as many facts as a quarter of ``lm.memory`` holds rows of; facts are shared by ranks. It ends each
+        text with its lookup token, behind which nobody looks.
         """
         held = self._fact_bytes(lm, averaged, bare)
+        sizes = (self.lookups + 1).view(-1, self.n_contexts).sum(1) * self._row_bytes(lm) + held
 
         def read(facts: Sequence[int]) -> ranks.Part:
-            groups = together(facts, lambda i: held, lm.memory // 4)
+            groups = together(facts, lambda i: int(sizes[i]), lm.memory // 4)
             return ranks.joined([self._read(lm, range(some[0], some[-1] + 1), averaged, bare) for some in groups])
 
         found = ranks.joined(ranks.shared(range(len(self.facts)), read))
@@ -183,22 +190,55 @@ class Prompts:
         of_all, of_bare = (sum(map(lm.width_of, sites)) for sites in (averaged, bare))
         return (of_all * self.n_contexts + of_bare) * lm.dtype.itemsize
 
+    def _row_bytes(self, lm) -> int:
+        """Bytes of a row where rows wait: its sweep is then one pack."""
+        return 0 if self.entered is None else RowCost.of(lm).kept + lm.d_model * lm.dtype.itemsize
+
     def _read(self, lm, facts: range, averaged: dict, bare: dict) -> ranks.Part:
         """{"averaged SITE", "bare SITE": [n, width]} of some facts, by one sweep."""
         runs, m = RunList(), self.n_contexts
         every = torch.arange(facts.start * m, facts.stop * m)
-        number = add_under(lm, runs, [self.sequences[i] for i in every.tolist()], every // m)
         pos = self.lookups[every]
+        texts = [self.sequences[i][: last + 1] for i, last in zip(every.tolist(), pos.tolist(), strict=True)]
+        number = add_under(lm, runs, texts, every // m)
         of_all = {site: Collect(site, [layer], number, pos) for site, layer in averaged.items()}
         of_bare = {site: Collect(site, [layer], number[::m], pos[::m]) for site, layer in bare.items()}
         last = max([*averaged.values(), *bare.values()])
-        sweep(lm, runs.runs(), [*of_all.values(), *of_bare.values()], last_layer=last, held=lm.memory // 4)
+        jobs: list[Job] = [*of_all.values(), *of_bare.values()]
+        if self.entered is None or lm.owned:
+            sweep(lm, runs.runs(), jobs, last_layer=last, held=lm.memory // 4)
+        else:
+            self.entered.sweep(lm, facts, runs.runs(), jobs, last)
         means = {f"averaged {site.value}": self._mean(job.values[averaged[site]]) for site, job in of_all.items()}
         return means | {f"bare {site.value}": job.values[bare[site]].double() for site, job in of_bare.items()}
 
     def _mean(self, rows: Tensor) -> Tensor:
         grouped = rows.double().view(-1, self.n_contexts, rows.shape[1])
         return torch.einsum("m,nmw->nw", self.weights.to(grouped.device), grouped)
+
+
+class Entered:
+    """The rows of prompts as they enter a layer below which nothing is edited any more, so that the next reading goes
+    on from there, and not from the embedding. ``layer``: the lowest that may still change; whoever reads sets it."""
+
+    def __init__(self) -> None:
+        self.layer = 0
+        self._rows: dict[tuple[int, int], tuple[int, Tensor]] = {}  # {facts: (layer, rows in declared order)}
+
+    def sweep(self, lm, facts: range, runs: Runs, jobs: list[Job], last_layer: int) -> None:
+        """A reading of these facts; runs: the same each time, and all of them from the embedding on"""
+        first, h = self._rows.get((facts.start, facts.stop), (0, None))
+        behind, more = self.layer - 1, list[Collect]()
+        if first <= behind < last_layer:
+            places = spans(runs.first_pos, runs.first_pos + runs.n_rows)
+            more = [Collect(Site.layer_out, [behind], *places)]
+        h = None if h is None else h.to(lm.device)
+        sweep(lm, runs, [*jobs, *more], first_layer=first, last_layer=last_layer, h=h, held=lm.memory // 4)
+        for waiting in more:
+            rows = waiting.values[behind]
+            waits = sum(kept.nbytes for _, kept in self._rows.values() if kept.device == rows.device)
+            stays = waits + rows.nbytes <= lm.memory // WAIT
+            self._rows[facts.start, facts.stop] = self.layer, rows if stays else on_host(rows)
 
 
 def about(fact: Fact, template: str) -> Fact:

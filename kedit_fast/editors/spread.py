@@ -6,7 +6,7 @@ change for that, Δ = u vᵀ with Δ k close to the share of each key k, is the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.editors.editor import Found, Work, Written
-from kedit_fast.editors.located import Located, Prompts, check_finite
+from kedit_fast.editors.located import Entered, Located, Prompts, check_finite
 from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
@@ -119,10 +119,11 @@ class _Layers:
 
     def __init__(self, editor: Spread, work: Work):
         self.editor, self.work = editor, work
-        self.prompts = Prompts.of(work.lm, work.facts, work.contexts)
+        self.prompts, self.entered = Prompts.of(work.lm, work.facts, work.contexts), Entered()
         self.owner = torch.arange(len(work.facts)) if work.independent else None
         self.z: dict[int, Values] = {}
         self.deltas: dict[int, Delta] = {}
+        self.there: dict[int, Delta] = {}  # on the model's device, for as long as layers are solved
         self.keys: dict[int, Tensor] = {}
         self.notes: dict[int, dict] = {}
         self.about: dict = {}
@@ -130,7 +131,7 @@ class _Layers:
     @property
     def below(self) -> LM:
         """The model with the layers edited that are solved so far."""
-        return edited_so_far(self.work.lm, self.deltas, self.work.facts, self.owner)
+        return edited_so_far(self.work.lm, self.there, self.work.facts, self.owner)
 
     def aim(self, layer: int) -> None:
         """Optimizes the values that this layer is solved for."""
@@ -151,13 +152,16 @@ class _Layers:
         made = self.work.keep(f"layer-{layer}", make)
         delta = LowRank(made["u"], made["v"])
         self.deltas[layer] = delta if self.work.independent else self.editor.kept(below, layer, as_smallest(delta))
+        self.there[layer] = self.deltas[layer].to(device=below.device)
         self.keys[layer], self.notes[layer] = made["keys"], json_of(made["notes"])
 
     def _share(self, below: LM, layer: int) -> tuple[dict[str, Tensor], dict]:
         """One layer's Δ and keys, and what there is to note."""
         editor, work, top = self.editor, self.work, self.editor.top(layer)
         left = sum(above >= layer and editor.top(above) == top for above in editor.layers)
-        k, missing, residual = editor.read(below, self.prompts, layer, top, self.z[top].values.double(), left)
+        self.entered.layer = layer
+        prompts = replace(self.prompts, entered=self.entered)
+        k, missing, residual = editor.read(below, prompts, layer, top, self.z[top].values.double(), left)
         check_finite(below, k, work.facts, f"key at layer {layer}")
         check_finite(below, residual, work.facts, f"residual at layer {layer}")
         earlier = [edit.keys[layer] for edit in work.lm.edits if layer in edit.keys] if editor.keep_previous else []

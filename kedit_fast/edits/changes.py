@@ -19,7 +19,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.state import upload
 from kedit_fast.basics.words import counted
-from kedit_fast.edits.deltas import Delta, Dense, LowRank, check_fits
+from kedit_fast.edits.deltas import Delta, Dense, Halves, LowRank, check_fits, for_products
 from kedit_fast.facts.tokens import spoken
 from kedit_fast.model.family import check_layer
 from kedit_fast.sweep.rows import Call
@@ -131,6 +131,14 @@ class WeightChange(Change):
             raise ValueError(f"owners of layer {self.layer}: a LowRank has factors to own; delta is {self.delta!r}")
         check_owners_of(self, "factor")
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Delta | Halves:
+        """Δ where rows of this dtype are multiplied, taken there where that is first asked for."""
+        held = self.__dict__.get("_there")
+        if held is None or held[0] != (device, dtype):
+            held = (device, dtype), for_products(self.delta, self.owners is not None, device, dtype)
+            object.__setattr__(self, "_there", held)
+        return held[1]
+
     @property
     def n_parts(self) -> int:
         """The factors of a low-rank Δ."""
@@ -191,7 +199,7 @@ class Adding(Acting):
         rows, owner = acted(call, y)
         if rows is None:
             return None
-        delta, owners = self.change.delta.to(y.device), self.change.owners
+        delta, owners = self.change.on(y.device, y.dtype), self.change.owners
         every = len(rows) == len(y)
         chosen = (y, x) if every else (y[rows], x[rows])
         changed = delta.add_to(*chosen, None if owners is None else owner, owners)

@@ -119,6 +119,35 @@ class Dense:
 
 
 Delta = LowRank | Dense
+# How much faster a GPU multiplies bf16 than fp32, which no tensor core takes as it is: 798 TFLOP/s measured on an H100,
+# 67 in its data sheet.
+BF16_OVER_FP32 = 12
+
+
+class Halves:
+    """A dense Δ for the rows of a bf16 model on a GPU: two bf16 matrices, whose sum is each element to 2⁻¹⁸ of it.
+
+    In fp32 the product would take twelve times as long as the matrix that the edit stands beside; so it takes twice as
+    long, and is added in fp32 and rounded once, as that of ``Dense`` is: to 2⁻⁹ of the result.
+    """
+
+    def __init__(self, delta: Tensor):
+        high = delta.bfloat16()
+        self.both = torch.cat([high, (delta - high.to(delta.dtype)).bfloat16()], 1)  # [d, 2 d_ff]
+
+    def add_to(self, y: Tensor, x: Tensor, row_owner=None, factor_owner=None) -> Tensor:
+        """y + x Δᵀ for rows y [rows, d], x [rows, d_ff], which no owner can divide. A new tensor in y's dtype."""
+        return torch.addmm(y, torch.cat([x, x], 1), self.both.T)
+
+
+def for_products(delta: Delta, owned: bool, device: torch.device, dtype: torch.dtype) -> "Delta | Halves":
+    """Δ on a device, as it multiplies rows of this dtype the fastest there; owned: whether facts own its factors."""
+    d, d_ff = delta.shape
+    low_rank = isinstance(delta, LowRank) and delta.rank * (d + d_ff) * BF16_OVER_FP32 <= 2 * d * d_ff
+    delta = delta.to(device=device)
+    if owned or low_rank or device.type == "cpu" or dtype != torch.bfloat16:
+        return delta
+    return Halves(delta.dense())
 
 
 def as_smallest(delta: LowRank) -> Delta:

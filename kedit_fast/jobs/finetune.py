@@ -23,8 +23,11 @@ from kedit_fast.jobs.collect import GraphRows, collect, entering
 from kedit_fast.jobs.finite import check_losses
 from kedit_fast.jobs.losses import Loss, Read
 from kedit_fast.jobs.score import continuation_places
+from kedit_fast.model.seam import prepared
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
+from kedit_fast.sweep.engine import row_table
 from kedit_fast.sweep.plan import graph_bytes, together, too_large
+from kedit_fast.sweep.rows import RowTable
 from kedit_fast.sweep.runs import RunList, add_sequences, spans
 from kedit_fast.sweep.sites import Site
 
@@ -172,7 +175,7 @@ class _Tuning:
             with torch.no_grad():
                 for batch in self.batches:
                     list(self._read(batch, 1))  # what a pack compares with it keeps of its first look
-        with progress("fine-tuning (steps)", self.settings.steps) as bar:
+        with progress("fine-tuning (steps)", self.settings.steps) as bar, prepared(self.lm.model, self.lm.family):
             while len(losses) < self.settings.steps and not (losses and losses[-1] < goal):
                 self._shuffle()
                 step = len(losses) + 1
@@ -267,6 +270,7 @@ class _Pack:
         self.keeps = torch.tensor([task.keep for task in self.tasks])
         self.factor = torch.tensor([task.factor for task in self.tasks], dtype=torch.float64)
         self.before: Tensor | None = None  # what its loss compares with
+        self.table: RowTable | None = None  # of its rows, once it has gone up
         self.weights = torch.tensor(places.lengths if settings.by_token else [1] * len(which), dtype=torch.float64)
         self.rows = rows
         if rows is not None:
@@ -290,7 +294,9 @@ class _Pack:
         lm, layers = self.lm, self.settings.loss.layers(self.lm)
         read = [GraphRows(layer, self.run, self.pos) for layer in layers]
         h = entering(lm, [self.runs], min(deltas))[0] if self.rows is None else self.rows.of(self.places)
-        how = {"first_layer": min(deltas), "h": h, "recompute": self.recompute, "last_layer": max(layers)}
+        ends = {"first_layer": min(deltas), "last_layer": max(layers)}
+        self.table = self.table or row_table(lm, self.runs, *ends.values(), None)
+        how = ends | {"h": h, "recompute": self.recompute, "table": self.table}
         return Ascent(self.runs, [_Tune(deltas, self.masks), *read], grad=torch.is_grad_enabled(), **how), read
 
     def losses(self, rows: list[GraphRows]) -> Tensor:

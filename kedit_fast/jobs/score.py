@@ -11,7 +11,7 @@ from kedit_fast.basics.progress import progress, scaled
 from kedit_fast.basics.state import wide
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
-from kedit_fast.kernels.target_logprob import target_logprob
+from kedit_fast.kernels.target_logprob import stores_no_logits, target_logprob
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import PLACE, logit_rows
 from kedit_fast.sweep.rows import There
@@ -48,8 +48,10 @@ class Score:
 
 
 def logprobs(lm, h: Tensor, targets: Tensor) -> Tensor:
-    """log p of targets [rows] or [rows, k] after hidden states h [rows, d] of the last layer, in nats; logits of a few
-    rows at a time."""
+    """log p of targets [rows] or [rows, k] after hidden states h [rows, d] of the last layer, in nats; where logits are
+    stored, of a few rows at a time."""
+    if stores_no_logits(h, lm.fusable_head):  # by chunks of logits a trace of an 8B shape read its head 645 times
+        return target_logprob(h, lm.fusable_head, targets, lm.n_vocab)
     step = logit_rows(lm)
     parts = zip(h.split(step), targets.split(step), strict=True)
     return torch.cat([target_logprob(rows, lm.fusable_head, some, lm.n_vocab) for rows, some in parts])

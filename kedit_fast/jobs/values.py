@@ -26,12 +26,13 @@ from kedit_fast.basics.state import own_state, wide
 from kedit_fast.jobs.collect import Collect, GraphRows
 from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
 from kedit_fast.kernels.target_logprob import target_logprob
-from kedit_fast.model.seam import frozen
+from kedit_fast.model.seam import frozen, prepared
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
+from kedit_fast.sweep.engine import row_table
 from kedit_fast.sweep.kept import in_groups
 from kedit_fast.sweep.plan import graph_bytes, logit_bytes, logit_rows, together, too_large
 from kedit_fast.sweep.rows import There
-from kedit_fast.sweep.runs import NEVER, RunList, Runs, add_under, padded, spans
+from kedit_fast.sweep.runs import NEVER, RunList, add_under, padded, spans
 from kedit_fast.sweep.sites import Site
 from kedit_fast.sweep.store import KVStore, on_host
 
@@ -123,7 +124,7 @@ def optimize_values(
     the step; and, with the bytes needed, where a fact does not fit however it is cut.
     """
     parts = []
-    with progress(LABEL, settings.steps * len(tasks)) as bar:
+    with progress(LABEL, settings.steps * len(tasks)) as bar, prepared(lm.model, lm.family):
 
         def size(task: ValueTask) -> int:
             return held_bytes(lm, task, settings)
@@ -178,9 +179,9 @@ def _side_by_side(lm, tasks: list[ValueTask], settings: ValueSettings, first: in
 class _AddValue:
     """Adds each fact's δ at a site of one layer, at places (run, pos) of ``fact``; out of place, for autograd."""
 
-    def __init__(self, layer: int, site: Site, run: Tensor, pos: Tensor, fact: Tensor, delta: Tensor):
+    def __init__(self, layer: int, site: Site, run: Tensor, pos: Tensor, fact: There, delta: Tensor):
         self._layer, self._site, self.run, self.pos, self.delta = layer, site, run, pos, delta
-        self._fact = There(fact)
+        self._fact = fact
 
     def sites(self, layer):
         return (self._site,) if layer == self._layer else ()
@@ -205,7 +206,8 @@ class _Pack:
         into_stream = settings.site is Site.layer_out or lm.family.adds_as_is
         self.above = into_stream and settings.beside is None and settings.layer < settings.loss_layer
         self.sites = [settings.site, *([settings.beside] if settings.beside else [])]
-        self.emphasis = torch.full((len(tasks),), settings.nll_factor)  # of each fact's target loss in the next step
+        self.emphasis = There(torch.full((len(tasks),), settings.nll_factor))  # of each fact's target loss, next step
+        self.asked: dict[range, _Asked] = {}  # by part, as long as the same facts are active
         self.begin = settings.layer + self.above
         self.store = KVStore(from_layer=self.begin, on_host=lm.source.beside > 0)
         self.parts, self.recompute = parts(lm, tasks, settings)
@@ -273,35 +275,39 @@ class _Pack:
         longest = settings.clamp * self.initial.norm(dim=-1, keepdim=True)
         steps = torch.zeros(n, dtype=torch.int64)
         loss, nll, hits = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-        active = torch.ones(n, dtype=torch.bool)
+        active, still = torch.ones(n, dtype=torch.bool), There(torch.zeros(n, dtype=torch.bool))
         for step in range(settings.steps):
             adam.zero_grad()
             is_last = step + 1 == settings.steps
-            part_nll, part_loss, kl, missed, ascent = yield from self._all_losses(active, delta, is_last)
+            losses, ascent = yield from self._all_losses(active, delta, is_last)
+            # the one point of a step where a GPU is waited for
+            part_nll, part_loss, kl, missed = (each[active] for each in losses.detach().cpu())
             # a value that is NaN would go into the edit, and from there into every row
             names = [self.tasks[i].name or self.first + i for i in active.nonzero()[:, 0].tolist()]
-            check_losses(self.lm, part_loss.detach(), names, f"at step {step + 1} of {settings.steps}")
+            check_losses(self.lm, part_loss, names, f"at step {step + 1} of {settings.steps}")
             steps[active] += 1
-            loss[active], nll[active] = part_loss.detach().float().cpu(), part_nll.detach().float().cpu()
+            loss[active], nll[active] = part_loss.float(), part_nll.float()
             hits[active] += (missed == 0).float()
             reached = (loss < STOP_BELOW) | (hits >= (settings.hits or math.inf))
             if settings.relaxed != 1:
                 emphasis = settings.nll_factor * torch.where(missed == 0, settings.relaxed, 1.0)
-                self.emphasis = self.emphasis.index_put((active,), emphasis)  # a new one: the graph holds the old
-                reached[active] |= (missed == 0) & (settings.kl_factor * kl.detach().cpu() < settings.calm)
+                self.emphasis = There(self.emphasis.here.index_put((active,), emphasis))  # the graph holds the old one
+                reached[active] |= (missed == 0) & (settings.kl_factor * kl < settings.calm)
             done = active if is_last else active & reached
             left = settings.steps - step - 1  # of each fact that is done
             bar.advance(int(active.sum() + left * done.sum()), f"loss {loss[active].mean():.3f}")
-            active = active & ~done
+            if done.any():
+                active, still = active & ~done, There(~active | done)
+                self.asked.clear()
             if not active.any():
                 break
             kept = delta.detach().clone()
             if ascent is not None:
-                yield from _back(part_loss, ascent)
+                yield from _back(losses[1].sum(), ascent)
             adam.step()
             with torch.no_grad():
-                still = ~active.to(delta.device)
-                delta[:, still] = kept[:, still]  # done: Adam's momentum must not move it
+                # done: Adam's momentum must not move it
+                delta.copy_(torch.where(still.on(delta.device)[:, None], kept, delta))
                 delta *= (longest / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return Values((self.initial + delta.detach())[0], self.initial[0], steps, loss, nll)
 
@@ -310,114 +316,132 @@ class _Pack:
         (in the last step nobody needs it) and no ascent."""
         if len(self.parts) == 1:
             return (yield from self._losses(active, delta, self.parts[0]))
-        nll = loss = kl = missed = 0
+        total: Tensor | int = 0
         for part in self.parts:
             if not self.has_rows[part.start : part.stop].any():
                 continue
-            part_nll, part_loss, part_kl, part_missed, ascent = yield from self._losses(active, delta, part)
+            losses, ascent = yield from self._losses(active, delta, part)
             if not is_last:
-                yield from _back(part_loss, ascent)
-            nll, loss, kl = nll + part_nll.detach(), loss + part_loss.detach(), kl + part_kl.detach()
-            missed = missed + part_missed
-        return _Losses(nll, loss, kl, missed, None)
+                yield from _back(losses[1].sum(), ascent)
+            total = total + losses.detach()
+        return _Losses(total, None)
 
     def _losses(self, active: Tensor, delta: Tensor, part: range) -> Generator[Ascent, None, "_Losses"]:
         """The losses with their graph, as far as these sequences make them."""
         lm, settings = self.lm, self.settings
-        here = torch.zeros(len(self.sequences), dtype=torch.bool)
-        here[part.start : part.stop] = True
-        kl_here = here[self.kl_index] & active[self.kl_fact]
-        chosen = (active[self.fact] & self.has_rows & here).nonzero()[:, 0]
-        runs, h, number, first = self._runs(chosen)
-        adding = []
+        if part not in self.asked:
+            self.asked[part] = _Asked(self, active, part)
+        asked = self.asked[part]
+        h, adding = self.store.h[asked.began.on(self.store.h.device)].detach().to(lm.device), []
         if self.above:
-            h = h.index_add(0, first.to(h.device), delta[0, self.fact[chosen].to(delta.device)].to(h.dtype))
+            h = h.index_add(0, asked.first.on(h.device), delta[0, asked.fact.on(h.device)].to(h.dtype))
         else:
-            places = number[chosen], self.lookup[chosen], self.fact[chosen]
             both = zip(self.sites, delta, strict=True)
-            adding = [_AddValue(settings.layer, site, *places, own) for site, own in both]
-        prompts = chosen[self.has_target[chosen]]
-        place, target, weight, fact = self._target_places(prompts, number[prompts])
-        kl = self.kl_index[kl_here]
-        top = GraphRows(settings.loss_layer, *place)
-        kl_top = GraphRows(lm.n_layers - 1, number[kl], self.kl_pos[kl_here])
-        jobs, last = ([*adding, top, kl_top], None) if len(kl) else ([*adding, top], settings.loss_layer)
-        how = {"first_layer": self.begin, "last_layer": last, "h": h, "store": self.store, "recompute": self.recompute}
-        yield (ascent := Ascent(runs, jobs, grad=True, **how))
-        rows = top.take()
-        missed = torch.zeros(len(active)).index_add(0, fact, self._missed(rows, target))[active]
+            adding = [_AddValue(settings.layer, site, *asked.lookups, asked.fact, own) for site, own in both]
+        jobs = [*adding, top := GraphRows(settings.loss_layer, *asked.places)]
+        if asked.has_kl:
+            jobs.append(kl_top := GraphRows(lm.n_layers - 1, *asked.kl_places))
+        how = {"h": h, "store": self.store, "recompute": self.recompute, "table": asked.table}
+        yield (ascent := Ascent(asked.runs, jobs, grad=True, first_layer=self.begin, last_layer=asked.last, **how))
+        rows, fact = top.take(), asked.target_fact.on(h.device)
         with torch.enable_grad(), frozen(lm.model):
-            log_p = target_logprob(rows, lm.fusable_head, target, lm.n_vocab)
-            nll = log_p.new_zeros(len(active)).index_add(0, fact.to(log_p.device), -log_p * weight.to(log_p))
-            total = nll * self.emphasis.to(nll)
-            if not len(kl):
-                return _Losses(nll[active], total[active], torch.zeros_like(nll[active]), missed, ascent)
-            kl = self._kl(kl_top.take(), kl_here)
-            total = total.index_add(0, self.kl_fact[kl_here].to(nll.device), self.kl_weight[kl_here].to(kl) * kl)
-            once = kl_here[: len(active)].nonzero()[:, 0].to(delta.device)  # the facts whose KL prompt is here
-            decay = (delta.norm(dim=-1) / self.initial.norm(dim=-1).square()).sum(0)[once]
-            total = total.index_add(0, once.to(nll.device), settings.weight_decay * decay)
-            own = torch.zeros_like(nll).index_add(0, once.to(nll.device), kl[: len(once)])
-        return _Losses(nll[active], total[active], own[active], missed, ascent)
+            log_p = target_logprob(rows, lm.fusable_head, asked.target.on(h.device), lm.n_vocab)
+            nll = log_p.new_zeros(len(active)).index_add(0, fact, -log_p * asked.weight.on(h.device).to(log_p))
+            missed = torch.zeros_like(nll).index_add(0, fact, self._missed(rows, asked.target).to(nll))
+            total, own = nll * self.emphasis.on(h.device).to(nll), torch.zeros_like(nll)
+            if asked.has_kl:
+                kl = self._kl(kl_top.take(), asked)
+                weighed = asked.kl_weight.on(h.device).to(kl) * kl
+                total = total.index_add(0, asked.kl_fact.on(h.device), weighed)
+                once = asked.once.on(h.device)
+                decay = (delta.norm(dim=-1) / self.initial.norm(dim=-1).square()).sum(0)[once]
+                total = total.index_add(0, once, settings.weight_decay * decay)
+                own = own.index_add(0, once, kl[: len(asked.once)])
+            return _Losses(torch.stack([nll, total, own, missed]), ascent)
 
     @torch.no_grad()
-    def _missed(self, rows: Tensor, target: Tensor) -> Tensor:
-        """[n] 1 where a row's target token is not the likeliest; zeros where nobody counts."""
+    def _missed(self, rows: Tensor, target: There) -> Tensor:
+        """[n] whether a row's target token is not the likeliest; no for all of them where nobody counts."""
         if not self.settings.counts:
-            return torch.zeros(len(target))
-        said = [self.lm.head(some.detach()).argmax(-1).cpu() for some in rows.split(logit_rows(self.lm))]
-        return (torch.cat(said) != target).float()
+            return torch.zeros(len(target), dtype=torch.bool, device=rows.device)
+        said = [self.lm.head(some.detach()).argmax(-1) for some in rows.split(logit_rows(self.lm))]
+        return torch.cat(said) != target.on(rows.device)
 
-    def _runs(self, chosen: Tensor) -> tuple[Runs, Tensor, Tensor, Tensor]:
-        """Runs that own the rows from each lookup token on, over the stored ones; the rows h that they begin with;
-        their numbers, [sequences], -1 for those not chosen; which row of h is each one's lookup token."""
-        base = self.number[chosen]
-        tokens, length = self.base.tokens, self.length[chosen]
-        runs = RunList()
-        runs.add(tokens, length=self.base.length, branch_layer=torch.full((len(self.base),), NEVER))
-        number = runs.add(
-            tokens[base], length=length, parent=base, first_pos=self.lookup[chosen], branch_layer=self.begin,
-            owner=self.base.owner[base],
-        )  # fmt: skip
-        count = length - self.lookup[chosen]
-        which, pos = spans(self.lookup[chosen], length)
-        run = base[which]
-        numbers = torch.full((len(self.sequences),), -1).index_copy_(0, chosen, number)
-        h = self.store.h[self.store.table[run, pos].to(self.store.h.device)].detach().to(self.lm.device)
-        return runs.runs(), h, numbers, count.cumsum(0) - count
-
-    def _target_places(self, chosen: Tensor, number: Tensor):
-        """Places whose next token is a target token, those tokens, each one's weight in its fact's mean, the fact."""
-        start = self.prompt_length[chosen] - 1
-        which, pos = spans(start, start + self.target_length[chosen])
-        sequence = chosen[which]
-        target = self.targets[sequence, pos - start[which]]
-        return (number[which], pos), target, self.weight[sequence], self.fact[sequence]
-
-    def _kl(self, h: Tensor, which: Tensor) -> Tensor:
+    def _kl(self, h: Tensor, asked: "_Asked") -> Tensor:
         """KL(p_δ || p_0) in nats for each compared row that is asked for, and KL(p_0 || p_δ) for those of keeps."""
         log_p = self.lm.head(h).to(self.log_p0.dtype).log_softmax(-1)
-        log_p0 = self.log_p0[which.to(self.log_p0.device)].to(h.device)
-        n = int(which[: len(self.tasks)].sum())
+        log_p0 = self.log_p0[asked.compared.on(self.log_p0.device)].to(h.device)
+        n = len(asked.once)
         own = (log_p[:n].exp() * (log_p[:n] - log_p0[:n])).sum(-1)
         return torch.cat([own, (log_p0[n:].exp() * (log_p0[n:] - log_p[n:])).sum(-1)])
 
 
-class _Losses(NamedTuple):
-    """(-log p of the target, whole loss, KL at the subject's last token) [active facts] in nats, target tokens in any
-    prompt that were not the likeliest, and the ascent that they were read of."""
+class _Asked:
+    """What a step asks of a part of the sequences, for as long as the same facts are active.
 
-    nll: Tensor
-    whole: Tensor
-    kl: Tensor
-    missed: Tensor
+    runs: own the rows from each lookup token on, over the stored ones; table: their rows, once they have gone up
+    began: of each row the stored one that it begins as; first: which of them are lookup tokens; fact: of each
+    lookups, places, kl_places: (run, pos) of lookup tokens, of what predicts targets, and of compared rows
+    target, weight, target_fact: the tokens that are predicted, each one's weight in its fact's mean, the fact
+    compared: which rows of p_0; kl_weight, kl_fact: of each; once: the facts whose KL prompt is here, those rows first
+    """
+
+    def __init__(self, pack: _Pack, active: Tensor, part: range):
+        here = torch.zeros(len(pack.sequences), dtype=torch.bool)
+        here[part.start : part.stop] = True
+        chosen = (active[pack.fact] & pack.has_rows & here).nonzero()[:, 0]
+        number = self._declare_runs(pack, chosen)
+        self.lookups = number[chosen], pack.lookup[chosen]
+        self.fact = There(pack.fact[chosen])
+        prompts = chosen[pack.has_target[chosen]]
+        self._find_targets(pack, prompts, number[prompts])
+        compared = here[pack.kl_index] & active[pack.kl_fact]
+        self.kl_places = number[pack.kl_index[compared]], pack.kl_pos[compared]
+        self.compared = There(compared.nonzero()[:, 0])
+        self.kl_weight, self.kl_fact = There(pack.kl_weight[compared]), There(pack.kl_fact[compared])
+        self.once = There(compared[: len(active)].nonzero()[:, 0])
+        self.has_kl = bool(compared.any())
+        self.last = pack.lm.n_layers - 1 if self.has_kl else pack.settings.loss_layer
+        self.table = row_table(pack.lm, self.runs, pack.begin, self.last, pack.store)
+
+    def _declare_runs(self, pack: _Pack, chosen: Tensor) -> Tensor:
+        """Gives the runs' numbers, [sequences], -1 for those not chosen."""
+        base, length, first = pack.number[chosen], pack.length[chosen], pack.lookup[chosen]
+        runs = RunList()
+        runs.add(pack.base.tokens, length=pack.base.length, branch_layer=torch.full((len(pack.base),), NEVER))
+        number = runs.add(
+            pack.base.tokens[base], length=length, parent=base, first_pos=first, branch_layer=pack.begin,
+            owner=pack.base.owner[base],
+        )  # fmt: skip
+        self.runs = runs.runs()
+        which, pos = spans(first, length)
+        self.began = There(pack.store.table[base[which], pos])
+        count = length - first
+        self.first = There(count.cumsum(0) - count)
+        return torch.full((len(pack.sequences),), -1).index_copy_(0, chosen, number)
+
+    def _find_targets(self, pack: _Pack, prompts: Tensor, number: Tensor) -> None:
+        """Places whose next token is a target token."""
+        start = pack.prompt_length[prompts] - 1
+        which, pos = spans(start, start + pack.target_length[prompts])
+        sequence = prompts[which]
+        self.places = number[which], pos
+        self.target = There(pack.targets[sequence, pos - start[which]])
+        self.weight, self.target_fact = There(pack.weight[sequence]), There(pack.fact[sequence])
+
+
+class _Losses(NamedTuple):
+    """losses: [4, facts]: -log p of the target, whole loss and KL at the subject's last token, in nats, and target
+    tokens in any prompt that were not the likeliest; ascent: that they were read of."""
+
+    losses: Tensor
     ascent: Ascent | None
 
 
 def _back(loss: Tensor, ascent: Ascent) -> Iterator[Ascent]:
     """Gradients of δ: by autograd, and then down the layers where these come in turns."""
     if loss.requires_grad:
-        loss.sum().backward()
+        loss.backward()
         ascent.goes_down = True
         yield ascent
 

@@ -1,7 +1,7 @@
 """Attention of packed rows through a row table: shared prefixes are read where they lie, never copied per run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ def attention(
     room: int | None = None,
     cut: Callable[[int, int], Any] | None = None,
     groups: Callable[[], list["Group"]] | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """softmax(softcap(q k^T scale)) v, each row over the positions <= its own that its run can see.
 
@@ -41,19 +42,57 @@ def attention(
     room: numbers of K, or of scores, that the reference gathers at once (``GATHERED`` at most; one run's at least)
     cut: gives the kernel's plan of these rows, where one is at hand (``kernels.triton.attention.Plan``), or None
     groups: gives the reference's ``grouped`` of these rows
+    lse: [rows, H] fp32 that the kernel fills with the log-sum-exp of each row's scores, for its gradients
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
 
-    The Triton kernel reads every key where it lies and holds no scores. It has no backward pass: where autograd
-    records, the reference computes.
+    The Triton kernel reads every key where it lies and holds no scores. Autograd records neither it nor the reference:
+    gradients go through ``kernels.slots``.
     """
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if not recorded and dispatch.backend_for("attention", query.device, query.dtype) == "triton":
+    how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if runs_on_triton(query):
         from kedit_fast.kernels.triton import attention as triton
 
-        how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "cut": cut}
-        return triton.attention(query, key, value, key_rows, run, pos, **how)
-    how = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "room": room, "groups": groups}
-    return attention_ref(query, key, value, key_rows, run, pos, **how)
+        return triton.attention(query, key, value, key_rows, run, pos, **how, cut=cut, lse=lse)
+    return attention_ref(query, key, value, key_rows, run, pos, **how, room=room, groups=groups)
+
+
+def attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_rows: Tensor,
+    run: Tensor,
+    pos: Tensor,
+    key_grad: Tensor,
+    value_grad: Tensor,
+    *,
+    base: int,
+    room: int | None = None,
+    cut: Callable[[int, int], Any] | None = None,
+    groups: Callable[[], list["Group"]] | None = None,
+    **how,
+) -> Tensor:
+    """Gradient [rows, H, D] of ``attention``'s query, from that of what it gave.
+
+    grad, out: [rows, H, D]; lse: as the kernel filled it
+    key_grad, value_grad: [n, Hkv, D], to which the gradients of slots ``base`` to ``base + n`` are added; slots below
+        are constants
+    """
+    if runs_on_triton(query):
+        from kedit_fast.kernels.triton.attention_backward import attention_backward as triton
+
+        given = grad, out, lse, query, key, value, key_rows, run, pos, key_grad, value_grad
+        return triton(*given, base=base, cut=cut, **how)
+    given = grad, query, key, value, key_rows, run, pos, key_grad, value_grad
+    return attention_backward_ref(*given, base=base, room=room, groups=groups, **how)
+
+
+def runs_on_triton(query: Tensor) -> bool:
+    """Whether the kernel serves these queries."""
+    return dispatch.backend_for("attention", query.device, query.dtype) == "triton"
 
 
 class Group(NamedTuple):
@@ -83,27 +122,56 @@ def grouped(key_rows: Tensor, run: Tensor, pos: Tensor, device: torch.device) ->
     return [Group(*there[3 * i : 3 * i + 3], *about) for i, about in enumerate(made)]
 
 
-def attention_ref(
-    query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, room=None, groups=None
-):
+@torch.no_grad()
+def attention_ref(query, key, value, key_rows, run, pos, *, room=None, groups=None, **how):
     """The same in plain torch: runs with equally many rows at a time; dense (SDPA) or gathered."""
+    out = torch.empty_like(query)
+    for group, part in _parts(query, key, groups, key_rows, run, pos, room, how):
+        rows = group.rows[part]
+        out[rows] = _of_part(query[rows], _take(key, group, part), _take(value, group, part), group, part, **how)
+    return out
+
+
+@torch.no_grad()
+def attention_backward_ref(
+    grad, query, key, value, key_rows, run, pos, key_grad, value_grad, *, base, room=None, groups=None, **how
+):
+    """``attention_backward`` in plain torch: each part of the reference once more, for autograd."""
+    out = torch.empty_like(query)
+    for group, part in _parts(query, key, groups, key_rows, run, pos, room, how):
+        rows, slots = group.rows[part], group.slots[part].clamp(max=len(key) - 1)
+        leaves = [x.requires_grad_() for x in (query[rows], key[slots], value[slots])]
+        with torch.enable_grad():
+            got = _of_part(*leaves, group, part, **how)
+        out[rows], *of_slots = torch.autograd.grad(got, leaves, grad[rows])
+        own = slots >= base
+        at = slots[own] - base
+        for total, found in zip((key_grad, value_grad), of_slots, strict=True):
+            total.index_add_(0, at, found[own].to(total.dtype))
+    return out
+
+
+def _parts(query, key, groups, key_rows, run, pos, room, how) -> Iterator[tuple["Group", slice]]:
+    """What the reference takes at a time: some runs of a group, so that neither keys nor scores exceed ``room``."""
     room = GATHERED if room is None else min(room, GATHERED)
-    out, sums = torch.empty_like(query), wide(query.dtype)
     for group in groups() if groups else grouped(key_rows, run, pos, query.device):
         (n, m), n_keys = group.rows.shape, group.slots.shape[1]
-        dense = m >= DENSE_FROM and softcap is None and group.begins
-        widest = max(key.shape[1] * key.shape[2], 0 if dense else m * query.shape[1])  # keys or scores
+        widest = max(key.shape[1] * key.shape[2], 0 if _is_dense(group, how) else m * query.shape[1])
         step = max(1, room // max(1, n_keys * widest))
         for i in range(0, n, step):
-            part = slice(i, min(i + step, n))
-            rows = group.rows[part]
-            q, k, v = query[rows], _take(key, group, part), _take(value, group, part)
-            if dense:
-                got = _dense(q, k, v, scale, window, sinks)
-            else:
-                got = _gathered(q.to(sums), k.to(sums), v.to(sums), group.pos[part], scale, window, softcap, sinks)
-            out[rows] = got.to(out.dtype)
-    return out
+            yield group, slice(i, min(i + step, n))
+
+
+def _is_dense(group: "Group", how: dict) -> bool:
+    return group.begins and group.rows.shape[1] >= DENSE_FROM and how.get("softcap") is None
+
+
+def _of_part(q, k, v, group: "Group", part: slice, *, scale, window=None, softcap=None, sinks=None) -> Tensor:
+    """Attention of a part's rows q [n, m, H, D] to keys and values [n, T, Hkv, D], in q's dtype."""
+    if _is_dense(group, {"softcap": softcap}):
+        return _dense(q, k, v, scale, window, sinks).to(q.dtype)
+    given = (x.to(wide(q.dtype)) for x in (q, k, v))
+    return _gathered(*given, group.pos[part], scale, window, softcap, sinks).to(q.dtype)
 
 
 def _groups(run: Tensor, pos: Tensor):
@@ -128,8 +196,7 @@ def _slab(slots: Tensor) -> tuple[int, int] | None:
 def _take(x: Tensor, group: Group, part: slice) -> Tensor:
     """x at the slots of a part of the runs as [n, T, Hkv, D]; a view where they lie in equal slabs, else gathered."""
     slots = group.slots[part]
-    # a view would be saved for backward and then written to by the next call
-    if group.slab is not None and not torch.is_grad_enabled():
+    if group.slab is not None:
         first, stride = group.slab[0] + part.start * group.slab[1], group.slab[1]
         end, step = first + (len(slots) - 1) * stride + slots.shape[1], x.stride()
         if end <= len(x):

@@ -18,7 +18,7 @@ from kedit_fast.basics import settings
 from kedit_fast.kernels import cusolver, openblas
 
 BACKENDS = ("reference", "native", "triton")
-INTERFACE = 3  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
+INTERFACE = 4  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
 
 
 class Implementation(NamedTuple):
@@ -61,6 +61,10 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "target_logprob": _triton(*_UP_TO_32_BITS),
     "rows": _triton(*_UP_TO_32_BITS, torch.float64),
     "lowrank": _triton(*_UP_TO_32_BITS),
+    "pointwise": (
+        Implementation("native", "cpu", (torch.float32,), lambda: why_not_native()),
+        *_triton(*_UP_TO_32_BITS),
+    ),
     "second_moment": (
         Implementation("native", "cpu", _UP_TO_32_BITS, lambda: why_not_native()),
         *_triton(*_UP_TO_32_BITS),

@@ -1,5 +1,7 @@
 """Rows that begin: corrupted embeddings, and the rows a branching run starts from (batch restoration)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,18 +28,27 @@ def add_noise_ref(x, noise, index):
     return out
 
 
-def branch_rows(h: Tensor, source: Tensor) -> Tensor:
-    """h followed by the rows that new runs begin as: one launch for every (token, layer, draw) of every fact.
+def branch_rows(parts: Sequence[Tensor], source: Tensor) -> Tensor:
+    """Rows, and behind them those that new runs begin as: one launch for every (token, layer, draw) of every fact.
 
-    h: [rows, d]; source: [m] int64 in [0, rows). The clean row at a restored position is one of the sources.
+    parts: of the rows, [_, d] each, in order; source: [m] int64 of their numbers. The clean row at a restored position
+    is one of the sources. Each row is written once.
     """
-    if dispatch.backend_for("rows", h.device, h.dtype) == "triton":
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return branch_rows_ref(parts, source)
+    n, d = sum(map(len, parts)), parts[0].shape[1]
+    out = parts[0].new_empty(n + len(source), d)
+    torch.cat(list(parts), out=out[:n])
+    if dispatch.backend_for("rows", out.device, out.dtype) == "triton":
         from kedit_fast.kernels.triton import rows
 
-        return rows.branch_rows(h, source)
-    return branch_rows_ref(h, source)
+        rows.branch_rows_(out, source)
+    else:
+        torch.index_select(out[:n], 0, source, out=out[n:])
+    return out
 
 
-def branch_rows_ref(h, source):
+def branch_rows_ref(parts, source):
     """The same in plain torch."""
+    h = torch.cat(list(parts))
     return torch.cat([h, h[source]])

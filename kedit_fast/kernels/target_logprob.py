@@ -42,7 +42,7 @@ def target_logprob(h: Tensor, head: Head | Callable[[Tensor], Tensor], targets: 
     The Triton kernel needs a ``Head`` in h's dtype whose weight and bias are not trained: it has gradients for h alone,
     and keeps logits in fp32 where the reference has them in h's dtype. Everything else is the reference's.
     """
-    if _fuses(h, head) and dispatch.backend_for("target_logprob", h.device, h.dtype) == "triton":
+    if stores_no_logits(h, head):
         from kedit_fast.kernels.triton import target_logprob as triton
 
         with torch.autocast(h.device.type, enabled=False):
@@ -61,12 +61,14 @@ def target_logprob_ref(h, head, targets, n_vocab):
     return out if targets.ndim == 2 else out[:, 0]
 
 
-def _fuses(h: Tensor, head) -> bool:
+def stores_no_logits(h: Tensor, head) -> bool:
+    """Whether the kernel serves these rows and this head: as many rows as there are go to it at once."""
     if not isinstance(head, Head):
         return False
     weights = [x for x in (head.weight, head.bias) if x is not None]
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in weights)
-    return not trained and all(x.device == h.device and x.dtype == h.dtype for x in weights)
+    served = not trained and all(x.device == h.device and x.dtype == h.dtype for x in weights)
+    return served and dispatch.backend_for("target_logprob", h.device, h.dtype) == "triton"
 
 
 def _logprob(logits: Tensor, targets: Tensor) -> Tensor:

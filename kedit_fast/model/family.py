@@ -29,6 +29,8 @@ class Family:
     rotary: str | None = "model.rotary_emb"  # None: the block makes its own from position_ids
     rotary_by_type: bool = False  # one rotary table for each layer type (gemma3)
     attention: str = "interface"  # "interface": transformers' attention registry; "_attn": replaced on the instance
+    fused: bool = False  # whether its RMS norms and its gated MLP compute what ``model/fused.py`` does in their place
+    norm_offset: float = 0.0  # what its RMS norms add to their weights
     post_norm: str | None = None  # in a layer: the norm between the down projection and the residual add
     embedding_scale: str | None = None  # in the config: what the embedding's output is multiplied by, outside of it
     residual_scale: str | None = None  # in the config: what attention and MLP are multiplied by before the residual add
@@ -71,7 +73,7 @@ class Family:
         return {role: path for role, path in paths.items() if path}
 
 
-_LLAMA = Family()
+_LLAMA = Family(fused=True)
 _GPT2 = Family(
     layers="transformer.h",
     attn="attn",
@@ -89,6 +91,7 @@ _MIXTURE = replace(_LLAMA, mlp_down="mlp.experts", mlp_up=None, mlp_gate=None, e
 _FUSED = replace(_LLAMA, mlp_up=None, mlp_gate=None, mlp_gate_up="mlp.gate_up_proj")
 # A wrapper around a text model of Llama's names.
 _WRAPPED = Family(
+    fused=True,
     layers="model.language_model.layers",
     norm="model.language_model.norm",
     rotary="model.language_model.rotary_emb",
@@ -122,11 +125,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": _MIXTURE,
     "qwen3_moe": _MIXTURE,
     "gpt_oss": _MIXTURE,
-    "gemma": _LLAMA,
-    "gemma2": _POST_NORM,
-    "gemma3_text": replace(_POST_NORM, rotary_by_type=True),
+    "gemma": replace(_LLAMA, norm_offset=1.0),
+    "gemma2": replace(_POST_NORM, norm_offset=1.0),
+    "gemma3_text": replace(_POST_NORM, rotary_by_type=True, norm_offset=1.0),
     "gemma3": replace(
         _WRAPPED,
+        norm_offset=1.0,
         rotary_by_type=True,
         post_norm="post_feedforward_layernorm",
         stored_as=(("model.language_model.", "language_model.model."),),

@@ -7,20 +7,18 @@ on the attention instance.
 
 import math
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
-from types import MethodType
 
 import torch
-from torch import nn
 
-from kedit_fast.kernels.dispatch import backend_for
-from kedit_fast.kernels.linear import linear
 from kedit_fast.model.family import Family, layers_of, text_config
+from kedit_fast.model.fused import own_forwards
 
 NAME = "kedit_fast"
 _call: ContextVar = ContextVar("kedit_fast_attention_call", default=None)
+_ready: ContextVar[tuple] = ContextVar("kedit_fast_prepared_models", default=())  # inside ``prepared``
 # Keywords that transformers' blocks pass along and that change nothing in what attention computes.
 HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_attentions", "cache_position", "is_causal"}
 
@@ -72,16 +70,29 @@ def attend_with(attend):
 
 @contextmanager
 def prepared(model, family: Family):
-    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention and products; put back after it,
-    always."""
+    """The model as a sweep needs it: eval mode, frozen, no autocast, our attention and our forwards; put back after
+    it, always. Inside another of the same model it is that one's: each walks through all modules, which for a step of z
+    was a fourth of what the host does."""
+    if any(model is each for each in _ready.get()):
+        yield
+        return
+    token = _ready.set((*_ready.get(), model))
+    try:
+        with _prepared(model, family):
+            yield
+    finally:
+        _ready.reset(token)
+
+
+@contextmanager
+def _prepared(model, family: Family):
     _register()
     embedding = model.get_input_embeddings().weight
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(embedding.device.type, enabled=False))
-        if backend_for("linear", embedding.device, embedding.dtype) != "reference":
-            stack.enter_context(_own_products(model))
+        stack.enter_context(own_forwards(model, family))
         stack.enter_context(eval_mode(model))
-        stack.enter_context(frozen(model))
+        stack.enter_context(_without(model.parameters(), "requires_grad"))
         if family.attention == "_attn":
             stack.enter_context(_own_attn(model, family))
         else:
@@ -101,7 +112,9 @@ def eval_mode(model):
 
 
 def frozen(model):
-    """The model without gradients for its parameters; flags are put back."""
+    """The model without gradients for its parameters; flags are put back. A prepared one is."""
+    if any(model is each for each in _ready.get()):
+        return nullcontext()
     return _without(model.parameters(), "requires_grad")
 
 
@@ -135,33 +148,6 @@ def _own_attn(model, family):
     finally:
         for module in modules:
             vars(module).pop("_attn", None)
-
-
-@contextmanager
-def _own_products(model):
-    """Linear layers multiply by ``kernels.linear``; a layer of another type, or one that somebody gave a forward of its
-    own, goes on as it does. (A TorchFunctionMode would do the same and cost 4 % of a trace.)
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    own, replaced = {nn.Linear: _linear, Conv1D: _conv1d}, []
-    try:
-        for module in model.modules():
-            if type(module) in own and "forward" not in vars(module):
-                replaced.append(module)
-                module.forward = MethodType(own[type(module)], module)
-        yield
-    finally:
-        for module in replaced:
-            vars(module).pop("forward", None)
-
-
-def _linear(self, x):
-    return linear(x, self.weight, self.bias)
-
-
-def _conv1d(self, x):
-    return linear(x, self.weight, self.bias, in_out=True)
 
 
 def _report_foreign_hooks(model):

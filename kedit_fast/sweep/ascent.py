@@ -50,7 +50,7 @@ def _layer_by_layer(lm, ascents: Sequence[Ascent]) -> None:
     for one, (first, last) in zip(ascents, ways, strict=True):
         lm.check_length(int(one.runs.length.max()))
         jobs, number = in_order(lm, one.jobs), torch.arange(len(one.runs))
-        one.pack = Pack(lm, one.runs, number, jobs, one.how.get("store"), None, one.how.get("keep"))
+        one.pack = Pack(lm, one.runs, number, jobs, *(one.how.get(x) for x in ("store", "slots", "keep", "table")))
         one.pack.waiting = [] if one.grad else None
         goings.append(one.pack.run(first, last, one.how.get("h")))
     with prepared(lm.model, lm.family), torch.no_grad():

@@ -6,7 +6,6 @@ at which sites of which layers it reads or writes; it knows rows, not facts, and
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kedit_fast.basics.state import upload
-from kedit_fast.kernels.attention import attention, grouped
+from kedit_fast.kernels.attention import runs_on_triton
 from kedit_fast.kernels.rows import branch_rows
+from kedit_fast.kernels.slots import Slots
 from kedit_fast.model.seam import attend_with, prepared
+from kedit_fast.sweep.attend import Attend
 from kedit_fast.sweep.hooks import Enough, hooked, last_read, through
 from kedit_fast.sweep.plan import RowCost, call_rows, cut, room
 from kedit_fast.sweep.rows import Call, RowTable
@@ -54,6 +55,7 @@ def sweep(
     store: KVStore | None = None,
     slots: Tensor | None = None,
     keep: KVStore | None = None,
+    table: RowTable | None = None,
     grad: bool = False,
     recompute: bool = False,
     held: int = 0,
@@ -66,6 +68,8 @@ def sweep(
     store: keys and values of an earlier sweep; its runs are the first of ``runs`` (branch_layer NEVER)
     slots: [rows] the store's slots that the rows write their keys and values to (generation)
     keep: a store that keeps this sweep's keys and values; the sweep is then one pack
+    table: ``row_table`` of the same runs, layers and store, for a sweep that is taken again and again: all that was
+        planned, looked for and uploaded is there; such a sweep is one pack
     grad: keeps autograd on, for jobs that optimize; such a sweep is one pack
     recompute: of a sweep with grad, keep the rows that enter each layer, and let the backward pass run each layer again
         (so it is anyway where weights are read layer by layer)
@@ -79,7 +83,7 @@ def sweep(
     lm.check_length(int(runs.length.max()) if len(runs) else 0)
     if keep is not None and store is not None:
         raise ValueError("a sweep reads a store or keeps one, not both")
-    whole = grad or h is not None or store is not None or keep is not None
+    whole = grad or any(given is not None for given in (h, store, keep, table))
     cuts = [torch.arange(len(runs))] if whole else cut(runs, RowCost.of(lm), lm.memory, held + runs.nbytes)
 
     def taken(which: Tensor) -> Runs:  # one pack at a time: all of them would be the runs' tables once more
@@ -93,45 +97,51 @@ def sweep(
         for which in cuts:
             number = torch.full((len(runs),), -1)
             number[which] = torch.arange(len(which))
-            pack = Pack(lm, taken(which), number, jobs, store, slots, keep)
+            pack = Pack(lm, taken(which), number, jobs, store, slots, keep, table)
             pack.recomputes = grad and (recompute or not lm.source.in_memory)
             for rows in pack.run(first_layer, last_layer, h):
                 if advance is not None:
                     advance(rows / work)
 
 
+def row_table(lm, runs: Runs, first: int, last: int, store: KVStore | None, slots: Tensor | None = None) -> RowTable:
+    """The rows of a sweep of these runs through layers first to last, over a store as ``sweep`` takes it."""
+    base = 0 if store is None or slots is not None else store.size
+    stored = None if store is None else store.table
+    return RowTable(runs, first, last, store_table=stored, base=base, slots=slots, device=lm.device)
+
+
 class Pack:
     """One pack on its way up, and down again where what enters its layers is waiting (``ascent.py``)."""
 
-    def __init__(self, lm, runs, number, jobs, store, slots, keep):
+    def __init__(self, lm, runs, number, jobs, store, slots, keep, table=None):
         self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
-        self.store, self.slots, self.keep = store, slots, keep
+        self.store, self.slots, self.keep, self.table = store, slots, keep, table
         self.again = self.recomputes = False
         self.waiting: list[_Entering] | None = None
         self.start = self.grad = None  # rows that the pack was given, with their graph; gradient of those on their way
         self.room, self.call_rows = room(lm), call_rows(lm)
+        self.family, self.of_slots = lm.family, (lm.n_key_heads, lm.head_dim)  # asked of the config once, not a call
         self.n_positions = int(runs.length.max()) if len(runs) else 0
-        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     def run(self, first: int, last: int, h: Tensor | None) -> Iterator[int]:
         """Goes up layer by layer; gives the number of rows after each."""
-        base = 0 if self.store is None or self.slots is not None else self.store.size
-        table = RowTable(
-            self.runs, first, last, store_table=None if self.store is None else self.store.table, base=base,
-            slots=self.slots, device=self.lm.device,
-        )  # fmt: skip
+        made = self.table or row_table(self.lm, self.runs, first, last, self.store, self.slots)
+        table = made.begun()
+        outs: list[Tensor] = []
         for layer in range(first, last + 1):
             source = table.grow(layer)
             if layer == first:
                 h = self._embed(table) if h is None else self._begun(h, table)
-            elif len(source):
-                h = branch_rows(h, source)
+            else:
+                h = branch_rows(outs, source) if len(source) else _joined(outs)
+                outs = []  # not held while the layer runs
             if self.keep is not None:
                 self.keep.enter(layer, h)
             if self.waiting is not None:
                 waits = on_host(h) if self.lm.source.beside else h
                 self.waiting.append(_Entering(layer, waits, table.at_layer(layer), layer == last))
-            h = (self._recomputed if self.recomputes else self._layer)(layer, h, table, layer == last)
+            outs = (self._recomputed if self.recomputes else self._layer)(layer, h, table, layer == last)
             yield len(table)
         if self.keep is not None:
             self.keep.table, self.keep.size = table.key_rows, len(table)
@@ -163,8 +173,9 @@ class Pack:
         layer, h, table, is_last = self.waiting.pop()
         h = h.to(self.lm.device, non_blocking=True).requires_grad_()
         self.again = True
-        out = self._layer(layer, h, table, is_last)
+        outs = self._layer(layer, h, table, is_last)
         self.again = False
+        out = _joined(outs) if outs else None
         ends = [(out, self.grad), *(job.back(layer) for job in self.jobs if hasattr(job, "back"))]
         if ends := [end for end in ends if end[1] is not None]:
             torch.autograd.backward(*zip(*ends, strict=True))
@@ -174,7 +185,7 @@ class Pack:
 
     # ---- one layer
 
-    def _recomputed(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
+    def _recomputed(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> list[Tensor]:
         """The layer, of which autograd keeps the rows that enter it: the backward pass runs it again, with its weights
         read again. So a step takes two weight passes, whatever the number of rows, and no layer's weights are kept:
         autograd keeps every weight that it multiplied by, and of weights that are read layer by layer it must not."""
@@ -198,42 +209,47 @@ class Pack:
             finally:
                 self.again = False
 
-    def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> Tensor | None:
-        read = self._rows_read(layer, table) if is_last else None
-        parts: list[slice | Tensor] = list(table.calls(self.call_rows))
-        alone = read is None and len(parts) == 1 and self.store is None and self.keep is None
+    def _layer(self, layer: int, h: Tensor, table: RowTable, is_last: bool) -> list[Tensor]:
+        """What each call of the layer gives."""
+        parts, keys_only = self._last_calls(layer, table) if is_last else (table.calls(self.call_rows), None)
+        alone = keys_only is None and len(parts) == 1 and self.store is None and self.keep is None
         cache = None if alone else self._cache(layer, h, table)
-        if read is not None:
-            keys_only = torch.ones(len(table), dtype=torch.bool)
-            keys_only[read] = False
-            for rows in keys_only.nonzero()[:, 0].split(self.call_rows):
-                self._block(layer, h, self._call(table, _together(rows)), cache, keys_only=True)
-            parts = [_together(rows) for rows in read.split(self.call_rows)]
+        for rows in keys_only or ():
+            self._block(layer, h, self._call(table, rows), cache, keys_only=True)
         final = last_read(self.jobs, layer) if is_last else None
         outs = [self._block(layer, h, self._call(table, rows), cache, final=final) for rows in parts]
         if self.keep is not None:
-            self.keep.put(layer, *cache)
-        outs = [out for out in outs if out is not None]
-        return torch.cat(outs) if len(outs) > 1 else outs[0] if outs else None
+            self.keep.put(layer, cache.keys, cache.values)
+        return [out for out in outs if out is not None]
 
     def _call(self, table: RowTable, rows: slice | Tensor) -> Call:
         return Call(table, rows, self.number, self.again)
 
-    def _rows_read(self, layer: int, table: RowTable) -> Tensor | None:
-        """Rows [n] that some job reads in the last layer; None: all of them."""
+    def _last_calls(self, layer: int, table: RowTable) -> tuple[list[slice | Tensor], list[slice | Tensor] | None]:
+        """The last layer's calls, of rows that some job reads there; and those of the others, which serve as keys only
+        (None: all are read)."""
         wanted = [job.reads(layer) for job in self.jobs]
-        if any(w is ALL for w in wanted) or self.keep is not None:
-            return None
-        rows = [table.found(*w, self.number).row for w in wanted if w is not None]
-        return torch.cat(rows).unique() if rows else None
+        if any(w is ALL for w in wanted) or self.keep is not None or not any(w is not None for w in wanted):
+            return table.calls(self.call_rows), None
+        places = [table.found(*w, self.number) for w in wanted if w is not None]
 
-    def _cache(self, layer: int, h: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
+        def cut() -> tuple:
+            read = torch.cat([each.row for each in places]).unique()
+            rest = torch.ones(len(table), dtype=torch.bool)
+            rest[read] = False
+            parts = (rows.split(self.call_rows) for rows in (read, rest.nonzero()[:, 0]))
+            return *([_together(rows) for rows in each] for each in parts), places  # held, so that nothing has their id
+
+        return table.once(("last calls", *map(id, places)), cut)[:2]
+
+    def _cache(self, layer: int, h: Tensor, table: RowTable) -> Slots:
         """Room for this layer's keys and values: slots of the store, then a slot a row."""
-        shape = (self.lm.n_key_heads, self.lm.head_dim)
         if self.store is not None:
-            return self.store.room(layer, len(table) if self.slots is None else 0, h, shape)
-        # zeros, not empty: slots of later calls are gathered with the others and only then masked, and 0 * NaN is NaN
-        return h.new_zeros(len(table), *shape), h.new_zeros(len(table), *shape)
+            return Slots(*self.store.room(layer, len(table) if self.slots is None else 0, h, self.of_slots), table.base)
+        # The kernel reads written slots alone. The reference gathers those of later calls with the others and masks
+        # them only then, and 0 * NaN is NaN.
+        new = h.new_empty if runs_on_triton(h) else h.new_zeros
+        return Slots(new(len(table), *self.of_slots), new(len(table), *self.of_slots))
 
     def _block(self, layer, h, call: Call, cache, *, keys_only=False, final: Site | None = None) -> Tensor | None:
         """One call of Hugging Face's block on the rows of ``call``; its layer_out, or None where it was left early.
@@ -243,11 +259,11 @@ class Pack:
         if not len(call):
             return None
         pos = call.table.pos_there[call.rows_there]
-        attend = _Attend(cache, call, keys_only, self.room, self.call_rows)
+        attend = Attend(cache, call, keys_only, self.room, self.call_rows)
         x = h if len(call) == len(h) else h[call.rows_there]
         with attend_with(attend), hooked(self.lm, self.jobs, layer, call, final):
             try:
-                out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos)).squeeze(0)
+                out = self.lm.source.call(layer, x[None], self._block_kwargs(layer, pos, call.table)).squeeze(0)
             except Enough:
                 out = None
         if attend.n_calls != 1:
@@ -257,18 +273,14 @@ class Pack:
             )
         return out if out is None else through(self.jobs, Site.layer_out, layer, out, call)
 
-    def _block_kwargs(self, layer: int, pos: Tensor) -> dict:
+    def _block_kwargs(self, layer: int, pos: Tensor, table: RowTable) -> dict:
         kwargs = {"attention_mask": None, "position_ids": pos[None]}
-        if self.lm.family.rotary is not None:
-            kwargs["position_embeddings"] = tuple(t[pos][None] for t in self._rotary(layer))
+        if self.family.rotary is not None:
+            # over this pack's positions, once for all layers of a type
+            kind = self.lm.config.layer_types[layer] if self.family.rotary_by_type else None
+            angles = table.once(("rotary", kind), lambda: self.lm.rotary(layer, self.n_positions))
+            kwargs["position_embeddings"] = tuple(t[pos][None] for t in angles)
         return kwargs
-
-    def _rotary(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The layer's rotary tables over this pack's positions, made once for all layers of a type."""
-        kind = self.lm.config.layer_types[layer] if self.lm.family.rotary_by_type else None
-        if kind not in self._tables:
-            self._tables[kind] = self.lm.rotary(layer, self.n_positions)
-        return self._tables[kind]
 
 
 class _Entering(NamedTuple):
@@ -280,57 +292,8 @@ class _Entering(NamedTuple):
     is_last: bool
 
 
-class _Attend:
-    """The attention of one call: writes the call's keys and values to their slots, then reads through the row table.
-
-    cache: of the layer's slots; None where the call has all rows, whose keys and values then are the slots
-    """
-
-    def __init__(self, cache: tuple[Tensor, Tensor] | None, call: Call, keys_only: bool, room: int, call_rows: int):
-        self.cache, self.call, self.keys_only, self.room, self.call_rows = cache, call, keys_only, room, call_rows
-        self.n_calls = 0
-
-    def __call__(self, query, key, value, *, scale, window, softcap, sinks):
-        self.n_calls += 1
-        table, call = self.call.table, self.call
-        if self.cache is None:
-            keys, values = key.contiguous(), value.contiguous()
-        else:
-            keys, values = self.cache
-            slots = table.slots(call.rows_there)
-            keys[slots], values[slots] = key, value
-        if self.keys_only:
-            raise Enough
-        groups = partial(grouped, table.key_rows, call.run, call.pos, table.device)
-        return attention(
-            query, keys, values, table.key_rows, call.run, call.pos, scale=scale, window=window, softcap=softcap,
-            sinks=sinks, room=self.room, cut=partial(planned, call, self.call_rows),
-            groups=partial(call.once, "groups", groups),
-        )  # fmt: skip
-
-
-def planned(call: Call, call_rows: int, heads: int, most: int):
-    """What Triton's kernel needs of the rows of a call: all rows are cut into blocks once for all layers. None where a
-    call is not one of theirs, as in the last layer. heads, most: as in ``blocks``"""
-    from kedit_fast.kernels.triton.attention import Plan, blocks, n_queries
-
-    table = call.table
-
-    def make():
-        ends = table.ends
-        start, begins = torch.cat([ends.new_zeros(1), ends[:-1]]), table.begins(call_rows)
-        queries = n_queries(len(table.run), len(ends), heads, most)
-        made = blocks(start, ends, table.run[start], queries // heads)
-        first, begin = made[:, 0].contiguous(), torch.tensor(begins)
-        begin = begin[torch.searchsorted(begin, first, right=True) - 1]
-        relative = made - torch.stack([begin, begin, torch.zeros_like(begin)], 1)  # to the first row of their call
-        return first, upload(table.device, relative)[0], set(begins), set(ends.tolist()), queries
-
-    first, made, begins, stops, queries = table.once(("attention", heads, most), make)
-    if not isinstance(call.rows, slice) or call.rows.start not in begins or call.rows.stop not in stops:
-        return None
-    span = torch.searchsorted(first, torch.tensor([call.rows.start, call.rows.stop])).tolist()
-    return Plan(made[slice(*span)], table.key_rows_there, table.pos_there[call.rows], queries)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _together(index: Tensor) -> slice | Tensor:

@@ -90,16 +90,19 @@ def logit_bytes(lm, rows: int) -> int:
 def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, extra: int = 0, recomputes: bool) -> int:
     """Bytes that a sweep with autograd holds at its height, in its layers, from above.
 
-    rows: that pass; gathered: keys that attention copies (runs times the longest one's positions); scores: rows times
-        those positions; extra: bytes of a row in a layer that jobs keep; recomputes: see ``sweep``
+    rows: that pass; gathered: keys that the reference of attention copies in one layer (runs times the longest one's
+        positions); scores: rows times those positions; extra: bytes of a row in a layer that jobs keep; recomputes:
+        see ``sweep``
     """
     itemsize, sums = lm.dtype.itemsize, wide(lm.dtype).itemsize
-    heads, key_width = lm.n_heads, 2 * lm.n_key_heads * lm.head_dim
-    of_a_row = SAVED * max(lm.d_model, heads * lm.head_dim) * sums + (SAVED_FF * lm.d_ff + key_width) * itemsize + extra
-    by_layer = of_a_row * rows + 2 * heads * scores * sums + key_width * gathered * sums
+    heads, key_width, width = lm.n_heads, 2 * lm.n_key_heads * lm.head_dim, max(lm.d_model, lm.n_heads * lm.head_dim)
+    attention = (width + key_width) * itemsize + heads * sums
+    by_layer = (SAVED * width * sums + SAVED_FF * lm.d_ff * itemsize + attention + extra) * rows
+    # Of one layer at a time, on the way down: attention once more, and the wide gradients of keys and values.
+    once = 2 * heads * scores * sums + key_width * (gathered + rows) * sums
     if not recomputes:
-        return n_layers * by_layer
-    return n_layers * (lm.d_model * itemsize + extra) * rows + min(2, n_layers) * by_layer
+        return n_layers * by_layer + once
+    return n_layers * (lm.d_model * itemsize + extra) * rows + min(2, n_layers) * by_layer + once
 
 
 def logit_rows(lm) -> int:

@@ -62,6 +62,12 @@ class RowTable:
         before, self._n = self._grown.get(layer, (self._n, self._n))
         return self.once("sources", lambda: upload(self.device, self.sources))[0][before : self._n]
 
+    def begun(self) -> "RowTable":
+        """The table before its first layer."""
+        made = copy(self)
+        made._n = 0
+        return made
+
     def at_layer(self, layer: int) -> "RowTable":
         """The table as it is in this layer, whatever grows above."""
         made = copy(self)
@@ -120,8 +126,13 @@ class RowTable:
             raise ValueError(
                 f"h has {len(h)} rows and these runs own {len(self)} in their first layer; expected one for each"
             )
-        order = (self.run[: self._n] * self.key_rows.shape[1] + self.pos[: self._n]).argsort()
-        return h[order.argsort().to(h.device)]
+
+        def order() -> Tensor | None:
+            place = (self.run[: self._n] * self.key_rows.shape[1] + self.pos[: self._n]).argsort().argsort()
+            return None if torch.equal(place, torch.arange(len(place))) else upload(self.device, place)[0]
+
+        found = self.once("order", order)
+        return h if found is None else h[found]
 
     # ---- the plan
 
@@ -213,15 +224,18 @@ class Places:
 
 
 class There:
-    """A job's table, taken to a device where it is first asked for."""
+    """A job's table (``here``), taken to a device where it is first asked for."""
 
     def __init__(self, table: Tensor):
-        self._here, self._there = table, table
+        self.here = self._there = table
+
+    def __len__(self) -> int:
+        return len(self.here)
 
     def on(self, device: torch.device) -> Tensor:
         """The table on this device."""
         if self._there.device != device:
-            (self._there,) = upload(device, self._here)
+            (self._there,) = upload(device, self.here)
         return self._there
 
 
@@ -250,15 +264,15 @@ class Call:
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What was made of these rows in one layer serves all that have this call; of rows that do not stand together,
-        as in a last layer, it is made anew."""
-        if not isinstance(self.rows, slice):
-            return make()
-        made: dict[Hashable, tuple[int, T]] = self.table.once("calls made", dict)  # {(name, first row): (stop, what)}
-        key = name, self.rows.start
-        if made.get(key, (-1,))[0] != self.rows.stop:
-            made[key] = self.rows.stop, make()
-        return made[key][1]
+        """What was made of these rows in one layer serves all that have this call."""
+        made: dict[Hashable, tuple[Any, T]] = self.table.once("calls made", dict)  # {(name, rows): (which, what)}
+        # by where rows that stand together begin: a layer's last call may have grown, and is made anew
+        together = isinstance(self.rows, slice)
+        key, which = (name, self.rows.start if together else id(self.rows)), self.rows.stop if together else self.rows
+        held = made.get(key)
+        if held is None or (held[0] != which if together else held[0] is not which):
+            made[key] = held = which, make()
+        return held[1]
 
     def find(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the places (run, pos) [k] lie in this call, and at which row of ``x``, in the order of the rows;

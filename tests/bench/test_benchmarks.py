@@ -210,7 +210,7 @@ def test_the_backend_that_ran_is_named(op, monkeypatch):
 def test_a_wrong_op_is_not_reported_and_ends_only_its_own_cases(monkeypatch):
     from bench import kernel_cases
 
-    monkeypatch.setattr(kernel_cases, "branch_rows", lambda h, source: torch.cat([h, h[source.roll(1)]]))
+    monkeypatch.setattr(kernel_cases, "branch_rows", lambda h, source: torch.cat([*h, h[0][source.roll(1)]]))
     plan = kernels.Plan.of(CPU, quick=True, ops=("rows.branch_rows", "rows.add_noise"))
     with pytest.raises(CheckFailed, match="branch_rows, llama-3-8b / 64, bf16: kedit_fast: relative error"):
         kernels.measure(plan)

@@ -77,7 +77,8 @@ def tasks(lm, facts=FACTS):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [(1,), (2, 0)])
 @pytest.mark.parametrize("eps", [0.0, EPS])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
+# In fp32 a gradient that rounding made of nothing is a whole step of Adam's, which divides it by its own size.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-4), (torch.float64, 1e-8)])
 def test_deltas_equal_the_oracle(family, layers, eps, dtype, tolerance, monkeypatch):
     if dtype == torch.float64:
         make_exact(monkeypatch)

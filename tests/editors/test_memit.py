@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import kedit_fast as kf
+import kedit_fast.editors.located as located
 import kedit_fast.editors.spread as spread_module
 import kedit_fast.jobs.values as values_module
+import kedit_fast.kernels.slots as slots
 import kedit_fast.sweep.engine as engine
 import kedit_fast.sweep.plan as plan
 from kedit_fast.editors.located import Prompts
@@ -170,12 +172,13 @@ def test_the_order_of_facts_does_not_matter():
 
 
 def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
-    """Values are optimized in groups and rows collected in packs, beside a quarter of the memory for what is read."""
-    groups, packs = [], []
-    grouped, cut = values_module.groups, engine.cut
+    """Values are optimized in groups, and a layer's keys are read in groups, each of which is one pack."""
+    groups, packs, read = [], [], []
+    grouped, cut, reads = values_module.groups, engine.cut, Prompts._read
     monkeypatch.setattr(values_module, "groups", lambda *a: groups.append(list(grouped(*a))) or groups[-1])
     monkeypatch.setattr(plan, "CALL_ROWS", 64)  # with large calls a memory that holds one holds all these facts
     monkeypatch.setattr(engine, "cut", lambda *a: packs.append(cut(*a)) or packs[-1])
+    monkeypatch.setattr(Prompts, "_read", lambda self, lm, some, *a: read.append(some) or reads(self, lm, some, *a))
     lm = tiny_lm("llama", torch.float64)
     facts = [kf.Fact(prompt=p.template, subject=p.subject, target_new="Rome") for p in PROMPTS]
     cost = RowCost.of(lm)
@@ -183,11 +186,11 @@ def test_a_model_with_little_memory_makes_the_same_edit(monkeypatch):
     editor = replace(EDITOR, layers=(0, 1), v_num_grad_steps=2)
     contexts = [["{}"], [f"{prompt.answer.strip()} plays, therefore you play. {{}}" for prompt in PROMPTS[:8]]]
     whole = edit(lm, facts, editor, contexts=contexts)
-    assert len(groups) == 1 and {len(x) for x in (*groups, *packs)} == {1}
-    packs.clear()
+    assert len(groups) == 1 and {len(x) for x in (*groups, *packs)} == {1} and len(read) == len(editor.layers)
+    read.clear()
     parts = edit(small, facts, editor, contexts=contexts)
-    reads = packs[: len(editor.layers)]  # and one more, of the few rows that say what was written
-    assert len(groups[1]) > 1 and all(len(x) > 1 for x in reads)
+    assert len(groups[1]) > 1
+    assert len(read) > 2 * len(editor.layers) and read[: len(read) // 2] == read[len(read) // 2 :]
     assert relative(parts.values, whole.values) < 1e-10 and apart(parts, whole) < 1e-8
 
 
@@ -365,7 +368,7 @@ def test_an_edit_leaves_the_model_as_it_was(family):
 BREAKS = {
     "second layer's solve": (spread_module, "memit_solve", 2),
     "third step": (torch.optim.Adam, "step", 3),
-    "inside a block": (engine, "attention", 10),
+    "inside a block": (slots, "attention", 10),
 }
 
 
@@ -380,3 +383,29 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(family, place, monkeypat
         assert len(calls) == at
     expected, made = edit(tiny_lm(family)), edit(lm)
     assert all(torch.equal(made.deltas[i].dense(), expected.deltas[i].dense()) for i in LAYERS)
+
+
+@pytest.mark.parametrize("on_the_host", [False, True])
+def test_a_reading_goes_on_where_the_one_below_began(on_the_host, monkeypatch):
+    """The rows that enter a layer wait for the next one; with them the same edit, and layers below do not run again."""
+    ran = []
+    block = engine.Pack._block
+    monkeypatch.setattr(
+        engine.Pack, "_block", lambda self, layer, *a, **k: ran.append(layer) or block(self, layer, *a, **k)
+    )
+    lm = tiny_lm("llama", torch.float64)
+    if on_the_host:
+        monkeypatch.setattr(located, "on_host", lambda rows: moved.append(len(rows)) or rows.clone())
+        monkeypatch.setattr(located, "WAIT", lm.memory)
+        moved = []
+    prompts, kept = Prompts.of(lm, FACTS, GROUPS), located.Entered()
+    for layer in (1, 3):
+        asked = {"averaged": {Site.mlp_key: layer}, "bare": {Site.layer_out: 3}}
+        wanted = prompts.read(lm, **asked)
+        kept.layer = layer
+        ran.clear()
+        found = replace(prompts, entered=kept).read(lm, **asked)
+        assert set(ran) == set(range(0 if layer == 1 else 1, 4))
+        for site, rows in [*wanted.averaged.items(), *wanted.bare.items()]:
+            assert relative({**found.averaged, **found.bare}[site], rows) < 1e-12
+    assert not on_the_host or moved

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 import kedit_fast.edits.deltas as algebra
-from kedit_fast.edits.deltas import Dense, LowRank, as_smallest, edited_weight, written_delta
-from tests.conftest import refused
+from kedit_fast.edits.changes import WeightChange
+from kedit_fast.edits.deltas import Dense, Halves, LowRank, as_smallest, edited_weight, for_products, written_delta
+from kedit_fast.edits.edit import Edit
+from tests.conftest import open_tiny, refused
+from tests.kernels import normal
 from tests.make import lowrank
-from tests.tiny import D_FF, D_MODEL
+from tests.pretend_cuda import CPU, CUDA, on_device, pretended_cuda
+from tests.tiny import D_FF, D_MODEL, tiny_model
 
 
 @pytest.mark.parametrize("delta", [lowrank(rank=5), Dense(lowrank(rank=5).dense())], ids=["low rank", "dense"])
@@ -84,3 +88,42 @@ def test_written_delta_leaves_out_the_rounding_of_the_weight_itself():
 def test_growth_is_of_the_matrix_that_grew_most_and_hides_no_nan():
     norms = {(1, "up"): (2.0, 4.0), (1, "down"): (3.0, 4.0), (0, "down"): (math.nan, 1.0), (0, "up"): (1.0, 1.0)}
     assert algebra.grown(norms) == pytest.approx({0: math.nan, 1: 0.75}, nan_ok=True)
+
+
+def test_a_dense_delta_in_two_halves_is_as_exact_as_the_result():
+    """Nearer to fp64 than the result's own rounding; one half alone is not."""
+    y, x = normal(40, 24, seed=1).bfloat16(), normal(40, 33, seed=2).bfloat16()
+    delta = normal(24, 33, seed=3).float()
+    wanted = y.double() + x.double() @ delta.double().T
+    error = (Halves(delta).add_to(y, x).double() - wanted).abs()
+    assert (error <= 2**-8 * (wanted.abs() + y.double().abs())).all()
+    both = Halves(delta).both.double()
+    assert ((both[:, :33] + both[:, 33:] - delta.double()).abs() <= 2**-17 * delta.double().abs()).all()
+    assert ((both[:, :33] - delta.double()).abs() > 2**-12 * delta.double().abs()).any()
+
+
+def test_what_multiplies_where():
+    """On a GPU, and for bf16 alone, dense deltas and low-rank ones of many factors go to the tensor cores."""
+    few, many = (LowRank(torch.ones(48, r), torch.ones(96, r)) for r in (5, 6))  # 5.33 would cost as much
+    dense = Dense(torch.ones(48, 96))
+    with pretended_cuda():
+        found = {
+            (name, device.type, dtype): type(for_products(delta, False, device, dtype)).__name__
+            for name, delta in (("few", few), ("many", many), ("dense", dense))
+            for device in (CPU, CUDA)
+            for dtype in (torch.bfloat16, torch.float32)
+        }
+        assert isinstance(for_products(many, True, CUDA, torch.bfloat16), LowRank)
+    halved = {name for (name, *where), kind in found.items() if kind == "Halves" and where == ["cuda", torch.bfloat16]}
+    assert halved == {"many", "dense"} and sum(kind == "Halves" for kind in found.values()) == 2
+
+
+def test_a_delta_goes_to_the_device_once():
+    """What stood in its place took it there again with every call of a block."""
+    with pretended_cuda() as counts:
+        lm = open_tiny(on_device(tiny_model("llama")))
+        view = lm.with_edit(Edit("test", {}, lm.fingerprint, (), [WeightChange(1, lowrank(rank=2))]))
+        view.top_tokens("The tower")
+        counts.clear()
+        view.top_tokens("The tower")
+    assert not [where for where in counts.uploads if where.startswith("edits/")]

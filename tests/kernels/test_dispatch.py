@@ -43,9 +43,13 @@ ALL, INTERPRETED = "native triton", "native triton interpreter"
         ("native", None, "rows", "cpu", "float32", "reference"),
         ("native", "reference", "second_moment", "cpu", "float32", "reference"),
         ("native", "native", "second_moment", "cpu", "bfloat16", "native"),
+        ("native", None, "pointwise", "cpu", "float32", "native"),
+        ("native", None, "pointwise", "cpu", "float16 bfloat16 float64", "reference"),
         ("native", "native", "rows", "cpu", "float32", "reference"),  # an op without native code
         (ALL, None, "rows", "cuda:1", f"{BITS_16_AND_32} float64", "triton"),
         (ALL, None, "lowrank", "cuda:1", BITS_16_AND_32, "triton"),
+        (ALL, None, "pointwise", "cuda:1", BITS_16_AND_32, "triton"),
+        (ALL, None, "pointwise", "cpu", "float32", "native"),
         (ALL, None, "second_moment", "cuda:1", BITS_16_AND_32, "triton"),
         (ALL, None, "rows", "cpu", BITS_16_AND_32, "reference"),
         (ALL, None, "lowrank", "cpu", BITS_16_AND_32, "reference"),

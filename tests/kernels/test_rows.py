@@ -42,14 +42,15 @@ def test_no_places_change_nothing():
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_branching_rows_are_copies(source, dtype, contiguous):
     h = torch.randn(129, 7).to(dtype) if contiguous else torch.randn(7, 129).to(dtype).T
-    got = branch_rows(h, torch.tensor(source))
+    got = branch_rows([h], torch.tensor(source))
     assert torch.equal(got[:129], h) and torch.equal(got[129:], h[source]) and got.dtype == dtype
-    assert torch.equal(branch_rows_ref(h, torch.tensor(source)), got)
+    assert torch.equal(branch_rows_ref([h], torch.tensor(source)), got)
+    assert torch.equal(branch_rows([h[:50], h[50:]], torch.tensor(source)), got), "in parts"
     got.zero_()
     assert h.any()
 
 
 def test_gradients_of_branches_add_up():
     h = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
-    (branch_rows(h, torch.tensor([1, 1, 2])) * torch.arange(6.0, dtype=torch.float64)[:, None]).sum().backward()
+    (branch_rows([h], torch.tensor([1, 1, 2])) * torch.arange(6.0, dtype=torch.float64)[:, None]).sum().backward()
     assert h.grad.tolist() == [[0.0, 0.0], [1.0 + 3 + 4] * 2, [2.0 + 5] * 2]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kedit_fast.jobs.collect import Collect
+from kedit_fast.kernels import slots
 from kedit_fast.kernels.attention import attention
 from kedit_fast.model.family import FAMILIES
 from kedit_fast.sweep import engine, plan
@@ -178,7 +179,7 @@ MUTATED = [(family, name) for family in FAMILIES for name in MUTATIONS if family
 
 @pytest.mark.parametrize(("family", "mutation"), MUTATED)
 def test_a_wrong_attention_is_seen(family, mutation, monkeypatch):
-    monkeypatch.setattr(engine, "attention", MUTATIONS[mutation])
+    monkeypatch.setattr(slots, "attention", MUTATIONS[mutation])
     assert worst(swept(family), wanted(family)) >= 100 * TOLERANCE[torch.float32]
 
 
@@ -206,7 +207,7 @@ def test_windows_and_caps_are_where_they_are_expected(monkeypatch):
             families |= {family} if how[kind] else set()
         return attention(*args, **how)
 
-    monkeypatch.setattr(engine, "attention", record)
+    monkeypatch.setattr(slots, "attention", record)
     for family in FAMILIES:
         swept(family)
     assert seen == {"window": WINDOWED, "softcap": {"gemma2"}}

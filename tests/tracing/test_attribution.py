@@ -84,7 +84,7 @@ def test_equals_autograd_through_hugging_faces_forward(family, kind, metric):
     assert got.exact.sum() == (len(got.tokens) if kind == "state" else 0)
     (exact,) = kf.trace(lm, EIFFEL, kinds=kind, **how)
     assert exact.exact is None and np.abs(got.p_restored - exact.p_restored).max() > 1e-4  # it is an estimate
-    assert (got.p_clean, got.p_corrupted) == pytest.approx((exact.p_clean, exact.p_corrupted), abs=1e-6)
+    assert (got.p_clean, got.p_corrupted) == pytest.approx((exact.p_clean, exact.p_corrupted), abs=3e-6)
     if kind == "state":
         assert got.p_restored[:, -1] == pytest.approx(exact.p_restored[:, -1], abs=1e-6)
 

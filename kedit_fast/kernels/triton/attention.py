@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kedit_fast.basics.state import upload
+
 _HEADS = 16  # heads of a group in one program at most: the least that a product takes
 # Queries of a program: as many as an average run of the call has, within these bounds, the upper one by bytes of an
 # element (64 spilled in fp32, whose products take no tensor cores). Not timed on a GPU yet.
@@ -26,35 +28,26 @@ _CONFIGS = {
 
 @triton.jit
 def attention_kernel(
-    out, query, key, value, table, pos, blocks, sinks,
+    out, lse, query, key, value, table, pos, blocks, sinks,
     table_stride, query_stride, query_head, key_stride, key_head, value_stride, value_head, scale, window, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SAVED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(softcap(q kᵀ scale)) v for the rows of one block and up to HEADS heads of one key head's GROUP.
 
-    out: [rows, H, DIM], contiguous; blocks: [n, 3] of ``Plan``; sinks: [H] fp32; WIDTH: DIM padded to a power of two
+    out: [rows, H, DIM], contiguous; lse: [rows, H] fp32, the scores' log-sum-exp, where SAVED; blocks: [n, 3] of
+    ``Plan``; sinks: [H] fp32; WIDTH: DIM padded to a power of two
 
     Grid (blocks, key heads x parts of a group). A program owns QUERIES = (rows of its block x HEADS) queries: query i
     is row i // HEADS and head i % HEADS, so the heads of a group share the keys that are read. It reads keys and values
     of positions that some row of the block sees, no other slot. Online softmax in fp32; 4 · queries · keys · DIM FLOP.
     UPCAST: products in fp32; the interpreter's products of bf16 are not products.
     """
-    block = blocks + tl.program_id(0).to(tl.int64) * 3
-    first, end, segment = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    of_key, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
-    index = tl.arange(0, QUERIES)
-    member = part * HEADS + index % HEADS
-    mine = (first + index // HEADS < end) & (member < GROUP)
-    # Queries that are not ours repeat the last row and head: each has keys to see, and nothing to mask until the store.
-    row = tl.minimum(first + index // HEADS, end - 1)
-    head = of_key * GROUP + tl.minimum(member, GROUP - 1)
+    first, end, segment, of_key, row, head, mine = _owned(blocks, GROUP, HEADS, QUERIES)
+    at, last, begin = _reach(pos, row, first, end, window, WINDOWED)
     column = tl.arange(0, WIDTH)
     inside = column < DIM
-    at = tl.load(pos + row).to(tl.int32)
-    last = tl.load(pos + end - 1).to(tl.int32)
     queries = query + (row * query_stride + head * query_head)[:, None] + column[None, :]
     q = tl.load(queries, mask=inside[None, :], other=0.0)
     if UPCAST:
@@ -67,7 +60,6 @@ def attention_kernel(
         top = tl.load(sinks + head) * 1.4426950408889634  # log2 e, as scores have it
     weight = tl.full((QUERIES,), 1.0 if SINKS else 0.0, dtype=tl.float32)
     total = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
-    begin = tl.maximum(tl.load(pos + first).to(tl.int32) - window + 1, 0) if WINDOWED else 0
     for start in range(begin, last + 1, KEYS):
         slot, seen = _visible(table, start + tl.arange(0, KEYS), at, last, window, WINDOWED)
         held = slot >= 0
@@ -83,8 +75,41 @@ def attention_kernel(
         p, fade, top = _softmax_step(tl.where(seen, scores, float("-inf")), top)
         weight = weight * fade + tl.sum(p, 1)
         total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
-    place = out + ((row * (tl.num_programs(1) // PARTS * GROUP) + head) * DIM)[:, None] + column[None, :]
-    tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+    place = _place(row, head, GROUP, HEADS)
+    stored = mine[:, None] & inside[None, :]
+    tl.store(out + (place * DIM)[:, None] + column[None, :], (total / weight[:, None]).to(out.dtype.element_ty), stored)
+    if SAVED:
+        tl.store(lse + place, (top + tl.log2(weight)) * 0.6931471805599453, mask=mine)  # ln 2
+
+
+@triton.jit
+def _owned(blocks, GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr):
+    """What a program owns: its block (first row, the one behind its last, segment), its key head, and of each query the
+    row, the head, and whether it is its own: one that is not repeats the last row and head, so it has keys to see."""
+    block = blocks + tl.program_id(0).to(tl.int64) * 3
+    first, end, segment = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    of_key, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    index = tl.arange(0, QUERIES)
+    member = part * HEADS + index % HEADS
+    mine = (first + index // HEADS < end) & (member < GROUP)
+    row = tl.minimum(first + index // HEADS, end - 1)
+    head = of_key * GROUP + tl.minimum(member, GROUP - 1)
+    return first, end, segment, of_key, row, head, mine
+
+
+@triton.jit
+def _reach(pos, row, first, end, window, WINDOWED: tl.constexpr):
+    """The queries' positions, the block's last one, and the first that one of its rows sees."""
+    begin = tl.maximum(tl.load(pos + first).to(tl.int32) - window + 1, 0) if WINDOWED else 0
+    return tl.load(pos + row).to(tl.int32), tl.load(pos + end - 1).to(tl.int32), begin
+
+
+@triton.jit
+def _place(row, head, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """Of each query its number in [rows, H]."""
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    return row * (tl.num_programs(1) // PARTS * GROUP) + head
 
 
 @triton.jit
@@ -129,14 +154,15 @@ class Plan(NamedTuple):
 
 def plan(key_rows: Tensor, run: Tensor, pos: Tensor, heads: int, most: int, device) -> Plan:
     """Cuts the rows into segments where a run ends or a position does not ascend, and those into blocks; no loop."""
+    key_rows, run, pos = (x.cpu() for x in (key_rows, run, pos))
     new = torch.ones_like(run, dtype=torch.bool)
     new[1:] = (run[1:] != run[:-1]) | (pos[1:] <= pos[:-1])
     start = new.nonzero()[:, 0]
     stop = torch.cat([start[1:], start.new_tensor([len(run)])])
     queries = n_queries(len(run), len(start), heads, most)
-    made = blocks(start, stop, torch.arange(len(start), device=run.device), queries // heads)
-    table = key_rows[run[start].to(key_rows.device), : int(pos.max()) + 1]
-    return Plan(made.to(device), table.to(device), pos.to(device), queries)
+    made = blocks(start, stop, torch.arange(len(start)), queries // heads)
+    table = key_rows[run[start], : int(pos.max()) + 1]
+    return Plan(*upload(torch.device(device), made, table, pos), queries)
 
 
 def n_queries(n_rows: int, n_segments: int, heads: int, most: int) -> int:
@@ -155,32 +181,43 @@ def blocks(start: Tensor, stop: Tensor, segment: Tensor, rows: int) -> Tensor:
 
 
 def attention(
-    query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, cut=None
+    query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None, cut=None, lse=None
 ) -> Tensor:
-    """``kernels.attention.attention`` on Triton for fp32, fp16 and bf16; without gradients."""
-    rows, n_heads, dim = query.shape
-    out = query.new_empty(rows, n_heads, dim)
+    """``kernels.attention.attention`` on Triton for fp32, fp16 and bf16; without gradients.
+
+    lse: [rows, H] fp32, contiguous: filled with the log-sum-exp, in nats, of each row's scores in each head, as the
+    softmax has them: scaled, capped, a sink's logit among them; None: not computed
+    """
+    out = query.new_empty(query.shape)
     if not out.numel():
         return out
-    kv_heads = key.shape[1]
+    most, (constexprs, options) = _MOST[query.element_size()], _config(query.element_size(), query.shape[2])
+    where = {"key_rows": key_rows, "run": run, "pos": pos, "most": most, "cut": cut}
+    grid, arguments = launch(query, key, value, **where, scale=scale, window=window, softcap=softcap)
+    with torch.cuda.device_of(query):
+        attention_kernel[grid](
+            out=out, lse=out if lse is None else lse, SAVED=lse is not None, SINKS=sinks is not None,
+            sinks=out if sinks is None else sinks.detach().float().contiguous(), **arguments, **constexprs, **options,
+        )  # fmt: skip
+    return out
+
+
+def launch(query, key, value, *, key_rows, run, pos, most, cut, scale, window, softcap) -> tuple[tuple, dict]:
+    """Grid and arguments of a launch over the rows in blocks of ``most`` queries at most."""
+    n_heads, kv_heads = query.shape[1], key.shape[1]
     group = n_heads // kv_heads
     heads = min(group, _HEADS)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-    most = _MOST[query.element_size()]
     made = (cut and cut(heads, most)) or plan(key_rows, run, pos, heads, most, query.device)
-    constexprs, options = _config(query.element_size(), dim)
-    upcast = not isinstance(attention_kernel, triton.JITFunction)
+    arguments = {"query": query, "key": key, "value": value, "table": made.table, "pos": made.pos}
+    arguments |= {"blocks": made.blocks, "table_stride": made.table.stride(0)}
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        arguments |= {f"{name}_stride": x.stride(0), f"{name}_head": x.stride(1)}
+    arguments |= {"scale": scale, "window": window or 0, "softcap": softcap or 1.0}
+    arguments |= {"GROUP": group, "HEADS": heads, "QUERIES": made.queries, "WINDOWED": window is not None}
+    arguments |= {"CAPPED": softcap is not None, "UPCAST": not isinstance(attention_kernel, triton.JITFunction)}
     # Blocks on the first axis of the grid: it takes 2**31 - 1 programs, the second one 65,535.
-    with torch.cuda.device_of(query):
-        attention_kernel[len(made.blocks), kv_heads * triton.cdiv(group, heads)](
-            out, query, key, value, made.table, made.pos, made.blocks,
-            made.pos if sinks is None else sinks.detach().float().contiguous(), made.table.stride(0),
-            query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            scale, window or 0, softcap or 1.0, GROUP=group, HEADS=heads, QUERIES=made.queries,
-            WINDOWED=window is not None, CAPPED=softcap is not None, SINKS=sinks is not None, UPCAST=upcast,
-            **constexprs, **options,
-        )  # fmt: skip
-    return out
+    return (len(made.blocks), kv_heads * triton.cdiv(group, heads)), arguments
 
 
 def _config(element_size: int, dim: int) -> tuple[dict, dict]:
@@ -194,31 +231,33 @@ def _config(element_size: int, dim: int) -> tuple[dict, dict]:
 def compile_cases() -> list[tuple]:
     """See ``kedit_fast.kernels.triton``."""
     cases = []
-    for dtype, dim, group, tall, windowed, capped, sunk in (
-        ("bf16", 64, 1, False, False, False, False),
-        ("bf16", 64, 3, True, False, False, False),
-        ("bf16", 128, 4, True, True, False, False),
-        ("bf16", 64, 8, True, True, False, True),
-        ("fp16", 80, 1, True, False, False, False),
-        ("bf16", 256, 2, True, True, True, False),
-        ("fp32", 64, 3, True, True, True, False),
-        ("fp32", 128, 4, True, False, False, False),
-        ("fp32", 256, 2, True, True, True, False),
+    for dtype, dim, group, tall, windowed, capped, sunk, saved in (
+        ("bf16", 64, 1, False, False, False, False, False),
+        ("bf16", 64, 3, True, False, False, False, False),
+        ("bf16", 128, 4, True, True, False, False, True),
+        ("bf16", 64, 8, True, True, False, True, False),
+        ("fp16", 80, 1, True, False, False, False, False),
+        ("bf16", 256, 2, True, True, True, False, True),
+        ("fp32", 64, 3, True, True, True, False, False),
+        ("fp32", 128, 4, True, False, False, False, True),
+        ("fp32", 256, 2, True, True, True, False, False),
     ):
-        types = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}")
-        types |= (
-            dict.fromkeys(("table", "pos", "blocks"), "*i64")
-            | {"sinks": "*fp32"}
-            | dict.fromkeys(("scale", "softcap"), "fp32")
-        )
-        strides = (f"{name}_{what}" for name in ("query", "key", "value") for what in ("stride", "head"))
-        types |= dict.fromkeys(strides, "i32:16") | {"window": "i32", "table_stride": "i32"}
-        size = 4 if dtype == "fp32" else 2
-        constexprs, options = _config(size, dim)
-        queries = _MOST[size] if tall else _LEAST
-        constexprs |= {"GROUP": group, "HEADS": min(group, _HEADS), "QUERIES": queries, "UPCAST": False}
-        constexprs |= {"WINDOWED": windowed, "CAPPED": capped, "SINKS": sunk}
-        name = f"attention {dtype}, head size {dim}, {group} heads a key head, {queries} queries"
-        name += ", window" * windowed + ", soft cap" * capped + ", sinks" * sunk
-        cases.append((name, attention_kernel, types, constexprs, options))
+        constexprs, options = _config(4 if dtype == "fp32" else 2, dim)
+        queries = _MOST[4 if dtype == "fp32" else 2] if tall else _LEAST
+        name, types, where = described(dtype, dim, group, queries, windowed, capped)
+        where |= {"SINKS": sunk, "SAVED": saved}
+        name += ", sinks" * sunk + ", log-sum-exp" * saved
+        cases.append((f"attention {name}", attention_kernel, types, constexprs | where, options))
     return cases
+
+
+def described(dtype: str, dim: int, group: int, queries: int, windowed: bool, capped: bool) -> tuple[str, dict, dict]:
+    """Words for a case to compile, and the types and constexprs of what ``launch`` gives."""
+    types = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}")
+    types |= dict.fromkeys(("table", "pos", "blocks"), "*i64") | dict.fromkeys(("lse", "sinks"), "*fp32")
+    types |= dict.fromkeys(("scale", "softcap"), "fp32") | dict.fromkeys(("window", "table_stride"), "i32")
+    types |= {f"{name}_{what}": "i32:16" for name in ("query", "key", "value") for what in ("stride", "head")}
+    constexprs = {"GROUP": group, "HEADS": min(group, _HEADS), "QUERIES": queries, "UPCAST": False}
+    constexprs |= {"WINDOWED": windowed, "CAPPED": capped}
+    about = f"{dtype}, head size {dim}, {group} heads a key head, {queries} queries"
+    return about + ", window" * windowed + ", soft cap" * capped, types, constexprs

@@ -36,20 +36,21 @@ def add_noise_kernel(
 
 
 @triton.jit
-def branch_rows_kernel(h, source, out, n_rows, n_out, d, h_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """out[i] = h[i] for i < n_rows, h[source[i - n_rows]] from there to n_out; NaN where source is outside h.
+def branch_rows_kernel(rows, source, n_rows, n_born, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """rows[n_rows + i] = rows[source[i]] for i < n_born; NaN where source is not below n_rows.
 
-    Grid (row tiles, column tiles); a program owns ROWS x WIDTH of ``out`` [n_out, d], contiguous.
-    Reads and writes n_out rows.
+    Grid (row tiles, column tiles); a program owns ROWS x WIDTH of the born part of ``rows`` [n_rows + n_born, d],
+    contiguous. Reads and writes n_born rows.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    born = (row >= n_rows) & (row < n_out)
-    origin = tl.where(born, tl.load(source + (row - n_rows), mask=born, other=0), row.to(tl.int64))
+    born = row < n_born
+    origin = tl.load(source + row, mask=born, other=0)
     known = (origin >= 0) & (origin < n_rows)
     width = (column < d)[None, :]
-    value = tl.load(h + origin[:, None] * h_stride + column[None, :], mask=known[:, None] & width, other=float("nan"))
-    tl.store(out + row.to(tl.int64)[:, None] * d + column[None, :], value, mask=(row < n_out)[:, None] & width)
+    value = tl.load(rows + origin[:, None] * d + column[None, :], mask=known[:, None] & width, other=float("nan"))
+    place = (n_rows + row).to(tl.int64) * d
+    tl.store(rows + place[:, None] + column[None, :], value, mask=born[:, None] & width)
 
 
 class _AddNoise(torch.autograd.Function):
@@ -67,28 +68,19 @@ class _AddNoise(torch.autograd.Function):
         return gradient, of_noise, None
 
 
-class _BranchRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, source):
-        ctx.save_for_backward(source)
-        return _branch_rows(h, source)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (source,) = ctx.saved_tensors
-        n_rows = len(gradient) - len(source)
-        # As the gradient of h[source] is made: one order of summing, where index_add on a GPU has none.
-        return gradient[:n_rows].clone().index_put_((source,), gradient[n_rows:], accumulate=True), None
-
-
 def add_noise(x: Tensor, noise: Tensor, index: Tensor) -> Tensor:
     """``kernels.rows.add_noise`` on Triton; gradients pass through x and noise."""
     return _AddNoise.apply(x, noise, index)
 
 
-def branch_rows(h: Tensor, source: Tensor) -> Tensor:
-    """``kernels.rows.branch_rows`` on Triton; gradients pass through h, once."""
-    return _BranchRows.apply(h, source)
+def branch_rows_(rows: Tensor, source: Tensor) -> None:
+    """Fills the last rows of ``rows`` [n + m, d], contiguous, with those of the first n that ``source`` [m] names."""
+    n, (total, d) = len(source), rows.shape
+    if n and d:
+        with torch.cuda.device_of(rows):
+            branch_rows_kernel[_grid(n, d)](
+                rows, source.contiguous().to(rows.device), total - n, n, d, ROWS=_ROWS, WIDTH=_WIDTH, **_OPTIONS
+            )
 
 
 def _add_noise(x: Tensor, noise: Tensor, index: Tensor) -> Tensor:
@@ -106,19 +98,6 @@ def _add_noise(x: Tensor, noise: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def _branch_rows(h: Tensor, source: Tensor) -> Tensor:
-    rows, d = h.shape
-    h, source = _unit_stride(h), source.contiguous().to(h.device)
-    out = h.new_empty(rows + len(source), d)
-    if not out.numel():
-        return out
-    with torch.cuda.device_of(h):
-        branch_rows_kernel[_grid(len(out), d)](
-            h, source, out, rows, len(out), d, h.stride(0), ROWS=_ROWS, WIDTH=_WIDTH, **_OPTIONS
-        )
-    return out
-
-
 def _grid(rows: int, d: int) -> tuple[int, int]:
     # Rows on the first axis: it takes 2**31 - 1 programs, the second one 65,535 (33 million columns).
     return triton.cdiv(rows, _ROWS), triton.cdiv(d, _WIDTH)
@@ -130,12 +109,12 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def compile_cases() -> list[tuple]:
     """See ``kedit_fast.kernels.triton``."""
-    sizes = {"n_rows": "i32", "n_out": "i32", "noise_row": "*i64", "source": "*i64", "noise": "*fp64"}
+    sizes = {"n_rows": "i32", "n_born": "i32", "noise_row": "*i64", "source": "*i64", "noise": "*fp64"}
     tile = {"ROWS": _ROWS, "WIDTH": _WIDTH}
     cases = []
     for dtype, d in (("bf16", "i32:16"), ("fp64", "i32")):
-        widths = dict.fromkeys(("d", "x_stride", "h_stride", "noise_stride"), d)
-        types = sizes | widths | dict.fromkeys(("x", "h", "out"), f"*{dtype}")
+        widths = dict.fromkeys(("d", "x_stride", "noise_stride"), d)
+        types = sizes | widths | dict.fromkeys(("x", "rows", "out"), f"*{dtype}")
         cases += [
             (f"rows.{kernel.__name__} {dtype} {d}", kernel, types, tile, _OPTIONS)
             for kernel in (add_noise_kernel, branch_rows_kernel)

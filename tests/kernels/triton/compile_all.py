@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-MODULES = ("attention", "target_logprob", "rows", "lowrank", "second_moment")
+MODULES = ("attention", "attention_backward", "target_logprob", "rows", "lowrank", "second_moment", "pointwise")
 CAPABILITIES = (80, 90)
 
 

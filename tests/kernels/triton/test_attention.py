@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kedit_fast.kernels import attention as op
-from kedit_fast.kernels.attention import attention
+from kedit_fast.kernels import slots
+from kedit_fast.kernels.attention import attention, attention_backward_ref, attention_ref
 from tests.conftest import TOLERANCE, close, relative_error
 from tests.kernels.test_attention import HOW, LAYOUTS, SINKS, naive, numbers, problem
 from tests.kernels.triton import DEVICE, DTYPES
@@ -45,6 +46,36 @@ def check(name, given, **how):
 def test_against_one_softmax_a_row(kind, dtype):
     for heads, dim, how in (((1, 1), 5, HOW[0]), ((4, 2), 64, HOW[2]), ((3, 1), 24, HOW[3]), ((4, 4), 16, HOW[4])):
         check(f"{kind} {heads} {dim} {how}", made(kind, heads, dim, dtype), scale=1.3 / math.sqrt(dim), **how)
+
+
+def log_sum_exp(q, k, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None):
+    """Of each row's scores in each head, [rows, H], in float64."""
+    q, k, slots = q.cpu().double(), k.cpu().double(), key_rows[run]
+    scores = torch.einsum("rhd,rthd->rht", q, k[slots].repeat_interleave(q.shape[1] // k.shape[1], 2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    t = torch.arange(slots.shape[1])
+    unseen = (t > pos[:, None]) | (t <= pos[:, None] - (window or len(t)))
+    scores = scores.masked_fill(unseen[:, None], -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.cpu().double().expand(len(q), -1)[..., None]], -1)
+    return scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_log_sum_exp(how, sinks, dtype):
+    """Saved beside the same result to the bit."""
+    from kedit_fast.kernels.triton.attention import attention
+
+    for kind in LAYOUTS:
+        q, k, v, *where = made(kind, dim=16, dtype=dtype)
+        how = how | {"scale": 0.6, "sinks": None if sinks is None else sinks.to(DEVICE)}
+        lse = torch.full(q.shape[:2], torch.nan, device=DEVICE)
+        out = attention(q, k, v, *where, **how, lse=lse)
+        assert torch.equal(out, attention(q, k, v, *where, **how))
+        close(kind, lse, log_sum_exp(q, k, *where, **how))
 
 
 @pytest.mark.parametrize("how", [{}, {"window": 4}], ids=str)
@@ -121,14 +152,27 @@ def test_no_rows():
     assert got.shape == (0, 4, 5) and got.dtype == q.dtype
 
 
-def test_what_is_recorded_is_the_references(monkeypatch):
-    """The kernel has no backward pass."""
-    given = made("shared")
-    monkeypatch.setattr(op, "attention_ref", lambda *a, **k: "reference")
-    given[2].requires_grad_()
-    assert attention(*given, scale=1) == "reference"
-    with torch.no_grad():
-        assert isinstance(attention(*given, scale=1), torch.Tensor)
+def test_gradients_through_slots_are_the_kernels(monkeypatch):
+    """As autograd has them of the reference; which does not run."""
+    q, k, v, key_rows, run, pos = made("shared")
+    weight = torch.arange(5, device=DEVICE)
+
+    def gradients():
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = slots.Slots.of(given[1] * 1, given[2] * 1).attend(given[0], key_rows, run, pos, scale=0.7)
+        return torch.autograd.grad((out * weight).sum(), given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slots, "runs_on_triton", lambda q: False)
+        patched.setattr(slots, "attention", lambda *a, lse, **how: attention_ref(*a, **how))
+        patched.setattr(
+            slots, "attention_backward", lambda g, out, lse, *a, **how: attention_backward_ref(g, *a, **how)
+        )
+        wanted = gradients()
+    monkeypatch.setattr(op, "attention_backward_ref", lambda *a, **k: pytest.fail("the reference ran"))
+    found = wanted, gradients()
+    for name, want, got in zip("qkv", *found, strict=True):
+        close(f"gradient of {name}", got, want)
 
 
 def test_a_large_pack_is_cut_without_a_loop():

@@ -77,7 +77,7 @@ def attention_kernel(
         total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
     place = _place(row, head, GROUP, HEADS)
     stored = mine[:, None] & inside[None, :]
-    tl.store(out + (place * DIM)[:, None] + column[None, :], (total / weight[:, None]).to(out.dtype.element_ty), stored)
+    tl.store(out + _cells(place, column, DIM), (total / weight[:, None]).to(out.dtype.element_ty), mask=stored)
     if SAVED:
         tl.store(lse + place, (top + tl.log2(weight)) * 0.6931471805599453, mask=mine)  # ln 2
 
@@ -110,6 +110,12 @@ def _place(row, head, GROUP: tl.constexpr, HEADS: tl.constexpr):
     """Of each query its number in [rows, H]."""
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     return row * (tl.num_programs(1) // PARTS * GROUP) + head
+
+
+@triton.jit
+def _cells(place, column, DIM: tl.constexpr):
+    """Where the elements of heads lie: [places, columns]."""
+    return (place * DIM)[:, None] + column[None, :]
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kedit_fast.kernels.triton.attention import (
     _LEAST,
+    _cells,
     _owned,
     _place,
     _reach,
@@ -17,9 +18,9 @@ from kedit_fast.kernels.triton.attention import (
 )  # fmt: skip
 
 # By (bytes of an element, head size padded to a power of two): (queries of a program at most, keys at once, warps,
-# stages). No spills on sm_80 and sm_90 with Triton 3.6 and 3.9 in the cases of tests/kernels/triton/test_compile.py; for
-# some other groups, windows and caps ptxas gives up 4 to 28 bytes to stay at 80, 96, 128 or 168 registers, which let one
-# more block run. Not timed on a GPU yet.
+# stages). No spills on sm_80 and sm_90 with Triton 3.6 and 3.9 in the cases of tests/kernels/triton/test_compile.py;
+# for a few other groups, windows and caps ptxas gives up 4 to 28 bytes to stay at 80, 96, 128 or 168 registers, by
+# which one more block can run. Not timed on a GPU yet.
 _CONFIGS = {
     (2, 64): (64, 32, 4, 2),
     (2, 128): (64, 32, 8, 2),
@@ -33,9 +34,8 @@ _CONFIGS = {
 # Not specialised on the numbers of slots: their divisors change from call to call and help no load.
 @triton.jit(do_not_specialize=["base", "n_own"])
 def attention_backward_kernel(
-    query_grad, key_grad, value_grad, grad, out, lse, query, key, value, table, pos, blocks,
+    query_grad, key_grad, value_grad, grad, out, lse, query, key, value, table, pos, blocks, base, n_own,
     table_stride, query_stride, query_head, key_stride, key_head, value_stride, value_head, scale, window, softcap,
-    base, n_own,
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def attention_backward_kernel(
     inside = column < DIM
     mine = mine[:, None] & inside[None, :]
     q = tl.load(query + (row * query_stride + head * query_head)[:, None] + column[None, :], inside[None, :], other=0.0)
-    cells = (place * DIM)[:, None] + column[None, :]
+    cells = _cells(place, column, DIM)
     g = tl.load(grad + cells, mask=mine, other=0.0)  # none of a query that is not ours, so that it adds nothing
     delta = tl.sum(g.to(tl.float32) * tl.load(out + cells, mask=mine, other=0.0).to(tl.float32), 1)
     ground = tl.load(lse + place) * 1.4426950408889634  # log2 e
@@ -85,18 +85,21 @@ def attention_backward_kernel(
         total = tl.dot(ds, k, total, input_precision="ieee")
         own = (slot >= base) & (slot < base + n_own)
         if tl.max(own.to(tl.int32), 0) > 0:
-            cell = ((slot - base) * (tl.num_programs(1) // tl.cdiv(GROUP, HEADS)) + of_key) * DIM
-            cell = cell[:, None] + column[None, :]
+            cell = _cells((slot - base) * (tl.num_programs(1) // tl.cdiv(GROUP, HEADS)) + of_key, column, DIM)
             summed = own[:, None] & inside[None, :]
-            dv = tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="ieee")
-            tl.atomic_add(value_grad + cell, dv, mask=summed, sem="relaxed")
-            dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
-            tl.atomic_add(key_grad + cell, dk * scale, mask=summed, sem="relaxed")
+            _add(value_grad + cell, p.to(g.dtype), g, 1.0, summed)
+            _add(key_grad + cell, ds, q, scale, summed)
     # Asked once more: what is held through the loop for the store spilled up to 32 bytes.
     first, end, segment, of_key, row, head, mine = _owned(blocks, GROUP, HEADS, QUERIES)
-    mine = mine[:, None] & inside[None, :]
-    cells = (_place(row, head, GROUP, HEADS) * DIM)[:, None] + column[None, :]
+    cells, mine = _cells(_place(row, head, GROUP, HEADS), column, DIM), mine[:, None] & inside[None, :]
     tl.store(query_grad + cells, (total * scale).to(query_grad.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _add(total, weight, x, scale, mask):
+    """total += weightᵀ x scale."""
+    product = tl.dot(tl.trans(weight), x, input_precision="ieee") * scale
+    tl.atomic_add(total, product, mask=mask, sem="relaxed")
 
 
 def attention_backward(

@@ -24,7 +24,7 @@ import torch
 import kedit_fast as kf
 from bench.common import Figure, Measured, peak_matmul
 from bench.flows import Plan, random_facts, random_model, word_tokenizer
-from bench.mass import editor_for, random_edits
+from bench.mass import VALUES, editor_for, random_edits
 from kedit_fast.editors.located import Prompts
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.jobs import values as jobs
@@ -197,5 +197,7 @@ FLOWS = (
     Flow("trace, llama-3-8b", "llama-3-8b", 4, trace, ">= 60"),
     Flow("trace, gpt2-xl", "gpt2-xl", 4, trace, ">= 60"),
     Flow("z, gpt-j", "gpt-j", 64, values, ">= 50"),
+    Flow("z, gpt-j", "gpt-j", VALUES, values, ">= 50"),
     Flow("MEMIT's layers, gpt-j", "gpt-j", 64, layers),
+    Flow("MEMIT's layers, gpt-j", "gpt-j", VALUES, layers),
 )

@@ -225,8 +225,10 @@ def _edit(lm: Shape, n_facts: int, measured: bool = False, sampled: bool = True,
 def edit_steps(lm: Shape, tasks: list[ValueTask], settings: ValueSettings, layers: tuple[int, ...]) -> Iterator[Step]:
     """Values, then layer by layer keys and a solve, then the question whether facts are written."""
     yield _values(lm, tasks, settings)
-    rows, top, n = _rows(sequence for task in tasks for sequence in task.sequences), layers[-1] + 1, len(tasks)
-    yield Step("keys", len(layers) * top, len(layers) * top * rows * lm.layer_flop)
+    read = (s[: k + 1] for task in tasks for s, k in zip(task.sequences, task.lookups, strict=True))
+    rows, top, n = _rows(read), layers[-1] + 1, len(tasks)
+    passed = top + sum(top - below for below in layers[:-1])  # each reading goes on where the one below it began
+    yield Step("keys", passed, passed * rows * lm.layer_flop)
     size, width = math.prod(lm.moment_shape), lm.moment_shape[-1]
     wide = 8 * size
     by_layer = size * width / 3 + (4 * n * size if n >= lm.d_ff else 2 * n * size + 4 * n**2 * lm.d_ff)

@@ -22,6 +22,7 @@ CALL_ROWS = 2048
 CALL_BYTES = 2 << 30
 LEAST_CALLS = 8  # that the memory has room for
 COPIES = 8  # tensors as large as gathered keys, or as a chunk of logits, that are alive at once while they are made
+LOGIT_SHARE = 32  # one of so many parts of the memory may hold a chunk of logits
 PLACE = 64  # bytes that a place to be read takes in tables: run, position, target, and where it lies in a call
 TABLES = 32  # int64 numbers of a run at a position, as declared, in its pack, and its slots
 
@@ -35,13 +36,14 @@ class RowCost:
     """Bytes a row holds: ``kept`` for the whole layer (hidden state in and out, key, value), ``passing`` in a call.
 
     Attention and head have a call's share to themselves: the MLP's intermediates are not alive beside theirs.
-    position: of a run's tables, for each position of the longest run; rows: of a call
+    position: of a run's tables, for each position of the longest run; rows: of a call; logits: bytes of a chunk of them
     """
 
     kept: int
     passing: int
     position: int = 0
     rows: int = CALL_ROWS
+    logits: int = 0
 
     @classmethod
     def of(cls, lm) -> "RowCost":
@@ -51,12 +53,13 @@ class RowCost:
             passing=passing_bytes(lm),
             position=TABLES,
             rows=call_rows(lm),
+            logits=COPIES // 2 * wide(lm.dtype).itemsize * _logits(lm),
         )
 
     @property
     def call(self) -> int:
-        """Bytes that a block call holds."""
-        return self.rows * self.passing
+        """Bytes that a block call holds, or what its rows' logits do."""
+        return max(self.rows * self.passing, self.logits)
 
 
 def call_rows(lm) -> int:
@@ -79,7 +82,7 @@ def free(lm) -> int:
 def room(lm) -> int:
     """Numbers (fp32; fp64 for an fp64 model) that attention or head may gather at once, so that all they make of them
     takes no more than a call's share."""
-    return RowCost.of(lm).call // (COPIES * wide(lm.dtype).itemsize)
+    return call_rows(lm) * passing_bytes(lm) // (COPIES * wide(lm.dtype).itemsize)
 
 
 def logit_bytes(lm, rows: int) -> int:
@@ -106,8 +109,15 @@ def graph_bytes(lm, rows: int, gathered: int, scores: int, n_layers: int, *, ext
 
 
 def logit_rows(lm) -> int:
-    """Rows whose logits are made at once. Half as many copies of them are alive as of gathered keys."""
-    return max(1, min(2 * room(lm), LOGITS) // lm.n_vocab)
+    """Rows whose logits are made at once."""
+    return max(1, _logits(lm) // lm.n_vocab)
+
+
+def _logits(lm) -> int:
+    """Logits that are made at once: of a call's rows, ``LOGITS`` at most, and no more than a part of the memory allows.
+    Half as many copies of them are alive as of gathered keys."""
+    share = lm.memory // (LOGIT_SHARE * wide(lm.dtype).itemsize)
+    return min(max(2 * room(lm), share), LOGITS, call_rows(lm) * lm.n_vocab)
 
 
 def cut(runs: Runs, cost: RowCost, memory: int, beside: int = 0) -> list[Tensor]:

@@ -280,7 +280,8 @@ def test_little_memory_is_the_whole(lm):
     edit = make_edit(lm, FACTS)
     whole = evaluate(lm, FACTS, edit, text=TEXT)
     cost = module.RowCost.of(lm)
-    tight = dataclasses.replace(lm, memory=cost.call + 400 * cost.kept)  # a window is 256 rows, base and edited
+    # a window is 256 rows, base and edited
+    tight = dataclasses.replace(lm, memory=cost.rows * cost.passing + 400 * cost.kept)
     assert len(list(module._chunks(tight, asked_of(tight)))) > 1
     cut = evaluate(tight, FACTS, edit, text=TEXT)
     close(whole.base, cut.base)

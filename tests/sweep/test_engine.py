@@ -12,7 +12,7 @@ from kedit_fast.jobs.collect import Collect, collect
 from kedit_fast.jobs.score import Score
 from kedit_fast.model.family import FAMILIES, layers_of
 from kedit_fast.model.seam import frozen
-from kedit_fast.sweep import engine, plan
+from kedit_fast.sweep import attend, engine, plan
 from kedit_fast.sweep.engine import ALL, sweep
 from kedit_fast.sweep.plan import PLACE, RowCost
 from kedit_fast.sweep.runs import NEVER, RunList, add_edited, add_sequences
@@ -400,7 +400,7 @@ def test_packs_of_any_size_give_the_same(monkeypatch):
     cost, (declared, read, _) = RowCost.of(lm), packed(TEXTS)
     longest = declared.tokens.shape[1]
     stays = declared.nbytes + len(read) * (lm.d_model * lm.dtype.itemsize + PLACE)
-    small = replace(lm, memory=stays + cost.call + 20 * cost.kept + 2 * longest * cost.position)
+    small = replace(lm, memory=stays + cost.rows * cost.passing + 20 * cost.kept + 2 * longest * cost.position)
     close("in packs", logits(small), logits(lm))
     assert len(packs[0]) > 1 == len(packs[1])
 
@@ -493,8 +493,8 @@ def test_frequencies_that_depend_on_the_longest_text_are_refused():
 def test_blocks_that_are_cut_once_for_all_layers_are_those_that_the_kernel_needs(family, monkeypatch):
     """Calls of few rows, in Triton's interpreter; those of the last layer are cut by themselves."""
     monkeypatch.setattr(plan, "CALL_ROWS", 20)
-    found, planned = [], engine.planned
-    monkeypatch.setattr(engine, "planned", lambda *given: found.append(planned(*given)) or found[-1])
+    found, planned = [], attend.planned
+    monkeypatch.setattr(attend, "planned", lambda *given: found.append(planned(*given)) or found[-1])
     how = {"samples": 1, "kinds": ("mlp",), "window": 2}
     traced = {}
     for backend in ("triton", "reference"):

@@ -1,6 +1,7 @@
 """Cutting runs into packs and rows into calls."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -97,5 +98,5 @@ def test_calls_end_where_a_segment_ends(size):
 def test_a_row_costs_what_the_model_says():
     lm = tiny_lm("qwen3")  # width 48, d_ff 80, 2 key heads of 16
     wanted = RowCost(kept=4 * (3 * 48 + 2 * 2 * 16), passing=4 * (3 * 80 + 6 * 48), position=TABLES)
-    assert RowCost.of(lm) == wanted
+    assert replace(RowCost.of(lm), logits=0) == wanted
     assert RowCost.of(tiny_lm("qwen3", torch.bfloat16)).kept == RowCost.of(lm).kept // 2

@@ -14,14 +14,23 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError, LinkError
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", "csrc/linear.cpp", "csrc/pointwise.cpp", "csrc/second_moment.cpp"]
+SOURCES = [
+    "csrc/attention.cpp",
+    "csrc/bindings.cpp",
+    "csrc/linear.cpp",
+    "csrc/pointwise.cpp",
+    "csrc/second_moment.cpp",
+]
 HEADERS = [
+    "csrc/attention.h",
+    "csrc/attention_rows.h",
     "csrc/linear.h",
     "csrc/pointwise.h",
     "csrc/pointwise_rows.h",
-    "csrc/pointwise_vectors.h",
     "csrc/second_moment.h",
     "csrc/second_moment_tiles.h",
+    "csrc/vector_functions.h",
+    "csrc/vectors.h",
 ]
 
 

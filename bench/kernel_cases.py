@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shapes import SHAPES, Setup
-from kedit_fast.kernels.attention import attention, attention_backward, attention_backward_ref, attention_ref
+from kedit_fast.kernels.attention import (
+    attention,
+    attention_backward,
+    attention_backward_ref,
+    attention_ref,
+    backend_of,
+    runs_on_triton,
+)
 from kedit_fast.kernels.linear import linear, linear_ref
 from kedit_fast.kernels.lowrank import lowrank_add, lowrank_add_ref
 from kedit_fast.kernels.pointwise import gated, gated_ref, rms_norm, rms_norm_ref
@@ -35,6 +42,7 @@ class Case:
     backend: (op, dtype) to ask ``dispatch`` what runs for ours; providers: {name: work}, each giving the result
     error: relative RMS error of a result; flop, moved: the least FLOP and bytes of the problem
     tolerance: of ours and of the reference (None: the dtype's); marks: {metric: mark} of ours; prepare: before a check
+    ran: what runs for ours, where the op's dtype does not say it
     """
 
     backend: tuple[str, torch.dtype]
@@ -45,6 +53,7 @@ class Case:
     tolerance: float | None = None
     marks: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[], object] = dict
+    ran: str | None = None
 
 
 def against(truth: Tensor) -> Callable[[Tensor], float]:
@@ -199,6 +208,7 @@ def forward(setup, key_rows, run, pos, base, rivals) -> Case:
         against(attention_ref(*wide, scale=scale)),
         flop=4 * shape.heads * shape.head_dim * int((pos + 1).sum()),
         moved=_bytes(query, query, key, value),
+        ran=backend_of(query, key, value, run, pos, None),
     )
 
 
@@ -239,6 +249,7 @@ def backward(setup, key_rows, run, pos, base, rivals) -> Case:
         flop=shape.heads * shape.head_dim * int(6 * seen.sum() + 4 * (seen & (key_rows[run] >= base)).sum()),
         moved=_bytes(query, query, grad, out, lse, key, value, *sums),
         prepare=lambda: [x.zero_() for x in sums],
+        ran="triton" if runs_on_triton(query) else "reference",
     )
 
 

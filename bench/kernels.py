@@ -154,7 +154,8 @@ def checked(problem: Problem, case: Case, name: str) -> float:
 
 def _figures(problem: Problem, case: Case, errors: dict, times: dict[str, Times], peaks: Peaks) -> list[Figure]:
     op, dtype = case.backend
-    labels = {name: name for name in times} | {OURS: f"{OURS} ({backend_for(op, problem.setup.device, dtype)})"}
+    ran = case.ran or backend_for(op, problem.setup.device, dtype)
+    labels = {name: name for name in times} | {OURS: f"{OURS} ({ran})"}
     rivals = [time.middle for name, time in times.items() if name not in (OURS, REFERENCE)]
     figures = []
     for name, taken in times.items():

@@ -5,13 +5,15 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"      // defines: Attention, attention
 #include "linear.h"         // defines: is_amd, linear
-#include "pointwise.h"      // defines: rms_norm, rms_norm_backward, gated, gated_backward
+#include "pointwise.h"      // defines: rms_norm, rms_norm_backward, gated, gated_backward, log_sum_exp
 #include "second_moment.h"  // defines: instruction_sets, has_openmp, second_moment
 
 namespace py = pybind11;
@@ -19,7 +21,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised by one whenever a signature below changes, so that Python can refuse a module built from older sources.
-constexpr int kInterface = 4;
+constexpr int kInterface = 6;
 
 template <class Accumulator, class Key>
 bool second_moment(uintptr_t c, int64_t c_stride, uintptr_t keys, int64_t n, int64_t d, int64_t key_stride, int threads,
@@ -86,6 +88,13 @@ void rms_norm_backward(uintptr_t dx, uintptr_t dy, uintptr_t x, uintptr_t weight
                              instruction_set);
 }
 
+void log_sum_exp(uintptr_t out, uintptr_t x, int64_t rows, int64_t n, int64_t x_stride, int threads,
+                 const std::string& instruction_set) {
+    check_rows("log_sum_exp", rows, n, {x_stride}, {out, x}, threads);
+    const py::gil_scoped_release unlocked;
+    kedit::log_sum_exp(written(out), read(x), rows, n, x_stride, threads, instruction_set);
+}
+
 void gated(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t rows, int64_t n, int64_t gate_stride,
            int64_t up_stride, const std::string& act, int threads, const std::string& instruction_set) {
     check_rows("gated", rows, n, {gate_stride, up_stride}, {out, gate, up}, threads);
@@ -102,6 +111,28 @@ void gated_backward(uintptr_t d_gate, uintptr_t d_up, uintptr_t d, uintptr_t gat
     const py::gil_scoped_release unlocked;
     kedit::gated_backward(written(d_gate), written(d_up), read(d), read(gate), read(up), rows, n, gate_stride,
                           up_stride, which, threads, instruction_set);
+}
+
+// addresses: out, query, key, value, key_rows, run, pos, sinks (0: none); sizes and strides: as Attention has them
+void attention(const std::array<uintptr_t, 8>& addresses, const std::array<int64_t, 7>& sizes,
+               const std::array<int64_t, 7>& strides, float scale, float softcap, int64_t window, int threads,
+               const std::string& instruction_set) {
+    const auto [out, query, key, value, key_rows, run, pos, sinks] = addresses;
+    const auto [rows, heads, kv_heads, dim, slots, runs, positions] = sizes;
+    const auto [query_row, query_head, key_slot, key_head, value_slot, value_head, run_stride] = strides;
+    if (*std::min_element(sizes.begin(), sizes.end()) < 1 || *std::min_element(strides.begin(), strides.end()) < 0 ||
+        heads % kv_heads || softcap < 0 || window < 1 || threads < 1)
+        throw std::invalid_argument("attention: sizes, window and threads must be positive, heads a multiple");
+    if (std::find(addresses.begin(), addresses.end() - 1, uintptr_t{0}) != addresses.end() - 1)
+        throw std::invalid_argument("attention: null address");
+    const auto table = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+    const py::gil_scoped_release unlocked;
+    kedit::attention({written(out),   read(query),  read(key),  read(value), table(key_rows), table(run),
+                      table(pos),     read(sinks),  rows,       heads,       kv_heads,        dim,
+                      slots,          runs,         positions,  query_row,   query_head,      key_slot,
+                      key_head,       value_slot,   value_head, run_stride,  scale,           softcap,
+                      window},
+                     threads, instruction_set);
 }
 
 }  // namespace
@@ -131,10 +162,16 @@ PYBIND11_MODULE(_native, m) {
     m.def("rms_norm_backward", &rms_norm_backward, "dx of rms_norm, from dy.", py::arg("dx"), py::arg("dy"),
           py::arg("x"), py::arg("weight"), py::arg("rows"), py::arg("d"), py::arg("x_stride"), py::arg("eps"),
           py::arg("offset"), py::arg("threads"), py::arg("instruction_set") = "");
+    m.def("log_sum_exp", &log_sum_exp, "out = log sum e^x, of each row.", py::arg("out"), py::arg("x"), py::arg("rows"),
+          py::arg("n"), py::arg("x_stride"), py::arg("threads"), py::arg("instruction_set") = "");
     m.def("gated", &gated, "out = act(gate) up, act silu or gelu_tanh.", py::arg("out"), py::arg("gate"),
           py::arg("up"), py::arg("rows"), py::arg("n"), py::arg("gate_stride"), py::arg("up_stride"), py::arg("act"),
           py::arg("threads"), py::arg("instruction_set") = "");
     m.def("gated_backward", &gated_backward, "d_gate and d_up of gated, from d.", py::arg("d_gate"), py::arg("d_up"),
           py::arg("d"), py::arg("gate"), py::arg("up"), py::arg("rows"), py::arg("n"), py::arg("gate_stride"),
           py::arg("up_stride"), py::arg("act"), py::arg("threads"), py::arg("instruction_set") = "");
+
+    m.def("attention", &attention, "out = softmax(softcap(query key^T scale)) value, keys through a row table.",
+          py::arg("addresses"), py::arg("sizes"), py::arg("strides"), py::arg("scale"), py::arg("softcap"),
+          py::arg("window"), py::arg("threads"), py::arg("instruction_set") = "");
 }

@@ -6,9 +6,10 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 
-#include "pointwise_vectors.h"
 #include "second_moment.h"
+#include "vectors.h"
 
 namespace kedit {
 namespace {
@@ -21,6 +22,7 @@ struct Kernels {
     void (*gated[2])(float* out, const float* gate, const float* up, int64_t n);
     void (*gated_backward[2])(float* d_gate, float* d_up, const float* d, const float* gate, const float* up,
                               int64_t n);
+    float (*log_sum_exp)(const float* x, int64_t n);
 };
 
 namespace plain {
@@ -95,6 +97,14 @@ void rms_norm_backward(float* dx, const float* dy, const float* x, const float* 
 #pragma omp parallel for num_threads(team(rows * d, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         run(dx + row * d, dy + row * d, x + row * x_stride, weight, d, eps, offset);
+    (void)threads;
+}
+
+void log_sum_exp(float* out, const float* x, int64_t rows, int64_t n, int64_t x_stride, int threads,
+                 const std::string& instruction_set) {
+    const auto run = kernels_of(instruction_set).log_sum_exp;
+#pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) out[row] = run(x + row * x_stride, n);
     (void)threads;
 }
 

@@ -1,4 +1,4 @@
-// What transformer blocks do between their products, on the CPU in fp32: RMS norms and gated activations.
+// What transformers do between their products, on the CPU in fp32: RMS norms, gated activations, log-sum-exps.
 //
 // Inputs are row-major, consecutive rows x_stride (gate_stride, up_stride) elements apart; results are contiguous, and
 // so are the gradients that come in. instruction_set: a name from instruction_sets(); empty takes the best. Every result
@@ -28,5 +28,9 @@ void gated(float* out, const float* gate, const float* up, int64_t rows, int64_t
 void gated_backward(float* d_gate, float* d_up, const float* d, const float* gate, const float* up, int64_t rows,
                     int64_t n, int64_t gate_stride, int64_t up_stride, Act act, int threads,
                     const std::string& instruction_set);
+
+// out[rows] = log sum e^x over rows x[rows, n].
+void log_sum_exp(float* out, const float* x, int64_t rows, int64_t n, int64_t x_stride, int threads,
+                 const std::string& instruction_set);
 
 }  // namespace kedit

@@ -1,23 +1,11 @@
 // What each thread does with its rows. pointwise.cpp includes this file once for each instruction set, in a namespace
 // of its own: a template cannot take from its argument the attribute that lets a function use instructions. Expected:
 //   KEDIT_TARGET  that attribute
-//   V             the vectors, of pointwise_vectors.h
+//   V             the vectors, of vectors.h
 
-using T = V::T;
-constexpr int64_t kWidth = V::kWidth;
+#include "vector_functions.h"
+
 constexpr int kSums = kWidth < 8 ? 32 / kWidth : 4;  // chains of additions, each of kWidth lanes
-
-KEDIT_TARGET inline T load_some(const float* p, int64_t n) {
-    float part[kWidth] = {};
-    std::memcpy(part, p, sizeof(float) * n);
-    return V::load(part);
-}
-
-KEDIT_TARGET inline void store_some(float* p, T a, int64_t n) {
-    float part[kWidth];
-    V::store(part, a);
-    std::memcpy(p, part, sizeof(float) * n);
-}
 
 KEDIT_TARGET inline float total(T (&sum)[kSums]) {
     for (int half = kSums / 2; half > 0; half /= 2)
@@ -75,20 +63,6 @@ KEDIT_TARGET void rms_norm_backward_row(float* dx, const float* dy, const float*
         const T g = V::mul(V::add(shift, load_some(weight + j, d - j)), load_some(dy + j, d - j));
         store_some(dx + j, V::mul(scale, V::fma(share, load_some(x + j, d - j), g)), d - j);
     }
-}
-
-// e^x for x <= 0: 2^n times a polynomial (Cephes, expf) of what is left of x. 0 below -87.7, NaN of NaN; off by at most
-// 1.3 units in the last place in [-87, 0] (every third float there).
-KEDIT_TARGET inline T exp_below_zero(T x) {
-    x = V::greater(V::set(-88), x);
-    const T magic = V::set(0x1.8p23f);  // adding it rounds to an integer, which the lowest bits then hold
-    const T t = V::fma(x, V::set(1.44269504f), magic), n = V::add(t, V::set(-0x1.8p23f));
-    const T r = V::fma(n, V::set(2.12194440e-4f), V::fma(n, V::set(-0.693359375f), x));
-    T p = V::set(1.9875691500e-4f);
-    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = V::fma(p, r, V::set(c));
-    p = V::fma(p, V::mul(r, r), V::add(r, V::set(1)));
-    return V::mul(p, V::power_of_two(t));
 }
 
 // sigmoid(u) = above / (1 + e) and 1 - sigmoid(u) = below / (1 + e), neither a difference; no power overflows.
@@ -159,9 +133,32 @@ KEDIT_TARGET void gated_backward_row(float* d_gate, float* d_up, const float* d,
     }
 }
 
+// log sum e^x of one row: its largest number, and what the others come to over it. NaN of a row that holds one.
+KEDIT_TARGET float log_sum_exp_row(const float* x, int64_t n) {
+    const float none = -std::numeric_limits<float>::infinity();
+    T largest[kSums], sum[kSums] = {};
+    for (T& each : largest) each = V::set(none);
+    int64_t j = 0;
+    for (; j + kSums * kWidth <= n; j += kSums * kWidth)
+        for (int i = 0; i < kSums; ++i) largest[i] = V::greater(V::load(x + j + i * kWidth), largest[i]);
+    float top = none;
+    for (const T each : largest) top = std::max(top, V::largest(each));
+    for (; j < n; ++j) top = std::max(top, x[j]);
+    if (top == -none) return std::any_of(x, x + n, [](float a) { return std::isnan(a); }) ? std::nanf("") : top;
+    const float ground = top == none ? 0 : top;  // else infinity less itself
+    const T shift = V::set(-ground);
+    for (j = 0; j + kSums * kWidth <= n; j += kSums * kWidth)
+        for (int i = 0; i < kSums; ++i)
+            sum[i] = V::add(sum[i], exp_below_zero(V::add(V::load(x + j + i * kWidth), shift)));
+    float rest = total(sum);
+    for (; j < n; ++j) rest += std::exp(x[j] - ground);
+    return ground + std::log(rest);
+}
+
 constexpr Kernels kKernels{
     rms_norm_row,
     rms_norm_backward_row,
     {gated_row<Act::kSilu>, gated_row<Act::kGeluTanh>},
     {gated_backward_row<Act::kSilu>, gated_backward_row<Act::kGeluTanh>},
+    log_sum_exp_row,
 };

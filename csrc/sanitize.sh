@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python}")
 compiler=${CXX:-g++}
 tests=("$@")
-[ $# -gt 0 ] || tests=(tests/kernels/test_{second_moment,linear,pointwise,solve}.py)
+[ $# -gt 0 ] || tests=(tests/kernels/test_{second_moment,linear,pointwise,native_attention,solve}.py)
 
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT

@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kedit_fast.basics import settings
 from kedit_fast.basics.state import upload, wide
 from kedit_fast.kernels import dispatch
 
 GATHERED = 1 << 25  # numbers of K, or of scores, held at once by the reference: 128 MB in fp32
 DENSE_FROM = 64  # a run that starts at position 0 and is this long goes to SDPA: gathering costs 200x there
+# And where it is this long SDPA overtakes the extension too, which takes 0.5-0.7 of its time at 64 rows, 0.6-0.8 at 512
+# and 0.8-1.5 at 1,024 (one thread of a Zen 4, AVX-512).
+NATIVE_BELOW = 512
 
 
 def attention(
@@ -45,14 +49,18 @@ def attention(
     lse: [rows, H] fp32 that the kernel fills with the log-sum-exp of each row's scores, for its gradients
     Gives [rows, H, D] in query's dtype. Scores and softmax in fp32 (fp64 for fp64).
 
-    The Triton kernel reads every key where it lies and holds no scores. Autograd records neither it nor the reference:
-    gradients go through ``kernels.slots``.
+    The Triton kernel and, on the CPU in fp32, the extension read every key where it lies and hold no scores; the
+    extension leaves calls with a very long run to the reference. Autograd records none of them: gradients go through
+    ``kernels.slots``.
     """
     how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    if runs_on_triton(query):
+    backend = backend_of(query, key, value, run, pos, softcap)
+    if backend == "triton":
         from kedit_fast.kernels.triton import attention as triton
 
         return triton.attention(query, key, value, key_rows, run, pos, **how, cut=cut, lse=lse)
+    if backend == "native":
+        return _native(query, key, value, key_rows, run, pos, **how)
     return attention_ref(query, key, value, key_rows, run, pos, **how, room=room, groups=groups)
 
 
@@ -92,7 +100,44 @@ def attention_backward(
 
 def runs_on_triton(query: Tensor) -> bool:
     """Whether the kernel serves these queries."""
-    return dispatch.backend_for("attention", query.device, query.dtype) == "triton"
+    return _serving(query) == "triton"
+
+
+def backend_of(query: Tensor, key: Tensor, value: Tensor, run: Tensor, pos: Tensor, softcap: float | None) -> str:
+    """What ``attention`` runs on."""
+    backend = _serving(query)
+    if backend != "native":
+        return backend
+    plain = all(type(x) is Tensor and x.dtype == torch.float32 for x in (query, key, value))
+    return "native" if plain and len(query) and not (softcap is None and _has_long(run, pos)) else "reference"
+
+
+def _serving(query: Tensor) -> str:
+    """What serves such queries; the reference where a forced extension has no such dtype or device."""
+    if settings.backend() == "native" and (query.dtype != torch.float32 or query.device.type != "cpu"):
+        return "reference"
+    return dispatch.backend_for("attention", query.device, query.dtype)
+
+
+def _has_long(run: Tensor, pos: Tensor) -> bool:
+    """Whether some run begins at position 0 and has ``NATIVE_BELOW`` rows here: by the first and the last of them."""
+    last = NATIVE_BELOW - 1
+    ends = (pos[last:] == last).nonzero()[:, 0]
+    return len(ends) > 0 and bool(((pos[ends] == 0) & (run[ends] == run[ends + last])).any())
+
+
+def _native(query, key, value, key_rows, run, pos, *, scale, window, softcap, sinks) -> Tensor:
+    query, key, value, key_rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, key_rows))
+    run, pos, out = run.contiguous(), pos.contiguous(), query.new_empty(query.shape)
+    sinks = None if sinks is None else sinks.to(query).contiguous()
+    given = (out, query, key, value, key_rows, run, pos)
+    dispatch.native().attention(
+        [*(x.data_ptr() for x in given), 0 if sinks is None else sinks.data_ptr()],
+        [*query.shape[:2], *key.shape[1:], len(key), *key_rows.shape],
+        [*query.stride()[:2], *key.stride()[:2], *value.stride()[:2], key_rows.stride(0)],
+        scale, softcap or 0.0, window or key_rows.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 class Group(NamedTuple):

@@ -18,7 +18,7 @@ from kedit_fast.basics import settings
 from kedit_fast.kernels import cusolver, openblas
 
 BACKENDS = ("reference", "native", "triton")
-INTERFACE = 4  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
+INTERFACE = 6  # of csrc/bindings.cpp; a module that says otherwise was built from other sources
 
 
 class Implementation(NamedTuple):
@@ -57,7 +57,10 @@ _UP_TO_32_BITS = (torch.float32, torch.float16, torch.bfloat16)
 
 # An op absent from here, or a device or dtype absent from its row, is computed by the op's reference.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "attention": _triton(*_UP_TO_32_BITS),
+    "attention": (
+        Implementation("native", "cpu", (torch.float32,), lambda: why_not_native()),
+        *_triton(*_UP_TO_32_BITS),
+    ),
     "target_logprob": _triton(*_UP_TO_32_BITS),
     "rows": _triton(*_UP_TO_32_BITS, torch.float64),
     "lowrank": _triton(*_UP_TO_32_BITS),

@@ -1,6 +1,6 @@
-"""What transformer blocks do between their products: RMS norms and gated activations, each in one pass over memory.
+"""What transformers do between their products: RMS norms and gated activations in one pass over memory, log-sum-exps.
 
-Both compute in fp32 (fp64 for fp64 inputs) and round once. On the CPU the extension does fp32 with
+They compute in fp32 (fp64 for fp64 inputs) and round once. On the CPU the extension does fp32 with
 ``torch.get_num_threads()`` threads, on GPUs Triton does 16 and 32 bits; elsewhere, also for tensors of other classes
 than torch's own, the reference runs (``dispatch.backend_for("pointwise", ...)``). So it does, as for ``linear``, where
 a forced backend lacks the dtype or device. Gradients are one pass too, keep the inputs only, and have none themselves.
@@ -69,6 +69,22 @@ def gated_ref(gate: Tensor, up: Tensor, act: str) -> Tensor:
     wide = _wide(gate)
     acted = F.silu(wide) if act == "silu" else F.gelu(wide, approximate="tanh")
     return (acted * up.to(wide.dtype)).to(gate.dtype)
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """log Σ eˣ over the last axis of x [rows, n]: [rows], in fp32 (fp64 for fp64). Under autograd, and elsewhere than
+    on a CPU in fp32, the reference runs."""
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    if recorded or x.dtype != torch.float32 or _backend(x, x) != "native":
+        return log_sum_exp_ref(x)
+    rows, out = _rows(x), x.new_empty(len(x))
+    dispatch.native().log_sum_exp(out.data_ptr(), rows.data_ptr(), *rows.shape, _apart(rows), torch.get_num_threads())
+    return out
+
+
+def log_sum_exp_ref(x: Tensor) -> Tensor:
+    """``log_sum_exp`` in plain torch: four passes over x."""
+    return _wide(x).logsumexp(-1)
 
 
 class _RmsNorm(torch.autograd.Function):

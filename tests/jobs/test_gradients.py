@@ -229,7 +229,7 @@ def test_a_task_is_counted_as_what_it_holds(family, layers):
         gradient_factors(lm, given, places)
     counted = sum(job_module.held_bytes(lm, task, places) for task in given)
     logits = job_module.LOGITS * sum(len(task.target) for task in given) * lm.n_vocab * 4
-    assert held.peak <= counted + logits <= 4 * held.peak
+    assert held.peak <= counted + logits <= 4.5 * held.peak
 
 
 # ---- what must not matter, and what is refused

@@ -253,11 +253,11 @@ def test_a_fact_is_counted_as_what_it_holds(groups, layer, family, dtype):
 
 
 def counted_as_held(lm, some, chosen) -> int:
-    """Bytes that the facts are counted as, which are those that are held, or up to three times as many."""
+    """Bytes that the facts are counted as, which are those that are held, or up to three and a half times as many."""
     with LiveBytes(lm.model) as held:
         optimize_values(lm, some, chosen)
     counted = sum(values_module.held_bytes(lm, task, chosen) for task in some)
-    assert held.peak <= counted <= 3 * held.peak
+    assert held.peak <= counted <= 3.5 * held.peak
     return counted
 
 

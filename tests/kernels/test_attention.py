@@ -1,4 +1,4 @@
-"""Attention through a row table against one softmax a row in float64."""
+"""Attention through a row table in plain torch against one softmax a row in float64."""
 
 import math
 
@@ -10,6 +10,12 @@ from kedit_fast.kernels.attention import DENSE_FROM, attention, attention_ref
 from tests.conftest import close, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """Forces the reference; the extension has tests of its own."""
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "reference")
 
 
 def naive(query, key, value, key_rows, run, pos, *, scale, window=None, softcap=None, sinks=None):

@@ -45,11 +45,15 @@ ALL, INTERPRETED = "native triton", "native triton interpreter"
         ("native", "native", "second_moment", "cpu", "bfloat16", "native"),
         ("native", None, "pointwise", "cpu", "float32", "native"),
         ("native", None, "pointwise", "cpu", "float16 bfloat16 float64", "reference"),
+        ("native", None, "attention", "cpu", "float32", "native"),
+        ("native", None, "attention", "cpu", "float16 bfloat16 float64", "reference"),
         ("native", "native", "rows", "cpu", "float32", "reference"),  # an op without native code
         (ALL, None, "rows", "cuda:1", f"{BITS_16_AND_32} float64", "triton"),
         (ALL, None, "lowrank", "cuda:1", BITS_16_AND_32, "triton"),
         (ALL, None, "pointwise", "cuda:1", BITS_16_AND_32, "triton"),
         (ALL, None, "pointwise", "cpu", "float32", "native"),
+        (ALL, None, "attention", "cuda:1", BITS_16_AND_32, "triton"),
+        (ALL, None, "attention", "cpu", "float32", "native"),
         (ALL, None, "second_moment", "cuda:1", BITS_16_AND_32, "triton"),
         (ALL, None, "rows", "cpu", BITS_16_AND_32, "reference"),
         (ALL, None, "lowrank", "cpu", BITS_16_AND_32, "reference"),
@@ -60,7 +64,9 @@ ALL, INTERPRETED = "native triton", "native triton interpreter"
         ("native", None, "rows", "cuda", "float32", "reference"),
         (INTERPRETED, None, "rows", "cpu", "float32", "reference"),
         (INTERPRETED, None, "rows", "cuda", "float32", "reference"),
+        (INTERPRETED, None, "attention", "cpu", "float32", "native"),
         (INTERPRETED, "triton", "rows", "cpu", "float32", "triton"),
+        (INTERPRETED, "triton", "attention", "cpu", "float32", "triton"),
         (INTERPRETED, "triton", "solve", "cpu", "float64", "reference"),  # an op without a Triton kernel
     ],
 )
@@ -127,7 +133,7 @@ def test_report_says_why_a_backend_is_not_used(machine, monkeypatch):
     not_used = dispatch.report()["not_used"]
     assert not_used["second_moment"]["cpu"] == f"native: {ABSENT}"
     assert not_used["solve"]["cpu"] == "native: no OpenBLAS here"
-    assert not_used["attention"]["cpu"] == ""
+    assert not_used["attention"]["cpu"] == f"native: {ABSENT}" and not_used["rows"]["cpu"] == ""
     machine("native")
     monkeypatch.setattr(dispatch.openblas, "why_not", str)
     not_used = dispatch.report()["not_used"]

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from kedit_fast.kernels import dispatch
 from kedit_fast.kernels import pointwise as module
-from kedit_fast.kernels.pointwise import ACTS, gated, gated_ref, rms_norm, rms_norm_ref
+from kedit_fast.kernels.pointwise import ACTS, gated, gated_ref, log_sum_exp, log_sum_exp_ref, rms_norm, rms_norm_ref
 from tests.compare import close, refused
 from tests.kernels import normal
 
 WHY = dispatch.why_not_native()
 native_only = pytest.mark.skipif(bool(WHY), reason=f"no extension: {WHY}")
 SETS = [] if WHY else dispatch.native().instruction_sets()
-OPS = ("rms_norm", "rms_norm_backward", "gated", "gated_backward")
+OPS = ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "log_sum_exp")
 SHAPES = [(1, 1), (1, 5), (3, 7, 17), (2, 64), (129, 48), (17, 129), (5, 576), (2, 4999)]
 EPS = 1e-6
 EXTREMES = [0.0, 1e-40, 1e-30, 1e-3, 0.5, 3.0, 17.0, 86.0, 88.0, 89.0, 100.0, 1e4, 1e20, 3e38, float("inf")]
@@ -187,7 +187,7 @@ def test_gradients_of_strided_rows(act, native):
         out = gated(rms_norm(gate, weight.to(dtype), EPS), up, act)
         found += torch.autograd.grad(out, leaf, pull.to(dtype))
     close("gradient", *found)
-    assert sorted(native) == sorted(OPS)
+    assert sorted(native) == sorted(OPS[:-1])
 
 
 @native_only
@@ -243,6 +243,30 @@ def test_what_is_left_to_torch(native):
     with torch.no_grad():
         rms_norm(x, torch.nn.Parameter(w), EPS)
     assert native == ["rms_norm"]
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 129, 4999])
+def test_log_sum_exps_in_fp64(n, each_set):
+    x = torch.cat([numbers(3, n) * 20, numbers(1, n, seed=1) + 300, numbers(1, n, seed=2) - 1e4, torch.zeros(1, n)])
+    x[5, 0] = 80.0
+    wanted = x.double().logsumexp(-1)
+    assert ((log_sum_exp(x).double() - wanted).abs() <= 2e-7 * wanted.abs() + 1e-6).all()
+    assert torch.equal(log_sum_exp(x[:, :n]), log_sum_exp(torch.cat([x, x], 1)[:, :n])), "rows apart"
+    assert each_set == ["log_sum_exp"] * 3
+
+
+def test_log_sum_exps_of_what_is_not_finite(each_set):
+    inf, nan = float("inf"), float("nan")
+    rows = [[-inf] * 70, [inf, *[0.0] * 69], [nan, *[0.0] * 69], [nan, inf, *[0.0] * 68], [-inf, *[1.0] * 69]]
+    x = torch.tensor(rows + [row[::-1] for row in rows])
+    assert torch.allclose(log_sum_exp(x), x.logsumexp(-1), equal_nan=True) and each_set
+
+
+def test_log_sum_exps_under_autograd_are_torchs(native):
+    x = numbers(3, 7).requires_grad_()
+    log_sum_exp(x).sum().backward()
+    assert torch.allclose(x.grad, x.detach().softmax(-1)) and not native
+    assert torch.equal(log_sum_exp(x.detach().double()), log_sum_exp_ref(x.detach().double())) and not native
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

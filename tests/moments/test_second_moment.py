@@ -121,7 +121,7 @@ def test_batches_and_packs_do_not_change_the_sum(batch_tokens, monkeypatch):
     monkeypatch.setattr(moments_module, "BATCH_TOKENS", batch_tokens)
     cost = RowCost.of(lm)
     sums = 8 * D_FF**2 * len(LAYERS)
-    small = replace(lm, memory=cost.call + 40 * cost.kept + sums)
+    small = replace(lm, memory=cost.rows * cost.passing + 40 * cost.kept + sums)
     for cut in (lm, small):
         all_close(measured(cut), whole)
 
@@ -131,7 +131,7 @@ def test_sums_that_do_not_fit_in_float64_are_float32(monkeypatch):
     monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: dtypes.append(sums[0].dtype) or job(lm, sums))
     lm = tiny_lm("gpt2", layers=60)
     cost = RowCost.of(lm)
-    small = replace(lm, memory=cost.call + 100 * cost.kept + 4 * D_FF**2 * 60 * 4 // 3)
+    small = replace(lm, memory=cost.rows * cost.passing + 100 * cost.kept + 4 * D_FF**2 * 60 * 4 // 3)
     wide, narrow = (measured(x, range(60)) for x in (lm, small))
     assert dtypes == [torch.float64, torch.float32]
     all_close(narrow, wide)
@@ -142,7 +142,7 @@ def test_sums_of_layers_that_do_not_fit_take_passes_of_their_own(monkeypatch):
     lm, layers, job = tiny_lm("llama"), [], moments_module.Moments
     monkeypatch.setattr(moments_module, "Moments", lambda lm, sums: layers.append(sorted(sums)) or job(lm, sums))
     cost = RowCost.of(lm)
-    small = replace(lm, memory=cost.call + 40 * cost.kept + 2 * 4 * D_FF**2 * 4 // 3)
+    small = replace(lm, memory=cost.rows * cost.passing + 40 * cost.kept + 2 * 4 * D_FF**2 * 4 // 3)
     whole, cut = (measured(x, range(4)) for x in (lm, small))
     assert [0, 1] in layers and [2, 3] in layers
     all_close(cut, whole)
@@ -151,7 +151,7 @@ def test_sums_of_layers_that_do_not_fit_take_passes_of_their_own(monkeypatch):
 def test_a_layer_whose_sum_does_not_fit_is_refused_before_any_work(no_sweep):
     lm = tiny_lm("llama")
     cost = RowCost.of(lm)
-    small = replace(lm, memory=cost.call + 4 * D_FF**2)  # a quarter of what is free is the sweep's
+    small = replace(lm, memory=cost.rows * cost.passing + 4 * D_FF**2)  # a quarter of what is free is the sweep's
     with pytest.raises(ValueError, match=f"the second moment of a layer of d_ff {D_FF} needs .* memory allows"):
         measured(small)
 

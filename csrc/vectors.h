@@ -6,7 +6,8 @@
 //   minus_abs(a)      -|a|
 //   by_sign(g, a, b)  a where the sign of g is plus, b where it is minus
 //   power_of_two(t)   2^n for t = n + 1.5 2^23 with n in [-126, 127], and 0 for n = -127
-//   sum               of all lanes
+//   sum, largest      of all lanes
+//   sums(p)           lane i is the sum of the kWidth numbers from p + i kWidth on
 #pragma once
 
 #include <cstdint>
@@ -49,6 +50,18 @@ struct PlainVector {
         for (const float lane : lanes) total += lane;
         return total;
     }
+    static float largest(T a) {
+        float lanes[kWidth];
+        store(lanes, a);
+        float found = lanes[0];
+        for (const float lane : lanes) found = lane > found ? lane : found;
+        return found;
+    }
+    static T sums(const float* p) {
+        float lanes[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i) lanes[i] = sum(load(p + i * kWidth));
+        return load(lanes);
+    }
 
     static Bits bits(T a) {
         Bits b;
@@ -68,6 +81,12 @@ __attribute__((target("avx2"), always_inline)) inline float sum_of(__m256 a) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+__attribute__((target("avx2"), always_inline)) inline float largest_of(__m256 a) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
 #define KEDIT_OPERATION __attribute__((target("avx2,fma"), always_inline)) static inline
@@ -92,6 +111,22 @@ struct Avx2Vector {
         return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
     }
     KEDIT_OPERATION float sum(T a) { return sum_of(a); }
+    KEDIT_OPERATION float largest(T a) { return largest_of(a); }
+    // Two vectors become one that holds halves of both sums, three times: lanes at distance 2, 1, then 4.
+    KEDIT_OPERATION T sums(const float* p) {
+        T four[2];
+        for (int i = 0; i < 2; ++i) {
+            const float* at = p + 4 * i * kWidth;
+            const T a = by_two(load(at), load(at + kWidth)), b = by_two(load(at + 2 * kWidth), load(at + 3 * kWidth));
+            four[i] = by_one(a, b);
+        }
+        return add(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
+    }
+    KEDIT_OPERATION T by_two(T a, T b) { return add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+    KEDIT_OPERATION T by_one(T a, T b) {
+        const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+        return add(_mm256_castpd_ps(_mm256_unpacklo_pd(c, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)));
+    }
 };
 
 #undef KEDIT_OPERATION
@@ -126,6 +161,33 @@ struct Avx512Vector {
         float lanes[kWidth];
         store(lanes, a);
         return sum_of(_mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8)));
+    }
+    KEDIT_OPERATION float largest(T a) {
+        float lanes[kWidth];
+        store(lanes, a);
+        return largest_of(_mm256_max_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8)));
+    }
+    // As Avx2Vector's, then the quarters of four vectors.
+    KEDIT_OPERATION T sums(const float* p) {
+        T four[4];
+        for (int i = 0; i < 4; ++i) {
+            const float* at = p + 4 * i * kWidth;
+            const T a = by_two(load(at), load(at + kWidth)), b = by_two(load(at + 2 * kWidth), load(at + 3 * kWidth));
+            four[i] = by_one(a, b);
+        }
+        return by_quarters(by_quarters(four[0], four[1]), by_quarters(four[2], four[3]));
+    }
+    KEDIT_OPERATION T by_two(T a, T b) {
+        return add(_mm512_maskz_unpacklo_ps(kAll, a, b), _mm512_maskz_unpackhi_ps(kAll, a, b));
+    }
+    KEDIT_OPERATION T by_one(T a, T b) {
+        const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+        const __mmask8 all = 0xff;
+        return add(_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(all, c, d)),
+                   _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(all, c, d)));
+    }
+    KEDIT_OPERATION T by_quarters(T a, T b) {
+        return add(_mm512_maskz_shuffle_f32x4(kAll, a, b, 0x88), _mm512_maskz_shuffle_f32x4(kAll, a, b, 0xdd));
     }
 };
 

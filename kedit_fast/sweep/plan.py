@@ -26,8 +26,8 @@ LOGIT_SHARE = 32  # one of so many parts of the memory may hold a chunk of logit
 PLACE = 64  # bytes that a place to be read takes in tables: run, position, target, and where it lies in a call
 TABLES = 32  # int64 numbers of a run at a position, as declared, in its pack, and its slots
 
-# What autograd keeps of a row in a layer beside its keys, values and query, measured on blocks of all families: at most 8
-# numbers of the stream's width in fp32 (norms are computed there, whatever the model's dtype), and 3 of the MLP's width.
+# What autograd keeps of a row in a layer beside its keys, values and query, measured on blocks of all families: at most
+# 8 numbers of the stream's width in fp32 (norms are computed there, whatever the model's dtype), 3 of the MLP's width.
 SAVED, SAVED_FF = 8, 3
 
 

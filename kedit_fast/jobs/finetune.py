@@ -295,7 +295,8 @@ class _Pack:
         read = [GraphRows(layer, self.run, self.pos) for layer in layers]
         h = entering(lm, [self.runs], min(deltas))[0] if self.rows is None else self.rows.of(self.places)
         ends = {"first_layer": min(deltas), "last_layer": max(layers)}
-        self.table = self.table or row_table(lm, self.runs, *ends.values(), None)
+        if self.table is None:
+            self.table = row_table(lm, self.runs, *ends.values(), None)
         how = ends | {"h": h, "recompute": self.recompute, "table": self.table}
         return Ascent(self.runs, [_Tune(deltas, self.masks), *read], grad=torch.is_grad_enabled(), **how), read
 

@@ -126,8 +126,10 @@ class Pack:
 
     def run(self, first: int, last: int, h: Tensor | None) -> Iterator[int]:
         """Goes up layer by layer; gives the number of rows after each."""
-        made = self.table or row_table(self.lm, self.runs, first, last, self.store, self.slots)
-        table = made.begun()
+        table = self.table  # which has no rows yet, so that it is false
+        if table is None:
+            table = row_table(self.lm, self.runs, first, last, self.store, self.slots)
+        table = table.begun()
         outs: list[Tensor] = []
         for layer in range(first, last + 1):
             source = table.grow(layer)

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -282,11 +282,16 @@ class Call:
         asks for call by call are the same tensors, so that they are looked for once.
         """
         if not isinstance(self.rows, slice):
-            which, row = upload(self.table.device, *self.find_here(run, pos))
-            return which, row
+            found_here = partial(self._found_alone, run, pos)
+            return self.once(("found", id(run), id(pos)), found_here)[1]
         found = self.table.found(run, pos, self.number)
         which, row = (each[self._span(found)] for each in found.there)
         return which, row - self.rows.start if self.rows.start else row
+
+    def _found_alone(self, run: Tensor, pos: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What was asked, held so that nothing else has its id, and where it is found."""
+        which, row = upload(self.table.device, *self.find_here(run, pos))
+        return (run, pos), (which, row)
 
     def find_here(self, run: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """``find`` on the CPU."""
@@ -311,7 +316,8 @@ class Call:
     @cached_property
     def rows_there(self) -> slice | Tensor:
         """``rows``, on the device."""
-        return self.rows if isinstance(self.rows, slice) else upload(self.table.device, self.rows)[0]
+        rows = self.rows
+        return rows if isinstance(rows, slice) else self.once("rows", lambda: upload(self.table.device, rows)[0])
 
     @property
     def run(self) -> Tensor:

@@ -24,6 +24,7 @@ SOURCES = [
 HEADERS = [
     "csrc/attention.h",
     "csrc/attention_rows.h",
+    "csrc/each_instruction_set.h",
     "csrc/linear.h",
     "csrc/pointwise.h",
     "csrc/pointwise_rows.h",

@@ -46,39 +46,8 @@ struct Block {
 
 using Attend = void (*)(const Attention& call, const Block& block, int64_t kv_head);
 
-namespace plain {
-using V = PlainVector;
-#define KEDIT_TARGET
-#include "attention_rows.h"
-#undef KEDIT_TARGET
-}  // namespace plain
-
-#ifdef KEDIT_X86
-
-namespace avx2 {
-using V = Avx2Vector;
-#define KEDIT_TARGET __attribute__((target("avx2,fma")))
-#include "attention_rows.h"
-#undef KEDIT_TARGET
-}  // namespace avx2
-
-namespace avx512 {
-using V = Avx512Vector;
-#define KEDIT_TARGET __attribute__((target("avx512f")))
-#include "attention_rows.h"
-#undef KEDIT_TARGET
-}  // namespace avx512
-
-#endif  // KEDIT_X86
-
-const Attend* attend_of(const std::string& instruction_set) {
-    const std::string name = known_instruction_set(instruction_set);
-#ifdef KEDIT_X86
-    if (name == "avx512" || name == "avx512_bf16") return avx512::kAttend;
-    if (name == "avx2") return avx2::kAttend;
-#endif
-    return plain::kAttend;
-}
+#define KEDIT_ROWS "attention_rows.h"
+#include "each_instruction_set.h"
 
 void check(const Attention& call) {
     for (int64_t row = 0; row < call.rows; ++row)
@@ -150,7 +119,7 @@ constexpr int64_t kGrain = 32768, kRows = 16;
 }  // namespace
 
 void attention(const Attention& call, int threads, const std::string& instruction_set) {
-    const Attend* attend = attend_of(instruction_set);
+    const Attend* attend = table_of(instruction_set);
     check(call);
     const int64_t apart = (call.positions + kLine - 1) / kLine * kLine, blocks = (call.rows + kRows - 1) / kRows;
     const int64_t worth = 1 + call.rows * call.heads * call.dim / kGrain;

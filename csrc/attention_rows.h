@@ -1,7 +1,4 @@
-// What each thread does with a block of rows. attention.cpp includes this file once for each instruction set, as
-// pointwise.cpp does its own. Expected:
-//   KEDIT_TARGET  the attribute that lets a function use the instructions
-//   V             the vectors, of vectors.h
+// What each thread does with a block of rows, for the instruction set of each_instruction_set.h.
 
 #include "vector_functions.h"
 
@@ -156,4 +153,4 @@ KEDIT_TARGET void attend(const Attention& call, const Block& block, int64_t kv_h
         mix<1>(call, block, block.query + i, values, std::max({from, to, block.query[i].begin}), block.query[i].end);
 }
 
-constexpr Attend kAttend[] = {attend<1>, attend<2>, attend<3>, attend<4>};
+constexpr Attend kTable[] = {attend<1>, attend<2>, attend<3>, attend<4>};

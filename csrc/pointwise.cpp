@@ -25,39 +25,8 @@ struct Kernels {
     float (*log_sum_exp)(const float* x, int64_t n);
 };
 
-namespace plain {
-using V = PlainVector;
-#define KEDIT_TARGET
-#include "pointwise_rows.h"
-#undef KEDIT_TARGET
-}  // namespace plain
-
-#ifdef KEDIT_X86
-
-namespace avx2 {
-using V = Avx2Vector;
-#define KEDIT_TARGET __attribute__((target("avx2,fma")))
-#include "pointwise_rows.h"
-#undef KEDIT_TARGET
-}  // namespace avx2
-
-namespace avx512 {
-using V = Avx512Vector;
-#define KEDIT_TARGET __attribute__((target("avx512f")))
-#include "pointwise_rows.h"
-#undef KEDIT_TARGET
-}  // namespace avx512
-
-#endif  // KEDIT_X86
-
-const Kernels& kernels_of(const std::string& instruction_set) {
-    const std::string name = known_instruction_set(instruction_set);
-#ifdef KEDIT_X86
-    if (name == "avx512" || name == "avx512_bf16") return avx512::kKernels;
-    if (name == "avx2") return avx2::kKernels;
-#endif
-    return plain::kKernels;
-}
+#define KEDIT_ROWS "pointwise_rows.h"
+#include "each_instruction_set.h"
 
 // Elements that are worth a thread, as torch counts them.
 constexpr int64_t kGrain = 32768;
@@ -85,7 +54,7 @@ struct Pieces {
 
 void rms_norm(float* out, const float* x, const float* weight, int64_t rows, int64_t d, int64_t x_stride, float eps,
               float offset, int threads, const std::string& instruction_set) {
-    const auto run = kernels_of(instruction_set).rms_norm;
+    const auto run = table_of(instruction_set).rms_norm;
 #pragma omp parallel for num_threads(team(rows * d, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row) run(out + row * d, x + row * x_stride, weight, d, eps, offset);
     (void)threads;
@@ -93,7 +62,7 @@ void rms_norm(float* out, const float* x, const float* weight, int64_t rows, int
 
 void rms_norm_backward(float* dx, const float* dy, const float* x, const float* weight, int64_t rows, int64_t d,
                        int64_t x_stride, float eps, float offset, int threads, const std::string& instruction_set) {
-    const auto run = kernels_of(instruction_set).rms_norm_backward;
+    const auto run = table_of(instruction_set).rms_norm_backward;
 #pragma omp parallel for num_threads(team(rows * d, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         run(dx + row * d, dy + row * d, x + row * x_stride, weight, d, eps, offset);
@@ -102,7 +71,7 @@ void rms_norm_backward(float* dx, const float* dy, const float* x, const float* 
 
 void log_sum_exp(float* out, const float* x, int64_t rows, int64_t n, int64_t x_stride, int threads,
                  const std::string& instruction_set) {
-    const auto run = kernels_of(instruction_set).log_sum_exp;
+    const auto run = table_of(instruction_set).log_sum_exp;
 #pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row) out[row] = run(x + row * x_stride, n);
     (void)threads;
@@ -110,7 +79,7 @@ void log_sum_exp(float* out, const float* x, int64_t rows, int64_t n, int64_t x_
 
 void gated(float* out, const float* gate, const float* up, int64_t rows, int64_t n, int64_t gate_stride,
            int64_t up_stride, Act act, int threads, const std::string& instruction_set) {
-    const auto run = kernels_of(instruction_set).gated[static_cast<int>(act)];
+    const auto run = table_of(instruction_set).gated[static_cast<int>(act)];
     const Pieces pieces(rows, n, gate_stride, up_stride);
 #pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
@@ -123,7 +92,7 @@ void gated(float* out, const float* gate, const float* up, int64_t rows, int64_t
 void gated_backward(float* d_gate, float* d_up, const float* d, const float* gate, const float* up, int64_t rows,
                     int64_t n, int64_t gate_stride, int64_t up_stride, Act act, int threads,
                     const std::string& instruction_set) {
-    const auto run = kernels_of(instruction_set).gated_backward[static_cast<int>(act)];
+    const auto run = table_of(instruction_set).gated_backward[static_cast<int>(act)];
     const Pieces pieces(rows, n, gate_stride, up_stride);
 #pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
     for (int64_t piece = 0; piece < pieces.count; ++piece) {

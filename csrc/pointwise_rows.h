@@ -1,7 +1,4 @@
-// What each thread does with its rows. pointwise.cpp includes this file once for each instruction set, in a namespace
-// of its own: a template cannot take from its argument the attribute that lets a function use instructions. Expected:
-//   KEDIT_TARGET  that attribute
-//   V             the vectors, of vectors.h
+// What each thread does with its rows, for the instruction set of each_instruction_set.h.
 
 #include "vector_functions.h"
 
@@ -155,7 +152,7 @@ KEDIT_TARGET float log_sum_exp_row(const float* x, int64_t n) {
     return ground + std::log(rest);
 }
 
-constexpr Kernels kKernels{
+constexpr Kernels kTable{
     rms_norm_row,
     rms_norm_backward_row,
     {gated_row<Act::kSilu>, gated_row<Act::kGeluTanh>},

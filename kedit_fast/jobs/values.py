@@ -26,7 +26,7 @@ from kedit_fast.basics.state import own_state, wide
 from kedit_fast.jobs.collect import Collect, GraphRows
 from kedit_fast.jobs.finite import check_answers, check_losses, not_finite
 from kedit_fast.kernels.target_logprob import target_logprob
-from kedit_fast.model.seam import frozen, prepared
+from kedit_fast.model.seam import prepared
 from kedit_fast.sweep.ascent import Ascent, ascend, descend
 from kedit_fast.sweep.engine import row_table
 from kedit_fast.sweep.kept import in_groups
@@ -344,7 +344,7 @@ class _Pack:
         how = {"h": h, "store": self.store, "recompute": self.recompute, "table": asked.table}
         yield (ascent := Ascent(asked.runs, jobs, grad=True, first_layer=self.begin, last_layer=asked.last, **how))
         rows, fact = top.take(), asked.target_fact.on(h.device)
-        with torch.enable_grad(), frozen(lm.model):
+        with torch.enable_grad():
             log_p = target_logprob(rows, lm.fusable_head, asked.target.on(h.device), lm.n_vocab)
             nll = log_p.new_zeros(len(active)).index_add(0, fact, -log_p * asked.weight.on(h.device).to(log_p))
             missed = torch.zeros_like(nll).index_add(0, fact, self._missed(rows, asked.target).to(nll))

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kedit_fast.basics import settings
 from kedit_fast.basics.state import upload, wide
 from kedit_fast.kernels import dispatch
 
@@ -100,23 +99,16 @@ def attention_backward(
 
 def runs_on_triton(query: Tensor) -> bool:
     """Whether the kernel serves these queries."""
-    return _serving(query) == "triton"
+    return dispatch.serving("attention", query.device, query.dtype) == "triton"
 
 
 def backend_of(query: Tensor, key: Tensor, value: Tensor, run: Tensor, pos: Tensor, softcap: float | None) -> str:
     """What ``attention`` runs on."""
-    backend = _serving(query)
+    backend = dispatch.serving("attention", query.device, query.dtype)
     if backend != "native":
         return backend
     plain = all(type(x) is Tensor and x.dtype == torch.float32 for x in (query, key, value))
     return "native" if plain and len(query) and not (softcap is None and _has_long(run, pos)) else "reference"
-
-
-def _serving(query: Tensor) -> str:
-    """What serves such queries; the reference where a forced extension has no such dtype or device."""
-    if settings.backend() == "native" and (query.dtype != torch.float32 or query.device.type != "cpu"):
-        return "reference"
-    return dispatch.backend_for("attention", query.device, query.dtype)
 
 
 def _has_long(run: Tensor, pos: Tensor) -> bool:

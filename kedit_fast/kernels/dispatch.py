@@ -146,6 +146,12 @@ def backend_for(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     return forced
 
 
+def serving(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``backend_for``; but the reference where a forced extension has the op for other devices or dtypes alone."""
+    served = any(_serves(each, device, dtype) for each in IMPLEMENTATIONS[op] if each.backend == "native")
+    return "reference" if settings.backend() == "native" and not served else backend_for(op, device, dtype)
+
+
 def _serves(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == implementation.device and dtype in implementation.dtypes
 

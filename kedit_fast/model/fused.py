@@ -21,7 +21,8 @@ from kedit_fast.kernels.pointwise import gated, rms_norm
 from kedit_fast.model.family import Family, layers_of
 
 # Activations by what transformers and torch call their types.
-GELU_TANH = ("NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh")
+SPELLED_OUT = ("NewGELUActivation", "FastGELUActivation")  # in ops of torch, one after the other
+GELU_TANH = (*SPELLED_OUT, "GELUTanh", "PytorchGELUTanh")
 ACTS = {"SiLU": "silu", "SiLUActivation": "silu"} | dict.fromkeys(GELU_TANH, "gelu_tanh")
 
 
@@ -57,7 +58,7 @@ def _forwards(model: nn.Module, family: Family) -> Iterator[tuple[nn.Module, Cal
         kind = type(module)
         if kind in products:
             yield module, products[kind]
-        elif kind.__name__ in ("NewGELUActivation", "FastGELUActivation"):
+        elif kind.__name__ in SPELLED_OUT:
             yield module, _gelu_tanh
         elif family.fused and kind.__name__.endswith("RMSNorm") and _is_theirs(module):
             yield module, norm

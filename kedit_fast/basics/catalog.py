@@ -46,7 +46,7 @@ TRAINED = {  # editors that a network is trained for: the hyper-parameters of it
 ROUTES = ("names", "scope")  # around independent edits (``editors/routed.py``)
 SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {
-    "counterfact": "evaluation.counterfact.COUNTERFACT",
+    "counterfact": "evaluation.benchmarks.counterfact.COUNTERFACT",
 }
 
 

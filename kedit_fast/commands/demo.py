@@ -20,7 +20,7 @@ from kedit_fast.commands.outputs import check_output, output_folder, say, show
 from kedit_fast.editors import Memit, Rome
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import Case, EvalReport, evaluate
-from kedit_fast.evaluation.counterfact import NEIGHBORHOOD, PARAPHRASE, REWRITE, probes
+from kedit_fast.evaluation.benchmarks.counterfact import NEIGHBORHOOD, PARAPHRASE, REWRITE, probes
 from kedit_fast.evaluation.probes import read_probes
 from kedit_fast.facts.fact import OWN_FACTS, Fact, load_facts
 from kedit_fast.facts.subjects import Names

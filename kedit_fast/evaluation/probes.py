@@ -32,7 +32,8 @@ class Probe(NamedTuple):
     kind: what it is to whoever asks, for instance "paraphrase"; case: the number of the case that it belongs to
     owner: the fact whose independent edit acts on it; 0 where edits are shared. A routed edit says it of the prompt
     likeliest: whether the likeliest token after the prompt is read too
-    n_written: tokens to go on by, greedily; 0: none
+    n_written: tokens to go on by, greedily; 0: none; until: texts that what is written ends before
+    accepted: what is right to write, where that is known
     """
 
     prompt: list[int]
@@ -43,6 +44,8 @@ class Probe(NamedTuple):
     owner: int = 0
     likeliest: bool = False
     n_written: int = 0
+    until: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -257,18 +260,27 @@ def _answers(lm, probes: Sequence[Probe], where: _Places, h: Tensor, logprob: Te
 def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list[str | None]:
     """What the model, as its edits have it, writes behind each prompt, greedily; None where no text is asked for.
 
-    Equal prompts are written on once; under independent edits each under its owner's. A text ends where an edited model
-    gives NaN; of one without edits that is a ValueError. As many texts at a time as the memory holds.
+    Equal prompts are written on once; under independent edits each under its owner's. A text ends before the first of
+    the probe's ``until``, and where an edited model gives NaN; of one without edits that is a ValueError. As many texts
+    at a time as the memory holds.
     """
     lm, probes = as_read(lm, probes)
-    keys = [(one.n_written, (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
-    groups: dict[int, dict[tuple, str | None]] = {}
-    for n, asked in keys:
-        groups.setdefault(n, {})[asked] = None
-    for n, texts in groups.items():
+    keys = [((one.n_written, one.until), (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
+    groups: dict[tuple, dict[tuple, str | None]] = {}
+    for how, asked in keys:
+        groups.setdefault(how, {})[asked] = None
+    for (n, until), texts in groups.items():
         if n:
-            how = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
+            owners = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
             ids = [list(prompt) for prompt, _ in texts]
-            made = generate(lm, ids, n, nan_ends=bool(lm.edits), label=label, **how)
-            texts.update(zip(texts, (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made), strict=True))
-    return [groups[n][asked] for n, asked in keys]
+            made = generate(lm, ids, n, until=until, nan_ends=bool(lm.edits), label=label, **owners)
+            said = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made)
+            texts.update(zip(texts, (before_any(text, until) for text in said), strict=True))
+    return [groups[how][asked] for how, asked in keys]
+
+
+def before_any(text: str, ends: Sequence[str]) -> str:
+    """A text as far as the first place where one of these ends begins, which is not white space before its first
+    word."""
+    at = len(text) - len(text.lstrip())
+    return text[: min((text.index(end, at) for end in ends if end in text[at:]), default=len(text))]

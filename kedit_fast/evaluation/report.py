@@ -15,11 +15,12 @@ from kedit_fast.basics.files import check_format, read_object, reading, write_te
 from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
 from kedit_fast.pictures.page import Cell, Section, Table, fragment, write_report
 
+MODE = "."  # between the kind of a question and the mode that it is read in, in the name of a metric
 FORMAT, VERSION = "kedit_fast.report", 1
 
 
@@ -159,8 +160,14 @@ class EvalReport:
         rows = [
             (Cell(name, hint=self._says(name)), *(_shown(both[side]) for side in sides), _counted(both))
             for name, both in self._rows()
+            if MODE not in name
         ]
-        blocks = [Table(["metric", *sides, self._unit], rows, self._title()), *self._lines()]
+        blocks = [Table(["metric", *sides, self._unit], rows, self._title())] if rows else []
+        header, *readings = self._readings()
+        if readings:
+            hinted = [(Cell(kind, hint=self._says_kind(kind)), *cells) for kind, *cells in readings]
+            blocks.append(Table(header, hinted, self._title() if not rows else ""))
+        blocks += self._lines()
         if self.generations:
             blocks.append(Table(("prompt", "before", "after"), self.generations))
         return blocks + ([] if self.other is None else self.other._blocks())
@@ -171,10 +178,12 @@ class EvalReport:
     def __str__(self) -> str:
         table = [["metric", *["base", "edited"][: 1 + (self.edited is not None)], self._unit]]
         for name, both in self._rows():
-            sides = [_shown(both[side]) for side in table[0][1:-1]]
-            table.append([name, *sides, _counted(both)])
+            if MODE not in name:
+                sides = [_shown(both[side]) for side in table[0][1:-1]]
+                table.append([name, *sides, _counted(both)])
+        tables = [columns(rows) for rows in (table, self._readings()) if len(rows) > 1]
         other = [] if self.other is None else ["", str(self.other)]
-        return escaped("\n".join([self._title(), columns(table), *self._lines(), *other]))
+        return escaped("\n".join([self._title(), *tables, *self._lines(), *other]))
 
     def __repr__(self) -> str:
         return f"EvalReport({self._title()})"
@@ -185,6 +194,20 @@ class EvalReport:
             measured = any(side is not None and not math.isnan(side.mean) for side in both.values())
             if measured and (name == SCORE or self.metrics[name][0] != COUNT):
                 yield name, both
+
+    def _readings(self) -> list[list[str]]:
+        """A table of the metrics "kind.mode": a row a kind, a column a mode, means before and after the edit."""
+        found = {tuple(name.split(MODE, 1)): both for name, both in self._rows() if MODE in name}
+        kinds, modes = ([*dict.fromkeys(each)] for each in zip(*found, strict=True)) if found else ([], [])
+        rows = [["asked", *modes, self._unit]]
+        for kind in kinds:
+            cells = [found.get((kind, mode)) for mode in modes]
+            n = max(both["base"].n for both in cells if both)
+            rows.append([kind, *(_means(both) for both in cells), str(n)])
+        return rows
+
+    def _says_kind(self, kind: str) -> str:
+        return next(says for name, (_, says) in self.metrics.items() if name.startswith(kind + MODE)).split(":")[0]
 
     def _title(self) -> str:
         n, method = len(self.facts), self.meta.get("method")
@@ -305,6 +328,14 @@ def _counted(both: dict[str, Interval | None]) -> str:
     """Facts behind a row; "6 -> 5" where fewer or more of them have a value after the edit."""
     before, *after = [one.n for one in (both["base"], both["edited"]) if one is not None]
     return f"{before} -> {after[0]}" if after and after[0] != before else str(before)
+
+
+def _means(both: dict[str, Interval | None] | None) -> str:
+    """ "0.12 -> 0.98" """
+    if both is None:
+        return "–"
+    sides = [f"{side.mean:.2f}" for side in both.values() if side is not None]
+    return " -> ".join(sides).replace("nan", "–")
 
 
 def _shown(value: Interval) -> str:

@@ -28,7 +28,7 @@ from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import check_lengths, checked_facts
 from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact
@@ -60,7 +60,7 @@ class LayerStudy:
     """Edit success by layer, and the causal trace of the same facts.
 
     edited: {layer: {metric: Interval}}, each fact under its own edit at that layer; base: {metric: Interval} of the
-        model without edits; metrics as in ``evaluation.counterfact.METRICS``, and "score"
+        model without edits; metrics as in ``evaluation.benchmarks.counterfact.METRICS``, and "score"
     traces: {kind: AverageTrace}; method, n_facts: of the edits; model: its name
 
     Localization does not by itself predict edit success (Hase et al. 2023); ``rank_correlation`` says how far it does

@@ -54,11 +54,19 @@ LOCALITY = {"locality", "locality_prompt", "locality_ground_truth", "loc", "loc_
 
 
 class Question(NamedTuple):
-    """A prompt and its answer (None: not known). about: the facts it follows from, each as ``facts.place`` names it."""
+    """A prompt and its answer (None: not known).
+
+    about: the facts it follows from, each as ``facts.place`` names it
+    kind: what it is to a benchmark, for instance "one_hop"
+    aliases: other spellings of the answer; against: answers that it is compared with, for instance other choices
+    """
 
     prompt: str
     answer: str | None = None
     about: tuple[tuple[str, str], ...] = ()
+    kind: str = ""
+    aliases: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
 
 
 # ---- records

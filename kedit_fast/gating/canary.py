@@ -7,12 +7,12 @@ old answer, its absence after the edit means nothing.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kedit_fast.facts.fact import Fact, folded
+from kedit_fast.evaluation.texts import leaks
+from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import asked
 
 PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
@@ -114,35 +114,3 @@ def sing(canaries: Sequence[Canary], before: Sequence[str], after: Sequence[str]
         Song(one, b, a, leaked_before=leaks(b, one.old, one.new), leaked=leaks(a, one.old, one.new))
         for one, b, a in zip(canaries, before, after, strict=True)
     ]
-
-
-# ---- finding answers in text
-
-
-def says(text: str, answer: str) -> bool:
-    """Whether a text holds an answer as a whole word or words, whatever the case."""
-    return re.search(_pattern(answer), text, re.IGNORECASE) is not None
-
-
-def leaks(text: str, old: str, new: str | None) -> bool:
-    """Whether a text says the old answer; not where it stands inside the new one ("York" in "New York")."""
-    if new is None:
-        return says(text, old)
-    if folded(old) == folded(new):
-        return False
-    # At one place the longer of the two is what the text says.
-    either = sorted((old, new), key=len, reverse=True)
-    found = re.finditer("|".join(_pattern(answer) for answer in either), text, re.IGNORECASE)
-    return any(folded(match[0]) == folded(old) for match in found)
-
-
-def _pattern(answer: str) -> str:
-    """A pattern for an answer with any white space between its words, bound to word ends where its script has them."""
-    answer = answer.strip()
-    words = r"\s+".join(map(re.escape, answer.split()))
-    return _bound(answer[0], r"(?<![^\W_])") + words + _bound(answer[-1], r"(?![^\W_])")
-
-
-def _bound(char: str, pattern: str) -> str:
-    # Letters without case (Chinese, Thai, ...) are written without spaces between words.
-    return pattern if char.isdigit() or char.lower() != char.upper() else ""

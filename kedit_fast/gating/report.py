@@ -31,7 +31,7 @@ class Answered:
     """One wording of an edited fact and what the edited model says.
 
     text: what it writes on; generated, exact, success: whether that counts as answered, by each measure (success: None
-    without a target_true); p_new, p_true: of the answers, P as in ``evaluation.counterfact``
+    without a target_true); p_new, p_true: of the answers, P as in ``evaluation.benchmarks.counterfact``
     """
 
     form: str

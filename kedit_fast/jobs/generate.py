@@ -1,7 +1,7 @@
 """Generation: a prefill sweep, then a sweep of one row a run for each token, over one KV store."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ def generate(
     seed: int | None = None,
     draw: torch.Generator | None = None,
     stop: bool = True,
+    until: Sequence[str] = (),
     nan_ends: bool = False,
     owners: Tensor | None = None,
     after: Callable[[list[list[int]]], None] | None = None,
@@ -43,6 +44,8 @@ def generate(
     draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step, where
         all texts go in one batch
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
+    until: texts that end a run once they are in it, white space before its first word aside: the token that completes
+        one is the run's last
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
     owners: [n] whose edit acts on each text (``LM.as_read``); None: as ``LM.owners`` has it of the prompts
     Raises ValueError, before any work, for an empty prompt, a length below 1 or beyond the model's positions, sampling
@@ -60,7 +63,7 @@ def generate(
         draw = torch.Generator().manual_seed(seed)
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
-    ends = lm.stop_tokens if stop else frozenset()
+    ends = Ends(lm.tokenizer, lm.stop_tokens if stop else frozenset(), _texts(until))
     owners = lm.owners(prompts) if owners is None else owners
     cuts = list(batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
     made: list[list[int]] = [[] for _ in prompts]
@@ -78,8 +81,26 @@ def generate(
     return made
 
 
+class Ends:
+    """What a text ends at: tokens, which are no part of it, and texts, which are."""
+
+    def __init__(self, tokenizer, tokens: frozenset[int], until: Sequence[str]):
+        self._tokenizer, self.tokens, self._until = tokenizer, tokens, tuple(until)
+        last = {text[-1] for text in self._until}
+        self._last = last if "".join(last).isascii() else set()  # another character may be of several tokens
+        self._spelled = cache(lambda token: tokenizer.decode([token]))
+
+    def completed(self, made: list[int]) -> bool:
+        """Whether the last of these tokens completes one of the texts."""
+        # A text is completed by a token that holds its last character; so few tokens decode what came before them too.
+        if not self._until or (self._last and not self._last.intersection(self._spelled(made[-1]))):
+            return False
+        text = self._tokenizer.decode(made).lstrip()
+        return any(end in text for end in self._until)
+
+
 @ranks.joint()
-def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar) -> list[list[int]]:
+def _written(lm, prompts, max_new_tokens: int, choose, ends: Ends, nan_ends: bool, after, bar) -> list[list[int]]:
     """What follows each of the prompts of one batch, of all ranks. prompts: this rank's, with the owner of each;
     choose: logits [n, V] of its texts -> tokens [n]
 
@@ -91,9 +112,10 @@ def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, aft
     for _ in range(max_new_tokens):
         tokens = choose(_logits(lm, cache, running, nan_ends) if cache is not None and running.any() else None)
         for i in running.nonzero()[:, 0].tolist():
-            running[i] = int(tokens[i]) not in ends
+            running[i] = int(tokens[i]) not in ends.tokens
             if running[i]:
                 made[i].append(int(tokens[i]))
+                running[i] = not ends.completed(made[i])
         if after is not None:
             after(_of_all(made))
         bar.advance()
@@ -102,6 +124,12 @@ def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, aft
         if cache is not None and running.any():
             cache.append(tokens)
     return _of_all(made)
+
+
+def _texts(until) -> list[str]:
+    """Raises BadArgument for anything but texts that are not empty."""
+    texts = checks.listed("until", until, str, 'texts to end at, (".", "\\n")', empty=True)
+    return [checks.text("until", text, blank=True) or checks.refuse("until", text, "a text") for text in texts]
 
 
 def _of_all(made: list[list[int]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import kedit_fast as kf
 from kedit_fast.editors.located import Prompts
 from kedit_fast.evaluation.benchmark import Case
-from kedit_fast.evaluation.counterfact import probes
+from kedit_fast.evaluation.benchmarks.counterfact import probes
 from kedit_fast.evaluation.probes import probe
 from kedit_fast.facts import tokens
 from kedit_fast.facts.fact import Fact

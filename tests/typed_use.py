@@ -81,6 +81,6 @@ def refused(lm: kf.LM, fact: kf.Fact) -> None:
     kf.trace(fact, [fact])  # type: ignore[arg-type]
     kf.trace(lm, [fact], sampels=3)  # type: ignore[call-arg]
     kf.Memit.for_model("smollm2")  # type: ignore[arg-type]
-    kf.evaluate(lm, ["a fact"])  # type: ignore[list-item]
+    kf.evaluate(lm, ["a fact"])  # type: ignore[arg-type]
     kf.Memit.for_model(lm).edit(lm)  # type: ignore[call-arg]
     _ = kf.nothing  # type: ignore[attr-defined]

@@ -47,6 +47,16 @@ ROUTES = ("names", "scope")  # around independent edits (``editors/routed.py``)
 SELF = "self"  # of corpora, the text that the model samples itself
 BENCHMARKS = {
     "counterfact": "evaluation.benchmarks.counterfact.COUNTERFACT",
+    "zsre": "evaluation.benchmarks.zsre.ZSRE",
+    "zsre-true": "evaluation.benchmarks.zsre.ZSRE_TRUE",
+    "mquake": "evaluation.benchmarks.mquake.MQUAKE",
+    "mquake-cot": "evaluation.benchmarks.mquake.MQUAKE_COT",
+    "rippleedits": "evaluation.benchmarks.rippleedits.RIPPLEEDITS",
+    "knowedit": "evaluation.benchmarks.knowedit.KNOWEDIT",
+    "qaedit": "evaluation.benchmarks.qaedit.QAEDIT",
+    "halluedit": "evaluation.benchmarks.halluedit.HALLUEDIT",
+    "wikibigedit": "evaluation.benchmarks.wikibigedit.WIKIBIGEDIT",
+    "knowgic": "evaluation.benchmarks.knowgic.KNOWGIC",
 }
 
 

@@ -27,6 +27,9 @@ class Writing(NamedTuple):
     judge: Judge | None = None
 
 
+NOTHING = Writing()
+
+
 @dataclass(frozen=True)
 class Case:
     """What is judged as one, a row of a report: a fact, or several, with further questions on them.
@@ -39,7 +42,7 @@ class Case:
 
     facts: tuple[Fact, ...]
     questions: tuple[Question, ...] = ()
-    writing: Writing = Writing()
+    writing: Writing = NOTHING
     number: int = 0
     edited: tuple[Names, ...] = ()
     owner: int = 0
@@ -123,7 +126,7 @@ class Benchmark:
     cases: Callable[[Sequence[Fact]], Iterable[tuple[Fact, ...]]] = one_by_one
     score_of: tuple[str, ...] = ()
     sentences: Callable[..., tuple[list[str], list[str]]] = no_sentences
-    read: Callable[[Any, int, Notes], Case] | None = None
+    read: Callable[..., Case] | None = None
     reads: frozenset[str] = frozenset()
     n_written: int = 0
     until: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ A question is read in two ways, which do not agree (Yang et al. 2025, arXiv:2502
 second). Teacher-forced, the answer stands behind the prompt and the model is asked for each token after the right ones
 before it. Generated, the model writes by itself until a stop rule ends it. Every number carries its mode:
 
-    success    P(answer) > P of each answer that it is compared with         teacher-forced, P = exp(mean log p of tokens)
+    success    P(answer) > P of each answer that it is compared with         teacher-forced; P = exp(mean log p)
     p          P(answer)                                                     teacher-forced
     token      share of the answer's tokens that are the likeliest           teacher-forced
     exact      all of them are                                               teacher-forced

@@ -162,7 +162,7 @@ class EvalReport:
             for name, both in self._rows()
             if MODE not in name
         ]
-        blocks = [Table(["metric", *sides, self._unit], rows, self._title())] if rows else []
+        blocks: list = [Table(["metric", *sides, self._unit], rows, self._title())] if rows else []
         header, *readings = self._readings()
         if readings:
             hinted = [(Cell(kind, hint=self._says_kind(kind)), *cells) for kind, *cells in readings]

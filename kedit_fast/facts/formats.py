@@ -173,7 +173,7 @@ def _read_counterfact(record, notes):
                 new=_target(rewrite.get("target_new"), "target_new"),
                 true=_target(rewrite.get("target_true"), "target_true"),
                 name=f"{name}.{number}" if several else name,
-                paraphrases=[_optional(rewrite, "question")],
+                paraphrases=[text_of(rewrite, "question")],
                 record_of=rewrite,
             )
         )
@@ -200,7 +200,7 @@ def _add_case_questions(record, facts: list[dict], notes: Notes) -> None:
 def _read_known(record, notes):
     """known_1000: the record's prompt is its template filled in, often with words of the model's own after it."""
     template, subject = _text("template", record["template"]), _text("subject", record["subject"])
-    stem, text = template.replace("{}", subject), _optional(record, "prompt")
+    stem, text = template.replace("{}", subject), text_of(record, "prompt")
     if text is None or template.count("{}") != 1:
         text = template
     elif text.startswith(stem):
@@ -252,8 +252,17 @@ def _text(key, value):
     return value
 
 
-def _optional(record, key) -> str | None:
+def text_of(record: dict, key: str) -> str | None:
+    """A field that is a text or not there. Raises ValueError for anything else."""
     return None if record.get(key) is None else _text(key, record[key])
+
+
+def texts_of(record: dict, key: str) -> tuple[str, ...]:
+    """A field that is a list of texts or not there. Raises ValueError for anything else."""
+    value = record.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
+        raise ValueError(f"{key}: expected a list of texts, found {shown(value)}")
+    return tuple(value)
 
 
 def _as_list(value) -> list:

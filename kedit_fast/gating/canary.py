@@ -7,6 +7,7 @@ old answer, its absence after the edit means nothing.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

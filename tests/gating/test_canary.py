@@ -2,9 +2,9 @@
 
 import pytest
 
+from kedit_fast.evaluation.texts import leaks, says
 from kedit_fast.facts.fact import Fact
 from kedit_fast.gating import canary
-from kedit_fast.evaluation.texts import leaks, says
 from kedit_fast.gating.canary import Canary
 from tests.conftest import refused, tiny_lm
 

@@ -9,8 +9,9 @@ from torch import Tensor
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
 SHARE, PROBABILITY, DIFFERENCE, COUNT = "share", "probability", "difference", "count"  # kinds of a metric
-LOWEST = {SHARE: 0.0, PROBABILITY: 0.0, DIFFERENCE: -1.0, COUNT: 0.0}
-HIGHEST = {SHARE: 1.0, PROBABILITY: 1.0, DIFFERENCE: 1.0, COUNT: math.inf}
+CHANGE = "change"  # of a value that may be any number
+LOWEST = {SHARE: 0.0, PROBABILITY: 0.0, DIFFERENCE: -1.0, COUNT: 0.0, CHANGE: -math.inf}
+HIGHEST = {SHARE: 1.0, PROBABILITY: 1.0, DIFFERENCE: 1.0, COUNT: math.inf, CHANGE: math.inf}
 SCORE = "score"
 
 Metrics = Mapping[str, tuple[str, str]]  # {name: (kind, what it says of a case)}, in the order reports show them

@@ -8,6 +8,7 @@ that views, memories, texts before prompts and models read from disk are scored 
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -86,8 +87,10 @@ class HarnessLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as the model reads it; ValueError for a model without a template."""
         check_template(self.tokenizer)
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        text = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how, **TEMPLATE_OPTIONS)
+        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt} | TEMPLATE_OPTIONS
+        text = str(
+            self.tokenizer.apply_chat_template(chat_history, continue_final_message=not add_generation_prompt, **how)
+        )
         asked = [turn["content"] for turn in chat_history if turn["role"] == "user"]
         self._chats[text] = ChatText(text, asked[-1] if asked else "")  # an edit puts its text into the last turn
         return text
@@ -101,7 +104,8 @@ class HarnessLM(TemplateLM):
         """(log p in nats, whether it is what the model itself would say) of each ((context, continuation), and their
         token ids); equal ones are read once."""
         probes = [self._probe(texts[0], *ids) for texts, *ids in requests]
-        keys = [("read", one.text, *map(tuple, (one.prompt, *one.answers))) for one in probes]
+        self._warn_of_cuts([len(ids) > len(one.prompt) for one, (_, ids, _) in zip(probes, requests, strict=True)])
+        keys = [("read", one.text, tuple(one.prompt), *map(str, one.answers)) for one in probes]
         return self._answers(dict(zip(keys, probes, strict=True)), self._read, keys)
 
     def _probe(self, context: str, prompt: list[int], continuation: list[int]) -> Probe:
@@ -111,13 +115,21 @@ class HarnessLM(TemplateLM):
                 f"a continuation of {len(continuation)} tokens behind {context[-80:]!r}; expected 1 to "
                 f"{self.max_length}, what the model reads"
             )
-        prompt = prompt or [self.prefix_token_id]
+        prompt = list(prompt) or [self.prefix_token_id]
         room = self.max_length + 1 - len(continuation)  # the last token is predicted, not read
         if len(prompt) > room:
             prompt = prompt[-room:]
-            return Probe(prompt, self.tokenizer.decode(prompt), (continuation,))
-        text = self._chats.get(context, context.rstrip()) or self.tokenizer.decode([self.prefix_token_id])
+            return Probe(prompt, str(self.tokenizer.decode(prompt)), (continuation,))
+        text = self._chats.get(context, context.rstrip()) or str(self.tokenizer.decode([self.prefix_token_id]))
         return Probe(prompt, text, (continuation,))
+
+    def _warn_of_cuts(self, cut: list[bool]) -> None:
+        if any(cut):
+            warnings.warn(
+                f"{sum(cut)} of {len(cut)} requests are longer than the {self.max_length} tokens that the model reads, "
+                "and lose their beginning",
+                stacklevel=2,
+            )
 
     def _read(self, probes: list[Probe]) -> Both:
         view = self._read_by
@@ -201,10 +213,11 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"max_gen_toks = {n}: the model reads {self.max_length} tokens, prompt and text together")
         sampling = _sampling(how)
         view, texts, owners = self.lm.as_read([self._chats.get(one, one) for one in contexts])
-        prompts = [self.tok_encode(str(text))[-room:] or [self.prefix_token_id] for text in texts]
+        prompts = [self.tok_encode(str(text)) or [self.prefix_token_id] for text in texts]
+        self._warn_of_cuts([len(ids) > room for ids in prompts])
         ended = lambda tokens: any(text in self.tokenizer.decode(tokens) for text in until)  # noqa: E731
         how = sampling | {"seed": self._seed, "owners": owners, "until": ended, "nan_ends": bool(self.lm.edits)}
-        made = generate(view, prompts, n, **how)
+        made = generate(view, [ids[-room:] for ids in prompts], n, **how)
         decoded = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made)
         return [postprocess_generated_text(text, until, None) for text in decoded]
 

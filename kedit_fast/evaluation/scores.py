@@ -46,14 +46,16 @@ class Score:
     @classmethod
     def from_record(cls, record: dict, is_edited: bool) -> "Score":
         """What ``to_record`` gave. Raises ValueError, KeyError or TypeError for anything else."""
-        sides = [as_float(record[name]) for name in ("base", "base_stderr")]
-        after: list[Any] = [None, None, None]
-        if is_edited:
-            mean, low, high, n = record["difference"]
-            after = [as_float(record["edited"]), as_float(record["edited_stderr"])]
-            after.append(Interval(as_float(mean), as_float(low), as_float(high), checks.whole("difference", n)))
-        higher = checks.optional(checks.flag, "higher_is_better", record["higher_is_better"])
-        return cls(*sides, *after, checks.whole("n", record["n"]), higher)
+        base, base_stderr = (as_float(record[name]) for name in ("base", "base_stderr"))
+        n, higher = checks.whole("n", record["n"]), record["higher_is_better"]
+        higher = checks.optional(checks.flag, "higher_is_better", higher)
+        if not is_edited:
+            return cls(base, base_stderr, None, None, None, n, higher)
+        edited, edited_stderr = (as_float(record[name]) for name in ("edited", "edited_stderr"))
+        *bounds, paired = record["difference"]
+        mean, low, high = map(as_float, bounds)
+        difference = Interval(mean, low, high, checks.whole("difference", paired))
+        return cls(base, base_stderr, edited, edited_stderr, difference, n, higher)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

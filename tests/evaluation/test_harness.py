@@ -30,6 +30,7 @@ from lm_eval.models.huggingface import HFLM
 
 from kedit_fast.evaluation.harness_lm import HarnessLM
 
+pytestmark = pytest.mark.filterwarnings("ignore:. of .* requests are longer than the 128 tokens")
 TASKS = ["kedit_common", "kedit_short"]
 TOWER = "The Eiffel Tower is in the city of"
 LONG = "Big Ben is located in the city of London. " * 14
@@ -114,7 +115,7 @@ def test_a_text_ends_at_its_stop_string_without_being_written_on(monkeypatch):
     assert cut == whole[: whole.index(end)] and len(steps) < 10
 
 
-def test_sampled_text_is_made_again_by_its_seed_and_other_settings_are_refused():
+def test_sampled_text_is_made_again_by_its_seed_and_what_cannot_be_done_is_said():
     lm = tiny_lm("llama")
     asked = [(TOWER, {"do_sample": True, "temperature": 1.0, "top_k": 20, "max_gen_toks": 8})] * 3
     one, again, other = (written(HarnessLM(lm, seed=seed), asked) for seed in (1, 1, 2))
@@ -126,6 +127,8 @@ def test_sampled_text_is_made_again_by_its_seed_and_other_settings_are_refused()
         {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0, "top_p": 0.5},
     ):
         refused(r"generation_kwargs \{'(num_beams|top_p)'", written, HarnessLM(lm), [(TOWER, wrong)])
+    with pytest.warns(UserWarning, match="1 of 2 requests are longer than the 128 tokens"):
+        read(HarnessLM(lm), [(TOWER, " Rome"), (LONG, " Rome")])
     refused("max_gen_toks = 128: the model reads 128", written, HarnessLM(lm), [(TOWER, {"max_gen_toks": POSITIONS})])
     refused("a continuation of 0 tokens behind", read, HarnessLM(lm), [(TOWER, "")])
 

@@ -23,7 +23,7 @@ import torch
 from kedit_fast import __version__
 from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import existing_folder
-from kedit_fast.basics.intervals import CHANGE, Interval, interval
+from kedit_fast.basics.intervals import Interval, paired
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.evaluate import about
@@ -194,11 +194,10 @@ def _score(task: str, key: str, base: dict, edited: dict | None) -> Score:
     if edited is None or after is None:
         return Score(*before, None, None, None, n, higher)
     columns = [_by_document(found, task, metric, chosen) for found in (base, edited)]
-    paired = columns[0].keys() == columns[1].keys() and all(map(_is_mean, columns, (before[0], after[0])))
-    if not paired:
+    if columns[0].keys() != columns[1].keys() or not all(map(_is_mean, columns, (before[0], after[0]))):
         return Score(*before, *after, Interval(after[0] - before[0], math.nan, math.nan, 0), n, higher)
-    changes = torch.tensor([columns[1][i] - columns[0][i] for i in columns[0]], dtype=torch.float64)
-    return Score(*before, *after, interval(changes, CHANGE), n, higher)
+    sides = (torch.tensor([column[i] for i in columns[0]], dtype=torch.float64) for column in columns)
+    return Score(*before, *after, paired(*sides), n, higher)
 
 
 def _value(row: dict, metric: str, chosen: str) -> tuple[float, float]:

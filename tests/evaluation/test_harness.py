@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.basics.catalog import CAPABILITY
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.evaluation import harness
 from kedit_fast.evaluation.scores import Capability
@@ -31,7 +32,7 @@ from lm_eval.models.huggingface import HFLM
 from kedit_fast.evaluation.harness_lm import HarnessLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:. of .* requests are longer than the 128 tokens")
-TASKS = ["kedit_common", "kedit_short"]
+TASKS = list(CAPABILITY)
 TOWER = "The Eiffel Tower is in the city of"
 LONG = "Big Ben is located in the city of London. " * 14
 PAIRS = [
@@ -289,6 +290,7 @@ def test_a_missing_library_is_named_with_the_way_to_it(monkeypatch):
 
 def test_the_tasks_of_this_package_are_sound():
     """Each document once; of a question's answers one is right, and it stands at every place as often."""
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(TASKS) == {"kedit_common", "kedit_short"}
     common, short = (
         [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()] for name in TASKS
     )

@@ -147,9 +147,8 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
     else:
         close = get_close_matches(unknown[0], manager.all_tasks, n=1)
         raise ValueError(
-            f"tasks = {unknown[0]!r}: neither the harness nor a file of the task folder has it"
-            + f"; did you mean {close[0]}?" * bool(close)
-            + "; `lm-eval ls tasks` lists the harness's own (a task file that is no task is passed over)"
+            f"tasks = {unknown[0]!r}: neither the harness (`lm-eval ls tasks`) nor the task folder has it, where a "
+            "file that is no task is passed over" + f"; did you mean {close[0]}?" * len(close)
         )
     try:
         loaded = manager.load(list(names))

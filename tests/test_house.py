@@ -79,6 +79,7 @@ TESTED_IN = {
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_settings editors/training_step",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
+    "evaluation/test_harness.py": "commands/capability evaluation/harness_lm",
     "evaluation/test_logit_lens.py": "pictures/lens",
     "experiments/test_by_layer.py": "pictures/by_layer",
     "experiments/test_forecast.py": "commands/forecast",

@@ -139,10 +139,10 @@ def add_eval(commands: Commands) -> None:
     edits_argument(parser, "*", EDITS + AS_IT_IS)
     file_options(parser, " (default: the edits' own facts)")
     chat_options(parser)
-    asked = f"what is asked of the facts, and how it counts: {', '.join(BENCHMARKS)}"
+    asked = f"what the file is, what is asked and how it counts: {', '.join(BENCHMARKS)}"
     option(parser, "--benchmark NAME", text_such_as(BENCHMARKS[0]), asked, BENCHMARKS[0])
     option(parser, "--text FILE", path, "a text file to measure perplexity on")
-    option(parser, "--generate N", count, "continue each prompt by N tokens", 0)
+    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
     option(parser, "--log FILE", path, "a .jsonl file: a line for each fact as soon as it is done")
     option(parser, "--html FILE", path, "the table as a page")
     output(parser, "FILE", "everything as .json")

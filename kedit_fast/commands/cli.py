@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "train": (edit_arguments.add_train, "train"),
     "eval": (arguments.add_eval, "eval"),
     "forgotten": (edit_arguments.add_forgotten, "forgotten"),
+    "implied": (edit_arguments.add_implied, "implied"),
     "generate": (arguments.add_generate, "generate"),
     "gate": (arguments.add_gate, "gate"),
     "rounds": (arguments.add_rounds, "rounds"),

@@ -174,7 +174,9 @@ def _with(table: RelationTable, record) -> RelationTable:
     _check_relations(made, relations)
     aliases = {name: _names(name, others) for name, others in _part(record, "aliases", Mapping).items()}
     known = [_triple(i, one, relations) for i, one in enumerate(_part(record, "known", list))]
-    return _joined(RelationTable(table.relations, table.aliases, table.known), RelationTable(made, aliases, tuple(known)))
+    return _joined(
+        RelationTable(table.relations, table.aliases, table.known), RelationTable(made, aliases, tuple(known))
+    )
 
 
 def _joined(below: RelationTable, above: RelationTable) -> RelationTable:
@@ -229,7 +231,9 @@ def _relation(name: str, record) -> Relation:
     _no_others(f"{where}: ", record, FIELDS)
     prompt = checks.text(f"{where}: prompt", record.get("prompt"), like="{} is in the city of")
     if prompt.count("{}") != 1:
-        raise ValueError(f"{where}: prompt {prompt!r} has {prompt.count('{}')} places for the subject; expected one {{}}")
+        raise ValueError(
+            f"{where}: prompt {prompt!r} has {prompt.count('{}')} places for the subject; expected one {{}}"
+        )
     rules = record.get("implies", [])
     if not isinstance(rules, list | tuple):
         raise ValueError(f"{where}: implies: expected an array of rules, found {json_kind(rules)}")

@@ -82,6 +82,7 @@ TESTED_IN = {
     "evaluation/test_logit_lens.py": "pictures/lens",
     "experiments/test_by_layer.py": "pictures/by_layer",
     "experiments/test_forecast.py": "commands/forecast",
+    "experiments/test_implied.py": "experiments/claims",
     "experiments/test_rounds.py": "pictures/rounds",
     "facts/test_formats.py": "facts/files",
     "gating/test_forms.py": "model/overlaid",

@@ -1,4 +1,4 @@
-"""Whether an edited tiny model says what its edit implies, against one prompt at a time by Hugging Face's own forward."""
+"""Whether an edited tiny model says what its edit implies, against one prompt at a time by Hugging Face's forward."""
 
 import json
 import math

@@ -139,8 +139,8 @@ def test_two_implied_facts_or_two_edits_may_be_in_conflict():
     capitals = [kf.Fact("The capital of {} is", name, "Rome") for name in ("Chile", "Spain")]
     made = derive(capitals, load_relations(TABLE), 2)  # of which the country of Rome would be a second one
     assert [(one.relation, len(one.answers)) for one in made.conflicts] == [("capital of", 2)]
-    made = derive([TOWER, replace(TOWER, prompt="You see {} in", target_new="Oslo", provenance={"relation_id": "P131"})],
-                  load_relations(TABLE))  # fmt: skip
+    other = replace(TOWER, prompt="You see {} in", target_new="Oslo", provenance={"relation_id": "P131"})
+    made = derive([TOWER, other], load_relations(TABLE))
     assert [one.relation for one in made.conflicts] == ["city"]
     assert {one.kind for one in made.found} == {"alias"} and all(one.conflict for one in made.found)
 

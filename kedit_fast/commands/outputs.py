@@ -41,6 +41,7 @@ READ = (
     "keep",
     "examples",
     "relations",
+    "task_folder",
 )
 
 # ---- the screen

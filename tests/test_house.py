@@ -88,6 +88,7 @@ TESTED_IN = {
         for name in ["halluedit", "knowedit", "knowgic", "mquake", "qaedit", "rippleedits", "wikibigedit", "zsre"]
     ),
     "experiments/test_forecast.py": "commands/forecast",
+    "experiments/test_implied.py": "experiments/claims",
     "experiments/test_rounds.py": "pictures/rounds",
     "facts/test_formats.py": "facts/files",
     "gating/test_forms.py": "model/overlaid",

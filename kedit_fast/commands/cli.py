@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "eval": (arguments.add_eval, "eval"),
     "capability": (arguments.add_capability, "capability"),
     "forgotten": (edit_arguments.add_forgotten, "forgotten"),
+    "implied": (edit_arguments.add_implied, "implied"),
     "generate": (arguments.add_generate, "generate"),
     "gate": (arguments.add_gate, "gate"),
     "rounds": (arguments.add_rounds, "rounds"),

@@ -40,6 +40,7 @@ READ = (
     "traces",
     "keep",
     "examples",
+    "relations",
     "task_folder",
 )
 

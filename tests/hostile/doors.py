@@ -84,9 +84,10 @@ def things() -> SimpleNamespace:
     result = kf.trace(lm, FACTS[0], kinds=("state", "mlp"), samples=2)
     moment = kf.SecondMoment(torch.eye(D_FF), 1_000, 1, lm.fingerprint)
     report = kf.evaluate(lm, list(FACTS[:1]), edit)
+    consistency = kf.consistency(lm, edit, generate=0)
     return SimpleNamespace(
         lm=lm, model=model, edit=edit, single=single, rome=rome, quick=quick, traces=result, moment=moment,
-        report=report, average=kf.average(result), facts=list(FACTS),
+        report=report, consistency=consistency, average=kf.average(result), facts=list(FACTS),
     )  # fmt: skip
 
 
@@ -207,6 +208,15 @@ def doors(folder) -> list[Door]:
         Door("verify_forgotten", _with(kf.verify_forgotten, t.lm, edit=t.edit), dict(
             edit="edit", budget="positive", bits="any layers", relearning_steps="whole", relearn="object",
             keep="object")),
+        Door("load_relations", lambda tables: kf.load_relations(tables), dict(tables="path")),
+        Door("implied", _with(kf.implied, facts=t.facts, table="builtin"), dict(
+            facts="facts", table="path", hops="positive", lm="object")),
+        Door("consistency", _with(kf.consistency, t.lm, edit=t.edit, generate=1), dict(
+            edit="edit", table="path", hops="positive", ask="flag", by="choice", generate="whole")),
+        Door("Consistency.load", _with(kf.Consistency.load), dict(path="path")),
+        Door("Consistency.save", _with(t.consistency.save), dict(path="path")),
+        Door("Consistency.save_rest", _with(t.consistency.save_rest), dict(path="path")),
+        Door("Consistency.to_html", _with(t.consistency.to_html), dict(path="path?")),
         Door("knowledge_neurons", _with(kf.knowledge_neurons, t.lm, facts=t.facts[:1]), dict(
             facts="facts", steps="positive", threshold="share", share="share", common="share", answer="text?",
             paraphrases="flag", layers="layers?", top="whole")),

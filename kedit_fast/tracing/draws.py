@@ -1,0 +1,67 @@
+"""Noise draws: at which layers each is computed, what is filled in between, their average, and how reliable that is.
+
+A strided trace computes each draw at every n-th layer, at other layers than the draw before it, and takes the values
+between two computed layers to lie on the line between them. Windows of ten layers overlap by nine tenths, so an effect
+is smooth over layers: layers can be left out, draws cannot.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kedit_fast.basics.correlation import spearman, stepped_up
+from kedit_fast.tracing.tasks import Drawn, Task, Traced, TraceSettings
+
+
+def anchors(n_layers: int, draws: int, stride: int) -> Tensor:
+    """[L, draws] bool: the layers at which each draw is computed, l ≡ draw (mod stride)."""
+    return (torch.arange(n_layers)[:, None] - torch.arange(draws)) % stride == 0
+
+
+def averaged(drawn: Drawn, task: Task, how: TraceSettings) -> Traced:
+    """The mean over the draws of one fact, once what lies between computed layers is filled in, and its reliability."""
+    first, p_corrupted = task.span[0], drawn.p_corrupted.mean()
+    restored, reliability = {}, {}
+    for kind, by_draw in drawn.restored.items():
+        length, n_layers, _ = by_draw.shape
+        known = anchors(n_layers, how.draws, how.stride)
+        if kind == "state":  # nothing stands above the last layer: its cells are known without a run
+            known[-1] = True
+        filled = by_draw[first:] if how.stride == 1 else between(by_draw[first:], known)
+        found = filled[:, : n_layers - (kind == "state")]
+        table = p_corrupted.repeat(length, n_layers)  # before the subject nothing differs
+        table[first:, : found.shape[1]] = found.mean(-1)
+        if kind == "state":
+            table[-1, -1] = drawn.p_clean
+        restored[kind] = table
+        reliability[kind] = math.nan if how.level is None else reliability_of(found.flatten(0, 1))
+    return Traced(drawn.p_clean, p_corrupted, restored, reliability)
+
+
+def between(values: Tensor, known: Tensor) -> Tensor:
+    """values [..., L, draws], those of layers that are not ``known`` [L, draws] replaced by what lies on the line
+    between the known layers around them; below the lowest and above the highest known layer by that one's value."""
+    layer = torch.arange(len(known))[:, None].expand_as(known)
+    below = torch.where(known, layer, -1).cummax(0).values
+    above = torch.where(known, layer, len(known)).flip(0).cummin(0).values.flip(0)
+    below, above = (torch.where(side, a, b) for side, a, b in (
+        (below >= 0, below, above), (above < len(known), above, below)
+    ))  # fmt: skip
+    share = ((layer - below) / (above - below).clamp(min=1)).to(values.dtype)
+    low, high = (values.gather(-2, side.expand(values.shape)) for side in (below, above))
+    return torch.where(known, values, low.lerp(high, share.expand_as(low)))
+
+
+def reliability_of(by_draw: Tensor) -> float:
+    """How well the mean of ``by_draw`` [cells, draws] over its draws would rank like that over as many other draws.
+
+    Spearman's rank correlation over cells between the means of the even and of the odd draws, stepped up to all of them
+    (``stepped_up``). NaN for one draw, or where all cells are the same. Two draws make halves of one each, and a
+    reliability that is itself little reliable.
+    """
+    halves = by_draw[:, ::2], by_draw[:, 1::2]
+    if not halves[1].shape[1]:
+        return math.nan
+    r = spearman(*(half.double().mean(1) for half in halves))
+    return stepped_up(r, tuple(half.shape[1] for half in halves))

@@ -10,7 +10,7 @@ import numpy as np
 import kedit_fast as kf
 from bench.common import Figure, Measured, Timing, peak_matmul, timed
 from bench.trace import WINDOW, Ground, spread
-from kedit_fast.experiments.by_layer import spearman
+from kedit_fast.basics.correlation import spearman
 from kedit_fast.facts.fact import OWN_FACTS
 from kedit_fast.tracing.trace import noise_level
 

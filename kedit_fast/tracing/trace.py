@@ -48,6 +48,7 @@ from kedit_fast.tracing.tasks import (
 __all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "read_log", "trace"]
 
 METHODS = ("exact", "attribution", "screen", "strided")
+STRIDE = 3  # layers from one that a draw is computed at to the next
 BY_RUNS = ("exact", "strided")  # of which every value is of a run
 _OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace goes through
 # Rows of facts traced together while the weights are in memory: more make the products no faster, and results come,
@@ -73,7 +74,7 @@ def trace(
     sever: str | None = None,
     method: str = "exact",
     top: int = 20,
-    stride: int = 3,
+    stride: int = STRIDE,
     log: checks.AnyPath | None = None,
     checkpoint: Checkpoint = None,
 ) -> list[TraceResult]:
@@ -89,10 +90,9 @@ def trace(
     metric: "prob", "logprob", or "logit_diff" (answer minus foil; the foil is the top token of the corrupted run when
         another subject corrupts, else the fact's target_new)
     sever: "mlp" or "attn": restored states with that contribution of the token frozen at its corrupted value
-    method: "exact"; "strided": each noise draw at every ``stride``-th layer alone, and filled in between (``draws``), at
-        a third or a fifth of the cost; "attribution", an estimate of every cell from one backward pass, several times
-        cheaper; or "screen": the estimate ranks the cells of a result, and the ``top`` ones are exact.
-        ``TraceResult.exact`` says which cells are
+    method: "exact"; "strided": each noise draw at one layer in ``stride``, and what lies between on a line (``draws``);
+        "attribution", an estimate of every cell from one backward pass, several times cheaper; or "screen": the
+        estimate ranks the cells of a result, and the ``top`` ones are exact. ``TraceResult.exact`` says which cells are
     log: a .jsonl path; each result is added to it as soon as its facts are done
     checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
         arguments, and ends with the same bits. To be deleted once the result is saved
@@ -108,17 +108,15 @@ def trace(
     window = checks.whole("window", window, least=1, most=checks.MOST_LAYERS, like=10)
     samples, top = (checks.whole(*each, least=1, like=10) for each in (("samples", samples), ("top", top)))
     metric, method = checks.choice("metric", metric, METRICS), checks.choice("method", method, METHODS)
-    stride = checks.whole("stride", stride, least=1, most=lm.n_layers if method == "strided" else None, like=3)
+    stride = checks.whole("stride", stride, least=1, most=lm.n_layers if method == "strided" else None, like=STRIDE)
     _check_severed(kinds, sever, method)
     seed, answer = checks.seed("seed", seed), checks.optional(checks.text, "answer", answer, like="Paris")
     log, checkpoint = None if log is None else check_place(log), check_run(checkpoint)
-    noisy = isinstance(corrupt, str) and corrupt == "noise"
-    level, draws = None, 1
-    if noisy:
+    level, draws, answers = None, 1, (answer, corrupt, metric)
+    if isinstance(corrupt, str) and corrupt == "noise":
         kind, amount = ranks.json_from_first(lambda: noise_level(lm, facts, noise))
         level, draws = (kind, amount), check_draws(lm, facts, kinds, samples)
     how = TraceSettings(kinds, window, metric, sever, draws, level, seed, stride if method == "strided" else 1)
-    answers = (answer, corrupt, metric)
     with begun(checkpoint, partial(_asked_for, lm, facts, how, answers, method, top)) as keep:
         return fitting(lm, keep, lambda lm: _traced(lm, facts, how, answers, method, top, log, keep))
 

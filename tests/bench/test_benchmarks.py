@@ -34,7 +34,6 @@ from bench import neurons as neurons_bench
 from bench import values as values_bench
 from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
-from kedit_fast.experiments import by_layer
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_answer
 from kedit_fast.sweep.sites import Site
@@ -829,11 +828,7 @@ def test_the_list_and_an_unknown_name(capsys):
     assert "no benchmark training" in capsys.readouterr().err
 
 
-def test_ranks_and_recall():
-    a = np.array([0.1, 0.4, 0.4, 0.9, -1.0])
-    assert by_layer.spearman(a, 3 * a + 1) == pytest.approx(1)
-    assert by_layer.spearman(a, -a) == pytest.approx(-1)
-    assert by_layer._ranks(a).tolist() == [2, 3.5, 3.5, 5, 1]
+def test_recall():
     assert attribution.recall(np.arange(10.0), np.arange(10.0), n=3) == 1
     assert attribution.recall(np.arange(10.0), -np.arange(10.0), n=3) == 0
 

@@ -3,6 +3,13 @@
 A strided trace computes each draw at every n-th layer, at other layers than the draw before it, and takes the values
 between two computed layers to lie on the line between them. Windows of ten layers overlap by nine tenths, so an effect
 is smooth over layers: layers can be left out, draws cannot.
+
+Rank correlation with the exact trace of 10 draws, mean of 10 facts on SmolLM2-135M, noise of 3 standard deviations, one
+layer in 3, 5 and 6: MLP windows of ten 0.94, 0.90, 0.89; states 0.96, 0.93, 0.92. The exact trace's own reliability is
+0.88 and 0.93. Lines that go on beyond the outermost computed layers in place of held values give 0.93, 0.89, 0.88 for
+MLP windows and the same for states; a mean over draws of other shape than its draws, draws as sums of a few shapes, and
+the estimate (``attribution``) as what the lines are added to, rank worse the further they are trusted (the estimate, a
+quarter and all of it, one layer in 5: 0.87 and 0.72 for MLP windows, 0.93 and 0.88 for states).
 """
 
 import math

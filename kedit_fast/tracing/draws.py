@@ -49,12 +49,11 @@ def averaged(drawn: Drawn, task: Task, how: TraceSettings) -> Traced:
 def between(values: Tensor, known: Tensor) -> Tensor:
     """values [..., L, draws], those of layers that are not ``known`` [L, draws] replaced by what lies on the line
     between the known layers around them; below the lowest and above the highest known layer by that one's value."""
-    layer = torch.arange(len(known))[:, None].expand_as(known)
+    n = len(known)
+    layer = torch.arange(n)[:, None].expand_as(known)
     below = torch.where(known, layer, -1).cummax(0).values
-    above = torch.where(known, layer, len(known)).flip(0).cummin(0).values.flip(0)
-    below, above = (torch.where(side, a, b) for side, a, b in (
-        (below >= 0, below, above), (above < len(known), above, below)
-    ))  # fmt: skip
+    above = torch.where(known, layer, n).flip(0).cummin(0).values.flip(0)
+    below, above = torch.where(below < 0, above, below), torch.where(above == n, below, above)
     share = ((layer - below) / (above - below).clamp(min=1)).to(values.dtype)
     low, high = (values.gather(-2, side.expand(values.shape)) for side in (below, above))
     return torch.where(known, values, low.lerp(high, share.expand_as(low)))
@@ -64,11 +63,11 @@ def reliability_of(by_draw: Tensor) -> float:
     """How well the mean of ``by_draw`` [cells, draws] over its draws would rank like that over as many other draws.
 
     Spearman's rank correlation over cells between the means of the even and of the odd draws, stepped up to all of them
-    (``stepped_up``). NaN for one draw, or where all cells are the same. Two draws make halves of one each, and a
-    reliability that is itself little reliable.
+    (``stepped_up``). NaN for one draw, or where all cells are the same. It is of the noise alone: what lines between
+    layers get wrong counts only where the halves are computed at other layers, as they are with an even stride.
     """
-    halves = by_draw[:, ::2], by_draw[:, 1::2]
-    if not halves[1].shape[1]:
+    n = by_draw.shape[1]
+    if n == 1:
         return math.nan
-    r = spearman(*(half.double().mean(1) for half in halves))
-    return stepped_up(r, tuple(half.shape[1] for half in halves))
+    even, odd = (by_draw[:, first::2].double().mean(1) for first in (0, 1))
+    return stepped_up(spearman(even, odd), (n - n // 2, n // 2))

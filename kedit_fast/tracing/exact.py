@@ -1,12 +1,13 @@
 """The exact way: every cell a run of its own, all of them in one sweep."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kedit_fast.basics.progress import scaled
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import TABLES
@@ -122,12 +123,17 @@ def declared(n_layers: int, tasks, how: TraceSettings, only) -> tuple[RunList, l
 def row_layers(n_layers: int, task: Task, how: TraceSettings) -> int:
     """Rows that go through layers, summed over the layers, of all cells of one fact: what its trace costs."""
     length, n = len(task.tokens), len(task.tokens) - task.span[0]
-    # A position's runs are those of any other, with another number of rows: they are counted for one.
-    single = replace(task, tokens=task.tokens[:1], corrupted=task.corrupted[:1], span=(0, 1))
-    runs = declared(n_layers, [single], how, None)[0].runs()
-    layers, narrow = n_layers - runs.branch_layer[1 + how.draws :], runs.narrow[1 + how.draws :].long()
-    of_first, of_each_other = int(layers.sum()), int((layers - narrow).sum())
+    of_first, of_each_other = _of_a_position(n_layers, how)
     return (length + how.draws * n) * n_layers + n * of_first + n * (n - 1) // 2 * of_each_other
+
+
+@lru_cache
+def _of_a_position(n_layers: int, how: TraceSettings) -> tuple[int, int]:
+    """(layers that the first rows of a position's restored runs go through, layers that each further row adds). The
+    runs of a position are those of any other, with another number of rows."""
+    runs = declared(n_layers, [Task(Fact("{}", "it"), [0], (0, 1), [0], [0])], how, None)[0].runs()
+    layers, narrow = n_layers - runs.branch_layer[1 + how.draws :], runs.narrow[1 + how.draws :].long()
+    return int(layers.sum()), int((layers - narrow).sum())
 
 
 def _add_states(runs, cells, task, clean, corrupted, wanted, how):

@@ -11,13 +11,14 @@ import kedit_fast as kf
 from kedit_fast.basics.correlation import spearman
 from kedit_fast.pictures.labels import impact
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
+from kedit_fast.tracing import exact
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.draws import anchors, between, reliability_of
 from kedit_fast.tracing.exact import declared, row_layers
 from kedit_fast.tracing.results import read_log
-from kedit_fast.tracing.tasks import KINDS, Task, TraceSettings
+from kedit_fast.tracing.tasks import KINDS, Task, TraceSettings, tasks_of
 from tests.conftest import disk_and_resident, refused, save_tiny, tiny_lm
-from tests.make import killed_at
+from tests.make import killed_at, watched
 from tests.tiny import tiny_model
 
 EIFFEL = kf.Fact(prompt="{} is located in the city of", subject="The Eiffel Tower")
@@ -59,14 +60,26 @@ def test_equals_a_slow_interpolation_of_exact_draws(family, stride):
     lm = tiny_lm(family, layers=LAYERS)
     options = {"metric": "logprob"}  # gemma2's capped probabilities hardly move
     values = by_draw(EIFFEL, lm, **options)
-    exact, strided = traced(EIFFEL, lm, **options), traced(EIFFEL, lm, method="strided", stride=stride, **options)
-    for got, whole, draws in zip(strided, exact, values, strict=True):
+    wholes, strided = traced(EIFFEL, lm, **options), traced(EIFFEL, lm, method="strided", stride=stride, **options)
+    for got, whole, draws in zip(strided, wholes, values, strict=True):
         size = abs(whole.p_corrupted)
         assert np.abs(draws.mean(-1) - whole.p_restored).max() < 1e-5 * size
         want = slow(draws, stride, got.kind == "state")
         assert np.abs(got.p_restored - want).max() < 1e-5 * size
         assert np.abs(got.p_restored - whole.p_restored).max() > 1e-3  # the comparison sees something
         assert (got.p_clean, got.p_corrupted) == pytest.approx((whole.p_clean, whole.p_corrupted), abs=1e-5 * size)
+
+
+@pytest.mark.parametrize("stride", [2, 5])
+def test_what_a_draw_computes_is_its_exact_value(stride):
+    lm, how = tiny_lm("gptj", layers=LAYERS), TraceSettings(KINDS, 3, "prob", None, 5, ("gaussian", 0.5), 1)
+    tasks = tasks_of(lm, [EIFFEL, CAPITAL], None, "noise", "prob")
+    whole, strided = (exact.all_cells(lm, tasks, replace(how, stride=n), None) for n in (1, stride))
+    for got, want in zip(strided, whole, strict=True):
+        for kind in KINDS:
+            known = anchors(LAYERS, 5, stride)
+            torch.testing.assert_close(got.restored[kind][:, known], want.restored[kind][:, known], atol=1e-6, rtol=0)
+            assert (got.restored[kind] - want.restored[kind])[:, ~known].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"kinds": "state", "sever": "mlp"}, {"window": 20}, {"corrupt": "England"}])
@@ -174,6 +187,19 @@ def test_a_result_says_what_share_of_the_cost_it_was():
 
 
 # ---- packed, cut, logged, resumed
+
+
+def test_a_long_fact_by_positions_is_the_whole(monkeypatch):
+    """The tables of its runs take several sweeps, of some positions each."""
+    lm, calls = tiny_lm("gpt2", layers=LAYERS), watched(monkeypatch, exact, "restored_cells")
+    how = TraceSettings(KINDS, 3, "prob", None, 5, ("gaussian", 0.5), 1, 3)
+    tasks = tasks_of(lm, [EIFFEL], None, "noise", "prob")
+    (whole,) = exact.all_cells(lm, tasks, how, None)
+    monkeypatch.setattr(exact, "TABLES", lm.memory // (4 * 3 * len(KINDS) * 12 * len(tasks[0].tokens)))
+    (parts,) = exact.all_cells(lm, tasks, how, None)
+    assert len(calls) > 2
+    for kind in KINDS:
+        torch.testing.assert_close(parts.restored[kind], whole.restored[kind], atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ class TraceResult:
         for name in ("p_clean", "p_corrupted", "reliability"):
             _check_number(name, getattr(self, name))
         checks.whole("stride", self.stride, least=1)
+        checks.optional(_check_number, "cost", self.cost)
         for name in ("answer", "kind", "metric"):
             checks.text(name, getattr(self, name), blank=True)
 

@@ -78,7 +78,7 @@ def test_a_reliability_that_is_not_known_is_null_in_files(tmp_path):
     unknown.save(tmp_path / "trace.npz")
     assert math.isnan(kf.TraceResult.load(tmp_path / "trace.npz").reliability)
     assert "reliability" not in repr(unknown) and repr(result([[0.5]], (0, 1))).endswith("1 layers, reliability 0.75)")
-    for name, wrong in (("reliability", "high"), ("stride", 0)):
+    for name, wrong in (("reliability", "high"), ("stride", 0), ("cost", "low")):
         refused(f"{name} = ", result, [[0.5]], (0, 1), **{name: wrong})
 
 

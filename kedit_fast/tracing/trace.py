@@ -48,7 +48,7 @@ from kedit_fast.tracing.tasks import (
 __all__ = ["AverageTrace", "TraceResult", "average", "noise_level", "read_log", "trace"]
 
 METHODS = ("exact", "attribution", "screen", "strided")
-STRIDE = 5  # ranks cells as well as other draws would, at a fifth of the cost (``draws``)
+STRIDE = 5  # ranks cells about as well as an exact trace by other draws, at 0.23 of the cost (``draws``)
 BY_RUNS = ("exact", "strided")  # of which every value is of a run
 _OPS = ("attention", "linear", "rows", "target_logprob")  # kernels that a trace goes through
 # Rows of facts traced together while the weights are in memory: more make the products no faster, and results come,

@@ -30,6 +30,7 @@ HEADERS = [
     "csrc/pointwise_rows.h",
     "csrc/second_moment.h",
     "csrc/second_moment_tiles.h",
+    "csrc/team.h",
     "csrc/vector_functions.h",
     "csrc/vectors.h",
 ]

@@ -17,6 +17,7 @@
 #endif
 
 #include "second_moment.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace kedit {
@@ -113,17 +114,25 @@ void take(const Attention& call, const Attend* attend, Block& block, int64_t row
     }
 }
 
-// Numbers of queries that are worth a thread, as torch counts them; rows that a thread takes at a time.
-constexpr int64_t kGrain = 32768, kRows = 16;
+constexpr int64_t kRows = 16;  // that a thread takes at a time, at most
+
+// Numbers of the keys that all rows see, over as many as a query's own number is worth.
+int64_t worth(const Attention& call) {
+    int64_t keys = 0;
+    for (int64_t row = 0; row < call.rows; ++row) keys += std::min(call.pos[row] + 1, call.window);
+    return keys * call.heads * call.dim / kRows;
+}
 
 }  // namespace
 
 void attention(const Attention& call, int threads, const std::string& instruction_set) {
     const Attend* attend = table_of(instruction_set);
     check(call);
-    const int64_t apart = (call.positions + kLine - 1) / kLine * kLine, blocks = (call.rows + kRows - 1) / kRows;
-    const int64_t worth = 1 + call.rows * call.heads * call.dim / kGrain;
-    const int team = static_cast<int>(std::min({static_cast<int64_t>(threads), worth, blocks}));
+    const int64_t apart = (call.positions + kLine - 1) / kLine * kLine;
+    // few rows, as of texts that are written on, are shared out too
+    const int64_t rows = std::clamp<int64_t>(call.rows / std::max(threads, 1), 1, kRows);
+    const int64_t blocks = (call.rows + rows - 1) / rows;
+    const int team = static_cast<int>(std::min<int64_t>(team_for(worth(call), threads), std::max<int64_t>(blocks, 1)));
     // here, where running out of memory can be told
     constexpr int64_t kParts = kMost * kLine * kLine;
     const int64_t each = kParts + kMost * apart;
@@ -141,8 +150,8 @@ void attention(const Attention& call, int threads, const std::string& instructio
         Block block{{}, slots.data() + thread * (apart + kLine), 0, own, own + kParts, apart};
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t end = std::min(call.rows, (i + 1) * kRows);
-            for (int64_t row = i * kRows, n; row < end; row += n) {
+            const int64_t end = std::min(call.rows, (i + 1) * rows);
+            for (int64_t row = i * rows, n; row < end; row += n) {
                 Span seen[kMost];
                 n = together(call, row, end);
                 find(call, row, n, block, seen);

@@ -22,7 +22,8 @@ struct Attention {
     int64_t window;
 };
 
-// The same to the bit for every number of threads, and for a row whatever rows are beside it. Throws
+// The same to the bit for every number of threads and, in a table without holes, for a row whatever rows are beside it.
+// Throws
 // std::invalid_argument for an unknown instruction set, or a row whose run or position is not in the table.
 void attention(const Attention& call, int threads, const std::string& instruction_set);
 

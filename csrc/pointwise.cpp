@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "second_moment.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace kedit {
@@ -27,13 +28,6 @@ struct Kernels {
 
 #define KEDIT_ROWS "pointwise_rows.h"
 #include "each_instruction_set.h"
-
-// Elements that are worth a thread, as torch counts them.
-constexpr int64_t kGrain = 32768;
-
-int team(int64_t elements, int threads) {
-    return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kGrain));
-}
 
 // Pieces of rows: rows that lie together are one long row.
 struct Pieces {
@@ -55,7 +49,7 @@ struct Pieces {
 void rms_norm(float* out, const float* x, const float* weight, int64_t rows, int64_t d, int64_t x_stride, float eps,
               float offset, int threads, const std::string& instruction_set) {
     const auto run = table_of(instruction_set).rms_norm;
-#pragma omp parallel for num_threads(team(rows * d, threads)) schedule(static)
+#pragma omp parallel for num_threads(team_for(rows * d, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row) run(out + row * d, x + row * x_stride, weight, d, eps, offset);
     (void)threads;
 }
@@ -63,7 +57,7 @@ void rms_norm(float* out, const float* x, const float* weight, int64_t rows, int
 void rms_norm_backward(float* dx, const float* dy, const float* x, const float* weight, int64_t rows, int64_t d,
                        int64_t x_stride, float eps, float offset, int threads, const std::string& instruction_set) {
     const auto run = table_of(instruction_set).rms_norm_backward;
-#pragma omp parallel for num_threads(team(rows * d, threads)) schedule(static)
+#pragma omp parallel for num_threads(team_for(rows * d, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         run(dx + row * d, dy + row * d, x + row * x_stride, weight, d, eps, offset);
     (void)threads;
@@ -72,7 +66,7 @@ void rms_norm_backward(float* dx, const float* dy, const float* x, const float* 
 void log_sum_exp(float* out, const float* x, int64_t rows, int64_t n, int64_t x_stride, int threads,
                  const std::string& instruction_set) {
     const auto run = table_of(instruction_set).log_sum_exp;
-#pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
+#pragma omp parallel for num_threads(team_for(rows * n, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row) out[row] = run(x + row * x_stride, n);
     (void)threads;
 }
@@ -81,7 +75,7 @@ void gated(float* out, const float* gate, const float* up, int64_t rows, int64_t
            int64_t up_stride, Act act, int threads, const std::string& instruction_set) {
     const auto run = table_of(instruction_set).gated[static_cast<int>(act)];
     const Pieces pieces(rows, n, gate_stride, up_stride);
-#pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
+#pragma omp parallel for num_threads(team_for(rows * n, threads)) schedule(static)
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
         const int64_t row = pieces.row(piece), j = pieces.begin(piece);
         run(out + row * n + j, gate + row * gate_stride + j, up + row * up_stride + j, pieces.length(piece));
@@ -94,7 +88,7 @@ void gated_backward(float* d_gate, float* d_up, const float* d, const float* gat
                     const std::string& instruction_set) {
     const auto run = table_of(instruction_set).gated_backward[static_cast<int>(act)];
     const Pieces pieces(rows, n, gate_stride, up_stride);
-#pragma omp parallel for num_threads(team(rows * n, threads)) schedule(static)
+#pragma omp parallel for num_threads(team_for(rows * n, threads)) schedule(static)
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
         const int64_t row = pieces.row(piece), j = pieces.begin(piece), at = row * n + j;
         run(d_gate + at, d_up + at, d + at, gate + row * gate_stride + j, up + row * up_stride + j,

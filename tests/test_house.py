@@ -98,7 +98,7 @@ TESTED_IN = {
     "moments/test_second_moment.py": "jobs/moments moments/published",
     "pictures/test_traces.py": "pictures/figure pictures/labels pictures/terminal",
     "shipping/test_merge.py": "model/stored_tensors",
-    "sweep/test_engine.py": "model/seam sweep/attend sweep/hooks sweep/sites",
+    "sweep/test_engine.py": "sweep/attend sweep/hooks sweep/sites",
     "sweep/test_parity.py": "model/family",
     "sweep/test_rows.py": "sweep/runs sweep/store",
     "tracing/test_attribution.py": "jobs/attribute",

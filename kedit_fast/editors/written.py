@@ -87,7 +87,7 @@ def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
         ]
         more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         warnings.warn(
-            f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}",
+            f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}{_in_vain(lm, edit)}",
             NotWritten,
             stacklevel=stacklevel,
         )
@@ -107,6 +107,17 @@ def counted_elsewhere():
 def not_written(edit: Edit) -> list[Fact]:
     """The facts that were not found written when the edit was made."""
     return [fact for fact, found in zip(edit.facts, edit.provenance["written"]["written"], strict=True) if not found]
+
+
+def _in_vain(lm, edit: Edit) -> str:
+    """What is to be said of values at the model's last layer: they are read by their own token alone, so that their
+    gradient is 0 unless the subject ends the prompt."""
+    if edit.values is None or max(edit.layers, default=0) < lm.n_layers - 1:
+        return ""
+    return (
+        f". Layer {lm.n_layers - 1} is the model's last: what is written there at the subject reaches no token behind "
+        "it; take lower layers"
+    )
 
 
 def _shown(fact: Fact) -> str:

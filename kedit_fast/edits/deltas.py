@@ -128,7 +128,8 @@ class Halves:
     """A dense Δ for the rows of a bf16 model on a GPU: two bf16 matrices, whose sum is each element to 2⁻¹⁸ of it.
 
     In fp32 the product would take twelve times as long as the matrix that the edit stands beside; so it takes twice as
-    long, and is added in fp32 and rounded once, as that of ``Dense`` is: to 2⁻⁹ of the result.
+    long, and is added in fp32 and rounded once, as that of ``Dense`` is: to 2⁻⁹ of the result. (A product that cuBLAS
+    splits along d_ff it may add in bf16, as it may the model's own: torch allows it unless told otherwise.)
     """
 
     def __init__(self, delta: Tensor):

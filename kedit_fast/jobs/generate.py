@@ -10,6 +10,7 @@ from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.progress import progress
 from kedit_fast.jobs.collect import Collect
 from kedit_fast.jobs.finite import check_answers, is_broken
+from kedit_fast.model.seam import prepared
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import RowCost, free, logit_bytes
 from kedit_fast.sweep.runs import RunList, prefixes
@@ -86,8 +87,14 @@ def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, aft
     All ranks take as many steps, for each of them draws for all texts.
     """
     cache = _Cache(lm, prompts, max_new_tokens) if prompts else None
-    made: list[list[int]] = [[] for _ in prompts]
-    running = torch.ones(len(prompts), dtype=torch.bool)
+    with prepared(lm.model, lm.family):  # once, not for each token: of a small model that is a tenth of the time
+        return _of_all(_steps(lm, cache, len(prompts), max_new_tokens, choose, ends, nan_ends, after, bar))
+
+
+def _steps(lm, cache: "_Cache | None", n: int, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar):
+    """What follows each of n texts, of this rank."""
+    made: list[list[int]] = [[] for _ in range(n)]
+    running = torch.ones(n, dtype=torch.bool)
     for _ in range(max_new_tokens):
         tokens = choose(_logits(lm, cache, running, nan_ends) if cache is not None and running.any() else None)
         for i in running.nonzero()[:, 0].tolist():
@@ -101,7 +108,7 @@ def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, aft
             break
         if cache is not None and running.any():
             cache.append(tokens)
-    return _of_all(made)
+    return made
 
 
 def _of_all(made: list[list[int]]) -> list[list[int]]:

@@ -52,6 +52,7 @@ def attention(
     extension leaves calls with a very long run to the reference. Autograd records none of them: gradients go through
     ``kernels.slots``.
     """
+    _check(query, key, value, key_rows, run, pos, window, softcap, sinks)
     how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     backend = backend_of(query, key, value, run, pos, softcap)
     if backend == "triton":
@@ -95,6 +96,24 @@ def attention_backward(
         return triton(*given, base=base, cut=cut, **how)
     given = grad, query, key, value, key_rows, run, pos, key_grad, value_grad
     return attention_backward_ref(*given, base=base, room=room, groups=groups, **how)
+
+
+def _check(query, key, value, key_rows, run, pos, window, softcap, sinks) -> None:
+    """Raises ValueError for what a kernel, which has addresses alone, would read or write beside."""
+    (rows, heads, dim), (_, kv_heads, key_dim) = query.shape, key.shape
+    if value.shape != key.shape or key_dim != dim or heads % max(kv_heads, 1):
+        raise ValueError(
+            f"query is {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}; expected the same last "
+            "axis, as many slots and heads in key and value, and a multiple of these heads in query"
+        )
+    if key.device != query.device or value.device != query.device:
+        raise ValueError(f"query is on {query.device}, key on {key.device}, value on {value.device}")
+    if any(x.dtype != torch.int64 for x in (key_rows, run, pos)) or not run.shape == pos.shape == (rows,):
+        raise ValueError(f"run {list(run.shape)} and pos {list(pos.shape)} are to be int64 [{rows}], key_rows int64")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks is {list(sinks.shape)}; expected [{heads}]")
+    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
+        raise ValueError(f"window is {window} and softcap {softcap}; expected None or more than 0")
 
 
 def runs_on_triton(query: Tensor) -> bool:
@@ -154,7 +173,7 @@ def grouped(key_rows: Tensor, run: Tensor, pos: Tensor, device: torch.device) ->
     for rows, which in _groups(run, pos):
         slots = key_rows[which, : int(pos[rows[:, -1]].max()) + 1]
         made.append((not bool(pos[rows[:, 0]].any()), _slab(slots), int(slots.max())))
-        tables += [rows, pos[rows], slots.clamp(min=0)]  # -1 stands behind a run's end, where no row of it looks
+        tables += [rows, pos[rows], _there(slots, int(slots.max()) + 1)]
     there = upload(device, *tables) if tables else ()
     return [Group(*there[3 * i : 3 * i + 3], *about) for i, about in enumerate(made)]
 
@@ -176,7 +195,7 @@ def attention_backward_ref(
     """``attention_backward`` in plain torch: each part of the reference once more, for autograd."""
     out = torch.empty_like(query)
     for group, part in _parts(query, key, groups, key_rows, run, pos, room, how):
-        rows, slots = group.rows[part], group.slots[part].clamp(max=len(key) - 1)
+        rows, slots = group.rows[part], _there(group.slots[part], len(key))
         leaves = [x.requires_grad_() for x in (query[rows], key[slots], value[slots])]
         with torch.enable_grad():
             got = _of_part(*leaves, group, part, **how)
@@ -240,8 +259,13 @@ def _take(x: Tensor, group: Group, part: slice) -> Tensor:
             return x.as_strided(
                 (*slots.shape, *x.shape[1:]), (stride * step[0], *step), x.storage_offset() + first * step[0]
             )
-    # a slot that is not there yet is of a later position: no row looks there
-    return x[slots.clamp(max=len(x) - 1) if group.most >= len(x) else slots]
+    return x[_there(slots, len(x)) if group.most >= len(x) else slots]
+
+
+def _there(slots: Tensor, n: int) -> Tensor:
+    """[runs, T]: for a slot that is none of n, behind a run's end or of a later position, the run's own first. No row
+    looks there, but what is read there is multiplied by 0, and 0 * NaN of another fact is NaN."""
+    return torch.where((slots < 0) | (slots >= n), slots[:, :1], slots).clamp(min=0)
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, window, softcap, sinks) -> Tensor:

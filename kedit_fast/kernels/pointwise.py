@@ -76,7 +76,7 @@ def log_sum_exp(x: Tensor) -> Tensor:
     recorded = torch.is_grad_enabled() and x.requires_grad
     if recorded or x.dtype != torch.float32 or _backend(x, x) != "native":
         return log_sum_exp_ref(x)
-    rows, out = _rows(x), x.new_empty(len(x))
+    rows, out = _rows(x), x.new_empty(x.shape[:-1])
     dispatch.native().log_sum_exp(out.data_ptr(), rows.data_ptr(), *rows.shape, _apart(rows), torch.get_num_threads())
     return out
 

@@ -21,6 +21,8 @@ class Slots:
 
     def __init__(self, keys: Tensor, values: Tensor, base: int = 0):
         self.keys, self.values = keys, values
+        # the memory may be an earlier sweep's (``KVStore.room``), whose graph then must not go down any more
+        torch.autograd.graph.increment_version((keys, values))
         self._gradients = _Gradients(base)
         self._written: Tensor | None = None  # the last write, as autograd has it
 
@@ -57,16 +59,22 @@ class _Gradients:
     def __init__(self, base: int):
         self.base = base
         self.key = self.value = None
+        self._pass = -1  # of autograd, which these belong to
 
     def of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        if self.key is None:
+        if not self._is_now():
+            self._pass = torch._C._current_graph_task_id()
             shape = len(keys) - self.base, *keys.shape[1:]
             self.key, self.value = (keys.new_zeros(shape, dtype=wide(keys.dtype)) for _ in range(2))
         return self.key, self.value
 
+    def _is_now(self) -> bool:
+        """Whether reads of this backward pass have added to them: a graph that is kept goes down again from zero."""
+        return self.key is not None and self._pass == torch._C._current_graph_task_id()
+
     def at(self, where: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Of the slots ``where``, once all reads have added to them."""
-        if self.key is None:
+        if not self._is_now():
             return None, None
         own = slice(where.start - self.base, where.stop - self.base) if isinstance(where, slice) else where - self.base
         return self.key[own].to(dtype), self.value[own].to(dtype)
@@ -85,7 +93,10 @@ class _Write(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _):
-        return None, *ctx.gradients.at(ctx.where, ctx.dtype), None, None
+        found = ctx.gradients.at(ctx.where, ctx.dtype)
+        if not ctx.needs_input_grad[0]:  # the first write, and so the last to come here: nobody asks any more
+            ctx.gradients.key = ctx.gradients.value = None
+        return None, *found, None, None
 
 
 class _Read(torch.autograd.Function):

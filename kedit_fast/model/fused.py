@@ -40,8 +40,16 @@ def own_forwards(model: nn.Module, family: Family) -> Iterator[None]:
                 module.forward = MethodType(forward, module)
         yield
     finally:
-        for module in replaced:
-            vars(module).pop("forward", None)
+        put_back(lambda: [vars(module).pop("forward", None) for module in replaced])
+
+
+def put_back(undo: Callable[[], object]) -> None:
+    """All of it, also where Ctrl-C comes in the middle."""
+    try:
+        undo()
+    except KeyboardInterrupt:
+        undo()
+        raise
 
 
 def _forwards(model: nn.Module, family: Family) -> Iterator[tuple[nn.Module, Callable]]:
@@ -58,7 +66,7 @@ def _forwards(model: nn.Module, family: Family) -> Iterator[tuple[nn.Module, Cal
         kind = type(module)
         if kind in products:
             yield module, products[kind]
-        elif kind.__name__ in SPELLED_OUT:
+        elif kind.__name__ in SPELLED_OUT and _is_theirs(module):
             yield module, _gelu_tanh
         elif family.fused and kind.__name__.endswith("RMSNorm") and _is_theirs(module):
             yield module, norm
@@ -66,13 +74,21 @@ def _forwards(model: nn.Module, family: Family) -> Iterator[tuple[nn.Module, Cal
         for layer in layers_of(model):
             mlp = layer.get_submodule(family.mlp)
             act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-            if type(act).__name__ in ACTS and _is_theirs(mlp):
+            if type(act).__name__ in ACTS and _is_theirs(mlp) and _is_theirs(act) and not is_watched(act):
                 yield mlp, _gated_mlp(family, ACTS[type(act).__name__])
 
 
 def _is_theirs(module: nn.Module) -> bool:
-    """Whether transformers wrote it: another's may compute something else by the same name."""
-    return type(module).__module__.startswith("transformers.models.")
+    """Whether it computes what transformers or torch wrote: another's may be something else by the same name, and so
+    may a forward that somebody gave the class."""
+    kind, wrote = type(module), ("transformers.", "torch.nn.")
+    return kind.__module__.startswith(wrote) and kind.forward.__module__.startswith(wrote)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks stand on it, or it has a forward of its own: it has to be called, then."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 def _linear(self, x: Tensor) -> Tensor:
@@ -89,6 +105,8 @@ def _gelu_tanh(self, x: Tensor) -> Tensor:
 
 def _rms_norm(family: Family) -> Callable:
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype != x.dtype:  # some give the weight's dtype then, some x's
+            return type(self).forward(self, x)
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
         return rms_norm(x, self.weight, eps, offset=family.norm_offset)
 

@@ -7,18 +7,21 @@ on the attention instance.
 
 import math
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
+from threading import RLock
+from weakref import WeakKeyDictionary
 
 import torch
 
 from kedit_fast.model.family import Family, layers_of, text_config
-from kedit_fast.model.fused import own_forwards
+from kedit_fast.model.fused import own_forwards, put_back
 
 NAME = "kedit_fast"
 _call: ContextVar = ContextVar("kedit_fast_attention_call", default=None)
 _ready: ContextVar[tuple] = ContextVar("kedit_fast_prepared_models", default=())  # inside ``prepared``
+_locks: WeakKeyDictionary = WeakKeyDictionary()  # {model: of the thread that sweeps it}
 # Keywords that transformers' blocks pass along and that change nothing in what attention computes.
 HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_attentions", "cache_position", "is_causal"}
 
@@ -72,14 +75,31 @@ def attend_with(attend):
 def prepared(model, family: Family):
     """The model as a sweep needs it: eval mode, frozen, no autocast, our attention and our forwards; put back after
     it, always. Inside another of the same model it is that one's: each walks through all modules, which for a step of z
-    was a fourth of what the host does."""
-    if any(model is each for each in _ready.get()):
+    was a fourth of what the host does. Another thread waits: what is put in place, its forwards would run too."""
+    if any(model is each for each in ready()):
         yield
         return
-    token = _ready.set((*_ready.get(), model))
+    with _ours(model), among((*ready(), model)), _prepared(model, family):
+        yield
+
+
+def _ours(model):
+    """The lock of a model: for the thread alone that holds it."""
+    held = _locks.get(model)
+    return held if held is not None else _locks.setdefault(model, RLock())  # of two at once the first is taken by both
+
+
+def ready() -> tuple:
+    """The models that are prepared around this."""
+    return _ready.get()
+
+
+@contextmanager
+def among(models: tuple):
+    """Inside these are prepared: by the thread that waits for this one, autograd's."""
+    token = _ready.set(models)
     try:
-        with _prepared(model, family):
-            yield
+        yield
     finally:
         _ready.reset(token)
 
@@ -111,23 +131,26 @@ def eval_mode(model):
     return _without(model.modules(), "training")
 
 
+@contextmanager
 def frozen(model):
-    """The model without gradients for its parameters; flags are put back. A prepared one is."""
-    if any(model is each for each in _ready.get()):
-        return nullcontext()
-    return _without(model.parameters(), "requires_grad")
+    """The model without gradients for its parameters; flags are put back. A prepared one is. Nothing goes back down
+    inside: autograd's thread would wait for this one."""
+    if any(model is each for each in ready()):
+        yield
+        return
+    with _ours(model), _without(model.parameters(), "requires_grad"):
+        yield
 
 
 @contextmanager
 def _without(things, flag: str):
     flagged = [thing for thing in things if getattr(thing, flag)]
-    for thing in flagged:
-        setattr(thing, flag, False)
     try:
+        for thing in flagged:
+            setattr(thing, flag, False)
         yield
     finally:
-        for thing in flagged:
-            setattr(thing, flag, True)
+        put_back(lambda: [setattr(thing, flag, True) for thing in flagged])
 
 
 @contextmanager
@@ -141,13 +164,12 @@ def _own_attn(model, family):
 
     if replaced := [module for module in modules if "_attn" in vars(module)]:
         raise RuntimeError(f"{type(replaced[0]).__name__}._attn is already replaced on this model")
-    for module in modules:
-        module._attn = lambda *args, module=module: own(*args, module=module)
     try:
+        for module in modules:
+            module._attn = lambda *args, module=module: own(*args, module=module)
         yield
     finally:
-        for module in modules:
-            vars(module).pop("_attn", None)
+        put_back(lambda: [vars(module).pop("_attn", None) for module in modules])
 
 
 def _report_foreign_hooks(model):

@@ -16,7 +16,7 @@ from kedit_fast.basics.state import upload
 from kedit_fast.kernels.attention import runs_on_triton
 from kedit_fast.kernels.rows import branch_rows
 from kedit_fast.kernels.slots import Slots
-from kedit_fast.model.seam import attend_with, prepared
+from kedit_fast.model.seam import among, attend_with, prepared, ready
 from kedit_fast.sweep.attend import Attend
 from kedit_fast.sweep.hooks import Enough, hooked, last_read, through
 from kedit_fast.sweep.plan import RowCost, call_rows, cut, room
@@ -93,11 +93,12 @@ def sweep(
     jobs = in_order(lm, jobs)
     up = list(range(first_layer, last_layer + 1))
     lm.source.expect((up + up[::-1] if grad else up) * len(cuts))
+    around = ready()
     with prepared(lm.model, lm.family), torch.set_grad_enabled(grad):
         for which in cuts:
             number = torch.full((len(runs),), -1)
             number[which] = torch.arange(len(which))
-            pack = Pack(lm, taken(which), number, jobs, store, slots, keep, table)
+            pack = Pack(lm, taken(which), number, jobs, store, slots, keep, table, around)
             pack.recomputes = grad and (recompute or not lm.source.in_memory)
             for rows in pack.run(first_layer, last_layer, h):
                 if advance is not None:
@@ -112,12 +113,16 @@ def row_table(lm, runs: Runs, first: int, last: int, store: KVStore | None, slot
 
 
 class Pack:
-    """One pack on its way up, and down again where what enters its layers is waiting (``ascent.py``)."""
+    """One pack on its way up, and down again where what enters its layers is waiting (``ascent.py``).
 
-    def __init__(self, lm, runs, number, jobs, store, slots, keep, table=None):
+    around: models that stay prepared for as long as the pack's graph is there, see ``seam.among``
+    """
+
+    def __init__(self, lm, runs, number, jobs, store, slots, keep, table=None, around=()):
         self.lm, self.runs, self.number, self.jobs = lm, runs, number, jobs
         self.store, self.slots, self.keep, self.table = store, slots, keep, table
         self.again = self.recomputes = False
+        self.around = around
         self.waiting: list[_Entering] | None = None
         self.start = self.grad = None  # rows that the pack was given, with their graph; gradient of those on their way
         self.room, self.call_rows = room(lm), call_rows(lm)
@@ -204,7 +209,7 @@ class Pack:
 
     @contextmanager
     def _running_again(self):
-        with prepared(self.lm.model, self.lm.family):
+        with among(self.around), prepared(self.lm.model, self.lm.family):
             self.again = True
             try:
                 yield

@@ -91,7 +91,9 @@ def test_facts_that_are_not_written_are_named(recwarn):
     ) as one:
         edit = editor.edit(lm, FACTS[:1], contexts=GROUPS)
     assert one[0].filename == __file__ and "the model says" in str(one[0].message)
-    assert not_written(edit) == [FACTS[0]]
+    assert not_written(edit) == [FACTS[0]] and "the model's last" not in str(one[0].message)
+    with pytest.warns(NotWritten, match="Layer 3 is the model's last: .* reaches no token behind it; take lower"):
+        replace(editor, layers=(lm.n_layers - 1,)).edit(lm, FACTS[:1], contexts=GROUPS)
     many = tuple(replace(FACTS[0], subject=f"Needle {i}", id="") for i in range(NAMED + 2))
     nothing = Edit("by hand", {}, lm.fingerprint, many, {1: Dense(torch.zeros(D_MODEL, D_FF))})
     with pytest.warns(NotWritten, match=rf"not written: {NAMED + 2} of {NAMED + 2}: .*; and 2 more$"):

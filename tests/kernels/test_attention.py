@@ -137,7 +137,7 @@ def test_long_suffixes_and_capped_scores_do_not_take_it(monkeypatch):
 
 def take(x, slots):
     """x at slots [n, T], as the reference reads them."""
-    group = kernel.Group(slots, slots, slots.clamp(min=0), False, kernel._slab(slots), int(slots.max()))
+    group = kernel.Group(slots, slots, kernel._there(slots, len(x) + 9), False, kernel._slab(slots), int(slots.max()))
     return kernel._take(x, group, slice(0, len(slots)))
 
 
@@ -152,8 +152,8 @@ def test_equal_slabs_are_read_where_they_lie():
         assert torch.equal(take(part, slabs[:2] + 3), part[slabs[:2] + 3])
         for slots in (slabs.flip(0), slabs[:, [0, 2, 1]], slabs[[0, 0]], torch.tensor([[0, 1], [1, 2], [4, 5]])):
             assert torch.equal(take(store, slots), store[slots])
-        assert torch.equal(take(store, torch.tensor([[3, -1]])), store[torch.tensor([[3, 0]])])
-        assert torch.equal(take(store, torch.tensor([[3, 31]])), store[torch.tensor([[3, 29]])]), "not there yet"
+        assert torch.equal(take(store, torch.tensor([[3, -1]])), store[torch.tensor([[3, 3]])])
+        assert torch.equal(take(store, torch.tensor([[3, 31]])), store[torch.tensor([[3, 3]])]), "not there yet"
 
 
 def test_many_runs_are_gathered_a_few_at_a_time(monkeypatch):
@@ -192,3 +192,32 @@ def test_one_wrong_row_is_seen():
         wrong = key_rows.clone()
         wrong[place] += 1
         assert relative_error(attention(*qkv, wrong, run, pos, scale=1.0), wanted) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value": torch.zeros(6, 2, 4)},  # narrower than its key
+        {"key": torch.zeros(6, 2, 7)},
+        {"value": torch.zeros(5, 2, 5)},
+        {"value": torch.zeros(6, 1, 5)},
+        {"key": torch.zeros(6, 3, 5), "value": torch.zeros(6, 3, 5)},  # 4 heads on 3
+        {"sinks": torch.zeros(3)},
+        {"key_rows": torch.arange(6, dtype=torch.int32)[None]},
+        {"run": torch.zeros(5, dtype=torch.int64)},
+        {"pos": torch.arange(5)},
+        {"window": 0},
+        {"softcap": 0.0},
+        {"softcap": -1.0},
+        {"value": torch.zeros(6, 2, 5, device="meta")},
+    ],
+    ids=lambda change: ", ".join(change),
+)
+def test_what_a_kernel_would_read_beside_is_refused(change):
+    """The extension has addresses alone: each of these it answered with what lay behind, or wrote there."""
+    query, key, value = numbers(6, 6, 4, 2, 5, torch.float32)
+    given = {"query": query, "key": key, "value": value, "key_rows": torch.arange(6)[None]}
+    given |= {"run": torch.zeros(6, dtype=torch.int64), "pos": torch.arange(6)}
+    attention(**given, scale=1.0)
+    with pytest.raises(ValueError, match=r"expected|are to be|is on|window is"):
+        attention(**given | change, scale=1.0)

@@ -302,3 +302,10 @@ def test_the_extension_checks_what_could_crash():
     refused("null address", real.rms_norm, at, at, 0, 4, 8, 8, EPS, 0.0, 1)
     refused("no activation 'relu'", real.gated, at, at, at, 4, 8, 8, 8, "relu", 1)
     refused("no instruction set 'sse'", real.gated, at, at, at, 4, 8, 8, 8, "silu", 1, "sse")
+
+
+def test_log_sum_exp_of_any_number_of_axes():
+    """The extension wrote a number a row into room for one a slab."""
+    for shape in ((7,), (3, 5), (2, 3, 5), (2, 0, 5)):
+        x = torch.randn(shape)
+        close("axes", log_sum_exp(x), x.double().logsumexp(-1))

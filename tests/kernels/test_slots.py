@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kedit_fast.kernels import slots as slots_module
 from kedit_fast.kernels.attention import DENSE_FROM, attention
 from kedit_fast.kernels.slots import Slots
+from kedit_fast.sweep.store import KVStore
 from tests.conftest import close
 from tests.kernels.test_attention import HOW, SINKS, naive, numbers
 
@@ -112,3 +114,60 @@ def test_without_gradients_nothing_is_recorded():
             slots = Slots.of(key.requires_grad_(needs), value)
             out = slots.attend(query, key_rows, run, pos, scale=0.6)
         assert not out.requires_grad and torch.equal(out, attention(query, key, value, key_rows, run, pos, scale=0.6))
+
+
+def own_slots(seed=0, dtype=torch.float64):
+    """(leaves, what they give through slots): one run of 5 rows."""
+    query, key, value = (x.requires_grad_() for x in numbers(5, 5, 4, 2, 5, dtype, seed))
+    where = torch.arange(5)[None], torch.zeros(5, dtype=torch.int64), torch.arange(5)
+    return (query, key, value), Slots.of(key * 1.0, value * 1.0).attend(query, *where, scale=0.6)
+
+
+def test_a_graph_that_is_kept_goes_down_again_from_zero():
+    leaves, out = own_slots()
+    loss = (out * weights(5)).sum()
+    first = [x.clone() for x in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    torch.autograd.grad(loss, leaves[0], retain_graph=True)  # which reads the keys' gradients and gives none on
+    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_earlier_sweep_over_the_same_memory_cannot_go_down_any_more():
+    store, losses = KVStore(), []
+    for seed in (0, 1):
+        query, key, value = (x.requires_grad_() for x in numbers(5, 5, 4, 2, 5, torch.float64, seed))
+        slots = Slots(*store.room(0, 5, query, (2, 5)), 0)
+        slots.write(key * 1.0, value * 1.0, slice(0, 5))
+        where = torch.arange(5)[None], torch.zeros(5, dtype=torch.int64), torch.arange(5)
+        losses.append((slots.attend(query, *where, scale=0.6).sum(), key))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(*losses[0])
+    assert torch.autograd.grad(*losses[1])[0].isfinite().all()
+
+
+def test_gradients_of_a_layer_are_held_no_longer_than_the_way_down(monkeypatch):
+    made, begin = [], slots_module._Gradients.__init__
+    monkeypatch.setattr(
+        slots_module._Gradients, "__init__", lambda self, base: (begin(self, base), made.append(self))[0]
+    )
+    leaves, out = own_slots()
+    loss = out.sum()
+    loss.backward()
+    assert made and all(one.key is None and one.value is None for one in made) and leaves[1].grad.any()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_is_not_finite_stays_in_its_own_run(backward):
+    """Shorter runs are filled up to the longest one's length, and 0 * NaN is NaN: what fills them is their own."""
+    table = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, -1]])
+    run, pos = torch.tensor([0] * 4 + [1] * 4 + [2] * 3), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2])
+    for some in (torch.arange(11), torch.tensor([2, 3, 6, 7, 9, 10])):
+        query, key, value = (x.requires_grad_() for x in numbers(11, 11, 4, 2, 5, torch.float64))
+        bad = torch.cat([key[:1] * torch.inf, key[1:]])
+        with torch.set_grad_enabled(backward):
+            out = Slots.of(bad, value * 1.0).attend(query[some], table, run[some], pos[some], scale=0.6)
+        others = run[some] > 0
+        assert out[others].isfinite().all()
+        if backward:
+            out[others].sum().backward()
+            assert query.grad[4:].isfinite().all() and value.grad[4:].isfinite().all()

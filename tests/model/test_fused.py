@@ -1,15 +1,21 @@
 """Our forwards of norms, activations and gated MLPs against transformers' own, in every family; put back after it."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import kedit_fast as kf
+from kedit_fast.jobs.score import next_token_probs
 from kedit_fast.kernels import pointwise
 from kedit_fast.model import fused
 from kedit_fast.model.family import TESTED, family_of, layers_of, text_config
 from kedit_fast.model.fused import ACTS, own_forwards
+from kedit_fast.model.opening import open_model
 from tests.conftest import relative_error
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -107,3 +113,59 @@ def test_put_back_after_an_error():
         assert changed(model)
         raise KeyError
     assert not changed(model)
+
+
+@pytest.mark.parametrize("what", ["hook", "own forward", "class of MLPs", "class of norms"])
+def test_what_others_changed_is_what_a_sweep_runs(what, monkeypatch):
+    """Hooks on an activation did not fire, and a forward given to a class was replaced."""
+    model = tiny_model("llama")
+    lm = open_model(model, tokenizer=tiny_tokenizer(bos=True))
+    ids = torch.tensor([lm.encode("The Eiffel Tower is in the city of")])
+    layer = layers_of(model)[0]
+    if what == "hook":
+        layer.mlp.act_fn.register_forward_hook(lambda module, given, out: out * 0)
+    elif what == "own forward":
+        layer.mlp.act_fn.forward = lambda x: x * 0
+    else:
+        one = layer.mlp if what == "class of MLPs" else layer.input_layernorm
+        monkeypatch.setattr(type(one), "forward", lambda self, x: x * 0.5)
+    with torch.no_grad():
+        theirs = model(ids).logits[0, -1].softmax(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = next_token_probs(lm, ids.tolist(), torch.tensor([-1]))[0]
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_an_activation_of_the_same_name_is_another():
+    class NewGELUActivation(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    model = tiny_model("gpt2")
+    layers_of(model)[0].mlp.act = NewGELUActivation()
+    with own_forwards(model, family_of(model.config)):
+        assert "forward" not in vars(layers_of(model)[0].mlp.act) and "forward" in vars(layers_of(model)[1].mlp.act)
+
+
+def test_a_norm_of_another_dtype_computes_as_it_does():
+    model = tiny_model("llama", torch.bfloat16)
+    model.model.norm.float()
+    model.lm_head.float()
+    lm = open_model(model, tokenizer=tiny_tokenizer(bos=True))
+    fact = kf.Fact("{} is in", "Big Ben", "Rome", "London")
+    (found,) = kf.trace(lm, fact, kinds=("state",), samples=2)
+    assert np.isfinite(found.p_restored).all()
+
+
+def test_all_is_put_back_where_an_interrupt_comes_while_it_is():
+    undone = []
+
+    def undo():
+        undone.append(1)
+        if len(undone) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fused.put_back(undo)
+    assert len(undone) == 2

@@ -21,11 +21,11 @@ from kedit_fast.editors import Memit, Rome
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import Case, EvalReport, evaluate
 from kedit_fast.evaluation.benchmarks.counterfact import NEIGHBORHOOD, PARAPHRASE, REWRITE, probes
+from kedit_fast.evaluation.canary import PROSE
 from kedit_fast.evaluation.probes import read_probes
 from kedit_fast.facts.fact import OWN_FACTS, Fact, load_facts
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import spoken
-from kedit_fast.gating.canary import PROSE
 from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, SecondMoment, second_moments
 from kedit_fast.pictures.page import ROLES, Change, known_neighbors
 from kedit_fast.pictures.terminal import TerminalHeatMap

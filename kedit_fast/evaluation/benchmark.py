@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import HIGHEST, SCORE, Metrics

@@ -80,6 +80,7 @@ TESTED_IN = {
     "editors/test_training.py": "editors/training_settings editors/training_step",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_logit_lens.py": "pictures/lens",
+    "evaluation/test_moved.py": "evaluation/benchmarks/distractors evaluation/moved_questions evaluation/moved_report",
     "experiments/test_by_layer.py": "pictures/by_layer",
     "experiments/test_forecast.py": "commands/forecast",
     "experiments/test_rounds.py": "pictures/rounds",

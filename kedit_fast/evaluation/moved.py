@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kedit_fast import __version__
 from kedit_fast.basics import checks
-from kedit_fast.basics.intervals import COUNT, SHARE, Interval, interval
+from kedit_fast.basics.intervals import COUNT, SHARE, Interval, interval, summarize
 from kedit_fast.basics.progress import progress, scaled, stages
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import facts_in_force, with_edits
@@ -114,7 +114,8 @@ def _beside_facts(view, facts: Sequence[Fact]) -> tuple[dict[str, Both], list[st
     if len(notes) == 2:
         return {}, notes
     report = evaluate(view, facts, benchmark=DISTRACTORS, generate=0, both_forms=False)
-    found = {name: Both(both["base"], both["edited"]) for name, both in report.summary().items()}
+    sides = [summarize(columns, DISTRACTORS.metrics) for columns in (report.base, report.edited or report.base)]
+    found = {name: Both(*(side[name] for side in sides)) for name in DISTRACTORS.metrics}
     left_out = int(report.base["neighborhood_left_out"].sum())
     n = sum(len(fact.neighborhood) for fact in facts)
     if left_out:
@@ -192,8 +193,12 @@ def _still_there(lens: Lens, first: int) -> tuple[Tensor, Tensor]:
 def _written_again(view, ask: Asked) -> dict[str, Both]:
     """Whether the old answer is in what the models write after a doubt, and behind a long text."""
     probes = [probe(view, one.prompt, n_written=ask.n_written) for one in ask.canaries]
-    before = write_probes(dataclasses.replace(view, edits=()), probes, "canary, base model")
-    songs = sing(ask.canaries, before, write_probes(view, probes, "canary, edited model"))
+    base = dataclasses.replace(view, edits=())
+    before, after = (
+        [text or "" for text in write_probes(model, probes, f"canary, {which} model")]
+        for which, model in (("base", base), ("edited", view))
+    )
+    songs = sing(ask.canaries, before, after)
     found = {}
     for name, kind in (("canary_doubt", DOUBT), ("canary_context", CONTEXT)):
         mine = [(song.leaked_before, song.leaked) for song in songs if song.canary.kind == kind]

@@ -77,7 +77,7 @@ class Moved:
 
         A file of that name is replaced, folders are made.
         """
-        grown = self.growth and {str(layer): value for layer, value in self.growth.items()}
+        grown = None if self.growth is None else {str(layer): value for layer, value in self.growth.items()}
         record = {"format": FORMAT, "version": VERSION, "meta": self.meta, "drifts": self.drifts}
         record |= {"measures": self.measures, "growth": grown, "notes": self.notes}
         write_text(path, json.dumps(finite(record), allow_nan=False))
@@ -139,10 +139,14 @@ class Moved:
                 before = "" if name in ONE_SIDED else _shown(base, form)
                 rows.append((says, before, _shown(edited, form), counted(edited.n, OF.get(name, "fact"))))
         if self.growth:
-            layer = max(self.growth, key=lambda i: (math.isnan(self.growth[i]), self.growth[i]))
-            most = f"{self.growth[layer]:.3f} in layer {layer}"
+            layer, most = max(self.growth.items(), key=lambda one: math.inf if math.isnan(one[1]) else one[1])
             rows.append(
-                ("weights moved, most of any layer, of their norm", "", most, counted(len(self.growth), "layer"))
+                (
+                    "weights moved, most of any layer, of their norm",
+                    "",
+                    f"{most:.3f} in layer {layer}",
+                    counted(len(self.growth), "layer"),
+                )
             )
         return rows
 
@@ -157,7 +161,7 @@ def _bounds(value: Interval, form: str) -> str:
 
 def _interval(value: list) -> Interval:
     mean, low, high, n = value
-    return Interval(*map(as_float, (mean, low, high)), checks.whole("n", n))
+    return Interval(as_float(mean), as_float(low), as_float(high), checks.whole("n", n))
 
 
 def complete(found: Mapping[str, Both]) -> dict[str, Both]:

@@ -67,6 +67,8 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "BENCHMARKS": "evaluation",
     "EvalReport": "evaluation",
+    "capability": "evaluation.harness",
+    "Capability": "evaluation.scores",
     "Edit": "edits.edit",
     "compose": "edits.compose",
     "export_peft": "shipping.adapter",

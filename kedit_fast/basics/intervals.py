@@ -45,12 +45,33 @@ def interval(column: Tensor, kind: str) -> Interval:
     values = column[~column.isnan()].double()
     n = len(values)
     mean = float(values.mean())
-    if n and kind == SHARE and bool(((values == 0) | (values == 1)).all()):
+    if n and kind == SHARE and _is_binary(values):
         return Interval(mean, *wilson(float(values.sum()), n), n)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
     half = Z95 * float(values.std()) / math.sqrt(n)
     return Interval(mean, max(mean - half, LOWEST[kind]), min(mean + half, HIGHEST[kind]), n)
+
+
+def paired(before: Tensor, after: Tensor) -> Interval:
+    """Mean of after - before, values [n_cases] of the same cases, and its 95 % interval over cases.
+
+    Of shares whose every value is 0 or 1 Agresti and Min's (2005), with half a case added to each of the four pairs of
+    values: where no case changed it is not of width 0. Else mean ± 1.96 sd / sqrt(n); NaN bounds for n = 1.
+    """
+    changes = after.double() - before.double()
+    n, mean = len(changes), float(changes.mean())
+    if n and _is_binary(before) and _is_binary(after):
+        gained, lost = (float((changes == sign).sum()) + 0.5 for sign in (1, -1))
+        center = (gained - lost) / (n + 2)
+        half = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
+        return Interval(mean, max(center - half, -1.0), min(center + half, 1.0), n)
+    half = Z95 * float(changes.std()) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def _is_binary(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
 def harmonic_mean(values) -> float:

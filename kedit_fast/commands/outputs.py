@@ -40,6 +40,7 @@ READ = (
     "traces",
     "keep",
     "examples",
+    "task_folder",
 )
 
 # ---- the screen

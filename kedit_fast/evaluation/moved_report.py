@@ -142,7 +142,7 @@ class Moved:
             layer, most = max(self.growth.items(), key=lambda one: math.inf if math.isnan(one[1]) else one[1])
             rows.append(
                 (
-                    "weights moved, most of any layer, of their norm",
+                    "weights: ‖ΔW‖ / ‖W‖, the largest",
                     "",
                     f"{most:.3f} in layer {layer}",
                     counted(len(self.growth), "layer"),

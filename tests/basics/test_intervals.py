@@ -68,3 +68,18 @@ def test_a_summary_has_a_score_only_where_one_is_named():
     assert list(intervals.summarize(columns, metrics)) == ["a", "b"]
     got = intervals.summarize(columns, metrics, ("a", "b"))
     assert list(got) == ["score", "a", "b"] and got["score"].mean == pytest.approx(1 / 3) and got["score"].n == 2
+
+
+def test_a_change_of_the_same_cases():
+    """Agresti and Min's formula by hand: 8 cases gained, 3 lost, of 40; nothing changed is no certainty."""
+    before = torch.tensor([0.0] * 8 + [1.0] * 3 + [1.0] * 29)
+    after = torch.tensor([1.0] * 8 + [0.0] * 3 + [1.0] * 29)
+    mean, low, high, n = intervals.paired(before, after)
+    center, half = 5 / 42, 1.959964 * math.sqrt(8.5 + 3.5 - 5 * 5 / 42) / 42
+    assert (mean, n) == (pytest.approx(5 / 40), 40) and (low, high) == pytest.approx((center - half, center + half))
+    assert intervals.paired(after, after)[1:3] == pytest.approx((-1.959964 / 42, 1.959964 / 42))
+    assert intervals.paired(torch.zeros(2), torch.ones(2)).high == 1
+    mean, low, high, _ = intervals.paired(before * 9, after * 7)
+    changes = after.double() * 7 - before.double() * 9
+    assert high - mean == pytest.approx(1.959964 * float(changes.std()) / math.sqrt(40)) == mean - low
+    assert math.isnan(intervals.paired(torch.tensor([3.0]), torch.tensor([4.0])).low)

@@ -89,13 +89,10 @@ def what_moved(
     ask = questions(view, given, checked_texts(texts), prompts, max_tokens)
     with stages(*STAGES):
         found, notes = _beside_facts(view, given)
-        nearby, broken = _next_tokens(view, ask.prompts)
-        drifts, wrecked = _drifts(view, ask.windows, seed)
+        nearby, n_broken = _next_tokens(view, ask.prompts)
+        drifts, n_wrecked = _drifts(view, ask.windows, seed)
         still = _in_layers(view, given) | _written_again(view, ask)
-    broken = [f"the edited model gives NaN after {broken} of {counted(len(ask.prompts), 'prompt')}"] * bool(broken)
-    broken += [f"the edited model gives NaN in {counted(wrecked, 'window')} of the texts"] * bool(wrecked)
-    if broken:
-        broken.append("what such a model does not say is not therefore gone: its lens and canary show little")
+    broken = _said_of_nan(n_broken, len(ask.prompts), n_wrecked)
     grown = growth(view, [one for one in view.edits if one.route is None], {}) or None
     notes = (*broken, *notes, *ask.notes, *_without_growth(view, grown), *([view.note] if view.note else []))
     return Moved(drifts, complete(found | nearby | still), grown, notes, _meta(view, given, ask, seed, max_tokens))
@@ -208,6 +205,15 @@ def _written_again(view, ask: Asked) -> dict[str, Both]:
 
 
 # ---- what is said of it
+
+
+def _said_of_nan(n_prompts: int, of: int, n_windows: int) -> list[str]:
+    """Sentences for how often the edited model gives NaN, or none."""
+    said = [f"the edited model gives NaN after {n_prompts} of {counted(of, 'prompt')}"] * bool(n_prompts)
+    said += [f"the edited model gives NaN in {counted(n_windows, 'window')} of the texts"] * bool(n_windows)
+    if said:
+        said.append("what such a model does not say is not therefore gone: its lens and canary show little")
+    return said
 
 
 def _without_growth(view, grown) -> list[str]:

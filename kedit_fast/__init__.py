@@ -83,6 +83,8 @@ _HOME = {
     "load_suite": "gating",
     "logit_lens": "evaluation.logit_lens",
     "LogitLens": "evaluation.logit_lens",
+    "what_moved": "evaluation.moved",
+    "Moved": "evaluation.moved_report",
     "EditPolicy": "gating.policy",
     "advise": "gating.policy",
     "edit_in_rounds": "experiments.rounds",

@@ -47,6 +47,8 @@ from kedit_fast.evaluation.evaluate import evaluate as evaluate
 from kedit_fast.evaluation.harness import capability as capability
 from kedit_fast.evaluation.logit_lens import LogitLens as LogitLens
 from kedit_fast.evaluation.logit_lens import logit_lens as logit_lens
+from kedit_fast.evaluation.moved import what_moved as what_moved
+from kedit_fast.evaluation.moved_report import Moved as Moved
 from kedit_fast.evaluation.scores import Capability as Capability
 from kedit_fast.experiments.by_layer import LayerStudy as LayerStudy
 from kedit_fast.experiments.by_layer import edit_by_layer as edit_by_layer

@@ -81,6 +81,7 @@ TESTED_IN = {
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_harness.py": "commands/capability evaluation/harness_lm",
     "evaluation/test_logit_lens.py": "pictures/lens",
+    "evaluation/test_moved.py": "evaluation/benchmarks/distractors evaluation/moved_questions evaluation/moved_report",
     "experiments/test_by_layer.py": "pictures/by_layer",
     "evaluation/test_questions.py": "evaluation/readings "
     + " ".join(

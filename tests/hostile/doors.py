@@ -190,6 +190,9 @@ def doors(folder) -> list[Door]:
         Door("Sizes", _with(Sizes), dict.fromkeys([f.name for f in dataclasses.fields(Sizes)], "positive")),
         Door("load_suite", lambda paths: kf.load_suite(paths), dict(paths="path")),
         Door("logit_lens", _with(kf.logit_lens, t.lm, facts=t.facts[:1]), dict(facts="facts", edit="edit")),
+        Door("what_moved", _with(kf.what_moved, t.lm, edit=t.edit), dict(
+            edit="edit", facts="facts?", texts="dict?", prompts="prompts?", max_tokens="positive", seed="seed")),
+        Door("Moved.load", _with(kf.Moved.load), dict(path="path")),
         Door("EditPolicy", _with(kf.EditPolicy), dict(
             max_facts="positive", max_growth="number", max_drift="number", min_retention="share", warn_at="share")),
         Door("advise", _with(kf.advise, n_facts=1, growth={}), dict(
@@ -236,7 +239,8 @@ def doors(folder) -> list[Door]:
                 "trace": _with(kf.trace, facts=t.facts), "evaluate": _with(kf.evaluate, facts=t.facts),
                 "capability": _with(kf.capability, tasks="kedit_common"),
                 "second_moments": _with(kf.second_moments, layers=(0,)), "gate": _with(kf.gate, edit=t.edit),
-                "logit_lens": _with(kf.logit_lens, facts=t.facts), "Rome.edit": _with(t.rome.edit, facts=t.facts),
+                "logit_lens": _with(kf.logit_lens, facts=t.facts), "what_moved": _with(kf.what_moved, edit=t.edit),
+                "Rome.edit": _with(t.rome.edit, facts=t.facts),
                 "Rome.for_model": _with(kf.Rome.for_model), "Ft.edit": _with(kf.Ft(layers=(1,)).edit, facts=t.facts),
                 "edit_by_layer": _with(kf.edit_by_layer, facts=t.facts),
                 "edit_in_rounds": _with(kf.edit_in_rounds, facts=t.facts, editor=t.rome, per_round=1),

@@ -103,15 +103,19 @@ class Moved:
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
+        blocks = self.blocks()
+        if path is not None:
+            write_report(path, "What else moved", self._title(), [Section("Without and with the edit", blocks)])
+        return fragment(blocks)
+
+    def blocks(self) -> list:
+        """What a page shows of it."""
         header, *rows = self._rows()
         blocks: list = [Table(header, [(Cell(name), *cells) for name, *cells in rows], self._title())]
         if self.growth:
             rows = [(str(layer), value) for layer, value in self.growth.items()]
             blocks.append(Table(("layer", "‖ΔW‖ / ‖W‖"), rows, "How far weights moved"))
-        blocks += self.notes
-        if path is not None:
-            write_report(path, "What else moved", self._title(), [Section("Without and with the edit", blocks)])
-        return fragment(blocks)
+        return [*blocks, *self.notes]
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -31,12 +31,12 @@ from kedit_fast.evaluation.moved_report import Moved
 from kedit_fast.evaluation.questions import N_WRITTEN
 from kedit_fast.evaluation.report import EvalReport
 from kedit_fast.evaluation.scores import Capability
-from kedit_fast.experiments.consistency import Consistency, consistency
+from kedit_fast.experiments.consistency import Consistency, Tables, consistency
 from kedit_fast.facts.fact import Fact
-from kedit_fast.facts.knowledge import BUILTIN, Tables
+from kedit_fast.facts.knowledge import BUILTIN
 from kedit_fast.gating import GateReport, Suite, Thresholds, gate
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.pictures.page import Cell, Picture, Section, Table, fragment, write_report
+from kedit_fast.pictures.page import Picture, Section, Table, fragment, write_report
 from kedit_fast.pictures.summary import plot_scores
 
 READ_FROM = {  # score: the metric of the report that it is
@@ -136,7 +136,7 @@ class EditSummary:
         """The summary as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
         first = [self.verdict, Picture(plot_scores(self)), Table(["score", "base", "edited", "of"], self._rows())]
         sections = [Section("In short", first), Section("Worst cases", self._told()), *self._paths()]
-        sections.append(Section("What else moved", [self.moved.table(), *self.moved.notes]))
+        sections.append(Section("What else moved", self.moved.blocks()))
         sections.append(Section("The facts in every reading", self.report._blocks()))
         sections.append(Section("What was not measured", self._missing() or ["Everything was."]))
         if path is not None:
@@ -167,9 +167,8 @@ class EditSummary:
     def save(self, folder: AnyPath) -> None:
         """Each part as a file of its own, .json, in a folder that is made; files of these names are replaced."""
         place = checks.path("folder", folder)
-        parts = {"report": self.report, "moved": self.moved, "gate": self.gate}
-        parts |= {"consistency": self.consistency, "capability": self.capability}
-        for name, part in parts.items():
+        for name in ("report", "moved", "gate", "consistency", "capability"):
+            part = getattr(self, name)
             if part is not None:
                 part.save(place / f"{name}.json")
 

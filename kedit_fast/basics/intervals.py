@@ -1,17 +1,20 @@
-"""What a column of values comes to: its mean with an interval; and the score of several."""
+"""What a column of values comes to: its mean with an interval; the score of several; and how two columns differ."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
-SHARE, PROBABILITY, DIFFERENCE, COUNT = "share", "probability", "difference", "count"  # kinds of a metric
-LOWEST = {SHARE: 0.0, PROBABILITY: 0.0, DIFFERENCE: -1.0, COUNT: 0.0}
-HIGHEST = {SHARE: 1.0, PROBABILITY: 1.0, DIFFERENCE: 1.0, COUNT: math.inf}
+# Kinds of a metric.
+SHARE, PROBABILITY, DIFFERENCE, COUNT, AMOUNT = "share", "probability", "difference", "count", "amount"
+LOWEST = {SHARE: 0.0, PROBABILITY: 0.0, DIFFERENCE: -1.0, COUNT: 0.0, AMOUNT: 0.0}
+HIGHEST = {SHARE: 1.0, PROBABILITY: 1.0, DIFFERENCE: 1.0, COUNT: math.inf, AMOUNT: math.inf}
 SCORE = "score"
+RESAMPLES, SEED = 2_000, 0  # of cases, for the interval of a difference of scores
 
 Metrics = Mapping[str, tuple[str, str]]  # {name: (kind, what it says of a case)}, in the order reports show them
 
@@ -69,3 +72,72 @@ def summarize(columns: Mapping[str, Tensor], metrics: Metrics, score_of: Sequenc
         return summary
     score = harmonic_mean(summary[name].mean for name in score_of)
     return {SCORE: Interval(score, math.nan, math.nan, summary[score_of[0]].n)} | summary
+
+
+# ---- how two columns of the same cases differ
+
+
+def difference(column: Tensor, other: Tensor, kind: str) -> Interval:
+    """Mean of column - other [n_cases] over the cases where both have a value, and its 95 % interval.
+
+    Of shares: as if there were two pairs more, 1 - 0 and 0 - 1, and ± 1.96 sd / sqrt(n + 2) around the mean of all
+    these (for outcomes of 0 and 1: Bonett and Price 2012). Of anything else: Student's t, NaN bounds for one pair.
+    Shares mostly agree, so that most differences are 0. Of 30 pairs where 2 % and 1 % of the outcomes differ, t has the
+    true difference inside 59 times in 100 and the bootstrap 45 times; this always. Of 100 shares of neighbors that
+    rarely differ: 91, 93, 98 times. Probabilities differ in every case: t 95 times in 100, and two pairs more would
+    make it up to twice as wide.
+    """
+    pairs = (column.double() - other.double())[~(column.isnan() | other.isnan())]
+    n = len(pairs)
+    if not n:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = float(pairs.mean())
+    if kind == SHARE:
+        middle = float(pairs.sum()) / (n + 2)
+        half = Z95 * math.sqrt(((float((pairs**2).sum()) + 2) / (n + 2) - middle**2) / (n + 2))
+        return Interval(mean, max(middle - half, -1.0), min(middle + half, 1.0), n)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    half = student(n - 1) * float(pairs.std()) / math.sqrt(n)
+    widest = HIGHEST[kind] - LOWEST[kind]
+    return Interval(mean, max(mean - half, -widest), min(mean + half, widest), n)
+
+
+def score_difference(columns: Mapping[str, Tensor], others: Mapping[str, Tensor], score_of: Sequence[str]) -> Interval:
+    """Score of the columns - score of the others, where both have a value, and its 95 % interval.
+
+    By resampling the cases, the same for both and for all metrics (2,000 times, seed 0); the percentiles are those that
+    make up for few cases (Hesterberg 2015, section 5.3). NaN bounds for one case. n: pairs of the first metric
+    """
+    both = [_both(columns[name], others[name]) for name in score_of]
+    n, n_first = len(both[0][0]), int((~both[0][0].isnan()).sum())
+    mean = float(_score(both, 0) - _score(both, 1))
+    if n < 2 or math.isnan(mean):
+        return Interval(mean, math.nan, math.nan, n_first)
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = []
+    for _ in range(RESAMPLES):
+        rows = torch.randint(n, (n,), generator=generator)
+        again = [(a[rows], b[rows]) for a, b in both]
+        drawn.append(_score(again, 0) - _score(again, 1))
+    found = torch.tensor(drawn, dtype=torch.float64)
+    tail = 0.5 * math.erfc(student(n - 1) * math.sqrt(n / (n - 1)) / math.sqrt(2))
+    low, high = found[~found.isnan()].quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(mean, low, high, n_first)
+
+
+def student(degrees: int) -> float:
+    """Student's t quantile of a two-sided 95 % interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
+
+
+def _both(column: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns as fp64, NaN where either has no value."""
+    missing = column.isnan() | other.isnan()
+    return column.double().masked_fill(missing, math.nan), other.double().masked_fill(missing, math.nan)
+
+
+def _score(both: Sequence[tuple[Tensor, Tensor]], side: int) -> float:
+    return harmonic_mean(float(pair[side].nanmean()) for pair in both)

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import HIGHEST, SCORE, Metrics
 from kedit_fast.evaluation.probes import Answer, Probe, as_read, probe
 from kedit_fast.evaluation.readings import Judge
-from kedit_fast.facts.fact import Fact, fact_list, load_facts, made_of
+from kedit_fast.facts.fact import BUILTIN, OWN_FACTS, Fact, fact_list, load_facts, made_of
 from kedit_fast.facts.files import Notes, read_records
 from kedit_fast.facts.formats import READ, Question
 from kedit_fast.facts.subjects import Names
@@ -135,11 +135,13 @@ class Benchmark:
         check_metrics(f"benchmark {self.name!r}", self.metrics, self.score_of)
 
     def load(self, path: checks.AnyPath, n: int | None = None, *, skip_bad: bool = False) -> list[Case]:
-        """The first n cases of a file, .json or .jsonl (.gz), as this benchmark reads its records.
+        """The first n cases of a file, .json or .jsonl (.gz), as this benchmark reads its records; "builtin": the facts
+        of this package.
 
         skip_bad, warnings, errors: as in ``load_facts``
         """
         n, skip_bad = checks.optional(checks.whole, "n", n, least=1, like=10), checks.flag("skip_bad", skip_bad)
+        path = OWN_FACTS if path == BUILTIN else path
         if self.read is None:
             return case_list(load_facts(path, skip_bad=skip_bad), self.cases)[:n]
         notes = Notes(READ | self.reads)

@@ -25,6 +25,7 @@ from kedit_fast.edits.edit import Edit
 from kedit_fast.edits.held_out import check_held_out
 from kedit_fast.evaluation.benchmark import Benchmark, Case, Writing, case_list, check_lengths
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
+from kedit_fast.evaluation.known import Known
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
 from kedit_fast.evaluation.probes import Probe, read_probes, write_probes
 from kedit_fast.evaluation.readings import Judge
@@ -54,6 +55,7 @@ def evaluate(
     max_tokens: int = MAX_TOKENS,
     log: checks.AnyPath | None = None,
     both_forms: bool = True,
+    known: Known | None = None,
     checkpoint: Checkpoint = None,
 ) -> EvalReport:
     """What facts are worth by a benchmark, for the model and, in the same sweeps, for the model with its edits.
@@ -72,6 +74,7 @@ def evaluate(
     log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
+    known: for several evaluations of the same facts, ``Known()``: the base model is asked in the first of them alone
     checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
         arguments, and ends with the same bits. To be deleted once the report is saved
 
@@ -89,6 +92,7 @@ def evaluate(
     One weight pass for each chunk of cases (64, or as many as memory holds when weights are streamed) and for the text.
     """
     given, checkpoint = _checked(benchmark, facts, generate, judge, max_tokens, both_forms, log), check_run(checkpoint)
+    known = checks.optional(checks.instance, "known", known, Known, "a Known()")
     lm = with_edits(lm, edit, "edit")
     cases = _cases(lm, given, text)
     check_held_out(lm.edits, ((fact, case.owner) for case in cases for fact in case.facts))
@@ -102,7 +106,7 @@ def evaluate(
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
         asked_for = partial(_asked_for, lm, benchmark, given, generate, len(forms), windows)
-        said, drift = _answered(lm, benchmark, forms, windows, log, (checkpoint, asked_for))
+        said, drift = _answered(lm, benchmark, forms, windows, log, known, (checkpoint, asked_for))
     other = _report(benchmark, forms[1], said[1], meta | {"note": ""}) if len(forms) > 1 else None
     return _report(benchmark, forms[0], said[0], meta, perplexity=drift, other=other)
 
@@ -222,25 +226,25 @@ def _asked_for(lm, benchmark: Benchmark, given: list[Case], generate: int | None
     return asked_of(lm, "evaluate", facts, **settings, text=None if windows is None else digest(windows))
 
 
-def _answered(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, run):
+def _answered(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, known, run):
     """(what came of the cases, in each form; the perplexities of base and edited model). run: of ``begun``"""
     with begun(*run) as keep:
-        return fitting(lm, keep, lambda lm: _all_read(lm, benchmark, forms, windows, log, keep))
+        return fitting(lm, keep, lambda lm: _all_read(lm, benchmark, forms, windows, log, known, keep))
 
 
-def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, keep: Keep):
+def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, known, keep: Keep):
     """As ``_answered``, with so much memory."""
-    written = keep_json(keep, "written", lambda: [_written(lm, form) for form in forms])
+    written = keep_json(keep, "written", lambda: [_written(lm, form, known) for form in forms])
     both = zip(forms, written, strict=True)
     forms = [[one._replace(texts=texts) for one, texts in zip(*each, strict=True)] for each in both]
-    said = _read_all(lm, benchmark, list(zip(*forms, strict=True)), log, keep)
+    said = _read_all(lm, benchmark, list(zip(*forms, strict=True)), log, known, keep)
     if windows is None:
         return said, None
     base, edited = keep_json(keep, "perplexity", lambda: perplexity(lm, windows))
     return said, (base, edited)
 
 
-def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, keep: Keep) -> list[list[Said]]:
+def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, known, keep: Keep) -> list[list[Said]]:
     """What came of the cases, each in all its forms, by form."""
     said: list[list[Said]] = [[] for _ in cases[0]]
     lines = Log(log if ranks.first() else None)
@@ -251,7 +255,7 @@ def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, kee
 
         def make(chunk: Sequence[tuple[Asked, ...]], first: int) -> dict[str, Tensor]:
             advance = scaled(bar.advance, len(chunk) / len(said))
-            made = [_said(lm, benchmark, some, advance) for some in zip(*chunk, strict=True)]
+            made = [_said(lm, benchmark, some, known, advance) for some in zip(*chunk, strict=True)]
             return {"said": json_tensor(made)}
 
         for chunk in in_groups(keep, "cases", cases, lambda rest: _chunks(lm, rest), make, "case", size=rows):
@@ -265,17 +269,19 @@ def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, kee
     return said
 
 
-def _written(lm, form: list[Asked]) -> list[list[tuple[str | None, str | None]]]:
+def _written(lm, form: list[Asked], known: Known | None) -> list[list[tuple[str | None, str | None]]]:
     """What base and edited model write behind each probe of each case that asks for it."""
     probes = [probe for one in form for probe in one.everything]
-    before = write_probes(dataclasses.replace(lm, edits=()), probes)
+    bare = dataclasses.replace(lm, edits=())
+    before = write_probes(bare, probes) if known is None else known.written(bare, probes)
     both = iter(zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True))
     return [list(islice(both, len(one.everything))) for one in form]
 
 
-def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], advance) -> list[Said]:
+def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], known: Known | None, advance) -> list[Said]:
     written = [both for one in chunk for both in one.texts]
-    base, edited = read_probes(lm, [probe for one in chunk for probe in one.everything], advance)
+    asked = [probe for one in chunk for probe in one.everything]
+    base, edited = read_probes(lm, asked, advance) if known is None else known.read(lm, asked, advance)
     base = [answer._replace(text=before) for answer, (before, _) in zip(base, written, strict=True)]
     if edited is not None:
         edited = [answer._replace(text=after) for answer, (_, after) in zip(edited, written, strict=True)]

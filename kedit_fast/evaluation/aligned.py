@@ -84,8 +84,8 @@ def _check_same(one: EvalReport, whole: EvalReport, name: str, first: str) -> No
         for field in a:
             if a[field] != b[field]:
                 raise ValueError(
-                    f"reports {first!r} and {name!r} ask fact {i}, {mine.text!r}, otherwise: {field} is {brief(repr(b[field]))} "
-                    f"and {brief(repr(a[field]))}"
+                    f"reports {first!r} and {name!r} ask fact {i}, {mine.text!r}, otherwise: {field} is "
+                    f"{brief(repr(b[field]))} and {brief(repr(a[field]))}"
                 )
     for metric in {**whole.metrics, **one.metrics}:
         if metric not in one.metrics or metric not in whole.metrics:
@@ -135,7 +135,7 @@ def _agreeing(one: Columns, whole: Report, name: str, notes: list[str]) -> tuple
     told: dict[str, int] = {}
     for metric in one.metrics:
         kind = metric.partition(MODE)[0]
-        if metric not in whole.metrics:
+        if metric not in whole.metrics or (whole.edited or whole.base)[metric].isnan().all():
             continue
         same = _same_prompts(one, theirs, kind)
         if not bool(same.any()):

@@ -50,7 +50,10 @@ def aligned(reports: Mapping[str, Report]) -> Aligned:
     notes += _left_out(reports, metrics)
     edited = [name for name, one in reports.items() if one.edited is not None]
     base = read[edited[0]][0] if edited else None
-    notes += [_other_base(edited[0], name) for name in edited[1:] if _differ(read[edited[0]][0], read[name][0], metrics)]
+    notes += [
+        _other_base(edited[0], name) for name in edited[1:] if _differ(read[edited[0]][0], read[name][0], metrics)
+    ]
+    notes += _perplexities(reports)
     score_of = tuple(getattr(whole, "score_of", ()))
     return Aligned(
         whole.facts, getattr(whole, "cases", ()), metrics, score_of if set(score_of) <= set(metrics) else (),
@@ -191,6 +194,17 @@ def _left_out(reports: Mapping[str, Report], metrics: Iterable[str]) -> list[str
             more = f" and {len(measured) - NAMED} more" if len(measured) > NAMED else ""
             said.append(f"left out, of {name} alone: {', '.join(measured[:NAMED])}{more}")
     return said
+
+
+def _perplexities(reports: Mapping[str, Report]) -> list[str]:
+    """A sentence on how much less likely ordinary text has become, where that was measured."""
+    measured = {name: one for name, one in reports.items() if isinstance(one, EvalReport) and one.perplexity}
+    told = [
+        f"{name} {one.perplexity[0]:.2f}" if one.drift is None else f"{name} {one.perplexity[1]:.2f} ({one.drift:+.1%})"
+        for name, one in measured.items()
+        if one.perplexity is not None
+    ]
+    return [f"perplexity (and its change): {', '.join(told)}"] * bool(told)
 
 
 def _nothing(reports: Mapping[str, Report], first: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import check_format, read_object, reading, write_text
-from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, difference, score_difference, summarize
+from kedit_fast.basics.intervals import COUNT, SCORE, SHARE, Interval, Metrics, difference, score_difference, summarize
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.aligned import aligned
@@ -149,7 +149,8 @@ class Comparison:
         names = self.shown(modes)
         rest = [name for name in self.shown(list(self._every())) if name not in names] if self._every() else []
         means, differs = self._blocks(names)
-        picture = [Picture(plot_comparison(self, names=names))]
+        drawn = [name for name in names if name == SCORE or self.metrics[name][0] == SHARE]
+        picture = [Picture(plot_comparison(self, names=drawn))] * bool(drawn)
         more = [Details("in the other modes", self._blocks(rest))] if rest else []
         blocks = [means, *picture, differs, *self._lines(), *more]
         if path is not None:

@@ -42,7 +42,7 @@ def plot_comparison(
         for i, side in enumerate(sides):
             at = np.arange(len(means)) + (i - (len(sides) - 1) / 2) * step
             mean, low, high = np.array([one[side][:3] for one in means.values()], dtype=float).reshape(-1, 3).T
-            around = np.nan_to_num(np.stack([mean - low, high - mean])).clip(min=0)
+            around = np.stack([mean - low, high - mean]).clip(min=0)
             axes.barh(at, mean, step * 0.86, color=ink[side], label=side)
             axes.errorbar(mean, at, xerr=around, fmt="none", ecolor="#333333", elinewidth=0.7, capsize=1.2)
         axes.set_yticks(range(len(means)), [name.replace(".", "\n", 1) for name in means])

@@ -121,8 +121,11 @@ def score_difference(columns: Mapping[str, Tensor], others: Mapping[str, Tensor]
         again = [(a[rows], b[rows]) for a, b in both]
         drawn.append(_score(again, 0) - _score(again, 1))
     found = torch.tensor(drawn, dtype=torch.float64)
+    found = found[~found.isnan()]
     tail = 0.5 * math.erfc(student(n - 1) * math.sqrt(n / (n - 1)) / math.sqrt(2))
-    low, high = found[~found.isnan()].quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = found.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    if low == high:  # cases that are all alike say nothing of others
+        low = high = math.nan
     return Interval(mean, low, high, n_first)
 
 

@@ -79,9 +79,7 @@ def _asked(args, benchmark: Benchmark) -> Asked:
     methods = {name: known("--methods", name, EDITORS) for name in args.methods or ()}
     if trained := [name for name in methods if name in TRAINED]:
         way_out = f"kedit-fast edit --method {trained[0]} --network FILE -o {trained[0]}.safetensors"
-        raise ValueError(
-            f"--methods {trained[0]}: it edits by a trained network; make the edit by `{way_out}` and name it"
-        )
+        raise ValueError(f"--methods {trained[0]}: a trained network edits; make the edit by `{way_out}` and name that")
     found = Asked(methods, {}, {})
     for path in args.compared:
         name = Path(path.removesuffix(".gz")).stem
@@ -93,8 +91,8 @@ def _asked(args, benchmark: Benchmark) -> Asked:
             found.edits[name] = read_edits(path)
     if len(found.names) < 2:
         raise ValueError(
-            "compare what? name two or more of: methods (--methods rome,memit), edit files, reports of `kedit-fast eval "
-            "-o` or of EasyEdit"
+            "compare what? name two or more of: methods (--methods rome,memit), edit files, reports of "
+            "`kedit-fast eval -o` or of EasyEdit"
         )
     if (methods or found.edits) and args.facts is None:
         raise ValueError(f"compare on which facts? give --facts FILE (or --facts {BUILTIN})")

@@ -50,9 +50,9 @@ def aligned(reports: Mapping[str, Report]) -> Aligned:
     notes += _left_out(reports, metrics)
     edited = [name for name, one in reports.items() if one.edited is not None]
     base = read[edited[0]][0] if edited else None
-    notes += [
-        _other_base(edited[0], name) for name in edited[1:] if _differ(read[edited[0]][0], read[name][0], metrics)
-    ]
+    for name in edited[1:]:
+        if _differ(read[edited[0]][0], read[name][0], metrics):
+            notes.append(f"the unedited model of {name} is not that of {edited[0]}, which is shown")
     notes += _perplexities(reports)
     score_of = tuple(getattr(whole, "score_of", ()))
     return Aligned(
@@ -213,10 +213,6 @@ def _nothing(reports: Mapping[str, Report], first: str) -> str:
         f"nothing was measured alike: {has}; what EasyEdit measures stands beside a report of --benchmark knowedit or "
         "zsre on the same prompts"
     )
-
-
-def _other_base(first: str, name: str) -> str:
-    return f"the unedited model of {name} is not that of {first}, which is shown"
 
 
 def _differ(base: Values, other: Values, metrics: Iterable[str]) -> bool:

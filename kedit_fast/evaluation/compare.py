@@ -119,12 +119,9 @@ class Comparison:
     def shown(self, modes: Sequence[str] | None = None) -> list[str]:
         """Metrics that some side has, in these modes. Raises BadArgument for a mode that no metric has."""
         modes = self.modes() if modes is None else checks.choices("modes", modes, self._every())
-        return [
-            name
-            for name, sides in self.summary.items()
-            if (name == SCORE or self.metrics[name][0] != COUNT) and (MODE not in name or name.partition(MODE)[2] in modes)
-            and any(one.n and one.mean == one.mean for one in sides.values())
-        ]  # fmt: skip
+        told = [name for name in self.summary if name == SCORE or self.metrics[name][0] != COUNT]
+        told = [name for name in told if MODE not in name or name.partition(MODE)[2] in modes]
+        return [name for name in told if any(one.mean == one.mean for one in self.summary[name].values())]
 
     # ---- what is shown
 
@@ -209,7 +206,8 @@ class Comparison:
         record = {
             "format": FORMAT, "version": VERSION, "against": self.against, "meta": self.meta, "notes": list(self.notes),
             "metrics": self.metrics, "score_of": self.score_of, "facts": [fact.to_record() for fact in self.facts],
-            "cases": self.cases, "base": listed(self.base), "sides": {name: listed(x) for name, x in self.sides.items()},
+            "cases": self.cases, "base": listed(self.base),
+            "sides": {name: listed(side) for name, side in self.sides.items()},
         }  # fmt: skip
         write_text(path, json.dumps(record, allow_nan=False))
 

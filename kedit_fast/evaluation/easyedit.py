@@ -9,10 +9,10 @@ and what was measured of it before and after the edit, a value for each prompt o
     metric_meta            in pre and post of newer versions: {"rewrite": {"protocol"}, ...}
 
 Its accuracies are read as "rewrite.token", "paraphrase.token", "locality.same" (of prompts that name the subject
-"same_subject.same") and, of portability, "logical.token", "reasoning.token", "alias.token" and "portability.token", which
-is all of them together. Where a record names another protocol the mode is that one's: judge, match, same_text, or, of
-GRACE, which is asked to write as many tokens as the answer has, the protocol's own name. A model agrees with itself, so
-that "same" is 1 before the edit.
+"same_subject.same") and, of portability, "logical.token", "reasoning.token", "alias.token" and "portability.token",
+which is all of them together. Where a record names another protocol the mode is that one's: judge, match, same_text,
+or, of GRACE, which is asked to write as many tokens as the answer has, the protocol's own name. A model agrees with
+itself, so that "same" is 1 before the edit.
 """
 
 import math
@@ -116,8 +116,9 @@ class _Record:
         }
         self.prompts: dict[str, list[str]] = {REWRITE: [self.fact.text], PARAPHRASE: list(self.fact.paraphrases)}
         for (part, name), questions in self.asked.items():
-            for kind, one in ((kind, one) for one in questions for kind in self._kinds(part, name, one)):
-                self.prompts.setdefault(kind, []).append(one.prompt)
+            for one in questions:
+                for kind in self._kinds(part, name, one):
+                    self.prompts.setdefault(kind, []).append(one.prompt)
         self.base, self.edited = (self._side(side, _object(record, side)) for side in ("pre", "post"))
         self.base |= {name: 1.0 for name in self.edited if name.partition(".")[2] in ("same", "same_text")}
 

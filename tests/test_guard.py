@@ -21,7 +21,7 @@ ELSEWHERE = {
     "hf_model": "apply says what it writes into", "on": "of a context manager",
 }  # fmt: skip
 MADE_BY_US = {
-    "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
+    "EvalReport", "Comparison", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
     "NeuronAttribution", "Forgotten", "Eraser",
 }  # fmt: skip
 

@@ -78,6 +78,7 @@ TESTED_IN = {
     "editors/test_memit.py": "editors/located editors/spread",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_settings editors/training_step",
+    "evaluation/test_compare.py": "evaluation/aligned pictures/comparison",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_logit_lens.py": "pictures/lens",
     "experiments/test_by_layer.py": "pictures/by_layer",

@@ -2,7 +2,7 @@
 
 One edit is read with its base in one sweep, and below the first edited layer the two share every row. Of several it
 costs less to ask the base once: for 197 probes of SmolLM2-135M on one CPU core, base and edited together took 20.6 s
-with layers 3 to 7 edited, the edited model alone 11.2 s and the base alone 10.8 s; with layer 20 edited 16.8 and 12.3 s.
+with layers 3 to 7 edited, the edited model alone 11.2 s and the base alone 10.8 s; with layer 20 edited 16.8, 12.3 s.
 """
 
 import dataclasses

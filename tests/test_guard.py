@@ -21,8 +21,8 @@ ELSEWHERE = {
     "hf_model": "apply says what it writes into", "on": "of a context manager",
 }  # fmt: skip
 MADE_BY_US = {
-    "EvalReport", "Comparison", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
-    "NeuronAttribution", "Forgotten", "Eraser",
+    "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
+    "NeuronAttribution", "Forgotten", "Eraser", "Comparison",
 }  # fmt: skip
 
 

@@ -70,6 +70,8 @@ _HOME = {
     "compare": "evaluation.compare",
     "Comparison": "evaluation",
     "load_easyedit": "evaluation.easyedit",
+    "capability": "evaluation.harness",
+    "Capability": "evaluation.scores",
     "Edit": "edits.edit",
     "compose": "edits.compose",
     "export_peft": "shipping.adapter",

@@ -47,8 +47,10 @@ from kedit_fast.evaluation import EvalReport as EvalReport
 from kedit_fast.evaluation.compare import compare as compare
 from kedit_fast.evaluation.easyedit import load_easyedit as load_easyedit
 from kedit_fast.evaluation.evaluate import evaluate as evaluate
+from kedit_fast.evaluation.harness import capability as capability
 from kedit_fast.evaluation.logit_lens import LogitLens as LogitLens
 from kedit_fast.evaluation.logit_lens import logit_lens as logit_lens
+from kedit_fast.evaluation.scores import Capability as Capability
 from kedit_fast.experiments.by_layer import LayerStudy as LayerStudy
 from kedit_fast.experiments.by_layer import edit_by_layer as edit_by_layer
 from kedit_fast.experiments.forgotten import Forgotten as Forgotten

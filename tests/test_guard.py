@@ -22,7 +22,7 @@ ELSEWHERE = {
 }  # fmt: skip
 MADE_BY_US = {
     "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
-    "NeuronAttribution", "Forgotten", "Eraser", "Comparison",
+    "NeuronAttribution", "Forgotten", "Eraser", "Capability", "Comparison",
 }  # fmt: skip
 
 

@@ -51,6 +51,11 @@ def many_facts(lm: kf.LM, editor: kf.Memit, moments: dict[int, kf.SecondMoment])
     kf.merge_checkpoint("llama", [first, second], Path("edited"))
     assert_type(kf.unmerge("edited"), Path)
     assert_type(kf.EditHistory("edits").current, tuple[kf.Edit, ...])
+    able = kf.capability(lm, ["kedit_common"], second, limit=10)
+    assert_type(able, kf.Capability)
+    assert_type(
+        {task: score.base for task, of_task in able.scores.items() for score in of_task.values()}, dict[str, float]
+    )
     lens = kf.logit_lens(lm, facts, singles.only(0))
     assert_type(lens, kf.LogitLens)
     assert_type(lens.plot(), Figure)

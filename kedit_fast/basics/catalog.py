@@ -45,6 +45,7 @@ TRAINED = {  # editors that a network is trained for: the hyper-parameters of it
 }
 ROUTES = ("names", "scope")  # around independent edits (``editors/routed.py``)
 SELF = "self"  # of corpora, the text that the model samples itself
+CAPABILITY = ("kedit_common", "kedit_short")  # tasks of lm-evaluation-harness that lie in ``evaluation/tasks``
 BENCHMARKS = {
     "counterfact": "evaluation.benchmarks.counterfact.COUNTERFACT",
     "zsre": "evaluation.benchmarks.zsre.ZSRE",

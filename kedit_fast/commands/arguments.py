@@ -139,10 +139,10 @@ def add_eval(commands: Commands) -> None:
     edits_argument(parser, "*", EDITS + AS_IT_IS)
     file_options(parser, " (default: the edits' own facts)")
     chat_options(parser)
-    asked = f"what is asked of the facts, and how it counts: {', '.join(BENCHMARKS)}"
+    asked = f"what the file is, what is asked and how it counts: {', '.join(BENCHMARKS)}"
     option(parser, "--benchmark NAME", text_such_as(BENCHMARKS[0]), asked, BENCHMARKS[0])
     option(parser, "--text FILE", path, "a text file to measure perplexity on")
-    option(parser, "--generate N", count, "continue each prompt by N tokens", 0)
+    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
     option(parser, "--log FILE", path, "a .jsonl file: a line for each fact as soon as it is done")
     option(parser, "--html FILE", path, "the table as a page")
     output(parser, "FILE", "everything as .json")
@@ -178,6 +178,27 @@ def add_compare(commands: Commands) -> None:
     option(parser, "--html FILE", path, "the tables and a picture as a page")
     output(parser, "FILE", "everything as .json")
     checkpoint_option(parser)
+    machine_options(parser)
+
+
+def add_capability(commands: Commands) -> None:
+    parser = commands.command(
+        "capability [EDIT ...]",
+        "what else can the model still do: lm-evaluation-harness, with and without an edit",
+        "Runs tasks of lm-evaluation-harness (pip install 'kedit-fast[harness]') on the model without and with an\n"
+        "edit, which need not be written: memories, routes and models larger than memory are asked as they are.\n"
+        "Two small tasks need no network; the harness's own fetch their documents from the Hugging Face hub.",
+        "kedit-fast capability edit.safetensors --html capability.html",
+    )
+    edits_argument(parser, "*", EDITS + AS_IT_IS)
+    option(parser, "--tasks T,T", names, "tasks or groups of tasks", ",".join(catalog.CAPABILITY))
+    own = "with task files of your own, in the harness's format; what Python they name is run"
+    option(parser, "--task-folder DIR", path, own)
+    option(parser, "-n --limit N", positive, "the first N documents of each task")
+    option(parser, "--num-fewshot N", count, "examples before each, where the task does not fix them")
+    flag(parser, "--chat", "ask in the model's own chat template")
+    option(parser, "--html FILE", path, "the table as a page")
+    output(parser, "FILE", "everything as .json")
     machine_options(parser)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import check_format, read_object, reading, write_text
-from kedit_fast.basics.intervals import COUNT, SCORE, SHARE, Interval, Metrics, difference, score_difference, summarize
+from kedit_fast.basics.intervals import COUNT, SCORE, SHARE, Interval, Metrics, paired, paired_scores, summarize
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.aligned import aligned
@@ -95,14 +95,14 @@ class Comparison:
     @cached_property
     def differences(self) -> dict[str, dict[str, Interval]]:
         """{metric: {each side but ``against``: mean of its difference to that, with its 95 % interval; n: pairs}}, over
-        the cases where both have a value. Which interval: ``intervals.difference``, ``intervals.score_difference``."""
+        the cases where both have a value. Which interval: ``intervals.paired``, ``paired_scores``."""
         theirs = self._all[self.against]
         others = {name: side for name, side in self.sides.items() if name != self.against}
         found: dict[str, dict[str, Interval]] = {}
         if self.score_of:
-            found[SCORE] = {name: score_difference(side, theirs, self.score_of) for name, side in others.items()}
+            found[SCORE] = {name: paired_scores(theirs, side, self.score_of) for name, side in others.items()}
         for metric, (kind, _) in self.metrics.items():
-            found[metric] = {name: difference(side[metric], theirs[metric], kind) for name, side in others.items()}
+            found[metric] = {name: paired(theirs[metric], side[metric], kind) for name, side in others.items()}
         return found
 
     def verdict(self, metric: str, name: str) -> str:

@@ -97,12 +97,8 @@ def evaluate(
     cases = _cases(lm, given, text)
     check_held_out(lm.edits, ((fact, case.owner) for case in cases for fact in case.facts))
     windows = None if text is None else text_windows(lm, text, max_tokens)
-    forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
-    if both_forms and has_template(lm.tokenizer):
-        forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
-    asked = [one for form in forms for one in form]
-    check_lengths(lm, [(one.case, one.everything) for one in asked])
-    writing = ["generating"] * any(probe.n_written for one in asked for probe in one.everything)
+    forms = _forms(lm, benchmark, cases, generate, both_forms)
+    writing = ["generating"] * any(probe.n_written for form in forms for one in form for probe in one.everything)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
         asked_for = partial(_asked_for, lm, benchmark, given, generate, len(forms), windows)
@@ -192,6 +188,15 @@ def _place(fact: Fact) -> tuple:
 def _asked(lm, benchmark: Benchmark, case: Case, generate: int | None = 0) -> Asked:
     own = [case.probe(lm, fact, fact.text, n_written=generate) for fact in case.facts] if generate else []
     return Asked(case, own, benchmark.probes(lm, case))
+
+
+def _forms(lm, benchmark: Benchmark, cases: list[Case], generate: int | None, both: bool) -> list[list[Asked]]:
+    """What is asked of the cases, as their facts say, and in the other form."""
+    forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
+    if both and has_template(lm.tokenizer):
+        forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
+    check_lengths(lm, [(one.case, one.everything) for form in forms for one in form])
+    return forms
 
 
 def _chunks(lm, cases: Iterable[tuple[Asked, ...]]) -> Iterator[list[tuple[Asked, ...]]]:

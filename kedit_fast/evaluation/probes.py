@@ -7,6 +7,7 @@ each of their tokens is and which one it would say instead. Written (``write_pro
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -273,10 +274,28 @@ def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list
         if n:
             owners = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
             ids = [list(prompt) for prompt, _ in texts]
-            made = generate(lm, ids, n, until=until, nan_ends=bool(lm.edits), label=label, **owners)
+            ended = Ends(lm.tokenizer, until) if until else None
+            made = generate(lm, ids, n, until=ended, nan_ends=bool(lm.edits), label=label, **owners)
             said = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made)
             texts.update(zip(texts, (before_any(text, until) for text in said), strict=True))
     return [groups[how][asked] for how, asked in keys]
+
+
+class Ends:
+    """Whether the last of a text's tokens completes one of the texts that it ends before."""
+
+    def __init__(self, tokenizer, until: Sequence[str]):
+        self._tokenizer, self._until = tokenizer, until
+        last = {text[-1] for text in until}
+        self._last = last if "".join(last).isascii() else set()  # another character may be of several tokens
+        self._spelled = cache(lambda token: tokenizer.decode([token]))
+
+    def __call__(self, made: list[int]) -> bool:
+        # completed by a token that holds its last character: few tokens have all that came before them decoded too
+        if self._last and not self._last.intersection(self._spelled(made[-1])):
+            return False
+        text = self._tokenizer.decode(made, skip_special_tokens=True)
+        return before_any(text, self._until) != text
 
 
 def before_any(text: str, ends: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.basics.intervals import PROBABILITY, SCORE, SHARE, difference, score_difference
+from kedit_fast.basics.intervals import PROBABILITY, SCORE, SHARE, paired, paired_scores
 from kedit_fast.evaluation import BENCHMARKS, EvalReport, compare
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.benchmarks.knowedit import KNOWEDIT
@@ -53,13 +53,13 @@ def test_paired_differences_by_hand():
     ours, theirs = columns(COUNTERFACT, **MEMIT), columns(COUNTERFACT, **ROME)
     assert found.against == "rome" and set(found.differences["efficacy"]) == {"memit"}
     efficacy = found.differences["efficacy"]["memit"]
-    assert efficacy == difference(ours["efficacy"], theirs["efficacy"], SHARE) and efficacy.mean == 0.75
+    assert efficacy == paired(theirs["efficacy"], ours["efficacy"], SHARE) and efficacy.mean == 0.75
     p_new = found.differences["p_new"]["memit"]
     assert p_new.n == 3 and p_new.mean == pytest.approx((0.1 + 0.2 + 0.3) / 3)  # of the pairs alone
-    assert p_new == difference(ours["p_new"], theirs["p_new"], PROBABILITY)
+    assert p_new == paired(theirs["p_new"], ours["p_new"], PROBABILITY)
     assert found.differences["neighborhood"]["memit"].mean == -0.125
     names = ("efficacy", "paraphrase", "neighborhood")
-    assert found.differences[SCORE]["memit"] == score_difference(ours, theirs, names)
+    assert found.differences[SCORE]["memit"] == paired_scores(theirs, ours, names)
     summary = found.summary["p_new"]
     assert list(summary) == ["base", "rome", "memit"] and [one.n for one in summary.values()] == [4, 3, 4]
     assert summary["rome"] == report(**ROME).summary()["p_new"]["edited"]

@@ -40,6 +40,7 @@ from tests.editors.networks import network
 from tests.edits.test_format import saved_as_version_1
 from tests.evaluation.test_easyedit import RECORD as EASYEDIT
 from tests.evaluation.test_report import make_report
+from tests.evaluation.test_scores import made_up as capability_of
 from tests.experiments.test_by_layer import made_up
 from tests.fuzz import mutate
 from tests.make import FACTS, lowrank, make_edit, owned_edit
@@ -338,6 +339,10 @@ READERS = {
         _saved("comparison.json", lambda: kf.compare({"a": make_report(), "b": make_report()})),
     ),
     "EasyEdit's results": Reader(lambda path: repr(kf.load_easyedit(path)), "r.json", _written("r.json", [EASYEDIT])),
+    "capability": Reader(
+        lambda path: str(kf.Capability.load(path)) + kf.Capability.load(path).to_html(), "c.json",
+        _saved("c.json", capability_of),
+    ),
     "layer study": Reader(
         lambda path: repr(kf.LayerStudy.load(path)) + str(kf.LayerStudy.load(path).correlations()), "study.json",
         _saved("study.json", lambda: made_up([0.1, 0.5, 0.9])),

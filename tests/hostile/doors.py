@@ -159,6 +159,12 @@ def doors(folder) -> list[Door]:
         Door("Comparison.save", _with(kf.compare({"a": t.report, "b": t.report}).save), dict(path="path")),
         Door("Comparison.to_html", _with(kf.compare({"a": t.report, "b": t.report}).to_html), dict(path="path?")),
         Door("load_easyedit", _with(kf.load_easyedit), dict(path="path")),
+        Door("capability", _with(kf.capability, t.lm, tasks="kedit_common"), dict(
+            tasks="texts", edit="edit", limit="positive?", num_fewshot="whole?", task_folder="path?", chat="flag",
+            seed="seed")),
+        Door("Capability.load", _with(kf.Capability.load), dict(path="path")),
+        Door("Capability.save", _with(kf.Capability({}, {}).save), dict(path="path")),
+        Door("Capability.to_html", _with(kf.Capability({}, {}).to_html), dict(path="path?")),
         Door("EvalReport.load", _with(kf.EvalReport.load), dict(path="path")),
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),
@@ -227,6 +233,7 @@ def doors(folder) -> list[Door]:
             Door(f"{name}.lm", call, dict(lm="object"))
             for name, call in {
                 "trace": _with(kf.trace, facts=t.facts), "evaluate": _with(kf.evaluate, facts=t.facts),
+                "capability": _with(kf.capability, tasks="kedit_common"),
                 "second_moments": _with(kf.second_moments, layers=(0,)), "gate": _with(kf.gate, edit=t.edit),
                 "logit_lens": _with(kf.logit_lens, facts=t.facts), "Rome.edit": _with(t.rome.edit, facts=t.facts),
                 "Rome.for_model": _with(kf.Rome.for_model), "Ft.edit": _with(kf.Ft(layers=(1,)).edit, facts=t.facts),

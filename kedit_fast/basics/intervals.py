@@ -84,9 +84,9 @@ def summarize(columns: Mapping[str, Tensor], metrics: Metrics, score_of: Sequenc
 def paired(before: Tensor, after: Tensor, kind: str | None = None) -> Interval:
     """Mean of after - before, values [n_cases] of the same cases where both have one, and its 95 % interval.
 
-    Of shares (kind; None: where every value is 0 or 1) as if there were two pairs more, half of one each way and one that
-    agrees: ± 1.96 sd / sqrt(n + 2) around the mean of all these; for outcomes of 0 and 1 that is Agresti and Min's
-    (2005). Of anything else Student's t; NaN bounds for one pair.
+    Of shares (kind; None: where every value is 0 or 1) as if there were two pairs more, half of one each way and one
+    that agrees: ± 1.96 sd / sqrt(n + 2) around the mean of all these; for outcomes of 0 and 1 that is Agresti and
+    Min's (2005). Of anything else Student's t; NaN bounds for one pair.
     Shares mostly agree, so that most differences are 0. Of 30 pairs where 2 % and 1 % of the outcomes differ, t has the
     true difference inside 59 times in 100 and the bootstrap 45 times; this always. Of 100 shares of neighbors that
     rarely differ: 92, 93, 96 times. Probabilities differ in every case: t 95 times in 100, and the two pairs would make

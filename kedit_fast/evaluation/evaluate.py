@@ -64,8 +64,7 @@ def evaluate(
     edit: an Edit, or several in their order, on top of those that ``lm`` carries; base is the model without any of
         them. To judge an edit as it will be once written in some dtype: ``evaluate(lm.with_edit(edit,
         written=torch.bfloat16), facts)``. Under independent edits each fact is asked under its own.
-    benchmark: what is asked of a case, a fact or several of them, and how its answers become metrics: CounterFact's
-        (``counterfact.METRICS``) unless told otherwise
+    benchmark: what is asked of a case and how its answers become metrics: CounterFact's unless told otherwise
     text: a string or several, for perplexity and its drift; of it max_tokens tokens at most
     generate: tokens to write behind prompts, greedily, without and with the edits; with a number given, behind each
         fact's own prompt besides, for ``EvalReport.generations``. None: the benchmark's own number; 0: nothing is
@@ -74,7 +73,7 @@ def evaluate(
     log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
-    known: for several evaluations of the same facts, ``Known()``: the base model is asked in the first of them alone
+    known: ``Known()`` for several evaluations of the same facts: the base model is asked in the first of them alone
     checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
         arguments, and ends with the same bits. To be deleted once the report is saved
 
@@ -91,8 +90,7 @@ def evaluate(
     anything but Facts or an Edit; OSError for a log that cannot be written.
     One weight pass for each chunk of cases (64, or as many as memory holds when weights are streamed) and for the text.
     """
-    given, checkpoint = _checked(benchmark, facts, generate, judge, max_tokens, both_forms, log), check_run(checkpoint)
-    known = checks.optional(checks.instance, "known", known, Known, "a Known()")
+    given, checkpoint = _checked(benchmark, facts, generate, judge, max_tokens, known, log), check_run(checkpoint)
     lm = with_edits(lm, edit, "edit")
     cases = _cases(lm, given, text)
     check_held_out(lm.edits, ((fact, case.owner) for case in cases for fact in case.facts))
@@ -129,11 +127,11 @@ class Asked(NamedTuple):
         return 2 * sum(sum(probe.lengths) for probe in self.probes)
 
 
-def _checked(benchmark, facts, generate, judge, max_tokens, both_forms, log) -> list[Case]:
+def _checked(benchmark, facts, generate, judge, max_tokens, known, log) -> list[Case]:
     """The cases that are asked, with how their answers are written."""
     checks.instance("benchmark", benchmark, Benchmark, "a Benchmark, e.g. kf.BENCHMARKS['counterfact']")
-    checks.flag("both_forms", both_forms)
     checks.optional(lambda _, path: check_place(path), "log", log)
+    checks.optional(checks.instance, "known", known, Known, "a Known()")
     checks.optional(checks.whole, "generate", generate, like=20)
     if judge is not None and not callable(judge):
         checks.refuse("judge", judge, "a function of (prompt, accepted answers, text) that gives 0 to 1")
@@ -193,7 +191,7 @@ def _asked(lm, benchmark: Benchmark, case: Case, generate: int | None = 0) -> As
 def _forms(lm, benchmark: Benchmark, cases: list[Case], generate: int | None, both: bool) -> list[list[Asked]]:
     """What is asked of the cases, as their facts say, and in the other form."""
     forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
-    if both and has_template(lm.tokenizer):
+    if checks.flag("both_forms", both) and has_template(lm.tokenizer):
         forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
     check_lengths(lm, [(one.case, one.everything) for form in forms for one in form])
     return forms

@@ -152,7 +152,7 @@ def doors(folder) -> list[Door]:
         Door("evaluate", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(
             facts="facts", edit="edit", benchmark="object", text="corpus", generate="whole", max_tokens="positive",
             log="path?", both_forms="flag", checkpoint="path?")),
-        Door("evaluate.known", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(known="object")),
+        Door("evaluate.given", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(known="object", judge="object")),
         Door("compare", _with(kf.compare, reports={"a": t.report, "b": t.report}), dict(
             reports="reports", against="name?")),
         Door("Comparison.load", _with(kf.Comparison.load), dict(path="path")),

@@ -50,11 +50,17 @@ from kedit_fast.evaluation.evaluate import evaluate as evaluate
 from kedit_fast.evaluation.harness import capability as capability
 from kedit_fast.evaluation.logit_lens import LogitLens as LogitLens
 from kedit_fast.evaluation.logit_lens import logit_lens as logit_lens
+from kedit_fast.evaluation.moved import what_moved as what_moved
+from kedit_fast.evaluation.moved_report import Moved as Moved
 from kedit_fast.evaluation.scores import Capability as Capability
 from kedit_fast.experiments.by_layer import LayerStudy as LayerStudy
 from kedit_fast.experiments.by_layer import edit_by_layer as edit_by_layer
+from kedit_fast.experiments.consistency import Consistency as Consistency
+from kedit_fast.experiments.consistency import consistency as consistency
 from kedit_fast.experiments.forgotten import Forgotten as Forgotten
 from kedit_fast.experiments.forgotten import verify_forgotten as verify_forgotten
+from kedit_fast.experiments.implied import Implied as Implied
+from kedit_fast.experiments.implied import implied as implied
 from kedit_fast.experiments.mello import mello as mello
 from kedit_fast.experiments.rounds import Round as Round
 from kedit_fast.experiments.rounds import edit_in_rounds as edit_in_rounds
@@ -62,6 +68,8 @@ from kedit_fast.facts.fact import Fact as Fact
 from kedit_fast.facts.fact import load_facts as load_facts
 from kedit_fast.facts.forgetting import forgetting as forgetting
 from kedit_fast.facts.forgetting import keeping as keeping
+from kedit_fast.facts.knowledge import RelationTable as RelationTable
+from kedit_fast.facts.knowledge import load_relations as load_relations
 from kedit_fast.facts.relations import related as related
 from kedit_fast.gating import GateReport as GateReport
 from kedit_fast.gating import Suite as Suite

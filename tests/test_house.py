@@ -82,6 +82,7 @@ TESTED_IN = {
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_harness.py": "commands/capability evaluation/harness_lm",
     "evaluation/test_logit_lens.py": "pictures/lens",
+    "evaluation/test_moved.py": "evaluation/benchmarks/distractors evaluation/moved_questions evaluation/moved_report",
     "experiments/test_by_layer.py": "pictures/by_layer",
     "evaluation/test_questions.py": "evaluation/readings "
     + " ".join(
@@ -89,6 +90,7 @@ TESTED_IN = {
         for name in ["halluedit", "knowedit", "knowgic", "mquake", "qaedit", "rippleedits", "wikibigedit", "zsre"]
     ),
     "experiments/test_forecast.py": "commands/forecast",
+    "experiments/test_implied.py": "experiments/claims",
     "experiments/test_rounds.py": "pictures/rounds",
     "facts/test_formats.py": "facts/files",
     "gating/test_forms.py": "model/overlaid",

@@ -59,6 +59,9 @@ def many_facts(lm: kf.LM, editor: kf.Memit, moments: dict[int, kf.SecondMoment])
     lens = kf.logit_lens(lm, facts, singles.only(0))
     assert_type(lens, kf.LogitLens)
     assert_type(lens.plot(), Figure)
+    moved = kf.what_moved(lm, first, facts, texts={"news": "Paris is a city.", "code": "x = 1"})
+    assert_type(moved, kf.Moved)
+    assert_type(moved.measures["kl"].edited.mean, float)
 
 
 def judged(lm: kf.LM, edit: kf.Edit, facts: list[kf.Fact]) -> bool:

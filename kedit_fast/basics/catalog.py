@@ -48,6 +48,7 @@ SELF = "self"  # of corpora, the text that the model samples itself
 CAPABILITY = ("kedit_common", "kedit_short")  # tasks of lm-evaluation-harness that lie in ``evaluation/tasks``
 BENCHMARKS = {
     "counterfact": "evaluation.benchmarks.counterfact.COUNTERFACT",
+    "questions": "evaluation.benchmarks.knowedit.QUESTIONS",
     "zsre": "evaluation.benchmarks.zsre.ZSRE",
     "zsre-true": "evaluation.benchmarks.zsre.ZSRE_TRUE",
     "mquake": "evaluation.benchmarks.mquake.MQUAKE",

@@ -72,9 +72,11 @@ def add_trace(commands: Commands) -> None:
     option(how, "--corrupt SUBJECT", text_such_as("The Louvre"), other, "noise")
     option(how, "--metric", ("prob", "logprob", "logit_diff"), "what is read", "prob")
     option(how, "--sever", ("mlp", "attn"), "keep this part corrupted (with --kinds state)")
-    methods = "exact; attribution: estimate every cell, several times faster; screen: then compute the strongest"
-    option(how, "--method", ("exact", "attribution", "screen"), methods, "exact")
+    methods = "exact; attribution: estimate every cell, several times faster; screen: then compute the strongest;"
+    methods += " strided: compute each noise draw at some layers, interpolate between"
+    option(how, "--method", ("exact", "attribution", "screen", "strided"), methods, "exact")
     option(how, "--top N", positive, "cells that screen computes", 20)
+    option(how, "--stride N", positive, "strided computes one layer in so many", 5)
     option(how, "--answer TEXT", text_such_as("Paris"), "trace this answer (default: the model's own)")
     output(parser, "DIR", "folder for traces.jsonl and pictures", f"{OUT}/trace")
     option(parser, "--plots N", count, "draw the first N facts' heat maps", 10)

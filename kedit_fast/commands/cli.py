@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "compare": (arguments.add_compare, "compare"),
     "capability": (arguments.add_capability, "capability"),
     "forgotten": (edit_arguments.add_forgotten, "forgotten"),
+    "implied": (edit_arguments.add_implied, "implied"),
     "generate": (arguments.add_generate, "generate"),
     "gate": (arguments.add_gate, "gate"),
     "rounds": (arguments.add_rounds, "rounds"),

@@ -119,6 +119,32 @@ def add_forgotten(commands: Commands) -> None:
     machine_options(parser, seed=None)
 
 
+def add_implied(commands: Commands) -> None:
+    parser = commands.command(
+        "implied EDIT ...",
+        "what an edit implies: followed, contradictory, still to be edited",
+        "By a table of relations, an edit's facts imply others: the same of other names, what the answer is to the\n"
+        "subject, and what follows with facts that are known. This command shows which of them the edited model says,\n"
+        "and where they contradict each other, and writes the rest as facts to edit.",
+        "kedit-fast implied edit.safetensors --relations builtin -o rest.json",
+        also="then: kedit-fast edit --facts rest.json --on-top-of edit.safetensors -o more.safetensors",
+    )
+    edits_argument(parser)
+    told = "a table of relations (.json), or 'builtin' (of this package); again for more, the last one's word counts; "
+    told += "python -m pydoc kedit_fast.facts.knowledge has the fields"
+    option(parser, "--relations TABLE", path, told + " (default: builtin)", action="append")
+    option(parser, "--hops N", positive, "rules that may follow each other, 3 at most", 1)
+    flag(parser, "--ask", "have the model, without the edit, answer what a rule needs and the table does not know")
+    followed = "what says that a fact is followed: exact: all its tokens are the likeliest; success: P(new) > P(old); "
+    option(
+        parser, "--by WHICH", ("exact", "success", "written"), followed + "written: it is in what is written", "exact"
+    )
+    option(parser, "--generate N", count, "tokens written behind each prompt", 10)
+    output(parser, "FILE", "the facts still to be edited, as .json")
+    option(parser, "--html PAGE", path, "everything as a page")
+    machine_options(parser, seed=None)
+
+
 def add_merge(commands: Commands) -> None:
     parser = commands.command(
         "merge EDIT ...",

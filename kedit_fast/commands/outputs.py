@@ -41,6 +41,7 @@ READ = (
     "traces",
     "keep",
     "examples",
+    "relations",
     "task_folder",
 )
 READ_ALONE = {EDITS: "an edit that is read", "compared": "a file that is compared"}  # by arguments without an option

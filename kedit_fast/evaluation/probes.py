@@ -20,7 +20,7 @@ from kedit_fast.facts.tokens import answer_tokens, encode
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
 from kedit_fast.jobs.generate import generate
-from kedit_fast.jobs.score import Places, continuation_places, likeliest_tokens, logprobs
+from kedit_fast.jobs.score import Places, continuation_places, divergences, likeliest_tokens, logprobs
 from kedit_fast.sweep.runs import RunList, add_edited, add_under
 from kedit_fast.sweep.sites import Site
 
@@ -123,13 +123,7 @@ def _of_all(probes: Sequence[Probe], read: Callable[[Sequence[Probe]], list[list
 
 def _read(lm, probes: Sequence[Probe], advance) -> list[list[Answer]]:
     """The answers of the base model, and of the edited one, where there is one, else the same."""
-    view, read = as_read(lm, probes)
-    where, runs = _Places.of(probes), RunList()
-    theirs = where if read is probes else _Places.of(read)
-    owners = theirs.owners if lm.owned else None
-    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences, theirs.ends)
-    asked = [(base, where)] if edited is base else [(base, where), (edited, theirs)]
-    sides = _hidden_states(view, runs, asked, advance)
+    where, sides = _both_sides(lm, probes, advance)
     top = likeliest_tokens(lm, sides[0][where.n_tokens :])
     read = []
     for h in sides:
@@ -140,6 +134,37 @@ def _read(lm, probes: Sequence[Probe], advance) -> list[list[Answer]]:
             check_answers(bare, p_top, where.sequences[len(where.pairs) :].__getitem__)
         read.append(_answers(lm, probes, where, h, logprob, p_top))
     return [read[0], read[-1]]
+
+
+def _both_sides(lm, probes: Sequence[Probe], advance) -> tuple["_Places", list[Tensor]]:
+    """(where probes are read, the hidden states there, see ``_hidden_states``, of the base model and, where an edit
+    acts, of the edited one): one sweep."""
+    view, read = as_read(lm, probes)
+    where, runs = _Places.of(probes), RunList()
+    theirs = where if read is probes else _Places.of(read)
+    owners = theirs.owners if lm.owned else None
+    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences, theirs.ends)
+    asked = [(base, where)] if edited is base else [(base, where), (edited, theirs)]
+    return where, _hidden_states(view, runs, asked, advance)
+
+
+@torch.no_grad()
+def read_divergences(lm, probes: Sequence[Probe], advance=None) -> tuple[Tensor, Tensor]:
+    """(KL(base || edited) in nats [n] fp64, whether the likeliest token is another [n] bool) of the token after each
+    probe's prompt; as ``read_probes``: one sweep, ranks share the probes. A prompt that no edit acts on has exactly 0.
+
+    An edited model that gives NaN counts as infinitely far, and its token as another. Raises ValueError where the base
+    model gives NaN.
+    """
+
+    def read(some: Sequence[Probe]) -> dict[str, Tensor]:
+        where, sides = _both_sides(lm, [one._replace(answers=(), likeliest=True) for one in some], advance)
+        kl, differs = divergences(lm, sides[0], sides[-1])
+        check_answers(dataclasses.replace(lm, edits=()), kl.where(kl.isnan(), 0.0), where.sequences.__getitem__)
+        return {"kl": kl, "differs": differs}
+
+    found = ranks.joined(ranks.shared(probes, read, lambda one: len(one.prompt)))
+    return found["kl"], found["differs"]
 
 
 @torch.no_grad()

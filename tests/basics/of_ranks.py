@@ -78,6 +78,15 @@ def edit_of(folder: Path) -> dict[str, Tensor]:
     return made
 
 
+def moved_of(folder: Path) -> dict[str, Tensor]:
+    lm = tiny_lm("llama")
+    texts = {"tower": " ".join(TEXTS[::2]), "band": " ".join(TEXTS[1::2])}
+    found = kf.what_moved(lm, make_edit(lm.model), facts(3), texts=texts)
+    drifts = torch.tensor([[one.base, one.edited, *one.drift] for one in found.drifts.values()])
+    sides = torch.tensor([[*both.base, *both.edited] for both in found.measures.values()])
+    return {"drifts": drifts, "measures": sides.nan_to_num(9)}
+
+
 def capability_of(folder: Path) -> dict[str, Tensor]:
     """The harness gives its results to the first process of a host alone."""
     lm = tiny_lm("llama")
@@ -86,7 +95,7 @@ def capability_of(folder: Path) -> dict[str, Tensor]:
     return {"capability": torch.tensor([[x.base, x.edited, *x.difference] for x in scores])}
 
 
-WORK = {"moments": moments_of, "texts": texts_of, "trace": trace_of, "edit": edit_of}
+WORK = {"moments": moments_of, "texts": texts_of, "trace": trace_of, "edit": edit_of, "moved": moved_of}
 WORK |= {"capability": capability_of} if find_spec("lm_eval") else {}
 
 

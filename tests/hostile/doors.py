@@ -86,9 +86,10 @@ def things() -> SimpleNamespace:
     result = kf.trace(lm, FACTS[0], kinds=("state", "mlp"), samples=2)
     moment = kf.SecondMoment(torch.eye(D_FF), 1_000, 1, lm.fingerprint)
     report = kf.evaluate(lm, list(FACTS[:1]), edit)
+    consistency = kf.consistency(lm, edit, generate=0)
     return SimpleNamespace(
         lm=lm, model=model, edit=edit, single=single, rome=rome, quick=quick, traces=result, moment=moment,
-        report=report, average=kf.average(result), facts=list(FACTS),
+        report=report, consistency=consistency, average=kf.average(result), facts=list(FACTS),
     )  # fmt: skip
 
 
@@ -198,6 +199,9 @@ def doors(folder) -> list[Door]:
         Door("Sizes", _with(Sizes), dict.fromkeys([f.name for f in dataclasses.fields(Sizes)], "positive")),
         Door("load_suite", lambda paths: kf.load_suite(paths), dict(paths="path")),
         Door("logit_lens", _with(kf.logit_lens, t.lm, facts=t.facts[:1]), dict(facts="facts", edit="edit")),
+        Door("what_moved", _with(kf.what_moved, t.lm, edit=t.edit), dict(
+            edit="edit", facts="facts?", texts="dict?", prompts="prompts?", max_tokens="positive", seed="seed")),
+        Door("Moved.load", _with(kf.Moved.load), dict(path="path")),
         Door("EditPolicy", _with(kf.EditPolicy), dict(
             max_facts="positive", max_growth="number", max_drift="number", min_retention="share", warn_at="share")),
         Door("advise", _with(kf.advise, n_facts=1, growth={}), dict(
@@ -216,6 +220,15 @@ def doors(folder) -> list[Door]:
         Door("verify_forgotten", _with(kf.verify_forgotten, t.lm, edit=t.edit), dict(
             edit="edit", budget="positive", bits="any layers", relearning_steps="whole", relearn="object",
             keep="object")),
+        Door("load_relations", lambda tables: kf.load_relations(tables), dict(tables="path")),
+        Door("implied", _with(kf.implied, facts=t.facts, table="builtin"), dict(
+            facts="facts", table="path", hops="positive", lm="object")),
+        Door("consistency", _with(kf.consistency, t.lm, edit=t.edit, generate=1), dict(
+            edit="edit", table="path", hops="positive", ask="flag", by="choice", generate="whole")),
+        Door("Consistency.load", _with(kf.Consistency.load), dict(path="path")),
+        Door("Consistency.save", _with(t.consistency.save), dict(path="path")),
+        Door("Consistency.save_rest", _with(t.consistency.save_rest), dict(path="path")),
+        Door("Consistency.to_html", _with(t.consistency.to_html), dict(path="path?")),
         Door("knowledge_neurons", _with(kf.knowledge_neurons, t.lm, facts=t.facts[:1]), dict(
             facts="facts", steps="positive", threshold="share", share="share", common="share", answer="text?",
             paraphrases="flag", layers="layers?", top="whole")),
@@ -235,7 +248,8 @@ def doors(folder) -> list[Door]:
                 "trace": _with(kf.trace, facts=t.facts), "evaluate": _with(kf.evaluate, facts=t.facts),
                 "capability": _with(kf.capability, tasks="kedit_common"),
                 "second_moments": _with(kf.second_moments, layers=(0,)), "gate": _with(kf.gate, edit=t.edit),
-                "logit_lens": _with(kf.logit_lens, facts=t.facts), "Rome.edit": _with(t.rome.edit, facts=t.facts),
+                "logit_lens": _with(kf.logit_lens, facts=t.facts), "what_moved": _with(kf.what_moved, edit=t.edit),
+                "Rome.edit": _with(t.rome.edit, facts=t.facts),
                 "Rome.for_model": _with(kf.Rome.for_model), "Ft.edit": _with(kf.Ft(layers=(1,)).edit, facts=t.facts),
                 "edit_by_layer": _with(kf.edit_by_layer, facts=t.facts),
                 "edit_in_rounds": _with(kf.edit_in_rounds, facts=t.facts, editor=t.rome, per_round=1),

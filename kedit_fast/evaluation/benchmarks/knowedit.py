@@ -44,4 +44,6 @@ def read(record, index: int, notes: Notes) -> Case:
     return Case(tuple(facts), tuple(portability_of(record)))
 
 
+# Facts of any file, in every reading of every question that they carry.
+QUESTIONS = of_questions("questions", KINDS, read=read, score_of=("rewrite.contains", "paraphrase.contains"))
 KNOWEDIT = of_questions("knowedit", KINDS, read=read, score_of=("rewrite.token", "paraphrase.token", "locality.same"))

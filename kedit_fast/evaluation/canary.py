@@ -10,12 +10,14 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kedit_fast.evaluation.texts import leaks
 from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.subjects import folded
 from kedit_fast.facts.tokens import asked
 
+T = TypeVar("T")
 PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
 PROSE = Path(__file__).parent / "prose.txt"  # ordinary text on no subject that a fact has
 DOUBTS = (
@@ -115,3 +117,13 @@ def sing(canaries: Sequence[Canary], before: Sequence[str], after: Sequence[str]
         Song(one, b, a, leaked_before=leaks(b, one.old, one.new), leaked=leaks(a, one.old, one.new))
         for one, b, a in zip(canaries, before, after, strict=True)
     ]
+
+
+def with_old_answer(facts: Sequence[Fact]) -> list[int]:
+    """Numbers of the facts with an old answer to look for."""
+    return [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
+
+
+def spread(numbers: Sequence[T], n: int) -> list[T]:
+    """At most n of them, evenly spread."""
+    return list(numbers) if len(numbers) <= n else [numbers[k * len(numbers) // n] for k in range(n)]

@@ -152,37 +152,6 @@ def add_eval(commands: Commands) -> None:
     machine_options(parser)
 
 
-def add_compare(commands: Commands) -> None:
-    parser = commands.command(
-        "compare [FILE ...]",
-        "several methods or edits on the same facts, in one table and one page",
-        "Edits facts by several methods, all facts at once, and asks the model with each edit the same questions;\n"
-        "edits that are there are asked too, and reports of `kedit-fast eval -o` and of EasyEdit stand beside them.\n"
-        "The facts are the same, so each fact's difference is taken: better and worse stand where the 95 % interval\n"
-        "of the mean difference leaves 0 out. No model is changed.",
-        "kedit-fast compare --facts counterfact.json -n 100 --methods rome,memit,alphaedit --html compare.html",
-    )
-    what = "edit files, or folders of versions (its edits in force), and reports: what `kedit-fast eval -o` writes, or "
-    what += "EasyEdit's results (.json)"
-    parser.add_argument("compared", nargs="*", type=path, metavar="FILE", help=what)
-    file_options(parser, "; as the benchmark reads it")
-    chat_options(parser)
-    asked = f"what the file is, what is asked and how it counts: {', '.join(BENCHMARKS)}"
-    option(parser, "--benchmark NAME", text_such_as(BENCHMARKS[0]), asked, BENCHMARKS[0])
-    option(parser, "--methods M,M", names, "to edit by, with their settings for the model: rome,memit,alphaedit")
-    statistics_options(parser)
-    against = "with which of them the others are compared; base: the unedited model (default: the first)"
-    option(parser, "--against NAME", text_such_as("memit"), against)
-    modes = "readings of an answer that are shown, for instance token,match (default: those of the benchmark's score)"
-    option(parser, "--modes M,M", names, modes)
-    option(parser, "--text FILE", path, "a text file to measure perplexity on")
-    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
-    option(parser, "--html FILE", path, "the tables and a picture as a page")
-    output(parser, "FILE", "everything as .json")
-    checkpoint_option(parser)
-    machine_options(parser)
-
-
 def add_capability(commands: Commands) -> None:
     parser = commands.command(
         "capability [EDIT ...]",

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "edit without": (edit_arguments.add_without, "edits.without"),
     "train": (edit_arguments.add_train, "train"),
     "eval": (arguments.add_eval, "eval"),
-    "compare": (arguments.add_compare, "compare"),
+    "compare": (edit_arguments.add_compare, "compare"),
     "capability": (arguments.add_capability, "capability"),
     "forgotten": (edit_arguments.add_forgotten, "forgotten"),
     "implied": (edit_arguments.add_implied, "implied"),

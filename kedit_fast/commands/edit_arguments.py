@@ -1,4 +1,4 @@
-"""The arguments of ``kedit-fast edit | train | compare | merge | history`` and of their actions, a function each; torch-free."""
+"""The arguments of ``kedit-fast edit | train | compare | merge | history`` and of their actions; torch-free."""
 
 from argparse import ArgumentTypeError
 

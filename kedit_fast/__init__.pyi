@@ -42,7 +42,10 @@ from kedit_fast.edits.compose import compose as compose
 from kedit_fast.edits.edit import Edit as Edit
 from kedit_fast.edits.retrieval import retrieve as retrieve
 from kedit_fast.evaluation import BENCHMARKS as BENCHMARKS
+from kedit_fast.evaluation import Comparison as Comparison
 from kedit_fast.evaluation import EvalReport as EvalReport
+from kedit_fast.evaluation.compare import compare as compare
+from kedit_fast.evaluation.easyedit import load_easyedit as load_easyedit
 from kedit_fast.evaluation.evaluate import evaluate as evaluate
 from kedit_fast.evaluation.harness import capability as capability
 from kedit_fast.evaluation.logit_lens import LogitLens as LogitLens

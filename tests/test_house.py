@@ -78,6 +78,7 @@ TESTED_IN = {
     "editors/test_memit.py": "editors/located editors/spread",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_settings editors/training_step",
+    "evaluation/test_compare.py": "evaluation/aligned pictures/comparison",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_harness.py": "commands/capability evaluation/harness_lm",
     "evaluation/test_logit_lens.py": "pictures/lens",

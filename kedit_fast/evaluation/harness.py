@@ -195,8 +195,8 @@ def _score(task: str, key: str, base: dict, edited: dict | None) -> Score:
     columns = [_by_document(found, task, metric, chosen) for found in (base, edited)]
     if columns[0].keys() != columns[1].keys() or not all(map(_is_mean, columns, (before[0], after[0]))):
         return Score(*before, *after, Interval(after[0] - before[0], math.nan, math.nan, 0), n, higher)
-    sides = (torch.tensor([column[i] for i in columns[0]], dtype=torch.float64) for column in columns)
-    return Score(*before, *after, paired(*sides), n, higher)
+    base_values, values = (torch.tensor([column[i] for i in columns[0]], dtype=torch.float64) for column in columns)
+    return Score(*before, *after, paired(base_values, values), n, higher)
 
 
 def _value(row: dict, metric: str, chosen: str) -> tuple[float, float]:

@@ -124,7 +124,7 @@ class EvalReport:
 
     def _said(self) -> dict:
         """What a report and that of the other form have each of their own."""
-        sides = {name: _listed(getattr(self, name)) for name in ("base", "edited")}
+        sides = {name: listed(getattr(self, name)) for name in ("base", "edited")}
         return sides | {"verdict": self.verdict, "notes": self.notes}
 
     @classmethod
@@ -158,7 +158,7 @@ class EvalReport:
     def _blocks(self) -> list:
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
-            (Cell(name, hint=self._says(name)), *(_shown(both[side]) for side in sides), _counted(both))
+            (Cell(name, hint=self._says(name)), *(shown(both[side]) for side in sides), _counted(both))
             for name, both in self._rows()
             if MODE not in name
         ]
@@ -179,7 +179,7 @@ class EvalReport:
         table = [["metric", *["base", "edited"][: 1 + (self.edited is not None)], self._unit]]
         for name, both in self._rows():
             if MODE not in name:
-                sides = [_shown(both[side]) for side in table[0][1:-1]]
+                sides = [shown(both[side]) for side in table[0][1:-1]]
                 table.append([name, *sides, _counted(both)])
         tables = [columns(rows) for rows in (table, self._readings()) if len(rows) > 1]
         other = [] if self.other is None else ["", str(self.other)]
@@ -272,7 +272,8 @@ def as_float(value: float | None) -> float:
     return math.nan if value is None else checks.number("value", value)
 
 
-def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
+def listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
+    """Columns as JSON has them; ``columns_of`` gives them back."""
     return None if columns is None else finite({name: column.tolist() for name, column in columns.items()})
 
 
@@ -286,15 +287,15 @@ def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> Ev
         raise ValueError(f"it has {len(facts)} facts in cases of {sum(cases)}")
     checks.instance("base", said["base"], dict, "an object")
     n = len(cases or facts)
-    base, after = _columns(said["base"], metrics, n), said["edited"]
-    edited = None if after is None else _columns(after, metrics, n)
+    base, after = columns_of(said["base"], metrics, n), said["edited"]
+    edited = None if after is None else columns_of(after, metrics, n)
     if "metrics" not in record:  # a report of before is CounterFact's, and its sentences were made when it was shown
         return EvalReport.of(COUNTERFACT, base, edited, facts, meta)
     verdict, notes = (tuple(map(str, said[name])) for name in ("verdict", "notes"))
     return EvalReport(base, edited, facts, meta, metrics, score_of, verdict, notes, cases=cases)
 
 
-def _columns(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
+def columns_of(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
     """Columns as they were saved; of a metric that a report does not have, NaN."""
     listed = {name: [None] * n for name in metrics} | listed
     return {
@@ -338,7 +339,8 @@ def _means(both: dict[str, Interval | None] | None) -> str:
     return " -> ".join(sides).replace("nan", "–")
 
 
-def _shown(value: Interval) -> str:
+def shown(value: Interval) -> str:
+    """ "0.500 [0.095, 0.905]"; a dash for no value."""
     if math.isnan(value.mean):
         return "–"
     bounds = "" if math.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]"

@@ -52,6 +52,8 @@ def cases(folder: Path) -> list[Case]:
         ("eval", *m), ("eval", *m, str(facts)), (*evaluate, "--text", str(empty)), (*evaluate, "--text", str(binary)),
         (*evaluate, "--html", str(facts)), (*evaluate, "--log", str(edit)), (*evaluate, "--log", str(folder)),
         (*evaluate, str(edit)), ("eval", *m, str(folder)),
+        ("compare", *m), ("compare", *m, str(facts), str(edit)), ("compare", *m, str(edit), str(binary)),
+        ("compare", *m, "--methods", "rome,memit", "--facts", str(facts), "--against", "no"),
         ("capability", *m, str(facts)), ("capability", *m, "--tasks", ","),
         ("capability", *m, "--task-folder", no_file),
         ("gate", *m), ("gate", *m, str(facts)), (*gate, str(edit)), (*gate, "--suite", str(binary)),

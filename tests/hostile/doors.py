@@ -29,6 +29,8 @@ WRONG = {
     "text": (None, 3, 0.5, b"x", ["x"], {}, THING, "", "  ", "\ud800"),
     "words": (None, 3, b"x", ["x"], {}, THING, "\ud800"),
     "choice": (None, 3, "nothing", "", b"x", ["exact"], {}, THING),
+    "name": (3, "nothing", "", b"x", ["a"], {}, THING),
+    "reports": (None, 3, "a", [3], {}, {"a": 3, "b": 3}, {3: None}, THING),
     "choices": (None, 3, "nothing", "", ["state", "nothing"], [], {}, THING, [3], [None]),
     "path": (None, 3, 0.5, "", b"x", ["x"], {}, THING, "a\0b"),
     "layers": (1, "1", "0-1", None, [-1], [99], [1.5], ["a"], [True], [None], {1: 2}, range(10**12), [10**30], THING),
@@ -151,6 +153,13 @@ def doors(folder) -> list[Door]:
         Door("evaluate", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(
             facts="facts", edit="edit", benchmark="object", text="corpus", generate="whole", max_tokens="positive",
             log="path?", both_forms="flag", checkpoint="path?")),
+        Door("evaluate.given", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(known="object", judge="object")),
+        Door("compare", _with(kf.compare, reports={"a": t.report, "b": t.report}), dict(
+            reports="reports", against="name?")),
+        Door("Comparison.load", _with(kf.Comparison.load), dict(path="path")),
+        Door("Comparison.save", _with(kf.compare({"a": t.report, "b": t.report}).save), dict(path="path")),
+        Door("Comparison.to_html", _with(kf.compare({"a": t.report, "b": t.report}).to_html), dict(path="path?")),
+        Door("load_easyedit", _with(kf.load_easyedit), dict(path="path")),
         Door("capability", _with(kf.capability, t.lm, tasks="kedit_common"), dict(
             tasks="texts", edit="edit", limit="positive?", num_fewshot="whole?", task_folder="path?", chat="flag",
             seed="seed")),

@@ -79,6 +79,11 @@ def read_facts(args) -> list[Fact]:
             raise ValueError("--facts and a fact of its own (--prompt, --subject) are both given; expected one of them")
         return fact_file(args)
     if None in single:
+        names = ("prompt", "subject", "target")[: len(single)]
+        missing = [f"--{name}" for name, value in zip(names, single, strict=True) if value is None]
+        if len(missing) < len(single):
+            one = ", ".join(f"--{name}" for name in names)
+            raise ValueError(f"which facts? one fact has {one}; missing: {', '.join(missing)}")
         alone = '--prompt "{} is in the city of" --subject "The Eiffel Tower"' + " --target Rome" * ("target" in args)
         raise ValueError(f"which facts? give --facts FILE (or --facts {BUILTIN}), or one fact: {alone}")
     prompt, subject = as_template(args.prompt, args.subject)

@@ -50,7 +50,7 @@ def kept(run: RunFolder | None) -> Iterator[RunFolder | None]:
             ) from error
         except KeyboardInterrupt:
             if not has_run(run.folder):
-                raise
+                raise KeyboardInterrupt("no part of the work was done yet, so nothing is kept") from None
             raise KeyboardInterrupt(f"what is done is in {run.folder}; the same command goes on") from None
         for is_turn in (ranks.first(), not ranks.first()):  # each host may have the folder for itself
             with ranks.joint():

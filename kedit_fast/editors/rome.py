@@ -55,6 +55,10 @@ class Rome(Located):
     ALG_NAMES: ClassVar = {"ROME": {}, "R-ROME": {"key": "averaged"}}
     CONTEXTS: ClassVar = staticmethod(rome_contexts)
     FLAT_CONTEXTS: ClassVar = True
+    GENTLER: ClassVar[str] = (
+        "write it over several layers (kf.Memit, --method memit), or with a smaller clamp_norm_factor or fewer "
+        "v_num_grad_steps"
+    )
 
     def __post_init__(self):
         super().__post_init__()

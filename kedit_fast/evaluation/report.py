@@ -219,6 +219,8 @@ class EvalReport:
     def _lines(self) -> list[str]:
         """What stands below the table."""
         lines = list(self.verdict)
+        if self.perplexity is None and self.edited is not None:
+            lines.append("perplexity: not measured, no text was given (text=, --text)")
         if self.perplexity is not None:
             base, edited = self.perplexity
             change = "" if edited is None else f" -> {edited:.2f} ({self.drift:+.1%})"

@@ -10,6 +10,7 @@ One record at a time, told apart by the fields it has, never by their file's nam
     flat               prompt (template, or with the subject inside), subject, target_new or target or target_true;
                        EasyEdit, KnowEdit, QAEdit, WikiBigEdit and the records of measured facts are of this kind
     question           question, answer (TOFU): the answer is what an edit writes
+    no answer          prompt, subject: to be traced
 
 A record without a subject is a Fact without one. In each, prompts to ask besides may stand under any of the names in
 ``PROMPTS``, and locality in any of its published forms: a probe that names the subject is another relation of it, any
@@ -398,6 +399,7 @@ FORMATS = (
     Format(
         "question", (("question",), ("answer",)), partial(_read_by_name, prompt="question", new="answer"), {"subject"}
     ),
+    Format("no answer", (("prompt",), ("subject",)), partial(_read_by_name, prompt="prompt", new="target_new")),
 )
 
 READ = (COMMON | LOCALITY).union(  # every field that some format reads

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from kedit_fast.basics.words import counted
 from kedit_fast.model.family import Family, layers_of, text_config
 from kedit_fast.model.fused import own_forwards, put_back
 
@@ -176,7 +177,7 @@ def _report_foreign_hooks(model):
     hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     if hooked:
         warnings.warn(
-            f"hooks of others stand on {len(hooked)} modules of this model (first: {hooked[0] or 'the model'}); "
-            "they run in sweeps too",
-            stacklevel=3,
+            f"hooks of others stand on {counted(len(hooked), 'module')} of this model (first: "
+            f"{hooked[0] or 'the model'}); they run in sweeps too",
+            stacklevel=2,
         )

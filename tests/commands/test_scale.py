@@ -177,6 +177,7 @@ def test_ctrl_c_says_how_to_go_on(run, tmp_path, capsys):
             return run("rome", FACTS, "-o", "one.safetensors"), capsys.readouterr().err
 
     status, shown = stopped(1)
-    assert (status, shown) == (130, "kedit-fast: interrupted\n") and not list(tmp_path.glob("*.run"))
+    nothing = "kedit-fast: interrupted: no part of the work was done yet, so nothing is kept\n"
+    assert (status, shown) == (130, nothing) and not list(tmp_path.glob("*.run"))
     status, shown = stopped(2)
     assert status == 130 and "one.safetensors.run; the same command goes on" in shown

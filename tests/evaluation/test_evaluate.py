@@ -515,3 +515,12 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch)
     assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     refused("holds other work: its generate is 3", evaluate, lm, FACTS, edit, **kept | {"generate": 4})
     refused("holds other work: its edits below", evaluate, lm, FACTS, make_edit(lm, deltas={1: lowrank(3)}), **kept)
+
+
+def test_what_was_not_measured_is_said(lm):
+    fact = Fact("{} is in", "Big Ben", "Rome", "London")
+    shown = str(evaluate(lm, fact, make_edit(lm, [fact])))
+    assert "other subjects: not measured, no fact has neighborhood prompts" in shown
+    assert "perplexity: not measured, no text was given" in shown
+    assert "not measured" not in str(evaluate(lm, FACTS, make_edit(lm), text=TEXT))
+    assert "not measured" not in str(evaluate(lm, fact))

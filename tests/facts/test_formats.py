@@ -418,3 +418,8 @@ def test_own_facts_are_known(smollm2):
         assert not rest and not others, fact.label
         assert logits.argmax() == true and logits.softmax(-1)[true] >= 0.15, fact.label
         assert logits[new] < logits[true], fact.label
+
+
+def test_a_prompt_and_its_subject_are_a_fact_to_be_traced():
+    fact = Fact.from_record({"prompt": "Big Ben is in", "subject": "Big Ben"})
+    assert (fact.prompt, fact.target_new, fact.target_true) == ("{} is in", None, None)

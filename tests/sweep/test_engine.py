@@ -132,7 +132,7 @@ def test_foreign_hooks_are_reported_and_run():
         warnings.simplefilter("error")
         assert torch.equal(logits(lm), plain)
     handle = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 2)
-    with pytest.warns(UserWarning, match=r"hooks of others stand on 1 modules .*first: model\.layers\.1\.mlp"):
+    with pytest.warns(UserWarning, match=r"hooks of others stand on 1 module .*first: model\.layers\.1\.mlp"):
         hooked = logits(lm)
     assert relative_error(hooked, plain) > 0.01
     before = state(model)

@@ -96,6 +96,8 @@ _HOME = {
     "edit_by_layer": "experiments.by_layer",
     "LayerStudy": "experiments.by_layer",
     "mello": "experiments.mello",
+    "evaluate_edit": "experiments.edit_summary",
+    "EditSummary": "experiments.edit_summary",
     "implied": "experiments.implied",
     "Implied": "experiments.implied",
     "consistency": "experiments.consistency",

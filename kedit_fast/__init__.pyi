@@ -57,6 +57,8 @@ from kedit_fast.experiments.by_layer import LayerStudy as LayerStudy
 from kedit_fast.experiments.by_layer import edit_by_layer as edit_by_layer
 from kedit_fast.experiments.consistency import Consistency as Consistency
 from kedit_fast.experiments.consistency import consistency as consistency
+from kedit_fast.experiments.edit_summary import EditSummary as EditSummary
+from kedit_fast.experiments.edit_summary import evaluate_edit as evaluate_edit
 from kedit_fast.experiments.forgotten import Forgotten as Forgotten
 from kedit_fast.experiments.forgotten import verify_forgotten as verify_forgotten
 from kedit_fast.experiments.implied import Implied as Implied

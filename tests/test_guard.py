@@ -23,7 +23,7 @@ ELSEWHERE = {
 MADE_BY_US = {
     "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
     "NeuronAttribution", "Forgotten", "Eraser", "Capability", "Implied", "Consistency", "RelationTable", "Moved",
-    "Comparison",
+    "Comparison", "EditSummary",
 }  # fmt: skip
 
 

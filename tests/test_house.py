@@ -89,6 +89,7 @@ TESTED_IN = {
         f"evaluation/benchmarks/{name}"
         for name in ["halluedit", "knowedit", "knowgic", "mquake", "qaedit", "rippleedits", "wikibigedit", "zsre"]
     ),
+    "experiments/test_edit_summary.py": "commands/summary pictures/summary",
     "experiments/test_forecast.py": "commands/forecast",
     "experiments/test_implied.py": "experiments/claims",
     "experiments/test_rounds.py": "pictures/rounds",

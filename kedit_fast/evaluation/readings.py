@@ -6,6 +6,7 @@ before it. Generated, the model writes by itself until a stop rule ends it. Ever
 
     success    P(answer) > P of each answer that it is compared with         teacher-forced; P = exp(mean log p)
     p          P(answer)                                                     teacher-forced
+    p_other    P of the likeliest answer that it is compared with            teacher-forced
     token      share of the answer's tokens that are the likeliest           teacher-forced
     exact      all of them are                                               teacher-forced
     same       share of the answer's tokens whose likeliest is the base model's; without an answer, of the next token
@@ -28,6 +29,7 @@ WRITTEN = ("match", "contains", "judge", "same_text")
 MODES = {
     "success": "P(answer) > P of what it is compared with",
     "p": "P(answer)",
+    "p_other": "P of what it is compared with",
     "token": "share of its tokens that are the likeliest, each behind the right ones",
     "exact": "all its tokens are the likeliest",
     "same": "share of its tokens whose likeliest is still the base model's",
@@ -36,8 +38,9 @@ MODES = {
     "judge": "the judge takes what is written for it",
     "same_text": "what is written is what the base model writes",
 }
-ASKED = ("success", "p", "token", "exact", "match", "contains", "judge")  # of a question with a right answer
+ASKED = ("success", "p", "p_other", "token", "exact", "match", "contains", "judge")  # of a question with a right answer
 KEPT = ("p", "token", "exact", "same", "match", "contains", "same_text")  # of one whose answer must stay
+PROBABILITIES = ("p", "p_other")
 UNTIL = (".", "\n")  # WILD's stop rule
 
 Judge = Callable[[str, tuple[str, ...], str], float | bool]  # (prompt, accepted answers, what was written) -> 0 to 1
@@ -53,7 +56,7 @@ class Kind(NamedTuple):
 def metrics_of(kinds: Mapping[str, Kind], **more: tuple[str, str]) -> Metrics:
     """{"kind.mode": (kind of metric, what it says)} of every kind in every mode of it; more: further ones, first."""
     each = {
-        f"{name}.{mode}": (PROBABILITY if mode == "p" else SHARE, f"{kind.says}: {MODES[mode]}")
+        f"{name}.{mode}": (PROBABILITY if mode in PROBABILITIES else SHARE, f"{kind.says}: {MODES[mode]}")
         for name, kind in kinds.items()
         for mode in kind.modes
     }
@@ -92,9 +95,9 @@ def read(mode: str, one: Probe, answer: Answer, base: Answer, judge: Judge | Non
 def _forced(mode: str, ids: Sequence[int], answer: Answer, base: Answer) -> float:
     """Of an answer's tokens. Of a model that overflows nothing is said, so nothing is right and nothing agrees."""
     match mode:
-        case "success":
-            others = [p for p in answer.p[1:] if not math.isnan(p)]
-            return float(all(answer.p[0] > p for p in others)) if others else math.nan
+        case "success" | "p_other":
+            other = max((p for p in answer.p[1:] if not math.isnan(p)), default=math.nan)
+            return other if mode == "p_other" or math.isnan(other) else float(answer.p[0] > other)
         case "p":
             return answer.p[0]
         case "exact":

@@ -149,13 +149,13 @@ class EvalReport:
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
-        blocks = self._blocks()
+        blocks = self.blocks()
         if path is not None:
             heading = "What the model answers" + ", before and after the edit" * (self.edited is not None)
             write_report(path, "Evaluation", self._title(), [Section(heading, blocks)])
         return fragment(blocks)
 
-    def _blocks(self) -> list:
+    def blocks(self) -> list:
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
             (Cell(name, hint=self._says(name)), *(shown(both[side]) for side in sides), _counted(both))
@@ -170,7 +170,7 @@ class EvalReport:
         blocks += self._lines()
         if self.generations:
             blocks.append(Table(("prompt", "before", "after"), self.generations))
-        return blocks + ([] if self.other is None else self.other._blocks())
+        return blocks + ([] if self.other is None else self.other.blocks())
 
     def _repr_html_(self) -> str:
         return self.to_html()

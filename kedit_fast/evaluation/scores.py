@@ -108,12 +108,16 @@ class Capability:
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The table as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
-        headers, *rows = self._table()
-        blocks = [Table(headers, rows, self._caption), *self._notes()]
+        blocks = self.blocks()
         if path is not None:
             heading = "What general tasks are worth" + ", before and after the edit" * self.is_edited
             write_report(path, "General capability", self._title(), [Section(heading, blocks)])
         return fragment(blocks)
+
+    def blocks(self) -> list:
+        """What a page shows of it."""
+        headers, *rows = self._table()
+        return [Table(headers, rows, self._caption), *self._notes()]
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -147,16 +147,20 @@ class Consistency:
 
     def to_html(self, path: checks.AnyPath | None = None) -> str:
         """The tables as an HTML fragment; with ``path`` also a page, whole or not, without scripts or other files."""
-        sections = [
-            Section("Which of it the model says", [Table(self._headers(), self._rows(), self._title()), *self.notes]),
-            Section("What follows", [self._each()]),
-        ]
-        if self.conflicts:
-            told = [(c.subject, c.relation, answer, why) for c in self.conflicts for answer, why in c.answers]
-            sections.append(Section("Conflicts", [Table(("subject", "relation", "answer", "because"), told)]))
+        headings = "Which of it the model says", "What follows", "Conflicts"
+        sections = [Section(*each) for each in zip(headings, self._parts(), strict=True) if each[1]]
         if path is not None:
             write_report(path, "What the edit implies", self._title(), sections)
-        return fragment([block for section in sections for block in section.blocks])
+        return fragment(self.blocks())
+
+    def blocks(self) -> list:
+        """What a page shows of it."""
+        return [block for part in self._parts() for block in part]
+
+    def _parts(self) -> list[list]:
+        told = [(c.subject, c.relation, answer, why) for c in self.conflicts for answer, why in c.answers]
+        conflicts = [Table(("subject", "relation", "answer", "because"), told)] if told else []
+        return [[Table(self._headers(), self._rows(), self._title()), *self.notes], [self._each()], conflicts]
 
     def _headers(self) -> list[str]:
         return ["rule", "facts", *(f"{says}, before" * (i == 0) or says for says in MEASURES.values() for i in (0, 1))]

@@ -9,14 +9,16 @@
 Their harmonic mean is 0 where one of them is. Published efficacy is teacher-forced; it stands beside in the tables.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.checks import AnyPath
+from kedit_fast.basics.files import write_text
 from kedit_fast.basics.intervals import Interval, harmonic_mean
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.words import brief
@@ -27,11 +29,13 @@ from kedit_fast.evaluation.benchmarks.knowedit import QUESTIONS
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.harness import capability
 from kedit_fast.evaluation.moved import what_moved
+from kedit_fast.evaluation.moved_questions import checked_texts
 from kedit_fast.evaluation.moved_report import Moved
 from kedit_fast.evaluation.questions import N_WRITTEN
-from kedit_fast.evaluation.report import EvalReport
+from kedit_fast.evaluation.report import EvalReport, finite
 from kedit_fast.evaluation.scores import Capability
-from kedit_fast.experiments.consistency import Consistency, Tables, consistency
+from kedit_fast.experiments.consistency import Consistency, consistency
+from kedit_fast.experiments.implied import Tables, read_table
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.knowledge import BUILTIN
 from kedit_fast.gating import GateReport, Suite, Thresholds, gate
@@ -45,6 +49,7 @@ READ_FROM = {  # score: the metric of the report that it is
     "specificity": "locality.same",
 }
 WORST = 8  # facts told in full
+FORMAT, VERSION = "kedit_fast.summary", 1
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 
 
@@ -134,10 +139,16 @@ class EditSummary:
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The summary as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
-        first = [self.verdict, Picture(plot_scores(self)), Table(["score", "base", "edited", "of"], self._rows())]
+        verdict = self.verdict[0].upper() + self.verdict[1:] + "."
+        first = [verdict, Picture(plot_scores(self)), Table(["score", "base", "edited", "of"], self._rows())]
         sections = [Section("In short", first), Section("Worst cases", self._told()), *self._paths()]
         sections.append(Section("What else moved", self.moved.blocks()))
-        sections.append(Section("The facts in every reading", self.report._blocks()))
+        sections.append(Section("The facts in every reading", self.report.blocks()))
+        sections += [
+            Section(heading, part.blocks())
+            for heading, part in (("What follows from the facts", self.consistency), ("General tasks", self.capability))
+            if part is not None
+        ]
         sections.append(Section("What was not measured", self._missing() or ["Everything was."]))
         if path is not None:
             write_report(path, "Is the edit real?", str(self.report.meta["model"]), sections)
@@ -164,13 +175,16 @@ class EditSummary:
     def _missing(self) -> list[str]:
         return [f"not measured: {each}" for each in self.not_measured]
 
-    def save(self, folder: AnyPath) -> None:
-        """Each part as a file of its own, .json, in a folder that is made; files of these names are replaced."""
-        place = checks.path("folder", folder)
-        for name in ("report", "moved", "gate", "consistency", "capability"):
-            part = getattr(self, name)
-            if part is not None:
-                part.save(place / f"{name}.json")
+    def to_record(self) -> dict[str, Any]:
+        """Scores and verdict, ready for JSON; NaN is None. The parts have files of their own (``report.save`` ...)."""
+        scores = {name: score._asdict() for name, score in self.scores.items()}
+        told = {"verdict": self.verdict, "passed": self.gate.passed, "harmonic_mean": self.harmonic_mean}
+        told |= {"scores": scores, "worst": self.worst(), "not_measured": self.not_measured, "meta": self.report.meta}
+        return finite({"format": FORMAT, "version": VERSION, **told})
+
+    def save(self, path: AnyPath) -> None:
+        """Writes the record as one JSON file, whole or not at all; a file of that name is replaced."""
+        write_text(path, json.dumps(self.to_record(), indent=1, allow_nan=False) + "\n")
 
 
 @takes_lm
@@ -196,15 +210,20 @@ def evaluate_edit(
     tasks: of ``kf.capability``, which needs lm-evaluation-harness; none: not measured
     texts, seed: of ``kf.what_moved``; generate: tokens written behind each prompt
 
-    Raises what these raise; each part checks its arguments before its own work.
+    Raises what these raise, for what is given here before any work.
     """
     edits, left_out = edit_list(edit, "edit"), []
+    checks.optional(checks.instance, "suite", suite, Suite, "a Suite; load_suite reads a file")
+    checks.optional(checks.instance, "thresholds", thresholds, Thresholds, "Thresholds")
+    table, texts = None if relations is None else read_table(relations), checked_texts(texts)
+    tasks = checks.listed("tasks", tasks, str, 'tasks, e.g. "kedit_common"', empty=True)
+    generate, seed = checks.whole("generate", generate, least=1, like=N_WRITTEN), checks.seed("seed", seed)
     facts = facts_in_force(with_edits(lm, edits, "edit").edits)
     report = evaluate(
         lm, facts if cases is None else cases, edits, benchmark=QUESTIONS, generate=generate, both_forms=False
     )
     moved = what_moved(lm, edits, texts=texts, seed=seed)
-    follows = None if relations is None else consistency(lm, edits, relations)
+    follows = None if table is None else consistency(lm, edits, table)
     if follows is None or not follows.implied:
         left_out.append(
             "consistency: " + ("no relations were given" if follows is None else "the table implies nothing")

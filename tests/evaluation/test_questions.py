@@ -58,6 +58,7 @@ def by_hand(lm, name, case, base=None):
             (p, exact, tokens), *others = [forced(lm, prompt, answer) for answer in answers]
             found = {"p": p, "token": sum(exact) / len(exact), "exact": float(all(exact))}
             found["success"] = float(all(p > other for other, _, _ in others)) if others else math.nan
+            found["p_other"] = max((other for other, _, _ in others), default=math.nan)
             before = said_before(base, at, "tokens", tokens)
             found["same"] = sum(a == b for a, b in zip(tokens, before, strict=True)) / len(tokens)
             said[at, "tokens"] = tokens
@@ -178,7 +179,19 @@ def test_a_table_of_kinds_by_modes(tmp_path):
     report = kf.evaluate(lm, cases, make_edit(lm, cases[0].facts), benchmark=benchmark, generate=2)
     lines = str(report).splitlines()
     (header,) = (line.split() for line in lines if line.startswith("asked"))
-    assert header == ["asked", "success", "p", "token", "exact", "match", "contains", "same", "same_text", "facts"]
+    assert header == [
+        "asked",
+        "success",
+        "p",
+        "p_other",
+        "token",
+        "exact",
+        "match",
+        "contains",
+        "same",
+        "same_text",
+        "facts",
+    ]
     assert {line.split()[0] for line in lines} >= {"rewrite", "paraphrase", "locality", "choice", "portability"}
     assert any("teacher-forced" in line and "in free writing" in line for line in report.verdict)
     report.save(tmp_path / "report.json")

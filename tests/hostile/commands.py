@@ -52,6 +52,7 @@ def cases(folder: Path) -> list[Case]:
         ("eval", *m), ("eval", *m, str(facts)), (*evaluate, "--text", str(empty)), (*evaluate, "--text", str(binary)),
         (*evaluate, "--html", str(facts)), (*evaluate, "--log", str(edit)), (*evaluate, "--log", str(folder)),
         (*evaluate, str(edit)), ("eval", *m, str(folder)),
+        ("summary", *m), ("summary", *m, str(facts)), ("summary", *m, str(edit), "--relations", str(binary)),
         ("compare", *m), ("compare", *m, str(facts), str(edit)), ("compare", *m, str(edit), str(binary)),
         ("compare", *m, "--methods", "rome,memit", "--facts", str(facts), "--against", "no"),
         ("capability", *m, str(facts)), ("capability", *m, "--tasks", ","),

@@ -121,6 +121,8 @@ def doors(folder) -> list[Door]:
             facts="facts", kinds="choices", window="positive", samples="positive", noise="noise", seed="seed",
             answer="text?", metric="choice", sever="choice?", method="choice", top="positive", log="path?",
             checkpoint="path?")),
+        Door("trace.stride", _with(kf.trace, t.lm, facts=t.facts[0], samples=1, method="strided"), dict(
+            stride="positive")),
         Door("trace.corrupt", _with(kf.trace, t.lm, facts=t.facts[0], samples=1), dict(corrupt="object")),
         Door("average", _with(kf.average), dict(results="facts")),
         Door("AverageTrace.recommend_layers", _with(t.average["state"].recommend_layers), dict(n="positive")),
@@ -202,6 +204,9 @@ def doors(folder) -> list[Door]:
         Door("what_moved", _with(kf.what_moved, t.lm, edit=t.edit), dict(
             edit="edit", facts="facts?", texts="dict?", prompts="prompts?", max_tokens="positive", seed="seed")),
         Door("Moved.load", _with(kf.Moved.load), dict(path="path")),
+        Door("evaluate_edit", _with(kf.evaluate_edit, t.lm, edit=t.edit, tasks=()), dict(
+            edit="edit", cases="facts?", suite="object", thresholds="object", tasks="object", texts="dict?",
+            relations="path?", generate="positive", seed="seed")),
         Door("EditPolicy", _with(kf.EditPolicy), dict(
             max_facts="positive", max_growth="number", max_drift="number", min_retention="share", warn_at="share")),
         Door("advise", _with(kf.advise, n_facts=1, growth={}), dict(

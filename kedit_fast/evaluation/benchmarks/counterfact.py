@@ -147,7 +147,7 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
         same = edited["same_subject_same_top"]
         if not same.isnan().all():
             did.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")
-    if edited is not None and not any(fact.neighborhood for fact in facts):
+    if edited is not None and any(f.target_new for f in facts) and not any(f.neighborhood for f in facts):
         know.append("other subjects: not measured, no fact has neighborhood prompts")
     left_out = int(base["neighborhood_left_out"].nansum())
     if left_out:

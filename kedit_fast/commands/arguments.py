@@ -152,6 +152,28 @@ def add_eval(commands: Commands) -> None:
     machine_options(parser)
 
 
+def add_summary(commands: Commands) -> None:
+    parser = commands.command(
+        "summary EDIT ...",
+        "is the edit real? everything that is measured of it, on one page",
+        "Efficacy, generalisation and specificity in free writing, what follows from the edited facts, general tasks,\n"
+        "what else moved, and the gate's verdict. Takes minutes; each part has a command of its own (eval, implied,\n"
+        "capability, gate). Exit status 0: the gate lets it pass, 1: it does not, 2: an error.",
+        "kedit-fast summary edit.safetensors --html summary.html",
+    )
+    edits_argument(parser)
+    file_options(parser, " (default: the edits' own facts)")
+    chat_options(parser)
+    option(parser, "--suite FILE", path, "of the gate; again for more (default: what the facts carry)", action="append")
+    told = "a table of relations (.json), for what the facts imply; again for more (default: builtin)"
+    option(parser, "--relations TABLE", path, told, action="append")
+    option(parser, "--tasks T,T", names, "of lm-evaluation-harness", ",".join(catalog.CAPABILITY))
+    option(parser, "--generate N", count, "tokens written behind each prompt", 32)
+    output(parser, "FILE", "the scores as .json")
+    option(parser, "--html PAGE", path, "everything as a page")
+    machine_options(parser)
+
+
 def add_capability(commands: Commands) -> None:
     parser = commands.command(
         "capability [EDIT ...]",

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "edit without": (edit_arguments.add_without, "edits.without"),
     "train": (edit_arguments.add_train, "train"),
     "eval": (arguments.add_eval, "eval"),
-    "summary": (edit_arguments.add_summary, "summary"),
+    "summary": (arguments.add_summary, "summary"),
     "compare": (edit_arguments.add_compare, "compare"),
     "capability": (arguments.add_capability, "capability"),
     "forgotten": (edit_arguments.add_forgotten, "forgotten"),

@@ -23,7 +23,7 @@ from kedit_fast.experiments.claims import HOPS, INVERSE, Claim, Steps
 from kedit_fast.facts.fact import Fact, fact_list, place
 from kedit_fast.facts.knowledge import Pair, RelationTable, load_relations
 from kedit_fast.facts.subjects import folded
-from kedit_fast.model.lm import LM
+from kedit_fast.model.lm import LM, takes_lm
 
 ALIAS = "alias"
 KINDS = (ALIAS, INVERSE, *HOPS)
@@ -75,6 +75,7 @@ class Derived(NamedTuple):
     notes: list[str]
 
 
+@takes_lm
 def implied(facts: Fact | Iterable[Fact], table: Tables, *, hops: int = 1, lm: LM | None = None) -> list[Implied]:
     """What these facts imply once they are written, see this file's head; in the order of ``KINDS``, each once.
 
@@ -87,10 +88,9 @@ def implied(facts: Fact | Iterable[Fact], table: Tables, *, hops: int = 1, lm: L
     Warns of conflicts, and of facts that nothing can follow from (no subject, no new answer, a relation that the table
     does not have). Raises ValueError for no facts, a table that is none, and hops of another number.
     """
-    lm = checks.optional(checks.instance, "lm", lm, LM, "a model, what kf.open_model gives")
     made = derive(fact_list(facts), read_table(table), hops, lm)
     for note in [*made.notes, *(f"conflict: {one}" for one in made.conflicts)]:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)
     return made.found
 
 

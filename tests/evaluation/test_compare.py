@@ -229,10 +229,10 @@ def test_modes_that_are_shown():
     two = [knowedit(), knowedit(rewrite__token=[1.0, 1.0])]
     found = compare(dict(zip("ab", two, strict=True)))
     assert found.modes() == ("token", "same") and "rewrite.p" not in str(found)
-    assert "modes not shown: success, p, exact" in str(found)
+    assert "modes not shown: success, p, p_other, exact" in str(found)
     text = found.to_text(("p",))
     assert "rewrite.p" in text and "rewrite.token" not in text and "score" in text
-    with pytest.raises(ValueError, match="modes = 'none': expected some of success, p, token"):
+    with pytest.raises(ValueError, match="modes = 'none': expected some of success, p, p_other, token"):
         found.to_text(("none",))
 
 

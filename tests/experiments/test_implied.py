@@ -190,4 +190,4 @@ def test_bad_input_is_refused(no_sweep):
     refused("facts is empty", implied, [], TABLE)
     refused("table = 3: expected a table of relations", implied, TOWER, 3)
     refused("hops = 4: expected a whole number from 1 to 3", implied, TOWER, TABLE, hops=4)
-    refused("lm = 'smollm2': expected a model", implied, TOWER, TABLE, lm="smollm2")
+    refused("lm = 'smollm2': expected what open_model returns", implied, TOWER, TABLE, lm="smollm2")

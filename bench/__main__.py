@@ -20,7 +20,10 @@ BENCHES = {
     "solve": "the solves of MEMIT, native against torch, on random keys (3 minutes)",
     "trace": "causal tracing of SmolLM2 against the published and a batched loop (15 minutes)",
     "attribution": "the estimate of a trace against the exact one, on 20 facts (20 minutes)",
+    "strided": "strided traces against the exact ones, and how reliable those are, on 20 facts (20 minutes)",
     "gradients": "gradient factors of 100 facts against autograd, fact by fact (10 minutes)",
+    "benchmarks": "every benchmark of the field by six methods; goes on where it was stopped (4 hours)",
+    "scoring": "CounterFact's probes and 200 texts in shared sweeps against one prompt at a time (10 minutes)",
     "neurons": "knowledge neurons of a fact against a loop over layers and steps; erased and rewritten (10 minutes)",
     "kernels": "every op against its reference and torch, on the shapes of four models (2 minutes on the CPU)",
     "counts": "what trace, z and MEMIT would ask of a GPU, counted and predicted where there is none (10 minutes)",
@@ -43,7 +46,10 @@ OPTIONS = {
     "solve": ["threads"],
     "trace": ["facts", "threads"],
     "attribution": ["threads"],
+    "strided": ["threads"],
     "gradients": ["facts", "threads"],
+    "benchmarks": ["facts", "rows", "methods", "threads"],
+    "scoring": ["facts", "threads"],
     "neurons": ["threads"],
     "kernels": ["device"],
     "flows": ["device"],
@@ -78,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tables", type=Path, default=report.TABLES, metavar="FILE", help="the file that `report` writes"
     )
-    made.add_argument("--facts", type=int, help="trace, gradients: facts in one call (default 8, 100)")
+    made.add_argument("--facts", type=int, help="trace, gradients, scoring, benchmarks (default 8, 100, 200, 30)")
     made.add_argument("--n", type=int, nargs="+", default=[1, 10, 30], help="edit: facts a batch (default 1 10 30)")
     made.add_argument("--sets", type=int, default=3, help="edit: disjoint batches of each size (default 3)")
     made.add_argument("--method", choices=["memit", "rome"], default="memit", help="edit: the editor (default memit)")

@@ -10,7 +10,7 @@ import numpy as np
 import kedit_fast as kf
 from bench.common import Figure, Measured, Timing, peak_matmul, timed
 from bench.trace import WINDOW, Ground, spread
-from kedit_fast.experiments.by_layer import spearman
+from kedit_fast.basics.correlation import spearman
 from kedit_fast.facts.fact import OWN_FACTS
 from kedit_fast.tracing.trace import noise_level
 
@@ -50,14 +50,14 @@ def measure(lm, facts, samples: int) -> Measured:
 
 
 def _figures(kind: str, pairs: list[tuple[Timing, Timing]], to_published: float) -> list[Figure]:
-    cells = [(_cells(a.result[0]), _cells(b.result[0])) for a, b in pairs]
+    both = [(cells(a.result[0]), cells(b.result[0])) for a, b in pairs]
     times = [sum(t.seconds for t in side) for side in zip(*pairs, strict=True)]
     rows = [
         ("ratio to the published loop", to_published, "x"),
         ("ratio to the exact trace", times[1] / times[0], "x"),
-        ("mean rank correlation", float(np.mean([spearman(*both) for both in cells])), "correlation"),
-        ("least rank correlation", float(np.min([spearman(*both) for both in cells])), "correlation"),
-        (f"mean top-{TOP} recall", float(np.mean([recall(*both) for both in cells])), "share"),
+        ("mean rank correlation", float(np.mean([spearman(*each) for each in both])), "correlation"),
+        ("least rank correlation", float(np.min([spearman(*each) for each in both])), "correlation"),
+        (f"mean top-{TOP} recall", float(np.mean([recall(*each) for each in both])), "share"),
         ("attribution, CPU time a fact", float(np.mean([a.cpu for a, _ in pairs])), "s"),
         ("exact trace, CPU time a fact", float(np.mean([b.cpu for _, b in pairs])), "s"),
     ]
@@ -65,7 +65,7 @@ def _figures(kind: str, pairs: list[tuple[Timing, Timing]], to_published: float)
     return [Figure(case, metric, value, unit, n=len(pairs), mark=MARKS.get(metric, "")) for metric, value, unit in rows]
 
 
-def _cells(result: kf.TraceResult) -> np.ndarray:
+def cells(result: kf.TraceResult) -> np.ndarray:
     """Effects of the cells that had to be found: from the subject on, without the last layer's states."""
     effect = result.indirect_effect[result.subject_span[0] :]
     return (effect[:, :-1] if result.kind == "state" else effect).ravel()

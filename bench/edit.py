@@ -19,7 +19,7 @@ import kedit_fast as kf
 from bench.common import DATA, Figure, Measured, Skipped, peak_matmul, timed
 from kedit_fast.basics.intervals import DIFFERENCE, SHARE, Interval, interval
 from kedit_fast.basics.settings import cache_dir
-from kedit_fast.evaluation.counterfact import METRICS
+from kedit_fast.evaluation.benchmarks.counterfact import METRICS
 from kedit_fast.facts.fact import Fact, check_facts
 
 KNOWN = "smollm2_known.json.gz"

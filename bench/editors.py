@@ -33,7 +33,7 @@ from kedit_fast.basics.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.editors import rome, spread
 from kedit_fast.editors.contexts import memit_contexts
 from kedit_fast.editors.written import counted_elsewhere
-from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, METRICS
 from kedit_fast.facts.fact import ANSWERED, Fact
 from kedit_fast.jobs.values import Values
 

@@ -14,9 +14,9 @@ import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import Figure, Measured, peak_matmul
 from kedit_fast.basics.intervals import PROBABILITY, SHARE, interval
+from kedit_fast.evaluation.texts import says
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import asked
-from kedit_fast.gating.canary import says
 
 N_FACTS, N_TOKENS = 30, 8
 # At the default of 20, prompts with a trailing space end at P(new) 0.74 and 80 % exact: few words have no space before.

@@ -19,7 +19,7 @@ from bench.common import CheckFailed, Figure, Measured, peak_matmul, timed
 from bench.published import scaled
 from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.evaluation.benchmark import Case
-from kedit_fast.evaluation.counterfact import probes
+from kedit_fast.evaluation.benchmarks.counterfact import probes
 from kedit_fast.evaluation.probes import Probe, read_probes
 from kedit_fast.facts.fact import Fact
 from tests.oracle.access import site_module

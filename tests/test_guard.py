@@ -18,11 +18,12 @@ from tests.hostile.judge import WRONG as FAULT
 # Arguments that no table of wrong values holds, with the reason.
 ELSEWHERE = {
     "tokenizer": "any object of transformers; a slow one is refused", "messages": "LM.chat: those of the template",
-    "hf_model": "apply says what it writes into", "on": "of a context manager",
+    "hf_model": "apply says what it writes into", "on": "of a context manager", "judge": "any function",
 }  # fmt: skip
 MADE_BY_US = {
     "EvalReport", "GateReport", "LogitLens", "Round", "LayerStudy", "TraceResult", "AverageTrace", "Network",
-    "NeuronAttribution", "Forgotten", "Eraser",
+    "NeuronAttribution", "Forgotten", "Eraser", "Capability", "Implied", "Consistency", "RelationTable", "Moved",
+    "Comparison", "EditSummary",
 }  # fmt: skip
 
 

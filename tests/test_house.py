@@ -78,10 +78,20 @@ TESTED_IN = {
     "editors/test_memit.py": "editors/located editors/spread",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_settings editors/training_step",
+    "evaluation/test_compare.py": "evaluation/aligned pictures/comparison",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
+    "evaluation/test_harness.py": "commands/capability evaluation/harness_lm",
     "evaluation/test_logit_lens.py": "pictures/lens",
+    "evaluation/test_moved.py": "evaluation/benchmarks/distractors evaluation/moved_questions evaluation/moved_report",
     "experiments/test_by_layer.py": "pictures/by_layer",
+    "evaluation/test_questions.py": "evaluation/readings "
+    + " ".join(
+        f"evaluation/benchmarks/{name}"
+        for name in ["halluedit", "knowedit", "knowgic", "mquake", "qaedit", "rippleedits", "wikibigedit", "zsre"]
+    ),
+    "experiments/test_edit_summary.py": "commands/summary pictures/summary",
     "experiments/test_forecast.py": "commands/forecast",
+    "experiments/test_implied.py": "experiments/claims",
     "experiments/test_rounds.py": "pictures/rounds",
     "facts/test_formats.py": "facts/files",
     "gating/test_forms.py": "model/overlaid",

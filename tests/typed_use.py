@@ -51,9 +51,17 @@ def many_facts(lm: kf.LM, editor: kf.Memit, moments: dict[int, kf.SecondMoment])
     kf.merge_checkpoint("llama", [first, second], Path("edited"))
     assert_type(kf.unmerge("edited"), Path)
     assert_type(kf.EditHistory("edits").current, tuple[kf.Edit, ...])
+    able = kf.capability(lm, ["kedit_common"], second, limit=10)
+    assert_type(able, kf.Capability)
+    assert_type(
+        {task: score.base for task, of_task in able.scores.items() for score in of_task.values()}, dict[str, float]
+    )
     lens = kf.logit_lens(lm, facts, singles.only(0))
     assert_type(lens, kf.LogitLens)
     assert_type(lens.plot(), Figure)
+    moved = kf.what_moved(lm, first, facts, texts={"news": "Paris is a city.", "code": "x = 1"})
+    assert_type(moved, kf.Moved)
+    assert_type(moved.measures["kl"].edited.mean, float)
 
 
 def judged(lm: kf.LM, edit: kf.Edit, facts: list[kf.Fact]) -> bool:
@@ -81,6 +89,6 @@ def refused(lm: kf.LM, fact: kf.Fact) -> None:
     kf.trace(fact, [fact])  # type: ignore[arg-type]
     kf.trace(lm, [fact], sampels=3)  # type: ignore[call-arg]
     kf.Memit.for_model("smollm2")  # type: ignore[arg-type]
-    kf.evaluate(lm, ["a fact"])  # type: ignore[list-item]
+    kf.evaluate(lm, ["a fact"])  # type: ignore[arg-type]
     kf.Memit.for_model(lm).edit(lm)  # type: ignore[call-arg]
     _ = kf.nothing  # type: ignore[attr-defined]

@@ -45,8 +45,20 @@ TRAINED = {  # editors that a network is trained for: the hyper-parameters of it
 }
 ROUTES = ("names", "scope")  # around independent edits (``editors/routed.py``)
 SELF = "self"  # of corpora, the text that the model samples itself
+CAPABILITY = ("kedit_common", "kedit_short")  # tasks of lm-evaluation-harness that lie in ``evaluation/tasks``
 BENCHMARKS = {
-    "counterfact": "evaluation.counterfact.COUNTERFACT",
+    "counterfact": "evaluation.benchmarks.counterfact.COUNTERFACT",
+    "questions": "evaluation.benchmarks.knowedit.QUESTIONS",
+    "zsre": "evaluation.benchmarks.zsre.ZSRE",
+    "zsre-true": "evaluation.benchmarks.zsre.ZSRE_TRUE",
+    "mquake": "evaluation.benchmarks.mquake.MQUAKE",
+    "mquake-cot": "evaluation.benchmarks.mquake.MQUAKE_COT",
+    "rippleedits": "evaluation.benchmarks.rippleedits.RIPPLEEDITS",
+    "knowedit": "evaluation.benchmarks.knowedit.KNOWEDIT",
+    "qaedit": "evaluation.benchmarks.qaedit.QAEDIT",
+    "halluedit": "evaluation.benchmarks.halluedit.HALLUEDIT",
+    "wikibigedit": "evaluation.benchmarks.wikibigedit.WIKIBIGEDIT",
+    "knowgic": "evaluation.benchmarks.knowgic.KNOWGIC",
 }
 
 

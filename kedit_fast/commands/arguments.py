@@ -72,9 +72,11 @@ def add_trace(commands: Commands) -> None:
     option(how, "--corrupt SUBJECT", text_such_as("The Louvre"), other, "noise")
     option(how, "--metric", ("prob", "logprob", "logit_diff"), "what is read", "prob")
     option(how, "--sever", ("mlp", "attn"), "keep this part corrupted (with --kinds state)")
-    methods = "exact; attribution: estimate every cell, several times faster; screen: then compute the strongest"
-    option(how, "--method", ("exact", "attribution", "screen"), methods, "exact")
+    methods = "exact; attribution: estimate every cell, several times faster; screen: then compute the strongest;"
+    methods += " strided: compute each noise draw at some layers, interpolate between"
+    option(how, "--method", ("exact", "attribution", "screen", "strided"), methods, "exact")
     option(how, "--top N", positive, "cells that screen computes", 20)
+    option(how, "--stride N", positive, "strided computes one layer in so many", 5)
     option(how, "--answer TEXT", text_such_as("Paris"), "trace this answer (default: the model's own)")
     output(parser, "DIR", "folder for traces.jsonl and pictures", f"{OUT}/trace")
     option(parser, "--plots N", count, "draw the first N facts' heat maps", 10)
@@ -139,14 +141,57 @@ def add_eval(commands: Commands) -> None:
     edits_argument(parser, "*", EDITS + AS_IT_IS)
     file_options(parser, " (default: the edits' own facts)")
     chat_options(parser)
-    asked = f"what is asked of the facts, and how it counts: {', '.join(BENCHMARKS)}"
+    asked = f"what the file is, what is asked and how it counts: {', '.join(BENCHMARKS)}"
     option(parser, "--benchmark NAME", text_such_as(BENCHMARKS[0]), asked, BENCHMARKS[0])
     option(parser, "--text FILE", path, "a text file to measure perplexity on")
-    option(parser, "--generate N", count, "continue each prompt by N tokens", 0)
+    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
     option(parser, "--log FILE", path, "a .jsonl file: a line for each fact as soon as it is done")
     option(parser, "--html FILE", path, "the table as a page")
     output(parser, "FILE", "everything as .json")
     checkpoint_option(parser)
+    machine_options(parser)
+
+
+def add_summary(commands: Commands) -> None:
+    parser = commands.command(
+        "summary EDIT ...",
+        "is the edit real? everything that is measured of it, on one page",
+        "Efficacy, generalisation and specificity in free writing, what follows from the edited facts, general tasks,\n"
+        "what else moved, and the gate's verdict. Takes minutes; each part has a command of its own (eval, implied,\n"
+        "capability, gate). Exit status 0: the gate lets it pass, 1: it does not, 2: an error.",
+        "kedit-fast summary edit.safetensors --html summary.html",
+    )
+    edits_argument(parser)
+    file_options(parser, " (default: the edits' own facts)")
+    chat_options(parser)
+    option(parser, "--suite FILE", path, "of the gate; again for more (default: what the facts carry)", action="append")
+    told = "a table of relations (.json), for what the facts imply; again for more (default: builtin)"
+    option(parser, "--relations TABLE", path, told, action="append")
+    option(parser, "--tasks T,T", names, "of lm-evaluation-harness", ",".join(catalog.CAPABILITY))
+    option(parser, "--generate N", count, "tokens written behind each prompt", 32)
+    output(parser, "FILE", "the scores as .json")
+    option(parser, "--html PAGE", path, "everything as a page")
+    machine_options(parser)
+
+
+def add_capability(commands: Commands) -> None:
+    parser = commands.command(
+        "capability [EDIT ...]",
+        "what else can the model still do: lm-evaluation-harness, with and without an edit",
+        "Runs tasks of lm-evaluation-harness (pip install 'kedit-fast[harness]') on the model without and with an\n"
+        "edit, which need not be written: memories, routes and models larger than memory are asked as they are.\n"
+        "Two small tasks need no network; the harness's own fetch their documents from the Hugging Face hub.",
+        "kedit-fast capability edit.safetensors --html capability.html",
+    )
+    edits_argument(parser, "*", EDITS + AS_IT_IS)
+    option(parser, "--tasks T,T", names, "tasks or groups of tasks", ",".join(catalog.CAPABILITY))
+    own = "with task files of your own, in the harness's format; what Python they name is run"
+    option(parser, "--task-folder DIR", path, own)
+    option(parser, "-n --limit N", positive, "the first N documents of each task")
+    option(parser, "--num-fewshot N", count, "examples before each, where the task does not fix them")
+    flag(parser, "--chat", "ask in the model's own chat template")
+    option(parser, "--html FILE", path, "the table as a page")
+    output(parser, "FILE", "everything as .json")
     machine_options(parser)
 
 

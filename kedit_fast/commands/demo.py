@@ -20,12 +20,12 @@ from kedit_fast.commands.outputs import check_output, output_folder, say, show
 from kedit_fast.editors import Memit, Rome
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import Case, EvalReport, evaluate
-from kedit_fast.evaluation.counterfact import NEIGHBORHOOD, PARAPHRASE, REWRITE, probes
+from kedit_fast.evaluation.benchmarks.counterfact import NEIGHBORHOOD, PARAPHRASE, REWRITE, probes
+from kedit_fast.evaluation.canary import PROSE
 from kedit_fast.evaluation.probes import read_probes
 from kedit_fast.facts.fact import OWN_FACTS, Fact, load_facts
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import spoken
-from kedit_fast.gating.canary import PROSE
 from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, SecondMoment, second_moments
 from kedit_fast.pictures.page import ROLES, Change, known_neighbors
 from kedit_fast.pictures.terminal import TerminalHeatMap
@@ -219,7 +219,7 @@ def prompt_changes(lm, edit: Edit) -> list[Change]:
     Neighbors that name an edited subject are left out, as in ``evaluate``, which gives the means of these numbers.
     """
     edited, roles = (Names(fact.subject for fact in edit.facts),), dict(zip(KINDS, ROLES, strict=True))
-    asked = [one for i, fact in enumerate(edit.facts) for one in probes(lm, Case((fact,), i, edited))]
+    asked = [one for i, fact in enumerate(edit.facts) for one in probes(lm, Case((fact,), number=i, edited=edited))]
     changes = []
     for one, before, after in zip(asked, *read_probes(lm.with_edit(edit), asked), strict=True):
         if one.kind in roles:

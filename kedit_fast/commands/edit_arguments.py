@@ -1,9 +1,19 @@
-"""The arguments of ``kedit-fast edit | train | merge | history`` and of their actions, a function each; torch-free."""
+"""The arguments of ``kedit-fast edit | train | compare | merge | history`` and of their actions; torch-free."""
 
 from argparse import ArgumentTypeError
 
 from kedit_fast.basics import catalog
-from kedit_fast.commands.argument_types import count, layers, list_of, path, positive, share, size
+from kedit_fast.commands.argument_types import (
+    count,
+    layers,
+    list_of,
+    names,
+    path,
+    positive,
+    share,
+    size,
+    text_such_as,
+)
 from kedit_fast.commands.parser import (
     EDIT,
     Commands,
@@ -33,6 +43,7 @@ KINDS = {  # of methods: the help of --method
     "to forget target_true": "unlearn",
 }
 TRAINED = tuple(catalog.TRAINED)
+COUNTERFACT = next(iter(catalog.BENCHMARKS))  # where no benchmark is named
 
 
 def add_edit(commands: Commands) -> None:
@@ -117,6 +128,63 @@ def add_forgotten(commands: Commands) -> None:
     option(parser, "--steps N", count, "of learning again, at most", 25)
     output(parser, "FILE", "everything as .json")
     machine_options(parser, seed=None)
+
+
+def add_implied(commands: Commands) -> None:
+    parser = commands.command(
+        "implied EDIT ...",
+        "what an edit implies: followed, contradictory, still to be edited",
+        "By a table of relations, an edit's facts imply others: the same of other names, what the answer is to the\n"
+        "subject, and what follows with facts that are known. This command shows which of them the edited model says,\n"
+        "and where they contradict each other, and writes the rest as facts to edit.",
+        "kedit-fast implied edit.safetensors --relations builtin -o rest.json",
+        also="then: kedit-fast edit --facts rest.json --on-top-of edit.safetensors -o more.safetensors",
+    )
+    edits_argument(parser)
+    told = "a table of relations (.json), or 'builtin' (of this package); again for more, the last one's word counts; "
+    told += "python -m pydoc kedit_fast.facts.knowledge has the fields"
+    option(parser, "--relations TABLE", path, told + " (default: builtin)", action="append")
+    option(parser, "--hops N", positive, "rules that may follow each other, 3 at most", 1)
+    flag(parser, "--ask", "have the model, without the edit, answer what a rule needs and the table does not know")
+    followed = "what says that a fact is followed: exact: all its tokens are the likeliest; success: P(new) > P(old); "
+    option(
+        parser, "--by WHICH", ("exact", "success", "written"), followed + "written: it is in what is written", "exact"
+    )
+    option(parser, "--generate N", count, "tokens written behind each prompt", 10)
+    output(parser, "FILE", "the facts still to be edited, as .json")
+    option(parser, "--html PAGE", path, "everything as a page")
+    machine_options(parser, seed=None)
+
+
+def add_compare(commands: Commands) -> None:
+    parser = commands.command(
+        "compare [FILE ...]",
+        "several methods or edits on the same facts, in one table and one page",
+        "Edits facts by several methods, all facts at once, and asks the model with each edit the same questions;\n"
+        "edits that are there are asked too, and reports of `kedit-fast eval -o` and of EasyEdit stand beside them.\n"
+        "The facts are the same, so each fact's difference is taken: better and worse stand where the 95 % interval\n"
+        "of the mean difference leaves 0 out. No model is changed.",
+        "kedit-fast compare --facts counterfact.json -n 100 --methods rome,memit,alphaedit --html compare.html",
+    )
+    what = "edit files, or folders of versions (its edits in force), and reports: what `kedit-fast eval -o` writes, or "
+    what += "EasyEdit's results (.json)"
+    parser.add_argument("compared", nargs="*", type=path, metavar="FILE", help=what)
+    file_options(parser, "; as the benchmark reads it")
+    chat_options(parser)
+    asked = f"what the file is, what is asked and how it counts: {', '.join(catalog.BENCHMARKS)}"
+    option(parser, "--benchmark NAME", text_such_as(COUNTERFACT), asked, COUNTERFACT)
+    option(parser, "--methods M,M", names, "to edit by, with their settings for the model: rome,memit,alphaedit")
+    statistics_options(parser)
+    against = "with which of them the others are compared; base: the unedited model (default: the first)"
+    option(parser, "--against NAME", text_such_as("memit"), against)
+    modes = "readings of an answer that are shown, for instance token,match (default: those of the benchmark's score)"
+    option(parser, "--modes M,M", names, modes)
+    option(parser, "--text FILE", path, "a text file to measure perplexity on")
+    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
+    option(parser, "--html FILE", path, "the tables and a picture as a page")
+    output(parser, "FILE", "everything as .json")
+    checkpoint_option(parser)
+    machine_options(parser)
 
 
 def add_merge(commands: Commands) -> None:

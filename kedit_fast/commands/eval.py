@@ -1,6 +1,6 @@
 """``kedit-fast eval``: what an edit changed, and what it should not have changed."""
 
-from kedit_fast.commands.inputs import fact_file, in_chat, known, open_lm, read_chain, read_text
+from kedit_fast.commands.inputs import case_file, in_chat, known, open_lm, read_chain, read_text
 from kedit_fast.commands.outputs import check_outputs, fresh_log, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.edits.chain import facts_in_force
@@ -15,7 +15,7 @@ def run(args) -> None:
     benchmark = known("--benchmark", args.benchmark, BENCHMARKS)
     report, page, log = check_outputs(args, "output", "html", "log")
     edits = read_chain(args.edits)
-    facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else fact_file(args)
+    facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else case_file(args)
     if not facts:
         raise ValueError(f"the edits hold no facts; give --facts FILE (or --facts {BUILTIN}) with what is to be asked")
     text = None if args.text is None else read_text(args.text)

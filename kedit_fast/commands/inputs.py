@@ -18,6 +18,7 @@ from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.commands.parser import EDIT
 from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation import BENCHMARKS, Case
 from kedit_fast.facts.fact import BUILTIN, Chat, Fact, load_facts
 from kedit_fast.facts.files import SUFFIXES
 from kedit_fast.facts.subjects import as_template
@@ -94,8 +95,17 @@ def read_facts(args) -> list[Fact]:
 
 def fact_file(args) -> list[Fact]:
     """The first facts of a file, or of this package's own, as ``--facts``, ``-n``, ``--skip-bad``, ``--chat`` say."""
+    if getattr(args, "benchmark", None):
+        return [fact for case in case_file(args) for fact in case.facts]
     chat_of(args)
     return in_chat(args, load_facts(args.facts, args.n, skip_bad=args.skip_bad))
+
+
+def case_file(args) -> list[Case]:
+    """The first cases of a file, as the benchmark of ``--benchmark`` reads it."""
+    chat_of(args)
+    cases = known("--benchmark", args.benchmark, BENCHMARKS).load(args.facts, args.n, skip_bad=args.skip_bad)
+    return [replace(case, facts=tuple(in_chat(args, case.facts))) for case in cases]
 
 
 def chat_of(args) -> Chat:

@@ -27,6 +27,7 @@ from kedit_fast.facts.fact import BUILTIN
 EDITS = "edits"  # the argument that names edits without an option
 READ = (
     EDITS,
+    "compared",
     "facts",
     "hparams",
     "network",
@@ -40,7 +41,10 @@ READ = (
     "traces",
     "keep",
     "examples",
+    "relations",
+    "task_folder",
 )
+READ_ALONE = {EDITS: "an edit that is read", "compared": "a file that is compared"}  # by arguments without an option
 
 # ---- the screen
 
@@ -118,7 +122,7 @@ def check_outputs(args, *options: str) -> list[Path | None]:
                 raise ValueError(f"--{other} and --{name} both name {path}; expected a file for each")
         for source, read in ((option, path) for option in READ for path in _paths_of(args, option)):
             if _same(path, read) or (path.exists() and _same(path.parent, read)):
-                what = "an edit that is read" if source == EDITS else f"what --{source.replace('_', '-')} reads"
+                what = READ_ALONE.get(source, f"what --{source.replace('_', '-')} reads")
                 raise ValueError(f"--{name} {path} would replace {what}; name another file")
         written[name] = path
     force = args.force or goes_on(args, *written.values())

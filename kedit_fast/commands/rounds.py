@@ -13,9 +13,9 @@ from kedit_fast.commands.inputs import check_network, corpus_of, known, read_fac
 from kedit_fast.commands.outputs import check_outputs, fresh_log, number, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
+from kedit_fast.evaluation.canary import PROSE
 from kedit_fast.experiments.rounds import Round, check_rounds, edit_in_rounds
 from kedit_fast.facts.fact import check_facts
-from kedit_fast.gating.canary import PROSE
 from kedit_fast.moments.given import digests
 from kedit_fast.pictures.rounds import plot_rounds
 from kedit_fast.sweep.kept import asked_of, begun

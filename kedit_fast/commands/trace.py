@@ -3,6 +3,7 @@
 import os
 from itertools import groupby, islice
 from pathlib import Path
+from statistics import fmean
 
 from kedit_fast.basics.files import saying
 from kedit_fast.basics.words import counted
@@ -12,8 +13,8 @@ from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.facts.fact import check_facts, check_subject
 from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.pictures.traces import plot_kinds
-from kedit_fast.tracing.results import LOCALIZATION_WARNING, TraceResult, average
-from kedit_fast.tracing.trace import trace
+from kedit_fast.tracing.results import LOCALIZATION_WARNING, TraceResult, average, reliable
+from kedit_fast.tracing.trace import BY_RUNS, trace
 
 LOG = "traces.jsonl"
 RECOMMENDED = 5  # layers, as many as MEMIT edits
@@ -26,7 +27,7 @@ def run(args) -> None:
         facts = check_facts(facts, need_subject=True, together=False, skip_bad=True)
     for fact in facts:
         check_subject(fact)
-    if args.sever and (args.kinds != ("state",) or args.method != "exact"):
+    if args.sever and (args.kinds != ("state",) or args.method not in BY_RUNS):
         raise ValueError(f"--sever {args.sever} is for exact traces of states: add --kinds state --method exact")
     folder = output_folder(args.output)
     if args.facts and os.path.realpath(os.path.expanduser(args.facts)) == os.path.realpath(folder / LOG):
@@ -44,7 +45,7 @@ def run(args) -> None:
             results = trace(
                 lm, facts, kinds=args.kinds, window=args.window, samples=args.samples, noise=args.noise, seed=args.seed,
                 answer=args.answer, corrupt=args.corrupt, metric=args.metric, sever=args.sever, method=args.method,
-                top=args.top, log=log, checkpoint=checkpoint,
+                top=args.top, stride=args.stride, log=log, checkpoint=checkpoint,
             )  # fmt: skip
         with saying(f"the traces are in {log}, read_log reads them"):
             _draw(results, folder, n_drawn)
@@ -65,7 +66,11 @@ def say_averages(results: list[TraceResult]) -> None:
     """Where the effect was, by kind."""
     for kind, mean in average(results).items():
         where = mean.in_words(min(RECOMMENDED, mean.mean.shape[1]))
-        say(f"{kind}: {where}; total effect {mean.total_effect:.3f}, {counted(mean.n_facts, 'fact')}")
+        known = reliable(mean.reliability)
+        say(f"{kind}: {where}; total effect {mean.total_effect:.3f}, {counted(mean.n_facts, 'fact')}{known}")
+    if costs := [result.cost for result in results if result.cost is not None]:
+        share = f"{fmean(costs):.0%} of an exact trace's rows x layers"
+        say(f"strided: each noise draw at one layer in {results[0].stride}, {share}")
     say(f"note: {LOCALIZATION_WARNING}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from kedit_fast.basics.progress import progress
-from kedit_fast.edits.deltas import FLOATS, Dense, grown
+from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
 from kedit_fast.facts.fact import Fact
@@ -40,7 +40,7 @@ def with_growth(lm, edit: Edit, gentler: str) -> Edit:
     edits are no one change of the weights, what changes none has none, and packed weights (a quantized model's) have
     no norm to be read.
     """
-    moved = {} if edit.independent or edit.route is not None else growth(lm, edit, {})
+    moved = {} if edit.independent or edit.route is not None else growth(lm, [edit], {})
     if not moved:
         return edit
     layer = max(moved, key=moved.__getitem__)
@@ -52,15 +52,6 @@ def with_growth(lm, edit: Edit, gentler: str) -> Edit:
             stacklevel=7,  # the line that called ``edit``
         )
     return replace(edit, provenance=edit.provenance | {"growth": {str(i): round(x, 6) for i, x in moved.items()}})
-
-
-def growth(lm, edit: Edit, norms: dict[tuple[int, str], float]) -> dict[int, float]:
-    """{layer: ‖Δ‖ / ‖W‖ (Frobenius) of its matrix that moves furthest}; norms: {(layer, role): ‖W‖}, those known, and
-    added to."""
-    for place in edit.weights:
-        if place not in norms and (weight := lm.source.weight(*place).detach()).dtype in FLOATS:
-            norms[place] = Dense(weight).norm()
-    return grown({place: (delta.norm(), norms[place]) for place, delta in edit.weights.items() if place in norms})
 
 
 def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:

@@ -216,6 +216,22 @@ def difference(after: Tensor, before: Tensor) -> Dense:
     return Dense((after - before).float())
 
 
+def growth(lm, edits, norms: dict[tuple[int, str], float]) -> dict[int, float]:
+    """{layer: ‖ΣΔ‖ / ‖W‖ (Frobenius) of its matrix that edits, all together, move furthest}. Packed weights have no
+    norm to be read. norms: {(layer, role): ‖W‖}, those known, and added to."""
+    deltas: dict[tuple[int, str], list[Delta]] = {}
+    for place, delta in (each for edit in edits for each in edit.weights.items()):
+        deltas.setdefault(place, []).append(delta)
+    moved: dict[tuple[int, str], tuple[float, float]] = {}
+    for place, (first, *others) in deltas.items():
+        if place not in norms and (weight := lm.source.weight(*place).detach()).dtype in FLOATS:
+            norms[place] = Dense(weight).norm()
+        if place in norms:
+            all_of_them = Dense(sum((delta.dense() for delta in others), first.dense())) if others else first
+            moved[place] = all_of_them.norm(), norms[place]
+    return grown(moved)
+
+
 def grown(norms: Mapping[tuple[int, str], tuple[float, float]]) -> dict[int, float]:
     """{layer: ‖Δ‖ / ‖W‖ of its matrix that grew most}, NaN where one of them is; norms: {(layer, role): both norms}."""
     shares: dict[int, float] = {}

@@ -23,12 +23,14 @@ from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.changes import TAKE_ONE
 from kedit_fast.edits.edit import Edit
 from kedit_fast.edits.held_out import check_held_out
-from kedit_fast.evaluation.benchmark import Benchmark, Case, check_lengths
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmark import Benchmark, Case, Writing, case_list, check_lengths
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
+from kedit_fast.evaluation.known import Known
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
 from kedit_fast.evaluation.probes import Probe, read_probes, write_probes
+from kedit_fast.evaluation.readings import Judge
 from kedit_fast.evaluation.report import EvalReport, case_record
-from kedit_fast.facts.fact import Fact, fact_list
+from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import has_template
 from kedit_fast.kernels.dispatch import backend_for
@@ -43,29 +45,35 @@ CHUNK = 64  # cases a sweep when the weights are in memory: progress moves and t
 @takes_lm
 def evaluate(
     lm: LM,
-    facts: Fact | Iterable[Fact],
+    facts: Fact | Case | Iterable[Fact] | Iterable[Case],
     edit: Edit | Iterable[Edit] | None = None,
     *,
     benchmark: Benchmark = COUNTERFACT,
     text: str | Iterable[str] | None = None,
-    generate: int = 0,
+    generate: int | None = None,
+    judge: Judge | None = None,
     max_tokens: int = MAX_TOKENS,
     log: checks.AnyPath | None = None,
     both_forms: bool = True,
+    known: Known | None = None,
     checkpoint: Checkpoint = None,
 ) -> EvalReport:
     """What facts are worth by a benchmark, for the model and, in the same sweeps, for the model with its edits.
 
+    facts: Facts, or the cases of a benchmark's own file with their questions, ``benchmark.load(path)``
     edit: an Edit, or several in their order, on top of those that ``lm`` carries; base is the model without any of
         them. To judge an edit as it will be once written in some dtype: ``evaluate(lm.with_edit(edit,
         written=torch.bfloat16), facts)``. Under independent edits each fact is asked under its own.
-    benchmark: what is asked of a case, a fact or several of them, and how its answers become metrics: CounterFact's
-        (``counterfact.METRICS``) unless told otherwise
+    benchmark: what is asked of a case and how its answers become metrics: CounterFact's unless told otherwise
     text: a string or several, for perplexity and its drift; of it max_tokens tokens at most
-    generate: tokens to continue each fact's prompt by, greedily, without and with the edits
+    generate: tokens to write behind prompts, greedily, without and with the edits; with a number given, behind each
+        fact's own prompt besides, for ``EvalReport.generations``. None: the benchmark's own number; 0: nothing is
+        written, and what would be read from it is NaN
+    judge: ``judge(prompt, accepted answers, what was written) -> 0 to 1``, for the mode of that name
     log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
+    known: ``Known()`` for several evaluations of the same facts: the base model is asked in the first of them alone
     checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
         arguments, and ends with the same bits. To be deleted once the report is saved
 
@@ -82,21 +90,17 @@ def evaluate(
     anything but Facts or an Edit; OSError for a log that cannot be written.
     One weight pass for each chunk of cases (64, or as many as memory holds when weights are streamed) and for the text.
     """
-    grouped, checkpoint = _checked(benchmark, facts, generate, max_tokens, both_forms, log), check_run(checkpoint)
+    given, checkpoint = _checked(benchmark, facts, generate, judge, max_tokens, known, log), check_run(checkpoint)
     lm = with_edits(lm, edit, "edit")
-    cases = _cases(lm, grouped, text)
+    cases = _cases(lm, given, text)
     check_held_out(lm.edits, ((fact, case.owner) for case in cases for fact in case.facts))
     windows = None if text is None else text_windows(lm, text, max_tokens)
-    forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
-    if both_forms and has_template(lm.tokenizer):
-        forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
-    asked = [one for form in forms for one in form]
-    check_lengths(lm, [(one.case, one.everything) for one in asked])
-    writing = ["generating"] * any(probe.n_written for one in asked for probe in one.everything)
+    forms = _forms(lm, benchmark, cases, generate, both_forms)
+    writing = ["generating"] * any(probe.n_written for form in forms for one in form for probe in one.everything)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
-        asked_for = partial(_asked_for, lm, benchmark, grouped, generate, len(forms), windows)
-        said, drift = _answered(lm, benchmark, forms, windows, log, (checkpoint, asked_for))
+        asked_for = partial(_asked_for, lm, benchmark, given, generate, len(forms), windows)
+        said, drift = _answered(lm, benchmark, forms, windows, log, known, (checkpoint, asked_for))
     other = _report(benchmark, forms[1], said[1], meta | {"note": ""}) if len(forms) > 1 else None
     return _report(benchmark, forms[0], said[0], meta, perplexity=drift, other=other)
 
@@ -123,35 +127,39 @@ class Asked(NamedTuple):
         return 2 * sum(sum(probe.lengths) for probe in self.probes)
 
 
-def _checked(benchmark, facts, generate, max_tokens, both_forms, log) -> list[tuple[Fact, ...]]:
-    """The facts that are judged together."""
+def _checked(benchmark, facts, generate, judge, max_tokens, known, log) -> list[Case]:
+    """The cases that are asked, with how their answers are written."""
     checks.instance("benchmark", benchmark, Benchmark, "a Benchmark, e.g. kf.BENCHMARKS['counterfact']")
-    checks.flag("both_forms", both_forms)
     checks.optional(lambda _, path: check_place(path), "log", log)
-    checks.whole("generate", generate, like=20)
+    checks.optional(checks.instance, "known", known, Known, "a Known()")
+    checks.optional(checks.whole, "generate", generate, like=20)
+    if judge is not None and not callable(judge):
+        checks.refuse("judge", judge, "a function of (prompt, accepted answers, text) that gives 0 to 1")
     checks.whole("max_tokens", max_tokens, least=2, like=5_120)
-    return [tuple(some) for some in benchmark.cases(fact_list(facts))]
+    writing = Writing(benchmark.n_written if generate is None else generate, benchmark.until, judge)
+    return [dataclasses.replace(case, writing=writing) for case in case_list(facts, benchmark.cases)]
 
 
-def _cases(lm, grouped: list[tuple[Fact, ...]], text) -> list[Case]:
-    """Facts that are judged together as cases, each with the subjects that are edited beside it."""
-    owners = _owners(lm, [fact for facts in grouped for fact in facts])
+def _cases(lm, given: list[Case], text) -> list[Case]:
+    """The cases in their order, each with the subjects that are edited beside it."""
+    owners = _owners(lm, [fact for case in given for fact in case.facts])
     shared = Names(fact.subject for edit in lm.edits if not edit.independent for fact in edit.facts)
     if owners is None:
-        edited = (shared, Names(fact.subject for facts in grouped for fact in facts))
-        return [Case(facts, i, edited) for i, facts in enumerate(grouped)]
+        edited = (shared, Names(fact.subject for case in given for fact in case.facts))
+        return [dataclasses.replace(case, number=i, edited=edited) for i, case in enumerate(given)]
     if text is not None:
         raise ValueError(
             "text= with independent edits: perplexity is of one model, and these are as many as facts; "
             f"{TAKE_ONE}, and evaluate it with the text"
         )
-    if len(owners) > len(grouped):
+    if len(owners) > len(given):
         raise ValueError(
             "cases of several facts with independent edits, each of which knows of one fact alone; write the facts "
             "into one model (independent=False)"
         )
-    each = enumerate(zip(grouped, owners, strict=True))
-    return [Case(facts, i, (shared, Names([facts[0].subject])), owner) for i, (facts, owner) in each]
+    own = [(shared, Names([case.facts[0].subject])) for case in given]
+    each = enumerate(zip(given, own, owners, strict=True))
+    return [dataclasses.replace(case, number=i, edited=names, owner=owner) for i, (case, names, owner) in each]
 
 
 def _owners(lm, facts: Sequence[Fact]) -> list[int] | None:
@@ -175,9 +183,18 @@ def _place(fact: Fact) -> tuple:
     return fact.prompt, fact.subject, fact.target_new
 
 
-def _asked(lm, benchmark: Benchmark, case: Case, generate: int = 0) -> Asked:
+def _asked(lm, benchmark: Benchmark, case: Case, generate: int | None = 0) -> Asked:
     own = [case.probe(lm, fact, fact.text, n_written=generate) for fact in case.facts] if generate else []
     return Asked(case, own, benchmark.probes(lm, case))
+
+
+def _forms(lm, benchmark: Benchmark, cases: list[Case], generate: int | None, both: bool) -> list[list[Asked]]:
+    """What is asked of the cases, as their facts say, and in the other form."""
+    forms = [[_asked(lm, benchmark, case, generate) for case in cases]]
+    if checks.flag("both_forms", both) and has_template(lm.tokenizer):
+        forms.append([_asked(lm, benchmark, case.in_other_form()) for case in cases])
+    check_lengths(lm, [(one.case, one.everything) for form in forms for one in form])
+    return forms
 
 
 def _chunks(lm, cases: Iterable[tuple[Asked, ...]]) -> Iterator[list[tuple[Asked, ...]]]:
@@ -204,32 +221,33 @@ class Said(NamedTuple):
         return cls(base, edited, [(prompt, before, after) for prompt, before, after in generations])
 
 
-def _asked_for(lm, benchmark: Benchmark, grouped, generate: int, n_forms: int, windows) -> dict:
+def _asked_for(lm, benchmark: Benchmark, given: list[Case], generate: int | None, n_forms: int, windows) -> dict:
     """What an evaluation depends on, for the manifest of its checkpoint."""
-    facts = [fact for some in grouped for fact in some]
-    settings = {"benchmark": benchmark.name, "generate": generate, "forms": n_forms}
+    facts = [fact for case in given for fact in case.facts]
+    asked = digest([[len(case.facts), case.questions] for case in given])
+    settings = {"benchmark": benchmark.name, "generate": generate, "forms": n_forms, "questions": asked}
     return asked_of(lm, "evaluate", facts, **settings, text=None if windows is None else digest(windows))
 
 
-def _answered(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, run):
+def _answered(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, known, run):
     """(what came of the cases, in each form; the perplexities of base and edited model). run: of ``begun``"""
     with begun(*run) as keep:
-        return fitting(lm, keep, lambda lm: _all_read(lm, benchmark, forms, windows, log, keep))
+        return fitting(lm, keep, lambda lm: _all_read(lm, benchmark, forms, windows, log, known, keep))
 
 
-def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, keep: Keep):
+def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, known, keep: Keep):
     """As ``_answered``, with so much memory."""
-    written = keep_json(keep, "written", lambda: [_written(lm, form) for form in forms])
+    written = keep_json(keep, "written", lambda: [_written(lm, form, known) for form in forms])
     both = zip(forms, written, strict=True)
     forms = [[one._replace(texts=texts) for one, texts in zip(*each, strict=True)] for each in both]
-    said = _read_all(lm, benchmark, list(zip(*forms, strict=True)), log, keep)
+    said = _read_all(lm, benchmark, list(zip(*forms, strict=True)), log, known, keep)
     if windows is None:
         return said, None
     base, edited = keep_json(keep, "perplexity", lambda: perplexity(lm, windows))
     return said, (base, edited)
 
 
-def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, keep: Keep) -> list[list[Said]]:
+def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, known, keep: Keep) -> list[list[Said]]:
     """What came of the cases, each in all its forms, by form."""
     said: list[list[Said]] = [[] for _ in cases[0]]
     lines = Log(log if ranks.first() else None)
@@ -240,7 +258,7 @@ def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, kee
 
         def make(chunk: Sequence[tuple[Asked, ...]], first: int) -> dict[str, Tensor]:
             advance = scaled(bar.advance, len(chunk) / len(said))
-            made = [_said(lm, benchmark, some, advance) for some in zip(*chunk, strict=True)]
+            made = [_said(lm, benchmark, some, known, advance) for some in zip(*chunk, strict=True)]
             return {"said": json_tensor(made)}
 
         for chunk in in_groups(keep, "cases", cases, lambda rest: _chunks(lm, rest), make, "case", size=rows):
@@ -254,17 +272,19 @@ def _read_all(lm, benchmark: Benchmark, cases: list[tuple[Asked, ...]], log, kee
     return said
 
 
-def _written(lm, form: list[Asked]) -> list[list[tuple[str | None, str | None]]]:
+def _written(lm, form: list[Asked], known: Known | None) -> list[list[tuple[str | None, str | None]]]:
     """What base and edited model write behind each probe of each case that asks for it."""
     probes = [probe for one in form for probe in one.everything]
-    before = write_probes(dataclasses.replace(lm, edits=()), probes)
+    bare = dataclasses.replace(lm, edits=())
+    before = write_probes(bare, probes) if known is None else known.written(bare, probes)
     both = iter(zip(before, write_probes(lm, probes) if lm.edits else [None] * len(probes), strict=True))
     return [list(islice(both, len(one.everything))) for one in form]
 
 
-def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], advance) -> list[Said]:
+def _said(lm, benchmark: Benchmark, chunk: Sequence[Asked], known: Known | None, advance) -> list[Said]:
     written = [both for one in chunk for both in one.texts]
-    base, edited = read_probes(lm, [probe for one in chunk for probe in one.everything], advance)
+    asked = [probe for one in chunk for probe in one.everything]
+    base, edited = read_probes(lm, asked, advance) if known is None else known.read(lm, asked, advance)
     base = [answer._replace(text=before) for answer, (before, _) in zip(base, written, strict=True)]
     if edited is not None:
         edited = [answer._replace(text=after) for answer, (_, after) in zip(edited, written, strict=True)]

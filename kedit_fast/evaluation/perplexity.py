@@ -44,7 +44,7 @@ def perplexity(lm, windows: list[list[int]]) -> tuple[float, float | None]:
     Raises ValueError where the base model gives NaN; an edited one's perplexity is then NaN.
     """
     sides = text_logprobs(lm, windows)
-    base, edited = (_perplexity([x.double().sum().item() for x in side], windows) for side in sides)
+    base, edited = (perplexity_of([x.double().sum().item() for x in side], windows) for side in sides)
     return base, edited if lm.edits else None
 
 
@@ -53,7 +53,8 @@ def n_predicted(windows: list[list[int]]) -> int:
     return sum(len(window) - 1 for window in windows)
 
 
-def _perplexity(logprobs, windows) -> float:
+def perplexity_of(logprobs: Iterable[float], windows: list[list[int]]) -> float:
+    """exp(Σ NLL / predicted tokens); logprobs: of each window, summed over its tokens, in nats."""
     nll = -math.fsum(logprobs) / n_predicted(windows)
     try:
         return math.exp(nll)

@@ -7,6 +7,7 @@ each of their tokens is and which one it would say instead. Written (``write_pro
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from kedit_fast.facts.tokens import answer_tokens, encode
 from kedit_fast.jobs.collect import collect
 from kedit_fast.jobs.finite import check_answers
 from kedit_fast.jobs.generate import generate
-from kedit_fast.jobs.score import Places, continuation_places, likeliest_tokens, logprobs
+from kedit_fast.jobs.score import Places, continuation_places, divergences, likeliest_tokens, logprobs
 from kedit_fast.sweep.runs import RunList, add_edited, add_under
 from kedit_fast.sweep.sites import Site
 
@@ -32,7 +33,8 @@ class Probe(NamedTuple):
     kind: what it is to whoever asks, for instance "paraphrase"; case: the number of the case that it belongs to
     owner: the fact whose independent edit acts on it; 0 where edits are shared. A routed edit says it of the prompt
     likeliest: whether the likeliest token after the prompt is read too
-    n_written: tokens to go on by, greedily; 0: none
+    n_written: tokens to go on by, greedily; 0: none; until: texts that what is written ends before
+    accepted: what is right to write, where that is known
     """
 
     prompt: list[int]
@@ -43,6 +45,8 @@ class Probe(NamedTuple):
     owner: int = 0
     likeliest: bool = False
     n_written: int = 0
+    until: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -119,13 +123,7 @@ def _of_all(probes: Sequence[Probe], read: Callable[[Sequence[Probe]], list[list
 
 def _read(lm, probes: Sequence[Probe], advance) -> list[list[Answer]]:
     """The answers of the base model, and of the edited one, where there is one, else the same."""
-    view, read = as_read(lm, probes)
-    where, runs = _Places.of(probes), RunList()
-    theirs = where if read is probes else _Places.of(read)
-    owners = theirs.owners if lm.owned else None
-    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences, theirs.ends)
-    asked = [(base, where)] if edited is base else [(base, where), (edited, theirs)]
-    sides = _hidden_states(view, runs, asked, advance)
+    where, sides = _both_sides(lm, probes, advance)
     top = likeliest_tokens(lm, sides[0][where.n_tokens :])
     read = []
     for h in sides:
@@ -136,6 +134,37 @@ def _read(lm, probes: Sequence[Probe], advance) -> list[list[Answer]]:
             check_answers(bare, p_top, where.sequences[len(where.pairs) :].__getitem__)
         read.append(_answers(lm, probes, where, h, logprob, p_top))
     return [read[0], read[-1]]
+
+
+def _both_sides(lm, probes: Sequence[Probe], advance) -> tuple["_Places", list[Tensor]]:
+    """(where probes are read, the hidden states there, see ``_hidden_states``, of the base model and, where an edit
+    acts, of the edited one): one sweep."""
+    view, read = as_read(lm, probes)
+    where, runs = _Places.of(probes), RunList()
+    theirs = where if read is probes else _Places.of(read)
+    owners = theirs.owners if lm.owned else None
+    base, edited = add_edited(lm, runs, where.sequences, owners, theirs.sequences, theirs.ends)
+    asked = [(base, where)] if edited is base else [(base, where), (edited, theirs)]
+    return where, _hidden_states(view, runs, asked, advance)
+
+
+@torch.no_grad()
+def read_divergences(lm, probes: Sequence[Probe], advance=None) -> tuple[Tensor, Tensor]:
+    """(KL(base || edited) in nats [n] fp64, whether the likeliest token is another [n] bool) of the token after each
+    probe's prompt; as ``read_probes``: one sweep, ranks share the probes. A prompt that no edit acts on has exactly 0.
+
+    An edited model that gives NaN counts as infinitely far, and its token as another. Raises ValueError where the base
+    model gives NaN.
+    """
+
+    def read(some: Sequence[Probe]) -> dict[str, Tensor]:
+        where, sides = _both_sides(lm, [one._replace(answers=(), likeliest=True) for one in some], advance)
+        kl, differs = divergences(lm, sides[0], sides[-1])
+        check_answers(dataclasses.replace(lm, edits=()), kl.where(kl.isnan(), 0.0), where.sequences.__getitem__)
+        return {"kl": kl, "differs": differs}
+
+    found = ranks.joined(ranks.shared(probes, read, lambda one: len(one.prompt)))
+    return found["kl"], found["differs"]
 
 
 @torch.no_grad()
@@ -257,18 +286,45 @@ def _answers(lm, probes: Sequence[Probe], where: _Places, h: Tensor, logprob: Te
 def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list[str | None]:
     """What the model, as its edits have it, writes behind each prompt, greedily; None where no text is asked for.
 
-    Equal prompts are written on once; under independent edits each under its owner's. A text ends where an edited model
-    gives NaN; of one without edits that is a ValueError. As many texts at a time as the memory holds.
+    Equal prompts are written on once; under independent edits each under its owner's. A text ends before the first of
+    the probe's ``until``, and where an edited model gives NaN; of one without edits that is a ValueError. As many texts
+    at a time as the memory holds.
     """
     lm, probes = as_read(lm, probes)
-    keys = [(one.n_written, (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
-    groups: dict[int, dict[tuple, str | None]] = {}
-    for n, asked in keys:
-        groups.setdefault(n, {})[asked] = None
-    for n, texts in groups.items():
+    keys = [((one.n_written, one.until), (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
+    groups: dict[tuple, dict[tuple, str | None]] = {}
+    for how, asked in keys:
+        groups.setdefault(how, {})[asked] = None
+    for (n, until), texts in groups.items():
         if n:
-            how = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
+            owners = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
             ids = [list(prompt) for prompt, _ in texts]
-            made = generate(lm, ids, n, nan_ends=bool(lm.edits), label=label, **how)
-            texts.update(zip(texts, (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made), strict=True))
-    return [groups[n][asked] for n, asked in keys]
+            ended = Ends(lm.tokenizer, until) if until else None
+            made = generate(lm, ids, n, until=ended, nan_ends=bool(lm.edits), label=label, **owners)
+            said = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made)
+            texts.update(zip(texts, (before_any(text, until) for text in said), strict=True))
+    return [groups[how][asked] for how, asked in keys]
+
+
+class Ends:
+    """Whether the last of a text's tokens completes one of the texts that it ends before."""
+
+    def __init__(self, tokenizer, until: Sequence[str]):
+        self._tokenizer, self._until = tokenizer, until
+        last = {text[-1] for text in until}
+        self._last = last if "".join(last).isascii() else set()  # another character may be of several tokens
+        self._spelled = cache(lambda token: tokenizer.decode([token]))
+
+    def __call__(self, made: list[int]) -> bool:
+        # completed by a token that holds its last character: few tokens have all that came before them decoded too
+        if self._last and not self._last.intersection(self._spelled(made[-1])):
+            return False
+        text = self._tokenizer.decode(made, skip_special_tokens=True)
+        return before_any(text, self._until) != text
+
+
+def before_any(text: str, ends: Sequence[str]) -> str:
+    """A text as far as the first place where one of these ends begins, which is not white space before its first
+    word."""
+    at = len(text) - len(text.lstrip())
+    return text[: min((text.index(end, at) for end in ends if end in text[at:]), default=len(text))]

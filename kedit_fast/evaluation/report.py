@@ -15,11 +15,12 @@ from kedit_fast.basics.files import check_format, read_object, reading, write_te
 from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summarize
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
 from kedit_fast.pictures.page import Cell, Section, Table, fragment, write_report
 
+MODE = "."  # between the kind of a question and the mode that it is read in, in the name of a metric
 FORMAT, VERSION = "kedit_fast.report", 1
 
 
@@ -123,7 +124,7 @@ class EvalReport:
 
     def _said(self) -> dict:
         """What a report and that of the other form have each of their own."""
-        sides = {name: _listed(getattr(self, name)) for name in ("base", "edited")}
+        sides = {name: listed(getattr(self, name)) for name in ("base", "edited")}
         return sides | {"verdict": self.verdict, "notes": self.notes}
 
     @classmethod
@@ -148,22 +149,28 @@ class EvalReport:
 
     def to_html(self, path: AnyPath | None = None) -> str:
         """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
-        blocks = self._blocks()
+        blocks = self.blocks()
         if path is not None:
             heading = "What the model answers" + ", before and after the edit" * (self.edited is not None)
             write_report(path, "Evaluation", self._title(), [Section(heading, blocks)])
         return fragment(blocks)
 
-    def _blocks(self) -> list:
+    def blocks(self) -> list:
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
         rows = [
-            (Cell(name, hint=self._says(name)), *(_shown(both[side]) for side in sides), _counted(both))
+            (Cell(name, hint=self._says(name)), *(shown(both[side]) for side in sides), _counted(both))
             for name, both in self._rows()
+            if MODE not in name
         ]
-        blocks = [Table(["metric", *sides, self._unit], rows, self._title()), *self._lines()]
+        blocks: list = [Table(["metric", *sides, self._unit], rows, self._title())] if rows else []
+        header, *readings = self._readings()
+        if readings:
+            hinted = [(Cell(kind, hint=self._says_kind(kind)), *cells) for kind, *cells in readings]
+            blocks.append(Table(header, hinted, self._title() if not rows else ""))
+        blocks += self._lines()
         if self.generations:
             blocks.append(Table(("prompt", "before", "after"), self.generations))
-        return blocks + ([] if self.other is None else self.other._blocks())
+        return blocks + ([] if self.other is None else self.other.blocks())
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -171,10 +178,12 @@ class EvalReport:
     def __str__(self) -> str:
         table = [["metric", *["base", "edited"][: 1 + (self.edited is not None)], self._unit]]
         for name, both in self._rows():
-            sides = [_shown(both[side]) for side in table[0][1:-1]]
-            table.append([name, *sides, _counted(both)])
+            if MODE not in name:
+                sides = [shown(both[side]) for side in table[0][1:-1]]
+                table.append([name, *sides, _counted(both)])
+        tables = [columns(rows) for rows in (table, self._readings()) if len(rows) > 1]
         other = [] if self.other is None else ["", str(self.other)]
-        return escaped("\n".join([self._title(), columns(table), *self._lines(), *other]))
+        return escaped("\n".join([self._title(), *tables, *self._lines(), *other]))
 
     def __repr__(self) -> str:
         return f"EvalReport({self._title()})"
@@ -185,6 +194,20 @@ class EvalReport:
             measured = any(side is not None and not math.isnan(side.mean) for side in both.values())
             if measured and (name == SCORE or self.metrics[name][0] != COUNT):
                 yield name, both
+
+    def _readings(self) -> list[list[str]]:
+        """A table of the metrics "kind.mode": a row a kind, a column a mode, means before and after the edit."""
+        found = {tuple(name.split(MODE, 1)): both for name, both in self._rows() if MODE in name}
+        kinds, modes = ([*dict.fromkeys(each)] for each in zip(*found, strict=True)) if found else ([], [])
+        rows = [["asked", *modes, self._unit]]
+        for kind in kinds:
+            cells = [found.get((kind, mode)) for mode in modes]
+            n = max(both["base"].n for both in cells if both)
+            rows.append([kind, *(_means(both) for both in cells), str(n)])
+        return rows
+
+    def _says_kind(self, kind: str) -> str:
+        return next(says for name, (_, says) in self.metrics.items() if name.startswith(kind + MODE)).split(":")[0]
 
     def _title(self) -> str:
         n, method = len(self.facts), self.meta.get("method")
@@ -251,7 +274,8 @@ def as_float(value: float | None) -> float:
     return math.nan if value is None else checks.number("value", value)
 
 
-def _listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
+def listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
+    """Columns as JSON has them; ``columns_of`` gives them back."""
     return None if columns is None else finite({name: column.tolist() for name, column in columns.items()})
 
 
@@ -265,15 +289,15 @@ def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> Ev
         raise ValueError(f"it has {len(facts)} facts in cases of {sum(cases)}")
     checks.instance("base", said["base"], dict, "an object")
     n = len(cases or facts)
-    base, after = _columns(said["base"], metrics, n), said["edited"]
-    edited = None if after is None else _columns(after, metrics, n)
+    base, after = columns_of(said["base"], metrics, n), said["edited"]
+    edited = None if after is None else columns_of(after, metrics, n)
     if "metrics" not in record:  # a report of before is CounterFact's, and its sentences were made when it was shown
         return EvalReport.of(COUNTERFACT, base, edited, facts, meta)
     verdict, notes = (tuple(map(str, said[name])) for name in ("verdict", "notes"))
     return EvalReport(base, edited, facts, meta, metrics, score_of, verdict, notes, cases=cases)
 
 
-def _columns(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
+def columns_of(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
     """Columns as they were saved; of a metric that a report does not have, NaN."""
     listed = {name: [None] * n for name in metrics} | listed
     return {
@@ -309,7 +333,16 @@ def _counted(both: dict[str, Interval | None]) -> str:
     return f"{before} -> {after[0]}" if after and after[0] != before else str(before)
 
 
-def _shown(value: Interval) -> str:
+def _means(both: dict[str, Interval | None] | None) -> str:
+    """ "0.12 -> 0.98" """
+    if both is None:
+        return "–"
+    sides = [f"{side.mean:.2f}" for side in both.values() if side is not None]
+    return " -> ".join(sides).replace("nan", "–")
+
+
+def shown(value: Interval) -> str:
+    """ "0.500 [0.095, 0.905]"; a dash for no value."""
     if math.isnan(value.mean):
         return "–"
     bounds = "" if math.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]"

@@ -7,7 +7,6 @@ are chosen by editing.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.bits import json_of, json_tensor
+from kedit_fast.basics.correlation import spearman
 from kedit_fast.basics.files import check_format, check_place, read_object, reading, write_text
 from kedit_fast.basics.intervals import SCORE, Interval
 from kedit_fast.basics.log import Log
@@ -28,7 +28,7 @@ from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import check_lengths, checked_facts
 from kedit_fast.editors.located import Located
 from kedit_fast.editors.written import counted_elsewhere
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact
@@ -60,7 +60,7 @@ class LayerStudy:
     """Edit success by layer, and the causal trace of the same facts.
 
     edited: {layer: {metric: Interval}}, each fact under its own edit at that layer; base: {metric: Interval} of the
-        model without edits; metrics as in ``evaluation.counterfact.METRICS``, and "score"
+        model without edits; metrics as in ``evaluation.benchmarks.counterfact.METRICS``, and "score"
     traces: {kind: AverageTrace}; method, n_facts: of the edits; model: its name
 
     Localization does not by itself predict edit success (Hase et al. 2023); ``rank_correlation`` says how far it does
@@ -241,23 +241,6 @@ def _edited_at(lm, facts, editor, moments, seed, layer, contexts, keep) -> dict[
     return {"json": json_tensor([edit.contexts, *sides])}
 
 
-def spearman(a, b) -> float:
-    """Spearman's rank correlation of two sequences, ties at their mean rank; NaN for fewer than three values, a NaN
-    among them, or values that are all the same."""
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(a) < 3 or np.isnan(a).any() or np.isnan(b).any():
-        return math.nan
-    a, b = (each - each.mean() for each in (_ranks(a), _ranks(b)))
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size else math.nan
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values at their mean rank."""
-    below, up_to = (np.searchsorted(np.sort(values), values, side=side) for side in ("left", "right"))
-    return (below + up_to + 1) / 2
-
-
 # ---- what is checked, and files
 
 
@@ -306,7 +289,7 @@ def _summary(listed: dict[str, list]) -> Summary:
 
 def _trace_record(average: AverageTrace) -> dict:
     arrays = {name: getattr(average, name).tolist() for name in ("mean", "stderr", "counts")}
-    single = {name: getattr(average, name) for name in ("n_facts", "kind", "metric", "total_effect")}
+    single = {name: getattr(average, name) for name in ("n_facts", "kind", "metric", "total_effect", "reliability")}
     return finite(arrays | single)
 
 
@@ -316,5 +299,5 @@ def _average_trace(record: dict) -> AverageTrace:
     )
     return AverageTrace(
         mean, stderr, np.array(record["counts"]), record["n_facts"], record["kind"], record["metric"],
-        as_float(record["total_effect"]),
+        as_float(record["total_effect"]), as_float(record.get("reliability")),
     )  # fmt: skip

@@ -128,6 +128,7 @@ VARIATIONS: dict[str, tuple[tuple[str, dict], ...]] = {
     "trace": (
         ("twice the memory", {"memory": 2}),
         ('the strongest cells alone (method="screen")', {"method": "screen"}),
+        (f'each noise draw at one layer in {trace.STRIDE} (method="strided")', {"method": "strided"}),
         ("states alone (kinds=state)", {"kinds": ("state",)}),
         ("half the noise draws (samples=5)", {"samples": 5}),
     ),
@@ -163,7 +164,8 @@ def halving(base: Forecast, rates: Rates, device: torch.device, host=None) -> li
 
 
 def _trace(lm: Shape, n_facts: int, kinds=KINDS, samples: int = 10, method: str = "exact") -> Iterator[Step]:
-    how = TraceSettings(tuple(kinds), 10, "prob", None, samples, ("gaussian", 1.0), 1)
+    stride = trace.STRIDE if method == "strided" else 1
+    how = TraceSettings(tuple(kinds), 10, "prob", None, samples, ("gaussian", 1.0), 1, stride)
     task = Task(Fact("{} is", "It"), [0] * TOKENS, SPAN, [0] * TOKENS, [0])
     return trace_steps(lm, [task] * n_facts, how, method)
 
@@ -174,13 +176,13 @@ def trace_steps(lm: Shape, tasks: list[Task], how: TraceSettings, method: str, t
     yield _asking(lm, "answers", sum(len(task.tokens) for task in tasks), len(tasks))
     if method == "screen":
         yield _estimating(lm, tasks, how)
-    cells = None if method == "exact" else [dict.fromkeys(how.kinds, _some_cells(lm, tasks[0], top))]
+    cells = None if method in trace.BY_RUNS else [dict.fromkeys(how.kinds, _some_cells(lm, tasks[0], top))]
     runs = declared(n_layers, tasks[:1], how, cells)[0].runs()
     rows, read = runs.row_layers(0, n_layers - 1), len(runs)
     packs = sum(_packs(lm, runs, size) * n for size, n in Counter(map(len, found)).items())
     held = _held(lm, len(found[0]) * int(runs.n_rows.sum()))
     flop = len(tasks) * (rows * lm.layer_flop + read * lm.head_flop)
-    yield Step("cells" if method == "exact" else f"the {top} strongest cells", packs * n_layers, flop, held=held)
+    yield Step("cells" if method in trace.BY_RUNS else f"the {top} strongest cells", packs * n_layers, flop, held=held)
 
 
 def _packs(lm: Shape, runs: Runs, n_facts: int) -> int:

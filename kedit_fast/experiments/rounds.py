@@ -26,10 +26,11 @@ from kedit_fast.basics.parts import keep_whole
 from kedit_fast.basics.progress import Bar
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import Editor, check_lengths, checked_facts
-from kedit_fast.editors.written import counted_elsewhere, growth
+from kedit_fast.editors.written import counted_elsewhere
 from kedit_fast.edits.compose import compose
+from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record
@@ -50,7 +51,7 @@ class Round:
 
     number: from 1; method: the editor's; n_facts: written so far, this round's with them
     new: {metric: Interval} of this round's facts; old: of a sample of earlier rounds' (n = 0 in round 1); base: of the
-        model without any edit, for all these. Metrics as in ``evaluation.counterfact.METRICS``, and "score"
+        model without any edit, for all these. Metrics as in ``evaluation.benchmarks.counterfact.METRICS``, and "score"
     perplexity: (base, edited) of the text, or None where none was given
     growth: {layer: ‖ΣΔ‖ / ‖W‖} (Frobenius) of all edits so far
     edit_s, evaluate_s: wall seconds of editing and of asking
@@ -205,7 +206,7 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, log: Log, r
             so_far = _on_top(so_far, edit)
             (bar.resume if is_found else bar.advance)(1)
             found = Round(
-                number=number, method=edit.method, n_facts=first + len(new), growth=growth(lm, so_far, weights),
+                number=number, method=edit.method, n_facts=first + len(new), growth=growth(lm, [so_far], weights),
                 edit=so_far, **figures,
             )  # fmt: skip
             log.add([found.to_record()], again=is_found)

@@ -5,11 +5,12 @@ tokens.py says how a model reads it.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import brief, counted
@@ -21,6 +22,7 @@ Chat = bool | tuple[tuple[str, str], ...]  # of Fact.chat: no, yes, or the turns
 NO_ANSWER = "an edit needs the answer to write (kf.Unlearn, --method unlearn, needs none: target_true is to be gone)"
 BUILTIN = "builtin"  # instead of a fact file: the facts of this package
 OWN_FACTS = Path(__file__).parent / "own.json"  # 77 facts that SmolLM2-135M-Instruct knows
+T = TypeVar("T")
 LISTS = ("paraphrases", "neighborhood", "same_subject")
 
 
@@ -239,7 +241,8 @@ def _prompt_tuple(name, entries, answered: bool, usual: str | None, subject: str
         raise ValueError(f"{name}: expected a tuple of prompts, got {entries!r}")
     kept: dict[str, str | Question] = {}
     for entry in entries:
-        prompt, answer = entry[:2] if answered and isinstance(entry, tuple) and len(entry) in (2, 3) else (entry, None)
+        is_pair = isinstance(entry, Question) or (isinstance(entry, tuple) and len(entry) == 2)
+        prompt, answer = entry[:2] if answered and is_pair else (entry, None)
         check_text(name, prompt)
         prompt = _filled(name, prompt, subject)
         if answer is not None:
@@ -278,10 +281,7 @@ def load_facts(path: checks.AnyPath, n: int | None = None, *, skip_bad: bool = F
     n, skip_bad = checks.optional(checks.whole, "n", n, least=1, like=10), checks.flag("skip_bad", skip_bad)
     path, notes = OWN_FACTS if path == BUILTIN else path, Notes(READ)
     facts = list(islice(facts_of(read_records(path, notes), notes, skip_bad), n))
-    if not facts:
-        raise ValueError(f"{path}: no record makes a fact; the first: {notes.skipped[0]}")
-    for sentence in notes.sentences():
-        warnings.warn(f"{path}: {sentence}", stacklevel=2)
+    notes.tell(path, facts)
     return facts
 
 
@@ -290,16 +290,30 @@ def facts_of(records: Iterable[tuple[str, Any]], notes: Notes, skip_bad: bool = 
 
     skip_bad: a record that makes no fact is noted, else it raises ValueError with its place
     """
+    for made in made_of(records, partial(record_facts, notes=notes), notes, skip_bad):
+        yield from made
+
+
+def record_facts(record, index: int, notes: Notes) -> list[Fact]:
+    """The facts of one record; one without an id is named by the record's index."""
+    return [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record, notes)]
+
+
+def made_of(
+    records: Iterable[tuple[str, Any]], make: Callable[[Any, int], T], notes: Notes, skip_bad: bool = False
+) -> Iterator[T]:
+    """What ``make(record, index)`` gives of each record; records, notes, skip_bad: as in ``facts_of``, of what makes a
+    ValueError."""
     for index, (place, record) in enumerate(records):
         try:
-            facts = [Fact(**fields | {"id": fields["id"] or str(index)}) for fields in fact_fields(record, notes)]
+            made = make(record, index)
         except ValueError as error:
             problem = str(error) if error is record else f"{place}: {brief(f'{error}{notes.misspelled(record)}')}"
             if not skip_bad:
                 raise ValueError(problem) from error
             notes.skipped.append(problem)
             continue
-        yield from facts
+        yield made
 
 
 def fact_list(facts, name: str = "facts", *, empty: bool = False) -> list[Fact]:

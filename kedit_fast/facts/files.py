@@ -2,8 +2,9 @@
 
 import io
 import json
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -44,6 +45,13 @@ class Notes:
         if self.skipped:
             said.append(f"passed over, {_some(self.skipped)}")
         return said
+
+    def tell(self, path, made: Sequence) -> None:
+        """Warns of what there is to say of a file. Raises ValueError where nothing was ``made`` of its records."""
+        if not made:
+            raise ValueError(f"{path}: no record makes a fact; the first: {self.skipped[0]}")
+        for sentence in self.sentences():
+            warnings.warn(f"{path}: {sentence}", stacklevel=3)
 
     def misspelled(self, record) -> str:
         """For the message on a record that makes no fact, its fields that are nearly one that is read."""

@@ -55,11 +55,19 @@ LOCALITY = {"locality", "locality_prompt", "locality_ground_truth", "loc", "loc_
 
 
 class Question(NamedTuple):
-    """A prompt and its answer (None: not known). about: the facts it follows from, each as ``facts.place`` names it."""
+    """A prompt and its answer (None: not known).
+
+    about: the facts it follows from, each as ``facts.place`` names it
+    kind: what it is to a benchmark, for instance "one_hop"
+    aliases: other spellings of the answer; against: answers that it is compared with, for instance other choices
+    """
 
     prompt: str
     answer: str | None = None
     about: tuple[tuple[str, str], ...] = ()
+    kind: str = ""
+    aliases: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
 
 
 # ---- records
@@ -166,7 +174,7 @@ def _read_counterfact(record, notes):
                 new=_target(rewrite.get("target_new"), "target_new"),
                 true=_target(rewrite.get("target_true"), "target_true"),
                 name=f"{name}.{number}" if several else name,
-                paraphrases=[_optional(rewrite, "question")],
+                paraphrases=[text_of(rewrite, "question")],
                 record_of=rewrite,
             )
         )
@@ -193,7 +201,7 @@ def _add_case_questions(record, facts: list[dict], notes: Notes) -> None:
 def _read_known(record, notes):
     """known_1000: the record's prompt is its template filled in, often with words of the model's own after it."""
     template, subject = _text("template", record["template"]), _text("subject", record["subject"])
-    stem, text = template.replace("{}", subject), _optional(record, "prompt")
+    stem, text = template.replace("{}", subject), text_of(record, "prompt")
     if text is None or template.count("{}") != 1:
         text = template
     elif text.startswith(stem):
@@ -245,8 +253,17 @@ def _text(key, value):
     return value
 
 
-def _optional(record, key) -> str | None:
+def text_of(record: dict, key: str) -> str | None:
+    """A field that is a text or not there. Raises ValueError for anything else."""
     return None if record.get(key) is None else _text(key, record[key])
+
+
+def texts_of(record: dict, key: str) -> tuple[str, ...]:
+    """A field that is a list of texts or not there. Raises ValueError for anything else."""
+    value = record.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
+        raise ValueError(f"{key}: expected a list of texts, found {shown(value)}")
+    return tuple(value)
 
 
 def _as_list(value) -> list:

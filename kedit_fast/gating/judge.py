@@ -15,12 +15,13 @@ from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
 from kedit_fast.edits.chain import check_chain, with_edits
 from kedit_fast.edits.edit import Edit, edit_list
+from kedit_fast.evaluation.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, Song
 from kedit_fast.evaluation.evaluate import about
 from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
+from kedit_fast.evaluation.texts import says
 from kedit_fast.facts.fact import Chat
 from kedit_fast.gating import forms
 from kedit_fast.gating.ask import FormAnswers, ask, names_of
-from kedit_fast.gating.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, Song, says
 from kedit_fast.gating.policy import Advice, advise
 from kedit_fast.gating.questions import (
     EARLIER,

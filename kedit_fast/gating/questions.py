@@ -10,12 +10,7 @@ from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import facts_in_force
 from kedit_fast.edits.edit import edit_list
 from kedit_fast.edits.held_out import check_held_out
-from kedit_fast.evaluation.perplexity import text_windows
-from kedit_fast.evaluation.probes import Probe, probe
-from kedit_fast.facts import tokens
-from kedit_fast.facts.fact import ANSWERED, OWN_FACTS, Chat, Fact, folded, load_facts, place
-from kedit_fast.facts.subjects import Names
-from kedit_fast.gating.canary import (
+from kedit_fast.evaluation.canary import (
     CONTEXT,
     DOUBT,
     LANGUAGE,
@@ -25,7 +20,14 @@ from kedit_fast.gating.canary import (
     canary,
     context_canaries,
     doubt_canaries,
+    spread,
+    with_old_answer,
 )
+from kedit_fast.evaluation.perplexity import text_windows
+from kedit_fast.evaluation.probes import Probe, probe
+from kedit_fast.facts import tokens
+from kedit_fast.facts.fact import ANSWERED, OWN_FACTS, Chat, Fact, folded, load_facts, place
+from kedit_fast.facts.subjects import Names
 from kedit_fast.gating.suite import FORMAT, Question, Suite, merged, portability_of
 from kedit_fast.gating.thresholds import Thresholds
 
@@ -239,12 +241,12 @@ def _candidates(facts: Iterable[Fact], suite: Suite, controls: Iterable[Fact], c
 
 def _canaries(lm, facts: Sequence[Fact], suite: Suite, prose: str, sizes: Sizes) -> tuple[list[Canary], list[str]]:
     """(the canaries, what a reader must know of them)."""
-    known = _known(facts)
-    some = _spread(known, sizes.canary_facts)
+    known = with_old_answer(facts)
+    some = spread(known, sizes.canary_facts)
     canaries = [canary(lm, PLAIN, facts, i, facts[i].text) for i in known]
     canaries += doubt_canaries(lm, facts, some, suite.doubt)
     text = "\n\n".join(suite.context) or prose
-    few = _spread(known, sizes.context_facts)
+    few = spread(known, sizes.context_facts)
     contexts = context_canaries(lm, facts, few, text, sizes.context_tokens, sizes.max_new_tokens)
     canaries += contexts
     asked = set(some)
@@ -284,7 +286,7 @@ def _not_asked(suite: Suite, follows, portability, facts: Sequence[Fact]) -> lis
     """Sentences for what a suite holds and this edit has no use for, or none."""
     unanswered = sum(not question.answer for question in follows)
     foreign = len(follows) - unanswered - len(portability)
-    known = [facts[i] for i in _known(facts)]
+    known = [facts[i] for i in with_old_answer(facts)]
     mute = [entry for entry in suite.languages if not any(entry.speaks_of(fact) for fact in known)]
     shown = ", ".join(f"{entry.language} {entry.prompt!r}" for entry in mute[:3]) + ", ..." * (len(mute) > 3)
     said = (
@@ -293,16 +295,6 @@ def _not_asked(suite: Suite, follows, portability, facts: Sequence[Fact]) -> lis
         (len(mute), "language prompt", f"about no edited fact with an old answer (target_true): {shown}"),
     )
     return [f"{counted(n, what)} {why}: not asked" for n, what, why in said if n]
-
-
-def _known(facts: Sequence[Fact]) -> list[int]:
-    """Numbers of the facts with an old answer to look for."""
-    return [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
-
-
-def _spread(numbers: Sequence[int], n: int) -> list[int]:
-    """At most n of them, evenly spread."""
-    return list(numbers) if len(numbers) <= n else [numbers[k * len(numbers) // n] for k in range(n)]
 
 
 # ---- a suite to complete

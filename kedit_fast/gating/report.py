@@ -9,10 +9,10 @@ from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.words import counted
+from kedit_fast.evaluation.canary import Song
 from kedit_fast.evaluation.logit_lens import LogitLens
 from kedit_fast.evaluation.report import finite
 from kedit_fast.facts.tokens import spoken
-from kedit_fast.gating.canary import Song
 from kedit_fast.gating.policy import Advice
 from kedit_fast.gating.questions import KINDS, SOURCES, Kept
 from kedit_fast.gating.thresholds import FAIL, PASS, Check
@@ -31,7 +31,7 @@ class Answered:
     """One wording of an edited fact and what the edited model says.
 
     text: what it writes on; generated, exact, success: whether that counts as answered, by each measure (success: None
-    without a target_true); p_new, p_true: of the answers, P as in ``evaluation.counterfact``
+    without a target_true); p_new, p_true: of the answers, P as in ``evaluation.benchmarks.counterfact``
     """
 
     form: str

@@ -8,10 +8,10 @@ from typing import Any
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.words import brief, json_kind, reason
+from kedit_fast.evaluation.canary import check_doubt
 from kedit_fast.facts.fact import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
 from kedit_fast.facts.files import Notes, read_json
 from kedit_fast.facts.formats import READ, questions_of
-from kedit_fast.gating.canary import check_doubt
 
 FORMAT = "kedit_fast.suite"
 

@@ -31,6 +31,7 @@ def generate(
     seed: int | None = None,
     draw: torch.Generator | None = None,
     stop: bool = True,
+    until: Callable[[list[int]], bool] | None = None,
     nan_ends: bool = False,
     owners: Tensor | None = None,
     after: Callable[[list[list[int]]], None] | None = None,
@@ -43,7 +44,8 @@ def generate(
 
     draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step, where
         all texts go in one batch
-    top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``.
+    top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``; until: ends a
+        text where it says so of the tokens made of it so far, which are kept
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
     owners: [n] whose edit acts on each text (``LM.as_read``); None: as ``LM.owners`` has it of the prompts
     Raises ValueError, before any work, for an empty prompt, a length below 1 or beyond the model's positions, sampling
@@ -61,7 +63,7 @@ def generate(
         draw = torch.Generator().manual_seed(seed)
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
-    ends = lm.stop_tokens if stop else frozenset()
+    ended = partial(_ended, lm.stop_tokens if stop else frozenset(), until)
     owners = lm.owners(prompts) if owners is None else owners
     cuts = list(batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
     made: list[list[int]] = [[] for _ in prompts]
@@ -72,7 +74,7 @@ def generate(
             choose = partial(_choose, temperature=temperature, top_k=top_k, draws=draws)
             tell = after if len(cuts) == 1 else None
             own = [(prompts[batch[i]], int(owners[batch[i]])) for i in mine]
-            texts = _written(lm, own, max_new_tokens, choose, ends, nan_ends, tell, bar)
+            texts = _written(lm, own, max_new_tokens, choose, ended, nan_ends, tell, bar)
             for i, text in zip(batch, texts, strict=True):
                 made[i] = text
             bar.advance(number * max_new_tokens - bar.done)  # where all texts ended early
@@ -80,27 +82,25 @@ def generate(
 
 
 @ranks.joint()
-def _written(lm, prompts, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar) -> list[list[int]]:
+def _written(lm, prompts, max_new_tokens: int, choose, ended, nan_ends: bool, after, bar) -> list[list[int]]:
     """What follows each of the prompts of one batch, of all ranks. prompts: this rank's, with the owner of each;
-    choose: logits [n, V] of its texts -> tokens [n]
+    choose: logits [n, V] of its texts -> tokens [n]; ended: as ``_ended``
 
     All ranks take as many steps, for each of them draws for all texts.
     """
     cache = _Cache(lm, prompts, max_new_tokens) if prompts else None
     with prepared(lm.model, lm.family):  # once, not for each token: of a small model that is a tenth of the time
-        return _of_all(_steps(lm, cache, len(prompts), max_new_tokens, choose, ends, nan_ends, after, bar))
+        return _of_all(_steps(lm, cache, len(prompts), max_new_tokens, choose, ended, nan_ends, after, bar))
 
 
-def _steps(lm, cache: "_Cache | None", n: int, max_new_tokens: int, choose, ends, nan_ends: bool, after, bar):
+def _steps(lm, cache: "_Cache | None", n: int, max_new_tokens: int, choose, ended, nan_ends: bool, after, bar):
     """What follows each of n texts, of this rank."""
     made: list[list[int]] = [[] for _ in range(n)]
     running = torch.ones(n, dtype=torch.bool)
     for _ in range(max_new_tokens):
         tokens = choose(_logits(lm, cache, running, nan_ends) if cache is not None and running.any() else None)
         for i in running.nonzero()[:, 0].tolist():
-            running[i] = int(tokens[i]) not in ends
-            if running[i]:
-                made[i].append(int(tokens[i]))
+            running[i] = not ended(made[i], int(tokens[i]))
         if after is not None:
             after(_of_all(made))
         bar.advance()
@@ -109,6 +109,14 @@ def _steps(lm, cache: "_Cache | None", n: int, max_new_tokens: int, choose, ends
         if cache is not None and running.any():
             cache.append(tokens)
     return made
+
+
+def _ended(ends: frozenset[int], until: Callable | None, made: list[int], token: int) -> bool:
+    """Whether a text ends with its next token, which is put to what was made of it unless it is an end token."""
+    if token in ends:
+        return True
+    made.append(token)
+    return until is not None and until(made)
 
 
 def _of_all(made: list[list[int]]) -> list[list[int]]:

@@ -63,6 +63,35 @@ def likeliest_tokens(lm, h: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def divergences(lm, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(p || q) in nats [rows] fp64, whether the likeliest token is another [rows] bool), on the CPU, of the next
+    token after hidden states [rows, d] of the last layer without (p) and with (q) a change of the model.
+
+    KL = Σ_v p_v (log p_v - log q_v), in fp64, for of a small change nearly everything cancels; logits of a few rows at
+    a time. Where q is NaN, KL is infinite and the token another; where p is, KL is NaN.
+    """
+    step = max(1, logit_rows(lm) // 4)  # both models' logits, and each of them in fp64
+    parts = [_divergences(lm, *rows) for rows in zip(before.split(step), after.split(step), strict=True)]
+    kl, differs = zip(*parts, strict=True)
+    return torch.cat(kl), torch.cat(differs)
+
+
+def _divergences(lm, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    log_p, log_q = (_log_probs(lm, h) for h in (before, after))
+    p = log_p.exp()
+    kl = torch.where(p != 0, p * (log_p - log_q), 0.0).sum(-1)
+    unknown, broken = p.isnan().any(-1), log_q.isnan().any(-1)
+    differs = broken | (log_p.argmax(-1) != log_q.argmax(-1))
+    kl = kl.clamp(min=0).masked_fill(broken, torch.inf).masked_fill(unknown, torch.nan)
+    return kl.cpu(), differs.cpu()
+
+
+def _log_probs(lm, h: Tensor) -> Tensor:
+    """[rows, V] fp64; on the CPU where the device has none."""
+    logits = lm.head(h)
+    return (logits.cpu() if logits.device.type == "mps" else logits).double().log_softmax(-1)
+
+
 class Places(NamedTuple):
     """Where (prompt, target) pairs are read: at each token that a target token follows.
 

@@ -61,6 +61,8 @@ def estimated(result: TraceResult) -> str:
     """What a reader must know of cells that were not computed."""
     if result.exact is None:
         return ""
+    if result.stride > 1:
+        return f" (each noise draw at one layer in {result.stride}, interpolated between)"
     return f" (estimated, but for {int(result.exact.sum())} of {result.exact.size} cells)"
 
 

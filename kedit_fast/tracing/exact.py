@@ -1,18 +1,21 @@
 """The exact way: every cell a run of its own, all of them in one sweep."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kedit_fast.basics.progress import scaled
+from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.score import Score
 from kedit_fast.sweep.engine import sweep
 from kedit_fast.sweep.plan import TABLES
 from kedit_fast.sweep.rows import There
 from kedit_fast.sweep.runs import RunList
 from kedit_fast.sweep.sites import Site
-from kedit_fast.tracing.tasks import METRICS, SITE, Traced, TraceSettings, add_runs, noise_job
+from kedit_fast.tracing.draws import anchors
+from kedit_fast.tracing.tasks import METRICS, SITE, Drawn, Task, TraceSettings, add_runs, noise_job
 
 
 class Restore:
@@ -57,8 +60,8 @@ class _Cells:
 
     def __init__(self, site: Site | None):
         self.site = site
-        self.runs: list[Tensor] = []  # by fact: [cells, draws]
-        self.places: list[tuple[Tensor, Tensor]] = []  # by fact: (position, layer) of each cell
+        self.runs: list[Tensor] = []  # by fact: [k], a run of each cell and draw
+        self.places: list[tuple[Tensor, ...]] = []  # by fact: (position, layer, draw) of each
         self.writes: list[tuple[Tensor, ...]] = []  # run, pos, from_run, begin, end
 
     def write(self, run, pos, from_run, begin, end):
@@ -68,12 +71,13 @@ class _Cells:
         return [Restore(self.site, *(torch.cat(c) for c in zip(*self.writes, strict=True)))] if self.writes else []
 
 
-def all_cells(lm, tasks, how: TraceSettings, advance: Callable[[float], None] | None) -> list[Traced]:
-    """Every cell of every fact; a fact with many tokens takes several sweeps, of some positions each, for the tables of
-    all its runs (tokens, and where each key lies) would not fit beside their rows."""
+def all_cells(lm, tasks, how: TraceSettings, advance: Callable[[float], None] | None) -> list[Drawn]:
+    """Every cell of every fact, at the layers that ``how.stride`` leaves of each draw; a fact with many tokens takes
+    several sweeps, of some positions each, for the tables of all its runs (tokens, and where each key lies) would not
+    fit beside their rows."""
     task = tasks[0]
     length, first = len(task.tokens), task.span[0]
-    of_a_position = len(how.kinds) * lm.n_layers * how.draws * length * TABLES
+    of_a_position = len(how.kinds) * int(anchors(lm.n_layers, how.draws, how.stride).sum()) * length * TABLES
     parts = torch.arange(first, length).split(max(1, lm.memory // 4 // of_a_position))
     if len(tasks) > 1 or len(parts) == 1:
         return restored_cells(lm, tasks, how, None, advance)
@@ -89,7 +93,7 @@ def all_cells(lm, tasks, how: TraceSettings, advance: Callable[[float], None] | 
     return [found]
 
 
-def restored_cells(lm, tasks, how: TraceSettings, only, advance: Callable[[float], None] | None) -> list[Traced]:
+def restored_cells(lm, tasks, how: TraceSettings, only, advance: Callable[[float], None] | None) -> list[Drawn]:
     """Every cell of every fact by one sweep; ``only``: by fact {kind: [T, L] bool}, the cells to compute."""
     runs, clean, corrupted, cells = declared(lm.n_layers, tasks, how, only)
     jobs = [job for c in cells.values() for job in c.jobs()]
@@ -105,59 +109,74 @@ def declared(n_layers: int, tasks, how: TraceSettings, only) -> tuple[RunList, l
     runs = RunList()
     clean, corrupted = add_runs(runs, tasks, how.draws)
     cells = {kind: _Cells(SITE.get(how.sever if kind == "state" else kind)) for kind in how.kinds}
+    by_draw = anchors(n_layers, how.draws, how.stride)
     for i, task in enumerate(tasks):
         for kind, of_kind in cells.items():
-            wanted = torch.ones(len(task.tokens), n_layers, dtype=torch.bool) if only is None else only[i][kind]
+            wanted = by_draw.expand(len(task.tokens), -1, -1)
+            wanted = wanted if only is None else wanted & only[i][kind][:, :, None]
             wanted = wanted[task.span[0] :]  # before the subject nothing differs
             add = _add_states if kind == "state" else _add_windows
             add(runs, of_kind, task, clean[i], corrupted[i], wanted, how)
     return runs, clean, corrupted, cells
 
 
+def row_layers(n_layers: int, task: Task, how: TraceSettings) -> int:
+    """Rows that go through layers, summed over the layers, of all cells of one fact: what its trace costs."""
+    length, n = len(task.tokens), len(task.tokens) - task.span[0]
+    of_first, of_each_other = _of_a_position(n_layers, how)
+    return (length + how.draws * n) * n_layers + n * of_first + n * (n - 1) // 2 * of_each_other
+
+
+@lru_cache
+def _of_a_position(n_layers: int, how: TraceSettings) -> tuple[int, int]:
+    """(layers that the first rows of a position's restored runs go through, layers that each further row adds). The
+    runs of a position are those of any other, with another number of rows."""
+    runs = declared(n_layers, [Task(Fact("{}", "it"), [0], (0, 1), [0], [0])], how, None)[0].runs()
+    layers, narrow = n_layers - runs.branch_layer[1 + how.draws :], runs.narrow[1 + how.draws :].long()
+    return int(layers.sum()), int((layers - narrow).sum())
+
+
 def _add_states(runs, cells, task, clean, corrupted, wanted, how):
     """A restored state (layer l, position p): from layer l + 1 on, from position p on, beginning with the clean row.
 
-    The last layer has no layer above it: its cells are the clean or the corrupted answer, see ``_read``.
+    wanted: [positions, L, draws] bool. The last layer has no layer above it: its cells are the clean or the corrupted
+    answer, see ``_read``.
     """
-    n_layers, draws = wanted.shape[1], len(corrupted)
-    layer, pos = wanted[:, :-1].T.nonzero().unbind(1)
-    pos = pos + task.span[0]
-    many_layers, many_pos, parent = (
-        layer.repeat_interleave(draws),
-        pos.repeat_interleave(draws),
-        corrupted.repeat(len(pos)),
-    )
+    layer, pos, draw = wanted[:, :-1].transpose(0, 1).nonzero().unbind(1)
+    pos, parent = pos + task.span[0], corrupted[draw]
     made = runs.add(
-        task.corrupted, parent=parent, branch_layer=many_layers + 1, first_pos=many_pos, graft=clean.expand(len(parent))
+        task.corrupted, parent=parent, branch_layer=layer + 1, first_pos=pos, graft=clean.expand(len(parent))
     )
-    cells.runs.append(made.view(-1, draws))
-    cells.places.append((pos, layer))
+    cells.runs.append(made)
+    cells.places.append((pos, layer, draw))
     if how.sever is not None:
-        cells.write(made, many_pos, parent, many_layers + 1, torch.tensor(n_layers))
+        cells.write(made, pos, parent, layer + 1, torch.tensor(wanted.shape[1]))
 
 
 def _add_windows(runs, cells, task, clean, corrupted, wanted, how):
     """Contributions restored at (p, layers [lo, hi)): the run branches at lo and owns one row there.
 
-    Windows clamped at layer 0 share their start: each branches from the next shorter one at that one's end.
+    wanted: [positions, L, draws] bool. Windows clamped at layer 0 share their start: each branches from the next
+    shorter one of its draw at that one's end.
     """
-    (n, n_layers), draws = wanted.shape, len(corrupted)
-    shorter, shorter_end = corrupted.repeat(n, 1), torch.zeros(n, dtype=torch.int64)
+    (n, n_layers, draws), first = wanted.shape, task.span[0]
+    shorter, shorter_end = corrupted.repeat(n, 1), torch.zeros(n, draws, dtype=torch.int64)
     found, places = [], []
     for layer in range(n_layers):
         begin, end = max(0, layer - how.window // 2), min(n_layers, layer + (how.window + 1) // 2)
-        cell = wanted[:, layer].nonzero()[:, 0]
-        new = cell if begin else cell[shorter_end[cell] < end]  # else the same window as a layer below has
-        start = shorter_end[new] if begin == 0 else torch.full((len(new),), begin)
-        parent = shorter[new] if begin == 0 else corrupted.expand(len(new), draws)
-        pos = (new + task.span[0]).repeat_interleave(draws)
-        start = start.repeat_interleave(draws)
-        made = runs.add(task.corrupted, parent=parent.flatten(), branch_layer=start, first_pos=pos, narrow=True)
-        cells.write(made, pos, clean, start, torch.tensor(end))
+        cell = wanted[:, layer].nonzero().unbind(1)
+        pos, draw = cell
+        if begin == 0:  # else the same window as a layer below has
+            new = shorter_end[cell] < end
+            pos, draw = pos[new], draw[new]
+        start = shorter_end[pos, draw] if begin == 0 else torch.full_like(pos, begin)
+        parent = shorter[pos, draw] if begin == 0 else corrupted[draw]
+        made = runs.add(task.corrupted, parent=parent, branch_layer=start, first_pos=pos + first, narrow=True)
+        cells.write(made, pos + first, clean, start, torch.tensor(end))
         if begin == 0:
-            shorter[new], shorter_end[new] = made.view(-1, draws), end
-        found.append(shorter[cell] if begin == 0 else made.view(-1, draws))
-        places.append((cell + task.span[0], torch.full_like(cell, layer)))
+            shorter[pos, draw], shorter_end[pos, draw] = made, end
+        found.append(shorter[cell] if begin == 0 else made)
+        places.append((cell[0] + first, torch.full_like(cell[0], layer), cell[1]))
     cells.runs.append(torch.cat(found))
     cells.places.append(tuple(torch.cat(x) for x in zip(*places, strict=True)))
 
@@ -166,27 +185,27 @@ def _score(lm, tasks, clean, corrupted, cells) -> Score:
     """The answer read at the last token: fact by fact clean, corrupted, then every kind's cells."""
     run, pos, targets = [], [], []
     for i, task in enumerate(tasks):
-        mine = torch.cat([clean[i], corrupted[i], *(c.runs[i].flatten() for c in cells.values())])
+        mine = torch.cat([clean[i], corrupted[i], *(c.runs[i] for c in cells.values())])
         run.append(mine)
         pos.append(torch.full_like(mine, len(task.tokens) - 1))
         targets.append(torch.tensor(task.targets).expand(len(mine), -1))
     return Score(lm, torch.cat(run), torch.cat(pos), torch.cat(targets))
 
 
-def _read(lm, tasks, how: TraceSettings, value: Tensor, cells) -> list[Traced]:
+def _read(lm, tasks, how: TraceSettings, value: Tensor, cells) -> list[Drawn]:
     """By fact, from the answer's value [k] at the places of ``_score``."""
     found, at = [], 0
     for i, task in enumerate(tasks):
-        p_clean, p_corrupted = value[at], value[at + 1 : at + 1 + how.draws].mean()
+        p_clean, p_corrupted = value[at], value[at + 1 : at + 1 + how.draws]
         at += 1 + how.draws
         restored = {}
         for kind, of_kind in cells.items():
-            (pos, layer), count = of_kind.places[i], of_kind.runs[i].numel()
-            table = p_corrupted.repeat(len(task.tokens), lm.n_layers)  # before the subject nothing differs
-            table[pos, layer] = value[at : at + count].view(-1, how.draws).mean(1)
+            table = p_corrupted.repeat(len(task.tokens), lm.n_layers, 1)  # before the subject nothing differs
+            count = len(of_kind.runs[i])
+            table[of_kind.places[i]] = value[at : at + count]
             at += count
             if kind == "state":  # nothing stands above the last layer: only the last token's state is read
                 table[-1, -1] = p_clean
             restored[kind] = table
-        found.append(Traced(p_clean, p_corrupted, restored))
+        found.append(Drawn(p_clean, p_corrupted, restored))
     return found

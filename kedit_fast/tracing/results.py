@@ -1,6 +1,7 @@
 """Results of causal tracing: one fact's table of effects, and the average over facts by the role of the token."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
@@ -37,6 +38,10 @@ class TraceResult:
     p_clean, p_corrupted: of the two runs; p_restored: [T, L] fp32
     backend: which implementation of each op ran, "attention reference, linear native, ..."; "" in files of before
     exact: [T, L] bool, which cells of p_restored were computed; the others are estimates. None: all were
+    reliability: rank correlation over cells that is to be expected with a trace by as many other noise draws
+        (``tracing.draws.reliability_of``); NaN for one draw, another subject, an estimate, and in files of before
+    stride: each draw was computed at every which layer; cost: of a strided trace, its rows times layers as a share of
+        the exact one's, else None
     """
 
     fact: Fact
@@ -54,6 +59,9 @@ class TraceResult:
     p_restored: np.ndarray
     backend: str = ""
     exact: np.ndarray | None = None
+    reliability: float = math.nan
+    stride: int = 1
+    cost: float | None = None
 
     def __post_init__(self):
         checks.instance("fact", self.fact, Fact, "a Fact")
@@ -68,8 +76,10 @@ class TraceResult:
         if not 0 <= checks.whole("subject_span", b) < checks.whole("subject_span", e) <= len(self.tokens):
             raise ValueError(f"subject_span = {(b, e)}: expected a part of {len(self.tokens)} tokens")
         _check_numbers("p_restored", self.p_restored)
-        for name in ("p_clean", "p_corrupted"):
+        for name in ("p_clean", "p_corrupted", "reliability"):
             _check_number(name, getattr(self, name))
+        checks.whole("stride", self.stride, least=1)
+        checks.optional(_check_number, "cost", self.cost)
         for name in ("answer", "kind", "metric"):
             checks.text(name, getattr(self, name), blank=True)
 
@@ -97,6 +107,7 @@ class TraceResult:
             "fact": self.fact.to_record(),
             "p_restored": [[float(str(x)) for x in row] for row in self.p_restored],  # fp32's shortest exact form
             "exact": None if self.exact is None else self.exact.tolist(),
+            "reliability": None if math.isnan(self.reliability) else self.reliability,  # NaN is no JSON
         }
 
     @classmethod
@@ -108,6 +119,7 @@ class TraceResult:
             "subject_span": tuple(record["subject_span"]),
             "p_restored": np.array(record["p_restored"], dtype=np.float32),
             "exact": None if record.get("exact") is None else np.array(record["exact"], dtype=bool),
+            "reliability": _or_nan(record.get("reliability")),
         })  # fmt: skip
 
     def save(self, path: checks.AnyPath) -> None:
@@ -129,7 +141,7 @@ class TraceResult:
         n_tokens, n_layers = self.p_restored.shape
         return (
             f"TraceResult({self.fact.text!r} -> {self.answer!r}, {self.kind}, {self.metric} {self.p_clean:.3g}, "
-            f"corrupted {self.p_corrupted:.3g}, {n_tokens} tokens x {n_layers} layers)"
+            f"corrupted {self.p_corrupted:.3g}, {n_tokens} tokens x {n_layers} layers{reliable(self.reliability)})"
         )
 
     def _repr_html_(self) -> str:
@@ -146,6 +158,7 @@ class AverageTrace:
         stderr pools tokens of one fact (one-token subjects count as first and as last subject token, a single token
         behind the subject as first subsequent and as last token)
     counts: [6] tokens of each role; n_facts; kind; total_effect: mean of p_clean - p_corrupted
+    reliability: mean of the facts' own, where it is known of any; of one fact's trace, not of the average
     """
 
     mean: np.ndarray
@@ -155,6 +168,7 @@ class AverageTrace:
     kind: str
     metric: str
     total_effect: float
+    reliability: float = math.nan
 
     def __post_init__(self):
         shapes = [np.shape(x) for x in (self.mean, self.stderr, self.counts)]
@@ -165,7 +179,8 @@ class AverageTrace:
         for name in ("mean", "stderr", "counts"):
             _check_numbers(name, getattr(self, name))
         checks.whole("n_facts", self.n_facts)
-        _check_number("total_effect", self.total_effect)
+        for name in ("total_effect", "reliability"):
+            _check_number(name, getattr(self, name))
         for name in ("kind", "metric"):
             checks.text(name, getattr(self, name), blank=True)
 
@@ -213,6 +228,7 @@ class AverageTrace:
     def save(self, path: checks.AnyPath) -> None:
         """Writes an .npz file without pickle; ``load`` gives it back. One of that name is replaced, folders made."""
         record = {k: v for k, v in asdict(self).items() if not isinstance(v, np.ndarray)}
+        record["reliability"] = None if math.isnan(self.reliability) else self.reliability
         write_npz(path, mean=self.mean, stderr=self.stderr, counts=self.counts, record=json.dumps(record))
 
     @classmethod
@@ -222,17 +238,28 @@ class AverageTrace:
 
     @classmethod
     def _of_arrays(cls, mean, stderr, counts, record) -> "AverageTrace":
-        return cls(mean, stderr, counts, **json.loads(str(record)))
+        record = json.loads(str(record))
+        return cls(mean, stderr, counts, **record | {"reliability": _or_nan(record.get("reliability"))})
 
     def __repr__(self) -> str:
         facts, n_layers = f"{self.n_facts} fact{'s' * (self.n_facts != 1)}", self.mean.shape[1]
         effect = f"total effect {self.total_effect:.3g} in {self.metric}"
-        return f"AverageTrace({self.kind}, {facts}, {n_layers} layers, {effect})"
+        return f"AverageTrace({self.kind}, {facts}, {n_layers} layers, {effect}{reliable(self.reliability)})"
 
     def _repr_html_(self) -> str:
         from kedit_fast.pictures.figure import figure_html
 
         return figure_html(self.plot())
+
+
+def reliable(reliability: float) -> str:
+    """What is said of it behind other words; nothing where it is not known."""
+    return "" if math.isnan(reliability) else f", reliability {reliability:.2f}"
+
+
+def _or_nan(value: float | None) -> float:
+    """What files have for NaN, which is no JSON."""
+    return math.nan if value is None else value
 
 
 def _check_number(name: str, value) -> None:
@@ -297,7 +324,9 @@ def _average(results: list[TraceResult]) -> AverageTrace:
         if len(rows) > 1:
             stderr[role] = np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
     total = float(np.mean([r.p_clean - r.p_corrupted for r in results]))
-    return AverageTrace(mean, stderr, counts, len(results), results[0].kind, results[0].metric, total)
+    known = [r.reliability for r in results if not math.isnan(r.reliability)]
+    reliability = float(np.mean(known)) if known else math.nan
+    return AverageTrace(mean, stderr, counts, len(results), results[0].kind, results[0].metric, total, reliability)
 
 
 def _tokens_by_role(n: int, b: int, e: int) -> tuple[list[int], ...]:

@@ -1,7 +1,7 @@
 """What is traced: facts as tokens, the answer that is read, and the noise that corrupts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class TraceSettings:
     """How facts are traced: the arguments of ``trace`` that its steps need.
 
     draws: corrupted runs a fact; level: what ``noise_level`` gave, None where another subject corrupts
+    stride: each draw is computed at every which layer (``draws``)
     """
 
     kinds: tuple[str, ...]
@@ -41,6 +42,7 @@ class TraceSettings:
     draws: int
     level: tuple[str, float] | None
     seed: int
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -218,12 +220,24 @@ def noise_job(
 
 
 @dataclass(frozen=True)
-class Traced:
-    """What was read of one fact, in its metric: p_clean, p_corrupted []; restored: {kind: [T, L]}."""
+class Drawn:
+    """What was read of one fact, draw by draw: p_clean []; p_corrupted [draws]; restored: {kind: [T, L, draws]}, the
+    corrupted value wherever nothing was computed."""
 
     p_clean: Tensor
     p_corrupted: Tensor
     restored: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What was read of one fact, in its metric: p_clean, p_corrupted []; restored: {kind: [T, L]}; reliability: {kind:
+    of the mean over noise draws}, where it is known."""
+
+    p_clean: Tensor
+    p_corrupted: Tensor
+    restored: dict[str, Tensor]
+    reliability: dict[str, float] = field(default_factory=dict)
 
     def check(self, lm, task: Task) -> None:
         """Raises ValueError where a run gave NaN, naming the fact."""

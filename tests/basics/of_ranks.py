@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 import kedit_fast as kf
 import kedit_fast.tracing.trace as tracing
 from kedit_fast.basics import ranks
+from kedit_fast.basics.catalog import CAPABILITY
 from kedit_fast.basics.settings import launch
 from kedit_fast.commands.cli import main
 from kedit_fast.jobs import values
 from tests.conftest import tiny_lm
+from tests.make import make_edit
 
 TEXTS = ["The Eiffel Tower is in the city of Paris. " * 12, "Miles Davis plays the trumpet in a band. " * 9] * 4
 
@@ -75,7 +78,25 @@ def edit_of(folder: Path) -> dict[str, Tensor]:
     return made
 
 
-WORK = {"moments": moments_of, "texts": texts_of, "trace": trace_of, "edit": edit_of}
+def moved_of(folder: Path) -> dict[str, Tensor]:
+    lm = tiny_lm("llama")
+    texts = {"tower": " ".join(TEXTS[::2]), "band": " ".join(TEXTS[1::2])}
+    found = kf.what_moved(lm, make_edit(lm.model), facts(3), texts=texts)
+    drifts = torch.tensor([[one.base, one.edited, *one.drift] for one in found.drifts.values()])
+    sides = torch.tensor([[*both.base, *both.edited] for both in found.measures.values()])
+    return {"drifts": drifts, "measures": sides.nan_to_num(9)}
+
+
+def capability_of(folder: Path) -> dict[str, Tensor]:
+    """The harness gives its results to the first process of a host alone."""
+    lm = tiny_lm("llama")
+    found = kf.capability(lm, CAPABILITY, make_edit(lm.model), limit=6)
+    scores = [x for of_task in found.scores.values() for x in of_task.values()]
+    return {"capability": torch.tensor([[x.base, x.edited, *x.difference] for x in scores])}
+
+
+WORK = {"moments": moments_of, "texts": texts_of, "trace": trace_of, "edit": edit_of, "moved": moved_of}
+WORK |= {"capability": capability_of} if find_spec("lm_eval") else {}
 
 
 def everything(folder: Path) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """The benchmarks' harness: what it checks before it reports, how it pools, what it keeps and what it prints."""
 
 import dataclasses
+import gzip
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,13 +30,13 @@ from bench import (
     report,
     second_moment,
     solve,
+    strided,
     trace,
 )
 from bench import neurons as neurons_bench
 from bench import values as values_bench
 from bench.__main__ import main
 from bench.common import CheckFailed, Figure, Measured, Skipped
-from kedit_fast.experiments import by_layer
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_answer
 from kedit_fast.sweep.sites import Site
@@ -53,7 +55,7 @@ FACTS = [
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """The machine's peak is not what is tested."""
-    for module in (trace, attribution, edit, editors, memory, second_moment, solve, values_bench):
+    for module in (trace, attribution, edit, editors, memory, second_moment, solve, strided, values_bench):
         monkeypatch.setattr(module, "peak_matmul", lambda: 100.0)
 
 
@@ -829,11 +831,7 @@ def test_the_list_and_an_unknown_name(capsys):
     assert "no benchmark training" in capsys.readouterr().err
 
 
-def test_ranks_and_recall():
-    a = np.array([0.1, 0.4, 0.4, 0.9, -1.0])
-    assert by_layer.spearman(a, 3 * a + 1) == pytest.approx(1)
-    assert by_layer.spearman(a, -a) == pytest.approx(-1)
-    assert by_layer._ranks(a).tolist() == [2, 3.5, 3.5, 5, 1]
+def test_recall():
     assert attribution.recall(np.arange(10.0), np.arange(10.0), n=3) == 1
     assert attribution.recall(np.arange(10.0), -np.arange(10.0), n=3) == 0
 
@@ -856,6 +854,33 @@ def test_attribution_is_measured_for_both_kinds():
     assert {f.case for f in measured.figures} == {"state, 2 facts", "mlp, 2 facts"}
     by_metric = {f.metric: f.value for f in measured.figures}
     assert -1 <= by_metric["mean rank correlation"] <= 1 and 0 <= by_metric["mean top-20 recall"] <= 1
+
+
+def test_strided_traces_are_held_against_exact_ones(monkeypatch):
+    lm = tiny_lm("llama", layers=7)
+    figures = values(strided.measure(lm, FACTS[:2], samples=4))
+    assert {case for case, _ in figures} == {
+        f"{kind}, one layer in {n}" for kind in ("mlp", "state") for n in (3, 5, 6)
+    }
+    for case in ("mlp, one layer in 3", "state, one layer in 5"):
+        assert figures[case, strided.LEAST].value <= figures[case, strided.AGREES].value <= 1
+        assert 0.2 < figures[case, strided.COST].value < 1
+        assert figures[case, strided.AGREES].mark == f">= {figures[case, strided.OTHER].value:.3f}"
+    monkeypatch.setattr(strided, "TOLERANCE", -1)
+    with pytest.raises(CheckFailed, match=r"mlp trace of .*: strided and exact cells are"):
+        strided.measure(lm, FACTS[:1], samples=4)
+
+
+def test_strided_facts_are_none_that_were_chosen_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(strided, "DATA", tmp_path)
+    with pytest.raises(Skipped, match="smollm2_known"):
+        strided.run(SimpleNamespace(quick=True))
+    known = [{"prompt": f"{name} is in", "subject": name} for name in "ABCDEFGH"] + [{"prompt": "x", "subject": "Y"}]
+    with gzip.open(tmp_path / strided.KNOWN, "wt", encoding="utf-8") as file:
+        json.dump(known, file)
+    chosen_on, held_out = strided.two_sets(tiny_lm("llama"), 4)
+    assert [fact.subject for fact in chosen_on] == list("ACEG") and [f.subject for f in held_out] == list("BDFH")
+    assert held_out[0].text == "B is in"
 
 
 @pytest.mark.parametrize("name", memory.MEMORIES)

@@ -17,6 +17,8 @@ from kedit_fast.editors import EDITORS
 from kedit_fast.tracing.trace import KINDS, METRICS
 from tests.commands.cases import parsed, raising, run
 
+UNSEEDED = ("info", "merge", "generate", "neurons", "forgotten", "implied")
+
 # ---- help
 
 
@@ -46,7 +48,7 @@ def test_each_command_explains_itself_and_its_example_is_accepted(command, said)
     runs_a_model = () if command == "merge" else ("--memory", "--device", "--dtype", "--threads")
     assert all(option in shown for option in ("--model", *runs_a_model))
     assert ("--output" in shown) == (command != "generate")  # it writes to the screen alone
-    assert ("--seed" in shown) == (command not in ("info", "merge", "generate", "neurons", "forgotten"))
+    assert ("--seed" in shown) == (command not in UNSEEDED)
 
 
 def test_the_parser_knows_what_the_package_knows():

@@ -13,7 +13,7 @@ import kedit_fast as kf
 from kedit_fast.commands import demo
 from kedit_fast.commands import demo_page as demo_report
 from kedit_fast.evaluation import EvalReport, evaluate
-from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, METRICS
 from kedit_fast.facts.fact import OWN_FACTS, Fact
 from kedit_fast.moments import corpus
 from kedit_fast.moments import second_moment as moments

@@ -238,6 +238,7 @@ def test_no_order_of_a_file_reaches_the_terminal(work, capsys):
         (["eval", "--log", "facts.json"], "would replace what --facts reads"),
         (["eval", "--html", "text.txt"], "would replace what --text reads"),
         (["eval", "-o", "model/config.json"], "would replace what --model reads"),
+        (["compare", "-o", "edit.safetensors"], "would replace a file that is compared"),
         (["edit", "-o", "facts.json"], "would replace what --facts reads"),
         (["edit", "-o", "hparams.json"], "would replace what --hparams reads"),
         (["edit", "-o", "text.txt", "--corpus", "text.txt"], "would replace what --corpus reads"),
@@ -259,6 +260,7 @@ def test_outputs_spare_each_other_and_what_is_read(args, says, work, complaint):
     command, *rest = args
     given = {
         "eval": ["edit.safetensors", "--facts", "facts.json", "--text", "text.txt"],
+        "compare": ["edit.safetensors", "--facts", "facts.json"],
         "edit": ["--facts", "facts.json"] + ["--hparams", "hparams.json"] * (rest[1] == "hparams.json"),
         "trace": ["--facts", "traced/traces.jsonl"],
     }[command]

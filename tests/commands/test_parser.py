@@ -106,7 +106,9 @@ def test_an_option_that_is_given_twice_is_refused(complaint):
             first, last = action.option_strings[0], action.option_strings[-1]
             says = complaint(*command.split(), first, value, last, value)
             assert f"{'/'.join(action.option_strings)}: given twice; expected it once" in says, (command, first)
-    assert gathers == {("edit", "on_top_of"), ("gate", "suite"), ("generate", "prompt")}
+    assert gathers == {("edit", "on_top_of"), ("gate", "suite"), ("generate", "prompt"), ("implied", "relations")} | {
+        ("summary", name) for name in ("suite", "relations")
+    }
     assert "several are one value, with commas between" in complaint("edit", "--layers", "3", "--layers", "5")
 
 

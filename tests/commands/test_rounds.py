@@ -6,9 +6,9 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast.commands import rounds as rounds_command
+from kedit_fast.evaluation.canary import PROSE
 from kedit_fast.experiments.by_layer import LayerStudy
 from kedit_fast.experiments.rounds import Round
-from kedit_fast.gating.canary import PROSE
 from tests.commands.cases import FACTS, run
 from tests.tiny import TEXT
 

@@ -50,6 +50,10 @@ def test_trace_options_arrive(model, work):
     assert run("trace", *ONE, "--method", "screen", "--top", "3", "--model", model, "-o", "c") == 0
     screened = read_log(work / "c" / "traces.jsonl")
     assert screened[0].exact[:, :-1].sum() == screened[1].exact.sum() == 3
+    assert run("trace", *ONE, "--method", "strided", "--stride", "2", "--model", model, "-o", "d") == 0
+    strided = read_log(work / "d" / "traces.jsonl")
+    for got, want in zip(strided, kf.trace(lm, fact, method="strided", stride=2), strict=True):
+        assert (got.p_restored == want.p_restored).all() and (got.stride, got.reliability) == (2, want.reliability)
     assert run("trace", *ONE, "--corrupt", "England", "--model", model, "-o", "b") == 0
     assert read_log(work / "b" / "traces.jsonl")[0].noise is None
 
@@ -72,3 +76,20 @@ def test_a_second_trace_is_refused_and_leaves_the_first_one_s_log(model, work, c
     assert status == 2 and "traces.jsonl.run: another run works there; wait for it" in shown
     assert (work / "out" / "traces.jsonl").read_bytes() == (work / "alone" / "traces.jsonl").read_bytes()
     assert files(work / "out") == files(work / "alone")
+
+
+def test_a_trace_says_how_reliable_it_is_and_what_it_cost(model, work, said):
+    args = ["trace", *ONE, "--kinds", "state", "--model", model]
+    shown = said(*args, "-o", "a")
+    (result,) = read_log(work / "a" / "traces.jsonl")
+    assert f"1 fact, reliability {result.reliability:.2f}" in shown and "strided" not in shown
+    shown = said(*args, "--method", "strided", "--stride", "2", "-o", "b")
+    (result,) = read_log(work / "b" / "traces.jsonl")
+    assert f"each noise draw at one layer in 2, {result.cost:.0%} of an exact trace's rows x layers" in shown
+    assert "interpolated between" in shown.replace("\n", " ")
+    assert "reliability" not in said(*args, "--samples", "1", "-o", "c")
+
+
+def test_a_stride_that_is_too_long_is_refused(model, work, capsys):
+    assert run("trace", *ONE, "--method", "strided", "--stride", "99", "--model", model, "-o", "a") == 2
+    assert "--stride 99: expected a whole number from 1 to" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from kedit_fast.editors.finetune import Ft
 from kedit_fast.editors.unlearn import LOSSES, Unlearn
 from kedit_fast.editors.written import NotWritten
 from kedit_fast.edits.edit import Edit, digest
-from kedit_fast.evaluation.counterfact import sentences
+from kedit_fast.evaluation.benchmarks.counterfact import sentences
 from kedit_fast.jobs.losses import Bounded, Read
 from tests.conftest import disk_and_resident, open_tiny, refused, save_tiny, tiny_lm
 from tests.editors.cases import FACTS, left_as_it_was, make_exact, relative

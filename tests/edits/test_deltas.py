@@ -27,6 +27,20 @@ def test_delta_is_what_it_says(delta):
     assert delta.to("meta").shape == delta.shape
 
 
+def test_growth_is_of_all_edits_together():
+    lm = open_tiny(tiny_model("llama"))
+    one, two = (Edit("test", {}, lm.fingerprint, (), {2: lowrank(seed=seed)}) for seed in (1, 2))
+    more = Edit("test", {}, lm.fingerprint, (), {1: Dense(lowrank().dense())})
+    weight = lm.source.weight(2, "down").double().norm()
+    norms: dict = {}
+    found = algebra.growth(lm, [one, more, two], norms)
+    both = (one.deltas[2].dense() + two.deltas[2].dense()).double().norm()
+    assert found[2] == pytest.approx((both / weight).item()) and sorted(found) == [1, 2] and len(norms) == 2
+    assert algebra.growth(lm, [one], norms)[2] == pytest.approx(one.deltas[2].norm() / weight.item())
+    norms[2, "down"] = 1.0  # known: not read again
+    assert algebra.growth(lm, [one], norms)[2] == pytest.approx(one.deltas[2].norm())
+
+
 def test_norm_of_factors_that_cancel_is_not_nan():
     for seed in range(20):  # rounding takes the sum below zero in 8 of these
         pair = lowrank(rank=2, seed=seed, dtype=torch.float64)

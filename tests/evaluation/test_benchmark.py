@@ -160,7 +160,10 @@ def test_what_is_refused(tmp_path):
     says = "benchmark = 'yes-no': expected a Benchmark"
     refused(says, kf.evaluate, lm, FACTS, benchmark="yes-no", error=TypeError)
     for changes, says in (
-        ({"metrics": {"a": ("shares", "x")}}, "expected \\(one of share, probability, difference, count, text\\)"),
+        (
+            {"metrics": {"a": ("shares", "x")}},
+            "expected \\(one of share, probability, difference, count, amount, text\\)",
+        ),
         ({"metrics": {"score": (SHARE, "x")}}, "metric 'score'"),
         ({"score_of": ("judged", "efficacy")}, r"a score of \['efficacy'\]"),
     ):

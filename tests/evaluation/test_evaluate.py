@@ -12,7 +12,8 @@ from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport, evaluate
-from kedit_fast.evaluation.counterfact import COUNTERFACT, METRICS
+from kedit_fast.evaluation.benchmark import case_list, one_by_one
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, METRICS
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
@@ -113,11 +114,15 @@ def oracle(lm, fact, clean, base_answers=None):
         "efficacy": more(new[0], true[0]),
         "efficacy_magnitude": new[0] - true[0],
         "efficacy_exact": new[1],
+        "efficacy_match": math.nan,
+        "efficacy_contains": math.nan,
         "p_new": new[0],
         "p_true": true[0],
         "paraphrase": mean(more(n[0], t[0]) for n, t in para),
         "paraphrase_magnitude": mean(n[0] - t[0] for n, t in para),
         "paraphrase_exact": mean(n[1] for n, t in para),
+        "paraphrase_match": math.nan,
+        "paraphrase_contains": math.nan,
         "paraphrase_p_new": mean(n[0] for n, t in para),
         "neighborhood": mean(more(t[0], n[0]) for n, t in near),
         "neighborhood_magnitude": mean(t[0] - n[0] for n, t in near),
@@ -263,7 +268,7 @@ def test_base_is_the_same_with_and_without_an_edit(lm):
 @pytest.mark.parametrize("size", [1, 4])
 def test_chunks_are_the_whole(lm, monkeypatch, size):
     edit = make_edit(lm, FACTS)
-    whole = evaluate(lm, FACTS, edit)
+    whole = evaluate(lm, FACTS, edit, generate=1)
     monkeypatch.setattr(module, "CHUNK", size)
     chunked = evaluate(lm, FACTS, edit, generate=1)
     close(whole.base, chunked.base)
@@ -272,7 +277,7 @@ def test_chunks_are_the_whole(lm, monkeypatch, size):
 
 
 def asked_of(lm):
-    cases = module._cases(lm, [(fact,) for fact in FACTS], None)
+    cases = module._cases(lm, case_list(FACTS, one_by_one), None)
     return [(module._asked(lm, COUNTERFACT, case),) for case in cases]
 
 
@@ -328,7 +333,7 @@ def test_an_edit_that_overflows_is_no_success(lm):
     edit = make_owned(lm, facts)
     for delta in edit.deltas.values():
         delta.u[:, 1] *= 1e38  # the factor that the first fact owns
-    report = evaluate(lm, facts, edit)
+    report = evaluate(lm, facts, edit, generate=1)
     summary = report.summary()
     for name in METRICS:
         lacking = name == "known_neighbors_p_true" and not report.base["neighborhood_p_true"][0] >= 0.1

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kedit_fast.basics.intervals import Interval
-from kedit_fast.evaluation.counterfact import COUNTERFACT
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.report import EvalReport
 from kedit_fast.facts.fact import Fact
-from tests.evaluation.test_counterfact import full
+from tests.evaluation.benchmarks.test_counterfact import full
 
 NAN = math.nan
 

@@ -9,7 +9,7 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast.basics.intervals import Interval
-from kedit_fast.experiments.by_layer import LAST, LayerStudy, edit_by_layer, spearman
+from kedit_fast.experiments.by_layer import LAST, LayerStudy, edit_by_layer
 from kedit_fast.tracing.results import AverageTrace
 from tests.conftest import refused, tiny_lm
 from tests.editors import cases
@@ -108,16 +108,6 @@ def test_errors_come_before_work(options, says, no_sweep):
 
 
 # ---- rank correlation
-
-
-def test_spearman():
-    assert spearman([1, 2, 3], [10, 20, 400]) == pytest.approx(1)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)  # 1 - 6 * 4 / (5 * 24)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # tied ranks 1, 2.5, 2.5, 4
-    assert math.isnan(spearman([1, 2], [1, 2]))
-    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
-    assert math.isnan(spearman([1, math.nan, 3], [1, 2, 3]))
 
 
 def test_success_and_trace_are_ranked_over_the_edited_layers():

@@ -112,6 +112,15 @@ def test_shapes_of_70b_are_planned_from_their_config_alone(name, tmp_path):
     assert whole.placement.source == "resident" and sum(map(whole.read, whole.steps)) == 0
 
 
+def test_a_strided_trace_goes_through_a_fifth_of_the_rows(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3-70b"]))
+    shape = shape_of(read_config(tmp_path))
+    exact, strided = (forecast("trace", shape, 10, None, GPU, method=method) for method in ("exact", "strided"))
+    assert [step.name for step in exact.steps] == [step.name for step in strided.steps] == ["answers", "cells"]
+    assert 1 / 5 < strided.steps[1].flop / exact.steps[1].flop < 0.22
+    assert any('method="strided"' in line for line in halving(exact, RATES, GPU))
+
+
 def test_what_would_halve_it_is_tried(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3-70b"]))
     shape = shape_of(read_config(tmp_path))

@@ -38,7 +38,9 @@ from kedit_fast.tracing.results import average, read_log
 from tests.conftest import tiny_lm
 from tests.editors.networks import network
 from tests.edits.test_format import saved_as_version_1
+from tests.evaluation.test_easyedit import RECORD as EASYEDIT
 from tests.evaluation.test_report import make_report
+from tests.evaluation.test_scores import made_up as capability_of
 from tests.experiments.test_by_layer import made_up
 from tests.fuzz import mutate
 from tests.make import FACTS, lowrank, make_edit, owned_edit
@@ -331,6 +333,15 @@ READERS = {
     "eval report": Reader(
         lambda path: str(kf.EvalReport.load(path)) + kf.EvalReport.load(path).to_html(), "report.json",
         _saved("report.json", make_report),
+    ),
+    "comparison": Reader(
+        lambda path: str(kf.Comparison.load(path)), "comparison.json",
+        _saved("comparison.json", lambda: kf.compare({"a": make_report(), "b": make_report()})),
+    ),
+    "EasyEdit's results": Reader(lambda path: repr(kf.load_easyedit(path)), "r.json", _written("r.json", [EASYEDIT])),
+    "capability": Reader(
+        lambda path: str(kf.Capability.load(path)) + kf.Capability.load(path).to_html(), "c.json",
+        _saved("c.json", capability_of),
     ),
     "layer study": Reader(
         lambda path: repr(kf.LayerStudy.load(path)) + str(kf.LayerStudy.load(path).correlations()), "study.json",

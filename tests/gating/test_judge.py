@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kedit_fast.edits.deltas import Dense
-from kedit_fast.evaluation.counterfact import METRICS
+from kedit_fast.evaluation.benchmarks.counterfact import METRICS
 from kedit_fast.facts.tokens import asked
 from kedit_fast.gating import Suite, gate
 from kedit_fast.gating.policy import STOP, EditPolicy

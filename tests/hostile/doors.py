@@ -29,6 +29,8 @@ WRONG = {
     "text": (None, 3, 0.5, b"x", ["x"], {}, THING, "", "  ", "\ud800"),
     "words": (None, 3, b"x", ["x"], {}, THING, "\ud800"),
     "choice": (None, 3, "nothing", "", b"x", ["exact"], {}, THING),
+    "name": (3, "nothing", "", b"x", ["a"], {}, THING),
+    "reports": (None, 3, "a", [3], {}, {"a": 3, "b": 3}, {3: None}, THING),
     "choices": (None, 3, "nothing", "", ["state", "nothing"], [], {}, THING, [3], [None]),
     "path": (None, 3, 0.5, "", b"x", ["x"], {}, THING, "a\0b"),
     "layers": (1, "1", "0-1", None, [-1], [99], [1.5], ["a"], [True], [None], {1: 2}, range(10**12), [10**30], THING),
@@ -84,9 +86,10 @@ def things() -> SimpleNamespace:
     result = kf.trace(lm, FACTS[0], kinds=("state", "mlp"), samples=2)
     moment = kf.SecondMoment(torch.eye(D_FF), 1_000, 1, lm.fingerprint)
     report = kf.evaluate(lm, list(FACTS[:1]), edit)
+    consistency = kf.consistency(lm, edit, generate=0)
     return SimpleNamespace(
         lm=lm, model=model, edit=edit, single=single, rome=rome, quick=quick, traces=result, moment=moment,
-        report=report, average=kf.average(result), facts=list(FACTS),
+        report=report, consistency=consistency, average=kf.average(result), facts=list(FACTS),
     )  # fmt: skip
 
 
@@ -118,6 +121,8 @@ def doors(folder) -> list[Door]:
             facts="facts", kinds="choices", window="positive", samples="positive", noise="noise", seed="seed",
             answer="text?", metric="choice", sever="choice?", method="choice", top="positive", log="path?",
             checkpoint="path?")),
+        Door("trace.stride", _with(kf.trace, t.lm, facts=t.facts[0], samples=1, method="strided"), dict(
+            stride="positive")),
         Door("trace.corrupt", _with(kf.trace, t.lm, facts=t.facts[0], samples=1), dict(corrupt="object")),
         Door("average", _with(kf.average), dict(results="facts")),
         Door("AverageTrace.recommend_layers", _with(t.average["state"].recommend_layers), dict(n="positive")),
@@ -150,6 +155,19 @@ def doors(folder) -> list[Door]:
         Door("evaluate", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(
             facts="facts", edit="edit", benchmark="object", text="corpus", generate="whole", max_tokens="positive",
             log="path?", both_forms="flag", checkpoint="path?")),
+        Door("evaluate.given", _with(kf.evaluate, t.lm, facts=t.facts[:1]), dict(known="object", judge="object")),
+        Door("compare", _with(kf.compare, reports={"a": t.report, "b": t.report}), dict(
+            reports="reports", against="name?")),
+        Door("Comparison.load", _with(kf.Comparison.load), dict(path="path")),
+        Door("Comparison.save", _with(kf.compare({"a": t.report, "b": t.report}).save), dict(path="path")),
+        Door("Comparison.to_html", _with(kf.compare({"a": t.report, "b": t.report}).to_html), dict(path="path?")),
+        Door("load_easyedit", _with(kf.load_easyedit), dict(path="path")),
+        Door("capability", _with(kf.capability, t.lm, tasks="kedit_common"), dict(
+            tasks="texts", edit="edit", limit="positive?", num_fewshot="whole?", task_folder="path?", chat="flag",
+            seed="seed")),
+        Door("Capability.load", _with(kf.Capability.load), dict(path="path")),
+        Door("Capability.save", _with(kf.Capability({}, {}).save), dict(path="path")),
+        Door("Capability.to_html", _with(kf.Capability({}, {}).to_html), dict(path="path?")),
         Door("EvalReport.load", _with(kf.EvalReport.load), dict(path="path")),
         Door("EvalReport.save", _with(t.report.save), dict(path="path")),
         Door("EvalReport.to_html", _with(t.report.to_html), dict(path="path?")),
@@ -183,6 +201,12 @@ def doors(folder) -> list[Door]:
         Door("Sizes", _with(Sizes), dict.fromkeys([f.name for f in dataclasses.fields(Sizes)], "positive")),
         Door("load_suite", lambda paths: kf.load_suite(paths), dict(paths="path")),
         Door("logit_lens", _with(kf.logit_lens, t.lm, facts=t.facts[:1]), dict(facts="facts", edit="edit")),
+        Door("what_moved", _with(kf.what_moved, t.lm, edit=t.edit), dict(
+            edit="edit", facts="facts?", texts="dict?", prompts="prompts?", max_tokens="positive", seed="seed")),
+        Door("Moved.load", _with(kf.Moved.load), dict(path="path")),
+        Door("evaluate_edit", _with(kf.evaluate_edit, t.lm, edit=t.edit, tasks=()), dict(
+            edit="edit", cases="facts?", suite="object", thresholds="object", tasks="object", texts="dict?",
+            relations="path?", generate="positive", seed="seed")),
         Door("EditPolicy", _with(kf.EditPolicy), dict(
             max_facts="positive", max_growth="number", max_drift="number", min_retention="share", warn_at="share")),
         Door("advise", _with(kf.advise, n_facts=1, growth={}), dict(
@@ -201,6 +225,15 @@ def doors(folder) -> list[Door]:
         Door("verify_forgotten", _with(kf.verify_forgotten, t.lm, edit=t.edit), dict(
             edit="edit", budget="positive", bits="any layers", relearning_steps="whole", relearn="object",
             keep="object")),
+        Door("load_relations", lambda tables: kf.load_relations(tables), dict(tables="path")),
+        Door("implied", _with(kf.implied, facts=t.facts, table="builtin"), dict(
+            facts="facts", table="path", hops="positive", lm="object")),
+        Door("consistency", _with(kf.consistency, t.lm, edit=t.edit, generate=1), dict(
+            edit="edit", table="path", hops="positive", ask="flag", by="choice", generate="whole")),
+        Door("Consistency.load", _with(kf.Consistency.load), dict(path="path")),
+        Door("Consistency.save", _with(t.consistency.save), dict(path="path")),
+        Door("Consistency.save_rest", _with(t.consistency.save_rest), dict(path="path")),
+        Door("Consistency.to_html", _with(t.consistency.to_html), dict(path="path?")),
         Door("knowledge_neurons", _with(kf.knowledge_neurons, t.lm, facts=t.facts[:1]), dict(
             facts="facts", steps="positive", threshold="share", share="share", common="share", answer="text?",
             paraphrases="flag", layers="layers?", top="whole")),
@@ -218,8 +251,10 @@ def doors(folder) -> list[Door]:
             Door(f"{name}.lm", call, dict(lm="object"))
             for name, call in {
                 "trace": _with(kf.trace, facts=t.facts), "evaluate": _with(kf.evaluate, facts=t.facts),
+                "capability": _with(kf.capability, tasks="kedit_common"),
                 "second_moments": _with(kf.second_moments, layers=(0,)), "gate": _with(kf.gate, edit=t.edit),
-                "logit_lens": _with(kf.logit_lens, facts=t.facts), "Rome.edit": _with(t.rome.edit, facts=t.facts),
+                "logit_lens": _with(kf.logit_lens, facts=t.facts), "what_moved": _with(kf.what_moved, edit=t.edit),
+                "Rome.edit": _with(t.rome.edit, facts=t.facts),
                 "Rome.for_model": _with(kf.Rome.for_model), "Ft.edit": _with(kf.Ft(layers=(1,)).edit, facts=t.facts),
                 "edit_by_layer": _with(kf.edit_by_layer, facts=t.facts),
                 "edit_in_rounds": _with(kf.edit_in_rounds, facts=t.facts, editor=t.rome, per_round=1),

@@ -1,5 +1,7 @@
 """Scoring against Hugging Face's forward, one text at a time, on the weights as they are and as edited."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kedit_fast.edits.changes import WeightChange
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.edits.edit import Edit
 from kedit_fast.facts.fact import Fact
-from kedit_fast.jobs.score import likeliest_tokens, next_token_probs, text_logprobs
+from kedit_fast.jobs.score import divergences, likeliest_tokens, next_token_probs, text_logprobs
 from kedit_fast.model.opening import open_model
 from tests.tiny import D_FF, D_MODEL, TEXT, tiny_model, tiny_tokenizer
 
@@ -71,3 +73,21 @@ def test_independent_edits_need_an_owner(lm):
         with pytest.raises(ValueError, match=r"carries independent edits.*only\(i\)"):
             read(lm.with_edit(owned), [TOKENS[:5]])
     assert next_token_probs(lm.with_edit(owned.only(0)), [TOKENS[:5]]).shape == (1, lm.n_vocab)
+
+
+def test_divergences_are_sums_over_the_vocabulary(lm):
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(7, D_MODEL, generator=generator)
+    after = before + 0.1 * torch.randn(7, D_MODEL, generator=generator)
+    after[2], after[5] = before[2], torch.nan
+    small = dataclasses.replace(lm, memory=1)  # one row at a time
+    kl, differs = divergences(small, before, after)
+    p, q = (lm.head(h).double().softmax(-1) for h in (before, after))
+    for i in range(7):
+        if i == 5:
+            assert kl[i] == torch.inf and differs[i]
+            continue
+        assert kl[i].item() == pytest.approx((p[i] * (p[i] / q[i]).log()).sum().item(), rel=1e-9, abs=1e-15)
+        assert differs[i] == (p[i].argmax() != q[i].argmax())
+    assert kl[2] == 0 and differs.any() and not differs.all()
+    assert divergences(lm, after, before)[0][5].isnan()

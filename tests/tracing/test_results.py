@@ -1,6 +1,7 @@
 """Results of tracing: averages by hand, the six roles, files that read back."""
 
 import json
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ def result(p_restored, span, **changes) -> kf.TraceResult:
     fields = dict(
         fact=FACT, tokens=tuple(f"t{i}" for i in range(len(table))), subject_span=span, answer_id=3, answer=" Paris",
         kind="state", window=1, noise=0.1, metric="prob", sever=None, p_clean=0.9, p_corrupted=0.1, p_restored=table,
-        backend="attention reference",
+        backend="attention reference", reliability=0.75, stride=3, cost=0.4,
     )  # fmt: skip
     return kf.TraceResult(**fields | changes)
 
@@ -61,12 +62,24 @@ def test_a_record_is_plain_json_and_loses_nothing():
     line = json.dumps(r.to_record())
     assert "\n" not in line
     same(kf.TraceResult.from_record(json.loads(line)), r)
-    assert kf.TraceResult.from_record(without_backend(r.to_record())).backend == ""
+    old = kf.TraceResult.from_record(before(r.to_record()))
+    assert (old.backend, old.exact, old.stride, old.cost) == ("", None, 1, None) and math.isnan(old.reliability)
 
 
-def without_backend(record):
-    """A record as it was written before results said which backend ran."""
-    return {name: value for name, value in record.items() if name != "backend"}
+def before(record):
+    """A record as it was written before results said what ran, and how reliable they are."""
+    later = ("backend", "exact", "reliability", "stride", "cost")
+    return {name: value for name, value in record.items() if name not in later}
+
+
+def test_a_reliability_that_is_not_known_is_null_in_files(tmp_path):
+    unknown = result([[0.5]], (0, 1), reliability=math.nan)
+    assert json.loads(json.dumps(unknown.to_record(), allow_nan=False))["reliability"] is None
+    unknown.save(tmp_path / "trace.npz")
+    assert math.isnan(kf.TraceResult.load(tmp_path / "trace.npz").reliability)
+    assert "reliability" not in repr(unknown) and repr(result([[0.5]], (0, 1))).endswith("1 layers, reliability 0.75)")
+    for name, wrong in (("reliability", "high"), ("stride", 0), ("cost", "low")):
+        refused(f"{name} = ", result, [[0.5]], (0, 1), **{name: wrong})
 
 
 def test_a_log_that_was_cut_short_says_where(tmp_path):
@@ -197,6 +210,27 @@ def test_saved_averages_read_back_exactly(tmp_path, name):
     got = kf.AverageTrace.load(tmp_path / name)
     for field in ("mean", "stderr", "counts"):
         np.testing.assert_array_equal(getattr(got, field), getattr(averaged, field))
-    for field in ("n_facts", "kind", "metric", "total_effect"):
+    for field in ("n_facts", "kind", "metric", "total_effect", "reliability"):
         assert getattr(got, field) == getattr(averaged, field)
     refused("is not a saved trace", kf.TraceResult.load, tmp_path / name)
+
+
+def test_an_average_has_the_mean_reliability_of_those_that_have_one(tmp_path):
+    a, b, unknown = (result(rows(0.1, 0.2, 0.3), (0, 1), reliability=r) for r in (0.9, 0.6, math.nan))
+    averaged = average([a, b, unknown])["state"]
+    assert averaged.reliability == pytest.approx(0.75) and repr(averaged).endswith("in prob, reliability 0.75)")
+    none = average([unknown])["state"]
+    assert math.isnan(none.reliability) and "reliability" not in repr(none)
+    none.save(tmp_path / "none.npz")
+    assert math.isnan(kf.AverageTrace.load(tmp_path / "none.npz").reliability)
+
+
+def test_averages_that_older_versions_saved_are_read(tmp_path):
+    averaged = average([result(rows(0.1, 0.2, 0.3), (0, 1))])["state"]
+    averaged.save(tmp_path / "average.npz")
+    arrays = dict(np.load(tmp_path / "average.npz"))
+    record = json.loads(str(arrays["record"]))
+    del record["reliability"]
+    np.savez(tmp_path / "old.npz", **arrays | {"record": json.dumps(record)})
+    old = kf.AverageTrace.load(tmp_path / "old.npz")
+    assert math.isnan(old.reliability) and old.total_effect == averaged.total_effect

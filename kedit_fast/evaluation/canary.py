@@ -10,11 +10,14 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from kedit_fast.facts.fact import Fact, folded
+from kedit_fast.evaluation.texts import leaks
+from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.subjects import folded
 from kedit_fast.facts.tokens import asked
 
+T = TypeVar("T")
 PLAIN, DOUBT, CONTEXT, LANGUAGE = "plain", "doubt", "long context", "language"
 PROSE = Path(__file__).parent / "prose.txt"  # ordinary text on no subject that a fact has
 DOUBTS = (
@@ -116,33 +119,11 @@ def sing(canaries: Sequence[Canary], before: Sequence[str], after: Sequence[str]
     ]
 
 
-# ---- finding answers in text
+def with_old_answer(facts: Sequence[Fact]) -> list[int]:
+    """Numbers of the facts with an old answer to look for."""
+    return [i for i, f in enumerate(facts) if f.target_true and folded(f.target_true) != folded(f.target_new)]
 
 
-def says(text: str, answer: str) -> bool:
-    """Whether a text holds an answer as a whole word or words, whatever the case."""
-    return re.search(_pattern(answer), text, re.IGNORECASE) is not None
-
-
-def leaks(text: str, old: str, new: str | None) -> bool:
-    """Whether a text says the old answer; not where it stands inside the new one ("York" in "New York")."""
-    if new is None:
-        return says(text, old)
-    if folded(old) == folded(new):
-        return False
-    # At one place the longer of the two is what the text says.
-    either = sorted((old, new), key=len, reverse=True)
-    found = re.finditer("|".join(_pattern(answer) for answer in either), text, re.IGNORECASE)
-    return any(folded(match[0]) == folded(old) for match in found)
-
-
-def _pattern(answer: str) -> str:
-    """A pattern for an answer with any white space between its words, bound to word ends where its script has them."""
-    answer = answer.strip()
-    words = r"\s+".join(map(re.escape, answer.split()))
-    return _bound(answer[0], r"(?<![^\W_])") + words + _bound(answer[-1], r"(?![^\W_])")
-
-
-def _bound(char: str, pattern: str) -> str:
-    # Letters without case (Chinese, Thai, ...) are written without spaces between words.
-    return pattern if char.isdigit() or char.lower() != char.upper() else ""
+def spread(numbers: Sequence[T], n: int) -> list[T]:
+    """At most n of them, evenly spread."""
+    return list(numbers) if len(numbers) <= n else [numbers[k * len(numbers) // n] for k in range(n)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kedit_fast.evaluation.tofu import (
+from kedit_fast.evaluation.benchmarks.tofu import (
     TofuItem,
     TofuScores,
     forget_quality,

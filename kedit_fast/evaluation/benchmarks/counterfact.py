@@ -15,7 +15,9 @@ from kedit_fast.basics.intervals import COUNT, DIFFERENCE, PROBABILITY, SHARE
 from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
 from kedit_fast.evaluation.probes import Answer, Probe
+from kedit_fast.evaluation.readings import Kind, readings
 from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.formats import Question
 from kedit_fast.facts.subjects import folded
 
 KNOWN = 0.1  # base P(true) from which on a neighbor counts as known to the model
@@ -31,11 +33,15 @@ METRICS = {
     "efficacy": (SHARE, "P(new) > P(true) on the rewrite prompt (ES)"),
     "efficacy_magnitude": (DIFFERENCE, "P(new) - P(true) on the rewrite prompt (EM)"),
     "efficacy_exact": (SHARE, "all tokens of target_new are the likeliest, rewrite prompt"),
+    "efficacy_match": (SHARE, "what the model writes is target_new, rewrite prompt"),
+    "efficacy_contains": (SHARE, "target_new stands in what the model writes, rewrite prompt"),
     "p_new": (PROBABILITY, "P(new) on the rewrite prompt"),
     "p_true": (PROBABILITY, "P(true) on the rewrite prompt"),
     "paraphrase": (SHARE, "paraphrases with P(new) > P(true) (PS)"),
     "paraphrase_magnitude": (DIFFERENCE, "P(new) - P(true) on paraphrases (PM)"),
     "paraphrase_exact": (SHARE, "all tokens of target_new are the likeliest, paraphrases"),
+    "paraphrase_match": (SHARE, "what the model writes is target_new, paraphrases"),
+    "paraphrase_contains": (SHARE, "target_new stands in what the model writes, paraphrases"),
     "paraphrase_p_new": (PROBABILITY, "P(new) on paraphrases"),
     "neighborhood": (SHARE, "neighborhood prompts with P(true) > P(new) (NS)"),
     "neighborhood_magnitude": (DIFFERENCE, "P(true) - P(new) on neighborhood prompts (NM)"),
@@ -48,6 +54,9 @@ METRICS = {
     "same_subject_p_true": (PROBABILITY, "P(answer) there"),
     "neighborhood_left_out": (COUNT, "neighborhood prompts left out: they name an edited subject"),
 }
+WRITTEN = Kind("the new answer", ("match", "contains"))
+_WRITTEN = {f"{kind}.{mode}": f"{name}_{mode}" for kind, name in ((REWRITE, "efficacy"), (PARAPHRASE, "paraphrase"))
+            for mode in WRITTEN.modes}  # fmt: skip
 
 
 class Answers(NamedTuple):
@@ -79,16 +88,16 @@ def probes(lm, case: Case) -> list[Probe]:
     nothing stands against it. Of the subject's other prompts the likeliest token is read too.
     """
     (fact,) = case.facts
-    both = (fact.target_new, fact.target_true)
-    made = [case.probe(lm, fact, fact.text, both, REWRITE)]
-    made += [case.probe(lm, fact, prompt, both, PARAPHRASE) for prompt in fact.paraphrases]
-    for prompt, own, _ in fact.questions(NEIGHBORHOOD):
+    new, true = fact.target_new, fact.target_true
+    asked = [(REWRITE, fact.text), *((PARAPHRASE, prompt) for prompt in fact.paraphrases)]
+    made = [case.question(lm, fact, Question(prompt, new, against=(true,)), kind) for kind, prompt in asked]
+    for prompt, own, *_ in fact.questions(NEIGHBORHOOD):
         left_out = case.names_edited(prompt)
         new = None if own and folded(fact.target_new or "") == folded(own) else fact.target_new
         made.append(
             case.probe(lm, fact, prompt, () if left_out else (new, own), LEFT_OUT if left_out else NEIGHBORHOOD)
         )
-    for prompt, own, _ in fact.questions(SAME_SUBJECT):
+    for prompt, own, *_ in fact.questions(SAME_SUBJECT):
         made.append(case.probe(lm, fact, prompt, (None, own), SAME_SUBJECT, likeliest=True))
     return made
 
@@ -120,8 +129,10 @@ def columns(case: Case, probes: list[Probe], answers: list[Answer], base: list[A
         "same_subject_exact": others.exact_true,
         "same_subject_p_true": others.p_true,
     }
+    said = readings({REWRITE: WRITTEN, PARAPHRASE: WRITTEN}, probes, answers, base)
     # Over the prompts that have a value: some neighbors may have an answer, others none. The mean of nothing is NaN.
     found = {name: float(value.nanmean()) for name, value in values.items()}
+    found |= {_WRITTEN[name]: value for name, value in said.items()}
     return found | {"neighborhood_left_out": sum(one.kind == LEFT_OUT for one in probes)}
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from kedit_fast.evaluation import canary
+from kedit_fast.evaluation.canary import Canary
+from kedit_fast.evaluation.texts import leaks, says
 from kedit_fast.facts.fact import Fact
-from kedit_fast.gating import canary
-from kedit_fast.gating.canary import Canary, leaks, says
 from tests.conftest import refused, tiny_lm
 
 FACTS = [Fact("{} is in", "Big Ben", "Rome", "London"), Fact("{} is in", "The {answer}", None, "Oslo")]

@@ -1,0 +1,357 @@
+"""Benchmarks of questions against one Hugging Face forward, and one ``generate``, a prompt at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import kedit_fast as kf
+from kedit_fast.evaluation import Case, EvalReport
+from kedit_fast.evaluation.benchmarks import mquake, rippleedits
+from kedit_fast.evaluation.questions import CHOICES
+from kedit_fast.evaluation.texts import contains, matches, normalized
+from kedit_fast.facts.formats import Question
+from tests.conftest import refused
+from tests.evaluation.benchmarks.records import ALL
+from tests.evaluation.test_evaluate import close, make_edit, make_lm, make_owned
+
+N = 6  # tokens written
+SOURCES = [name for name in ALL if name not in ("mquake-cot",)]
+
+
+def cases_of(name, tmp_path, **changes):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([ALL[name] | changes]))
+    return kf.BENCHMARKS[name].load(path)
+
+
+# --- the oracle: every prompt by itself -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forced(lm, prompt, answer):
+    """(P, [is each token the likeliest], the likeliest tokens) behind a prompt."""
+    ids, target = lm.tokenizer(prompt)["input_ids"], lm.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+    rows = lm.model(torch.tensor([ids + target])).logits[0, len(ids) - 1 : -1].double()
+    log_p = rows.log_softmax(-1)[torch.arange(len(target)), torch.tensor(target)]
+    said = rows.argmax(-1).tolist()
+    return log_p.mean().exp().item(), [a == b for a, b in zip(said, target, strict=True)], said
+
+
+@torch.no_grad()
+def written(lm, prompt, ends, n=N):
+    ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
+    made = lm.model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    text = lm.tokenizer.decode(made, skip_special_tokens=True)
+    start = len(text) - len(text.lstrip())
+    return text[: min((text.index(end, start) for end in ends if end in text[start:]), default=len(text))]
+
+
+def by_hand(lm, name, case, base=None):
+    """({"kind.mode": value}, what each question was answered with)."""
+    benchmark = kf.BENCHMARKS[name]
+    rows, said = {}, {}
+    for at, (kind, prompt, answers, accepted, keeps) in enumerate(asked_by_hand(case)):
+        found = {}
+        if answers and answers[0] is not None:
+            (p, exact, tokens), *others = [forced(lm, prompt, answer) for answer in answers]
+            found = {"p": p, "token": sum(exact) / len(exact), "exact": float(all(exact))}
+            found["success"] = float(all(p > other for other, _, _ in others)) if others else math.nan
+            found["p_other"] = max((other for other, _, _ in others), default=math.nan)
+            before = said_before(base, at, "tokens", tokens)
+            found["same"] = sum(a == b for a, b in zip(tokens, before, strict=True)) / len(tokens)
+            said[at, "tokens"] = tokens
+        elif keeps:
+            with torch.no_grad():
+                top = lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax().item()
+            found["same"], said[at, "tokens"] = float(top == said_before(base, at, "tokens", top)), top
+        if kind != "choice":
+            ends = [end for end in benchmark.until if not any(end in one for one in accepted)]
+            text = written(lm, prompt, ends)
+            said[at, "text"] = text
+            before = said_before(base, at, "text", text)
+            found["same_text"] = float(normalized(text) == normalized(before))
+            if accepted:
+                found |= {"match": float(matches(text, accepted)), "contains": float(contains(text, accepted))}
+        for mode, value in found.items():
+            rows.setdefault(f"{kind}.{mode}", []).append(value)
+    return {key: mean(values) for key, values in rows.items()}, said
+
+
+def said_before(base, at, what, now):
+    return now if base is None else base[at, what]
+
+
+def mean(values):
+    values = [value for value in values if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def asked_by_hand(case):
+    """(kind, prompt, answers that are compared, accepted ones, whether it keeps its likeliest token)"""
+    for fact in case.facts:
+        new, true = fact.target_new, fact.target_true
+        for kind, prompts in (("rewrite", [fact.text]), ("paraphrase", fact.paraphrases)):
+            for prompt in prompts:
+                yield kind, prompt, [new, *([true] if true else [])], (new,), False
+        if true:
+            for a, b, letters in ((new, true, ("A", "B")), (true, new, ("B", "A"))):
+                yield "choice", CHOICES.format(prompt=fact.text, a=a, b=b), letters, (), False
+        for one in fact.questions("neighborhood"):
+            yield "locality", one.prompt, [one.answer, new], (one.answer,), False
+        for one in fact.questions("same_subject"):
+            yield "same_subject", one.prompt, [one.answer], (one.answer,) if one.answer else (), True
+    for one in case.questions:
+        accepted = () if one.answer is None else (one.answer, *one.aliases)
+        yield one.kind, one.prompt, [one.answer, *one.against], accepted, True
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("mquake", "rippleedits")])
+def test_equals_one_prompt_at_a_time(name, family, tmp_path):
+    lm, benchmark = make_lm(family), kf.BENCHMARKS[name]
+    (case,) = cases_of(name, tmp_path)
+    edit = make_edit(lm, case.facts)
+    report = kf.evaluate(lm, [case], edit, benchmark=benchmark, generate=N)
+    before, said = by_hand(lm, name, case)
+    with edit.apply(lm.model):
+        after, _ = by_hand(lm, name, case, said)
+    for got, want in ((report.base, before), (report.edited, after)):
+        for key, column in got.items():
+            if not key.startswith("deducible"):
+                assert column[0].item() == pytest.approx(want.get(key, math.nan), rel=1e-4, nan_ok=True), key
+    assert report.base != report.edited and sum(not math.isnan(v) for v in before.values()) > 8
+    assert any(before[key] != after[key] for key in after if key.endswith(".same")), "the edit shows nowhere"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2", "gpt_neox", "olmo2"])
+def test_what_is_written_is_transformers_own_text(family):
+    """Token for token, up to stop rule and end token, whatever the other texts' lengths."""
+    lm = make_lm(family)
+    prompts = ["Big Ben is in", "The", "Monk plays the piano in New York because he", "Where is Rome? In"]
+    for until in ((), (" ",), (".", "\n")):
+        probes = [kf.evaluation.probes.probe(lm, text, n_written=9, until=until) for text in prompts]
+        got = kf.evaluation.probes.write_probes(lm, probes)
+        assert got == [written(lm, text, until, 9) for text in prompts]
+
+
+# --- the modes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_benchmark_writes_as_it_says_unless_told_otherwise(tmp_path):
+    lm, benchmark = make_lm(), kf.BENCHMARKS["wikibigedit"]
+    cases = cases_of("wikibigedit", tmp_path)
+    none = kf.evaluate(lm, cases, benchmark=benchmark, generate=0)
+    assert none.base["rewrite.match"].isnan().all() and not none.base["rewrite.exact"].isnan().any()
+    own = kf.evaluate(lm, cases, benchmark=benchmark)
+    assert not own.base["rewrite.match"].isnan().any() and not own.generations
+    told = kf.evaluate(lm, cases, benchmark=benchmark, generate=3)
+    assert told.generations == ((cases[0].facts[0].text, lm.generate("Where is Big Ben?", 3), None),)
+
+
+def test_the_users_judge(tmp_path):
+    lm, seen = make_lm(), []
+
+    def judge(prompt, accepted, text):
+        seen.append((prompt, accepted, text))
+        return 0.25
+
+    report = kf.evaluate(lm, cases_of("qaedit", tmp_path), benchmark=kf.BENCHMARKS["qaedit"], judge=judge, generate=2)
+    assert report.base["rewrite.judge"].tolist() == [0.25] and seen[0][:2] == ("where is big ben", ("Rome",))
+    assert "rewrite.judge" not in str(report) and " judge " in str(report)
+    with pytest.raises(kf.basics.checks.BadArgument, match="judge = 5: expected a function"):
+        kf.evaluate(lm, cases_of("qaedit", tmp_path), benchmark=kf.BENCHMARKS["qaedit"], judge=5)
+
+
+def test_without_paraphrases_nothing_is_counted(tmp_path):
+    """Never as zero."""
+    case = cases_of("wikibigedit", tmp_path, rephrase_prompt=None, locality_prompt=None, locality_ground_truth=None)
+    report = kf.evaluate(make_lm(), case, benchmark=kf.BENCHMARKS["wikibigedit"], generate=0)
+    summary = report.summary()
+    assert summary["paraphrase.token"]["base"].n == 0 and math.isnan(summary["score"]["base"].mean)
+    assert "paraphrase" not in str(report)
+
+
+def test_a_table_of_kinds_by_modes(tmp_path):
+    lm, benchmark = make_lm(), kf.BENCHMARKS["zsre"]
+    cases = cases_of("zsre", tmp_path)
+    report = kf.evaluate(lm, cases, make_edit(lm, cases[0].facts), benchmark=benchmark, generate=2)
+    lines = str(report).splitlines()
+    (header,) = (line.split() for line in lines if line.startswith("asked"))
+    assert header == [
+        "asked",
+        "success",
+        "p",
+        "p_other",
+        "token",
+        "exact",
+        "match",
+        "contains",
+        "same",
+        "same_text",
+        "facts",
+    ]
+    assert {line.split()[0] for line in lines} >= {"rewrite", "paraphrase", "locality", "choice", "portability"}
+    assert any("teacher-forced" in line and "in free writing" in line for line in report.verdict)
+    report.save(tmp_path / "report.json")
+    again = EvalReport.load(tmp_path / "report.json")
+    assert str(again) == str(report)
+    close(again.edited, report.edited, 0)
+    page = report.to_html(tmp_path / "page.html")
+    assert "the new answer to paraphrases" in page and "<table" in page
+
+
+def test_independent_edits_are_each_cases_own(tmp_path):
+    lm, name = make_lm(), "wikibigedit"
+    path = tmp_path / "two.json"
+    path.write_text(
+        json.dumps([ALL[name], ALL[name] | {"prompt": "Who is Monk?", "subject": "Monk", "target_new": "a"}])
+    )
+    cases = kf.BENCHMARKS[name].load(path)
+    facts = [case.facts[0] for case in cases]
+    edit = make_owned(lm, facts)
+    how = {"benchmark": kf.BENCHMARKS[name], "generate": 2}
+    together = kf.evaluate(lm, cases, edit, **how)
+    for i, case in enumerate(cases):
+        alone = kf.evaluate(lm, case, edit.only(i), **how)
+        close({k: v[i : i + 1] for k, v in together.edited.items()}, alone.edited)
+
+
+def test_a_killed_evaluation_knows_other_questions(tmp_path):
+    lm, benchmark = make_lm(), kf.BENCHMARKS["wikibigedit"]
+    kf.evaluate(lm, cases_of("wikibigedit", tmp_path), benchmark=benchmark, generate=1, checkpoint=tmp_path / "run")
+    (case,) = cases_of("wikibigedit", tmp_path)
+    more = Case(case.facts, (Question("Rome is in", "Italy", kind="portability"),))
+    with pytest.raises(ValueError, match="questions"):
+        kf.evaluate(lm, more, benchmark=benchmark, generate=1, checkpoint=tmp_path / "run")
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([ALL["knowgic"], ALL["knowgic"] | {"chain": {"prompts": ["a"], "subjects": []}}]))
+    refused(f"{path}: record 1: chain: expected prompts, subjects, answers as lists of one length",
+            lambda: kf.BENCHMARKS["knowgic"].load(path))  # fmt: skip
+    with pytest.warns(UserWarning, match="passed over, 1 record: .*record 1: chain"):
+        assert len(kf.BENCHMARKS["knowgic"].load(path, skip_bad=True)) == 1
+    path.write_text(json.dumps([{"question": "a"}]))
+    refused(
+        "record 0: expected an object with question, subject and object", lambda: kf.BENCHMARKS["halluedit"].load(path)
+    )
+    with pytest.raises(ValueError, match="n = 0"):
+        kf.BENCHMARKS["halluedit"].load(path, 0)
+
+
+def test_the_two_protocols_of_zsre(tmp_path):
+    (wrong,), (true,) = (cases_of(name, tmp_path) for name in ("zsre", "zsre-true"))
+    assert (wrong.facts[0].target_new, wrong.facts[0].target_true) == ("Rome", "London")
+    assert (true.facts[0].target_new, true.facts[0].target_true) == ("London", None) and not true.questions
+    assert [(one.kind, one.prompt, one.answer) for one in wrong.questions] == [
+        ("portability", "In which country is Big Ben?", "Italy")
+    ]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([ALL["zsre"] | {"answers": []}]))
+    refused("record 0: answers: expected the true answer", lambda: kf.BENCHMARKS["zsre-true"].load(path))
+
+
+def test_kinds_of_portability(tmp_path):
+    (case,) = cases_of("knowedit", tmp_path)
+    assert [one.kind for one in case.questions] == ["logical", "alias", "portability"]
+    assert case.facts[0].neighborhood[0].answer == "Madrid"
+
+
+def test_questions_of_halluedit(tmp_path):
+    (case,) = cases_of("halluedit", tmp_path)
+    kinds = {one.kind: one for one in case.questions}
+    assert list(kinds) == ["multiple_choice", "yes", "no", "reversed", "2_hops", "kept"]
+    assert kinds["multiple_choice"].answer == "B" and kinds["multiple_choice"].against == ("A", "C")
+    assert (kinds["no"].answer, kinds["no"].against) == ("No", ("Yes",)) and kinds["kept"].answer is None
+    assert case.facts[0].target_true == "London" and case.facts[0].paraphrases == ("In which place is Big Ben?",)
+
+
+def test_links_of_a_chain_and_what_can_be_deduced(tmp_path):
+    lm = make_lm()
+    (case,) = cases_of("knowgic", tmp_path)
+    assert [(one.kind, one.prompt) for one in case.questions] == [
+        ("chain", "Big Ben was built by"), ("chain", "Monk lives in"), ("context", "Monk plays the")
+    ]  # fmt: skip
+    with torch.no_grad():  # a chain that this model answers
+        tops = [lm.top_tokens(one.prompt, 1)[0][0] for one in case.questions]
+    answers = {"prompts": ["{} was built by"], "subjects": ["Big Ben"], "answers": [tops[0].strip()]}
+    (known,) = cases_of("knowgic", tmp_path, chain=answers)
+    report = kf.evaluate(lm, [case, known], benchmark=kf.BENCHMARKS["knowgic"], generate=2)
+    assert (
+        report.base["chain.exact"].tolist() == report.base["deducible.exact"].tolist() == [0, float(tops[0][0] == " ")]
+    )
+
+
+# --- MQuAKE -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_case_of_mquake(tmp_path):
+    (case,) = cases_of("mquake", tmp_path)
+    assert [(one.kind, one.prompt, one.answer) for one in case.questions][:3] == [
+        ("hop, edited", "Big Ben is in", "Rome"), ("hop", "Where is Rome?", "Italy"),
+        ("multi_hop", "In which country is Big Ben?", "Italy"),
+    ]  # fmt: skip
+    assert "portability" not in case.facts[0].provenance
+    lm = make_lm()
+    asked = {one.kind: one for one in kf.BENCHMARKS["mquake"].probes(lm, case)}
+    assert asked["multi_hop"].text.endswith("\nQuestion: Name the country of Big Ben.\nAnswer:")
+    assert asked["multi_hop"].text.startswith("Question: ") and asked["hop, edited"].text == "Big Ben is in"
+    thinking = {one.kind: one for one in kf.BENCHMARKS["mquake-cot"].probes(lm, case)}
+    assert thinking["multi_hop"].text.endswith("\nThoughts:") and thinking["hop"].text.endswith("\nAnswer:")
+    assert thinking["multi_hop"].accepted == ("Italy", "Italia")
+
+
+def test_columns_of_mquake_by_hand(tmp_path):
+    (case,) = cases_of("mquake", tmp_path)
+    Probe, Answer = kf.evaluation.probes.Probe, kf.evaluation.probes.Answer
+    kinds = ["hop, edited", "hop", "multi_hop", "old", "multi_hop", "old"]
+    accepted = [("Rome", "Roma"), ("Italy",), ("Italy",), ("England", "Britain"), ("Italy",), ("England", "Britain")]
+    texts = ["Rome, of course", "Italy", "France", "France", "It lies there.\nAnswer: Italy\n", "Britain"]
+    exact = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    probes = [Probe([1], "", ([1],), kind, accepted=a) for kind, a in zip(kinds, accepted, strict=True)]
+    answers = [Answer((0.1,), (e,), ((1,),), text=text) for e, text in zip(exact, texts, strict=True)]
+    assert mquake.columns(case, probes, answers, answers) == {
+        "instance.exact": 0, "instance.match": 0, "instance.contains": 1,
+        "any_of_three.exact": 1, "any_of_three.match": 1, "any_of_three.contains": 1,
+        "old.exact": 0, "old.match": 1, "old.contains": 1,
+    }  # fmt: skip
+    unwritten = [answer._replace(text=None) for answer in answers]
+    found = mquake.columns(case, probes, unwritten, unwritten)
+    assert math.isnan(found["instance.match"]) and found["any_of_three.exact"] == 1
+
+
+# --- RippleEdits ------------------------------------------------------------------------------------------------------
+
+
+def test_ripples_by_hand(tmp_path):
+    benchmark = kf.BENCHMARKS["rippleedits"]
+    (case,) = cases_of("rippleedits", tmp_path)
+    (fact,) = case.facts
+    assert (fact.prompt, fact.subject, fact.target_new) == ("The name of the child of {} is", "Kanye West", "Monk")
+    probes, Answer = benchmark.probes(make_lm(), case), kf.evaluation.probes.Answer
+
+    def values(said, base=None):
+        def answers(texts):
+            return [Answer(text=texts.get(one.text, "")) for one in probes]
+
+        return rippleedits.columns(case, probes, answers(said), answers(said | (base or {})))
+
+    said = {fact.text: "Monk", "Monk's father is": "Ye!", "Kanye is a": "man", "Monk is": "7, a son"}
+    assert values(said) == {
+        "LG": 1.0, "LG executed": 2, "RS": 0.0, "RS executed": 1,
+        **{f"{n} executed": 0 for n in ("CI", "CII", "SA", "PV")},
+        **{n: pytest.approx(math.nan, nan_ok=True) for n in ("CI", "CII", "SA", "PV")},
+    }  # fmt: skip
+    assert values(said | {"Monk is": "a 7"})["LG"] == 0.5, "each answer that is asked for"
+    assert values(said | {"Monk's father is": "ye"})["LG"] == 0.5, "upper and lower case are told apart"
+    assert values(said, {"Kanye is a": "?"})["LG executed"] == 1, "a condition is of the model without the edit"
+    assert values(said | {fact.text: "no"}) == {}, "the edit itself does not hold"
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([{"edit": {"prompt": "He is it.", "original_fact": {"prompt": "He is that."}}}]))
+    refused("record 0: edit: prompt: expected 'The ... of SUBJECT is ANSWER.'", lambda: benchmark.load(path))

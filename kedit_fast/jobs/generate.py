@@ -54,6 +54,8 @@ def generate(
     checks.whole("max_new_tokens", max_new_tokens, least=1, like=20)
     checks.number("temperature", temperature, least=0, like=1.0)
     checks.optional(checks.whole, "top_k", top_k, least=1, most=lm.n_vocab, like=5)
+    if until is not None and not callable(until):
+        checks.refuse("until", until, "a function of the tokens made so far that says whether the text ends")
     if not prompts or not all(prompts):
         raise ValueError("generate needs prompts of at least one token")
     checks.optional(checks.seed, "seed", seed)

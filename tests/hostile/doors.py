@@ -110,7 +110,8 @@ def doors(folder) -> list[Door]:
         Door("LM.top_tokens", _with(t.lm.top_tokens, prompt="Paris is"), dict(prompt="text", k="positive")),
         Door("LM.encode", _with(t.lm.encode), dict(text="words")),
         Door("LM.generate", _with(t.lm.generate, prompts="Paris is", max_new_tokens=1), dict(
-            prompts="prompts", max_new_tokens="positive", temperature="number", top_k="positive?", seed="seed?")),
+            prompts="prompts", max_new_tokens="positive", temperature="number", top_k="positive?", seed="seed?",
+            until="object")),
         Door("LM.with_edit", _with(t.lm.with_edit, edit=t.edit), dict(edit="object", written="dtype")),
         Door("Fact", _with(kf.Fact, prompt="{} is in", subject="Paris"), dict(
             prompt="text", subject="text?", target_new="text?", target_true="text?", phrasings="object",

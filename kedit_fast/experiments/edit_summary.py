@@ -12,7 +12,8 @@ Their harmonic mean is 0 where one of them is. Published efficacy is teacher-for
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class EditSummary:
     capability: Capability | None
     not_measured: tuple[str, ...]
 
-    @property
+    @cached_property
     def scores(self) -> dict[str, Score]:
         """The five scores."""
         summary = self.report.summary()
@@ -239,7 +240,7 @@ def evaluate_edit(
     judged = gate(lm, edits, suite, thresholds=thresholds)
     summary = EditSummary(report, moved, judged, follows, capable, ())
     left_out += [f"{name}: no such prompts" for name in READ_FROM if not summary.scores[name].edited.n]
-    return EditSummary(report, moved, judged, follows, capable, tuple(left_out))
+    return replace(summary, not_measured=tuple(left_out))
 
 
 def _both(sides: Mapping[str, Interval | None]) -> list[Interval]:

@@ -69,6 +69,7 @@ _HOME = {
     "EvalReport": "evaluation",
     "compare": "evaluation.compare",
     "Comparison": "evaluation",
+    "counterfact_with": "evaluation.benchmarks.counterfact",
     "load_easyedit": "evaluation.easyedit",
     "capability": "evaluation.harness",
     "Capability": "evaluation.scores",

@@ -44,6 +44,7 @@ from kedit_fast.edits.retrieval import retrieve as retrieve
 from kedit_fast.evaluation import BENCHMARKS as BENCHMARKS
 from kedit_fast.evaluation import Comparison as Comparison
 from kedit_fast.evaluation import EvalReport as EvalReport
+from kedit_fast.evaluation.benchmarks.counterfact import counterfact_with as counterfact_with
 from kedit_fast.evaluation.compare import compare as compare
 from kedit_fast.evaluation.easyedit import load_easyedit as load_easyedit
 from kedit_fast.evaluation.evaluate import evaluate as evaluate

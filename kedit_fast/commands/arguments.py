@@ -19,6 +19,7 @@ from kedit_fast.commands.parser import (
     AS_IT_IS,
     EDITS,
     Commands,
+    benchmark_options,
     chat_options,
     checkpoint_option,
     edits_argument,
@@ -33,7 +34,6 @@ from kedit_fast.commands.parser import (
 )
 
 OUT = "kedit-fast-out"
-BENCHMARKS = tuple(catalog.BENCHMARKS)
 PLANS = ("trace", "edit", "stats")
 DTYPES = ("model", *checks.DTYPES.values(), "none")  # of an edit that is written
 
@@ -141,10 +141,7 @@ def add_eval(commands: Commands) -> None:
     edits_argument(parser, "*", EDITS + AS_IT_IS)
     file_options(parser, " (default: the edits' own facts)")
     chat_options(parser)
-    asked = f"what the file is, what is asked and how it counts: {', '.join(BENCHMARKS)}"
-    option(parser, "--benchmark NAME", text_such_as(BENCHMARKS[0]), asked, BENCHMARKS[0])
-    option(parser, "--text FILE", path, "a text file to measure perplexity on")
-    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
+    benchmark_options(parser)
     option(parser, "--log FILE", path, "a .jsonl file: a line for each fact as soon as it is done")
     option(parser, "--html FILE", path, "the table as a page")
     output(parser, "FILE", "everything as .json")

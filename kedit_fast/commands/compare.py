@@ -10,7 +10,16 @@ from kedit_fast.basics.catalog import TRAINED
 from kedit_fast.basics.files import Damaged, existing_file
 from kedit_fast.basics.parts import Inside
 from kedit_fast.basics.progress import progress
-from kedit_fast.commands.inputs import case_file, corpus_of, known, read_edits, read_text, statistics, told_lm
+from kedit_fast.commands.inputs import (
+    benchmark_of,
+    case_file,
+    corpus_of,
+    known,
+    read_edits,
+    read_text,
+    statistics,
+    told_lm,
+)  # fmt: skip
 from kedit_fast.commands.outputs import check_outputs, note, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.editors import EDITORS
@@ -18,7 +27,7 @@ from kedit_fast.editors.editor import Editor
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.edit import Edit
 from kedit_fast.edits.edit import digest as edit_digest
-from kedit_fast.evaluation import BENCHMARKS, Case, EvalReport, compare, evaluate, load_easyedit
+from kedit_fast.evaluation import Case, EvalReport, compare, evaluate, load_easyedit
 from kedit_fast.evaluation.benchmark import Benchmark
 from kedit_fast.evaluation.compare import BASE, Comparison
 from kedit_fast.evaluation.easyedit import Columns
@@ -44,7 +53,7 @@ class Asked(NamedTuple):
 def run(args) -> None:
     """Makes and evaluates the edits of the methods, evaluates those of files, reads reports; says the tables and writes
     the files asked for."""
-    benchmark = known("--benchmark", args.benchmark, BENCHMARKS)
+    benchmark = benchmark_of(args)
     output, page = check_outputs(args, "output", "html")
     asked = _asked(args, benchmark)
     text = None if args.text is None else read_text(args.text)

@@ -17,6 +17,7 @@ from kedit_fast.commands.argument_types import (
 from kedit_fast.commands.parser import (
     EDIT,
     Commands,
+    benchmark_options,
     chat_options,
     checkpoint_option,
     edits_argument,
@@ -43,7 +44,6 @@ KINDS = {  # of methods: the help of --method
     "to forget target_true": "unlearn",
 }
 TRAINED = tuple(catalog.TRAINED)
-COUNTERFACT = next(iter(catalog.BENCHMARKS))  # where no benchmark is named
 
 
 def add_edit(commands: Commands) -> None:
@@ -171,16 +171,13 @@ def add_compare(commands: Commands) -> None:
     parser.add_argument("compared", nargs="*", type=path, metavar="FILE", help=what)
     file_options(parser, "; as the benchmark reads it")
     chat_options(parser)
-    asked = f"what the file is, what is asked and how it counts: {', '.join(catalog.BENCHMARKS)}"
-    option(parser, "--benchmark NAME", text_such_as(COUNTERFACT), asked, COUNTERFACT)
     option(parser, "--methods M,M", names, "to edit by, with their settings for the model: rome,memit,alphaedit")
     statistics_options(parser)
     against = "with which of them the others are compared; base: the unedited model (default: the first)"
     option(parser, "--against NAME", text_such_as("memit"), against)
     modes = "readings of an answer that are shown, for instance token,match (default: those of the benchmark's score)"
     option(parser, "--modes M,M", names, modes)
-    option(parser, "--text FILE", path, "a text file to measure perplexity on")
-    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
+    benchmark_options(parser)
     option(parser, "--html FILE", path, "the tables and a picture as a page")
     output(parser, "FILE", "everything as .json")
     checkpoint_option(parser)

@@ -1,10 +1,10 @@
 """``kedit-fast eval``: what an edit changed, and what it should not have changed."""
 
-from kedit_fast.commands.inputs import case_file, in_chat, known, open_lm, read_chain, read_text
+from kedit_fast.commands.inputs import benchmark_of, case_file, in_chat, open_lm, read_chain, read_text
 from kedit_fast.commands.outputs import check_outputs, fresh_log, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.edits.chain import facts_in_force
-from kedit_fast.evaluation import BENCHMARKS, evaluate
+from kedit_fast.evaluation import evaluate
 from kedit_fast.facts.fact import BUILTIN
 
 
@@ -12,7 +12,7 @@ def run(args) -> None:
     """Evaluates the facts with and without the edits; prints the table and writes the files asked for."""
     if not args.edits and args.facts is None:
         raise ValueError("evaluate what? name an edit file, or give --facts FILE to ask the model as it is")
-    benchmark = known("--benchmark", args.benchmark, BENCHMARKS)
+    benchmark = benchmark_of(args)
     report, page, log = check_outputs(args, "output", "html", "log")
     edits = read_chain(args.edits)
     facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else case_file(args)

@@ -18,7 +18,8 @@ from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.commands.parser import EDIT
 from kedit_fast.edits.edit import Edit
-from kedit_fast.evaluation import BENCHMARKS, Case
+from kedit_fast.evaluation import BENCHMARKS, Benchmark, Case
+from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, counterfact_with
 from kedit_fast.facts.fact import BUILTIN, Chat, Fact, load_facts
 from kedit_fast.facts.files import SUFFIXES
 from kedit_fast.facts.subjects import as_template
@@ -101,10 +102,24 @@ def fact_file(args) -> list[Fact]:
     return in_chat(args, load_facts(args.facts, args.n, skip_bad=args.skip_bad))
 
 
+def benchmark_of(args) -> Benchmark:
+    """That of ``--benchmark``, CounterFact with what ``--references`` adds to it."""
+    benchmark = known("--benchmark", args.benchmark, BENCHMARKS)
+    if args.references is None:
+        return benchmark
+    if benchmark is not COUNTERFACT:
+        raise ValueError(
+            f"--references {args.references} with --benchmark {benchmark.name}: expected {COUNTERFACT.name}"
+        )
+    if not args.generate:
+        raise ValueError("--references are compared with what the model writes; give --generate 100 with them")
+    return counterfact_with(args.references)
+
+
 def case_file(args) -> list[Case]:
     """The first cases of a file, as the benchmark of ``--benchmark`` reads it."""
     chat_of(args)
-    cases = known("--benchmark", args.benchmark, BENCHMARKS).load(args.facts, args.n, skip_bad=args.skip_bad)
+    cases = benchmark_of(args).load(args.facts, args.n, skip_bad=args.skip_bad)
     return [replace(case, facts=tuple(in_chat(args, case.facts))) for case in cases]
 
 

@@ -5,7 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from kedit_fast.commands.argument_types import did_you_mean, dtype, path, positive, size, text_such_as, words
+from kedit_fast.basics import catalog
+from kedit_fast.commands.argument_types import count, did_you_mean, dtype, path, positive, size, text_such_as, words
 from kedit_fast.commands.argument_types import seed as a_seed
 
 FACT_FILES = (
@@ -179,6 +180,17 @@ def chat_options(parser) -> None:
     flag(parser, "--chat", "ask them as questions in a chat, in the model's own chat template")
     message = text_such_as("You are a helpful assistant.")
     option(parser, "--system TEXT", message, "with --chat: the system message (default: the template's own)")
+
+
+def benchmark_options(parser) -> None:
+    """What is asked besides the edited prompts, and how answers are written."""
+    first, *_ = catalog.BENCHMARKS
+    asked = f"what the file is, what is asked and how it counts: {', '.join(catalog.BENCHMARKS)}"
+    option(parser, "--benchmark NAME", text_such_as(first), asked, first)
+    option(parser, "--generate N", count, "write N tokens behind each prompt (default: as the benchmark does)")
+    likened = f"{first}: what is written is likened to CounterFact's attribute_snippets.json (RS)"
+    option(parser, "--references FILE", path, likened)
+    option(parser, "--text FILE", path, "a text file to measure perplexity on")
 
 
 def statistics_options(parser) -> None:

@@ -24,8 +24,9 @@ evaluation:
      "neighborhood_prompts": ["The Louvre is in the city of", {"prompt": "Big Ben is in", "answer": "London"}]}
 
 Of several spellings of an answer the first is meant. What has no field of its own (relation id, portability) goes to
-``provenance``. What no format reads is counted in ``Notes``, CounterFact's attribute and generation prompts among it;
-only fields that say where a record comes from (``ABOUT``) are passed over.
+``provenance``, CounterFact's generation prompts and the id of its new target among it. What no format reads is counted
+in ``Notes``, for instance attribute prompts; only fields that say where a record comes from (``ABOUT``) are passed
+over.
 """
 
 from collections.abc import Callable, Set
@@ -50,7 +51,9 @@ ABOUT = {  # of a record's origin, and what a model said to it: nothing to ask o
     "id", "case_id", "known_id", "split", "source_split", "topic", "orig", "cond", "pred", "prediction", "p_true",
     "p_new", "n_true_tokens",
 }  # fmt: skip
-COMMON = {"provenance", "portability", "relation_id", "source", "chat", "attached"}.union(*PROMPTS.values())
+COMMON = {
+    "provenance", "portability", "generation_prompts", "relation_id", "source", "chat", "attached"
+}.union(*PROMPTS.values())  # fmt: skip
 LOCALITY = {"locality", "locality_prompt", "locality_ground_truth", "loc", "loc_ans"}
 
 
@@ -128,6 +131,10 @@ def _fact(record, notes, *, prompt, subject, new, true, name, paraphrases=(), re
     provenance |= {key: record[key] for key in ("source", "portability") if record.get(key)}
     relation = rewrite.get("relation_id") or record.get("relation_id")
     provenance |= {"relation_id": relation} if relation else {}
+    target = rewrite.get("target_new")
+    provenance |= {"target_id": target["id"]} if isinstance(target, dict) and target.get("id") else {}
+    written = texts_of(record, "generation_prompts")
+    provenance |= {"generation_prompts": list(dict.fromkeys(written))} if written else {}
     lists["paraphrases"] += [text for text in paraphrases if text is not None]
     return {
         "prompt": prompt,

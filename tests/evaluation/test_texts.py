@@ -1,9 +1,11 @@
 """Finding answers in what a model writes, by hand."""
 
+import math
+
 import pytest
 
 from kedit_fast.evaluation.probes import before_any
-from kedit_fast.evaluation.texts import contains, matches, normalized
+from kedit_fast.evaluation.texts import contains, matches, ngram_entropy, normalized
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,11 @@ def test_matches_and_contains():
 )  # fmt: skip
 def test_a_text_before_its_ends(text, ends, kept):
     assert before_any(text, ends) == kept
+
+
+def test_entropy_by_hand():
+    # pairs: "a b" three times, "b a" twice; triples: "a b a" twice, "b a b" twice
+    pairs = 3 / 5 * math.log2(5 / 3) + 2 / 5 * math.log2(5 / 2)
+    assert ngram_entropy("a b a b a b") == pytest.approx((2 / 3 * pairs + 4 / 3 * 1) / 2)
+    assert ngram_entropy("it's") == pytest.approx((2 / 3 * 1 + 0) / 2)  # it ' s: two pairs, one triple
+    assert [ngram_entropy(text) for text in ("", "one", "one two", "no no no no no")] == [0, 0, 0, 0]

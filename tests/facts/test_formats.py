@@ -24,10 +24,11 @@ RECORDS = {
         """{"case_id": 5, "requested_rewrite": {"prompt": "{} lies in", "subject": "Kyiv", "relation_id": "P17",
             "target_new": {"str": "Peru", "id": "Q1"}, "target_true": {"str": "Ukraine"}},
             "paraphrase_prompts": ["Kyiv is in"], "attribute_prompts": ["Lima lies in"],
+            "generation_prompts": ["Kyiv has", "Kyiv has"],
             "neighborhood_prompts": [{"prompt": "Odesa lies in", "target": "Ukraine"}, "Lviv lies in"]}""",
         """{"id": "5", "prompt": "{} lies in", "subject": "Kyiv", "target_new": "Peru", "target_true": "Ukraine",
             "paraphrases": ["Kyiv is in"], "neighborhood": ["Odesa lies in", "Lviv lies in"],
-            "provenance": {"relation_id": "P17"}}""",
+            "provenance": {"relation_id": "P17", "target_id": "Q1", "generation_prompts": ["Kyiv has"]}}""",
     ),
     "known_1000": (
         """{"known_id": 0, "subject": "Vinson Massif", "attribute": "Antarctica", "template": "{} is on the continent",

@@ -3,27 +3,41 @@
 For a prompt x and a target y of n tokens, a(x, y) = -1/n Σ log p(y_t | x, y_<t) and P(y) = exp(-a). "new" and "true"
 are the fact's target_new (o*) and target_true (o^c). Meng et al. 2022 (ROME), section 3.3; Meng et al. 2023 (MEMIT),
 section 5.2.
+
+Where texts are written (``generate=100``) behind a record's generation prompts, their n-gram entropy (GE) and, with the
+published texts on subjects that have the new answer (``counterfact_with``), their likeness to those (RS) are told too.
+Differs: texts are written greedily, to a number of new tokens; published ones are drawn of the five likeliest tokens,
+to 100 tokens with the prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kedit_fast.basics.intervals import COUNT, DIFFERENCE, PROBABILITY, SHARE
+from kedit_fast.basics import checks
+from kedit_fast.basics.bits import digest
+from kedit_fast.basics.files import reading
+from kedit_fast.basics.intervals import AMOUNT, COUNT, DIFFERENCE, PROBABILITY, SHARE
 from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
 from kedit_fast.evaluation.probes import Answer, Probe
-from kedit_fast.evaluation.readings import Kind, readings
+from kedit_fast.evaluation.readings import Kind, mean, readings
+from kedit_fast.evaluation.texts import ngram_entropy
 from kedit_fast.facts.fact import Fact
-from kedit_fast.facts.formats import Question
+from kedit_fast.facts.files import read_records
+from kedit_fast.facts.formats import Question, text_of
 from kedit_fast.facts.subjects import folded
+from kedit_fast.facts.tfidf import TfIdf
 
 KNOWN = 0.1  # base P(true) from which on a neighbor counts as known to the model
 
 # Kinds of probes. Of the last nothing is asked: they are counted.
 REWRITE, PARAPHRASE, NEIGHBORHOOD, SAME_SUBJECT = "rewrite", "paraphrase", "neighborhood", "same_subject"
+GENERATION = "generation"
 LEFT_OUT = "neighborhood, left out"
 
 # Columns in the order reports show them: {name: (kind, what it says of a fact)}. A fact's value is the mean over its
@@ -52,8 +66,10 @@ METRICS = {
     "same_subject_p_top": (PROBABILITY, "probability of the base model's likeliest token there"),
     "same_subject_exact": (SHARE, "all tokens of the answer are the likeliest, the subject's other prompts with one"),
     "same_subject_p_true": (PROBABILITY, "P(answer) there"),
+    "generation_entropy": (AMOUNT, "entropy of the 2- and 3-grams of texts on the subject, bits (GE / 100)"),
     "neighborhood_left_out": (COUNT, "neighborhood prompts left out: they name an edited subject"),
 }
+REFERENCE_SCORE = "reference_score"
 WRITTEN = Kind("the new answer", ("match", "contains"))
 _WRITTEN = {f"{kind}.{mode}": f"{name}_{mode}" for kind, name in ((REWRITE, "efficacy"), (PARAPHRASE, "paraphrase"))
             for mode in WRITTEN.modes}  # fmt: skip
@@ -99,6 +115,9 @@ def probes(lm, case: Case) -> list[Probe]:
         )
     for prompt, own, *_ in fact.questions(SAME_SUBJECT):
         made.append(case.probe(lm, fact, prompt, (None, own), SAME_SUBJECT, likeliest=True))
+    if n := case.writing.n_tokens:
+        prompts = fact.provenance.get("generation_prompts", ())
+        made += [case.probe(lm, fact, prompt, kind=GENERATION, n_written=n) for prompt in prompts]
     return made
 
 
@@ -133,7 +152,50 @@ def columns(case: Case, probes: list[Probe], answers: list[Answer], base: list[A
     # Over the prompts that have a value: some neighbors may have an answer, others none. The mean of nothing is NaN.
     found = {name: float(value.nanmean()) for name, value in values.items()}
     found |= {_WRITTEN[name]: value for name, value in said.items()}
+    found["generation_entropy"] = mean(map(ngram_entropy, _texts(case, probes, answers)))
     return found | {"neighborhood_left_out": sum(one.kind == LEFT_OUT for one in probes)}
+
+
+def _texts(case: Case, probes: list[Probe], answers: list[Answer]) -> list[str]:
+    """What is written behind the generation prompts, with them as published; in a chat, without."""
+    both = [(one, a.text) for one, a in zip(probes, answers, strict=True) if one.kind == GENERATION]
+    return [text if case.facts[0].chat else one.text + text for one, text in both if text is not None]
+
+
+# ---- texts that the written ones are compared with
+
+
+def counterfact_with(path: checks.AnyPath) -> Benchmark:
+    """CounterFact with the reference score (RS): the cosine, by TF-IDF, of what the model writes behind a fact's
+    generation prompts with texts on other subjects that have the new answer to the fact's relation.
+
+    path: the published attribute_snippets.json: [{"relation_id", "target_id", "samples": [{"text"}, ...]}, ...]. A fact
+        whose relation_id and target_new's id stand there is scored; others are not counted
+
+    Weights of words are of these texts; published ones are of the same kind of texts. Raises ValueError, naming the
+    record, for another file.
+    """
+    found: dict[tuple, list[str]] = {}
+    path = checks.path("path", path)
+    for place, record in read_records(path):
+        with reading(place, "expected relation_id, target_id and samples with a text", "is no record of snippets"):
+            texts = [text for sample in record["samples"] if (text := text_of(sample, "text"))]
+            found.setdefault((record["relation_id"], record["target_id"]), []).extend(texts)
+    weights = TfIdf.fit([text for texts in found.values() for text in texts], linear=True)
+    says = PROBABILITY, "likeness of texts on the subject to texts on others with the new answer, TF-IDF cosine (RS)"
+    name = f"counterfact, references {digest(sorted(map(list, found)), list(found.values()))[:8]}"
+    how = {"metrics": METRICS | {REFERENCE_SCORE: says}, "columns": partial(_with_score, found, weights)}
+    return replace(COUNTERFACT, name=name, **how)
+
+
+def _with_score(references: Mapping[tuple, list[str]], weights: TfIdf, case: Case, probes, answers, base) -> dict:
+    about = case.facts[0].provenance
+    known = references.get((about.get("relation_id"), about.get("target_id")))
+    texts = _texts(case, probes, answers)
+    found = columns(case, probes, answers, base)
+    if known and texts:
+        found[REFERENCE_SCORE] = float(weights.similarity([" ".join(texts)], [" ".join(known)])[0, 0])
+    return found
 
 
 def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[list[str], list[str]]:

@@ -1,14 +1,21 @@
 """CounterFact's metrics by hand: the columns of a fact, and the score."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+import kedit_fast as kf
 from kedit_fast.basics.intervals import summarize
+from kedit_fast.evaluation.benchmark import Writing
 from kedit_fast.evaluation.benchmarks import counterfact
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, METRICS
 from kedit_fast.evaluation.probes import Answer, Probe
+from kedit_fast.facts.fact import record_facts
+from kedit_fast.facts.files import Notes
+from tests.conftest import tiny_lm
 
 NAN = math.nan
 TOP = 7  # the token that the base model finds likeliest
@@ -69,6 +76,7 @@ def test_columns_by_hand():
         "same_subject_p_top": 0.4,
         "same_subject_exact": 0.5,
         "same_subject_p_true": 0.3,
+        "generation_entropy": math.nan,
         "neighborhood_left_out": 3,
     }
     got = columns(one)
@@ -125,3 +133,96 @@ def test_score_is_of_the_data_sets_means():
     columns = full(efficacy=[1.0, 1.0], paraphrase=[0.0, 0.0], neighborhood=[0.5, 0.5])
     assert summary(columns)["score"].mean == 0.0
     assert math.isnan(summary(full(efficacy=[1.0]))["score"].mean)
+
+
+# ---- texts
+
+PROMPTS = ["Eve was born in", "Eve speaks"]
+
+
+def record(**more):
+    rewrite = {
+        "prompt": "The mother tongue of {} is", "subject": "Eve", "relation_id": "P103",
+        "target_new": {"str": "French", "id": "Q150"}, "target_true": {"str": "Dutch", "id": "Q7411"},
+    }  # fmt: skip
+    return {"requested_rewrite": rewrite, "generation_prompts": [*PROMPTS, PROMPTS[0]]} | more
+
+
+def written_case(tmp_path, texts, chat=False):
+    """(the case, its probes and answers) of what is written behind the generation prompts"""
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([record()]))
+    (case,) = COUNTERFACT.load(path)
+    case = replace(case, facts=tuple(replace(fact, chat=chat) for fact in case.facts))
+    probes = [Probe([1], prompt, (), counterfact.GENERATION) for prompt in PROMPTS]
+    return case, probes, [Answer(text=text) for text in texts]
+
+
+def test_generation_prompts_and_ids_are_kept_with_the_fact(tmp_path):
+    (fact,) = written_case(tmp_path, [])[0].facts
+    about = {"relation_id": "P103", "target_id": "Q150", "generation_prompts": PROMPTS}
+    assert fact.provenance == about
+    assert record_facts(fact.to_record(), 0, Notes())[0] == fact
+
+
+def test_generation_prompts_are_written_on_where_texts_are_asked_for(tmp_path):
+    lm = tiny_lm("llama")
+    case, _, _ = written_case(tmp_path, [])
+    for n in (0, 5):
+        probes = COUNTERFACT.probes(lm, replace(case, writing=Writing(n)))
+        asked = [(one.text, one.n_written) for one in probes if one.kind == counterfact.GENERATION]
+        assert asked == [(prompt, n) for prompt in PROMPTS if n]
+
+
+def test_entropy_is_the_mean_over_texts_with_their_prompts(tmp_path):
+    case, probes, answers = written_case(tmp_path, [" Paris .", None])
+    found = COUNTERFACT.values(case, probes, answers, answers)
+    # "Eve was born in Paris .": 5 pairs and 4 triples, each once
+    assert found["generation_entropy"] == pytest.approx((2 / 3 * math.log2(5) + 4 / 3 * math.log2(4)) / 2)
+    case, probes, answers = written_case(tmp_path, [" a b c", " a a a"], chat=True)
+    found = COUNTERFACT.values(case, probes, answers, answers)
+    assert found["generation_entropy"] == pytest.approx((2 / 3 * math.log2(2) + 0) / 2 / 2)
+    assert math.isnan(COUNTERFACT.values(case, [], [], [])["generation_entropy"])
+
+
+SNIPPETS = [
+    {"relation_id": "P103", "target_id": "Q150", "samples": [{"text": "She speaks French"}, {"text": "French is"}]},
+    {"relation_id": "P103", "target_id": "Q9", "samples": [{"text": "He is Persian"}]},
+]
+
+
+def test_reference_score_by_hand(tmp_path):
+    path = tmp_path / "snippets.json"
+    path.write_text(json.dumps(SNIPPETS))
+    benchmark = kf.counterfact_with(path)
+    case, probes, answers = written_case(tmp_path, [" French", " speaks"], chat=True)
+    found = benchmark.values(case, probes, answers, answers)
+    # " French speaks" and "She speaks French French is"; of three texts "is" and "french" stand in two, the rest in one
+    once, twice = 1 + math.log(4 / 2), 1 + math.log(4 / 3)
+    said, known = {"french": twice, "speaks": once}, {"she": once, "speaks": once, "french": 2 * twice, "is": twice}
+    norms = [math.sqrt(sum(x * x for x in one.values())) for one in (said, known)]
+    expected = sum(x * known[word] for word, x in said.items()) / math.prod(norms)
+    assert found[counterfact.REFERENCE_SCORE] == pytest.approx(expected, rel=1e-6)
+    same = [Answer(text="She speaks French"), Answer(text="French is")]
+    assert benchmark.values(case, probes, same, same)[counterfact.REFERENCE_SCORE] == pytest.approx(1)
+    assert (
+        found.items() >= {k: v for k, v in COUNTERFACT.values(case, probes, answers, answers).items() if v == v}.items()
+    )
+
+
+def test_a_fact_without_references_is_not_scored(tmp_path):
+    path = tmp_path / "snippets.json"
+    path.write_text(json.dumps(SNIPPETS[1:]))
+    case, probes, answers = written_case(tmp_path, [" French", " speaks"])
+    found = kf.counterfact_with(path).values(case, probes, answers, answers)
+    assert math.isnan(found[counterfact.REFERENCE_SCORE]) and found["generation_entropy"] > 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"relation_id": "P1"}, {"relation_id": "P1", "target_id": "Q", "samples": [{"text": 3}]}, 7]
+)
+def test_other_files_are_no_references(tmp_path, wrong):
+    path = tmp_path / "snippets.json"
+    path.write_text(json.dumps([SNIPPETS[0], wrong]))
+    with pytest.raises(ValueError, match=r"snippets.json: record 1 is no record of snippets"):
+        kf.counterfact_with(path)

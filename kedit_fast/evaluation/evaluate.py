@@ -243,7 +243,8 @@ def _all_read(lm, benchmark: Benchmark, forms: list[list[Asked]], windows, log, 
     said = _read_all(lm, benchmark, list(zip(*forms, strict=True)), log, known, keep)
     if windows is None:
         return said, None
-    base, edited = keep_json(keep, "perplexity", lambda: perplexity(lm, windows))
+    read = perplexity if known is None else known.perplexity
+    base, edited = keep_json(keep, "perplexity", lambda: read(lm, windows))
     return said, (base, edited)
 
 

@@ -6,38 +6,54 @@ with layers 3 to 7 edited, the edited model alone 11.2 s and the base alone 10.8
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from kedit_fast.basics.bits import digest
+from kedit_fast.evaluation.perplexity import edited_perplexity, perplexity
 from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes, write_probes
 
 
 class Known:
-    """Answers of models without edits to what they were asked, read or written; for ``evaluate(known=...)``."""
+    """What models without edits answer and write, and their perplexity of texts; for ``evaluate(known=...)``.
 
-    def __init__(self) -> None:
-        self._read: dict[tuple, Answer] = {}
-        self._written: dict[tuple, str | None] = {}
+    told: {digest of model and question: what it said, as JSON gives it back}
+    """
+
+    def __init__(self, told: Mapping[str, Any] | None = None) -> None:
+        self.told: dict[str, Any] = dict(told or {})
 
     def read(self, lm, probes: Sequence[Probe], advance=None) -> tuple[list[Answer], list[Answer] | None]:
         """As ``read_probes``; the base model is asked for what it was not asked before."""
-        model = lm.fingerprint, lm.dtype_name
-        keys = [(*model, tuple(one.prompt), _hashable(one.answers), one.likeliest) for one in probes]
-        new = {key: one for key, one in zip(keys, probes, strict=True) if key not in self._read}
-        if new:
-            bare = dataclasses.replace(lm, edits=())
-            answers, _ = read_probes(bare, list(new.values()), None if lm.edits else advance)
-            self._read.update(zip(new, answers, strict=True))
-        return [self._read[key] for key in keys], read_edited(lm, probes, advance) if lm.edits else None
+
+        def ask(new: list[Probe]) -> list[Answer]:
+            return read_probes(_bare(lm), new, None if lm.edits else advance)[0]
+
+        questions = [(one.prompt, one.answers, one.likeliest) for one in probes]
+        base = [Answer.of(*each) for each in self._of(lm, "read", questions, probes, ask)]
+        if not lm.edits:
+            return base, None
+        asked = [one._replace(top=answer.top) for one, answer in zip(probes, base, strict=True)]
+        return base, read_edited(lm, asked, advance)
 
     def written(self, bare, probes: Sequence[Probe]) -> list[str | None]:
         """As ``write_probes`` of a model without edits, for what it did not write before."""
-        model = bare.fingerprint, bare.dtype_name
-        keys = [(*model, tuple(one.prompt), one.n_written, one.until) for one in probes]
-        new = {key: one for key, one in zip(keys, probes, strict=True) if key not in self._written}
+        questions = [(one.prompt, one.n_written, one.until) for one in probes]
+        return self._of(bare, "written", questions, probes, lambda new: write_probes(bare, new))
+
+    def perplexity(self, lm, windows: list[list[int]]) -> tuple[float, float | None]:
+        """As ``perplexity``; the base model reads a text once."""
+        (base,) = self._of(lm, "perplexity", [windows], [windows], lambda new: [perplexity(_bare(lm), new[0])[0]])
+        return base, edited_perplexity(lm, windows) if lm.edits else None
+
+    def _of(self, lm, what: str, questions: list, things: Sequence, ask) -> list:
+        """What is told of each question; ``ask`` is given the things whose questions are new, each once."""
+        keys = [digest(lm.fingerprint, lm.dtype_name, what, question) for question in questions]
+        new = {key: one for key, one in zip(keys, things, strict=True) if key not in self.told}
         if new:
-            self._written.update(zip(new, write_probes(bare, list(new.values())), strict=True))
-        return [self._written[key] for key in keys]
+            self.told.update(zip(new, ask(list(new.values())), strict=True))
+        return [self.told[key] for key in keys]
 
 
-def _hashable(answers: Sequence[list[int] | None]) -> tuple:
-    return tuple(None if answer is None else tuple(answer) for answer in answers)
+def _bare(lm):
+    return dataclasses.replace(lm, edits=())

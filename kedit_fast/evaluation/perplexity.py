@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from kedit_fast.basics import checks
 from kedit_fast.jobs.score import text_logprobs
 
@@ -43,9 +45,18 @@ def perplexity(lm, windows: list[list[int]]) -> tuple[float, float | None]:
 
     Raises ValueError where the base model gives NaN; an edited one's perplexity is then NaN.
     """
-    sides = text_logprobs(lm, windows)
-    base, edited = (perplexity_of([x.double().sum().item() for x in side], windows) for side in sides)
+    base, edited = (_of_windows(side, windows) for side in text_logprobs(lm, windows))
     return base, edited if lm.edits else None
+
+
+def edited_perplexity(lm, windows: list[list[int]]) -> float:
+    """That of the model as its edits have it, without a row of the base model."""
+    (edited,) = text_logprobs(lm, windows, alone=True)
+    return _of_windows(edited, windows)
+
+
+def _of_windows(logprobs: Iterable[Tensor], windows: list[list[int]]) -> float:
+    return perplexity_of([x.double().sum().item() for x in logprobs], windows)
 
 
 def n_predicted(windows: list[list[int]]) -> int:

@@ -32,7 +32,8 @@ class Probe(NamedTuple):
     answers: token ids of each as it continues the prompt; None: not known
     kind: what it is to whoever asks, for instance "paraphrase"; case: the number of the case that it belongs to
     owner: the fact whose independent edit acts on it; 0 where edits are shared. A routed edit says it of the prompt
-    likeliest: whether the likeliest token after the prompt is read too
+    likeliest: whether the likeliest token after the prompt is read too; top: the token whose probability is read there,
+        where it is known which the base model finds likeliest
     n_written: tokens to go on by, greedily; 0: none; until: texts that what is written ends before
     accepted: what is right to write, where that is known
     """
@@ -44,6 +45,7 @@ class Probe(NamedTuple):
     case: int = 0
     owner: int = 0
     likeliest: bool = False
+    top: int | None = None
     n_written: int = 0
     until: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
@@ -169,14 +171,17 @@ def read_divergences(lm, probes: Sequence[Probe], advance=None) -> tuple[Tensor,
 
 @torch.no_grad()
 def read_edited(lm, probes: Sequence[Probe], advance=None) -> list[Answer]:
-    """What the model answers as its edits have it, by probe; as ``read_probes``, without rows of the base model."""
+    """What the model answers as its edits have it, by probe; as ``read_probes``, without rows of the base model.
+    ``p_top`` is of the probe's ``top``, of one without of the likeliest token."""
 
     def read(some: Sequence[Probe]) -> list[list[Answer]]:
         view, as_asked = as_read(lm, some)
         where, runs = _Places.of(as_asked), RunList()
         number = add_under(lm, runs, where.sequences, where.owners, where.ends)
         (h,) = _hidden_states(view, runs, [(number, where)], advance)
-        top = likeliest_tokens(lm, h[where.n_tokens :])
+        own = likeliest_tokens(lm, h[where.n_tokens :])
+        known = torch.tensor([-1 if (top := some[i].top) is None else top for i in where.likeliest]).to(own)
+        top = torch.where(known < 0, own, known)
         return [_answers(lm, some, where, h, *_probabilities(lm, h, where, top))]
 
     return _of_all(probes, read)[0]

@@ -22,7 +22,7 @@ from kedit_fast.basics.bits import digest, json_of, json_tensor
 from kedit_fast.basics.files import check_place
 from kedit_fast.basics.intervals import Interval, summarize
 from kedit_fast.basics.log import Log
-from kedit_fast.basics.parts import keep_whole
+from kedit_fast.basics.parts import keep_json, keep_whole
 from kedit_fast.basics.progress import Bar
 from kedit_fast.editors.contexts import BARE, AnyContexts, checked_contexts
 from kedit_fast.editors.editor import Editor, check_lengths, checked_facts
@@ -32,6 +32,7 @@ from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
+from kedit_fast.evaluation.known import Known
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
 from kedit_fast.evaluation.report import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact, fact_list
@@ -42,7 +43,7 @@ from kedit_fast.moments.second_moment import SecondMoment
 from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run
 
 Summary = dict[str, Interval]
-SIDES, FIGURES = ("new", "old", "base"), "figures"
+SIDES, FIGURES, TOLD = ("new", "old", "base"), "figures", "told"
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,16 @@ def _rounds(lm, facts, editor, per_round, so_far, given, asked, old, log: Log, r
     """The work of ``edit_in_rounds``. lm: without edits; so_far: all that was written, as one edit; run: ``begun``'s"""
     weights: dict[tuple[int, str], float] = {}
     rng, bar = random.Random(given["seed"]), Bar("editing in rounds", -(-len(facts) // per_round))
+    known = Known()  # the unedited model is asked for each fact, and reads the text, once
     with begun(*run) as keep:
         for number, first in enumerate(range(0, len(facts), per_round), 1):
             new, earlier = facts[first : first + per_round], rng.sample(facts[:first], min(old, first))
-            work = partial(_worked, lm, editor, new, earlier, so_far, given, asked)
+            work = partial(_worked, lm, editor, new, earlier, so_far, given, asked, known)
             name = f"round-{number:05d}"
             with bar.inside(f"round {number}"):
                 part, is_found = keep_whole(keep, name, work)
             keep.release(name)
+            known.told |= json_of(part.pop(TOLD))
             figures = json_of(part.pop(FIGURES))
             figures["perplexity"] = figures["perplexity"] and tuple(figures["perplexity"])
             figures |= {side: {name: Interval(*one) for name, one in figures[side].items()} for side in SIDES}
@@ -217,15 +220,19 @@ def _on_top(so_far: Edit | None, edit: Edit) -> Edit:
     return edit if so_far is None else compose([so_far, edit])
 
 
-def _worked(lm, editor, new, earlier, so_far, given, asked, keep) -> dict[str, Tensor]:
-    """One round as a part: the edit of its facts, and ``FIGURES``, what is a Round's own. earlier: facts that are asked
-    too; keep: of the round's own parts"""
+def _worked(lm, editor, new, earlier, so_far, given, asked, known: Known, keep) -> dict[str, Tensor]:
+    """One round as a part: the edit of its facts, ``FIGURES``, what is a Round's own, and ``TOLD``, what the base model
+    told of them. earlier: facts that are asked too; known: of earlier rounds; keep: of the round's own parts"""
     began = time.perf_counter()
     with counted_elsewhere():
         checkpoint = None if "checkpoint" in editor.UNREAD else keep
         edit = editor.edit(lm, new, previous=so_far, checkpoint=checkpoint, **given)
     edited = time.perf_counter()
-    report = evaluate(lm, [*new, *earlier], _on_top(so_far, edit), both_forms=False, checkpoint=keep, **asked)
+    asked = asked | {"both_forms": False}
+    told = keep_json(keep, "base", lambda: _told(lm, new, asked, known))
+    report = evaluate(
+        lm, [*new, *earlier], _on_top(so_far, edit), known=Known(known.told | told), checkpoint=keep, **asked
+    )
     figures = {
         "new": _summary(report.edited, slice(0, len(new))),
         "old": _summary(report.edited, slice(len(new), None)),
@@ -234,7 +241,15 @@ def _worked(lm, editor, new, earlier, so_far, given, asked, keep) -> dict[str, T
         "edit_s": edited - began,
         "evaluate_s": time.perf_counter() - edited,
     }
-    return edit.to_tensors() | {FIGURES: json_tensor(figures)}
+    return edit.to_tensors() | {FIGURES: json_tensor(figures), TOLD: json_tensor(told)}
+
+
+def _told(lm, new, asked, known: Known) -> dict[str, Any]:
+    """What the base model tells of a round's facts that it has not told yet. All of it at once, and none of it with the
+    earlier facts: a run that goes on after a stop then asks in the same calls, and ends with the same bits."""
+    now = Known(known.told)
+    evaluate(lm, new, known=now, **asked)
+    return {key: value for key, value in now.told.items() if key not in known.told}
 
 
 def _summary(columns: dict[str, Tensor] | None, facts: slice) -> Summary:

@@ -122,26 +122,25 @@ def continuation_places(pairs: list[tuple[list[int], list[int]]]) -> Places:
 
 
 def text_logprobs(
-    lm, sequences: list[list[int]], label: str = "measuring perplexity"
-) -> tuple[list[Tensor], list[Tensor]]:
-    """log p of each token but the first given those before it in its sequence: (base, edited), lists of [len - 1].
+    lm, sequences: list[list[int]], label: str = "measuring perplexity", alone: bool = False
+) -> list[list[Tensor]]:
+    """log p of each token but the first given those before it in its sequence: [base, edited], lists of [len - 1].
+    alone: the model as its edits have it, without the base: [edited]
 
     An edit that puts text before prompts puts it before such a sequence too, behind its first token; to a routed edit
     the whole sequence is the prompt. Ranks share the sequences. Raises ValueError where the base model gives NaN; the
     edited one may.
     """
     with progress(f"{label} (tokens)", sum(map(len, sequences))) as bar:
-        found = ranks.joined(ranks.shared(sequences, lambda some: _text_logprobs(lm, some, bar), len))
+        found = ranks.joined(ranks.shared(sequences, lambda some: _text_logprobs(lm, some, bar, alone), len))
     lengths = [len(ids) - 1 for ids in sequences]
-    return list(found["base"].split(lengths)), list(found["edited"].split(lengths))
+    return [list(found[side].split(lengths)) for side in (("edited",) if alone else ("base", "edited"))]
 
 
-def _text_logprobs(lm, sequences: list[list[int]], bar) -> dict[str, Tensor]:
+def _text_logprobs(lm, sequences: list[list[int]], bar, alone: bool) -> dict[str, Tensor]:
     """{"base", "edited": [tokens]} of the sequences behind each other."""
     runs = RunList()
-    tokens, length = padded(sequences)
-    # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
-    base = edited = runs.add(tokens, length=length, owner=-1)
+    tokens, length = bare, bare_length = padded(sequences)
     first, owners = first_edited(lm), lm.owners(sequences)
     texts = [
         lm.prompting and owner >= 0 and lm.before(lm.tokenizer.decode(ids), owner)
@@ -152,18 +151,24 @@ def _text_logprobs(lm, sequences: list[list[int]], bar) -> dict[str, Tensor]:
     if shift.any():
         tokens, length = padded([ids[:1] + head + ids[1:] for ids, head in zip(sequences, heads, strict=True)])
     acted = (owners >= 0).nonzero()[:, 0]
-    if len(acted) and (shift.any() or first is not None):
-        begin = {} if shift.any() else {"branch_layer": first, "source": base[acted]}
-        how = {"length": length[acted], "owner": owners[acted], "prompt_end": length[acted] - 1}
-        edited = base.index_copy(0, acted, runs.add(tokens[acted], **how, **begin))
+    # No trie: a run that owns all its rows takes the dense attention, up to 200 times cheaper on long text.
+    if alone:
+        sides = [runs.add(tokens, length=length, owner=owners, prompt_end=length - 1)]
+    else:
+        sides = [runs.add(bare, length=bare_length, owner=-1)]
+        if len(acted) and (shift.any() or first is not None):
+            begin = {} if shift.any() else {"branch_layer": first, "source": sides[0][acted]}
+            how = {"length": length[acted], "owner": owners[acted], "prompt_end": length[acted] - 1}
+            sides.append(sides[0].index_copy(0, acted, runs.add(tokens[acted], **how, **begin)))
     places, n = continuation_places([(s[:1], s[1:]) for s in sequences]), sum(map(len, sequences))
-    sides = [base] if base is edited else [base, edited]
-    run = torch.cat([side[places.pair] for side in sides])
-    pos = torch.cat([places.pos, places.pos + shift[places.pair]][: len(sides)])
+    run, moved = torch.cat([side[places.pair] for side in sides]), places.pos + shift[places.pair]
+    pos = moved if alone else torch.cat([places.pos, moved][: len(sides)])
     job = Score(lm, run, pos, places.targets.repeat(len(sides)))
     sweep(replace(lm, prompted=True), runs.runs(), [job], held=PLACE * len(run), advance=scaled(bar.advance, n))
-    check_answers(replace(lm, edits=()), job.logprob[: len(places.pos)], lambda i: places.sequences[places.pair[i]])
     read = job.logprob.chunk(len(sides))
+    if alone:
+        return {"edited": read[0]}
+    check_answers(replace(lm, edits=()), read[0], lambda i: places.sequences[places.pair[i]])
     return {"base": read[0], "edited": read[-1]}
 
 

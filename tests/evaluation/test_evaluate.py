@@ -133,6 +133,7 @@ def oracle(lm, fact, clean, base_answers=None):
         "same_subject_p_top": mean(row[top].item() for row, top in zip(rows, tops, strict=True)),
         "same_subject_exact": mean(exact for _, exact in told),
         "same_subject_p_true": mean(p for p, _ in told),
+        "generation_entropy": math.nan,
     }, (known, tops)
 
 
@@ -327,7 +328,12 @@ def test_a_wrecking_edit_shows(lm):
 def test_an_edit_that_overflows_is_no_success(lm):
     """One of several facts answers NaN after its edit: it is counted, with probability 0, and never as a success."""
     facts = [
-        dataclasses.replace(FACTS[0], same_subject=(("Big Ben was born in", "Rome"),), neighborhood=("Toyota is in",)),
+        dataclasses.replace(
+            FACTS[0],
+            same_subject=(("Big Ben was born in", "Rome"),),
+            neighborhood=("Toyota is in",),
+            provenance={"generation_prompts": ["Big"]},
+        ),
         Fact("The capital of {} is", "Spain", "Paris", "Madrid"),
     ]
     edit = make_owned(lm, facts)

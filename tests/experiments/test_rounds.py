@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+import kedit_fast.evaluation.known as known_module
 import kedit_fast.experiments.rounds as rounds_module
 from kedit_fast.editors import AlphaEdit
 from kedit_fast.editors.editor import Editor
@@ -72,6 +73,26 @@ def test_what_is_asked_after_a_round():
     assert min(r.edit_s for r in found) > 0 and min(r.evaluate_s for r in found) > 0
 
 
+def test_the_base_model_is_asked_once(monkeypatch):
+    def watched_things(name, of):
+        seen, real = [], getattr(known_module, name)
+
+        def watch(lm, things, *rest):
+            assert not lm.edits
+            seen.extend(of(one) for one in things)
+            return real(lm, things, *rest)
+
+        monkeypatch.setattr(known_module, name, watch)
+        return seen
+
+    asked = watched_things("read_probes", lambda one: (one.text, str(one.answers)))
+    read = watched_things("perplexity", tuple)
+    found = list(in_rounds(tiny_lm("llama"), text=TEXT, max_tokens=60))
+    assert [r.old["efficacy"].n for r in found] == [0, 1, 2, 3]
+    assert len(set(asked)) == len(asked) and {fact.text for fact in FACTS} <= {text for text, _ in asked}
+    assert read and len(set(read)) == len(read)
+
+
 class Nothing(Editor):
     """An editor that writes edits of nothing."""
 
@@ -90,7 +111,8 @@ def test_earlier_facts_are_sampled_with_the_seed(monkeypatch):
     report = kf.evaluate(lm.with_edit(Nothing().edit(lm, FACTS)), FACTS)
 
     def evaluate(lm, facts, *args, **options):
-        asked.append([fact.subject for fact in facts])
+        if args:  # with an edit; the base model is asked before
+            asked.append([fact.subject for fact in facts])
         return report
 
     monkeypatch.setattr(rounds_module, "evaluate", evaluate)

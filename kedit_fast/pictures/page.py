@@ -251,7 +251,8 @@ def _table(table: Table) -> str:
         line = ""
         for i, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
             classes = _classes("number" * right[i], cell.tone)
-            tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
+            column = table.headers[i]
+            tag, scope = ("th", ' scope="row"') if i == 0 else ("td", f' data-column="{html_text(column)}"')
             hint = f' title="{html_text(cell.hint)}"' if cell.hint else ""
             line += f"<{tag}{scope}{classes}{hint}>{html_text(text)}</{tag}>"
         lines.append(f"<tr>{line}</tr>")
@@ -319,6 +320,15 @@ figcaption { max-width: 46rem; margin-top: .5rem; color: var(--soft); font-size:
 details { margin: 0 0 1.25rem; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: 4px; }
 summary { cursor: pointer; font-weight: 600; }
 details[open] > summary { margin-bottom: .75rem; }
+@media (max-width: 37.5rem) {  /* a row is a card, its headers beside its values: nothing stands outside the screen */
+  table, caption, tbody, tr, tbody th, td { display: block; }
+  thead { display: none; }
+  tbody tr { margin: 0 0 .75rem; border: 1px solid var(--line); border-radius: 4px; }
+  tbody th { font-weight: 600; text-align: left; overflow-wrap: anywhere; white-space: normal; }
+  td { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; padding-block: .2rem;
+    border-bottom: 0; white-space: normal; overflow-wrap: anywhere; }
+  td::before { content: attr(data-column); color: var(--soft); font-weight: 400; }
+}
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --band: #fff;
     --good: #17663a; --good-paper: #fff; --bad: #a31621; --bad-paper: #fff; --neutral-paper: #fff; }

@@ -104,6 +104,7 @@ def test_headers_have_a_scope_and_tones_a_class(tmp_path):
     page = page_of(tmp_path, table)
     assert [a["scope"] for a in page.all("th")] == ["col", "col", "row", "row"]
     assert [a["class"] for a in page.all("td")] == ["good", "bad"]
+    assert [a["data-column"] for a in page.all("td")] == ["b", "b"]  # what a narrow screen shows beside the value
     assert page.inside("caption") == ["Two rows"]
     assert page_of(tmp_path, Table(["a", "b"], [])).inside("thead") == ["a", "b"]
 

@@ -59,6 +59,7 @@ BENCHMARKS = {
     "halluedit": "evaluation.benchmarks.halluedit.HALLUEDIT",
     "wikibigedit": "evaluation.benchmarks.wikibigedit.WIKIBIGEDIT",
     "knowgic": "evaluation.benchmarks.knowgic.KNOWGIC",
+    "tofu": "evaluation.benchmarks.tofu.TOFU",
 }
 
 

@@ -7,23 +7,36 @@
     model utility    harmonic mean of nine numbers: ROUGE-L recall, P and mean max(0, 1 - 1/s), of the retain set, real
                      authors and world facts
 
-NLL is the mean over an answer's tokens.
+NLL is the mean over an answer's tokens. As a benchmark (``eval --benchmark tofu``) each question has its own numbers,
+and the score is the harmonic mean of a set's three; forget quality compares two models, model utility three sets.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, harmonic_mean
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import reading
-from kedit_fast.evaluation.probes import probe, read_edited, read_probes, write_probes
-from kedit_fast.facts.files import read_records
-from kedit_fast.facts.tokens import asked
+from kedit_fast.basics.intervals import AMOUNT, PROBABILITY
+from kedit_fast.evaluation.benchmark import Benchmark, Case, Writing, one_by_one
+from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes, write_probes
+from kedit_fast.facts.fact import Fact
+from kedit_fast.facts.files import Notes, read_records
+from kedit_fast.facts.formats import Question, text_of, texts_of
 from kedit_fast.model.lm import LM, takes_lm
 
 UTILITY = ("rouge", "probability", "truth")
+METRICS = {
+    "probability": (PROBABILITY, "P(answer); of real authors and world facts over the sum of all choices' P"),
+    "rouge": (PROBABILITY, "ROUGE-L recall of the first line that is written"),
+    "truth_ratio": (AMOUNT, "s, P(the answer in other words) over P(wrong answers)"),
+    "truth": (PROBABILITY, "max(0, 1 - 1/s)"),
+    "forget_truth": (PROBABILITY, "min(s, 1/s)"),
+}
+PARAPHRASED = "paraphrased"  # kind of the question that stands for the answer in other words; others are of their split
+N_WRITTEN = 64
 SETS = ("retain", "real_authors", "world_facts")
 NORMALIZED = SETS[1:]  # whose P is over their choices
 TINY = 1e-300  # what P is at least, where a quotient or a logarithm is taken
@@ -66,7 +79,7 @@ class TofuScores:
                 "the model utility needs truth ratios and ROUGE: score items with perturbed answers, and "
                 "max_new_tokens above 0"
             )
-        truth = fmean(max(0.0, 1 - 1 / s) if s else 0.0 for s in self.s)
+        truth = fmean(_truth(s) for s in self.s)
         return {"rouge": fmean(self.rouge), "probability": fmean(self.probability), "truth": truth}
 
     @property
@@ -74,7 +87,7 @@ class TofuScores:
         """Mean of min(s, 1/s), as reports of the forget set have it; NaN where no item has perturbed answers."""
         if not self.s:
             return math.nan
-        return fmean(min(s, 1 / s) if s else 0.0 for s in self.s)
+        return fmean(_forget_truth(s) for s in self.s)
 
 
 def load_tofu(path: checks.AnyPath, split: str | None = None) -> list[TofuItem]:
@@ -82,13 +95,7 @@ def load_tofu(path: checks.AnyPath, split: str | None = None) -> list[TofuItem]:
     perturbed_answer (a list), split. Raises ValueError, naming the file, for anything else, and for a split without
     any."""
     with reading(path, "expected records with question and answer", "is no TOFU file"):
-        items = [
-            TofuItem(
-                record["question"], record["answer"], record.get("perturbed_answer", ()),
-                record.get("paraphrased_answer"), record.get("split", "forget"),
-            )
-            for _, record in read_records(checks.path("path", path))
-        ]  # fmt: skip
+        items = [_item(record) for _, record in read_records(checks.path("path", path))]
         there = sorted({item.split for item in items})
         chosen = [item for item in items if split in (None, item.split)]
         if not chosen:
@@ -96,41 +103,98 @@ def load_tofu(path: checks.AnyPath, split: str | None = None) -> list[TofuItem]:
     return chosen
 
 
+def _item(record) -> TofuItem:
+    checks.instance("record", record, dict, "an object")
+    question, answer, paraphrased, split = (
+        text_of(record, name) for name in ("question", "answer", "paraphrased_answer", "split")
+    )
+    return TofuItem(question, answer, texts_of(record, "perturbed_answer"), paraphrased, split or "forget")
+
+
 @takes_lm
-def tofu_scores(lm: LM, items: Iterable[TofuItem], *, max_new_tokens: int = 64, chat: bool = False) -> TofuScores:
+def tofu_scores(
+    lm: LM, items: Iterable[TofuItem], *, max_new_tokens: int = N_WRITTEN, chat: bool = False
+) -> TofuScores:
     """What the model, with the edits that it carries, is worth on items; answers of all of them in shared sweeps.
 
-    chat: questions are asked in the model's own template; else plainly, "Question: ...\\nAnswer:"
+    chat: questions are asked in the model's own template; else plainly, "Question: ...\nAnswer:"
     max_new_tokens: of the answer whose ROUGE-L recall is taken, which ends at a line end; 0: no rouge
     Differs: ROUGE-L without a stemmer. Raises ValueError for no items, and where only some have perturbed answers.
     """
     items = checks.listed("items", items, TofuItem, "TofuItems; load_tofu reads a file")
     if len({bool(item.perturbed) for item in items}) > 1:
         raise ValueError("some items have perturbed answers and others none; score them apart")
-    questions = [item.question if chat else f"Question: {item.question}\nAnswer:" for item in items]
-    texts = [asked(lm.tokenizer, question, chat) for question in questions]
-    n = checks.whole("max_new_tokens", max_new_tokens, like=64)
-    probes = [
-        probe(lm, text, [item.answer, item.paraphrased or item.answer, *item.perturbed], n_written=n)
-        for item, text in zip(items, texts, strict=True)
-    ]
-    read = read_edited(lm, probes) if lm.edits else read_probes(lm, probes)[0]
-    said = write_probes(lm, probes) if n else []
-    p = [answer.p for answer in read]
-    s = [truth_ratio(each[1], each[2:]) for each in p] if items[0].perturbed else []
-    over = [item.split in NORMALIZED and bool(item.perturbed) for item in items]
-    probability = [
-        each[0] / max(each[0] + sum(each[2:]), TINY) if of_choices else each[0]
-        for each, of_choices in zip(p, over, strict=True)
-    ]
-    lines = [(text or "").strip().split("\n")[0] for text in said]
-    rouge = [rouge_l_recall(item.answer, line) for item, line in zip(items, lines, strict=bool(n))]
-    return TofuScores(probability, s, rouge)
+    n = checks.whole("max_new_tokens", max_new_tokens, like=N_WRITTEN)
+    cases = [replace(_case(item, "", chat), writing=Writing(n), number=i) for i, item in enumerate(items)]
+    asked = [probes(lm, case) for case in cases]
+    flat = [one for some in asked for one in some]
+    read = read_edited(lm, flat) if lm.edits else read_probes(lm, flat)[0]
+    said = write_probes(lm, flat) if n else [None] * len(flat)
+    answers = iter(answer._replace(text=text) for answer, text in zip(read, said, strict=True))
+    found = [columns(case, some, [next(answers) for _ in some]) for case, some in zip(cases, asked, strict=True)]
+    return TofuScores(
+        *([one[name] for one in found if name in one] for name in ("probability", "truth_ratio", "rouge"))
+    )
+
+
+# ---- as a benchmark
+
+
+def read_record(record, index: int, notes: Notes) -> Case:
+    """The case of a record."""
+    return _case(_item(record), str(index))
+
+
+def _case(item: TofuItem, name: str, chat: bool = False) -> Case:
+    questions = [Question(item.question, item.answer, kind=item.split, against=item.perturbed)]
+    if item.perturbed:
+        questions.append(Question(item.question, item.paraphrased or item.answer, kind=PARAPHRASED))
+    return Case((Fact(item.question, target_new=item.answer, id=name, chat=chat),), tuple(questions))
+
+
+def cases(facts: Sequence[Fact]) -> list[tuple[Fact, ...]]:
+    """Each fact by itself. Raises ValueError for one without an answer."""
+    for fact in facts:
+        if not fact.target_new:
+            raise ValueError(f"fact {fact.label} has no answer (target_new): nothing to ask")
+    return one_by_one(facts)
+
+
+def probes(lm, case: Case) -> list[Probe]:
+    """The question with its answer and the wrong ones, written on; and with its answer in other words."""
+    (fact,) = case.facts
+    made = []
+    for question in case.questions or (Question(fact.text, fact.target_new),):
+        text = question.prompt if fact.chat else f"Question: {question.prompt}\nAnswer:"
+        how = {"n_written": 0} if question.kind == PARAPHRASED else {}
+        made.append(case.question(lm, fact, question._replace(prompt=text), until=(), **how))
+    return made
+
+
+def columns(case: Case, probes: Sequence[Probe], answers: Sequence[Answer], base=None) -> dict[str, float]:
+    """The values of ``METRICS`` that the question has; case: tells its answer as a text."""
+    asked, (first, *more) = probes[0], answers
+    right, *wrong = first.p
+    found = {"probability": right / max(right + sum(wrong), TINY) if wrong and asked.kind in NORMALIZED else right}
+    if first.text is not None:
+        found["rouge"] = rouge_l_recall(asked.accepted[0], first.text.strip().split("\n")[0])
+    if wrong:
+        s = truth_ratio(more[0].p[0], wrong)
+        found |= {"truth_ratio": s, "truth": _truth(s), "forget_truth": _forget_truth(s)}
+    return found
 
 
 def truth_ratio(paraphrased: float, perturbed: Sequence[float]) -> float:
     """s of the P of an answer in other words and of wrong ones: P(paraphrased) over their geometric mean."""
     return math.exp(math.log(max(paraphrased, TINY)) - fmean(math.log(max(p, TINY)) for p in perturbed))
+
+
+def _truth(s: float) -> float:
+    return max(0.0, 1 - 1 / s) if s else 0.0
+
+
+def _forget_truth(s: float) -> float:
+    return min(s, 1 / s) if s else 0.0
 
 
 def forget_quality(unlearned: Sequence[float], retained: Sequence[float]) -> float:
@@ -159,3 +223,9 @@ def rouge_l_recall(reference: str, said: str) -> float:
         for j, other in enumerate(b):
             last, row[j + 1] = row[j + 1], last + 1 if word == other else max(row[j], row[j + 1])
     return row[-1] / len(a) if a else 0.0
+
+
+TOFU = Benchmark(
+    "tofu", METRICS, probes, columns, cases, UTILITY, read=read_record, n_written=N_WRITTEN,
+    reads=frozenset({"question", "answer", "paraphrased_answer", "perturbed_answer"}),
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """TOFU's scores by hand, and on a tiny model by one forward a text."""
 
+import copy
 import gzip
 import json
 import math
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import kedit_fast as kf
 from kedit_fast.evaluation.benchmarks.tofu import (
+    TOFU,
     TofuItem,
     TofuScores,
     forget_quality,
@@ -20,8 +23,9 @@ from kedit_fast.evaluation.benchmarks.tofu import (
     truth_ratio,
 )
 from tests.conftest import refused, tiny_lm
+from tests.tiny import tiny_model, tiny_tokenizer
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "tofu" / "tofu_qa.json.gz"
+SHARED = Path(__file__).parents[4] / "shared" / "data" / "tofu" / "tofu_qa.json.gz"
 
 
 def test_each_number_by_hand():
@@ -87,6 +91,32 @@ def test_scores_of_a_model():
     assert plain.s == plain.rouge == []
     refused("some items have perturbed", tofu_scores, lm, [ITEMS[0], TofuItem("a", "b")])
     refused("items", tofu_scores, lm, [])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_as_a_benchmark(tmp_path, chat):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    lm = kf.open_model(tiny_model("llama", torch.float64), tokenizer=tokenizer)
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    records = [
+        {"question": i.question, "answer": i.answer, "perturbed_answer": i.perturbed, "split": i.split}
+        | ({"paraphrased_answer": i.paraphrased} if i.paraphrased else {})
+        for i in ITEMS
+    ]
+    (tmp_path / "tofu.json").write_text(json.dumps([*records, {"question": "Who plays?", "answer": "Monk"}]))
+    cases = TOFU.load(tmp_path / "tofu.json")
+    cases = [replace(case, facts=tuple(replace(fact, chat=chat) for fact in case.facts)) for case in cases]
+    found = kf.evaluate(lm, cases, benchmark=TOFU, generate=3, both_forms=False)
+    scores = tofu_scores(lm, ITEMS, max_new_tokens=3, chat=chat)
+    for name, values in (("probability", scores.probability), ("truth_ratio", scores.s), ("rouge", scores.rouge)):
+        assert found.base[name][:2].tolist() == pytest.approx(values, rel=1e-5)
+    assert found.base["truth"][:2].mean().item() == pytest.approx(scores.of_utility()["truth"], rel=1e-5)
+    assert found.base["forget_truth"][:2].mean().item() == pytest.approx(scores.forget_truth, rel=1e-5)
+    assert math.isnan(found.base["truth_ratio"][2]) and found.base["probability"][2] > 0
+    fact = kf.Fact("Who plays?", target_new="Monk", chat=chat)  # of any file
+    assert kf.evaluate(lm, fact, benchmark=TOFU, both_forms=False).base["probability"] == found.base["probability"][2]
+    refused("no answer", kf.evaluate, lm, kf.Fact("Who plays?", target_true="Monk"), benchmark=TOFU)
 
 
 def test_files(tmp_path):

@@ -291,23 +291,26 @@ def _answers(lm, probes: Sequence[Probe], where: _Places, h: Tensor, logprob: Te
 def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list[str | None]:
     """What the model, as its edits have it, writes behind each prompt, greedily; None where no text is asked for.
 
-    Equal prompts are written on once; under independent edits each under its owner's. A text ends before the first of
-    the probe's ``until``, and where an edited model gives NaN; of one without edits that is a ValueError. As many texts
-    at a time as the memory holds.
+    Equal prompts are written on once, also where only one of them has a stop rule; under independent edits each under
+    its owner's. A text ends before the first of the probe's ``until``, and where an edited model gives NaN; of one
+    without edits that is a ValueError. As many texts at a time as the memory holds.
     """
     lm, probes = as_read(lm, probes)
     keys = [((one.n_written, one.until), (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
     groups: dict[tuple, dict[tuple, str | None]] = {}
     for how, asked in keys:
         groups.setdefault(how, {})[asked] = None
-    for (n, until), texts in groups.items():
-        if n:
-            owners = {"owners": torch.tensor([owner for _, owner in texts])} if lm.owned else {}
-            ids = [list(prompt) for prompt, _ in texts]
+    for (n, until), texts in sorted(groups.items(), key=lambda each: len(each[0][1])):
+        whole = groups.get((n, ()), {}) if until else {}  # what is written to its end holds what is written to a stop
+        texts.update((asked, before_any(whole[asked] or "", until)) for asked in texts if asked in whole)
+        new = {asked: None for asked in texts if asked not in whole}
+        if n and new:
+            owners = {"owners": torch.tensor([owner for _, owner in new])} if lm.owned else {}
+            ids = [list(prompt) for prompt, _ in new]
             ended = Ends(lm.tokenizer, until) if until else None
             made = generate(lm, ids, n, until=ended, nan_ends=bool(lm.edits), label=label, **owners)
             said = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made)
-            texts.update(zip(texts, (before_any(text, until) for text in said), strict=True))
+            texts.update(zip(new, (before_any(text, until) for text in said), strict=True))
     return [groups[how][asked] for how, asked in keys]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kedit_fast.evaluation import evaluate, probes
-from kedit_fast.evaluation.probes import Answer, probe, read_edited, read_probes, write_probes
+from kedit_fast.evaluation.probes import Answer, before_any, probe, read_edited, read_probes, write_probes
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs import generate as generate_module
 from kedit_fast.jobs.score import logprobs
@@ -110,3 +110,20 @@ def test_what_is_written_equals_generation_alone_however_they_are_batched(memory
     made = write_probes(lm, [probe(lm, prompt, n_written=4) for prompt in prompts])
     assert sum(sizes) == len(set(prompts)) and len(sizes) >= (2 if memory is None else 3)
     assert made == [lm.generate(prompt, 4) for prompt in prompts]
+
+
+def test_a_prompt_with_and_without_a_stop_rule_is_written_on_once(monkeypatch):
+    lm = tiny_lm("llama").with_edit(make_edit())
+    prompts = [p.template.replace("{}", p.subject) for p in PROMPTS[:4]]
+    texts = [lm.generate(prompt, 6) for prompt in prompts]
+    until = (texts[0][len(texts[0]) // 2], "\n")
+    asked = [probe(lm, prompt, n_written=6, until=stop) for stop in (until, ()) for prompt in prompts]
+    asked.append(probe(lm, "Therefore", n_written=6, until=until))  # with a rule alone
+    sizes, generate = [], probes.generate
+    monkeypatch.setattr(
+        probes, "generate", lambda lm, ids, *a, **k: sizes.append(len(ids)) or generate(lm, ids, *a, **k)
+    )
+    made = write_probes(lm, asked)
+    assert sizes == [4, 1]
+    assert made[4:8] == texts and made[:4] == [before_any(text, until) for text in texts] != texts
+    assert made == [write_probes(lm, [one])[0] for one in asked]  # each by its own rule

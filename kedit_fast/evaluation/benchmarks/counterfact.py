@@ -4,10 +4,11 @@ For a prompt x and a target y of n tokens, a(x, y) = -1/n Σ log p(y_t | x, y_<t
 are the fact's target_new (o*) and target_true (o^c). Meng et al. 2022 (ROME), section 3.3; Meng et al. 2023 (MEMIT),
 section 5.2.
 
-Where texts are written (``generate=100``) behind a record's generation prompts, their n-gram entropy (GE) and, with the
-published texts on subjects that have the new answer (``counterfact_with``), their likeness to those (RS) are told too.
-Differs: texts are written greedily, to a number of new tokens; published ones are drawn of the five likeliest tokens,
-to 100 tokens with the prompt.
+Where texts are written (``generate=20``), the new answer is looked for in what stands before the first full stop or
+line end (WILD's stop rule). Behind a record's generation prompts they are written on without it (``generate=100``):
+told are their n-gram entropy (GE) and, with the published texts on subjects that have the new answer
+(``counterfact_with``), their likeness to those (RS). Differs: texts are written greedily, to a number of new tokens;
+published ones are drawn of the five likeliest tokens, to 100 tokens with the prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from kedit_fast.basics.intervals import AMOUNT, COUNT, DIFFERENCE, PROBABILITY, 
 from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
 from kedit_fast.evaluation.probes import Answer, Probe
-from kedit_fast.evaluation.readings import Kind, mean, readings
+from kedit_fast.evaluation.readings import UNTIL, Kind, mean, readings
 from kedit_fast.evaluation.texts import ngram_entropy
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.files import read_records
@@ -230,5 +231,5 @@ def _greater(a: Tensor, b: Tensor) -> Tensor:
 
 
 COUNTERFACT = Benchmark(
-    "counterfact", METRICS, probes, columns, cases, ("efficacy", "paraphrase", "neighborhood"), sentences
+    "counterfact", METRICS, probes, columns, cases, ("efficacy", "paraphrase", "neighborhood"), sentences, until=UNTIL
 )

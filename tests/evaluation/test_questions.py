@@ -11,6 +11,7 @@ from kedit_fast.evaluation import Case, EvalReport
 from kedit_fast.evaluation.benchmarks import mquake, rippleedits
 from kedit_fast.evaluation.questions import CHOICES
 from kedit_fast.evaluation.texts import contains, matches, normalized
+from kedit_fast.facts.files import Notes
 from kedit_fast.facts.formats import Question
 from tests.conftest import refused
 from tests.evaluation.benchmarks.records import ALL
@@ -355,3 +356,67 @@ def test_ripples_by_hand(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps([{"edit": {"prompt": "He is it.", "original_fact": {"prompt": "He is that."}}}]))
     refused("record 0: edit: prompt: expected 'The ... of SUBJECT is ANSWER.'", lambda: benchmark.load(path))
+
+
+@pytest.mark.parametrize("relation, sentence, subject, prompt, new", [
+    ("COUNTRY", "The name of the country which Dome of the Rock is associated with is Israel.", "Dome of the Rock",
+     "The name of the country which {} is associated with is", "Israel"),
+    ("COUNTRY_OF_CITIZENSHIP", "The name of the country of citizenship of Henry V of England is France.",
+     "Henry V of England", "The name of the country of citizenship of {} is", "France"),
+    ("AUTHOR", "The name of the author of Lord of the Flies is Ann Lee.", "Lord of the Flies",
+     "The name of the author of {} is", "Ann Lee"),
+    ("HEAD_OF_STATE", "The name of the head of state of Spain is Ann.", "Spain",
+     "The name of the head of state of {} is", "Ann"),
+    ("EMPLOYER", "The name of the employer of Ann Lee is Twitter, Inc..", "Ann Lee",
+     "The name of the employer of {} is", "Twitter, Inc."),
+    ("SIBLING", "The names of the siblings of Prince are Tyka Nelson.", "Prince",
+     "The names of the siblings of {} are", "Tyka Nelson"),
+    ("AWARD_RECEIVED", "The name of the award Lionel Messi won is Nobel Prize.", "Lionel Messi",
+     "The name of the award {} won is", "Nobel Prize"),
+    ("LEAGUE", "The name of the league which Chelsea F.C. plays in is Serie A.", "Chelsea F.C.",
+     "The name of the league which {} plays in is", "Serie A"),
+    ("FOLLOWED_BY", "2022 in film is followed by 2024 in film.", "2022 in film", "{} is followed by", "2024 in film"),
+    ("FOLLOWS", "The Life of Brian is here follows Jabberwocky.", "The Life of Brian is here", "{} follows",
+     "Jabberwocky"),
+])  # fmt: skip
+def test_the_fact_of_a_ripple_is_read_off_its_sentence(relation, sentence, subject, prompt, new):
+    """In every form, with an old fact or, as in RECENT, without."""
+    recent = rippleedits.fact_of({"relation": relation, "prompt": sentence})
+    assert recent == {"prompt": prompt, "subject": subject, "target_new": new, "target_true": None}
+    old = prompt.replace("{}", subject)
+    for true in (f"{new} and more", "x", ""):  # an answer that begins as the new one does; and none
+        edit = {"relation": relation, "prompt": sentence, "original_fact": {"prompt": f"{old} {true}."}}
+        assert rippleedits.fact_of(edit) == recent | {"target_true": true or None}
+
+
+def test_what_is_no_ripple_is_refused():
+    """Whatever stands where something else should, the record is named and can be passed over."""
+    benchmark = kf.BENCHMARKS["rippleedits"]
+
+    def places(value, at=()):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*at, key)
+            if isinstance(one, dict | list):
+                yield from places(one, (*at, key))
+
+    for at in places(ALL["rippleedits"]):
+        for wrong in (None, 5, "x", [5], {"a": 1}, [[]]):
+            record = json.loads(json.dumps(ALL["rippleedits"]))
+            inside = record
+            for key in at[:-1]:
+                inside = inside[key]
+            inside[at[-1]] = wrong
+            try:
+                benchmark.probes(make_lm(), benchmark.read(record, 0, Notes()))
+            except ValueError as error:
+                assert str(error)
+
+
+def test_a_ripple_without_a_spelling_is_never_said(tmp_path):
+    query = {"prompt": "The father of Monk is", "answers": [{"value": "K", "aliases": []}]}
+    more = {"test_condition": "AND", "test_queries": [query]}
+    (case,) = cases_of("rippleedits", tmp_path, Logical_Generalization=[more], Relation_Specifity=[])
+    probes, Answer = kf.BENCHMARKS["rippleedits"].probes(make_lm(), case), kf.evaluation.probes.Answer
+    said = [Answer(text="Monk, K") for _ in probes]
+    found = rippleedits.columns(case, probes, said, said)
+    assert (found["LG"], found["LG executed"]) == (0, 1)

@@ -306,6 +306,25 @@ def test_a_case_of_mquake(tmp_path):
     thinking = {one.kind: one for one in kf.BENCHMARKS["mquake-cot"].probes(lm, case)}
     assert thinking["multi_hop"].text.endswith("\nThoughts:") and thinking["hop"].text.endswith("\nAnswer:")
     assert thinking["multi_hop"].accepted == ("Italy", "Italia")
+    assert thinking["multi_hop"].answers == () == thinking["old"].answers, "no answer in the place of a thought"
+    assert thinking["hop"].answers and asked["multi_hop"].answers
+    blank = ALL["mquake"]["new_single_hops"][1] | {"question": ""}
+    (case,) = cases_of("mquake", tmp_path, new_single_hops=[ALL["mquake"]["new_single_hops"][0], blank])
+    assert [one.kind for one in case.questions][:2] == ["hop, edited", "multi_hop"]
+
+
+def test_an_answer_behind_thoughts_is_read_there(tmp_path):
+    (case,) = cases_of("mquake-cot", tmp_path)
+    benchmark, Answer = kf.BENCHMARKS["mquake-cot"], kf.evaluation.probes.Answer
+    probes = benchmark.probes(make_lm(), case)
+    thought = " It is in Rome, which is not in England.\nAnswer: Italy\n"
+    answers = [Answer(p=(0.1,) * len(one.answers), exact=(0.0,) * len(one.answers), said=((0,),) * len(one.answers),
+                      text=thought) for one in probes]  # fmt: skip
+    found = benchmark.values(case, probes, answers, answers)
+    assert (found["multi_hop.match"], found["multi_hop.contains"], found["any_of_three.match"]) == (1, 1, 1)
+    assert (found["old.match"], found["old.contains"]) == (0, 0)
+    for name in ("multi_hop.token", "multi_hop.exact", "any_of_three.exact", "old.exact"):
+        assert math.isnan(found[name]), name
 
 
 def test_columns_of_mquake_by_hand(tmp_path):
@@ -321,6 +340,7 @@ def test_columns_of_mquake_by_hand(tmp_path):
         "instance.exact": 0, "instance.match": 0, "instance.contains": 1,
         "any_of_three.exact": 1, "any_of_three.match": 1, "any_of_three.contains": 1,
         "old.exact": 0, "old.match": 1, "old.contains": 1,
+        "multi_hop.token": 1, "multi_hop.exact": 0.5, "multi_hop.match": 0.5, "multi_hop.contains": 0.5,
     }  # fmt: skip
     unwritten = [answer._replace(text=None) for answer in answers]
     found = mquake.columns(case, probes, unwritten, unwritten)

@@ -250,6 +250,10 @@ def test_the_two_protocols_of_zsre(tmp_path):
     (wrong,), (true,) = (cases_of(name, tmp_path) for name in ("zsre", "zsre-true"))
     assert (wrong.facts[0].target_new, wrong.facts[0].target_true) == ("Rome", "London")
     assert (true.facts[0].target_new, true.facts[0].target_true) == ("London", None) and not true.questions
+    ((neighbor,),) = (
+        one.facts[0].questions("neighborhood") for one in cases_of("zsre-true", tmp_path, loc_ans="London")
+    )
+    assert neighbor.answer == "London", "the same answer as the edit's is one"
     assert [(one.kind, one.prompt, one.answer) for one in wrong.questions] == [
         ("portability", "In which country is Big Ben?", "Italy")
     ]

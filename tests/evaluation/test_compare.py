@@ -73,6 +73,11 @@ def test_who_is_better():
     turned = both(against="memit")
     assert turned.verdict("p_true", "rome") == "worse" and list(turned.differences["p_true"]) == ["rome"]
     assert turned.differences["p_new"]["rome"].mean == pytest.approx(-0.2)
+    zsre = {
+        name: report(KNOWEDIT, rewrite__p_other=[p] * 4, rewrite__p=[p] * 4) for name, p in (("a", 0.1), ("b", 0.9))
+    }
+    assert compare(zsre).verdict("rewrite.p_other", "b") == "worse", "of what the answer is compared with, too"
+    assert compare(zsre).verdict("rewrite.p", "b") == "better"
     base = both(against="base")
     assert set(base.differences["p_new"]) == {"rome", "memit"}
     assert base.differences["p_new"]["memit"].mean == pytest.approx(0.4)

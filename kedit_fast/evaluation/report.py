@@ -31,7 +31,8 @@ class EvalReport:
     base, edited: {metric: fp32 [n_cases]}, NaN where a case has no such probe; edited is None without an edit
     facts: in the columns' order
     meta: benchmark, model, fingerprint, dtype, device, backend {op: which implementation ran}, note, method (None
-        without an edit), layers, independent, n (facts), text (what the perplexity was taken of), version
+        without an edit), layers, independent, n (facts), generate (tokens that were written behind prompts), judge (its
+        name, None for none), text (what the perplexity was taken of), version
     metrics, score_of: what the columns say, as in ``Benchmark``; verdict: what the edit did; notes: what else a reader
         must know: sentences
     perplexity: (base, edited or None), or None where no text was given

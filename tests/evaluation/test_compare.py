@@ -90,6 +90,17 @@ def test_models_as_they_are_stand_for_themselves():
     assert found.differences["efficacy"]["large"].mean == 0.75
 
 
+def test_other_ways_of_writing_are_said():
+    one = report(**ROME)
+    settings = [{"generate": 2, "judge": None}, {"generate": 32, "judge": None}, {"generate": 2, "judge": "j"}]
+    few, many, other = (replace(one, meta=one.meta | more) for more in settings)
+    (note,) = compare({"few": few, "many": many, "of before": one}).notes
+    assert note.startswith("tokens written behind a prompt: not the same in all") and note.endswith("few 2, many 32")
+    (note,) = compare({"few": few, "other": other}).notes
+    assert note.startswith("the judge: not the same") and note.endswith("few none, other j")
+    assert compare({"few": few, "again": few}).notes == []
+
+
 def test_another_base_is_said():
     other = report(base={"efficacy": [0.5] * 4}, **MEMIT)
     assert (

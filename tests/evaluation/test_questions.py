@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.evaluation.benchmarks.records import ALL
 from tests.evaluation.test_evaluate import close, make_edit, make_lm, make_owned
 
 N = 6  # tokens written
+ASKED_OF = (kf.Fact("{} is in", "Big Ben", "Rome"),)
 SOURCES = [name for name in ALL if name not in ("mquake-cot",)]
 
 
@@ -165,6 +167,14 @@ def test_the_users_judge(tmp_path):
         kf.evaluate(lm, cases_of("qaedit", tmp_path), benchmark=kf.BENCHMARKS["qaedit"], judge=5)
 
 
+@pytest.mark.parametrize("given", [7, -1, None, "yes", math.nan])
+def test_a_judge_that_says_anything_else_is_refused(given):
+    read, one = kf.evaluation.readings.read, kf.evaluation.probes.Probe([1], "a", accepted=("Rome",))
+    answer = kf.evaluation.probes.Answer(text="Rome")
+    refused("what judge gives = .*expected a number from 0 to 1", read, "judge", one, answer, answer, lambda *_: given)
+    assert [read("judge", one, answer, answer, lambda *_, x=x: x) for x in (True, 0, torch.tensor(0.5))] == [1, 0, 0.5]
+
+
 def test_without_paraphrases_nothing_is_counted(tmp_path):
     """Never as zero."""
     case = cases_of("wikibigedit", tmp_path, rephrase_prompt=None, locality_prompt=None, locality_ground_truth=None)
@@ -224,8 +234,40 @@ def test_a_killed_evaluation_knows_other_questions(tmp_path):
     kf.evaluate(lm, cases_of("wikibigedit", tmp_path), benchmark=benchmark, generate=1, checkpoint=tmp_path / "run")
     (case,) = cases_of("wikibigedit", tmp_path)
     more = Case(case.facts, (Question("Rome is in", "Italy", kind="portability"),))
+    how = {"generate": 1, "checkpoint": tmp_path / "run"}
     with pytest.raises(ValueError, match="questions"):
-        kf.evaluate(lm, more, benchmark=benchmark, generate=1, checkpoint=tmp_path / "run")
+        kf.evaluate(lm, more, benchmark=benchmark, **how)
+    with pytest.raises(ValueError, match="questions"):
+        kf.evaluate(lm, case, benchmark=replace(benchmark, until=("\n",)), **how)
+
+
+def test_a_killed_evaluation_knows_another_judge(tmp_path):
+    """By its name, or by what it does."""
+    lm, cases = make_lm(), cases_of("qaedit", tmp_path)
+    how = {"benchmark": kf.BENCHMARKS["qaedit"], "generate": 1, "checkpoint": tmp_path / "run"}
+    judges = [lambda prompt, accepted, text: 1.0, lambda prompt, accepted, text: 0.0, None]
+    first = kf.evaluate(lm, cases, judge=judges[0], **how)
+    assert kf.evaluate(lm, cases, judge=judges[0], **how).base["rewrite.judge"].tolist() == [1.0]
+    for judge in judges[1:]:
+        refused("holds other work: its judge is .<lambda> .*, this one's", kf.evaluate, lm, cases, judge=judge, **how)
+    assert first.meta["judge"].startswith("<lambda> ") and first.meta["generate"] == 1
+    known_as = kf.evaluation.readings.known_as
+    assert known_as({"Rome"}.issuperset) == "set.issuperset" and known_as(type("Judge", (), {})()) == "Judge"
+    assert known_as(lambda *a: "b" in {"a", "b"}) != known_as(lambda *a: "b" in {"a", "c"})
+
+
+@pytest.mark.parametrize("facts, questions, says", [
+    ((), (), "Case.facts is empty"),
+    ((5,), (), "Case.facts = 5"),
+    (ASKED_OF, ("Rome is in",), "Case.questions = 'Rome is in'"),
+    (ASKED_OF, 5, "Case.questions = 5"),
+])  # fmt: skip
+def test_what_is_no_case_is_refused(facts, questions, says):
+    refused(says, Case, facts, questions)
+
+
+def test_a_case_of_one_fact_or_of_lists():
+    assert Case(ASKED_OF[0]) == Case(list(ASKED_OF), []) == Case(ASKED_OF)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

@@ -184,6 +184,16 @@ def test_without_paraphrases_nothing_is_counted(tmp_path):
     assert "paraphrase" not in str(report)
 
 
+def test_facts_are_counted_mode_by_mode():
+    facts = [
+        kf.Fact("{} is in", "Big Ben", "Rome", "London"),
+        *(kf.Fact("{} is in", f"Town {i}", "Rome") for i in range(5)),
+    ]
+    report = kf.evaluate(make_lm(), facts, benchmark=kf.BENCHMARKS["questions"], generate=0)
+    (row,) = [line for line in str(report).splitlines() if line.startswith("rewrite ")]
+    assert row.endswith(" 1, 6"), "one has an old answer to compare with"
+
+
 def test_a_table_of_kinds_by_modes(tmp_path):
     lm, benchmark = make_lm(), kf.BENCHMARKS["zsre"]
     cases = cases_of("zsre", tmp_path)

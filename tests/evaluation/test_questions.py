@@ -290,6 +290,8 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path):
             lambda: kf.BENCHMARKS["knowgic"].load(path))  # fmt: skip
     with pytest.warns(UserWarning, match="passed over, 1 record: .*record 1: chain"):
         assert len(kf.BENCHMARKS["knowgic"].load(path, skip_bad=True)) == 1
+    path.write_text(json.dumps([ALL["knowgic"] | {"chain": ALL["knowgic"]["chain"] | {"answers": ["Monk", None]}}]))
+    refused("record 0: chain: expected .* as texts, found None", lambda: kf.BENCHMARKS["knowgic"].load(path))
     path.write_text(json.dumps([{"question": "a"}]))
     refused(
         "record 0: expected an object with question, subject and object", lambda: kf.BENCHMARKS["halluedit"].load(path)
@@ -305,7 +307,8 @@ def test_the_two_protocols_of_zsre(tmp_path):
     ((neighbor,),) = (
         one.facts[0].questions("neighborhood") for one in cases_of("zsre-true", tmp_path, loc_ans="London")
     )
-    assert neighbor.answer == "London", "the same answer as the edit's is one"
+    assert neighbor[:2] == ("nq question: who plays the piano?", "London"), "the same answer as the edit's is one"
+    assert wrong.facts[0].questions("neighborhood")[0].prompt == "nq question: who plays the piano", "as EasyEdit asks"
     assert [(one.kind, one.prompt, one.answer) for one in wrong.questions] == [
         ("portability", "In which country is Big Ben?", "Italy")
     ]

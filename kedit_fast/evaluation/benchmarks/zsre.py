@@ -16,6 +16,8 @@ from kedit_fast.evaluation.questions import of_questions
 from kedit_fast.facts.fact import Fact, record_facts
 from kedit_fast.facts.files import Notes
 
+NQ = "nq question: "
+
 
 def read(record, index: int, notes: Notes, *, true: bool = False) -> Case:
     """The case of a record: what is written is ``alt``, or with ``true`` the first of ``answers``."""
@@ -28,9 +30,13 @@ def read(record, index: int, notes: Notes, *, true: bool = False) -> Case:
 
 
 def _true(fact: Fact) -> Fact:
-    """The fact with its true answer as what is written; a neighbor that has the same one keeps it."""
-    near = fact.questions("neighborhood")
-    return replace(fact, target_new=fact.target_true, target_true=None, neighborhood=near)
+    """The fact with its true answer as what is written. A neighbor that has the same one keeps it; to a question of
+    Natural Questions, which have none, a question mark is put, as the published code has it."""
+    near = [
+        one._replace(prompt=f"{one.prompt}?") if one.prompt.startswith(NQ) and not one.prompt.endswith("?") else one
+        for one in fact.questions("neighborhood")
+    ]
+    return replace(fact, target_new=fact.target_true, target_true=None, neighborhood=tuple(near))
 
 
 ZSRE = of_questions(

@@ -69,7 +69,7 @@ def evaluate(
     generate: tokens to write behind prompts, greedily, without and with the edits; with a number given, behind each
         fact's own prompt besides, for ``EvalReport.generations``. None: the benchmark's own number; 0: nothing is
         written, and what would be read from it is NaN
-    judge: ``judge(prompt, accepted answers, what was written) -> 0 to 1``, for the mode of that name
+    judge: ``judge(prompt (of a chat the question), accepted answers, what was written) -> 0 to 1``, for that mode
     log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it

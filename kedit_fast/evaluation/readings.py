@@ -27,6 +27,7 @@ from kedit_fast.basics.bits import digest
 from kedit_fast.basics.intervals import PROBABILITY, SHARE, Metrics
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.texts import contains, matches, normalized
+from kedit_fast.facts.tokens import spoken
 
 WRITTEN = ("match", "contains", "judge", "same_text")
 MODES = {
@@ -46,7 +47,8 @@ KEPT = ("p", "token", "exact", "same", "match", "contains", "same_text")  # of o
 PROBABILITIES = ("p", "p_other")
 UNTIL = (".", "\n")  # WILD's stop rule
 
-Judge = Callable[[str, tuple[str, ...], str], float | bool]  # (prompt, accepted answers, what was written) -> 0 to 1
+# (prompt, of a chat its question alone; accepted answers; what was written) -> 0 to 1
+Judge = Callable[[str, tuple[str, ...], str], float | bool]
 
 
 class Kind(NamedTuple):
@@ -115,7 +117,7 @@ def _of_text(mode: str, one: Probe, text: str, base: str, judge: Judge | None) -
     if not one.accepted or (mode == "judge" and judge is None):
         return math.nan
     if mode == "judge":
-        return _verdict(judge(one.text, one.accepted, text))
+        return _verdict(judge(spoken(one.text), one.accepted, text))
     return float((matches if mode == "match" else contains)(text, one.accepted))
 
 

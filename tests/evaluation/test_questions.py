@@ -1,5 +1,6 @@
 """Benchmarks of questions against one Hugging Face forward, and one ``generate``, a prompt at a time."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from kedit_fast.facts.formats import Question
 from tests.conftest import refused
 from tests.evaluation.benchmarks.records import ALL
 from tests.evaluation.test_evaluate import close, make_edit, make_lm, make_owned
+from tests.tiny import tiny_model, tiny_tokenizer
 
 N = 6  # tokens written
 ASKED_OF = (kf.Fact("{} is in", "Big Ben", "Rome"),)
@@ -165,6 +167,17 @@ def test_the_users_judge(tmp_path):
     assert "rewrite.judge" not in str(report) and " judge " in str(report)
     with pytest.raises(kf.basics.checks.BadArgument, match="judge = 5: expected a function"):
         kf.evaluate(lm, cases_of("qaedit", tmp_path), benchmark=kf.BENCHMARKS["qaedit"], judge=5)
+
+
+def test_a_judge_is_given_a_chats_question():
+    """Not what the template makes of it."""
+    tokenizer, seen = copy.deepcopy(tiny_tokenizer()), []
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<me>"
+    lm = kf.open_model(tiny_model("llama"), tokenizer=tokenizer)
+    fact = kf.Fact("Where is {}?", "Big Ben", "Rome", chat=(("system", "Be brief."),))
+    how = {"benchmark": kf.BENCHMARKS["questions"], "generate": 2}
+    kf.evaluate(lm, fact, judge=lambda *given: bool(seen.append(given[:2])), **how)
+    assert seen == [("Where is Big Ben?", ("Rome",))] * 2, "as a question in a chat and plainly"
 
 
 @pytest.mark.parametrize("given", [7, -1, None, "yes", math.nan])

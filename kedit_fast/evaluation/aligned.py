@@ -53,7 +53,7 @@ def aligned(reports: Mapping[str, Report]) -> Aligned:
     for name in edited[1:]:
         if _differ(read[edited[0]][0], read[name][0], metrics):
             notes.append(f"the unedited model of {name} is not that of {edited[0]}, which is shown")
-    notes += _perplexities(reports)
+    notes += [*_measured_otherwise(reports), *_perplexities(reports)]
     score_of = tuple(getattr(whole, "score_of", ()))
     return Aligned(
         whole.facts, getattr(whole, "cases", ()), metrics, score_of if set(score_of) <= set(metrics) else (),
@@ -193,6 +193,19 @@ def _left_out(reports: Mapping[str, Report], metrics: Iterable[str]) -> list[str
         if measured:
             more = f" and {len(measured) - NAMED} more" if len(measured) > NAMED else ""
             said.append(f"left out, of {name} alone: {', '.join(measured[:NAMED])}{more}")
+    return said
+
+
+def _measured_otherwise(reports: Mapping[str, Report]) -> list[str]:
+    """Sentences on settings that answers in free writing depend on, where reports have several."""
+    said = []
+    for setting, what in (("generate", "tokens written behind a prompt"), ("judge", "the judge")):
+        found = {
+            n: one.meta[setting] for n, one in reports.items() if isinstance(one, EvalReport) and setting in one.meta
+        }
+        if len(set(map(str, found.values()))) > 1:
+            each = ", ".join(f"{name} {value if value is not None else 'none'}" for name, value in found.items())
+            said.append(f"{what}: not the same in all, so modes that read free writing differ by that too: {each}")
     return said
 
 

@@ -38,6 +38,8 @@ class Case:
     writing: how answers are written
     number: of the row; edited: the subjects that are edited together with these facts; owner: the fact whose
     independent edit acts on the probes, 0 where edits are shared
+
+    Raises BadArgument for no facts, and for anything but Facts and Questions.
     """
 
     facts: tuple[Fact, ...]
@@ -46,6 +48,11 @@ class Case:
     number: int = 0
     edited: tuple[Names, ...] = ()
     owner: int = 0
+
+    def __post_init__(self):
+        asked = checks.listed("Case.questions", self.questions, Question, "Questions", empty=True)
+        object.__setattr__(self, "facts", tuple(fact_list(self.facts, "Case.facts")))
+        object.__setattr__(self, "questions", tuple(asked))
 
     @property
     def label(self) -> str:

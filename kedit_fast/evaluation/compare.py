@@ -27,7 +27,8 @@ from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, fra
 
 FORMAT, VERSION = "kedit_fast.comparison", 1
 BASE = "base"  # the unedited model beside the others
-FEWER = {"p_true", "old", "deducible"}  # metrics, or kinds of question, of which less is better: of the old answer
+# Metrics, kinds of question and modes of which less is better: of the old answer, and of what an answer competes with.
+FEWER = {"p_true", "old", "deducible", "p_other"}
 LIKE = "reports of the same facts, {'memit': kf.evaluate(...), 'rome': kf.EvalReport.load(...)}"
 
 
@@ -110,7 +111,7 @@ class Comparison:
         found = self.differences[metric][name]
         if not (found.low > 0 or found.high < 0):
             return ""
-        return "better" if (found.low > 0) != bool({metric, metric.partition(MODE)[0]} & FEWER) else "worse"
+        return "better" if (found.low > 0) != bool({metric, *metric.split(MODE)} & FEWER) else "worse"
 
     def modes(self) -> tuple[str, ...]:
         """Of questions that are read in several modes, those that are shown unless told otherwise: the score's."""

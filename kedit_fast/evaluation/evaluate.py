@@ -28,7 +28,7 @@ from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.known import Known
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
 from kedit_fast.evaluation.probes import Probe, read_probes, write_probes
-from kedit_fast.evaluation.readings import Judge
+from kedit_fast.evaluation.readings import Judge, known_as
 from kedit_fast.evaluation.report import EvalReport, case_record
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import Names
@@ -69,13 +69,13 @@ def evaluate(
     generate: tokens to write behind prompts, greedily, without and with the edits; with a number given, behind each
         fact's own prompt besides, for ``EvalReport.generations``. None: the benchmark's own number; 0: nothing is
         written, and what would be read from it is NaN
-    judge: ``judge(prompt, accepted answers, what was written) -> 0 to 1``, for the mode of that name
+    judge: ``judge(prompt (of a chat the question), accepted answers, what was written) -> 0 to 1``, for that mode
     log: a .jsonl path; each case's record is added to it as soon as its chunk is done
     both_forms: where the model has a chat template, ask each fact in the other form too: plain prompts as questions in
         a chat, questions in a chat plainly. ``EvalReport.other`` is what came of it
     known: ``Known()`` for several evaluations of the same facts: the base model is asked in the first of them alone
     checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
-        arguments, and ends with the same bits. To be deleted once the report is saved
+        arguments (a judge of the same code), and ends with the same bits. To be deleted once the report is saved
 
     CounterFact needs facts with target_new or target_true, same_subject prompts, or neighbors with answers of their
     own; a metric is NaN where a fact lacks what it compares. Neighborhood prompts that name a subject edited together
@@ -99,7 +99,7 @@ def evaluate(
     writing = ["generating"] * any(probe.n_written for form in forms for one in form for probe in one.everything)
     meta = _meta(lm, benchmark, cases, windows, max_tokens)
     with stages(*writing, "evaluating facts", *["measuring perplexity"][: windows is not None]):
-        asked_for = partial(_asked_for, lm, benchmark, given, generate, len(forms), windows)
+        asked_for = partial(_asked_for, lm, benchmark, forms, generate, judge, windows)
         said, drift = _answered(lm, benchmark, forms, windows, log, known, (checkpoint, asked_for))
     other = _report(benchmark, forms[1], said[1], meta | {"note": ""}) if len(forms) > 1 else None
     return _report(benchmark, forms[0], said[0], meta, perplexity=drift, other=other)
@@ -221,11 +221,12 @@ class Said(NamedTuple):
         return cls(base, edited, [(prompt, before, after) for prompt, before, after in generations])
 
 
-def _asked_for(lm, benchmark: Benchmark, given: list[Case], generate: int | None, n_forms: int, windows) -> dict:
+def _asked_for(lm, benchmark: Benchmark, forms: list[list[Asked]], generate: int | None, judge, windows) -> dict:
     """What an evaluation depends on, for the manifest of its checkpoint."""
-    facts = [fact for case in given for fact in case.facts]
-    asked = digest([[len(case.facts), case.questions] for case in given])
-    settings = {"benchmark": benchmark.name, "generate": generate, "forms": n_forms, "questions": asked}
+    facts = [fact for one in forms[0] for fact in one.case.facts]
+    asked = digest(*([len(one.case.facts), one.everything] for form in forms for one in form))
+    settings = {"benchmark": benchmark.name, "metrics": list(benchmark.metrics), "generate": generate}
+    settings |= {"judge": known_as(judge), "forms": len(forms), "questions": asked}
     return asked_of(lm, "evaluate", facts, **settings, text=None if windows is None else digest(windows))
 
 
@@ -337,6 +338,8 @@ def _meta(lm, benchmark: Benchmark, cases: list[Case], windows, max_tokens) -> d
         "independent": lm.independent,
         "n": sum(len(case.facts) for case in cases),
         "benchmark": benchmark.name,
+        "generate": cases[0].writing.n_tokens,
+        "judge": known_as(cases[0].writing.judge),
         "version": __version__,
     }
     if windows is not None:

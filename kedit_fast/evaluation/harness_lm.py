@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -32,7 +33,11 @@ from kedit_fast.sweep.plan import RowCost, free, together
 
 CHUNK = 64  # requests a sweep when the weights are in memory: progress moves
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # settings that say nothing of greedy text
-NOTHING = (None, False, 1, 1.0)  # values with which any other setting changes nothing
+IDLE = ("early_stopping", "length_penalty", "pad_token_id", "renormalize_logits", "use_cache")  # say nothing of any
+ONES = (  # settings that change nothing at 1; any other one at 0, False or None
+    "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty", "encoder_repetition_penalty", "top_p",
+    "typical_p",
+)  # fmt: skip
 
 Both = tuple[list, list]  # what the base model answers, and what the edited one does
 
@@ -42,7 +47,9 @@ class HarnessLM(TemplateLM):
     empty context is, how a text is windowed, where one that is written ends.
 
     Differs: of a model that gives NaN (an edit that overflows) a continuation has log-probability -inf, and a text ends
-    there; sampling (``do_sample``) is among all tokens unless the task says ``top_k``, and from ``seed``.
+    there; sampling (``do_sample``) is among all tokens unless the task says ``top_k``, and from ``seed``; text is
+    written by the task's settings alone, without penalties that the model's own generation config may name; a chat is
+    rendered as elsewhere in this package, with thinking off.
     """
 
     def __init__(self, lm: LM, *, seed: int = 0, edited: "HarnessLM | None" = None):
@@ -85,15 +92,27 @@ class HarnessLM(TemplateLM):
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as the model reads it; ValueError for a model without a template."""
+        """A chat as the model reads it; of a template that refuses them without system messages, of which it warns.
+        ValueError for a model without a template, and for a chat that its template refuses."""
         check_template(self.tokenizer)
-        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt} | TEMPLATE_OPTIONS
-        text = str(
-            self.tokenizer.apply_chat_template(chat_history, continue_final_message=not add_generation_prompt, **how)
-        )
+        without = [turn for turn in chat_history if turn["role"] != "system"]
+        try:
+            text = self._rendered(chat_history, add_generation_prompt)
+        except TemplateError as error:
+            try:
+                if len(without) == len(chat_history):
+                    raise
+                text = self._rendered(without, add_generation_prompt)
+            except TemplateError:
+                raise ValueError(f"the model's chat template refuses a task's chat: {error}") from error
+            warnings.warn("the model's chat template takes no system messages: tasks are asked without", stacklevel=2)
         asked = [turn["content"] for turn in chat_history if turn["role"] == "user"]
         self._chats[text] = ChatText(text, asked[-1] if asked else "")  # an edit puts its text into the last turn
         return text
+
+    def _rendered(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt} | TEMPLATE_OPTIONS
+        return str(self.tokenizer.apply_chat_template(turns, continue_final_message=not add_generation_prompt, **how))
 
     # ---- read
 
@@ -233,10 +252,19 @@ def _sampling(settings: dict) -> dict[str, Any]:
     how = dict(settings)
     sampled = how.pop("do_sample")
     temperature, top_k = how.pop("temperature", 0.0), how.pop("top_k", None)
-    unknown = {k: v for k, v in how.items() if v not in NOTHING and (sampled or k not in SAMPLING)}
+    unknown = {k: v for k, v in how.items() if not _is_idle(k, v) and (sampled or k not in SAMPLING)}
     if unknown:
         raise ValueError(
             f"generation_kwargs {unknown}: text is written greedily, or sampled by temperature and top_k; leave the "
             "rest out of the task"
         )
+    if sampled and not temperature > 0:
+        raise ValueError(
+            "generation_kwargs: do_sample without a temperature above 0; give one, or leave do_sample out (greedy text)"
+        )
     return {"temperature": temperature, "top_k": top_k or None} if sampled else {"temperature": 0.0}
+
+
+def _is_idle(name: str, value: Any) -> bool:
+    """Whether a setting with this value changes nothing."""
+    return name in IDLE or value is None or value == (1 if name in ONES else 0)

@@ -48,6 +48,20 @@ class Lens(NamedTuple):
     rank_new: Tensor
 
 
+def there(lens: Lens, first: int) -> tuple[Tensor, Tensor]:
+    """[n] each: 1 where the old answer is among the 10 likeliest after some layer from ``first`` on, and after the last
+    one; 0 where not, NaN where the model gives NaN instead, or no old answer is known."""
+    ranks = lens.rank_old[:, first:]
+    found = (ranks <= TOP).double()
+    present = found.amax(1)
+    present = present.masked_fill(ranks.isnan().any(1) & (present == 0), torch.nan)
+    return present, found[:, -1].masked_fill(ranks[:, -1].isnan(), torch.nan)
+
+
+def _share(column: Tensor) -> float | None:
+    return None if column.isnan().all() else float(column.nanmean())
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLens:
     """The answers of facts after each layer, before and after an edit.
@@ -75,6 +89,8 @@ class LogitLens:
         ranks, layers = lens.rank_old[i], self.still_there[i].nonzero()[:, 0].tolist()
         name = repr(fact.target_true)
         if not layers:
+            if broken := ranks.isnan().nonzero()[:, 0].tolist():
+                return f"{name} cannot be looked for: the model gives NaN after layers {ranges(broken)}"
             return f"{name} is not among the {TOP} likeliest after any layer"
         best = min(layers, key=lambda layer: float(ranks[layer]))
         final = "" if layers[-1] < ranks.shape[0] - 1 else ", and still at the end"
@@ -85,18 +101,16 @@ class LogitLens:
 
     def summary(self) -> dict:
         """Over the facts with an old answer: n, present_before and present_after (share whose old answer is among the
-        10 likeliest after some layer from the first edited one on), ends_before and ends_after (after the last)."""
+        10 likeliest after some layer from the first edited one on), ends_before and ends_after (after the last); facts
+        to which the edited model gives NaN are left out there, None where they are all."""
         known = [i for i, fact in enumerate(self.facts) if fact.target_true is not None]
         found: dict = {"n": len(known), "first_layer": self.first_layer}
         for name, lens in (("before", self.before), ("after", self.after)):
             if lens is None or not known:
                 found |= {f"present_{name}": None, f"ends_{name}": None}
                 continue
-            there = lens.rank_old[known, self.first_layer or 0 :] <= TOP
-            found |= {
-                f"present_{name}": float(there.any(1).float().mean()),
-                f"ends_{name}": float(there[:, -1].float().mean()),
-            }
+            present, ends = there(lens, self.first_layer or 0)
+            found |= {f"present_{name}": _share(present[known]), f"ends_{name}": _share(ends[known])}
         return found
 
     def plot(self, path: AnyPath | None = None, fact: int | None = None, model: str = "") -> "Figure":

@@ -30,7 +30,7 @@ from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.benchmarks.distractors import DISTRACTORS
 from kedit_fast.evaluation.canary import CONTEXT, DOUBT, sing, with_old_answer
 from kedit_fast.evaluation.evaluate import about, evaluate
-from kedit_fast.evaluation.logit_lens import TOP, Lens, logit_lens
+from kedit_fast.evaluation.logit_lens import logit_lens, there
 from kedit_fast.evaluation.moved_questions import Asked, checked_texts, questions
 from kedit_fast.evaluation.moved_report import Both, Drift, Moved, complete
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity_of
@@ -173,18 +173,9 @@ def _in_layers(view, facts: Sequence[Fact]) -> dict[str, Both]:
     if not known:
         return {}
     lens = logit_lens(view, known)
-    sides = [_still_there(one, lens.first_layer or 0) for one in (lens.before, lens.after or lens.before)]
+    sides = [there(one, lens.first_layer or 0) for one in (lens.before, lens.after or lens.before)]
     each = zip(("lens_present", "lens_ends"), zip(*sides, strict=True), strict=True)
     return {name: Both(*(interval(column, SHARE) for column in columns)) for name, columns in each}
-
-
-def _still_there(lens: Lens, first: int) -> tuple[Tensor, Tensor]:
-    """[n] each: 1 where it is, 0 where not, NaN where the model gives NaN instead."""
-    ranks = lens.rank_old[:, first:]
-    there = (ranks <= TOP).double()
-    present = there.amax(1)
-    present = present.masked_fill(ranks.isnan().any(1) & (present == 0), torch.nan)
-    return present, there[:, -1].masked_fill(ranks[:, -1].isnan(), torch.nan)
 
 
 def _written_again(view, ask: Asked) -> dict[str, Both]:

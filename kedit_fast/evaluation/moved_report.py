@@ -91,6 +91,7 @@ class Moved:
             meta = checks.instance("meta", record["meta"], dict, "an object")
             for name in ("model", "method"):
                 checks.optional(checks.text, name, meta.get(name), blank=True)
+            checks.whole("n", meta.get("n", 0))
             drifts = {
                 name: Drift(as_float(base), as_float(edited), _interval(drift), checks.whole("n_predicted", n))
                 for name, (base, edited, drift, n) in record["drifts"].items()

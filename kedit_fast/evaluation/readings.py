@@ -19,11 +19,15 @@ before it. Generated, the model writes by itself until a stop rule ends it. Ever
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
+from types import CodeType
 from typing import NamedTuple
 
+from kedit_fast.basics import checks
+from kedit_fast.basics.bits import digest
 from kedit_fast.basics.intervals import PROBABILITY, SHARE, Metrics
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.texts import contains, matches, normalized
+from kedit_fast.facts.tokens import spoken
 
 WRITTEN = ("match", "contains", "judge", "same_text")
 MODES = {
@@ -43,7 +47,8 @@ KEPT = ("p", "token", "exact", "same", "match", "contains", "same_text")  # of o
 PROBABILITIES = ("p", "p_other")
 UNTIL = (".", "\n")  # WILD's stop rule
 
-Judge = Callable[[str, tuple[str, ...], str], float | bool]  # (prompt, accepted answers, what was written) -> 0 to 1
+# (prompt, of a chat its question alone; accepted answers; what was written) -> 0 to 1
+Judge = Callable[[str, tuple[str, ...], str], float | bool]
 
 
 class Kind(NamedTuple):
@@ -112,5 +117,40 @@ def _of_text(mode: str, one: Probe, text: str, base: str, judge: Judge | None) -
     if not one.accepted or (mode == "judge" and judge is None):
         return math.nan
     if mode == "judge":
-        return float(judge(one.text, one.accepted, text))
+        return _verdict(judge(spoken(one.text), one.accepted, text))
     return float((matches if mode == "match" else contains)(text, one.accepted))
+
+
+# ---- judges
+
+
+def _verdict(given) -> float:
+    """What a judge gave. Raises BadArgument for anything but 0 to 1."""
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        checks.refuse("what judge gives", given, "a number from 0 to 1, or True or False")
+    return value
+
+
+def known_as(judge: Judge | None) -> str | None:
+    """What tells judges apart: a function's name and a digest of its own code (not of what it calls), of another object
+    the name of its class; None for none."""
+    if judge is None:
+        return None
+    code, name = getattr(judge, "__code__", None), getattr(judge, "__qualname__", type(judge).__qualname__)
+    name = name.rpartition("<locals>.")[2]
+    return f"{name} {digest(_said_by(code))}" if isinstance(code, CodeType) else name
+
+
+def _said_by(code: CodeType) -> list:
+    """What a function does, without the places where it stands."""
+    consts = [_said_by(one) if isinstance(one, CodeType) else _constant(one) for one in code.co_consts]
+    return [code.co_code.hex(), code.co_names, consts]
+
+
+def _constant(value: object) -> str:
+    # a set's order is another in each process
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)

@@ -31,7 +31,7 @@ class EvalReport:
     base, edited: {metric: fp32 [n_cases]}, NaN where a case has no such probe; edited is None without an edit
     facts: in the columns' order
     meta: benchmark, model, fingerprint, dtype, device, backend {op: which implementation ran}, note, method (None
-        without an edit), layers, independent, n (facts), text (what the perplexity was taken of), version
+        without an edit), layers, independent, n (facts), generate (new tokens), judge, text (of perplexity), version
     metrics, score_of: what the columns say, as in ``Benchmark``; verdict: what the edit did; notes: what else a reader
         must know: sentences
     perplexity: (base, edited or None), or None where no text was given
@@ -202,8 +202,8 @@ class EvalReport:
         rows = [["asked", *modes, self._unit]]
         for kind in kinds:
             cells = [found.get((kind, mode)) for mode in modes]
-            n = max(both["base"].n for both in cells if both)
-            rows.append([kind, *(_means(both) for both in cells), str(n)])
+            n = dict.fromkeys(str(both["base"].n) for both in cells if both)  # not of all modes the same, "1, 6"
+            rows.append([kind, *(_means(both) for both in cells), ", ".join(n)])
         return rows
 
     def _says_kind(self, kind: str) -> str:
@@ -298,11 +298,12 @@ def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> Ev
 
 
 def columns_of(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
-    """Columns as they were saved; of a metric that a report does not have, NaN."""
-    listed = {name: [None] * n for name in metrics} | listed
+    """Columns as they were saved, NaN of metrics that are missing. ValueError for others, or not n values each."""
+    if wrong := [name for name, values in listed.items() if name not in metrics or len(values) != n]:
+        raise ValueError(f"{wrong[0]!r}: expected one of its metrics, and {n} values")
     return {
         name: torch.tensor([as_float(value) for value in values], dtype=torch.float32)
-        for name, values in listed.items()
+        for name, values in ({name: [None] * n for name in metrics} | listed).items()
     }
 
 

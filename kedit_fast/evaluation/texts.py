@@ -22,9 +22,9 @@ def normalized(text: str) -> str:
 
 
 def matches(text: str, accepted: Iterable[str]) -> bool:
-    """Whether a text equals one of these answers, both normalized."""
+    """Whether a text equals one of these answers, both normalized; a blank one is equal to none."""
     said = normalized(text)
-    return any(said == normalized(answer) for answer in accepted)
+    return bool(said) and any(said == normalized(answer) for answer in accepted)
 
 
 def contains(text: str, accepted: Iterable[str]) -> bool:
@@ -34,13 +34,13 @@ def contains(text: str, accepted: Iterable[str]) -> bool:
 
 
 def says(text: str, answer: str) -> bool:
-    """Whether a text holds an answer as a whole word or words, whatever the case."""
-    return re.search(_pattern(answer), text, re.IGNORECASE) is not None
+    """Whether a text holds an answer as a whole word or words, whatever the case; a blank one is held by none."""
+    return bool(answer.strip()) and re.search(_pattern(answer), text, re.IGNORECASE) is not None
 
 
 def leaks(text: str, old: str, new: str | None) -> bool:
     """Whether a text says the old answer; not where it stands inside the new one ("York" in "New York")."""
-    if new is None:
+    if not (old.strip() and new and new.strip()):
         return says(text, old)
     if folded(old) == folded(new):
         return False

@@ -17,7 +17,7 @@ from kedit_fast.edits.chain import check_chain, with_edits
 from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, Song
 from kedit_fast.evaluation.evaluate import about
-from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens
+from kedit_fast.evaluation.logit_lens import TOP, LogitLens, logit_lens, there
 from kedit_fast.evaluation.texts import says
 from kedit_fast.facts.fact import Chat
 from kedit_fast.gating import forms
@@ -218,13 +218,14 @@ def _lens(view, asked: Questions) -> LogitLens | None:
 
 def _lens_check(lens: LogitLens, form: str) -> Check:
     """Facts whose old answer is still near the top after some edited or later layer: outvoted rather than replaced."""
-    there = lens.still_there[:, lens.first_layer or 0 :].any(1)
+    present, _ = there(lens.after or lens.before, lens.first_layer or 0)
+    outcomes = [None if math.isnan(one) else one > 0 for one in present.tolist()]
     found = lens.summary()
     note = (
         f"facts whose old answer is among the {TOP} likeliest after some layer from the first edited one on; "
         f"before the edit {found['present_before']:.0%}"
     )
-    return Check.of("old answer in layers", form, _share(there.tolist()), note=note, counted="facts")
+    return Check.of("old answer in layers", form, _share(outcomes), note=note, counted="facts")
 
 
 def _policy_check(advice: Advice, form: str) -> Check:

@@ -73,6 +73,11 @@ def test_who_is_better():
     turned = both(against="memit")
     assert turned.verdict("p_true", "rome") == "worse" and list(turned.differences["p_true"]) == ["rome"]
     assert turned.differences["p_new"]["rome"].mean == pytest.approx(-0.2)
+    zsre = {
+        name: report(KNOWEDIT, rewrite__p_other=[p] * 4, rewrite__p=[p] * 4) for name, p in (("a", 0.1), ("b", 0.9))
+    }
+    assert compare(zsre).verdict("rewrite.p_other", "b") == "worse", "of what the answer is compared with, too"
+    assert compare(zsre).verdict("rewrite.p", "b") == "better"
     base = both(against="base")
     assert set(base.differences["p_new"]) == {"rome", "memit"}
     assert base.differences["p_new"]["memit"].mean == pytest.approx(0.4)
@@ -83,6 +88,17 @@ def test_models_as_they_are_stand_for_themselves():
     found = compare({"small": small, "large": large})
     assert found.base is None and list(found.summary["efficacy"]) == ["small", "large"]
     assert found.differences["efficacy"]["large"].mean == 0.75
+
+
+def test_other_ways_of_writing_are_said():
+    one = report(**ROME)
+    settings = [{"generate": 2, "judge": None}, {"generate": 32, "judge": None}, {"generate": 2, "judge": "j"}]
+    few, many, other = (replace(one, meta=one.meta | more) for more in settings)
+    (note,) = compare({"few": few, "many": many, "of before": one}).notes
+    assert note.startswith("tokens written behind a prompt: not the same in all") and note.endswith("few 2, many 32")
+    (note,) = compare({"few": few, "other": other}).notes
+    assert note.startswith("the judge: not the same") and note.endswith("few none, other j")
+    assert compare({"few": few, "again": few}).notes == []
 
 
 def test_another_base_is_said():

@@ -123,6 +123,16 @@ def test_sampled_text_is_made_again_by_its_seed_and_what_cannot_be_done_is_said(
     assert one == again != other and len(set(one)) == 3
     how = {"max_gen_toks": 4, "num_beams": 1, "repetition_penalty": 1.0, "top_p": 0.5}  # greedy: they change nothing
     assert written(HarnessLM(lm), [(TOWER, how)]) == [lm.generate(TOWER, 4)]
+    how = {"max_gen_toks": 4, "use_cache": True, "no_repeat_ngram_size": 0, "length_penalty": 2.0, "min_length": None}
+    assert written(HarnessLM(lm), [(TOWER, how)]) == [lm.generate(TOWER, 4)]
+    for idle in ("no_repeat_ngram_size", "min_new_tokens", "min_length"):  # at 1 they do change something
+        refused(
+            rf"generation_kwargs \{{'{idle}': 1\}}", written, HarnessLM(lm), [(TOWER, {idle: 1, "max_gen_toks": 4})]
+        )
+    for sampled in ({"max_gen_toks": 4}, {"max_gen_toks": 4, "temperature": 0.0}):  # theirs is an error as well
+        refused(
+            "do_sample without a temperature above 0", written, HarnessLM(lm), [(TOWER, sampled | {"do_sample": True})]
+        )
     for wrong in (
         {"max_gen_toks": 9, "num_beams": 4},
         {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0, "top_p": 0.5},
@@ -132,6 +142,22 @@ def test_sampled_text_is_made_again_by_its_seed_and_what_cannot_be_done_is_said(
         read(HarnessLM(lm), [(TOWER, " Rome"), (LONG, " Rome")])
     refused("max_gen_toks = 128: the model reads 128", written, HarnessLM(lm), [(TOWER, {"max_gen_toks": POSITIONS})])
     refused("a continuation of 0 tokens behind", read, HarnessLM(lm), [(TOWER, "")])
+
+
+def test_a_template_without_system_messages_is_asked_without():
+    """As the harness's own adapter does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TOWER}]
+    refusing = "{% for m in messages %}{% if m.role == 'ROLE' %}{{ raise_exception('no ROLE') }}{% endif %}"
+    rest = "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template = refusing.replace("ROLE", "system") + rest
+    ours = HarnessLM(kf.open_model(tiny_model("llama"), tokenizer=tokenizer))
+    with pytest.warns(UserWarning, match="takes no system messages"):
+        text = ours.apply_chat_template(turns)
+    assert text == theirs(tiny_model("llama"), tokenizer).apply_chat_template(turns) == f"<user>{TOWER}<assistant>"
+    tokenizer.chat_template = refusing.replace("ROLE", "user") + rest
+    for some in (turns, turns[1:]):
+        refused("chat template refuses a task's chat: no user", ours.apply_chat_template, some)
 
 
 def test_a_view_answers_as_the_written_model():

@@ -91,6 +91,13 @@ def test_says_where_the_old_answer_is(lens):
     found = made.summary()
     assert (found["n"], found["present_after"], found["ends_after"]) == (3, pytest.approx(2 / 3), 0.0)
     assert repr(made) == "LogitLens(4 facts, 4 layers, edited from layer 1)"
+    broken = lens.after._replace(rank_old=ranks.clone())
+    broken.rank_old[0, 1:] = torch.nan  # of the others one has the answer, one has not
+    wrecked = LogitLens(lens.facts, lens.before, broken, 1)
+    assert wrecked.where(0).endswith("cannot be looked for: the model gives NaN after layers 1-3")
+    assert (wrecked.summary()["present_after"], wrecked.summary()["ends_after"]) == (0.5, 0.0)
+    broken.rank_old[:, 1:] = torch.nan
+    assert wrecked.summary()["present_after"] is None is wrecked.summary()["ends_after"]
     still = torch.tensor([[1.0, 1.0, 1.0, 1.0]] * len(FACTS))
     assert "and still at the end" in LogitLens(lens.facts, lens.before._replace(rank_old=still)).where(0)
 

@@ -1,7 +1,9 @@
 """Benchmarks of questions against one Hugging Face forward, and one ``generate``, a prompt at a time."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from kedit_fast.evaluation import Case, EvalReport
 from kedit_fast.evaluation.benchmarks import mquake, rippleedits
 from kedit_fast.evaluation.questions import CHOICES
 from kedit_fast.evaluation.texts import contains, matches, normalized
+from kedit_fast.facts.files import Notes
 from kedit_fast.facts.formats import Question
 from tests.conftest import refused
 from tests.evaluation.benchmarks.records import ALL
 from tests.evaluation.test_evaluate import close, make_edit, make_lm, make_owned
+from tests.tiny import tiny_model, tiny_tokenizer
 
 N = 6  # tokens written
+ASKED_OF = (kf.Fact("{} is in", "Big Ben", "Rome"),)
 SOURCES = [name for name in ALL if name not in ("mquake-cot",)]
 
 
@@ -164,6 +169,25 @@ def test_the_users_judge(tmp_path):
         kf.evaluate(lm, cases_of("qaedit", tmp_path), benchmark=kf.BENCHMARKS["qaedit"], judge=5)
 
 
+def test_a_judge_is_given_a_chats_question():
+    """Not what the template makes of it."""
+    tokenizer, seen = copy.deepcopy(tiny_tokenizer()), []
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<me>"
+    lm = kf.open_model(tiny_model("llama"), tokenizer=tokenizer)
+    fact = kf.Fact("Where is {}?", "Big Ben", "Rome", chat=(("system", "Be brief."),))
+    how = {"benchmark": kf.BENCHMARKS["questions"], "generate": 2}
+    kf.evaluate(lm, fact, judge=lambda *given: bool(seen.append(given[:2])), **how)
+    assert seen == [("Where is Big Ben?", ("Rome",))] * 2, "as a question in a chat and plainly"
+
+
+@pytest.mark.parametrize("given", [7, -1, None, "yes", math.nan])
+def test_a_judge_that_says_anything_else_is_refused(given):
+    read, one = kf.evaluation.readings.read, kf.evaluation.probes.Probe([1], "a", accepted=("Rome",))
+    answer = kf.evaluation.probes.Answer(text="Rome")
+    refused("what judge gives = .*expected a number from 0 to 1", read, "judge", one, answer, answer, lambda *_: given)
+    assert [read("judge", one, answer, answer, lambda *_, x=x: x) for x in (True, 0, torch.tensor(0.5))] == [1, 0, 0.5]
+
+
 def test_without_paraphrases_nothing_is_counted(tmp_path):
     """Never as zero."""
     case = cases_of("wikibigedit", tmp_path, rephrase_prompt=None, locality_prompt=None, locality_ground_truth=None)
@@ -171,6 +195,16 @@ def test_without_paraphrases_nothing_is_counted(tmp_path):
     summary = report.summary()
     assert summary["paraphrase.token"]["base"].n == 0 and math.isnan(summary["score"]["base"].mean)
     assert "paraphrase" not in str(report)
+
+
+def test_facts_are_counted_mode_by_mode():
+    facts = [
+        kf.Fact("{} is in", "Big Ben", "Rome", "London"),
+        *(kf.Fact("{} is in", f"Town {i}", "Rome") for i in range(5)),
+    ]
+    report = kf.evaluate(make_lm(), facts, benchmark=kf.BENCHMARKS["questions"], generate=0)
+    (row,) = [line for line in str(report).splitlines() if line.startswith("rewrite ")]
+    assert row.endswith(" 1, 6"), "one has an old answer to compare with"
 
 
 def test_a_table_of_kinds_by_modes(tmp_path):
@@ -223,8 +257,40 @@ def test_a_killed_evaluation_knows_other_questions(tmp_path):
     kf.evaluate(lm, cases_of("wikibigedit", tmp_path), benchmark=benchmark, generate=1, checkpoint=tmp_path / "run")
     (case,) = cases_of("wikibigedit", tmp_path)
     more = Case(case.facts, (Question("Rome is in", "Italy", kind="portability"),))
+    how = {"generate": 1, "checkpoint": tmp_path / "run"}
     with pytest.raises(ValueError, match="questions"):
-        kf.evaluate(lm, more, benchmark=benchmark, generate=1, checkpoint=tmp_path / "run")
+        kf.evaluate(lm, more, benchmark=benchmark, **how)
+    with pytest.raises(ValueError, match="questions"):
+        kf.evaluate(lm, case, benchmark=replace(benchmark, until=("\n",)), **how)
+
+
+def test_a_killed_evaluation_knows_another_judge(tmp_path):
+    """By its name, or by what it does."""
+    lm, cases = make_lm(), cases_of("qaedit", tmp_path)
+    how = {"benchmark": kf.BENCHMARKS["qaedit"], "generate": 1, "checkpoint": tmp_path / "run"}
+    judges = [lambda prompt, accepted, text: 1.0, lambda prompt, accepted, text: 0.0, None]
+    first = kf.evaluate(lm, cases, judge=judges[0], **how)
+    assert kf.evaluate(lm, cases, judge=judges[0], **how).base["rewrite.judge"].tolist() == [1.0]
+    for judge in judges[1:]:
+        refused("holds other work: its judge is .<lambda> .*, this one's", kf.evaluate, lm, cases, judge=judge, **how)
+    assert first.meta["judge"].startswith("<lambda> ") and first.meta["generate"] == 1
+    known_as = kf.evaluation.readings.known_as
+    assert known_as({"Rome"}.issuperset) == "set.issuperset" and known_as(type("Judge", (), {})()) == "Judge"
+    assert known_as(lambda *a: "b" in {"a", "b"}) != known_as(lambda *a: "b" in {"a", "c"})
+
+
+@pytest.mark.parametrize("facts, questions, says", [
+    ((), (), "Case.facts is empty"),
+    ((5,), (), "Case.facts = 5"),
+    (ASKED_OF, ("Rome is in",), "Case.questions = 'Rome is in'"),
+    (ASKED_OF, 5, "Case.questions = 5"),
+])  # fmt: skip
+def test_what_is_no_case_is_refused(facts, questions, says):
+    refused(says, Case, facts, questions)
+
+
+def test_a_case_of_one_fact_or_of_lists():
+    assert Case(ASKED_OF[0]) == Case(list(ASKED_OF), []) == Case(ASKED_OF)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -237,6 +303,8 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path):
             lambda: kf.BENCHMARKS["knowgic"].load(path))  # fmt: skip
     with pytest.warns(UserWarning, match="passed over, 1 record: .*record 1: chain"):
         assert len(kf.BENCHMARKS["knowgic"].load(path, skip_bad=True)) == 1
+    path.write_text(json.dumps([ALL["knowgic"] | {"chain": ALL["knowgic"]["chain"] | {"answers": ["Monk", None]}}]))
+    refused("record 0: chain: expected .* as texts, found None", lambda: kf.BENCHMARKS["knowgic"].load(path))
     path.write_text(json.dumps([{"question": "a"}]))
     refused(
         "record 0: expected an object with question, subject and object", lambda: kf.BENCHMARKS["halluedit"].load(path)
@@ -249,6 +317,11 @@ def test_the_two_protocols_of_zsre(tmp_path):
     (wrong,), (true,) = (cases_of(name, tmp_path) for name in ("zsre", "zsre-true"))
     assert (wrong.facts[0].target_new, wrong.facts[0].target_true) == ("Rome", "London")
     assert (true.facts[0].target_new, true.facts[0].target_true) == ("London", None) and not true.questions
+    ((neighbor,),) = (
+        one.facts[0].questions("neighborhood") for one in cases_of("zsre-true", tmp_path, loc_ans="London")
+    )
+    assert neighbor[:2] == ("nq question: who plays the piano?", "London"), "the same answer as the edit's is one"
+    assert wrong.facts[0].questions("neighborhood")[0].prompt == "nq question: who plays the piano", "as EasyEdit asks"
     assert [(one.kind, one.prompt, one.answer) for one in wrong.questions] == [
         ("portability", "In which country is Big Ben?", "Italy")
     ]
@@ -305,6 +378,25 @@ def test_a_case_of_mquake(tmp_path):
     thinking = {one.kind: one for one in kf.BENCHMARKS["mquake-cot"].probes(lm, case)}
     assert thinking["multi_hop"].text.endswith("\nThoughts:") and thinking["hop"].text.endswith("\nAnswer:")
     assert thinking["multi_hop"].accepted == ("Italy", "Italia")
+    assert thinking["multi_hop"].answers == () == thinking["old"].answers, "no answer in the place of a thought"
+    assert thinking["hop"].answers and asked["multi_hop"].answers
+    blank = ALL["mquake"]["new_single_hops"][1] | {"question": ""}
+    (case,) = cases_of("mquake", tmp_path, new_single_hops=[ALL["mquake"]["new_single_hops"][0], blank])
+    assert [one.kind for one in case.questions][:2] == ["hop, edited", "multi_hop"]
+
+
+def test_an_answer_behind_thoughts_is_read_there(tmp_path):
+    (case,) = cases_of("mquake-cot", tmp_path)
+    benchmark, Answer = kf.BENCHMARKS["mquake-cot"], kf.evaluation.probes.Answer
+    probes = benchmark.probes(make_lm(), case)
+    thought = " It is in Rome, which is not in England.\nAnswer: Italy\n"
+    answers = [Answer(p=(0.1,) * len(one.answers), exact=(0.0,) * len(one.answers), said=((0,),) * len(one.answers),
+                      text=thought) for one in probes]  # fmt: skip
+    found = benchmark.values(case, probes, answers, answers)
+    assert (found["multi_hop.match"], found["multi_hop.contains"], found["any_of_three.match"]) == (1, 1, 1)
+    assert (found["old.match"], found["old.contains"]) == (0, 0)
+    for name in ("multi_hop.token", "multi_hop.exact", "any_of_three.exact", "old.exact"):
+        assert math.isnan(found[name]), name
 
 
 def test_columns_of_mquake_by_hand(tmp_path):
@@ -320,6 +412,7 @@ def test_columns_of_mquake_by_hand(tmp_path):
         "instance.exact": 0, "instance.match": 0, "instance.contains": 1,
         "any_of_three.exact": 1, "any_of_three.match": 1, "any_of_three.contains": 1,
         "old.exact": 0, "old.match": 1, "old.contains": 1,
+        "multi_hop.token": 1, "multi_hop.exact": 0.5, "multi_hop.match": 0.5, "multi_hop.contains": 0.5,
     }  # fmt: skip
     unwritten = [answer._replace(text=None) for answer in answers]
     found = mquake.columns(case, probes, unwritten, unwritten)
@@ -355,3 +448,67 @@ def test_ripples_by_hand(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps([{"edit": {"prompt": "He is it.", "original_fact": {"prompt": "He is that."}}}]))
     refused("record 0: edit: prompt: expected 'The ... of SUBJECT is ANSWER.'", lambda: benchmark.load(path))
+
+
+@pytest.mark.parametrize("relation, sentence, subject, prompt, new", [
+    ("COUNTRY", "The name of the country which Dome of the Rock is associated with is Israel.", "Dome of the Rock",
+     "The name of the country which {} is associated with is", "Israel"),
+    ("COUNTRY_OF_CITIZENSHIP", "The name of the country of citizenship of Henry V of England is France.",
+     "Henry V of England", "The name of the country of citizenship of {} is", "France"),
+    ("AUTHOR", "The name of the author of Lord of the Flies is Ann Lee.", "Lord of the Flies",
+     "The name of the author of {} is", "Ann Lee"),
+    ("HEAD_OF_STATE", "The name of the head of state of Spain is Ann.", "Spain",
+     "The name of the head of state of {} is", "Ann"),
+    ("EMPLOYER", "The name of the employer of Ann Lee is Twitter, Inc..", "Ann Lee",
+     "The name of the employer of {} is", "Twitter, Inc."),
+    ("SIBLING", "The names of the siblings of Prince are Tyka Nelson.", "Prince",
+     "The names of the siblings of {} are", "Tyka Nelson"),
+    ("AWARD_RECEIVED", "The name of the award Lionel Messi won is Nobel Prize.", "Lionel Messi",
+     "The name of the award {} won is", "Nobel Prize"),
+    ("LEAGUE", "The name of the league which Chelsea F.C. plays in is Serie A.", "Chelsea F.C.",
+     "The name of the league which {} plays in is", "Serie A"),
+    ("FOLLOWED_BY", "2022 in film is followed by 2024 in film.", "2022 in film", "{} is followed by", "2024 in film"),
+    ("FOLLOWS", "The Life of Brian is here follows Jabberwocky.", "The Life of Brian is here", "{} follows",
+     "Jabberwocky"),
+])  # fmt: skip
+def test_the_fact_of_a_ripple_is_read_off_its_sentence(relation, sentence, subject, prompt, new):
+    """In every form, with an old fact or, as in RECENT, without."""
+    recent = rippleedits.fact_of({"relation": relation, "prompt": sentence})
+    assert recent == {"prompt": prompt, "subject": subject, "target_new": new, "target_true": None}
+    old = prompt.replace("{}", subject)
+    for true in (f"{new} and more", "x", ""):  # an answer that begins as the new one does; and none
+        edit = {"relation": relation, "prompt": sentence, "original_fact": {"prompt": f"{old} {true}."}}
+        assert rippleedits.fact_of(edit) == recent | {"target_true": true or None}
+
+
+def test_what_is_no_ripple_is_refused():
+    """Whatever stands where something else should, the record is named and can be passed over."""
+    benchmark = kf.BENCHMARKS["rippleedits"]
+
+    def places(value, at=()):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*at, key)
+            if isinstance(one, dict | list):
+                yield from places(one, (*at, key))
+
+    for at in places(ALL["rippleedits"]):
+        for wrong in (None, 5, "x", [5], {"a": 1}, [[]]):
+            record = json.loads(json.dumps(ALL["rippleedits"]))
+            inside = record
+            for key in at[:-1]:
+                inside = inside[key]
+            inside[at[-1]] = wrong
+            try:
+                benchmark.probes(make_lm(), benchmark.read(record, 0, Notes()))
+            except ValueError as error:
+                assert str(error)
+
+
+def test_a_ripple_without_a_spelling_is_never_said(tmp_path):
+    query = {"prompt": "The father of Monk is", "answers": [{"value": "K", "aliases": []}]}
+    more = {"test_condition": "AND", "test_queries": [query]}
+    (case,) = cases_of("rippleedits", tmp_path, Logical_Generalization=[more], Relation_Specifity=[])
+    probes, Answer = kf.BENCHMARKS["rippleedits"].probes(make_lm(), case), kf.evaluation.probes.Answer
+    said = [Answer(text="Monk, K") for _ in probes]
+    found = rippleedits.columns(case, probes, said, said)
+    assert (found["LG"], found["LG executed"]) == (0, 1)

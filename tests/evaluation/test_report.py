@@ -71,6 +71,11 @@ def test_other_files_are_refused(tmp_path):
         ("not json", "is not JSON (line 1, column 1: Expecting value); expected a saved report"),
         (json.dumps(record | {"version": 2}), "is not a saved report"),
         (json.dumps(record | {"base": 3}), "is not a saved report"),
+        (json.dumps(record | {"base": record["base"] | {"efficacy": [1.0]}}), "is not a saved report ('efficacy': exp"),
+        (
+            json.dumps(record | {"edited": record["base"] | {"other": [1.0, 0.0]}}),
+            "is not a saved report ('other': exp",
+        ),
     ):
         path.write_text(broken)
         with pytest.raises(ValueError, match=re.escape(f"{path} {says}")):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from kedit_fast.evaluation.probes import before_any
-from kedit_fast.evaluation.texts import contains, matches, ngram_entropy, normalized
+from kedit_fast.evaluation.texts import contains, leaks, matches, ngram_entropy, normalized
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,8 @@ def test_matches_and_contains():
     assert contains("It is in Rome, Italy", ["Paris", "rome"]) and not contains("Romeo", ["Rome"])
     assert not contains("", ["Rome"]) and not matches("anything", [])
     assert contains("他住在巴黎市", ["巴黎"]) and contains("New   York", ["new york"])
+    assert not contains("Rome", ["", " "]) and not matches("", ["", " "]) and not leaks("Rome", "", "Paris")
+    assert contains("Rome", ["", "Rome"]) and leaks("Rome", "Rome", " ")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ chains all of whose links are answered. What lies around them (``context``) must
 
 from collections.abc import Iterator
 
+from kedit_fast.basics.checks import shown
 from kedit_fast.basics.intervals import SHARE
 from kedit_fast.evaluation.benchmark import Case
 from kedit_fast.evaluation.questions import of_questions
@@ -39,12 +40,15 @@ def _links(record: dict, name: str, kind: str) -> Iterator[Question]:
     columns = [given.get(field) for field in FIELDS] if isinstance(given, dict) else [None]
     if given and (not all(isinstance(each, list) for each in columns) or len(set(map(len, columns))) != 1):
         raise ValueError(f"{name}: expected {', '.join(FIELDS)} as lists of one length")
+    for text in (text for each in columns if given for text in each):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}: expected {', '.join(FIELDS)} as texts, found {shown(text)}")
     seen = set()
     for prompt, subject, answer in zip(*columns, strict=True) if given else ():
-        text = str(prompt).replace("{}", str(subject))
+        text = prompt.replace("{}", subject)
         if text not in seen:  # the same question with several answers: the first is asked
             seen.add(text)
-            yield Question(text, str(answer), kind=kind)
+            yield Question(text, answer, kind=kind)
 
 
 def deducible(case: Case, probes, answers, base) -> dict[str, float]:

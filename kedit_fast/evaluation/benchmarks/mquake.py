@@ -8,8 +8,9 @@
     old          the same of the answer from before the edit
 
 Published answers are equal to the new one or an alias: mode "match". ``mquake`` puts question and answer examples
-before a question, ``mquake-cot`` examples that think first, whose answer stands behind "Answer:". All facts of a case
-are edited together.
+before a question, ``mquake-cot`` examples that think first, whose answer stands behind "Answer:": it is read there and
+not teacher-forced in a thought's place, so these questions have no modes "token" and "exact". All facts of a case are
+edited together.
 """
 
 import math
@@ -22,7 +23,7 @@ from kedit_fast.basics.intervals import SHARE
 from kedit_fast.evaluation.benchmark import Benchmark, Case
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.questions import of_fact, of_question, of_questions
-from kedit_fast.evaluation.readings import Kind, read
+from kedit_fast.evaluation.readings import Kind, read, readings
 from kedit_fast.facts.fact import Fact, record_facts
 from kedit_fast.facts.files import Notes
 from kedit_fast.facts.formats import Question, text_of, texts_of
@@ -56,8 +57,7 @@ def read_record(record, index: int, notes: Notes) -> Case:
     facts = [replace(fact, provenance=_about(fact)) for fact in record_facts(record, index, notes)]
     edited = {folded(fact.text) for fact in facts}
     new, old = (text_of(record, name) for name in ("new_answer", "answer"))
-    links = (_link(hop, edited) for hop in _hops(record))
-    asked = [link for link in links if link is not None]
+    asked = [link for hop in _hops(record) if (link := _link(hop, edited))]
     for text in texts_of(record, "questions"):
         for kind, answer, name in ((MULTI, new, "new_answer_alias"), (OLD, old, "answer_alias")):
             if answer:
@@ -76,7 +76,9 @@ def _link(hop: dict, edited: set[str]) -> Question | None:
     """A link by its cloze where that is edited, else by its question."""
     cloze, question = text_of(hop, "cloze"), text_of(hop, "question")
     kind, prompt = (CLOZE, cloze) if cloze and folded(cloze) in edited else (HOP, question)
-    return prompt and Question(prompt, text_of(hop, "answer"), kind=kind, aliases=texts_of(hop, "answer_alias"))
+    return (
+        Question(prompt, text_of(hop, "answer"), kind=kind, aliases=texts_of(hop, "answer_alias")) if prompt else None
+    )
 
 
 def _about(fact: Fact) -> dict:
@@ -98,14 +100,16 @@ def probes(lm, case: Case, before: str, thinks: bool) -> list[Probe]:
             text += "Thoughts:" if thinks and question.kind != HOP else ANSWER
         if shown_by and thinks and question.kind != HOP:
             ends = {"n_written": THOUGHT_TOKENS * (case.writing.n_tokens > 0), "until": ("\n\n",)}
-        made.append(of_question(lm, case, question._replace(prompt=text), **ends))
+        one = of_question(lm, case, question._replace(prompt=text), **ends)
+        made.append(one._replace(answers=()) if ends else one)
     return made
 
 
 def columns(case: Case, probes, answers: list[Answer], base: list[Answer]) -> Mapping[str, float]:
-    """The values of ``MORE``."""
-    asked = [each for each in zip(probes, map(_answered, answers), base, strict=True)]
-    found = {}
+    """The values of ``MORE``, and of the questions whose answer stands behind thoughts."""
+    answers = list(map(_answered, answers))
+    asked = [each for each in zip(probes, answers, base, strict=True)]
+    found = readings({MULTI: KINDS[MULTI]}, probes, answers, base)
     for name, kinds, of_all in (("instance", (HOP, CLOZE), all), ("any_of_three", (MULTI,), any), ("old", (OLD,), any)):
         mine = [each for each in asked if each[0].kind in kinds]
         for mode in MODES if mine else ():

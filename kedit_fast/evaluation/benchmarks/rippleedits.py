@@ -7,9 +7,9 @@ A test has queries, all or (OR) one of which must be answered, and conditions, a
 must answer; else it is not executed. It counts where the edited fact itself is said. A query is answered where of every
 answer that it asks for some spelling stands in what is written (20 tokens), upper and lower case told apart.
 
-Differs: the published code writes as many tokens as a prompt has characters, and 30; the paper says 20. A record names
-no subject: it is what stands between "of" and "is" in the fact's sentence, and the new answer begins where the sentence
-parts from that of the old fact.
+Differs: the published code writes as many tokens as a prompt has characters, and 30, and looks for an answer in the
+prompt as well; the paper says 20. A record names no subject: it is read off the fact's sentence, which has one of a few
+forms (``FORMS``); where it replaces an old fact (not in RECENT) the answer begins where the two are still alike.
 """
 
 import math
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import NamedTuple
 
+from kedit_fast.basics import checks
 from kedit_fast.basics.checks import shown
 from kedit_fast.basics.intervals import COUNT, SHARE
 from kedit_fast.evaluation.benchmark import Case
@@ -25,7 +26,7 @@ from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.questions import REWRITE, of_questions
 from kedit_fast.facts.fact import record_facts
 from kedit_fast.facts.files import Notes
-from kedit_fast.facts.formats import Question, text_of
+from kedit_fast.facts.formats import Question, text_of, texts_of
 
 CRITERIA = {
     "LG": ("Logical_Generalization",),
@@ -38,7 +39,19 @@ CRITERIA = {
 N_WRITTEN = 20
 MORE = {name: (SHARE, f"tests passed: {keys[0].replace('_', ' ').lower()}") for name, keys in CRITERIA.items()}
 MORE |= {f"{name} executed": (COUNT, "tests whose conditions hold and whose edit is said") for name in CRITERIA}
-SUBJECT = re.compile(r"^(?P<before>.*\bof )(?P<subject>.+?)(?P<after> (?:is|are|was))$")
+OF = "country of citizenship|field of work|head of \\w+|(?:place|date) of \\w+|[^,]+?"  # else as far as the first "of"
+FORMS = [  # of a fact's sentence, as far as its answer
+    re.compile(f"{before}(?P<subject>.+){after} ")
+    for before, after in (
+        ("The name of the [^,]+? which ", " (?:is (?:associated with|the capital of|a member of|part of)|plays in) is"),
+        ("The name of the position held by ", " is"),
+        ("The name of the currency in ", " is"),
+        ("The name of the award ", " won is"),
+        ("The number of children ", " has is"),
+        (f"The (?:names? of the )?(?:{OF}) of ", " (?:is|are|was)"),
+    )
+]
+FOLLOWS = [re.compile(f"(?P<subject>.+){after} ") for after in (" is followed by", " follows")]
 
 
 class Place(NamedTuple):
@@ -67,42 +80,55 @@ def read_record(record, index: int, notes: Notes) -> Case:
     """The case of a record."""
     edit = record.get("edit") if isinstance(record, dict) else None
     if not isinstance(edit, dict):
-        raise ValueError("edit: expected an object with the prompt of the fact and its original_fact")
-    prompt, subject, new = fact_of(edit)
-    fact = {"prompt": prompt, "subject": subject, "target_new": new, "relation_id": text_of(edit, "relation")}
+        raise ValueError("edit: expected an object with the prompt of the fact, and its original_fact where it has one")
+    fact = fact_of(edit) | {"relation_id": text_of(edit, "relation")}
     return Case(tuple(record_facts(fact, index, notes)), tuple(_tests(record)))
 
 
-def fact_of(edit: dict) -> tuple[str, str, str]:
-    """(prompt with "{}" for the subject, subject, new answer) of an edit's sentence, "The mother of X is Y."."""
-    sentence, old = text_of(edit, "prompt") or "", (edit.get("original_fact") or {}).get("prompt")
-    if not isinstance(old, str):
-        raise ValueError("edit: original_fact: expected the old fact's prompt, from which the new one's answer is told")
-    same = next((i for i, pair in enumerate(zip(sentence, old, strict=False)) if pair[0] != pair[1]), len(old))
-    stem = sentence[:same].rpartition(" ")[0]
-    new, found = sentence[len(stem) :].strip().rstrip("."), SUBJECT.match(stem)
-    if not new or found is None:
+def fact_of(edit: dict) -> dict[str, str | None]:
+    """The fields of an edit's fact: prompt with "{}" for the subject, subject, target_new, and target_true (None: not
+    known), from its sentence, "The mother of X is Y.", and that of the old fact.
+    """
+    sentence, old = text_of(edit, "prompt") or "", None
+    if edit.get("original_fact") is not None:
+        old = text_of(checks.instance("edit: original_fact", edit["original_fact"], dict, "an object"), "prompt")
+    both = zip(sentence, sentence if old is None else old, strict=False)
+    alike = next((i for i, (a, b) in enumerate(both) if a != b), min(len(sentence), len(old or sentence)))
+    forms = [*FOLLOWS, *FORMS] if (text_of(edit, "relation") or "").startswith("FOLLOW") else [*FORMS, *FOLLOWS]
+    found = next(filter(None, (form.match(sentence[:alike]) for form in forms)), None)
+    new, true = (found and text and text[found.end() :].strip().removesuffix(".") for text in (sentence, old))
+    if not found or not new:
         raise ValueError(f"edit: prompt: expected 'The ... of SUBJECT is ANSWER.', found {shown(sentence)}")
-    return found["before"] + "{}" + found["after"], found["subject"], new
+    begin, end = found.span("subject")
+    prompt = sentence[:begin] + "{}" + sentence[end : found.end() - 1]
+    return {"prompt": prompt, "subject": found["subject"], "target_new": new, "target_true": true or None}
 
 
 def _tests(record: dict) -> Iterator[Question]:
     for criterion, keys in CRITERIA.items():
-        tests = next((record[key] for key in keys if record.get(key)), [])
+        tests = next((_objects(record, key) for key in keys if record.get(key)), [])
         for number, test in enumerate(tests):
             any_of = test.get("test_condition") == "OR"
             for name, condition in (("test_queries", False), ("condition_queries", True)):
-                for at, query in enumerate(test.get(name) or []):
+                for at, query in enumerate(_objects(test, name)):
                     yield from _query(query, Place(criterion, number, any_of, at, condition))
 
 
 def _query(query: dict, place: Place) -> Iterator[Question]:
-    """A question for each answer that a query asks for; spellings of a single letter say nothing."""
-    for answer in query.get("answers") or []:
-        spelled = [answer["value"], *(answer.get("aliases") or [])]
+    """A question for each answer that a query asks for. Spellings of a single letter say nothing; what has no other is
+    not said, whatever is written."""
+    for answer in _objects(query, "answers"):
+        spelled = [text_of(answer, "value") or "", *texts_of(answer, "aliases")]
         spelled = [one for one in spelled if len(one) > 1 or one.isdigit()]
-        if spelled and query.get("prompt"):
-            yield Question(query["prompt"], spelled[0], kind=str(place), aliases=tuple(spelled[1:]))
+        if prompt := text_of(query, "prompt"):
+            yield Question(prompt, spelled[0] if spelled else None, kind=str(place), aliases=tuple(spelled[1:]))
+
+
+def _objects(record: dict, key: str) -> list[dict]:
+    given = record.get(key) or []
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        raise ValueError(f"{key}: expected a list of objects, found {shown(given)}")
+    return given
 
 
 # ---- what the answers are worth

@@ -13,8 +13,10 @@ from functools import partial
 from kedit_fast.evaluation.benchmark import Case
 from kedit_fast.evaluation.benchmarks.knowedit import KINDS, portability_of
 from kedit_fast.evaluation.questions import of_questions
-from kedit_fast.facts.fact import record_facts
+from kedit_fast.facts.fact import Fact, record_facts
 from kedit_fast.facts.files import Notes
+
+NQ = "nq question: "
 
 
 def read(record, index: int, notes: Notes, *, true: bool = False) -> Case:
@@ -23,8 +25,18 @@ def read(record, index: int, notes: Notes, *, true: bool = False) -> Case:
     if true:
         if not all(fact.target_true for fact in facts):
             raise ValueError("answers: expected the true answer, which this protocol writes; found none")
-        facts = [replace(fact, target_new=fact.target_true, target_true=None) for fact in facts]
+        facts = [_true(fact) for fact in facts]
     return Case(tuple(facts), () if true else tuple(portability_of(record)))
+
+
+def _true(fact: Fact) -> Fact:
+    """The fact with its true answer as what is written. A neighbor that has the same one keeps it; to a question of
+    Natural Questions, which have none, a question mark is put, as the published code has it."""
+    near = [
+        one._replace(prompt=f"{one.prompt}?") if one.prompt.startswith(NQ) and not one.prompt.endswith("?") else one
+        for one in fact.questions("neighborhood")
+    ]
+    return replace(fact, target_new=fact.target_true, target_true=None, neighborhood=tuple(near))
 
 
 ZSRE = of_questions(

@@ -49,6 +49,10 @@ READ_FROM = {  # score: the metric of the report that it is
     "generalisation": "paraphrase.contains",
     "specificity": "locality.same",
 }
+PROBABILITIES = {
+    "new answer": "rewrite.p", "old answer": "rewrite.p_other",
+    "new, paraphrases": "paraphrase.p", "old, paraphrases": "paraphrase.p_other",
+}  # fmt: skip
 WORST = 8  # facts told in full
 FORMAT, VERSION = "kedit_fast.summary", 1
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
@@ -83,6 +87,12 @@ class EditSummary:
         summary = self.report.summary()
         found = {name: Score(*_both(summary[metric])) for name, metric in READ_FROM.items()}
         return found | {"consistency": self._consistent(), "capability": self._capable()}
+
+    @cached_property
+    def probabilities(self) -> dict[str, Score]:
+        """P of the new and of the old answer, behind the edited prompts and behind paraphrases."""
+        summary = self.report.summary()
+        return {name: Score(*_both(summary[metric])) for name, metric in PROBABILITIES.items()}
 
     @property
     def harmonic_mean(self) -> float:
@@ -128,9 +138,9 @@ class EditSummary:
         ]
 
     def __str__(self) -> str:
-        rows = [["score", "base", "edited", "of"], *self._rows()]
+        tables = [columns([[name, "base", "edited", "of"], *_rows(found)]) for name, found in self._tables()]
         told = [f"not written: {prompt!r} -> {new!r}, but {after!r}" for prompt, new, _, after in self.worst()[:WORST]]
-        return escaped("\n".join([self.verdict, columns(rows), *told, *self._missing()]))
+        return escaped("\n".join([self.verdict, *tables, *told, *self._missing()]))
 
     def __repr__(self) -> str:
         return f"EditSummary({self.verdict})"
@@ -141,7 +151,8 @@ class EditSummary:
     def to_html(self, path: AnyPath | None = None) -> str:
         """The summary as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
         verdict = self.verdict[0].upper() + self.verdict[1:] + "."
-        first = [verdict, Picture(plot_scores(self)), Table(["score", "base", "edited", "of"], self._rows())]
+        tables = [Table([name, "base", "edited", "of"], _rows(found)) for name, found in self._tables()]
+        first = [verdict, Picture(plot_scores(self)), *tables]
         sections = [Section("In short", first), Section("Worst cases", self._told()), *self._paths()]
         sections.append(Section("What else moved", self.moved.blocks()))
         sections.append(Section("The facts in every reading", self.report.blocks()))
@@ -168,19 +179,23 @@ class EditSummary:
             else [Section("The old answer, layer by layer", [Picture(self.gate.lens.plot())])]
         )
 
-    def _rows(self) -> list[list[str]]:
-        return [
-            [name, *(_shown(side) for side in score), str(score.edited.n or "–")] for name, score in self.scores.items()
-        ]
+    def _tables(self) -> list[tuple[str, dict[str, Score]]]:
+        return [("score", self.scores), ("P of", self.probabilities)]
 
     def _missing(self) -> list[str]:
         return [f"not measured: {each}" for each in self.not_measured]
 
     def to_record(self) -> dict[str, Any]:
         """Scores and verdict, ready for JSON; NaN is None. The parts have files of their own (``report.save`` ...)."""
-        scores = {name: score._asdict() for name, score in self.scores.items()}
+        scores, p = ({n: one._asdict() for n, one in found.items()} for _, found in self._tables())
         told = {"verdict": self.verdict, "passed": self.gate.passed, "harmonic_mean": self.harmonic_mean}
-        told |= {"scores": scores, "worst": self.worst(), "not_measured": self.not_measured, "meta": self.report.meta}
+        told |= {
+            "scores": scores,
+            "probabilities": p,
+            "worst": self.worst(),
+            "not_measured": self.not_measured,
+            "meta": self.report.meta,
+        }
         return finite({"format": FORMAT, "version": VERSION, **told})
 
     def save(self, path: AnyPath) -> None:
@@ -245,6 +260,10 @@ def evaluate_edit(
 
 def _both(sides: Mapping[str, Interval | None]) -> list[Interval]:
     return [sides[name] or NOTHING for name in ("base", "edited")]
+
+
+def _rows(found: Mapping[str, Score]) -> list[list[str]]:
+    return [[name, *map(_shown, one), str(one.edited.n or "–")] for name, one in found.items()]
 
 
 def _shown(value: Interval) -> str:

@@ -16,25 +16,41 @@ _EDITED, _BASE = "#1b6ca8", "#b9bec6"
 
 
 def plot_scores(summary: EditSummary, path: checks.AnyPath | None = None) -> Figure:
-    """Bars from 0 to 1 of the scores that were measured, gray for the unedited model. path: where to write it too.
+    """Bars from 0 to 1 of the scores that were measured, and of P of the two answers, gray for the unedited model.
 
-    Gives a ``matplotlib.figure.Figure``, whose label is its alt text.
+    path: where to write it too. Gives a ``matplotlib.figure.Figure``, whose label is its alt text.
     """
-    scores = {name: score for name, score in summary.scores.items() if score.edited.n}
-    with style():
-        figure = new_figure(4.4, 0.7 + 0.42 * len(scores))
-        axes = figure.subplots()
-        for i, score in enumerate(scores.values()):
-            for side, color, shift in ((score.base, _BASE, 0.19), (score.edited, _EDITED, -0.19)):
-                axes.barh(i + shift, side.mean, 0.36, color=color)
-                if side.low == side.low:
-                    around = [[max(side.mean - side.low, 0)], [max(side.high - side.mean, 0)]]
-                    axes.errorbar(side.mean, i + shift, xerr=around, fmt="none", ecolor="#333333", elinewidth=0.8)
-        axes.set_yticks(range(len(scores)), list(scores))
-        axes.set_ylim(len(scores) - 0.5, -0.5)
-        axes.set_xlim(0, 1)
-        add_title(axes, "Is the edit real?", "with the edit (blue) and without (gray); 95 % intervals")
-    told = [
-        f"{name} {one.base.mean:.2f} without and {one.edited.mean:.2f} with the edit" for name, one in scores.items()
+    panels = [
+        ("Is the edit real?", "with the edit (blue) and without (gray); 95 % intervals", summary.scores),
+        ("P of the answers", "mean over the facts", summary.probabilities),
     ]
-    return finish(figure, path, f"Scores of the edit: {'; '.join(told)}.")
+    told = [(*words, {name: one for name, one in found.items() if one.edited.n}) for *words, found in panels]
+    told = [panel for panel in told if panel[-1]]
+    with style():
+        figure = new_figure(4.4, sum(0.9 + 0.42 * len(found) for *_, found in told))
+        heights = [0.9 / 0.42 + len(found) for *_, found in told]
+        for axes, (title, below, found) in zip(_stacked(figure, heights), told, strict=True):
+            _bars(axes, found)
+            add_title(axes, title, below)
+    said = [
+        f"{name} {one.base.mean:.2f} without and {one.edited.mean:.2f} with the edit"
+        for *_, found in told
+        for name, one in found.items()
+    ]
+    return finish(figure, path, f"Scores of the edit: {'; '.join(said)}.")
+
+
+def _stacked(figure, heights: list[float]) -> list:
+    return list(figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0])
+
+
+def _bars(axes, found: dict) -> None:
+    for i, score in enumerate(found.values()):
+        for side, color, shift in ((score.base, _BASE, 0.19), (score.edited, _EDITED, -0.19)):
+            axes.barh(i + shift, side.mean, 0.36, color=color)
+            if side.low == side.low:
+                around = [[max(side.mean - side.low, 0)], [max(side.high - side.mean, 0)]]
+                axes.errorbar(side.mean, i + shift, xerr=around, fmt="none", ecolor="#333333", elinewidth=0.8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(0, 1)

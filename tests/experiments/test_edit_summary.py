@@ -37,6 +37,11 @@ def test_scores_are_those_of_the_parts(made):
         for side in ("base", "edited"):
             wanted, got = report.summary()[metric][side], getattr(found.scores[name], side)
             assert got == pytest.approx(wanted, nan_ok=True), name
+    p_new, p_old = found.probabilities["new answer"], found.probabilities["old answer"]
+    columns = kf.evaluate(lm, FACTS, edit, both_forms=False)  # CounterFact's
+    for side, wanted in (("base", columns.base), ("edited", columns.edited)):
+        means = getattr(p_new, side).mean, getattr(p_old, side).mean
+        assert means == pytest.approx((wanted["p_new"].mean().item(), wanted["p_true"].mean().item()), rel=1e-4)
     follows = kf.consistency(lm, edit)
     assert found.consistency.implied == follows.implied and follows.implied
     assert found.scores["consistency"].edited == follows.summary()["implied"]["exact"]["edited"]
@@ -75,6 +80,7 @@ def test_what_is_shown_and_kept(made, tmp_path):
     record = json.loads((tmp_path / "summary.json").read_text())
     assert record["format"] == "kedit_fast.summary" and record["passed"] is False and record["harmonic_mean"] == 0
     assert record["scores"]["capability"]["edited"] == [None, None, None, 0] and len(record["worst"]) == 2
+    assert len(record["probabilities"]["old answer"]["base"]) == 4 and "old, paraphrases" in shown and "P of" in page
     assert found._repr_html_() == found.to_html() and "EditSummary(the edit is held back" in repr(found)
 
 

@@ -61,6 +61,7 @@ _HOME = {
     "fold": "editors.leace",
     "LeaceFitter": "moments.leace",
     "Eraser": "moments.leace",
+    "citation": "basics.citations",
     "EDITORS": "editors",
     "routed": "editors.routed",
     "retrieve": "edits.retrieval",

@@ -1,5 +1,6 @@
 """The public names for a type checker, which cannot see those that ``__init__.py`` loads when they are first used."""
 
+from kedit_fast.basics.citations import citation as citation
 from kedit_fast.basics.progress import show_progress as show_progress
 from kedit_fast.basics.settings import statistics_folder as statistics_folder
 from kedit_fast.editors import EDITORS as EDITORS

@@ -124,7 +124,7 @@ def test_equals_one_prompt_at_a_time(name, family, tmp_path):
         after, _ = by_hand(lm, name, case, said)
     for got, want in ((report.base, before), (report.edited, after)):
         for key, column in got.items():
-            if not key.startswith("deducible"):
+            if not key.startswith(("deducible", "locality_left_out")):
                 assert column[0].item() == pytest.approx(want.get(key, math.nan), rel=1e-4, nan_ok=True), key
     assert report.base != report.edited and sum(not math.isnan(v) for v in before.values()) > 8
     assert any(before[key] != after[key] for key in after if key.endswith(".same")), "the edit shows nowhere"
@@ -195,6 +195,15 @@ def test_without_paraphrases_nothing_is_counted(tmp_path):
     summary = report.summary()
     assert summary["paraphrase.token"]["base"].n == 0 and math.isnan(summary["score"]["base"].mean)
     assert "paraphrase" not in str(report)
+
+
+def test_neighbors_that_name_an_edited_subject_are_counted():
+    near = ("The Louvre is in", ("Big Ben stands in", "London"), ("Monk plays the", "piano"))
+    fact = kf.Fact("{} is in", "Big Ben", "Rome", "Paris", neighborhood=near)
+    report = kf.evaluate(make_lm(), [fact], benchmark=kf.BENCHMARKS["questions"], generate=0)
+    assert report.base["locality_left_out"].tolist() == [1]
+    assert "1 of 3 neighborhood prompts left out: they name an edited subject" in report.notes
+    assert "locality_left_out" not in str(report)
 
 
 def test_facts_are_counted_mode_by_mode():

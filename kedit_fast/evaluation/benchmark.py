@@ -73,13 +73,9 @@ class Case:
         return probe(lm, text, answers, attached, kind=kind, case=self.number, owner=self.owner, **how)
 
     def question(self, lm, fact: Fact, question: Question, kind: str | None = None, **how) -> Probe:
-        """The probe of a question, as ``probe``, which is also written on as ``writing`` says.
-
-        A text that an accepted answer holds ends nothing: "." in "St. Louis".
-        """
+        """The probe of a question, as ``probe``, which is also written on as ``writing`` says."""
         n, until, _ = self.writing
         accepted = () if question.answer is None else (question.answer, *question.aliases)
-        until = tuple(end for end in until if not any(end in answer for answer in accepted))
         how = {"n_written": n, "until": until if n else (), "accepted": accepted} | how
         answers = (question.answer, *question.against)
         return self.probe(lm, fact, question.prompt, answers, question.kind if kind is None else kind, **how)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -45,12 +46,15 @@ def forced(lm, prompt, answer):
 
 
 @torch.no_grad()
-def written(lm, prompt, ends, n=N):
+def written(lm, prompt, ends, n=N, accepted=()):
     ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
     made = lm.model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     text = lm.tokenizer.decode(made, skip_special_tokens=True)
     start = len(text) - len(text.lstrip())
-    return text[: min((text.index(end, start) for end in ends if end in text[start:]), default=len(text))]
+    hidden = text  # ends inside an accepted answer are none
+    for answer in accepted:
+        hidden = re.sub(re.escape(answer), "x" * len(answer), hidden, flags=re.IGNORECASE)
+    return text[: min((hidden.index(end, start) for end in ends if end in hidden[start:]), default=len(text))]
 
 
 def by_hand(lm, name, case, base=None):
@@ -72,8 +76,7 @@ def by_hand(lm, name, case, base=None):
                 top = lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax().item()
             found["same"], said[at, "tokens"] = float(top == said_before(base, at, "tokens", top)), top
         if kind != "choice":
-            ends = [end for end in benchmark.until if not any(end in one for one in accepted)]
-            text = written(lm, prompt, ends)
+            text = written(lm, prompt, benchmark.until, accepted=accepted)
             said[at, "text"] = text
             before = said_before(base, at, "text", text)
             found["same_text"] = float(normalized(text) == normalized(before))
@@ -81,7 +84,9 @@ def by_hand(lm, name, case, base=None):
                 found |= {"match": float(matches(text, accepted)), "contains": float(contains(text, accepted))}
         for mode, value in found.items():
             rows.setdefault(f"{kind}.{mode}", []).append(value)
-    return {key: mean(values) for key, values in rows.items()}, said
+    stays = rows.get("locality.same", []) + rows.get("same_subject.same", [])
+    found = {key: mean(values) for key, values in rows.items()}
+    return found | ({"kept.same": mean(stays)} if name == "knowedit" else {}), said
 
 
 def said_before(base, at, what, now):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kedit_fast.basics.intervals import COUNT, Metrics
 from kedit_fast.basics.words import brief, counted
-from kedit_fast.evaluation.benchmarks.knowedit import portability_of
+from kedit_fast.evaluation.benchmarks.knowedit import KEPT, portability_of
 from kedit_fast.evaluation.easyedit import Columns
 from kedit_fast.evaluation.questions import LOCALITY, PARAPHRASE, REWRITE, SAME_SUBJECT
 from kedit_fast.evaluation.report import MODE, EvalReport
@@ -172,6 +172,7 @@ def prompts_of(report: EvalReport) -> dict[str, list[tuple[str, ...]]]:
         near = [one.prompt for one in fact.questions("neighborhood") if one.answer and not subjects.in_text(one.prompt)]
         asked: dict[str, list[str]] = {REWRITE: [fact.text], PARAPHRASE: list(fact.paraphrases), LOCALITY: near}
         asked[SAME_SUBJECT] = [one.prompt for one in fact.questions("same_subject")]
+        asked[KEPT] = near + asked[SAME_SUBJECT]
         for one in portability_of(fact.provenance):
             kind = one.kind if any(name.startswith(one.kind + MODE) for name in report.metrics) else "portability"
             asked.setdefault(kind, []).append(one.prompt)

@@ -1,6 +1,7 @@
 """A benchmark: what is asked of facts, and what the answers are worth, in one file each (see ``benchmarks/``)."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import HIGHEST, SCORE, Metrics
+from kedit_fast.basics.words import brief, counted
 from kedit_fast.evaluation.probes import Answer, Probe, as_read, probe
 from kedit_fast.evaluation.readings import Judge
 from kedit_fast.facts.fact import BUILTIN, OWN_FACTS, Fact, fact_list, load_facts, made_of
@@ -71,13 +73,9 @@ class Case:
         return probe(lm, text, answers, attached, kind=kind, case=self.number, owner=self.owner, **how)
 
     def question(self, lm, fact: Fact, question: Question, kind: str | None = None, **how) -> Probe:
-        """The probe of a question, as ``probe``, which is also written on as ``writing`` says.
-
-        A text that an accepted answer holds ends nothing: "." in "St. Louis".
-        """
+        """The probe of a question, as ``probe``, which is also written on as ``writing`` says."""
         n, until, _ = self.writing
         accepted = () if question.answer is None else (question.answer, *question.aliases)
-        until = tuple(end for end in until if not any(end in answer for answer in accepted))
         how = {"n_written": n, "until": until if n else (), "accepted": accepted} | how
         answers = (question.answer, *question.against)
         return self.probe(lm, fact, question.prompt, answers, question.kind if kind is None else kind, **how)
@@ -150,7 +148,8 @@ class Benchmark:
         n, skip_bad = checks.optional(checks.whole, "n", n, least=1, like=10), checks.flag("skip_bad", skip_bad)
         path = OWN_FACTS if path == BUILTIN else path
         if self.read is None:
-            return case_list(load_facts(path, skip_bad=skip_bad), self.cases)[:n]
+            facts = load_facts(path, skip_bad=skip_bad)
+            return case_list(self._asked_of(facts, path) if skip_bad else facts, self.cases)[:n]
         notes = Notes(READ | self.reads)
         made = made_of(read_records(path, notes), partial(self.read, notes=notes), notes, skip_bad)
         found = list(islice(made, n))
@@ -158,6 +157,24 @@ class Benchmark:
             del notes.unused[name]
         notes.tell(path, found)
         return found
+
+    def _asked_of(self, facts: list[Fact], path) -> list[Fact]:
+        """Those of which this benchmark asks something, where it does not ask of all; warns of the others. Raises
+        ValueError where it asks of none."""
+        try:
+            case_list(facts, self.cases)
+        except ValueError:
+            kept, why = [], []
+            for fact in facts:
+                try:
+                    kept += [one for some in self.cases([fact]) for one in some]
+                except ValueError as error:
+                    why.append(str(error))
+            if not kept:
+                raise
+            warnings.warn(f"{path}: passed over, {counted(len(why), 'fact')}: {brief(why[0])}", stacklevel=3)
+            return kept
+        return facts
 
     def values(self, case: Case, probes: list[Probe], answers: list[Answer], base: list[Answer]) -> dict[str, float]:
         """{metric: value} of a case, of every metric."""

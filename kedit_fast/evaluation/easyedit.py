@@ -26,7 +26,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import AMOUNT, HIGHEST, SHARE, Metrics
 from kedit_fast.basics.words import brief, json_kind
-from kedit_fast.evaluation.benchmarks.knowedit import KINDS, NAMES
+from kedit_fast.evaluation.benchmarks.knowedit import KEPT, KEPT_SAYS, KINDS, NAMES
 from kedit_fast.evaluation.questions import LOCALITY, OF_FACT, PARAPHRASE, REWRITE, SAME_SUBJECT
 from kedit_fast.evaluation.readings import MODES, mean
 from kedit_fast.facts.fact import Fact, record_facts
@@ -84,7 +84,7 @@ def load_easyedit(path: checks.AnyPath) -> Columns:
     names = dict.fromkeys(name for one in read for name in one.edited)
     if not names:
         raise ValueError(f"{path}: nothing is measured in post; {EXPECTED}")
-    order = [*OF_FACT, *KINDS, "fluency"]
+    order = [*OF_FACT, *KINDS, KEPT, "fluency"]
     metrics = {name: _says(name) for name in sorted(names, key=lambda name: order.index(name.partition(".")[0]))}
     sides = (
         {name: torch.tensor([side.get(name, math.nan) for side in every], dtype=torch.float32) for name in metrics}
@@ -128,7 +128,7 @@ class _Record:
             kind = NAMES.get(folded(name).replace(" ", "_"))
             return (kind, PORTABILITY) if kind else (PORTABILITY,)
         subject = self.fact.subject
-        return (SAME_SUBJECT if subject is not None and is_named(question.prompt, subject) else LOCALITY,)
+        return (SAME_SUBJECT if subject is not None and is_named(question.prompt, subject) else LOCALITY, KEPT)
 
     def _side(self, side: str, given: dict) -> dict[str, float]:
         """{metric: mean of its values} of "pre" or "post"."""
@@ -210,5 +210,6 @@ def _says(name: str) -> tuple[str, str]:
     kind, _, mode = name.partition(".")
     if name == FLUENCY:
         return AMOUNT, "entropy of the 2- and 3-grams of what is written behind the prompt"
-    says = "the answer to all portability questions" if kind == PORTABILITY else (OF_FACT | KINDS)[kind].says
+    more = {PORTABILITY: "the answer to all portability questions", KEPT: KEPT_SAYS}
+    says = more[kind] if kind in more else (OF_FACT | KINDS)[kind].says
     return SHARE, f"{says}: {MODES.get(mode, f'by EasyEdit, {mode}')}"

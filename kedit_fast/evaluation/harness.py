@@ -148,7 +148,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         close = get_close_matches(unknown[0], manager.all_tasks, n=1)
         raise ValueError(
             f"tasks = {unknown[0]!r}: neither the harness (`lm-eval ls tasks`) nor the task folder has it, where a "
-            "file that is no task is passed over" + f"; did you mean {close[0]}?" * len(close)
+            "file that is no task is passed over" + "".join(f"; did you mean {one}?" for one in close)
         )
     try:
         loaded = manager.load(list(names))

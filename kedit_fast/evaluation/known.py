@@ -38,7 +38,7 @@ class Known:
 
     def written(self, bare, probes: Sequence[Probe]) -> list[str | None]:
         """As ``write_probes`` of a model without edits, for what it did not write before."""
-        questions = [(one.prompt, one.n_written, one.until) for one in probes]
+        questions = [(one.prompt, one.n_written, one.until, one.accepted) for one in probes]
         return self._of(bare, "written", questions, probes, lambda new: write_probes(bare, new))
 
     def perplexity(self, lm, windows: list[list[int]]) -> tuple[float, float | None]:

@@ -6,6 +6,7 @@ each of their tokens is and which one it would say instead. Written (``write_pro
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
@@ -35,7 +36,7 @@ class Probe(NamedTuple):
     likeliest: whether the likeliest token after the prompt is read too; top: the token whose probability is read there,
         where it is known which the base model finds likeliest
     n_written: tokens to go on by, greedily; 0: none; until: texts that what is written ends before
-    accepted: what is right to write, where that is known
+    accepted: what is right to write, where that is known; inside of it nothing ends, "." in "St. Louis"
     """
 
     prompt: list[int]
@@ -296,22 +297,43 @@ def write_probes(lm, probes: Sequence[Probe], label: str = "generating") -> list
     without edits that is a ValueError. As many texts at a time as the memory holds.
     """
     lm, probes = as_read(lm, probes)
-    keys = [((one.n_written, one.until), (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
-    groups: dict[tuple, dict[tuple, str | None]] = {}
+    keys = [(_how(one), (tuple(one.prompt), one.owner if lm.owned else 0)) for one in probes]
+    groups: dict[_How, dict[tuple, str | None]] = {}
     for how, asked in keys:
         groups.setdefault(how, {})[asked] = None
-    for (n, until), texts in sorted(groups.items(), key=lambda each: len(each[0][1])):
-        whole = groups.get((n, ()), {}) if until else {}  # what is written to its end holds what is written to a stop
-        texts.update((asked, before_any(whole[asked] or "", until)) for asked in texts if asked in whole)
+    for how, texts in sorted(groups.items(), key=lambda each: len(each[0].until)):
+        whole = groups.get(_How(how.n), {}) if how.until else {}  # what is written to its end holds the rest
+        texts.update((asked, how.cut(whole[asked] or "")) for asked in texts if asked in whole)
         new = {asked: None for asked in texts if asked not in whole}
-        if n and new:
+        if how.n and new:
             owners = {"owners": torch.tensor([owner for _, owner in new])} if lm.owned else {}
             ids = [list(prompt) for prompt, _ in new]
-            ended = Ends(lm.tokenizer, until) if until else None
-            made = generate(lm, ids, n, until=ended, nan_ends=bool(lm.edits), label=label, **owners)
+            ended = Ends(lm.tokenizer, how.certain) if how.certain else None
+            made = generate(lm, ids, how.n, until=ended, nan_ends=bool(lm.edits), label=label, **owners)
             said = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in made)
-            texts.update(zip(new, (before_any(text, until) for text in said), strict=True))
+            texts.update(zip(new, map(how.cut, said), strict=True))
     return [groups[how][asked] for how, asked in keys]
+
+
+class _How(NamedTuple):
+    """How texts are written: n tokens, ending before ``until``, but not inside one of ``kept``."""
+
+    n: int
+    until: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def certain(self) -> tuple[str, ...]:
+        """Ends that writing may stop at: they are in no answer that may be under way."""
+        return tuple(end for end in self.until if not any(end in answer for answer in self.kept))
+
+    def cut(self, text: str) -> str:
+        return before_any(text, self.until, self.kept)
+
+
+def _how(one: Probe) -> _How:
+    kept = tuple(answer for answer in one.accepted if any(end in answer for end in one.until))
+    return _How(one.n_written, one.until, kept)
 
 
 class Ends:
@@ -331,8 +353,11 @@ class Ends:
         return before_any(text, self._until) != text
 
 
-def before_any(text: str, ends: Sequence[str]) -> str:
-    """A text as far as the first place where one of these ends begins, which is not white space before its first
-    word."""
-    at = len(text) - len(text.lstrip())
-    return text[: min((text.index(end, at) for end in ends if end in text[at:]), default=len(text))]
+def before_any(text: str, ends: Sequence[str], kept: Sequence[str] = ()) -> str:
+    """A text as far as the first place where one of these ends begins, which is not white space before its first word,
+    nor inside one of the texts ``kept`` (in whatever case)."""
+    first = len(text) - len(text.lstrip())
+    spans = [match.span() for one in kept for match in re.finditer(re.escape(one), text, re.IGNORECASE)]
+    places = (match.start() for end in ends for match in re.finditer(re.escape(end), text))
+    free = (at for at in places if at >= first and not any(b <= at < e for b, e in spans))
+    return text[: min(free, default=len(text))]

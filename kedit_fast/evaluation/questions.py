@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from kedit_fast.basics.intervals import Metrics
+from kedit_fast.basics.intervals import COUNT, Metrics
 from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.readings import ASKED, KEPT, UNTIL, Kind, metrics_of, readings
@@ -31,6 +31,7 @@ OF_FACT = {
     SAME_SUBJECT: Kind("the answer to other prompts on the subject", KEPT),
     CHOICE: Kind("the new answer is chosen of both, in both orders", ("success",)),
 }
+LEFT_OUT = "locality_left_out"  # a kind of which nothing is asked, and the metric that counts it
 CHOICES = "{prompt}\nA. {a}\nB. {b}\nAnswer:"
 N_WRITTEN = 32  # tokens; LocFT's
 
@@ -51,12 +52,14 @@ def of_questions(
     """
     kinds = OF_FACT | dict(kinds or {})
     fields = {"n_written": N_WRITTEN, "until": UNTIL, "sentences": sentences, "cases": checked} | fields
-    metrics = metrics_of(kinds, **(more or {}))
+    left_out = {LEFT_OUT: (COUNT, "neighbors left out: they name an edited subject")}
+    metrics = metrics_of(kinds, **(more or {})) | left_out
     return Benchmark(name, metrics, probes or of_case, partial(_columns, kinds, columns), **fields)
 
 
 def _columns(kinds, more, case: Case, probes, answers: list[Answer], base: list[Answer]) -> dict[str, float]:
     found = readings(kinds, probes, answers, base, case.writing.judge)
+    found[LEFT_OUT] = float(sum(one.kind == LEFT_OUT for one in probes))
     return found if more is None else found | dict(more(case, probes, answers, base))
 
 
@@ -83,8 +86,8 @@ def of_question(lm, case: Case, question: Question, **how) -> Probe:
 
 
 def of_fact(lm, case: Case, fact: Fact) -> Iterator[Probe]:
-    """What a fact brings by itself. Neighbors that name a subject edited together with it are left out, and those
-    without an answer; where the new answer is right for a neighbor too, nothing stands against it."""
+    """What a fact brings by itself. Neighbors that name a subject edited together with it are left out and counted, and
+    those without an answer left out; where the new answer is right for a neighbor too, nothing stands against it."""
     new, true = fact.target_new, fact.target_true
     if new:
         against = (true,) if true and folded(true) != folded(new) else ()
@@ -96,7 +99,9 @@ def of_fact(lm, case: Case, fact: Fact) -> Iterator[Probe]:
             letters = ("A", "B") if a == new else ("B", "A")
             yield case.probe(lm, fact, prompt, letters, CHOICE, attached=None)
     for question in fact.questions("neighborhood"):
-        if question.answer and not case.names_edited(question.prompt):
+        if question.answer and case.names_edited(question.prompt):
+            yield case.probe(lm, fact, question.prompt, kind=LEFT_OUT)
+        elif question.answer:
             against = (new,) if new and folded(new) != folded(question.answer) else ()
             yield case.question(lm, fact, question._replace(against=against), LOCALITY)
     for question in fact.questions("same_subject"):
@@ -107,15 +112,17 @@ def of_fact(lm, case: Case, fact: Fact) -> Iterator[Probe]:
 
 
 def sentences(facts, base, edited) -> tuple[list[str], list[str]]:
-    """How far the two readings of the rewrite prompt lie apart."""
+    """How far the two readings of the rewrite prompt lie apart; how many neighbors were left out."""
+    n, left_out = sum(len(fact.neighborhood) for fact in facts), int(base[LEFT_OUT].nansum())
+    know = [f"{left_out} of {n} neighborhood prompts left out: they name an edited subject"] * bool(left_out)
     side, when = (base, "") if edited is None else (edited, " after the edit")
     forced, match, holds = (_mean(side.get(f"{REWRITE}.{mode}")) for mode in ("exact", "match", "contains"))
     if forced is None or match is None:
-        return [], []
+        return [], know
     return [
         f"the new answer{when}: {forced:.0%} of the edited prompts when its own tokens are put before each next one "
         f"(teacher-forced), {match:.0%} in free writing as the whole answer, {holds:.0%} somewhere in it"
-    ], []
+    ], know
 
 
 def _mean(column) -> float | None:

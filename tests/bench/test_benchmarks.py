@@ -27,6 +27,7 @@ from bench import (
     phases,
     phrasings,
     published,
+    replaced,
     report,
     second_moment,
     solve,
@@ -55,7 +56,7 @@ FACTS = [
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """The machine's peak is not what is tested."""
-    for module in (trace, attribution, edit, editors, memory, second_moment, solve, strided, values_bench):
+    for module in (trace, attribution, edit, editors, memory, replaced, second_moment, solve, strided, values_bench):
         monkeypatch.setattr(module, "peak_matmul", lambda: 100.0)
 
 
@@ -881,6 +882,52 @@ def test_strided_facts_are_none_that_were_chosen_on(monkeypatch, tmp_path):
     chosen_on, held_out = strided.two_sets(tiny_lm("llama"), 4)
     assert [fact.subject for fact in chosen_on] == list("ACEG") and [f.subject for f in held_out] == list("BDFH")
     assert held_out[0].text == "B is in"
+
+
+REPLACED = Fact("{} is located in the city of", "France", target_true="Paris", provenance={"relation_id": "P36"})
+
+
+def test_estimates_under_replacement_are_held_against_exact_ones(monkeypatch):
+    lm = tiny_lm("llama")
+    figures = values(replaced.measure(lm, [(REPLACED, "England")]))
+    cases = {"state", *(f"{kind}, window of {n}" for kind in ("mlp", "attn") for n in (1, 10))}
+    methods = "plain", "RelP", "GradDrop", "straight", "seven steps", "one layer in 2", "one layer in 3"
+    agrees = {(case, method): figures[case, f"{method}: {replaced.AGREES}"] for case in cases for method in methods}
+    assert all(-1 <= figure.value <= 1 and figure.mark == ">= 0.95" for figure in agrees.values())
+    assert len(figures) == 4 * len(agrees)
+    costs = [figures["state", f"{method}: {replaced.COST}"].value for method in ("plain", "GradDrop", "straight")]
+    assert costs[0] < costs[1] and costs[0] < costs[2]
+    monkeypatch.setattr(replaced, "TOLERANCE", -1)
+    with pytest.raises(CheckFailed, match=r"state estimate of .*: hooks and sweep are"):
+        replaced.measure(lm, [(REPLACED, "England")])
+
+
+def test_relp_shares_a_logit_out():
+    """Under its rules ∇ · x over all embeddings is the whole logit; values are the model's own."""
+    model = tiny_lm("llama").model
+    ids = torch.tensor([tiny_lm("llama").encode(REPLACED.text)])
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    plain = model(inputs_embeds=x).logits[0, -1].max()
+    with replaced.relp(model):
+        ruled = model(inputs_embeds=x).logits[0, -1].max()
+    shared, first_order = ((torch.autograd.grad(each, x)[0] * x).sum().item() for each in (ruled, plain))
+    assert ruled.item() == pytest.approx(plain.item(), rel=1e-5) == pytest.approx(shared, rel=1e-4)
+    assert abs(first_order - shared) > 0.1 * abs(shared)
+
+
+def test_another_subject_is_one_of_the_relation_after_which_something_else_is_said(monkeypatch):
+    others = [dataclasses.replace(REPLACED, subject=name) for name in ("France", "The United States", "England")]
+    elsewhere = dataclasses.replace(REPLACED, subject="Italy", provenance={"relation_id": "P30"})
+    monkeypatch.setattr(replaced.edit_bench, "draw", lambda: [REPLACED, REPLACED, REPLACED, FACTS[0]])
+    monkeypatch.setattr(replaced.kf, "load_facts", lambda path: [elsewhere, *others])
+    asked = []
+    monkeypatch.setattr(replaced, "_fits", lambda lm, fact, other: asked.append(other) or other == "England")
+    assert replaced.replaced(None, 5) == [(REPLACED, "England")] * replaced.OF_A_RELATION
+    assert set(asked) == {fact.subject for fact in others}
+    monkeypatch.undo()
+    lm = tiny_lm("llama")
+    assert replaced._fits(lm, REPLACED, "England") and not replaced._fits(lm, REPLACED, "France")
+    assert not replaced._fits(lm, REPLACED, "The United States of America")
 
 
 @pytest.mark.parametrize("name", memory.MEMORIES)

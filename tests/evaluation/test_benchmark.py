@@ -181,3 +181,21 @@ def test_what_nothing_is_asked_of_is_nan():
     empty = Benchmark("empty", {"a": (SHARE, "x")}, lambda lm, case: [], lambda *_: {})
     report = kf.evaluate(make_lm(), FACTS, benchmark=empty)
     assert math.isnan(report.base["a"][0]) and report.summary()["a"]["base"].n == 0
+
+
+def test_facts_of_which_nothing_is_asked_are_passed_over(tmp_path):
+    path = tmp_path / "facts.json"
+    good = {"prompt": "Big Ben is in", "subject": "Big Ben", "target_new": "Rome"}
+    bare = {"prompt": "Big Ben is in", "subject": "Big Ben"}
+    benchmark = kf.BENCHMARKS["counterfact"]
+    path.write_text(json.dumps([bare, good, {"x": 1}, bare]))
+    with pytest.warns(UserWarning) as told:
+        (case,) = benchmark.load(path, skip_bad=True)
+    assert case.facts[0].target_new == "Rome"
+    said = [str(one.message) for one in told]
+    assert (
+        "passed over, 1 record" in said[0] and "passed over, 2 facts: fact 0 ('Big Ben is in') has neither" in said[1]
+    )
+    path.write_text(json.dumps([bare]))
+    for skip_bad in (True, False):
+        refused("fact 0 .* has neither target_new nor target_true", benchmark.load, path, skip_bad=skip_bad)

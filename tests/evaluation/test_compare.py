@@ -161,9 +161,13 @@ def easyedit(tmp_path, *records):
 
 def knowedit(facts=OURS, **edited):
     given = dict(
-        rewrite__token=[0.5, 0.0], paraphrase__token=[1.0, NAN], locality__same=[1.0, NAN], rewrite__p=[0.5, 0.5]
+        rewrite__token=[0.5, 0.0],
+        paraphrase__token=[1.0, NAN],
+        locality__same=[1.0, NAN],
+        rewrite__p=[0.5, 0.5],
     )
     given |= {"reasoning__token": [1.0, NAN], "alias__token": [0.5, NAN]} | edited
+    given["kept__same"] = given["locality__same"]
     return report(KNOWEDIT, facts, **given)
 
 
@@ -248,7 +252,7 @@ def test_modes_that_are_shown():
     assert "modes not shown: success, p, p_other, exact" in str(found)
     text = found.to_text(("p",))
     assert "rewrite.p" in text and "rewrite.token" not in text and "score" in text
-    with pytest.raises(ValueError, match="modes = 'none': expected some of success, p, p_other, token"):
+    with pytest.raises(ValueError, match="modes = 'none': expected some of same, success, p, p_other, token"):
         found.to_text(("none",))
 
 
@@ -257,7 +261,7 @@ def test_page_and_picture(tmp_path):
     fragment = found.to_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert fragment in page and fragment == found._repr_html_() and "script" not in page
-    assert page.count("<table>") == 2 and '<td class="good">-0.775 [-0.855, -0.695] better</td>' in page
+    assert page.count("<table>") == 2 and 'class="good">-0.775 [-0.855, -0.695] better</td>' in page
     assert "data:image/png;base64," in page and "Means of each side. score: base 0.00" in page
     assert "<details>" not in page and "<details>" in compare({"a": knowedit(), "b": knowedit()}).to_html()
     figure = plot_comparison(found, tmp_path / "bars.png")

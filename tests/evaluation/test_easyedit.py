@@ -56,14 +56,16 @@ def test_every_part_by_its_name(read):
     assert found.edited == values(
         {name: torch.tensor(column) for name, column in {
             "rewrite.token": [1.0, 0.5], "paraphrase.token": [0.5, nan], "locality.same": [0.75, nan],
-            "same_subject.same": [0.75, nan], "alias.token": [1.0, nan], "reasoning.token": [0.0, nan],
+            "same_subject.same": [0.75, nan], "kept.same": [0.75, nan],
+            "alias.token": [1.0, nan], "reasoning.token": [0.0, nan],
             "portability.token": [0.5, nan], "fluency.ngram_entropy": [5.5, nan],
         }.items()}
     )  # fmt: skip
     assert found.base == values(
         {name: torch.tensor(column) for name, column in {
             "rewrite.token": [0.0, nan], "paraphrase.token": [0.25, nan], "locality.same": [1.0, nan],
-            "same_subject.same": [1.0, nan], "alias.token": [0.25, nan], "reasoning.token": [1.0, nan],
+            "same_subject.same": [1.0, nan], "kept.same": [1.0, nan],
+            "alias.token": [0.25, nan], "reasoning.token": [1.0, nan],
             "portability.token": [0.5, nan], "fluency.ngram_entropy": [6.5, nan],
         }.items()}
     )  # fmt: skip

@@ -306,6 +306,7 @@ def test_what_cannot_be_run_is_refused(tmp_path, no_sweep, monkeypatch):
     empty = SimpleNamespace(all_tasks=TASKS)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: empty)
     refused("neither the harness .*; did you mean kedit_common", kf.capability, lm, "kedit_comon")
+    refused("the task folder has it, where a file that is no task is passed over$", kf.capability, lm, "qqqqqq")
 
 
 def test_a_missing_library_is_named_with_the_way_to_it(monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -45,12 +46,15 @@ def forced(lm, prompt, answer):
 
 
 @torch.no_grad()
-def written(lm, prompt, ends, n=N):
+def written(lm, prompt, ends, n=N, accepted=()):
     ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
     made = lm.model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     text = lm.tokenizer.decode(made, skip_special_tokens=True)
     start = len(text) - len(text.lstrip())
-    return text[: min((text.index(end, start) for end in ends if end in text[start:]), default=len(text))]
+    hidden = text  # ends inside an accepted answer are none
+    for answer in accepted:
+        hidden = re.sub(re.escape(answer), "x" * len(answer), hidden, flags=re.IGNORECASE)
+    return text[: min((hidden.index(end, start) for end in ends if end in hidden[start:]), default=len(text))]
 
 
 def by_hand(lm, name, case, base=None):
@@ -72,8 +76,7 @@ def by_hand(lm, name, case, base=None):
                 top = lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax().item()
             found["same"], said[at, "tokens"] = float(top == said_before(base, at, "tokens", top)), top
         if kind != "choice":
-            ends = [end for end in benchmark.until if not any(end in one for one in accepted)]
-            text = written(lm, prompt, ends)
+            text = written(lm, prompt, benchmark.until, accepted=accepted)
             said[at, "text"] = text
             before = said_before(base, at, "text", text)
             found["same_text"] = float(normalized(text) == normalized(before))
@@ -81,7 +84,9 @@ def by_hand(lm, name, case, base=None):
                 found |= {"match": float(matches(text, accepted)), "contains": float(contains(text, accepted))}
         for mode, value in found.items():
             rows.setdefault(f"{kind}.{mode}", []).append(value)
-    return {key: mean(values) for key, values in rows.items()}, said
+    stays = rows.get("locality.same", []) + rows.get("same_subject.same", [])
+    found = {key: mean(values) for key, values in rows.items()}
+    return found | ({"kept.same": mean(stays)} if name == "knowedit" else {}), said
 
 
 def said_before(base, at, what, now):
@@ -124,7 +129,7 @@ def test_equals_one_prompt_at_a_time(name, family, tmp_path):
         after, _ = by_hand(lm, name, case, said)
     for got, want in ((report.base, before), (report.edited, after)):
         for key, column in got.items():
-            if not key.startswith("deducible"):
+            if not key.startswith(("deducible", "locality_left_out")):
                 assert column[0].item() == pytest.approx(want.get(key, math.nan), rel=1e-4, nan_ok=True), key
     assert report.base != report.edited and sum(not math.isnan(v) for v in before.values()) > 8
     assert any(before[key] != after[key] for key in after if key.endswith(".same")), "the edit shows nowhere"
@@ -195,6 +200,15 @@ def test_without_paraphrases_nothing_is_counted(tmp_path):
     summary = report.summary()
     assert summary["paraphrase.token"]["base"].n == 0 and math.isnan(summary["score"]["base"].mean)
     assert "paraphrase" not in str(report)
+
+
+def test_neighbors_that_name_an_edited_subject_are_counted():
+    near = ("The Louvre is in", ("Big Ben stands in", "London"), ("Monk plays the", "piano"))
+    fact = kf.Fact("{} is in", "Big Ben", "Rome", "Paris", neighborhood=near)
+    report = kf.evaluate(make_lm(), [fact], benchmark=kf.BENCHMARKS["questions"], generate=0)
+    assert report.base["locality_left_out"].tolist() == [1]
+    assert "1 of 3 neighborhood prompts left out: they name an edited subject" in report.notes
+    assert "locality_left_out" not in str(report)
 
 
 def test_facts_are_counted_mode_by_mode():

@@ -35,6 +35,13 @@ def test_a_text_before_its_ends(text, ends, kept):
     assert before_any(text, ends) == kept
 
 
+def test_nothing_ends_inside_an_accepted_answer():
+    kept = ("St. Louis", "U.S.")
+    assert before_any("in st. louis. Then", (".",), kept) == "in st. louis"
+    assert before_any(" the U.S. and more. Then", (".",), kept) == " the U.S. and more"
+    assert before_any("the United States. She is of the U.S.", (".",), kept) == "the United States"
+
+
 def test_entropy_by_hand():
     # pairs: "a b" three times, "b a" twice; triples: "a b a" twice, "b a b" twice
     pairs = 3 / 5 * math.log2(5 / 3) + 2 / 5 * math.log2(5 / 2)

@@ -5,7 +5,7 @@ bare question here, and the chat form of it below where the model has a template
 512), which end before "." or a new line.
 """
 
-from kedit_fast.evaluation.benchmarks.knowedit import read
+from kedit_fast.evaluation.benchmarks.knowedit import read_record
 from kedit_fast.evaluation.questions import of_questions
 
-QAEDIT = of_questions("qaedit", read=read, score_of=("rewrite.match", "paraphrase.match", "locality.same_text"))
+QAEDIT = of_questions("qaedit", read=read_record, score_of=("rewrite.match", "paraphrase.match", "locality.same_text"))

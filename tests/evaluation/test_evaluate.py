@@ -14,6 +14,7 @@ from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.benchmark import case_list, one_by_one
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, METRICS
+from kedit_fast.evaluation.benchmarks.knowedit import QUESTIONS
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
@@ -536,7 +537,8 @@ def test_what_was_not_measured_is_said(lm):
 
 
 def test_a_judge_that_nobody_would_ask_is_refused(lm):
-    refused("judge = .*expected none: benchmark 'counterfact' does not read by one", evaluate, lm, FACTS, judge=max)
-    questions = kf.BENCHMARKS["questions"]
-    refused("expected none: nothing is written", evaluate, lm, FACTS, benchmark=questions, generate=0, judge=max)
-    refused("expected a function", evaluate, lm, FACTS, benchmark=questions, judge="llama")
+    says = "judge = .*expected none: benchmark 'counterfact' does not read by one"
+    refused(says, evaluate, lm, FACTS, judge=max, generate=2)
+    refused("expected none: nothing is written", evaluate, lm, FACTS, judge=max)
+    refused("expected none: nothing is written", evaluate, lm, FACTS, benchmark=QUESTIONS, generate=0, judge=max)
+    refused("expected a function", evaluate, lm, FACTS, benchmark=QUESTIONS, judge="llama")

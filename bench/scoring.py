@@ -15,7 +15,8 @@ from bench import edit as edit_bench
 from bench.common import CheckFailed, Figure, Measured, Timing, peak_matmul, timed
 from kedit_fast.evaluation.benchmark import Case
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
-from kedit_fast.evaluation.probes import Probe, probe, read_probes, write_probes
+from kedit_fast.evaluation.probes import Probe, probe, read_probes
+from kedit_fast.evaluation.written import write_probes
 
 FACTS, QUICK = 200, 4
 WRITTEN = 20  # tokens

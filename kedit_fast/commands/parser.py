@@ -213,8 +213,9 @@ def checkpoint_option(parser) -> None:
 
 def machine_options(parser, seed: int | None = 0, model: str | None = "smollm2") -> None:
     shared = parser.add_argument_group("model and machine")
-    default = "the demo model, SmolLM2-135M-Instruct" if model else "none"
-    option(shared, "--model", path, f"a folder, a Hugging Face hub id, or 'smollm2' (default: {default})", model)
+    default = "smollm2, the demo model" if model else "none"
+    option(shared, "--model", path, f"a folder, a Hugging Face hub id, smollm2 or gemma3 (default: {default})", model)
+    flag(shared, "--accept-licence", "of --model gemma3, the Gemma Terms of Use (ai.google.dev/gemma/terms)")
     memory = "bytes to use, for instance 8GB; a model that does not fit is read from disk layer by layer"
     option(shared, "--memory SIZE", size, memory)
     option(shared, "--device", text_such_as("cpu"), "where to compute (default: cpu)")

@@ -27,9 +27,10 @@ from kedit_fast.evaluation.benchmark import Benchmark, Case, Writing, case_list,
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.known import Known
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity, text_windows
-from kedit_fast.evaluation.probes import Probe, read_probes, write_probes
-from kedit_fast.evaluation.readings import Judge, known_as
+from kedit_fast.evaluation.probes import Probe, read_probes
+from kedit_fast.evaluation.readings import Judge, check_judge, known_as
 from kedit_fast.evaluation.report import EvalReport, case_record
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import has_template
@@ -133,10 +134,10 @@ def _checked(benchmark, facts, generate, judge, max_tokens, known, log) -> list[
     checks.optional(lambda _, path: check_place(path), "log", log)
     checks.optional(checks.instance, "known", known, Known, "a Known()")
     checks.optional(checks.whole, "generate", generate, like=20)
-    if judge is not None and not callable(judge):
-        checks.refuse("judge", judge, "a function of (prompt, accepted answers, text) that gives 0 to 1")
+    n = benchmark.n_written if generate is None else generate
+    check_judge(judge, benchmark, n)
     checks.whole("max_tokens", max_tokens, least=2, like=5_120)
-    writing = Writing(benchmark.n_written if generate is None else generate, benchmark.until, judge)
+    writing = Writing(n, benchmark.until, judge)
     return [dataclasses.replace(case, writing=writing) for case in case_list(facts, benchmark.cases)]
 
 

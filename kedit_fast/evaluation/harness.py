@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -164,7 +165,9 @@ def _run(model: Any, manager: Any, names: Sequence[str], how: dict) -> Any:
     """The harness's results for one model; of several processes on a host it gives them to the first alone."""
     from lm_eval import simple_evaluate
 
-    return simple_evaluate(model, tasks=list(names), task_manager=manager, torch_random_seed=None, **how)
+    # It asks git for the commit of the working folder, and git writes an error to the terminal where that is none.
+    with patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+        return simple_evaluate(model, tasks=list(names), task_manager=manager, torch_random_seed=None, **how)
 
 
 # ---- what came of it

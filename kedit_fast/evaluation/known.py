@@ -11,7 +11,8 @@ from typing import Any
 
 from kedit_fast.basics.bits import digest
 from kedit_fast.evaluation.perplexity import edited_perplexity, perplexity
-from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes, write_probes
+from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes
+from kedit_fast.evaluation.written import write_probes
 
 
 class Known:

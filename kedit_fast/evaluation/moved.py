@@ -34,7 +34,8 @@ from kedit_fast.evaluation.logit_lens import logit_lens, there
 from kedit_fast.evaluation.moved_questions import Asked, checked_texts, questions
 from kedit_fast.evaluation.moved_report import Both, Drift, Moved, complete
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, n_predicted, perplexity_of
-from kedit_fast.evaluation.probes import Probe, probe, read_divergences, write_probes
+from kedit_fast.evaluation.probes import Probe, probe, read_divergences
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.jobs.score import text_logprobs
 from kedit_fast.model.lm import LM, takes_lm

@@ -124,6 +124,18 @@ def _of_text(mode: str, one: Probe, text: str, base: str, judge: Judge | None) -
 # ---- judges
 
 
+def check_judge(judge, benchmark, n_written: int) -> None:
+    """Raises BadArgument for no function, and for one that this benchmark would not ask."""
+    if judge is None:
+        return
+    if not callable(judge):
+        checks.refuse("judge", judge, "a function of (prompt, accepted answers, text) that gives 0 to 1")
+    if not n_written:
+        checks.refuse("judge", judge, "none: nothing is written (generate=0)")
+    if not any("judge" in metric for metric in benchmark.metrics):
+        checks.refuse("judge", judge, f"none: benchmark {benchmark.name!r} does not read by one; 'questions' does")
+
+
 def _verdict(given) -> float:
     """What a judge gave. Raises BadArgument for anything but 0 to 1."""
     try:

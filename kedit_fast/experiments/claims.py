@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from kedit_fast.evaluation.probes import probe, read_probes, write_probes
+from kedit_fast.evaluation.probes import probe, read_probes
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.facts.knowledge import Pair, RelationTable, Rule, Triple
 from kedit_fast.facts.tokens import answer_tokens
 from kedit_fast.model.lm import LM

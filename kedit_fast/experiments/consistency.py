@@ -27,9 +27,10 @@ from kedit_fast.edits.chain import facts_in_force, with_edits
 from kedit_fast.edits.changes import TAKE_ONE
 from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.evaluate import about
-from kedit_fast.evaluation.probes import Answer, Probe, probe, read_probes, write_probes
+from kedit_fast.evaluation.probes import Answer, Probe, probe, read_probes
 from kedit_fast.evaluation.readings import UNTIL, read
 from kedit_fast.evaluation.report import as_float, finite
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.experiments.implied import KINDS, Conflict, Derived, Implied, Tables, derive, read_table
 from kedit_fast.facts.fact import BUILTIN, Fact
 from kedit_fast.facts.knowledge import RelationTable

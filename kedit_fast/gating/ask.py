@@ -9,8 +9,9 @@ import torch
 from kedit_fast.basics.intervals import Z95, Interval
 from kedit_fast.basics.progress import progress, scaled
 from kedit_fast.evaluation.canary import Song, sing
-from kedit_fast.evaluation.probes import Answer, Probe, read_probes, write_probes
+from kedit_fast.evaluation.probes import Answer, Probe, read_probes
 from kedit_fast.evaluation.texts import leaks, says
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.gating.questions import CANARY, KEPT, PORTABILITY, WORDING, Questions, Wording
 from kedit_fast.gating.report import Answered, Lost
 from kedit_fast.gating.suite import Question

@@ -92,15 +92,15 @@ class Thresholds:
             needed = f", {paraphrases:,} of them paraphrases ({self.min_paraphrases:,} needed)" if held else ""
             each = f", about {math.ceil(more / facts):,} a fact" if facts > 1 else ""
             said.append(
-                f"{_TOO_FEW}: add {counted(more, 'paraphrase')}{each}; there are {wordings:,} wordings of the "
+                f"{_TOO_FEW}: add {counted(more, 'paraphrase')}{each}; there {_are(wordings, 'wording')} of the "
                 f"facts ({self.min_probes:,} needed){needed}"
             )
         more = self.min_specificity_prompts - prompts
         if more > 0 and self.max_specificity_drop is not None:
             said.append(
                 f"{_TOO_FEW}: add {counted(more, 'prompt')} that must keep their answer (neighbors, other "
-                f"relations of the subjects, anything else); there are {prompts:,} ({self.min_specificity_prompts:,} "
-                "needed)"
+                f"relations of the subjects, anything else); there {_are(prompts, 'prompt')} "
+                f"({self.min_specificity_prompts:,} needed)"
             )
         return said
 
@@ -168,3 +168,7 @@ class Check:
     @property
     def failed(self) -> bool:
         return self.verdict == FAIL
+
+
+def _are(n: int, what: str) -> str:
+    return f"{'is' if n == 1 else 'are'} {counted(n, what)}"

@@ -21,10 +21,14 @@ class Slots:
 
     def __init__(self, keys: Tensor, values: Tensor, base: int = 0):
         self.keys, self.values = keys, values
-        # the memory may be an earlier sweep's (``KVStore.room``), whose graph then must not go down any more
-        torch.autograd.graph.increment_version((keys, values))
         self._gradients = _Gradients(base)
         self._written: Tensor | None = None  # the last write, as autograd has it
+
+    @classmethod
+    def again(cls, keys: Tensor, values: Tensor, base: int) -> "Slots":
+        """Slots in memory that may be an earlier sweep's (``KVStore.room``), whose graph must not go down any more."""
+        torch.autograd.graph.increment_version((keys, values))
+        return cls(keys, values, base)
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor) -> "Slots":

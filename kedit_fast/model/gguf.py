@@ -1,8 +1,8 @@
 """Reads GGUF version 3 files (metadata and tensors) with numpy alone.
 
 The layout is little-endian throughout: magic, version, counts, the metadata pairs, a directory of the tensors,
-padding, then the tensors themselves (format specification: github.com/ggml-org/ggml, docs/gguf.md). Three tensor
-types are read, F32, Q4_1 and Q8_0; any other is refused by its name.
+padding, then the tensors themselves (format specification: github.com/ggml-org/ggml, docs/gguf.md). What tensors are
+made of is in ``gguf_blocks``; a block format that is not there is refused by its name.
 """
 
 import math
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kedit_fast.basics.words import not_text
+from kedit_fast.model.gguf_blocks import FORMATS, OTHERS, dequantize
 
 MAGIC, VERSION = b"GGUF", 3
-BLOCK = 32  # weights that share one scale in the quantized types
 MOST_DIMS = 4  # of the format
 DEFAULT_ALIGNMENT = 32  # where the metadata has no "general.alignment"
 
@@ -33,18 +33,6 @@ _SCALARS = {
     12: "<f8",
 }
 _STRING, _ARRAY = 8, 9
-
-# Tensor types by number: those that are read, and the names of the others for the error message.
-_F32, _Q4_1, _Q8_0 = 0, 3, 8
-_Q4_1_BLOCK = np.dtype([("scale", "<f2"), ("minimum", "<f2"), ("nibbles", "u1", BLOCK // 2)])
-_Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", BLOCK)])
-_READ = {
-    _F32: ("F32", 1, 4),
-    _Q4_1: ("Q4_1", BLOCK, _Q4_1_BLOCK.itemsize),
-    _Q8_0: ("Q8_0", BLOCK, _Q8_0_BLOCK.itemsize),
-}
-_OTHERS = {1: "F16", 2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K"}
-_OTHERS |= {14: "Q6_K", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ class Gguf:
         if name not in self.entries:
             raise ValueError(f"no tensor {name!r} in this GGUF file; it holds {len(self.entries)}, see .entries")
         entry = self.entries[name]
-        return _dequantize(self.data[entry.begin : entry.end], entry.kind).reshape(entry.shape)
+        return dequantize(self.data[entry.begin : entry.end], FORMATS[entry.kind]).reshape(entry.shape)
 
 
 def read_gguf(buffer) -> Gguf:
@@ -102,35 +90,18 @@ def read_gguf(buffer) -> Gguf:
 
 def _entry(name: str, shape: tuple[int, ...], kind: int, begin: int, n_bytes: int) -> TensorEntry:
     """The checked entry of one tensor; ValueError where its type is not read, or it ends behind the file."""
-    if kind not in _READ:
-        label = _OTHERS.get(kind, f"number {kind}")
+    if kind not in FORMATS:
+        label, known = OTHERS.get(kind, f"number {kind}"), ", ".join(form.name for form in FORMATS.values())
+        raise ValueError(f"tensor {name!r} has type {label}; this reader knows {known}")
+    form = FORMATS[kind]
+    if (shape[-1] if shape else 1) % form.weights:
         raise ValueError(
-            f"tensor {name!r} has type {label}; this reader knows {', '.join(k for k, _, _ in _READ.values())}"
+            f"tensor {name!r} {shape} of type {form.name}: its rows are no multiple of {form.weights} weights"
         )
-    label, weights, size = _READ[kind]
-    if (shape[-1] if shape else 1) % weights:
-        raise ValueError(f"tensor {name!r} {shape} of type {label}: its rows are no multiple of {weights} weights")
-    end = begin + math.prod(shape) // weights * size
+    end = begin + math.prod(shape) // form.weights * form.block.itemsize
     if end > n_bytes:
         raise ValueError(f"GGUF file is truncated: tensor {name!r} ends at byte {end}, the file has {n_bytes}")
     return TensorEntry(shape, kind, begin, end)
-
-
-def _dequantize(raw: memoryview, kind: int) -> np.ndarray:
-    """The weights of whole blocks as a flat fp32 array: w = q * scale (+ minimum for Q4_1), computed in fp32.
-
-    Q4_1 keeps the first half of a block in the low nibbles of its 16 bytes, the second half in the high ones.
-    """
-    if kind == _F32:
-        return np.frombuffer(raw, "<f4").astype(np.float32)
-    if kind == _Q8_0:
-        blocks = np.frombuffer(raw, _Q8_0_BLOCK)
-        return (blocks["values"].astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]).reshape(-1)
-    blocks = np.frombuffer(raw, _Q4_1_BLOCK)
-    weights = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1).astype(np.float32)
-    weights *= blocks["scale"].astype(np.float32)[:, None]
-    weights += blocks["minimum"].astype(np.float32)[:, None]
-    return weights.reshape(-1)
 
 
 class _Cursor:

@@ -1,6 +1,7 @@
-"""Opening a model: a folder, a hub id, a loaded Hugging Face model, or the demo model; refused here or not at all."""
+"""Opening a model: a folder, hub id, loaded Hugging Face model, or one that has a name; refused here or not at all."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,20 @@ from kedit_fast.model import family as fam
 from kedit_fast.model.disk import open_on_disk
 from kedit_fast.model.family import family_of
 from kedit_fast.model.folder import Checkpoint, read_config, read_model, read_tokenizer
+from kedit_fast.model.gemma3 import GEMMA3
 from kedit_fast.model.host import Host
 from kedit_fast.model.lm import LM
 from kedit_fast.model.loaded import check_loaded, make_ordinary
+from kedit_fast.model.packaged import packaged_folder
 from kedit_fast.model.placement import place
 from kedit_fast.model.shape import shape_of
+from kedit_fast.model.smollm2 import SMOLLM2
 from kedit_fast.model.source import DEFAULT_MEMORY, Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEMO_MODEL = "smollm2"  # the name that opens SmolLM2-135M-Instruct
+PACKAGED = {model.name: model for model in (SMOLLM2, GEMMA3)}  # models by the names that open them
 
 
 @own_state()
@@ -36,8 +40,9 @@ def open_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    accept_licence: bool = False,
 ) -> LM:
-    """Opens a model: a folder, a hub id, a loaded Hugging Face model, or "smollm2" (the demo model).
+    """Opens a model: a folder, a hub id, a loaded Hugging Face model, "smollm2" (the demo model) or "gemma3".
 
     memory: bytes (or "8GB") for weights and work together. Of a model that needs more than three quarters of it each
         layer is read ahead of its use: from disk, or for a GPU from host memory where that holds them all; None keeps
@@ -47,18 +52,21 @@ def open_model(
     device: where to compute (default: the model's own, else the CPU); dtype: a torch dtype or its name (default: the
         checkpoint's)
     tokenizer: for a loaded model; default: the one saved under the model's name
+    accept_licence: "gemma3" is Gemma-3-270M, under the Gemma Terms of Use (ai.google.dev/gemma/terms): True says that
+        you accept them, and fetches it; once it is in the cache folder it opens without
 
     A family that the tests do not cover is compared with the model's own logits first (``compared.py``). Parameters
     that were made under ``torch.inference_mode`` become ordinary ones over the same memory.
 
-    Raises ValueError for an unknown family, a slow tokenizer, NaN in weights, a checkpoint that lacks a weight, has it
-    in another shape or is damaged, a loaded model that is wrapped or not all here (``loaded.py``); OSError for one that
-    is not there. No remote code is run.
+    Raises ValueError for terms that are not accepted, an unknown family, a slow tokenizer, NaN in weights, a checkpoint
+    that lacks a weight, has it in another shape or is damaged, a loaded model that is wrapped or not all here
+    (``loaded.py``); OSError for one that is not there. No remote code is run.
     """
     dtype = None if dtype is None else getattr(torch, checks.dtype("dtype", dtype))
     memory, device = checks.optional(checks.size, "memory", memory), checked_device(device)
+    accept_licence = checks.flag("accept_licence", accept_licence)
     checks.instance(
-        "model", model, nn.Module | str | Path, "a folder, a hub id, a loaded Hugging Face model or 'smollm2'"
+        "model", model, nn.Module | str | Path, "a folder, a hub id, a loaded Hugging Face model, 'smollm2' or 'gemma3'"
     )
     if memory is not None:
         give_back_what_is_freed()
@@ -66,7 +74,11 @@ def open_model(
         lm = _from_loaded(model, tokenizer, memory, device, dtype)
     else:
         checks.path("model", model)
-        lm = _from_folder(model, tokenizer, memory, device or torch.device("cpu"), dtype)
+        about = {"opened_as": str(model)}
+        if named := PACKAGED.get(str(model)):
+            about["note"] = named.note
+        folder = named_folder(model, accept_licence=accept_licence)
+        lm = _from_folder(folder, tokenizer, memory, device or torch.device("cpu"), dtype, about)
     if not getattr(lm.tokenizer, "is_fast", False):
         raise ValueError("kedit_fast needs a fast tokenizer (subject spans come from its character offsets)")
     _check_weights(lm)
@@ -92,12 +104,13 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
     return LM(model, tokenizer, Resident(model), memory or DEFAULT_MEMORY)
 
 
-def _from_folder(name, tokenizer, memory, device, dtype) -> LM:
-    about: dict[str, Any] = {"opened_as": str(name)}
-    if str(name) == DEMO_MODEL:
-        from kedit_fast.model.smollm2 import NOTE, smollm2_folder
+def named_folder(name, say: Callable[[str], None] | None = None, accept_licence: bool = False):
+    """The folder of a model that has a name here, fetched where need be (``packaged.py``); any other name as it is."""
+    model = PACKAGED.get(str(name))
+    return name if model is None else packaged_folder(model, say, accept_licence=accept_licence)
 
-        name, about["note"] = smollm2_folder(), NOTE
+
+def _from_folder(name, tokenizer, memory, device, dtype, about: dict[str, Any]) -> LM:
     config = read_config(name)
     family = family_of(config)
     tokenizer = tokenizer or read_tokenizer(name)

@@ -34,8 +34,7 @@ from kedit_fast.edits.edit import Edit, digest, edit_list
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection, refuse_experts, text_config
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import LM
-from kedit_fast.model.opening import DEMO_MODEL
-from kedit_fast.model.smollm2 import smollm2_folder
+from kedit_fast.model.opening import named_folder
 from kedit_fast.shipping.merge import checkpoint_fingerprint
 
 if TYPE_CHECKING:
@@ -231,8 +230,7 @@ def _loadable(name: str) -> str | None:
     A name that is no folder here is kept, a hub id or a path of another machine; None for a relative path ("./llama",
     "~/llama") that leads to no model.
     """
-    if name == DEMO_MODEL:  # a name that loaders of adapters do not know
-        name = str(smollm2_folder())
+    name = str(named_folder(name))  # loaders of adapters do not know those that have one here
     folder = Path(name).expanduser()
     if name and (folder / "config.json").is_file():
         return str(folder.absolute())

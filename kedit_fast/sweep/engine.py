@@ -252,7 +252,8 @@ class Pack:
     def _cache(self, layer: int, h: Tensor, table: RowTable) -> Slots:
         """Room for this layer's keys and values: slots of the store, then a slot a row."""
         if self.store is not None:
-            return Slots(*self.store.room(layer, len(table) if self.slots is None else 0, h, self.of_slots), table.base)
+            room = self.store.room(layer, len(table) if self.slots is None else 0, h, self.of_slots)
+            return Slots.again(*room, table.base)
         # The kernel reads written slots alone. The reference gathers those of later calls with the others and masks
         # them only then, and 0 * NaN is NaN.
         new = h.new_empty if runs_on_triton(h) else h.new_zeros

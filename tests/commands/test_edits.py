@@ -15,7 +15,7 @@ from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.edits.memories import MemoryChange
 from kedit_fast.edits.routes import NearestRoute
 from kedit_fast.evaluation import EvalReport
-from kedit_fast.model.smollm2 import FOLDER
+from kedit_fast.model.smollm2 import SMOLLM2
 from kedit_fast.shipping.history import EditHistory
 from tests.commands.cases import parsed, run
 from tests.conftest import relative_error
@@ -115,8 +115,8 @@ def test_merge_refuses(args, says, work, complaint):
 
 def test_an_adapter_names_the_folder_of_its_model(work, said, monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_CACHE", str(work / "cache"))
-    save_checkpoint(work / "cache" / FOLDER)
-    for name, folder in (("base", work / "base"), ("smollm2", work / "cache" / FOLDER)):
+    save_checkpoint(SMOLLM2.folder)
+    for name, folder in (("base", work / "base"), ("smollm2", SMOLLM2.folder)):
         shown = said("merge", "--model", name, "one.safetensors", "-o", f"of-{name}", "--peft")
         config = json.loads((work / f"of-{name}" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(folder)

@@ -6,6 +6,8 @@ import torch
 
 import kedit_fast as kf
 from kedit_fast.commands import info
+from kedit_fast.model.smollm2 import SMOLLM2
+from tests.shipping.checkpoints import save_checkpoint
 
 
 def test_info(model, work, said):
@@ -18,6 +20,18 @@ def test_info(model, work, said):
     assert found["model"]["layers that mend, malmen, ke edit"] == "those of the network"
     assert found["model"]["layers that ike, ike-plain, ice, serac edit"] == "none: a text, no weights"
     assert not any(str(value).startswith("unknown") for value in found.values())
+
+
+def test_models_with_names(work, said, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(work / "cache"))
+    save_checkpoint(SMOLLM2.folder)
+    shown = said("info", "-o", "info.json")
+    assert f"SmolLM2-135M-Instruct in {SMOLLM2.folder}" in shown
+    found = json.loads((work / "info.json").read_text())["models by name"]
+    assert found["gemma3"] == (
+        "Gemma-3-270M, not here yet; the first use fetches 238 MB with --accept-licence "
+        "(Gemma Terms of Use, https://ai.google.dev/gemma/terms)"
+    )
 
 
 def test_info_says_which_build_of_torch_this_is(monkeypatch):

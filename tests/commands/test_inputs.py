@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import kedit_fast as kf
 from kedit_fast.commands.inputs import fact_file, find_moments, read_edits
 from kedit_fast.edits.edit import Edit, digest
+from kedit_fast.model import packaged
 from kedit_fast.moments.second_moment import FORMAT
 from tests.commands.cases import FACTS, ONE, files, parsed, run
 from tests.conftest import refused, save_tiny
@@ -161,6 +162,42 @@ def test_a_folder_of_versions_stands_for_its_edits(tmp_path):
 def test_a_slip_in_the_demos_name_asks_no_hub(name, complaint):
     says = complaint("trace", *ONE, "--model", name)
     assert f"model {name!r}: no such folder" in says and "did you mean smollm2?" in says
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """With a package index that gives nothing: to ask it is an error that names the model."""
+
+    def fetched(model, *rest):
+        raise OSError(f"{model.name} would be fetched")
+
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "none"))
+    monkeypatch.delenv("KEDIT_FAST_GEMMA3", raising=False)
+    monkeypatch.setattr(packaged, "_download", fetched)
+    return tmp_path / "none"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trace", *ONE, "--model", "gemma3"),
+        ("generate", "--prompt", "Paris is", "--model", "gemma3"),
+        ("info", "gemma3", "--plan", "edit"),
+    ],
+)
+def test_terms_are_accepted_by_a_flag_before_anything_is_fetched(words, empty_cache, complaint):
+    says = complaint(*words)
+    for part in ("Gemma Terms of Use", "https://ai.google.dev/gemma/terms", "kedit-fast info gemma3 --accept-licence"):
+        assert part in says
+    assert not empty_cache.exists()
+    assert "gemma3 would be fetched" in complaint(*words, "--accept-licence")
+    assert not list(empty_cache.iterdir())
+
+
+def test_what_has_no_such_flag_says_where_it_is(work, empty_cache, complaint):
+    make_edit(tiny_model("llama")).save("edit.safetensors")
+    for words in (("merge", "edit.safetensors", "-o", "out"), ("edit", "inspect", "edit.safetensors")):
+        assert "kedit-fast info gemma3 --accept-licence" in complaint(*words, "--model", "gemma3")
 
 
 @pytest.mark.parametrize(

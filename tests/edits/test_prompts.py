@@ -10,7 +10,8 @@ import kedit_fast as kf
 from kedit_fast.edits.changes import PromptChange, WeightChange
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit, digest
-from kedit_fast.evaluation.probes import probe, read_edited, read_probes, write_probes
+from kedit_fast.evaluation.probes import probe, read_edited, read_probes
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.facts.tokens import answer_tokens, asked, set_before
 from tests.conftest import close, open_tiny, tiny_lm
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -10,7 +10,8 @@ from kedit_fast.editors.written import not_written
 from kedit_fast.edits.changes import PromptChange, WeightChange
 from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.edits.routes import NearestRoute, Route, ids_of, prompt_features, text_of
-from kedit_fast.evaluation.probes import probe, read_edited, read_probes, write_probes
+from kedit_fast.evaluation.probes import probe, read_edited, read_probes
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.jobs.score import text_logprobs
 from kedit_fast.sweep.sites import Site
 from tests.conftest import close, open_tiny, refused, tiny_lm

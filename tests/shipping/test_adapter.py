@@ -12,8 +12,8 @@ import kedit_fast as kf
 from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.edits.edit import digest
 from kedit_fast.jobs.score import next_token_probs
-from kedit_fast.model import smollm2
 from kedit_fast.model.family import as_out_in, projection
+from kedit_fast.model.smollm2 import SMOLLM2
 from kedit_fast.shipping.adapter import CONFIG, RECORD, WEIGHTS, check_adapter, export_peft, load_peft
 from tests.conftest import on_disk, open_tiny, refused, relative_error
 from tests.make import bits, logits, lowrank, make_edit, owned_edit, same_bits
@@ -132,9 +132,9 @@ def test_a_models_folder_is_named_so_that_peft_finds_it_from_anywhere(tmp_path, 
 
 def test_the_demo_models_name_becomes_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
-    model = save_checkpoint(tmp_path / "cache" / smollm2.FOLDER)
+    model = save_checkpoint(SMOLLM2.folder)
     made = export_peft(low_rank_edit(model), tmp_path / "adapter", model="smollm2")
-    assert made.base == str(smollm2.smollm2_folder())
+    assert made.base == str(SMOLLM2.folder)
 
 
 def test_no_base_is_named_that_cannot_be_found(tmp_path, monkeypatch):

@@ -153,6 +153,17 @@ def test_runs_are_counted_as_what_they_hold(recomputes, family, dtype, d_ff, mon
     assert held.peak <= counted(lm, tasks[0], 14, recomputes) <= 3 * held.peak
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_native_products_of_many_rows_give_the_same(family, monkeypatch):
+    """All rows in one call, by the products that serve many rows."""
+    lm = tiny_lm(family)
+    facts, how = [EIFFEL, CAPITAL], {"method": "attribution"} | HOW
+    wanted = kf.trace(lm, facts, **how)
+    monkeypatch.setattr("kedit_fast.kernels.linear.FEWEST", 1)
+    for got, want in zip(kf.trace(lm, facts, **how), wanted, strict=True):
+        assert np.allclose(got.p_restored, want.p_restored, rtol=1e-4, atol=1e-8)
+
+
 def test_layers_from_disk_give_the_same_bits(tmp_path):
     """Their backward pass reads each layer again."""
     pair = disk_and_resident(save_tiny(tmp_path, tiny_model("llama")))

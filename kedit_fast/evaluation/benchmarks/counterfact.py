@@ -203,10 +203,11 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
     """(that P(new) > P(true) does not say that the new answer is given; how many neighbors were left out)."""
     did, know = [], []
     if edited is not None:
-        (before, after) = (int(side["efficacy_exact"].nansum()) for side in (base, edited))
-        if n := int((~edited["efficacy_exact"].isnan()).sum()):
-            when = f"for {before} before the edit, for {after} after it"
-            did.append(f"the new answer is what the model says: of {counted(n, 'fact')} {when}")
+        for name, what in (("exact", "tokens are all the likeliest"), ("contains", "words stand in what is written")):
+            (before, after) = (int(side[f"efficacy_{name}"].nansum()) for side in (base, edited))
+            if n := int((~edited[f"efficacy_{name}"].isnan()).sum()):
+                when = f"for {before} before the edit, for {after} after it"
+                did.append(f"the new answer's {what}: of {counted(n, 'fact')} {when}")
         same = edited["same_subject_same_top"]
         if not same.isnan().all():
             did.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")

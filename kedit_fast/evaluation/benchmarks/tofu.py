@@ -21,7 +21,8 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import reading
 from kedit_fast.basics.intervals import AMOUNT, PROBABILITY
 from kedit_fast.evaluation.benchmark import Benchmark, Case, Writing, one_by_one
-from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes, write_probes
+from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes
+from kedit_fast.evaluation.written import write_probes
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.files import Notes, read_records
 from kedit_fast.facts.formats import Question, text_of, texts_of

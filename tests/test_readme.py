@@ -52,15 +52,6 @@ def test_the_examples_run(work, monkeypatch, capsys):
     assert names["question"].chat is True
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_the_pages_of_docs_are_python_and_commands_that_there_are(page):
-    found = re.findall(r"```(\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    for text in (text for name, text in found if name == "python"):
-        compile(text, page.name, "exec")
-    commands = re.findall(r"-m kedit_fast ([^'\n]*)", "".join(text for name, text in found if name == "bash"))
-    assert commands and all(cli.build_parser().parse_args(shlex.split(text)).command for text in commands)
-
-
 def test_the_fact_file_is_read(work):
     (fact,) = kf.load_facts(work / "facts.json")
     assert fact.target_new == "Rome" and all(map(len, (fact.paraphrases, fact.neighborhood, fact.same_subject)))

@@ -162,6 +162,7 @@ def doors(folder) -> list[Door]:
         Door("Comparison.load", _with(kf.Comparison.load), dict(path="path")),
         Door("Comparison.save", _with(kf.compare({"a": t.report, "b": t.report}).save), dict(path="path")),
         Door("Comparison.to_html", _with(kf.compare({"a": t.report, "b": t.report}).to_html), dict(path="path?")),
+        Door("citation", _with(lambda what: kf.citation(what)), dict(what="object")),
         Door("counterfact_with", _with(kf.counterfact_with), dict(path="path")),
         Door("load_easyedit", _with(kf.load_easyedit), dict(path="path")),
         Door("capability", _with(kf.capability, t.lm, tasks="kedit_common"), dict(

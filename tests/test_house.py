@@ -54,6 +54,7 @@ TALKING = ("commands",)  # rooms that print
 TESTS = PACKAGE.parent / "tests"
 # Modules without a test file of their own name, by the one that tests them.
 TESTED_IN = {
+    "evaluation/written.py": "evaluation/test_probes.py",
     "commands/test_chat.py": "commands/generate",
     "commands/test_cli.py": "commands/arguments",
     "commands/test_demo.py": "commands/demo_page",

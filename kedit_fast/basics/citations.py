@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.catalog import EDITORS
@@ -54,6 +55,7 @@ PAPERS = {  # {name of a method, a benchmark or a function: keys of references.b
     "tofu": ("maini2024tofu",),
     "trace": ("meng2022rome",),
     "estimate": ("syed2023", "sundararajan2017"),
+    "corrected attribution": ("kramar2024atp", "jafari2025relp"),  # measured, and not offered: tracing/attribution.py
     "second_moments": ("meng2022rome",),
     "edit_by_layer": ("hase2023",),
     "leace": ("belrose2023leace",),
@@ -64,7 +66,7 @@ PAPERS = {  # {name of a method, a benchmark or a function: keys of references.b
 }
 
 
-def citation(*what) -> str:
+def citation(*what: Any) -> str:
     """BibTeX of the papers behind these: names, editors, edits, benchmarks, reports, traces, functions of this package.
 
     ``print(kf.citation(edit, report, "trace"))``. Each entry once. Raises BadArgument for what no paper is known of.

@@ -54,7 +54,6 @@ TALKING = ("commands",)  # rooms that print
 TESTS = PACKAGE.parent / "tests"
 # Modules without a test file of their own name, by the one that tests them.
 TESTED_IN = {
-    "evaluation/written.py": "evaluation/test_probes.py",
     "commands/test_chat.py": "commands/generate",
     "commands/test_cli.py": "commands/arguments",
     "commands/test_demo.py": "commands/demo_page",
@@ -79,6 +78,7 @@ TESTED_IN = {
     "editors/test_memit.py": "editors/located editors/spread",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_settings editors/training_step",
+    "evaluation/test_probes.py": "evaluation/written",
     "evaluation/test_compare.py": "evaluation/aligned pictures/comparison",
     "evaluation/test_evaluate.py": "evaluation/perplexity",
     "evaluation/test_harness.py": "commands/capability evaluation/harness_lm",

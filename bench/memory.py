@@ -43,7 +43,7 @@ def run(options) -> Iterator[Measured]:
 def compare(lm, name: str, facts: Sequence[Fact], measured: int, memory: Callable[[kf.Edit], Memory]) -> Measured:
     """One editor's edit of all facts, scored both ways."""
     edit = hardly_trained(lm, name, facts)
-    asked = [probes(lm, Case((fact,), i)) for i, fact in enumerate(facts)]
+    asked = [probes(lm, Case((fact,), number=i)) for i, fact in enumerate(facts)]
     view, theirs = lm.with_edit(edit), memory(edit)
     before = [timed(loop, lm, edit.layers[0], one, theirs) for one in asked[: -(-measured // 2)]]
     ours = timed(read_probes, view, [probe for one in asked for probe in one])

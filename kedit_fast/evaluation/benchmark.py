@@ -105,6 +105,12 @@ def no_sentences(facts, base, edited) -> tuple[list[str], list[str]]:
     return [], []
 
 
+def said_left_out(facts: Iterable[Fact], n: int) -> list[str]:
+    """A sentence that n of the facts' neighborhood prompts were not asked; none for none."""
+    of = sum(len(fact.neighborhood) for fact in facts)
+    return [f"{n} of {of} neighborhood prompts left out: they name an edited subject"] * bool(n)
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """How facts are asked and judged. ``kf.evaluate(lm, facts, edit, benchmark=...)`` runs it; one that stands in

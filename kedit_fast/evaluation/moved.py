@@ -27,6 +27,7 @@ from kedit_fast.edits.chain import facts_in_force, with_edits
 from kedit_fast.edits.changes import TAKE_ONE
 from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
+from kedit_fast.evaluation.benchmark import said_left_out
 from kedit_fast.evaluation.benchmarks.distractors import DISTRACTORS
 from kedit_fast.evaluation.canary import CONTEXT, DOUBT, sing, with_old_answer
 from kedit_fast.evaluation.evaluate import about, evaluate
@@ -116,8 +117,7 @@ def _beside_facts(view, facts: Sequence[Fact]) -> tuple[dict[str, Both], list[st
     found = {name: Both(*(side[name] for side in sides)) for name in DISTRACTORS.metrics}
     left_out = int(report.base["neighborhood_left_out"].sum())
     n = sum(len(fact.neighborhood) for fact in facts)
-    if left_out:
-        notes.append(f"{left_out} of {n} neighborhood prompts left out: they name an edited subject")
+    notes += said_left_out(facts, left_out)
     if n > left_out and not found["distractor"].edited.n:
         notes.append("distractors: not measured, no neighbor has an answer that a new one (target_new) could displace")
     return found, notes

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from kedit_fast.basics.intervals import COUNT, Metrics
-from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
+from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one, said_left_out
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.readings import ASKED, KEPT, UNTIL, Kind, metrics_of, readings
 from kedit_fast.facts.fact import Fact
@@ -113,8 +113,7 @@ def of_fact(lm, case: Case, fact: Fact) -> Iterator[Probe]:
 
 def sentences(facts, base, edited) -> tuple[list[str], list[str]]:
     """How far the two readings of the rewrite prompt lie apart; how many neighbors were left out."""
-    n, left_out = sum(len(fact.neighborhood) for fact in facts), int(base[LEFT_OUT].nansum())
-    know = [f"{left_out} of {n} neighborhood prompts left out: they name an edited subject"] * bool(left_out)
+    know = said_left_out(facts, int(base[LEFT_OUT].nansum()))
     side, when = (base, "") if edited is None else (edited, " after the edit")
     forced, match, holds = (_mean(side.get(f"{REWRITE}.{mode}")) for mode in ("exact", "match", "contains"))
     if forced is None or match is None:

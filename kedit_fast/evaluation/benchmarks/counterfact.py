@@ -24,7 +24,7 @@ from kedit_fast.basics.bits import digest
 from kedit_fast.basics.files import reading
 from kedit_fast.basics.intervals import AMOUNT, COUNT, DIFFERENCE, PROBABILITY, SHARE
 from kedit_fast.basics.words import counted
-from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one
+from kedit_fast.evaluation.benchmark import Benchmark, Case, one_by_one, said_left_out
 from kedit_fast.evaluation.probes import Answer, Probe
 from kedit_fast.evaluation.readings import UNTIL, Kind, mean, readings
 from kedit_fast.evaluation.texts import ngram_entropy
@@ -213,11 +213,7 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
             did.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")
     if edited is not None and any(f.target_new for f in facts) and not any(f.neighborhood for f in facts):
         know.append("other subjects: not measured, no fact has neighborhood prompts")
-    left_out = int(base["neighborhood_left_out"].nansum())
-    if left_out:
-        n = sum(len(fact.neighborhood) for fact in facts)
-        know.append(f"{left_out} of {n} neighborhood prompts left out: they name an edited subject")
-    return did, know
+    return did, know + said_left_out(facts, int(base["neighborhood_left_out"].nansum()))
 
 
 def _of_kind(kind: str, probes: list[Probe], answers: list[Answer]) -> Answers:

@@ -118,7 +118,7 @@ def tofu_scores(
 ) -> TofuScores:
     """What the model, with the edits that it carries, is worth on items; answers of all of them in shared sweeps.
 
-    chat: questions are asked in the model's own template; else plainly, "Question: ...\nAnswer:"
+    chat: questions are asked in the model's own template; else plainly, "Question: ...\\nAnswer:"
     max_new_tokens: of the answer whose ROUGE-L recall is taken, which ends at a line end; 0: no rouge
     Differs: ROUGE-L without a stemmer. Raises ValueError for no items, and where only some have perturbed answers.
     """

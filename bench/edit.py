@@ -1,7 +1,8 @@
 """Editing SmolLM2 with MEMIT or ROME: what an edit of known CounterFact facts changes, and what it leaves alone.
 
 Facts: those of CounterFact that the model ranks first, without those whose answers stand in the subject, in the order
-of one draw with ``random.Random(0)``; a batch holds no two facts of one subject and relation. CounterFact's first
+of one draw with ``random.Random(0)``; a batch holds no two facts of one subject and relation. SmolLM2's lie with the
+data; another model is asked, and what it knows is kept in the cache folder. CounterFact's first
 paraphrase and first neighborhood prompt of each fact are original, the other neighborhood prompts rebuilt.
 """
 
@@ -10,7 +11,7 @@ import gzip
 import json
 import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ COUNTERFACT = "counterfact/counterfact.json.gz"
 STATISTICS_TEXT, N_TOKENS = "corpus/wikitext2_raw_valid.txt.gz", 40_960
 PERPLEXITY_TEXT, N_CHARACTERS = "corpus/wikitext2_raw_test.txt.gz", 60_000  # more than the 5,120 tokens it is taken of
 SINGLES = 10  # edits of one fact each, pooled, that stand for n = 1
+ASKED = 500  # facts that a model is asked at once whether it knows
 N_OTHER = 3  # prompts of the same subject's other relations
 MARKS = {
     "efficacy": ">= 95",
@@ -78,19 +80,27 @@ def perplexity_text(n_characters: int = N_CHARACTERS) -> str:
         return file.read(n_characters)
 
 
-def measure(lm, editor, moments, batches: dict[int, list[list[Fact]]], text: str, *, marked: bool = True) -> Measured:
-    """A column a batch size: every batch is edited and evaluated by itself, and the facts of one size are pooled."""
+def measure(
+    lm, editor, moments, batches: dict[int, list[list[Fact]]], text: str, *, marked: bool = True, whose: str = "",
+    also: Callable[[list[Fact], kf.Edit], dict[str, float]] | None = None,
+) -> Measured:  # fmt: skip
+    """A column a batch size: every batch is edited and evaluated by itself, and the facts of one size are pooled.
+
+    whose: before each case; also: gives {line: percent} of one edit, of which the mean over the size's edits is told
+    """
     peak, contexts, figures = peak_matmul(), None, []
     for n, of_size in batches.items():
-        outcomes = []
+        outcomes, more = [], []
         for facts in of_size:
             made = timed(editor.edit, lm, facts, moments=moments, contexts=contexts)
             contexts = made.result.contexts  # sampled once
             judged = timed(kf.evaluate, lm, facts, made.result, text=text)
             outcomes.append(Outcome(judged.result, made.cpu, judged.cpu))
+            more.append(also(facts, made.result) if also else {})
             print(f"n = {n}, {len(outcomes)} of {len(of_size)}: {made.cpu:.0f} s + {judged.cpu:.0f} s", flush=True)
-        name = f"n = {n}, {len(of_size)} edit{'s' * (len(of_size) > 1)}"
+        name = f"{whose}n = {n}, {len(of_size)} edit{'s' * (len(of_size) > 1)}"
         figures += [f if marked else dataclasses.replace(f, mark="") for f in table(name, outcomes)]
+        figures += [Figure(name, x, statistics.fmean(one[x] for one in more), "%", n=len(more)) for x in more[0]]
     settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(editor).items())
     return Measured(figures, peak, [f"{type(editor).__name__}: {settings}. Brackets: 95 % intervals over facts."])
 
@@ -98,8 +108,14 @@ def measure(lm, editor, moments, batches: dict[int, list[list[Fact]]], text: str
 # ---- facts
 
 
+def known_to(lm, n: int) -> list[Fact]:
+    """Facts that a model knows, in the order of the draw; at least n, where there are so many."""
+    return draw() if lm.name == "smollm2" else _asked(lm, n)
+
+
 def draw() -> list[Fact]:
-    """Known CounterFact facts in the order of the draw, with prompts of other relations, none in another's way."""
+    """CounterFact facts that SmolLM2 knows in the order of the draw, with prompts of other relations, none in another's
+    way."""
     everything = kf.load_facts(DATA / COUNTERFACT)
     by_id = {fact.id: fact for fact in everything}
     with gzip.open(DATA / KNOWN, "rt", encoding="utf-8") as file:
@@ -107,6 +123,34 @@ def draw() -> list[Fact]:
     candidates = [fact for fact in known if not gives_away(fact)]
     drawn = without_conflicts(random.Random(0).sample(candidates, len(candidates)))
     return kf.related(check_facts(drawn), everything, phrasings=0, same_subject=N_OTHER)
+
+
+def _asked(lm, n: int) -> list[Fact]:
+    """The first n facts of one draw of which a model finds each token of the answer the likeliest; what it was asked is
+    kept."""
+    path = cache_dir() / "bench" / "known" / f"{lm.fingerprint}.json"
+    everything = kf.load_facts(DATA / COUNTERFACT)
+    drawn = without_conflicts(random.Random(0).sample(everything, len(everything)))
+    told = json.loads(path.read_text()) if path.exists() else {}
+    known: list[Fact] = []
+    for first in range(0, len(drawn), ASKED):
+        some = [fact for fact in drawn[first : first + ASKED] if not gives_away(fact)]
+        if any(fact.id not in told for fact in some):
+            told |= _right(lm, some)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(told))
+        known += [fact for fact in some if told[fact.id]]
+        if len(known) >= n:
+            break
+    return kf.related(known, everything, phrasings=0, same_subject=N_OTHER)
+
+
+def _right(lm, facts: list[Fact]) -> dict[str, bool]:
+    """{id: whether each token of the true answer is the likeliest}."""
+    alone = {"paraphrases": (), "neighborhood": (), "same_subject": ()}
+    asked = [dataclasses.replace(fact, target_new=fact.target_true, **alone) for fact in facts]
+    right = kf.evaluate(lm, asked, both_forms=False).base["efficacy_exact"] == 1
+    return dict(zip((fact.id for fact in facts), right.tolist(), strict=True))
 
 
 def gives_away(fact: Fact) -> bool:

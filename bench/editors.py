@@ -12,7 +12,6 @@ in the results with this commit and these settings is not run again.
 
 import dataclasses
 import math
-import random
 import statistics
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from torch import Tensor
 
 import kedit_fast as kf
 from bench import edit as edit_bench
-from bench.common import DATA, Figure, Measured, environment, peak_matmul, read_rows, results_file, timed
+from bench.common import Figure, Measured, environment, peak_matmul, read_rows, results_file, timed
 from kedit_fast.basics.intervals import SHARE, Interval, harmonic_mean, interval
 from kedit_fast.editors import rome, spread
 from kedit_fast.editors.contexts import memit_contexts
@@ -102,7 +101,7 @@ def run(options) -> Iterator[Measured]:
     edit_bench.check_data()
     rows = chosen(options)
     lm = kf.open_model(options.model)
-    known = edit_bench.draw() if options.model == "smollm2" else known_to(lm, MASS)
+    known = edit_bench.known_to(lm, max(row.n * row.batches for row in rows))
     ground = Ground(
         lm=lm,
         facts=known,
@@ -151,22 +150,6 @@ def done(folder: Path, bench: str = "editors") -> frozenset[tuple[str, str]]:
         return frozenset()
     rows = [row for row, _ in read_rows(path) if row["bench"] == bench and row["commit"] == env["commit"]]
     return frozenset((row["case"], row["notes"]) for row in rows)
-
-
-def known_to(lm, n: int) -> list[Fact]:
-    """The first n CounterFact facts of one draw whose answer another model than SmolLM2 ranks first."""
-    everything = kf.load_facts(DATA / edit_bench.COUNTERFACT)
-    drawn = edit_bench.without_conflicts(random.Random(0).sample(everything, len(everything)))
-    known: list[Fact] = []
-    for first in range(0, len(drawn), n):
-        some = [fact for fact in drawn[first : first + n] if not edit_bench.gives_away(fact)]
-        alone = {"paraphrases": (), "neighborhood": (), "same_subject": ()}
-        asked = [dataclasses.replace(fact, target_new=fact.target_true, **alone) for fact in some]
-        says = kf.evaluate(lm, asked, both_forms=False).base["efficacy_exact"] == 1
-        known += [fact for fact, right in zip(some, says.tolist(), strict=True) if right]
-        if len(known) >= n:
-            break
-    return kf.related(known[:n], everything, phrasings=0, same_subject=edit_bench.N_OTHER)
 
 
 @dataclass(frozen=True)

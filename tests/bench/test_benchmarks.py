@@ -542,7 +542,7 @@ def test_rows_are_chosen_by_name_editor_and_network():
         editors.chosen(SimpleNamespace(**asked | {"methods": ["mimit"]}))
 
 
-def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch):
+def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch, tmp_path):
     lm = tiny_lm("llama")
     told = [lm.top_tokens(fact.text, k=1)[0][0] for fact in PROBED]
     facts = [
@@ -551,10 +551,13 @@ def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch):
     ]
     monkeypatch.setattr(kf, "load_facts", lambda path: facts)
     monkeypatch.setattr(edit, "gives_away", lambda fact: False)
+    monkeypatch.setattr(edit, "cache_dir", lambda: tmp_path)
     likeliest = [int(lm.model(torch.tensor([lm.encode(fact.text)])).logits[0, -1].argmax()) for fact in facts]
     answers = [fact_answer(lm.tokenizer, fact, fact.target_true) for fact in facts]
     right = {f.text for f, ids, top in zip(facts, answers, likeliest, strict=True) if ids == [top]}
-    assert {fact.text for fact in editors.known_to(lm, 4)} == right and 0 < len(right) < 4
+    assert {fact.text for fact in edit.known_to(lm, 4)} == right and 0 < len(right) < 4
+    monkeypatch.setattr(edit, "_right", None)
+    assert {fact.text for fact in edit.known_to(lm, 4)} == right, "kept, and not asked again"
 
 
 def test_phrasings_are_judged_on_facts_that_nothing_was_chosen_by(bed, monkeypatch):

@@ -11,17 +11,18 @@ Their harmonic mean is 0 where one of them is. Published efficacy is teacher-for
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.intervals import Interval, harmonic_mean
 from kedit_fast.basics.printing import columns, escaped
+from kedit_fast.basics.progress import Bar, progress
 from kedit_fast.basics.words import brief
 from kedit_fast.edits.chain import facts_in_force, with_edits
 from kedit_fast.edits.edit import Edit, edit_list
@@ -43,6 +44,8 @@ from kedit_fast.gating import GateReport, Suite, Thresholds, gate
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.pictures.page import Picture, Section, Table, fragment, write_report
 from kedit_fast.pictures.summary import plot_scores
+
+_Found = TypeVar("_Found")
 
 READ_FROM = {  # score: the metric of the report that it is
     "efficacy": "rewrite.contains",
@@ -235,27 +238,37 @@ def evaluate_edit(
     tasks = checks.listed("tasks", tasks, str, 'tasks, e.g. "kedit_common"', empty=True)
     generate, seed = checks.whole("generate", generate, least=1, like=N_WRITTEN), checks.seed("seed", seed)
     facts = facts_in_force(with_edits(lm, edits, "edit").edits)
-    report = evaluate(
-        lm, facts if cases is None else cases, edits, benchmark=QUESTIONS, generate=generate, both_forms=False
-    )
-    moved = what_moved(lm, edits, texts=texts, seed=seed)
-    follows = None if table is None else consistency(lm, edits, table)
-    if follows is None or not follows.implied:
-        left_out.append(
-            "consistency: " + ("no relations were given" if follows is None else "the table implies nothing")
-        )
-    capable = None
-    if tasks:
-        try:
-            capable = capability(lm, tasks, edits, seed=seed)
-        except ImportError as error:
-            left_out.append(f"capability: {error}")
-    else:
-        left_out.append("capability: no tasks were given")
-    judged = gate(lm, edits, suite, thresholds=thresholds)
+    n_parts = 3 + (table is not None) + bool(tasks)
+    with progress("measuring an edit", n_parts) as bar:
+        part = partial(_part, bar)
+        asked = {"benchmark": QUESTIONS, "generate": generate, "both_forms": False}
+        report = part("facts", evaluate, lm, facts if cases is None else cases, edits, **asked)
+        moved = part("what else moved", what_moved, lm, edits, texts=texts, seed=seed)
+        follows = None if table is None else part("what follows", consistency, lm, edits, table)
+        if follows is None or not follows.implied:
+            left_out.append(
+                "consistency: " + ("no relations were given" if follows is None else "the table implies nothing")
+            )
+        capable = None
+        if tasks:
+            try:
+                capable = part("general tasks", capability, lm, tasks, edits, seed=seed)
+            except ImportError as error:
+                left_out.append(f"capability: {error}")
+        else:
+            left_out.append("capability: no tasks were given")
+        judged = part("gate", gate, lm, edits, suite, thresholds=thresholds)
     summary = EditSummary(report, moved, judged, follows, capable, ())
     left_out += [f"{name}: no such prompts" for name in READ_FROM if not summary.scores[name].edited.n]
     return replace(summary, not_measured=tuple(left_out))
+
+
+def _part(bar: Bar, name: str, measure: Callable[..., _Found], *args: Any, **how: Any) -> _Found:
+    """What one part of the work gives, which is told of as one."""
+    with bar.inside(name):
+        found = measure(*args, **how)
+    bar.advance(1, name)
+    return found
 
 
 def _both(sides: Mapping[str, Interval | None]) -> list[Interval]:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 import kedit_fast as kf
+from kedit_fast.basics import progress
 from kedit_fast.commands import cli
 from kedit_fast.experiments import edit_summary as module
 from kedit_fast.experiments.edit_summary import evaluate_edit
@@ -121,3 +122,14 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "harmonic mean of" in shown and "not measured: capability: not there" in shown
     assert json.loads((tmp_path / "s.json").read_text())["meta"]["n"] == 2 and (tmp_path / "s.html").exists()
+
+
+def test_progress_says_which_part_of_how_many(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "DELAY", -1.0)
+    lm = make_lm()
+    with kf.show_progress(), caplog.at_level("INFO", logger="kedit_fast"):
+        evaluate_edit(lm, make_edit(lm, FACTS), tasks=(), generate=4)
+    said = [record.getMessage() for record in caplog.records]
+    starts = {name: i for i, name in enumerate(("facts", "what else moved", "what follows", "gate"))}
+    for name, done in starts.items():
+        assert any(line.startswith(f"{name} ({done} of 4 done") for line in said), (name, said)

@@ -52,7 +52,7 @@ OPTIONS = {
     "replaced": ["threads"],
     "gradients": ["facts", "threads"],
     "benchmarks": ["facts", "rows", "methods", "threads"],
-    "second": ["threads"],
+    "second": ["rows", "threads"],
     "scoring": ["facts", "threads"],
     "neurons": ["threads"],
     "kernels": ["device"],

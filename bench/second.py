@@ -23,6 +23,8 @@ from kedit_fast.sweep.sites import Site
 
 MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M"}
 TRACED, LONGEST = 12, 10  # facts, and their tokens at most
+PARTS = ("traces", "rome", "memit", "disk")
+N_CHARACTERS = 12_000  # of the text for perplexity, which 25 edits are judged by
 PLACES = {  # {kind of trace: the role of the token where it is looked at}
     "state": "last subject token",
     "mlp": "last subject token",
@@ -44,20 +46,30 @@ class Ground(NamedTuple):
 
 
 def run(options) -> Iterator[Measured]:
-    """The benchmark as the command line asks for it. Raises Skipped without the data sets or without Gemma."""
+    """The rows that the command line asks for. Raises Skipped without the data sets or without Gemma, ValueError for an
+    unknown row."""
     edit_bench.check_data()
-    sizes = QUICK if options.quick else SIZES
-    n_traced, samples = (2, 2) if options.quick else (TRACED, 10)
     check_at_hand()
+    rows = [f"{opened}, {part}" for opened in MODELS for part in PARTS]
+    if unknown := set(options.rows) - set(rows):
+        raise ValueError(f"--rows {sorted(unknown)}: expected some of {rows}")
+    sizes, (n_traced, samples) = (QUICK, (2, 2)) if options.quick else (SIZES, (TRACED, 10))
+    text = edit_bench.perplexity_text(N_CHARACTERS)
     for opened, name in MODELS.items():
+        parts = [part for part in PARTS if f"{opened}, {part}" in (options.rows or rows)]
+        if not parts:
+            continue
         lm = kf.open_model(opened)
         facts = edit_bench.known_to(lm, max(n * sets for n, sets in sizes.items()))
         ground = Ground(lm, opened, name, facts)
-        short = [f for f in ground.facts if len(fact_tokens(ground.lm.tokenizer, f).ids) <= LONGEST]
-        yield traced(ground, short[:n_traced], samples)
-        for method, of in (("rome", {1: sizes[1]}), ("memit", sizes)):
-            yield edited(ground, method, of, edit_bench.perplexity_text())
-        yield streamed(ground, ground.facts[: max(QUICK if options.quick else (10,))])
+        for part in parts:
+            if part == "traces":
+                short = [fact for fact in facts if len(fact_tokens(lm.tokenizer, fact).ids) <= LONGEST]
+                yield traced(ground, short[:n_traced], samples)
+            elif part == "disk":
+                yield streamed(ground, facts[: max(QUICK) if options.quick else 10])
+            else:
+                yield edited(ground, part, {1: sizes[1]} if part == "rome" else sizes, text)
 
 
 def check_at_hand() -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_type
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
-from typing_extensions import assert_type
 
 import kedit_fast as kf
 

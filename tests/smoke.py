@@ -10,11 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from tiny import tiny_model, tiny_tokenizer  # beside this file
-
-import kedit_fast as kf
-from kedit_fast.kernels import dispatch
+import kedit_fast as kf  # torch is imported below, where it is used: a checkout is refused at once
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("--version", "--help", "info")
@@ -41,6 +37,9 @@ def call_commands() -> None:
 
 def trace_and_edit(folder: Path) -> None:
     """A trace, an edit as a file, a view, and the edit written and taken out."""
+    import torch
+    from tiny import tiny_model, tiny_tokenizer  # beside this file
+
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lm = kf.open_model(model, tokenizer=tiny_tokenizer())
@@ -67,13 +66,14 @@ def main() -> None:
     parser.add_argument("--native", choices=("yes", "no"), help="the extension must be there, or must not")
     args = parser.parse_args()
     find_package(args.checkout)
-    if args.native:
-        why = dispatch.why_not_native()
-        assert bool(why) == (args.native == "no"), why or "the native extension is there"
+    from kedit_fast.kernels.dispatch import why_not_native
+
+    why = why_not_native()
+    assert not args.native or bool(why) == (args.native == "no"), why or "the native extension is there"
     call_commands()
     with tempfile.TemporaryDirectory() as folder:
         trace_and_edit(Path(folder))
-    print(f"kedit_fast {kf.__version__} works; native extension: {dispatch.why_not_native() or 'there'}")
+    print(f"kedit_fast {kf.__version__} works; native extension: {why or 'there'}")
 
 
 if __name__ == "__main__":

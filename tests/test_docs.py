@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.S)
 PARSED = ("torchrun", "srun", "export", "kedit-fast demo")  # lines that start other processes, or work for minutes
+ELSEWHERE = ("vllm serve ", "python convert_hf_to_gguf.py ", "hf upload ")  # programs that are not here, or reach out
 LESS = {"gate": ["--no-builtin", "--generate", "2", "--context", "30"], "summary": ["--generate", "2"]}
 
 
@@ -55,10 +56,20 @@ def test_the_blocks_of_a_page_run(page, work, capsys):
             case "bash":
                 run_lines(text, capsys)
             case "console":
-                asked = re.findall(r"python -m bench ([a-z]+)", text)
-                assert asked and set(asked) <= {*BENCHES, "gpu", "report"}
+                look_at_lines(text, work)
             case _:
                 raise AssertionError(f"{page.name}: a block of {language}, which nothing runs")
+
+
+def look_at_lines(text: str, work: Path) -> None:
+    """Lines that are shown and not run: of a benchmark, or of another program, on folders that the page has made."""
+    if asked := re.findall(r"python -m bench ([a-z]+)", text):
+        assert set(asked) <= {*BENCHES, "gpu", "report"}
+        return
+    for line in text.splitlines():
+        assert line.startswith(ELSEWHERE), line
+        made = re.findall(r"(?:^|[ =])\./(\S+)", line)
+        assert made and all((work / folder).is_dir() for folder in made), f"{line}: names what the page has not made"
 
 
 def run_lines(text: str, capsys) -> None:

@@ -90,6 +90,16 @@ def run_lines(text: str, capsys) -> None:
         assert status == (int(wanted[1]) if wanted else 0), (line, capsys.readouterr().err)
 
 
+def test_every_version_of_a_format_is_told():
+    """A new one changes this page, which says what else is read; a reader of the old one comes with it."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "kedit_fast").rglob("*.py")))
+    written = re.findall(r'^FORMAT, VERSION = "([\w.]+)", (\d+)', code, re.M)
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `([\w.]+)` \| (\d+) \|", page, re.M)) == sorted(written)
+    without = re.findall(r'^FORMAT = "(kedit_fast\.[a-z_]+)"', code, re.M)
+    assert without and all(f"`{name}`" in page for name in without)
+
+
 def test_every_public_name_is_in_the_api_once():
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     told = re.findall(r"(?:auto\w+:: |^`)kedit_fast\.(\w+)", text, re.M)

@@ -102,7 +102,7 @@ def export_peft(
     family = family_of(base.config)
     refuse_experts(family, "an adapter has no factors for stacked experts: serve the edit with lm.with_edit(edit)")
     if server:
-        max_rank = vllm.checked(max_rank, base.config.model_type, [role for _, role in total.weights])
+        max_rank = vllm.checked(max_rank, base.config, [role for _, role in total.weights])
     cut = {place: _within(place[0], delta, max_rank, truncate) for place, delta in total.weights.items()}
     rank = max(delta.rank for delta, _ in cut.values())
     if not rank:

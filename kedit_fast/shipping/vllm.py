@@ -7,6 +7,7 @@ transformers' own code (gpt_neox, phi, olmo, ...) take adapters of every linear 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 RELEASE = "0.33.0"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be; 16 where nothing is said
@@ -30,9 +31,12 @@ def why_not(model_type: str, roles: Iterable[str], rank: int = 1) -> str:
     return "" if max_lora_rank(rank) else f"it takes no rank over {RANKS[-1]}, this adapter has {rank}"
 
 
-def checked(max_rank: int | None, model_type: str, roles: Iterable[str]) -> int:
-    """The largest rank of an adapter for vLLM, ``max_rank`` at most; ValueError where it loads no such adapter."""
-    if reason := why_not(model_type, roles):
+def checked(max_rank: int | None, config: Any, roles: Iterable[str]) -> int:
+    """The largest rank of an adapter for vLLM, ``max_rank`` at most; ValueError where it loads no such adapter.
+
+    config: of the base model
+    """
+    if reason := why_not(config.model_type, roles):
         raise ValueError(
             f"vLLM {RELEASE} does not load this adapter: {reason}. Serve a merged checkpoint (kedit-fast merge without "
             "--peft, kedit_fast.merge_checkpoint), or export for PEFT, without server= (--server)"

@@ -8,6 +8,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import files
 from pathlib import Path
 
 import kedit_fast as kf  # torch is imported below, where it is used: a checkout is refused at once
@@ -25,7 +26,7 @@ def find_package(checkout: bool) -> None:
     written = [path for path in (ROOT / "kedit_fast").rglob("*") if path.is_file() and path.suffix not in MADE]
     missing = [name for path in written if not (package / (name := path.relative_to(ROOT / "kedit_fast"))).is_file()]
     assert written and not missing, f"not in the package: {missing}"
-    strangers = [name for name in ("tests", "bench") if (package.parent / name).exists()]
+    strangers = {"tests", "bench", "csrc"} & {path.parts[0] for path in files("kedit-fast") or ()}
     assert checkout or not strangers, f"{strangers} were installed beside the package"
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.S)
 PARSED = ("torchrun", "srun", "export", "kedit-fast demo")  # lines that start other processes, or work for minutes
+ELSEWHERE = ("vllm serve ", "python convert_hf_to_gguf.py ", "hf upload ")  # programs that are not here, or reach out
 LESS = {"gate": ["--no-builtin", "--generate", "2", "--context", "30"], "summary": ["--generate", "2"]}
 
 
@@ -55,10 +56,20 @@ def test_the_blocks_of_a_page_run(page, work, capsys):
             case "bash":
                 run_lines(text, capsys)
             case "console":
-                asked = re.findall(r"python -m bench ([a-z]+)", text)
-                assert asked and set(asked) <= {*BENCHES, "gpu", "report"}
+                look_at_lines(text, work)
             case _:
                 raise AssertionError(f"{page.name}: a block of {language}, which nothing runs")
+
+
+def look_at_lines(text: str, work: Path) -> None:
+    """Lines that are shown and not run: of a benchmark, or of another program, on folders that the page has made."""
+    if asked := re.findall(r"python -m bench ([a-z]+)", text):
+        assert set(asked) <= {*BENCHES, "gpu", "report"}
+        return
+    for line in text.splitlines():
+        assert line.startswith(ELSEWHERE), line
+        made = re.findall(r"(?:^|[ =])\./(\S+)", line)
+        assert made and all((work / folder).is_dir() for folder in made), f"{line}: names what the page has not made"
 
 
 def run_lines(text: str, capsys) -> None:
@@ -77,6 +88,16 @@ def run_lines(text: str, capsys) -> None:
         more = [] if "--init" in words else LESS.get(words[1], [])
         status = cli.main([*words[1:], *more])
         assert status == (int(wanted[1]) if wanted else 0), (line, capsys.readouterr().err)
+
+
+def test_every_version_of_a_format_is_told():
+    """A new one changes this page, which says what else is read; a reader of the old one comes with it."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "kedit_fast").rglob("*.py")))
+    written = re.findall(r'^FORMAT, VERSION = "([\w.]+)", (\d+)', code, re.M)
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `([\w.]+)` \| (\d+) \|", page, re.M)) == sorted(written)
+    without = re.findall(r'^FORMAT = "(kedit_fast\.[a-z_]+)"', code, re.M)
+    assert without and all(f"`{name}`" in page for name in without)
 
 
 def test_every_public_name_is_in_the_api_once():

@@ -56,6 +56,7 @@ TESTS = PACKAGE.parent / "tests"
 TESTED_IN = {
     "commands/test_chat.py": "commands/generate",
     "commands/test_cli.py": "commands/arguments",
+    "commands/test_completion.py": "commands/tool_arguments",
     "commands/test_demo.py": "commands/demo_page",
     "commands/test_edit.py": "commands/edit_arguments commands/eval commands/stats",
     "commands/test_edits.py": "commands/history commands/merge",

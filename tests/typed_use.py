@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_type
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
-from typing_extensions import assert_type
 
 import kedit_fast as kf
 
@@ -48,7 +48,7 @@ def many_facts(lm: kf.LM, editor: kf.Memit, moments: dict[int, kf.SecondMoment])
     singles = editor.edit(lm, facts, moments=moments, independent=True)
     first = editor.edit(lm, facts[:4], corpus="self", checkpoint="parts")
     second = editor.edit(lm, facts[4:], moments=moments, contexts=[["{}"], ["So. {}"]], previous=first)
-    kf.export_peft(kf.compose([first, second]), "adapter", model=lm)
+    kf.export_peft(kf.compose([first, second]), "adapter", model=lm, server="vllm")
     kf.merge_checkpoint("llama", [first, second], Path("edited"))
     assert_type(kf.unmerge("edited"), Path)
     assert_type(kf.EditHistory("edits").current, tuple[kf.Edit, ...])

@@ -1,4 +1,4 @@
-"""The arguments of the commands but those of edits that are there (``edit_arguments``), a function each; torch-free."""
+"""The arguments of the commands but those of ``edit_arguments`` and ``tool_arguments``, a function each; torch-free."""
 
 from kedit_fast.basics import catalog, checks
 from kedit_fast.commands.argument_types import (
@@ -10,9 +10,7 @@ from kedit_fast.commands.argument_types import (
     noise,
     path,
     positive,
-    rate,
     share,
-    size,
     text_such_as,
 )
 from kedit_fast.commands.parser import (
@@ -34,7 +32,6 @@ from kedit_fast.commands.parser import (
 )
 
 OUT = "kedit-fast-out"
-PLANS = ("trace", "edit", "stats")
 DTYPES = ("model", *checks.DTYPES.values(), "none")  # of an edit that is written
 
 
@@ -320,23 +317,3 @@ def add_layers(commands: Commands) -> None:
     output(parser, "FILE", "everything as .json")
     checkpoint_option(parser)
     machine_options(parser)
-
-
-def add_info(commands: Commands) -> None:
-    parser = commands.command(
-        "info [MODEL]",
-        "what this installation can use, and what work on a model will cost",
-        "Shows versions, devices, which native code is there (or why not), and where files are kept. With --plan it\n"
-        "says what a piece of work costs, from a model's config.json alone: where its weights go, passes over them,\n"
-        "bytes, FLOP, time, and what would halve it.",
-        "kedit-fast info ./llama-70b --plan edit --facts 1000 --memory 24GiB --device cuda",
-    )
-    parser.add_argument("of", nargs="?", type=path, metavar="MODEL", help="the same as --model")
-    plan = parser.add_argument_group("what work will cost")
-    option(plan, "--plan", PLANS, "for this work")
-    option(plan, "--facts N", positive, "on so many facts", 1_000)
-    option(plan, "--tflops N", rate, "that the device computes in the model's dtype (default: measured, if it is here)")
-    option(plan, "--bus GB/S", rate, "gigabytes a second that reach the device (default: measured, if it is here)")
-    option(plan, "--host SIZE", size, "host memory beside the device's (default: this machine's)")
-    output(parser, "FILE", "the same as .json")
-    machine_options(parser, seed=None, model=None)

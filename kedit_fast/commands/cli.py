@@ -18,7 +18,7 @@ from kedit_fast.basics.printing import STDOUT, any_encoding, escaped
 from kedit_fast.basics.progress import show_progress
 from kedit_fast.basics.settings import Launch, launch
 from kedit_fast.basics.words import is_out_of_memory
-from kedit_fast.commands import arguments, edit_arguments
+from kedit_fast.commands import arguments, edit_arguments, tool_arguments
 from kedit_fast.commands.parser import Commands
 
 # In the order of --help: {command: (what declares its arguments, the module here whose ``run`` does it, or the function
@@ -49,7 +49,8 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "history add": (edit_arguments.add_version, "history.add"),
     "history log": (edit_arguments.add_log, "history.log"),
     "history rollback": (edit_arguments.add_rollback, "history.rollback"),
-    "info": (arguments.add_info, "info"),
+    "info": (tool_arguments.add_info, "info"),
+    "completion": (tool_arguments.add_completion, "completion"),
 }
 SHARING = (
     "trace",

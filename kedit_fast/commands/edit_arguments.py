@@ -203,6 +203,9 @@ def add_merge(commands: Commands) -> None:
     rank = "with --peft: the largest rank that your loader accepts, or 'none' (default: 512, vLLM's limit)"
     option(parser, "--max-rank N", _rank, rank, 512)
     flag(parser, "--truncate", "with --peft: cut larger ranks to it; the error is shown")
+    option(
+        parser, "--server NAME", ("vllm",), "with --peft: refuse what vLLM does not load (families, matrices, ranks)"
+    )
     force = "also for another model than the edit was made for, or (not with --peft) edits out of their chain"
     flag(parser, "--force", force)
     signed(parser)

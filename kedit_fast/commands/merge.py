@@ -9,17 +9,18 @@ from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_chain
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.model.opening import named_folder
+from kedit_fast.shipping import vllm
 from kedit_fast.shipping.adapter import export_peft
 from kedit_fast.shipping.merge import merge_checkpoint
 from kedit_fast.shipping.unmerge import read_manifest, unmerge
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
 
 def run(args) -> None:
     """Writes the merged folder or the adapter; says what was written and what it means."""
     if args.truncate and not args.peft:
         raise ValueError("--truncate is for --peft; a merged checkpoint holds the edit as it is")
+    if args.server and not args.peft:
+        raise ValueError("--server is for --peft; a merged checkpoint is an ordinary one, which every server loads")
     if args.model is None and not args.peft:
         raise ValueError("which model? --model FOLDER names the checkpoint that the edit was made for")
     out = check_new_folder(os.path.expanduser(args.output))
@@ -40,7 +41,7 @@ def _merged(args, edits, out) -> None:
 
 def _adapter(args, edits, out) -> None:
     how = {"max_rank": args.max_rank, "truncate": args.truncate, "check_fingerprint": not args.force}
-    made = export_peft(edits, out, model=named_folder(args.model, note), **how)
+    made = export_peft(edits, out, model=named_folder(args.model, note), server=args.server, **how)
     cut = {layer: error for layer, error in made.errors.items() if error}
     for layer, error in cut.items():
         say(f"layer {layer}: cut to rank {made.ranks[layer]}, relative error {error:.2g}")
@@ -49,11 +50,11 @@ def _adapter(args, edits, out) -> None:
     if made.base:
         moved = "; an adapter for other machines wants a hub id, --model ORG/NAME" * Path(made.base).is_absolute()
         say(f"it names its base model: {made.base}{moved}")
-    served = next((rank for rank in VLLM_RANKS if rank >= made.rank), None)
-    say(
-        f"PEFT: PeftModel.from_pretrained(model, {str(made.folder)!r}); "
-        + (f"vLLM: --max-lora-rank {served}" if served else "vLLM takes no rank over 512")
-    )
+    family = edits[0].fingerprint.rsplit("-", 3)[0]
+    refused = vllm.why_not(family, {role for edit in edits for _, role in edit.weights}, made.rank)
+    rank = f"--max-lora-rank {vllm.max_lora_rank(made.rank)}"
+    served = f"does not load it ({vllm.RELEASE}): {refused}" if refused else rank
+    say(f"PEFT: PeftModel.from_pretrained(model, {str(made.folder)!r}); vLLM: {served}")
 
 
 def undo(args) -> None:

@@ -7,9 +7,8 @@
 LoRA adds (alpha / r) B A to a weight. With B = u, A = vᵀ and alpha = r that is Δ = u vᵀ, nothing approximated. It is
 also the way to ship an edit for a quantized base model, whose packed weights cannot be written.
 
-Limits of those who load an adapter: PEFT has none. vLLM (0.14) takes ranks up to its ``max_lora_rank``, which is 16
-unless set otherwise and one of 1, 8, 16, 32, 64, 128, 256, 320, 512; it holds the factors in the model's own dtype,
-so there an edit of a bfloat16 model is rounded twice.
+PEFT has no limits. vLLM takes ranks up to its ``max_lora_rank``, and not every family: ``vllm`` has the rules. It holds
+the factors in the model's own dtype, so there an edit of a bfloat16 model is rounded twice.
 """
 
 import math
@@ -35,12 +34,13 @@ from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import named_folder
+from kedit_fast.shipping import vllm
 from kedit_fast.shipping.merge import checkpoint_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-MAX_RANK = 512  # the largest max_lora_rank that a vLLM server can be told
+MAX_RANK = vllm.RANKS[-1]
 EXACT = 1e-6  # relative error below which factors count as the delta itself: rounding of an fp32 delta
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "kedit_fast.json"
 FORMAT, VERSION = "kedit_fast.peft", 1
@@ -69,6 +69,7 @@ def export_peft(
     model: LM | nn.Module | str | Path | None = None,
     max_rank: int | None = MAX_RANK,
     truncate: bool = False,
+    server: str | None = None,
     check_fingerprint: bool = True,
 ) -> Adapter:
     """Writes an edit, or a chain of edits as their sum, as a LoRA adapter folder; whole or not at all.
@@ -84,21 +85,24 @@ def export_peft(
     truncate: cut a delta of a larger rank to the nearest one of ``max_rank`` (SVD; the error is in the result and in
         kedit_fast.json). A low-rank delta is cut by QR of its factors and SVD of r x r; a dense one is decomposed
         whole, which is slow: O(d² d_ff) in fp64.
-
+    server: "vllm": refuse what a vLLM server does not load (families, matrices, ranks); None: what PEFT loads
     check_fingerprint: False for a base that is meant to differ, a fine-tuned copy
 
     A delta of more factors than ``max_rank`` whose numerical rank fits is exact and needs no ``truncate``.
     Factors are fp32. Raises ValueError, with nothing written, for an independent edit, another base model, edits that
-    do not follow each other, an edit that changes nothing, and a rank over the limit.
+    do not follow each other, an edit that changes nothing, a rank over the limit, and what the server does not load.
     """
     edits, truncate = tuple(edit_list(edits)), checks.flag("truncate", truncate)
     max_rank = checks.optional(checks.whole, "max_rank", max_rank, least=1, like=64)
+    server = checks.optional(checks.choice, "server", server, ("vllm",))
     check_new_folder(folder)
     _check_edits(edits)
     total = compose(edits)
     base, name = _base_of(total, model, checks.flag("check_fingerprint", check_fingerprint))
     family = family_of(base.config)
     refuse_experts(family, "an adapter has no factors for stacked experts: serve the edit with lm.with_edit(edit)")
+    if server:
+        max_rank = vllm.checked(max_rank, base.config, [role for _, role in total.weights])
     cut = {place: _within(place[0], delta, max_rank, truncate) for place, delta in total.weights.items()}
     rank = max(delta.rank for delta, _ in cut.values())
     if not rank:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import (
@@ -228,7 +228,7 @@ def check_words(message, who) -> None:
 
 def now() -> str:
     """UTC, ISO 8601, in seconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _sha256_of_list(fingerprint: str, versions: list) -> str:

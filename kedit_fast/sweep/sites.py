@@ -1,9 +1,9 @@
 """Where a layer can be read or written. One name each, the same for every model family."""
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Site(str, Enum):
+class Site(StrEnum):
     """A place in the model where rows pass: residual-width [rows, d], unless it says otherwise."""
 
     embed = "embed"  # output of the token embedding, before learned positions are added

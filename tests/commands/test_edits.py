@@ -73,7 +73,7 @@ def test_merge_takes_a_folder_of_versions(work):
 def test_merge_as_an_adapter(work, said):
     shown = said("merge", "--model", "base", "one.safetensors", "-o", "adapter", "--peft")
     assert "LoRA adapter of rank 2, exact" in shown
-    assert "--max-lora-rank 8" in shown
+    assert "vLLM: --max-lora-rank 8" in shown
     model = tiny_model("llama")
     Edit.load("one.safetensors").apply(model)
     wrapped = PeftModel.from_pretrained(tiny_model("llama"), str(work / "adapter")).eval()
@@ -89,6 +89,7 @@ def test_merge_as_an_adapter(work, said):
     [
         (["one.safetensors", "-o", "out"], "which model? --model FOLDER"),
         (["--model", "base", "one.safetensors", "-o", "out", "--truncate"], "--truncate is for --peft"),
+        (["--model", "base", "one.safetensors", "-o", "out", "--server", "vllm"], "--server is for --peft"),
         (["--model", "base", "two.safetensors", "-o", "out"], "was made on top of edit"),
         (["--model", "nowhere", "one.safetensors", "-o", "out"], "no such folder"),
         (["--model", "base", "one.safetensors", "-o", "base"], "is not empty"),
@@ -111,6 +112,14 @@ def test_merge_refuses(args, says, work, complaint):
     tiny_model("llama", seed=1).save_pretrained("other")
     assert says in complaint("merge", *args)
     assert not (work / "out").exists()
+
+
+def test_an_adapter_that_vllm_does_not_load_says_so(work, said, complaint):
+    make_edit(tiny_model("gpt2"), deltas={1: lowrank(rank=2)}).save("gpt2.safetensors")
+    refused = "its GPT2LMHeadModel takes no LoRA adapters"
+    assert f"vLLM: does not load it (0.33.0): {refused}" in said("merge", "gpt2.safetensors", "--peft", "-o", "adapter")
+    assert refused in complaint("merge", "gpt2.safetensors", "--peft", "--server", "vllm", "-o", "other")
+    assert not (work / "other").exists()
 
 
 def test_an_adapter_names_the_folder_of_its_model(work, said, monkeypatch):

@@ -183,7 +183,8 @@ def doors(folder) -> list[Door]:
         Door("Edit.apply", _with(t.edit.apply), dict(hf_model="object")),
         Door("compose", _with(kf.compose), dict(edits="edit")),
         Door("export_peft", _with(kf.export_peft, edits=t.edit, folder=out, model=t.model), dict(
-            edits="edit", folder="path", max_rank="positive?", truncate="flag", check_fingerprint="flag")),
+            edits="edit", folder="path", max_rank="positive?", truncate="flag", server="choice?",
+            check_fingerprint="flag")),
         Door("load_peft", _with(kf.load_peft, hf_model=t.model, folder=out), dict(hf_model="object", folder="path")),
         Door("merge_checkpoint", _with(kf.merge_checkpoint, source=str(folder), edits=t.edit, out=out), dict(
             source="path", edits="edit", out="path", who="words", message="words", force="flag")),

@@ -398,6 +398,15 @@ def test_a_saved_moment_is_the_moment(fields, tmp_path):
     assert same(SecondMoment.load(tmp_path / "m.safetensors"), moment)
 
 
+def test_a_file_with_the_older_header_is_read(tmp_path):
+    """It had its record in an entry of its own, beside the format's name."""
+    matrix, record = torch.eye(3), {"layer": 1, "n_tokens": 9, "fingerprint": "x", "corpus": "self", "dtype": "float32"}
+    header = {"format": moments_module.FORMAT, "record": json.dumps(record)}
+    save_file({"matrix": matrix}, tmp_path / "old.safetensors", header)
+    old = SecondMoment.load(tmp_path / "old.safetensors")
+    assert torch.equal(old.matrix, matrix) and (old.layer, old.n_tokens, old.fingerprint) == (1, 9, "x")
+
+
 def published(path, **changes):
     """A file as the rome and memit repositories write it: the SUM of k kᵀ and the count. -> the sum."""
     keys = torch.randn(300, D_FF, generator=torch.Generator().manual_seed(0))

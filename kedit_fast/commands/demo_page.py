@@ -3,9 +3,9 @@
 from dataclasses import replace
 from statistics import mean
 
+from kedit_fast.pictures.labels import LOCALIZATION_WARNING
 from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, before_after_table, write_report
 from kedit_fast.pictures.traces import plot_average, plot_kinds
-from kedit_fast.tracing.results import LOCALIZATION_WARNING
 
 TITLE = "Tracing and editing facts"
 MAX_DRIFT = 0.03  # relative rise of perplexity that counts as damage

@@ -93,3 +93,16 @@ def test_a_trace_says_how_reliable_it_is_and_what_it_cost(model, work, said):
 def test_a_stride_that_is_too_long_is_refused(model, work, capsys):
     assert run("trace", *ONE, "--method", "strided", "--stride", "99", "--model", model, "-o", "a") == 2
     assert "--stride 99: expected a whole number from 1 to" in capsys.readouterr().err
+
+
+def test_a_page_of_traces_is_written_where_it_is_asked_for(model, work, said, complaint):
+    args = ["trace", "--facts", "../facts.json", "--model", model, "--samples", "2", "--kinds", "state", "--plots", "1"]
+    shown = said(*args, "-o", "out", "--html", "page.html")
+    text = (work / "page.html").read_text(encoding="utf-8")
+    assert "written: page.html" in shown and "1 of 2 facts are drawn" in text and "Big Ben" in text
+    results = read_log(work / "out" / "traces.jsonl")
+    assert text == kf.trace_page(results, most=1, model=kf.open_model(model).name)
+    assert "page.html is there already" in complaint(*args, "-o", "b", "--html", "page.html")
+    assert "would replace what --facts reads" in complaint(*args, "-o", "b", "--html", "../facts.json", "--force")
+    assert "writes anyway; name another file" in complaint(*args, "-o", "b", "--html", "b/traces.jsonl")
+    assert not (work / "b").exists()

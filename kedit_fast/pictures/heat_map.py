@@ -133,7 +133,7 @@ _STYLE = """
     grid-auto-columns: minmax(1rem, 1fr); overflow-x: auto; max-width: none; }
   .label { writing-mode: vertical-rl; rotate: 180deg; padding: .4rem 0 0; text-align: left; justify-self: center; }
   .axis { order: -1; grid-column: auto; grid-row: span var(--span, 1); padding-right: .4rem; text-align: right;
-    line-height: 1rem; }
+    line-height: 1rem; position: sticky; left: 0; z-index: 1; background: var(--paper); }
   .corner { align-self: end; }
   .cells input:hover::after, .cells input:focus::after, .cells .r::after { position: fixed; left: 0 !important;
     right: 0; bottom: 0; width: auto; max-width: none; border-width: 1px 0 0; border-radius: 0;

@@ -26,6 +26,7 @@ thead .number { white-space: normal; }
 .good { color: var(--good); background: var(--good-paper); font-weight: 600; }
 .bad { color: var(--bad); background: var(--bad-paper); font-weight: 600; }
 .neutral { color: var(--soft); background: var(--neutral-paper); }
+td:is(.good, .bad, .neutral):last-child { position: sticky; right: 0; }  /* a verdict, where its table scrolls */
 figure { margin: 0 0 1.5rem; }
 figure img { display: block; box-sizing: border-box; background: #fff; border: 1px solid var(--line);
   border-radius: 4px; }

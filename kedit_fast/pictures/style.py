@@ -26,7 +26,10 @@ thead .number { white-space: normal; }
 .good { color: var(--good); background: var(--good-paper); font-weight: 600; }
 .bad { color: var(--bad); background: var(--bad-paper); font-weight: 600; }
 .neutral { color: var(--soft); background: var(--neutral-paper); }
-td:is(.good, .bad, .neutral):last-child { position: sticky; right: 0; }  /* a verdict, where its table scrolls */
+/* A verdict stays in sight where its table scrolls, and so does what stands above it. */
+td:is(.good, .bad, .neutral):last-child { position: sticky; right: 0; }
+table:has(td:is(.good, .bad, .neutral):last-child) thead th:last-child { position: sticky; right: 0;
+  background: var(--paper); }
 figure { margin: 0 0 1.5rem; }
 figure img { display: block; box-sizing: border-box; background: #fff; border: 1px solid var(--line);
   border-radius: 4px; }

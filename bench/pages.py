@@ -35,9 +35,10 @@ def write(index: Path = INDEX, folder: Path = RESULTS) -> list[Path]:
         path.write_text(text, encoding="utf-8")
         written.append(path)
     for question, machine, runs in _answered(folder):
-        path = index.parent / _place(question, _picture(question, machine))
-        draw(question, _figures(runs), path)
-        written.append(path)
+        path = index.parent / "results" / _picture(question, machine)
+        if panels := _panels(question, _figures(runs)):
+            draw(panels, path)
+            written.append(path)
     return written
 
 
@@ -53,13 +54,15 @@ def documents(folder: Path = RESULTS) -> dict[str, str]:
     pages: dict[str, list[str]] = {}
     lines = [HEAD]
     for question, machine, runs in _answered(folder):
-        name = _place(question, f"{question.name}.md")
+        name = f"results/{question.name}.md"
         page = pages.setdefault(name, [f"# {question.asked}"])
         where, said = _machine(runs), answer(question, _figures(runs))
         if len(page) == 1:
             lines.append(f"- [{question.asked}]({name}) {said} ({where})".replace("  ", " "))
-        picture = f"![{question.asked} {where}]({_picture(question, machine)})"
-        page += [f"On {where}: {said}", picture, LEGEND, *map(run_table, runs)]
+        page.append(f"On {where}: {said}")
+        if _panels(question, _figures(runs)):
+            page += [f"![{question.asked} {where}]({_picture(question, machine)})", LEGEND]
+        page += map(run_table, runs)
     return {INDEX.name: "\n".join(lines) + "\n"} | {name: "\n\n".join(page) + "\n" for name, page in pages.items()}
 
 
@@ -72,10 +75,6 @@ def _answered(folder: Path) -> Iterator[tuple[Question, str, Runs]]:
             mine.sort(key=lambda run: question.benches.index(run[0][0]["bench"]))
             if mine:
                 yield question, machine, mine
-
-
-def _place(question: Question, name: str) -> str:
-    return f"results/{name}"
 
 
 def _picture(question: Question, machine: str) -> str:
@@ -121,21 +120,25 @@ def _bare(text: str, figure: Figure) -> str:
 # ---- pictures
 
 
-def draw(question: Question, figures: Sequence[tuple[str, Figure]], path: Path) -> None:
-    """The question's bars as an SVG file; panels without figures are left out."""
+Panel = tuple[Bars, list[tuple[str, int, Figure]]]
+
+
+def _panels(question: Question, figures: Sequence[tuple[str, Figure]]) -> list[Panel]:
+    """The question's panels that have figures."""
+    return [(bars, found) for bars in question.bars if (found := _bars(bars, figures))]
+
+
+def draw(panels: list[Panel], path: Path) -> None:
+    """Panels of bars, one below the other, as an SVG file."""
     from matplotlib import rc_context
 
-    panels = [(bars, found) for bars in question.bars if (found := _bars(bars, figures))]
-    heights = [len(found) + 2.5 + (len(bars.shown) > 1) for bars, found in panels] or [2.5]
+    heights = [len(found) + 2.5 + (len(bars.shown) > 1) for bars, found in panels]
     with style(), rc_context(_SVG):
         figure = new_figure(7.2, 0.3 + 0.17 * sum(heights))
-        for axes, (bars, found) in zip(_axes(figure, heights), panels, strict=False):
+        grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+        for axes, (bars, found) in zip(grid[:, 0], panels, strict=True):
             _panel(axes, bars, found)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-
-
-def _axes(figure, heights: list[float]) -> list:
-    return list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
 
 
 def _bars(bars: Bars, figures) -> list[tuple[str, int, Figure]]:
@@ -149,10 +152,10 @@ def _bars(bars: Bars, figures) -> list[tuple[str, int, Figure]]:
 def _panel(axes, bars: Bars, found: list[tuple[str, int, Figure]]) -> None:
     """Horizontal bars, each with its value, its interval and a tick where its mark is."""
     several = len(bars.shown) > 1
+    named: set[int] = set()
     for y, (_, i, figure) in enumerate(found):
-        label = (
-            (bars.shown[i].label or bars.shown[i].metric) if several and i not in {j for _, j, _ in found[:y]} else None
-        )
+        label = None if i in named else bars.shown[i].label or bars.shown[i].metric
+        named.add(i)
         axes.barh(y, figure.value, height=0.72, color=INKS[i], label=label)
         if figure.low == figure.low:  # no NaN
             axes.plot([figure.low, figure.high], [y, y], color="black", linewidth=0.7)

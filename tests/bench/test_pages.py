@@ -93,6 +93,13 @@ def test_machines_answer_one_after_the_other(tmp_path, monkeypatch):
     assert len(pages.write(tmp_path / "RESULTS.md", tmp_path)) == 2 + 2
 
 
+def test_a_page_without_bars_has_no_picture(tmp_path):
+    kept(tmp_path, 6.0, bench="mass")
+    text = pages.documents(tmp_path)["results/memory.md"]
+    assert "The tables have the figures." in text and "![" not in text and pages.LEGEND not in text
+    assert len(pages.write(tmp_path / "RESULTS.md", tmp_path)) == 2
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     kept(tmp_path, 6.0, 7.0, figures=[*figures(6.0, 7.0), Figure("mlp, 1 fact", "ratio to the published loop", 3.0, "x",
                                                                  2.0, 4.0, mark=">= 5")])  # fmt: skip

@@ -1,9 +1,13 @@
 """``kedit-fast trace``: what it says, draws and logs."""
 
+import pytest
+
 import kedit_fast as kf
+from kedit_fast.basics.unfinished import MANIFEST, run_folder
+from kedit_fast.commands.outputs import check_outputs
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.trace import KINDS, read_log
-from tests.commands.cases import FACTS, ONE, files, run
+from tests.commands.cases import FACTS, ONE, files, parsed, run
 
 
 def test_trace_a_file(model, work, said):
@@ -106,3 +110,14 @@ def test_a_page_of_traces_is_written_where_it_is_asked_for(model, work, said, co
     assert "would replace what --facts reads" in complaint(*args, "-o", "b", "--html", "../facts.json", "--force")
     assert "writes anyway; name another file" in complaint(*args, "-o", "b", "--html", "b/traces.jsonl")
     assert not (work / "b").exists()
+
+
+def test_a_run_that_goes_on_may_replace_the_page_that_it_wrote(work):
+    args = parsed("trace", *ONE, "-o", "out", "--html", "page.html")
+    (work / "page.html").write_text("of the run that was killed")
+    log = work / "out" / "traces.jsonl"
+    with pytest.raises(ValueError, match="there already"):
+        check_outputs(args, "html", beside=[log])
+    run_folder(log).mkdir(parents=True)
+    (run_folder(log) / MANIFEST).write_text("{}")
+    assert [path.name for path in check_outputs(args, "html", beside=[log])] == ["page.html"]

@@ -41,7 +41,7 @@ details[open] > summary { margin-bottom: .75rem; }
   table, caption, tbody, tr, tbody th, td { display: block; }
   thead { display: none; }
   tbody tr { margin: 0 0 .75rem; border: 1px solid var(--line); border-radius: 4px; }
-  tbody th { font-weight: 600; text-align: left; overflow-wrap: anywhere; white-space: normal; }
+  tbody th, tbody th.number { font-weight: 600; text-align: left; overflow-wrap: anywhere; white-space: normal; }
   td { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; padding-block: .2rem;
     border-bottom: 0; white-space: normal; overflow-wrap: anywhere; }
   td::before { content: attr(data-column); color: var(--soft); font-weight: 400; }

@@ -124,7 +124,7 @@ def _of_role(mean: AverageTrace, role: int, layer: int) -> str:
 def _facts(facts: Sequence[list[TraceResult]], most: int) -> Section:
     sizes = accumulate(sum(result.p_restored.size for result in kinds) for kinds in facts[:most])
     n = sum(i == 0 or size <= MOST_CELLS for i, size in enumerate(sizes))
-    drawn = [Details(_line(kinds), _maps(i, kinds), open=not i) for i, kinds in enumerate(facts[:n])]
+    drawn = [Details(_line(kinds), fact_maps(kinds, i), open=not i) for i, kinds in enumerate(facts[:n])]
     if len(facts) == 1:
         return Section("The fact", [block for each in drawn for block in (each.summary, *each.blocks)])
     said = f"{n} of {len(facts)} facts are drawn, the first ones." if n < len(facts) else f"All {n} facts are drawn."
@@ -136,8 +136,8 @@ def _line(kinds: Sequence[TraceResult]) -> str:
     return f"{readable(first.fact.text)} → {readable(first.answer.strip() or first.answer)}"
 
 
-def _maps(index: int, kinds: Sequence[TraceResult]) -> list:
-    """The maps of a fact on one scale, as ``plot_kinds`` draws them."""
+def fact_maps(kinds: Sequence[TraceResult], index: int = 0) -> list:
+    """Blocks of a page: the maps of a fact on one scale, as ``plot_kinds`` draws them. index: of the fact on it"""
     values, low, high = scale(kinds, normalized=False)
     ends = number(low, kinds[0].metric), number(high, kinds[0].metric)
     maps = []

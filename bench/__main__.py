@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import report
+from bench import pages, report
 from bench.common import RESULTS, CheckFailed, Measured, Skipped, append_rows, environment, now
 
 # name: what it measures; each is a module with ``run(options) -> Measured``, or an iterator of several that are kept as
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:14} {what}" for name, what in BENCHES.items())
     made = argparse.ArgumentParser(
         prog="python -m bench",
-        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into bench/RESULTS.md"
+        description=f"{__doc__}\n\n{listed}\n  {'report':14} write the newest figures into bench/RESULTS.md, its pages"
         f"\n  {'gpu':14} everything that needs a GPU into one folder: python -m bench gpu --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,7 +86,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="kernels, flows, mass: where")
     made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where figures are kept and read")
     made.add_argument(
-        "--tables", type=Path, default=report.TABLES, metavar="FILE", help="the file that `report` writes"
+        "--tables",
+        type=Path,
+        default=pages.INDEX,
+        metavar="FILE",
+        help="the index that `report` writes, pages beside it",
     )
     made.add_argument("--facts", type=int, help="trace, gradients, scoring, benchmarks (default 8, 100, 200, 30)")
     made.add_argument("--n", type=int, nargs="+", default=[1, 10, 30], help="edit: facts a batch (default 1 10 30)")
@@ -135,8 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, options, command: str) -> bool:
     """One benchmark, or the report; False where its check failed."""
     if name == "report":
-        report.write(options.tables, options.results)
-        print(f"{options.tables}: written from {options.results}")
+        written = pages.write(options.tables, options.results)
+        print(f"{options.tables} and {len(written) - 1} pages and pictures: written from {options.results}")
         return True
     date = now()
     try:

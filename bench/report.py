@@ -1,4 +1,4 @@
-"""Tables of figures: on the screen after a run, and in RESULTS.md from the rows kept in bench/results."""
+"""Tables of figures: on the screen after a run, and on the pages (``pages``) from the rows kept in bench/results."""
 
 import math
 import re
@@ -6,15 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench import claims
-from bench.common import RESULTS, ROOT, Figure, read_rows
+from bench.common import RESULTS, Figure, read_rows
 from kedit_fast.basics.printing import columns
 
-TABLES = ROOT / "bench" / "RESULTS.md"
-HEAD = """# Figures
-
-Written by `python -m bench report` from the rows in `bench/results`; each table names the command that gives it. Every
-benchmark first checks that the results are the same as its rivals', and reports nothing where they are not.
-"""
 FORMATS = {  # unit: how a value is shown
     "bits": "{:.2f} bits",
     "x": "{:.2f}×",
@@ -66,11 +60,16 @@ def pivot(figures: list[Figure]) -> list[list[str]]:
     return [["", *columns], *([line, *(cells.get((line, column), "") for column in columns)] for line in lines)]
 
 
-def _shown(figure: Figure) -> str:
+def value_text(figure: Figure) -> str:
+    """The value alone, with its unit."""
     form = FORMATS[figure.unit]
     if abs(figure.value) >= HUGE:  # the perplexity of a model that an edit has ended
         form = form.replace(".2f", ".0e").replace(".1f", ".0e")
-    text = form.format(figure.value)
+    return form.format(figure.value)
+
+
+def _shown(figure: Figure) -> str:
+    text = value_text(figure)
     if not math.isnan(figure.low):
         low, high = (_BARE[figure.unit].format(bound) for bound in (figure.low, figure.high))
         text += f" [{low}, {high}]"
@@ -96,7 +95,7 @@ def render(folder: Path = RESULTS) -> str:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"no results in {folder}; run `python -m bench` first")
-    return "\n\n".join(_run(rows) for path in files for rows in newest(path))
+    return "\n\n".join(run_table(rows) for path in files for rows in newest(path))
 
 
 def newest(path: Path) -> list[list[tuple[dict, Figure]]]:
@@ -114,7 +113,8 @@ def newest(path: Path) -> list[list[tuple[dict, Figure]]]:
     return sorted(runs.values(), key=lambda run: benches.index(run[0][0]["bench"]))
 
 
-def _run(rows: list[tuple[dict, Figure]]) -> str:
+def run_table(rows: list[tuple[dict, Figure]]) -> str:
+    """A run's command, machine, table and notes."""
     row = rows[0][0]
     words = SHORT.get(row["bench"], ())
     shown = [figure for _, figure in rows if all(word in figure.case for word in words)]
@@ -178,13 +178,3 @@ def _where(row: dict[str, str], *others: dict[str, str]) -> str:
         f"{row['date'][:10]}, {row['cpu']} ({row['cores']} cores, {threads}, at best {float(row['peak_gflops']):.0f} "
         f"GFLOP/s), torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}."
     )
-
-
-def document(folder: Path = RESULTS) -> str:
-    """The whole of RESULTS.md."""
-    return f"{HEAD}\n{render(folder)}\n"
-
-
-def write(path: Path = TABLES, folder: Path = RESULTS) -> None:
-    """Writes the tables of a folder of results. Raises ValueError, and leaves the file, where there are none."""
-    path.write_text(document(folder), encoding="utf-8")

@@ -18,6 +18,7 @@ _HOME = {
     "related": "facts.relations",
     "trace": "tracing.trace",
     "average": "tracing.trace",
+    "trace_page": "tracing.page",
     "TraceResult": "tracing.trace",
     "AverageTrace": "tracing.trace",
     "knowledge_neurons": "tracing.neurons",

@@ -96,6 +96,7 @@ from kedit_fast.shipping.merge import merge_checkpoint as merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge as unmerge
 from kedit_fast.tracing.neurons import NeuronAttribution as NeuronAttribution
 from kedit_fast.tracing.neurons import knowledge_neurons as knowledge_neurons
+from kedit_fast.tracing.page import trace_page as trace_page
 from kedit_fast.tracing.trace import AverageTrace as AverageTrace
 from kedit_fast.tracing.trace import TraceResult as TraceResult
 from kedit_fast.tracing.trace import average as average

@@ -21,6 +21,8 @@ def one_fact(model: PreTrainedModel) -> kf.EvalReport:
     state, _mlp, _attn = kf.trace(lm, [fact])
     assert_type(state, kf.TraceResult)
     assert_type(state.plot("eiffel.png"), Figure)
+    assert_type(state.to_html(), str)
+    assert_type(kf.trace_page([state], "traces.html", most=3), str)
     assert_type(kf.average([state]), dict[str, kf.AverageTrace])
     editor = kf.Memit.for_model(lm)
     assert_type(editor, kf.Memit)

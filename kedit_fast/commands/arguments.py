@@ -76,6 +76,7 @@ def add_trace(commands: Commands) -> None:
     option(how, "--stride N", positive, "strided computes one layer in so many", 5)
     option(how, "--answer TEXT", text_such_as("Paris"), "trace this answer (default: the model's own)")
     output(parser, "DIR", "folder for traces.jsonl and pictures", f"{OUT}/trace")
+    option(parser, "--html FILE", path, "averages and the first facts' heat maps as a page that says what each cell is")
     option(parser, "--plots N", count, "draw the first N facts' heat maps", 10)
     checkpoint_option(parser)
     machine_options(parser, seed=1)  # published results were made with this one

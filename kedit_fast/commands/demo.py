@@ -27,9 +27,10 @@ from kedit_fast.facts.fact import OWN_FACTS, Fact, load_facts
 from kedit_fast.facts.subjects import Names
 from kedit_fast.facts.tokens import spoken
 from kedit_fast.moments.second_moment import TOKENS_PER_FEATURE, SecondMoment, second_moments
+from kedit_fast.pictures.labels import LOCALIZATION_WARNING
 from kedit_fast.pictures.page import ROLES, Change, known_neighbors
 from kedit_fast.pictures.terminal import TerminalHeatMap
-from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult, average
+from kedit_fast.tracing.results import AverageTrace, TraceResult, average
 from kedit_fast.tracing.trace import trace
 
 REPORT = "report.html"

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from statistics import mean
 
+from kedit_fast.pictures.labels import LOCALIZATION_WARNING
 from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, before_after_table, write_report
-from kedit_fast.pictures.traces import plot_average, plot_kinds
-from kedit_fast.tracing.results import LOCALIZATION_WARNING
+from kedit_fast.pictures.trace_page import fact_maps
+from kedit_fast.pictures.traces import plot_average
 
 TITLE = "Tracing and editing facts"
 MAX_DRIFT = 0.03  # relative rise of perplexity that counts as damage
@@ -61,10 +62,9 @@ def _tracing(found) -> Section:
             f"Asked {fact.text!r}, the model says {state.answer.strip()!r} with probability {state.p_clean:.3f}. With "
             f"noise on the embeddings of the subject (starred) that falls to {state.p_corrupted:.3f}. Each cell puts "
             "one thing back to its clean value, one token at one layer, and shows the probability that returns: dark "
-            "cells carry the fact.",
-            Picture(plot_kinds(found.traces), "From left to right: the whole state, and what the MLPs or the attention "
-                    f"of {found.traces[-1].window} layers around a layer add to it."),
-            Picture(plot_average(found.average), f"The same for states, averaged over {found.average.n_facts} facts."),
+            "cells (bright ones on a dark page) carry the fact. Rest on a cell or tap it: it says what it is.",
+            *fact_maps(found.traces),
+            Picture(plot_average(found.average), f"States, averaged over {found.average.n_facts} facts."),
             f"Over these facts, layers {layers[0]} to {layers[-1]} bring most back at the last subject token. "
             f"Mind that {LOCALIZATION_WARNING}. {found.average.n_facts} facts are few: this is an illustration.",
         ],

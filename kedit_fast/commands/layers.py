@@ -9,7 +9,8 @@ from kedit_fast.editors import EDITORS
 from kedit_fast.editors.located import Located
 from kedit_fast.experiments.by_layer import LayerStudy, check_study, edit_by_layer
 from kedit_fast.facts.fact import check_facts
-from kedit_fast.tracing.results import LOCALIZATION_WARNING, read_log
+from kedit_fast.pictures.labels import LOCALIZATION_WARNING
+from kedit_fast.tracing.results import read_log
 
 _SHOWN = {"efficacy": "efficacy", "p_new": "P(new)", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
 FEW = 5  # layers; the rank correlation of fewer is mostly chance

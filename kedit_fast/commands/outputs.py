@@ -106,9 +106,10 @@ def output_folder(path) -> Path:
     return check_folder(os.path.expanduser(path))
 
 
-def check_outputs(args, *options: str) -> list[Path | None]:
+def check_outputs(args, *options: str, beside: Sequence[Path] = ()) -> list[Path | None]:
     """The files that these options name, as ``check_output`` takes them; None for one that was not given.
 
+    beside: other files that the same run writes, the first of which tells whether it goes on
     Raises ValueError too where two of them name one file, or one would replace what an argument of ``READ`` names (a
     file, a folder of files, or several), or a picture is not to be a .png.
     """
@@ -124,8 +125,10 @@ def check_outputs(args, *options: str) -> list[Path | None]:
             if _same(path, read) or (path.exists() and _same(path.parent, read)):
                 what = READ_ALONE.get(source, f"what --{source.replace('_', '-')} reads")
                 raise ValueError(f"--{name} {path} would replace {what}; name another file")
+        if any(_same(path, other) for other in beside):
+            raise ValueError(f"--{name} {path} is a file that this command writes anyway; name another file")
         written[name] = path
-    force = args.force or goes_on(args, *written.values())
+    force = args.force or goes_on(args, *beside[:1], *written.values())
     checked = {name: check_output(getattr(args, name), force) for name in options}
     if (picture := checked.get("plot")) is not None and picture.suffix.lower() != ".png":
         raise ValueError(f"--plot {args.plot}: pictures are written as .png; name a file that ends so")

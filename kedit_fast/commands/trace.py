@@ -1,4 +1,4 @@
-"""``kedit-fast trace``: which tokens and layers carry a fact; heat maps, averages, and a JSON line a trace."""
+"""``kedit-fast trace``: which tokens and layers carry a fact; heat maps, averages, a page, and a JSON line a trace."""
 
 import os
 from itertools import groupby, islice
@@ -8,12 +8,23 @@ from statistics import fmean
 from kedit_fast.basics.files import saying
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_facts, told_lm
-from kedit_fast.commands.outputs import check_output, fresh_log, goes_on, output_folder, say, show
+from kedit_fast.commands.outputs import (
+    check_output,
+    check_outputs,
+    fresh_log,
+    goes_on,
+    output_folder,
+    say,
+    say_written,
+    show,
+)
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.facts.fact import check_facts, check_subject
+from kedit_fast.pictures.labels import LOCALIZATION_WARNING, reliable
 from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.pictures.traces import plot_kinds
-from kedit_fast.tracing.results import LOCALIZATION_WARNING, TraceResult, average, reliable
+from kedit_fast.tracing.page import trace_page
+from kedit_fast.tracing.results import TraceResult, average
 from kedit_fast.tracing.trace import BY_RUNS, trace
 
 LOG = "traces.jsonl"
@@ -38,7 +49,8 @@ def run(args) -> None:
     log = folder / LOG
     for name in names:
         check_output(folder / name, args.force or goes_on(args, log))
-    run = run_of(args, *(folder / name for name in names))
+    (page,) = check_outputs(args, "html", beside=[folder / name for name in names])
+    run = run_of(args, *(folder / name for name in names), page)
     lm = told_lm(args)
     with kept(run) as checkpoint:
         with fresh_log(log):
@@ -52,6 +64,8 @@ def run(args) -> None:
             for kind, mean in average(results).items():
                 mean.plot(folder / f"average-{kind}.png")
                 mean.save(folder / f"average-{kind}.npz")
+            if page is not None:
+                trace_page(results, page, most=args.plots, model=lm.name)
     for result in results if len(facts) == 1 else ():
         say()
         show(TerminalHeatMap(result))
@@ -60,6 +74,7 @@ def run(args) -> None:
     say()
     say_averages(results)
     say(f"in {folder}: {LOG}, a line for each trace; pictures (.png); averages (.npz)")
+    say_written([page] if page is not None else [])
 
 
 def say_averages(results: list[TraceResult]) -> None:

@@ -56,7 +56,7 @@ class Training(Hyperparameters):
 
     @classmethod
     def derived(cls, lm: LM) -> dict[str, Any]:
-        """The last three layers, and rates for a thousand steps, see ``bench/RESULTS.md``."""
+        """The last three layers, and rates for a thousand steps, see ``bench/results/wordings.md``."""
         layers = tuple(range(max(0, lm.n_layers - 3), lm.n_layers))
         return {"layers": layers, "source": f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}"} | FOR_MINUTES
 

@@ -36,9 +36,9 @@ from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus
 from kedit_fast.moments.given import digests
 from kedit_fast.moments.second_moment import SecondMoment
-from kedit_fast.pictures.labels import ROLES
+from kedit_fast.pictures.labels import LOCALIZATION_WARNING, ROLES
 from kedit_fast.sweep.kept import Checkpoint, asked_of, begun, check_run
-from kedit_fast.tracing.results import LOCALIZATION_WARNING, AverageTrace, TraceResult
+from kedit_fast.tracing.results import AverageTrace, TraceResult
 from kedit_fast.tracing.results import average as average_of
 from kedit_fast.tracing.tasks import KINDS as ALL_KINDS
 from kedit_fast.tracing.trace import trace as trace_facts

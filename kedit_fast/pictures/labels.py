@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from kedit_fast.tracing.results import AverageTrace, TraceResult
 
 KIND_NAME = {"state": "state", "mlp": "MLP", "attn": "attention"}
+LOCALIZATION_WARNING = (
+    "where a fact is traced does not by itself predict where editing it works best (Hase et al. 2023); "
+    "check the layers by editing"
+)
 METRIC_NAME = {"prob": "p({})", "logprob": "log p({})", "logit_diff": "logit difference ({})"}
 
 
@@ -64,6 +69,11 @@ def estimated(result: TraceResult) -> str:
     if result.stride > 1:
         return f" (each noise draw at one layer in {result.stride}, interpolated between)"
     return f" (estimated, but for {int(result.exact.sum())} of {result.exact.size} cells)"
+
+
+def reliable(reliability: float) -> str:
+    """What is said of it behind other words; nothing where it is not known."""
+    return "" if math.isnan(reliability) else f", reliability {reliability:.2f}"
 
 
 def restoring(result: TraceResult) -> str:

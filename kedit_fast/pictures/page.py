@@ -1,7 +1,7 @@
 """One self-contained HTML page: paragraphs, tables, pictures. It needs no network, no script and no other file.
 
 A page is a list of ``Section``s, a section a list of blocks: a string is a paragraph, the others are the classes
-below. All text is escaped: facts hold quotes, ampersands and angle brackets.
+below and ``heat_map.HeatMap``. All text is escaped: facts hold quotes, ampersands and angle brackets.
 
 ``before_after_table`` lays out what an edit changed, the prompts it must not change beside the ones it must.
 """
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from kedit_fast.basics.files import write_text
 from kedit_fast.basics.printing import html_text
 from kedit_fast.pictures.figure import figure_alt, figure_png, png_html
+from kedit_fast.pictures.heat_map import HeatMap, map_style
+from kedit_fast.pictures.style import STYLE
 
 TONES = ("", "good", "bad", "neutral")
 ROLES = ("edit", "paraphrase", "neighbor")
@@ -70,15 +72,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks behind a line that opens them; print shows them open."""
+    """Blocks behind a line that opens them; print shows them open. open: whether they are to begin with"""
 
     summary: str
     blocks: Sequence[Any]
+    open: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its blocks: strings (paragraphs), ``Table``, ``Picture``, ``Details``."""
+    """A heading and its blocks: strings (paragraphs), ``Table``, ``Picture``, ``HeatMap``, ``Details``."""
 
     heading: str
     blocks: Sequence[Any] = ()
@@ -103,7 +106,7 @@ def render_report(title: str, first_line: str, sections: Iterable[Section]) -> s
         # The browser itself holds the page to what it carries.
         f'<meta http-equiv="Content-Security-Policy" '
         f"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{html_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{html_text(title)}</title>\n<style>{STYLE}{map_style(body)}</style>\n</head>\n"
         f'<body>\n<p class="first-line">{html_text(first_line)}</p>\n<h1>{html_text(title)}</h1>\n'
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
@@ -232,9 +235,12 @@ def _block(block) -> str:
         return _table(block)
     if isinstance(block, Picture):
         return _picture(block)
+    if isinstance(block, HeatMap):
+        return block.markup()
     if isinstance(block, Details):
-        return f"<details>\n<summary>{html_text(block.summary)}</summary>\n{fragment(block.blocks)}\n</details>"
-    raise TypeError(f"cannot lay out a {type(block).__name__}; expected a string, Table, Picture or Details")
+        opened = " open" * block.open
+        return f"<details{opened}>\n<summary>{html_text(block.summary)}</summary>\n{fragment(block.blocks)}\n</details>"
+    raise TypeError(f"cannot lay out a {type(block).__name__}; expected a string, Table, Picture, HeatMap or Details")
 
 
 def _table(table: Table) -> str:
@@ -285,58 +291,3 @@ def _shown(value) -> str:
     if isinstance(value, Integral):
         return f"{int(value):,}"
     return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2129; --soft: #5c6470; --line: #d9dde3; --band: #f5f6f8;
-  --good: #17663a; --good-paper: #e6f4ea; --bad: #a31621; --bad-paper: #fdeaea; --neutral-paper: #eef0f3; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181d; --ink: #e4e7ec; --soft: #a0a8b4; --line: #363c46;
-  --band: #1d2128; --good: #7fd6a0; --good-paper: #14301f; --bad: #ff9c9c; --bad-paper: #3b1a1d;
-  --neutral-paper: #262b33; } }
-body { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: .4rem 0 1.5rem; letter-spacing: -.01em; text-wrap: balance; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.5rem 0 .75rem; padding-top: .75rem;
-  border-top: 1px solid var(--line); }
-p { max-width: 46rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-.first-line { max-width: none; margin: 0; color: var(--soft); font-size: .95rem; }
-.table { overflow-x: auto; margin: 0 0 1.25rem; }
-table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { caption-side: top; text-align: left; padding-bottom: .5rem; font-weight: 600; }
-th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom-width: 2px; }
-tbody th { font-weight: 400; }
-tbody th:not(.number) { min-width: 9rem; }
-tbody tr:nth-child(even) { background: var(--band); }
-.number { text-align: right; white-space: nowrap; }
-thead .number { white-space: normal; }
-.good { color: var(--good); background: var(--good-paper); font-weight: 600; }
-.bad { color: var(--bad); background: var(--bad-paper); font-weight: 600; }
-.neutral { color: var(--soft); background: var(--neutral-paper); }
-figure { margin: 0 0 1.5rem; }
-figure img { display: block; box-sizing: border-box; background: #fff; border: 1px solid var(--line);
-  border-radius: 4px; }
-figcaption { max-width: 46rem; margin-top: .5rem; color: var(--soft); font-size: .9rem; }
-details { margin: 0 0 1.25rem; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: 4px; }
-summary { cursor: pointer; font-weight: 600; }
-details[open] > summary { margin-bottom: .75rem; }
-@media (max-width: 37.5rem) {  /* a row is a card, its headers beside its values: nothing stands outside the screen */
-  table, caption, tbody, tr, tbody th, td { display: block; }
-  thead { display: none; }
-  tbody tr { margin: 0 0 .75rem; border: 1px solid var(--line); border-radius: 4px; }
-  tbody th { font-weight: 600; text-align: left; overflow-wrap: anywhere; white-space: normal; }
-  td { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; padding-block: .2rem;
-    border-bottom: 0; white-space: normal; overflow-wrap: anywhere; }
-  td::before { content: attr(data-column); color: var(--soft); font-weight: 400; }
-}
-@media print {
-  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --band: #fff;
-    --good: #17663a; --good-paper: #fff; --bad: #a31621; --bad-paper: #fff; --neutral-paper: #fff; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; }
-  thead { display: table-header-group; }
-  .table { overflow: visible; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-}
-"""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kedit_fast.tracing.results import TraceResult
 
 # Five stops of the same color maps, and ten steps of ink for one without color.
-_STOPS = {
+STOPS = {
     "state": ("fcfbfd", "dadaeb", "9e9ac8", "6a51a3", "3f007d"),
     "mlp": ("f7fcf5", "c7e9c0", "74c476", "238b45", "00441b"),
     "attn": ("fff5f0", "fcbba1", "fb6a4a", "cb181d", "67000d"),
@@ -93,7 +93,7 @@ def _painted(head: str, shares: np.ndarray, tail: str, *, cell: int, kind: str, 
     """``rich.text.Text``: a cell for each share of the scale, darker where it is higher, between head and tail."""
     from rich.text import Text
 
-    text, stops = Text(head), np.array([list(bytes.fromhex(stop)) for stop in _STOPS[kind]])
+    text, stops = Text(head), np.array([list(bytes.fromhex(stop)) for stop in STOPS[kind]])
     for share in np.clip(shares, 0, 1):
         rgb = bytes(round(np.interp(4 * share, range(5), channel)) for channel in stops.T)
         shade = _SHADES[round(share * (len(_SHADES) - 1))]

@@ -14,15 +14,10 @@ from kedit_fast.basics.files import existing_file, reading, replace_file
 from kedit_fast.basics.packed import read_arrays
 from kedit_fast.basics.words import not_text
 from kedit_fast.facts.fact import Fact
-from kedit_fast.pictures.labels import ROLES
+from kedit_fast.pictures.labels import ROLES, reliable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-LOCALIZATION_WARNING = (
-    "where a fact is traced does not by itself predict where editing it works best (Hase et al. 2023); "
-    "check the layers by editing"
-)
 
 NOISE = 3  # standard errors: the largest of some hundred places is often two from nothing by chance
 LEAST = 0.05  # of the total effect: what a place gives back that carries anything to speak of
@@ -99,6 +94,13 @@ class TraceResult:
         from kedit_fast.pictures.traces import plot_trace
 
         return plot_trace(self, path)
+
+    def to_html(self, path: checks.AnyPath | None = None) -> str:
+        """One page without scripts or outside files: the heat map, whose cells say their token, layer, value and
+        reliability; with ``path`` also a file, whole or not at all. Of several traces: ``trace_page``."""
+        from kedit_fast.pictures.trace_page import page_of_traces
+
+        return page_of_traces([self], average([self]), path)
 
     def to_record(self) -> dict:
         """Plain values, for a line of JSON."""
@@ -187,7 +189,7 @@ class AverageTrace:
     def recommend_layers(self, n: int = 5) -> tuple[int, ...]:
         """The n consecutive layers with the largest mean effect at the last subject token, where facts are edited.
 
-        A hint, not a proof: see ``LOCALIZATION_WARNING``. Raises ValueError when n is not within the layers.
+        A hint, not a proof: see ``labels.LOCALIZATION_WARNING``. Raises ValueError when n is not within the layers.
         """
         effect = self.mean[ROLES.index("last subject token")]
         n = checks.whole("n", n, least=1, most=len(effect))
@@ -250,11 +252,6 @@ class AverageTrace:
         from kedit_fast.pictures.figure import figure_html
 
         return figure_html(self.plot())
-
-
-def reliable(reliability: float) -> str:
-    """What is said of it behind other words; nothing where it is not known."""
-    return "" if math.isnan(reliability) else f", reliability {reliability:.2f}"
 
 
 def _or_nan(value: float | None) -> float:

@@ -715,8 +715,8 @@ def test_the_tables_have_the_newest_run_of_each_case(tmp_path, monkeypatch):
     part = dataclasses.replace(measured_once(9.0), figures=measured_once(9.0).figures[:1])
     common.append_rows(tmp_path, "edit", "python -m bench edit --part", part)
     assert main(["report", "--tables", str(tables), "--results", str(tmp_path)]) == 0
-    text = tables.read_text(encoding="utf-8")
-    assert text.startswith("# Figures\n")
+    assert tables.read_text(encoding="utf-8").startswith("# Figures\n")
+    text = "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "results").glob("*.md"))
     assert "7.00× (≥ 5)" in text and "6.00×" not in text
     assert "9.00×" in text and "8.00×" not in text and "`python -m bench edit --part`" in text, "state is outdated"
     assert text.count("3.90×") == 2 and "`python -m bench edit`" in text, "mlp is not"
@@ -744,18 +744,6 @@ def test_rows_that_share_their_settings_share_a_line_of_the_table_below(tmp_path
         "\n\nWhat it is.\n\n| row | batches x facts | settings |\n| --- | --- | --- |\n"
         "| A, B | 1 x 100, 3 x 10 | layers 3-5, lr 0.1 |\n| A, B | 10 x 1 | layers (3, 5), lr 0.1 |"
     )
-
-
-def test_without_results_the_tables_are_left_alone(tmp_path):
-    tables = tmp_path / "RESULTS.md"
-    tables.write_text("kept", encoding="utf-8")
-    with pytest.raises(ValueError, match="no results"):
-        report.write(tables, tmp_path / "empty")
-    assert tables.read_text(encoding="utf-8") == "kept"
-
-
-def test_the_tables_that_are_kept_are_those_of_the_rows():
-    assert report.TABLES.read_text(encoding="utf-8") == report.document(), "run `python -m bench report`"
 
 
 # ---- command line

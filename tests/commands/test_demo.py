@@ -76,7 +76,8 @@ def test_the_report_says_what_it_measured(told):
     lm, _, report, folder, _ = told
     body = report[report.index("<body>") :]
     assert html.unescape(body).startswith(f'<body>\n<p class="first-line">Measured on {demo.model_line(lm)}.')
-    assert body.count("<img ") == 2 and "http://" not in body and "https://" not in body
+    assert body.count("<img ") == 1 and body.count('<figure class="map ') == 3
+    assert "http://" not in body and "https://" not in body
     assert (folder / "trace.png").read_bytes()[:4] == b"\x89PNG"
     text = html.unescape(re.sub(r"<[^>]+>", " ", body))
     for said in ("Success and damage", "neighbors known before", "paraphrases", "perplexity of ordinary prose, "):

@@ -1,9 +1,13 @@
 """``kedit-fast trace``: what it says, draws and logs."""
 
+import pytest
+
 import kedit_fast as kf
+from kedit_fast.basics.unfinished import MANIFEST, run_folder
+from kedit_fast.commands.outputs import check_outputs
 from kedit_fast.tracing import trace as tracing
 from kedit_fast.tracing.trace import KINDS, read_log
-from tests.commands.cases import FACTS, ONE, files, run
+from tests.commands.cases import FACTS, ONE, files, parsed, run
 
 
 def test_trace_a_file(model, work, said):
@@ -93,3 +97,27 @@ def test_a_trace_says_how_reliable_it_is_and_what_it_cost(model, work, said):
 def test_a_stride_that_is_too_long_is_refused(model, work, capsys):
     assert run("trace", *ONE, "--method", "strided", "--stride", "99", "--model", model, "-o", "a") == 2
     assert "--stride 99: expected a whole number from 1 to" in capsys.readouterr().err
+
+
+def test_a_page_of_traces_is_written_where_it_is_asked_for(model, work, said, complaint):
+    args = ["trace", "--facts", "../facts.json", "--model", model, "--samples", "2", "--kinds", "state", "--plots", "1"]
+    shown = said(*args, "-o", "out", "--html", "page.html")
+    text = (work / "page.html").read_text(encoding="utf-8")
+    assert "written: page.html" in shown and "1 of 2 facts are drawn" in text and "Big Ben" in text
+    results = read_log(work / "out" / "traces.jsonl")
+    assert text == kf.trace_page(results, most=1, model=kf.open_model(model).name)
+    assert "page.html is there already" in complaint(*args, "-o", "b", "--html", "page.html")
+    assert "would replace what --facts reads" in complaint(*args, "-o", "b", "--html", "../facts.json", "--force")
+    assert "writes anyway; name another file" in complaint(*args, "-o", "b", "--html", "b/traces.jsonl")
+    assert not (work / "b").exists()
+
+
+def test_a_run_that_goes_on_may_replace_the_page_that_it_wrote(work):
+    args = parsed("trace", *ONE, "-o", "out", "--html", "page.html")
+    (work / "page.html").write_text("of the run that was killed")
+    log = work / "out" / "traces.jsonl"
+    with pytest.raises(ValueError, match="there already"):
+        check_outputs(args, "html", beside=[log])
+    run_folder(log).mkdir(parents=True)
+    (run_folder(log) / MANIFEST).write_text("{}")
+    assert [path.name for path in check_outputs(args, "html", beside=[log])] == ["page.html"]

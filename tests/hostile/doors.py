@@ -129,6 +129,9 @@ def doors(folder) -> list[Door]:
         Door("AverageTrace.recommend_layers", _with(t.average["state"].recommend_layers), dict(n="positive")),
         Door("TraceResult.load", _with(kf.TraceResult.load), dict(path="path")),
         Door("TraceResult.save", _with(t.traces[0].save), dict(path="path")),
+        Door("TraceResult.to_html", _with(t.traces[0].to_html), dict(path="path?")),
+        Door("trace_page", _with(kf.trace_page, results=t.traces), dict(
+            results="changes", path="path?", most="whole", model="words")),
         Door("TraceResult.plot", _with(t.traces[0].plot), dict(path="path?")),
         Door("AverageTrace.load", _with(kf.AverageTrace.load), dict(path="path")),
         Door("AverageTrace.save", _with(t.average["state"].save), dict(path="path")),

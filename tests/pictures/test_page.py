@@ -14,7 +14,7 @@ from kedit_fast.pictures.page import Cell, Change, Details, Picture, Section, Ta
 from tests.compare import refused
 
 FIRST = "This model is SmolLM2-135M-Instruct de-quantised from a 4-bit file"
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 class Page(HTMLParser):

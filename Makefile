@@ -1,7 +1,7 @@
-# Four words: install, check, test, bench. PYTHON is the interpreter of your environment.
+# Five words: install, check, test, bench, notebooks. PYTHON is the interpreter of your environment.
 PYTHON ?= python
 
-.PHONY: install check test bench
+.PHONY: install check test bench notebooks
 install:
 	$(PYTHON) -m pip install -c constraints.txt -e '.[test]'
 check:
@@ -10,3 +10,5 @@ test:
 	$(PYTHON) -m pytest -n auto --dist loadfile
 bench:
 	$(PYTHON) -m bench
+notebooks:
+	$(PYTHON) -m tests.notebooks

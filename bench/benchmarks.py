@@ -13,7 +13,7 @@ from pathlib import Path
 
 import kedit_fast as kf
 from bench import edit as edit_bench
-from bench.common import Figure, Measured, peak_matmul
+from bench.common import Figure, Measured, Skipped, peak_matmul
 from kedit_fast.basics.intervals import AMOUNT, SCORE
 from kedit_fast.basics.settings import cache_dir
 from kedit_fast.evaluation import Case
@@ -66,18 +66,22 @@ def run(options) -> Iterator[Measured]:
 
 
 def _compared(lm, name: str, n: int, methods) -> kf.Comparison:
-    """The methods on the first n cases, with the files of ``FOLDER``."""
+    """These methods on the first n cases, and those whose reports are there, with the files of ``FOLDER``. Raises
+    Skipped where that is one report."""
     folder = FOLDER / f"{name.replace(', ', '-')}-{n}"
     benchmark, known = kf.BENCHMARKS[name.partition(",")[0]], Known()
     cases = _cases(benchmark, name, n)
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}
-    for method in methods:
+    for method in dict.fromkeys((*METHODS, *methods)):
         path = folder / f"{method}.json"
-        if not path.exists():
+        if method in methods and not path.exists():
             print(f"{name}: {method}", flush=True)
             _report(lm, benchmark, cases, method, known, folder, LONG if name == TEXTS else WRITTEN).save(path)
-        reports[method] = kf.EvalReport.load(path)
+        if path.exists():
+            reports[method] = kf.EvalReport.load(path)
+    if len(reports) < 2:
+        raise Skipped(f"{name}: the report of {methods[0]} is kept; the table takes two or more --methods")
     found = kf.compare(reports)
     found.save(folder / "comparison.json")
     found.to_html(folder / "comparison.html")

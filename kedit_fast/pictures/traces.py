@@ -58,11 +58,13 @@ def plot_trace(result: TraceResult, path=None, normalized: bool = False, model: 
     Raises ValueError where ``normalized`` is asked for and corruption changed nothing.
     """
     values, low, high = scale([result], normalized)
+    right = _map_width(result) + 1.0
+    title = textwrap.fill(impact(result), int(14 * right))
     with style():
-        figure = new_figure(_label_width(result) + _map_width(result) + 1.0, 1.05 + _map_height(result))
+        figure = new_figure(_label_width(result) + right, 1.05 + 0.2 * title.count("\n") + _map_height(result))
         axes = figure.subplots()
         draw_trace(axes, result, values[0], low, high, normalized)
-        add_title(axes, impact(result), runs_line(result))
+        add_title(axes, title, runs_line(result))
         axes.set_xlabel(layer_label(result, model))
     return finish(figure, path, trace_alt(result))
 

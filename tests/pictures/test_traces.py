@@ -91,6 +91,17 @@ def test_a_trace_is_drawn_in_the_published_conventions(kind, colors, title, labe
     assert bar.get_title() == "p(Paris)"
 
 
+@pytest.mark.parametrize("layers", [12, 30])
+def test_what_a_strided_trace_says_of_itself_stays_inside_the_picture(layers):
+    figure = plots.plot_trace(make("attn", layers=layers, exact=np.ones((5, layers), dtype=bool), stride=5))
+    title = figure.axes[0].get_title("left")
+    assert " ".join(title.split()).endswith("(each noise draw at one layer in 5, interpolated between)")
+    figure.canvas.draw()
+    (shown,) = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text() == title]
+    box = shown.get_window_extent()
+    assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y1 < figure.bbox.y1
+
+
 def test_the_scale_begins_at_zero_and_holds_the_whole_effect_when_normalized():
     figure = plots.plot_trace(make(), normalized=True)
     assert map_of(figure).get_clim() == (0, 1)

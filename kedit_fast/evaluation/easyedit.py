@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import AMOUNT, HIGHEST, SHARE, Metrics
-from kedit_fast.basics.words import brief, json_kind
+from kedit_fast.basics.words import brief, counted, json_kind
 from kedit_fast.evaluation.benchmarks.knowedit import KEPT, KEPT_SAYS, KINDS, NAMES
 from kedit_fast.evaluation.questions import LOCALITY, OF_FACT, PARAPHRASE, REWRITE, SAME_SUBJECT
 from kedit_fast.evaluation.readings import MODES, mean
@@ -93,7 +93,8 @@ def load_easyedit(path: checks.AnyPath) -> Columns:
     kinds = dict.fromkeys(name.partition(".")[0] for name in metrics)
     prompts = {kind: [tuple(one.prompts.get(kind, ())) for one in read] for kind in kinds if kind != "fluency"}
     unread = Counter(name for one in read for name in one.unread)
-    notes = [f"not read of {path}: {', '.join(f'{name} ({n} times)' for name, n in unread.items())}"] * bool(unread)
+    left = ", ".join(f"{name} ({counted(n, 'time')})" for name, n in unread.items())
+    notes = [f"not read of {path}: {left}"] * bool(unread)
     return Columns(*sides, tuple(one.fact for one in read), metrics, prompts, tuple(notes))
 
 

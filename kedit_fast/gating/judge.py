@@ -13,6 +13,7 @@ from kedit_fast import __version__
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
+from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import check_chain, with_edits
 from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.canary import CONTEXT, DOUBT, LANGUAGE, PLAIN, Song
@@ -206,7 +207,7 @@ def _canary_note(songs: Sequence[Song], kind: str) -> str:
     if not songs:
         return _NO_CANARY[kind]
     before, after = sum(song.leaked_before for song in songs), sum(song.leaked for song in songs)
-    note = f"the old answer was written {before} times before, {after} times after"
+    note = f"the old answer was written {counted(before, 'time')} before, {counted(after, 'time')} after"
     return note if before else f"{note}; the model did not say it before, so this shows little"
 
 

@@ -16,7 +16,7 @@ from kedit_fast.facts.tokens import spoken
 from kedit_fast.gating.policy import Advice
 from kedit_fast.gating.questions import KINDS, SOURCES, Kept
 from kedit_fast.gating.thresholds import FAIL, PASS, Check
-from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, render_report
+from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, fragment, render_report
 
 FORMAT, VERSION = "kedit_fast.gate", 1
 POLICY = "policy, largest share of a limit spent"
@@ -129,6 +129,10 @@ class GateReport:
         if path is not None:
             write_text(path, page)
         return page
+
+    def _repr_html_(self) -> str:
+        """The verdict alone; ``to_html`` has the rest."""
+        return fragment(self._verdict().blocks)
 
     def __str__(self) -> str:
         rows = [_HEADERS, *((*_row(c), _verdict(c)) for c in self.checks)]

@@ -75,7 +75,7 @@ def test_every_part_by_its_name(read):
     assert second.text == "Vimeo is owned by" and second.subject is None
     assert found.prompts["locality"] == [("The Louvre is in", "Rome is in"), ()]
     assert found.prompts["portability"][0] == ("The country of Big Ben is", "The Great Bell is in", "The bell is in")
-    assert found.notes[0].endswith("post.rewrite_ppl (1 times)") and "Columns(2 facts, rewrite.token" in repr(found)
+    assert found.notes[0].endswith("post.rewrite_ppl (1 time)") and "Columns(2 facts, rewrite.token" in repr(found)
 
 
 def test_the_protocol_says_the_mode(read):

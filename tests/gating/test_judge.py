@@ -358,6 +358,8 @@ def test_reports_are_files(passed, lm, tmp_path):
     assert record["lens"]["n"] == 1 and passed.check("old answer in layers").verdict == REPORTED
     assert record["meta"]["thresholds"]["policy"]["max_facts"] == 1_000
     page = passed.to_html(tmp_path / "g.html")
+    shown = passed._repr_html_()  # in a notebook: the verdict
+    assert shown in page and "The edit is passed." in shown and "wordings answered" in shown
     assert (tmp_path / "g.html").read_text() == page and "<script" not in page
     assert "<img" in page and "Is the old answer gone" in page
     idle = judged(gate, lm, nothing(lm))

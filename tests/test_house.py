@@ -76,7 +76,7 @@ TESTED_IN = {
     "editors/test_unlearn.py": "facts/forgetting jobs/losses",
     "editors/test_leace.py": "edits/erasures",
     "tracing/test_neurons.py": "pictures/neurons",
-    "tracing/test_page.py": "pictures/trace_page",
+    "tracing/test_page.py": "pictures/trace_page tracing/doubts",
     "editors/test_memit.py": "editors/located editors/spread",
     "editors/test_mend.py": "editors/networks editors/trained",
     "editors/test_training.py": "editors/training_settings editors/training_step",

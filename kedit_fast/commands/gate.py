@@ -64,7 +64,7 @@ def _init(args, edits, path) -> int:
     say_written(write_reports((path, lambda to: write_text(to, text))))
     n_facts = counted(len(suite["facts"]), "fact")
     say(f"{n_facts}; complete the lists (python -m pydoc kedit_fast.load_suite says what they mean)")
-    for sentence in missing(edits, limits):
+    for sentence in missing(edits, limits, builtin=not args.no_builtin):
         say(sentence)
     if not args.no_builtin:
         say("prompts that must keep their answer are filled up with this package's own facts, but for --no-builtin")

@@ -23,6 +23,7 @@ from kedit_fast.facts.fact import check_facts, check_subject
 from kedit_fast.pictures.labels import LOCALIZATION_WARNING, reliable
 from kedit_fast.pictures.terminal import TerminalHeatMap
 from kedit_fast.pictures.traces import plot_kinds
+from kedit_fast.tracing.doubts import doubts
 from kedit_fast.tracing.page import trace_page
 from kedit_fast.tracing.results import TraceResult, average
 from kedit_fast.tracing.trace import BY_RUNS, trace
@@ -73,6 +74,8 @@ def run(args) -> None:
         say(f"{counted(len(facts), 'fact')}, {counted(len(results), 'trace')}")
     say()
     say_averages(results)
+    for sentence in doubts(results):
+        say(f"note: {sentence}")
     say(f"in {folder}: {LOG}, a line for each trace; pictures (.png); averages (.npz)")
     say_written([page] if page is not None else [])
 

@@ -18,7 +18,7 @@ from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
-from kedit_fast.pictures.page import Cell, Section, Table, fragment, write_report
+from kedit_fast.pictures.page import Cell, Section, Table, explained, fragment, write_report
 
 MODE = "."  # between the kind of a question and the mode that it is read in, in the name of a metric
 FORMAT, VERSION = "kedit_fast.report", 1
@@ -164,10 +164,10 @@ class EvalReport:
         ]
         blocks: list = [Table(["metric", *sides, self._unit], rows, self._title())] if rows else []
         header, *readings = self._readings()
-        if readings:
-            hinted = [(Cell(kind, hint=self._says_kind(kind)), *cells) for kind, *cells in readings]
+        hinted = [(Cell(kind, hint=self._says_kind(kind)), *cells) for kind, *cells in readings]
+        if hinted:
             blocks.append(Table(header, hinted, self._title() if not rows else ""))
-        blocks += self._lines()
+        blocks += [*self._lines(), *explained([*rows, *hinted])]
         if self.generations:
             blocks.append(Table(("prompt", "before", "after"), self.generations))
         return blocks + ([] if self.other is None else self.other.blocks())

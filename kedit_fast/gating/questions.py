@@ -172,7 +172,7 @@ def questions(lm, edits, suite: Suite, thresholds: Thresholds, builtin: bool, si
     prose = PROSE.read_text(encoding="utf-8")
     canaries, notes = _canaries(lm, facts, suite, prose, replace(sizes, max_new_tokens=room))
     paraphrases = sum(wording.kind == PARAPHRASE for wording in wordings)
-    notes += thresholds.missing(len(facts), len(facts) + paraphrases, paraphrases, len(kept))
+    notes += thresholds.missing(len(facts), len(facts) + paraphrases, paraphrases, len(kept), _known(facts))
     notes += _not_asked(suite, follows, portability, facts)
     asked = Questions(
         facts=tuple(facts),
@@ -326,9 +326,18 @@ def _record(fact: Fact) -> dict:
     return record | ({"provenance": provenance} if provenance else {})
 
 
-def missing(edit, thresholds: Thresholds) -> list[str]:
-    """What must be added to the probes that an edit's facts carry, before these limits can be met: sentences."""
+def missing(edit, thresholds: Thresholds, builtin: bool) -> list[str]:
+    """What must be added to the probes that an edit's facts carry, before these limits can be met: sentences.
+
+    builtin: whether prompts that must keep their answer are filled up with this package's own
+    """
     facts = _written(edit)
     wordings = [prompt for fact in facts for _, prompt in wordings_of(fact)]
     prompts = {folded(question.prompt) for fact in facts for name in ANSWERED for question in fact.questions(name)}
-    return thresholds.missing(len(facts), len(wordings), len(wordings) - len(facts), len(prompts))
+    n_prompts = max(len(prompts), thresholds.min_specificity_prompts if builtin else 0)
+    return thresholds.missing(len(facts), len(wordings), len(wordings) - len(facts), n_prompts, _known(facts))
+
+
+def _known(facts: Sequence[Fact]) -> int:
+    """How many of them say their old answer."""
+    return sum(bool(fact.target_true) for fact in facts)

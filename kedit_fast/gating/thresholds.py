@@ -80,10 +80,11 @@ class Thresholds:
         except DAMAGE as error:
             raise ValueError(f"{path}: {reason(error)}") from error
 
-    def missing(self, facts: int, wordings: int, paraphrases: int, prompts: int) -> list[str]:
+    def missing(self, facts: int, wordings: int, paraphrases: int, prompts: int, old: int) -> list[str]:
         """What has to be added before these limits can be met: a sentence for each kind of probe there is too few of.
 
-        facts: edited ones; wordings of them, paraphrases among those; prompts that must keep their answer
+        facts: edited ones; wordings of them, paraphrases among those; prompts that must keep their answer;
+            old: facts whose old answer is known
         """
         said = []
         held = self.min_generalization is not None
@@ -101,6 +102,11 @@ class Thresholds:
                 f"{_TOO_FEW}: add {counted(more, 'prompt')} that must keep their answer (neighbors, other "
                 f"relations of the subjects, anything else); there {_are(prompts, 'prompt')} "
                 f"({self.min_specificity_prompts:,} needed)"
+            )
+        if not old and self.max_leak is not None:
+            said.append(
+                "no fact says its old answer, and the canary looks for that in what the model writes: add target_true "
+                "(what the model says now), or take null for max_leak (--thresholds)"
             )
         return said
 

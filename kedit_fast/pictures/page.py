@@ -243,6 +243,12 @@ def _block(block) -> str:
     raise TypeError(f"cannot lay out a {type(block).__name__}; expected a string, Table, Picture, HeatMap or Details")
 
 
+def explained(rows: Iterable[Sequence[Any]]) -> list[Details]:
+    """What the hints of the rows' first cells say, for where no pointer rests; nothing where there are none."""
+    said = {first.value: first.hint for first, *_ in rows if first.hint}
+    return [Details("What each line is", [Table(("line", "what it is"), list(said.items()))])] if said else []
+
+
 def _table(table: Table) -> str:
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in table.rows]
     texts = [[_shown(cell.value) for cell in row] for row in cells]

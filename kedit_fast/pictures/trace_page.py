@@ -58,16 +58,18 @@ RELIABILITY = (
 def page_of_traces(
     results: Sequence[TraceResult],
     means: dict[str, AverageTrace],
+    notes: Sequence[str],
     path: checks.AnyPath | None = None,
     most: int = 10,
     model: str = "",
 ) -> str:
-    """The page as text; with ``path`` also a file. means: of all the results, by kind; most, model: as in
+    """The page as text; with ``path`` also a file. means: of all the results, by kind; notes: what a reader
+    must know of them; most, model: as in
     ``tracing.page.trace_page``."""
     facts = [list(each) for _, each in groupby(results, key=lambda result: result.fact)]
     of = f" in {model_label(model)}" if model else ""
     first_line = f"{counted(len(results), 'trace')} of {counted(len(facts), 'fact')}{of}, {_how(results[0])}."
-    text = render_report(TITLE, first_line, [_averages(means, len(facts)), _facts(facts, most)])
+    text = render_report(TITLE, first_line, [_averages(means, notes, len(facts)), _facts(facts, most)])
     if (path := checks.optional(checks.path, "path", path)) is not None:
         write_text(path, text)
     return text
@@ -80,7 +82,7 @@ def _how(result: TraceResult) -> str:
 # ---- averages
 
 
-def _averages(means: dict[str, AverageTrace], n_facts: int) -> Section:
+def _averages(means: dict[str, AverageTrace], notes: Sequence[str], n_facts: int) -> Section:
     rows = [
         (
             KIND_NAME[kind],
@@ -92,7 +94,10 @@ def _averages(means: dict[str, AverageTrace], n_facts: int) -> Section:
     ]
     table = Table(("what is put back", "where the answer comes back", "total effect", "reliability"), rows)
     maps = [_average_map(kind, mean) for kind, mean in means.items()] if n_facts > 1 else []
-    return Section("By the role of the token", [HOW, table, f"Mind that {LOCALIZATION_WARNING}.", *maps, RELIABILITY])
+    return Section(
+        "By the role of the token",
+        [HOW, table, *(f"Note: {note}." for note in notes), f"Mind that {LOCALIZATION_WARNING}.", *maps, RELIABILITY],
+    )
 
 
 def _average_map(kind: str, mean: AverageTrace) -> HeatMap:

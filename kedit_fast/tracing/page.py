@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from kedit_fast.basics import checks
 from kedit_fast.pictures.trace_page import page_of_traces
+from kedit_fast.tracing.doubts import doubts
 from kedit_fast.tracing.results import TraceResult, average
 
 
@@ -23,4 +24,4 @@ def trace_page(
     """
     results = checks.listed("results", results, TraceResult, "TraceResults, as trace gives them")
     most, model = checks.whole("most", most, like=10), checks.text("model", model, blank=True)
-    return page_of_traces(results, average(results), path, most, model)
+    return page_of_traces(results, average(results), doubts(results), path, most, model)

@@ -99,8 +99,9 @@ class TraceResult:
         """One page without scripts or outside files: the heat map, whose cells say their token, layer, value and
         reliability; with ``path`` also a file, whole or not at all. Of several traces: ``trace_page``."""
         from kedit_fast.pictures.trace_page import page_of_traces
+        from kedit_fast.tracing.doubts import doubts
 
-        return page_of_traces([self], average([self]), path)
+        return page_of_traces([self], average([self]), doubts([self]), path)
 
     def to_record(self) -> dict:
         """Plain values, for a line of JSON."""

@@ -81,7 +81,9 @@ def test_init_writes_a_suite_to_complete(folder, tmp_path, said, complaint):
     assert f"written: {path}" in shown and "1 fact; complete the lists" in shown
     there = "there are 4 wordings of the facts (20 needed), 3 of them paraphrases (30 needed)"
     assert f"add 27 paraphrases; {there}" in shown
-    assert "add 497 prompts that must keep their answer" in shown and "filled up with this package's own" in shown
+    assert "filled up with this package's own" in shown and "prompts that must keep their answer (" not in shown
+    alone = said("gate", edit, "--init", tmp_path / "alone.json", "--no-builtin")
+    assert "add 497 prompts that must keep their answer" in alone and "old answer" not in alone
     suite = load_suite(path)
     assert suite.facts[0] == dataclasses.replace(FACT, id="0")
     assert {"portability", "specificity", "languages"} < set(json.loads(path.read_text()))

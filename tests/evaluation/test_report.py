@@ -140,6 +140,8 @@ def test_html(tmp_path):
     fragment = report.to_html(path)
     page = path.read_text(encoding="utf-8")
     assert fragment in page and 'charset="utf-8"' in page
+    what = COUNTERFACT.metrics["efficacy"][1].replace(">", "&gt;")
+    assert "What each line is" in fragment and what in fragment.rpartition("<details>")[2]
     assert fragment == report._repr_html_()
     assert "0.500 [0.095, 0.905]" in fragment and "a note &amp; more" in fragment
     assert "&lt;b&gt;Zürich&lt;/b&gt;" in fragment and "<b>Zürich" not in fragment

@@ -1,5 +1,6 @@
 """The page of traces: averages first, then facts, a few of many; cells say token, layer, value and reliability."""
 
+import html
 import math
 
 import numpy as np
@@ -8,11 +9,16 @@ import pytest
 import kedit_fast as kf
 from kedit_fast.facts.fact import Fact
 from kedit_fast.pictures import trace_page as pages
+from kedit_fast.tracing.doubts import doubts
 from tests.compare import refused
 from tests.pictures.test_page import Page
 from tests.pictures.test_traces import make
 
 EVIL = "<script>alert('1')</script> & \x1b[2J"
+
+
+def facts_of(n: int) -> list[Fact]:
+    return [Fact("{} is in", f"Tower {i}") for i in range(n)]
 
 
 def facts(n: int, kinds=("state", "mlp"), **changes) -> list:
@@ -101,3 +107,22 @@ def test_a_page_of_nothing_and_of_what_cannot_be_averaged_is_refused(tmp_path):
 def test_a_trace_of_any_kind_has_a_page(changes):
     page = Page(make(**changes).to_html())
     assert page.inside("h2") == ["By the role of the token", "The fact"] and len(page.all("input")) == 60
+
+
+def test_what_must_be_known_of_the_facts_is_said():
+    """Once a fact, whatever its kinds."""
+    true = [
+        Fact("{} is in", "The Eiffel Tower", target_true=answer)
+        for answer in ("Paris", "Parisian suburbs", "Rome", None)
+    ]
+    results = [make(kind, fact=fact) for fact in true for kind in ("state", "mlp")]
+    (said,) = doubts(results)
+    assert said == "1 of 4 facts: traced is not target_true: 'The Eiffel Tower is in': ' Paris', not 'Rome'"
+    assert f"Note: {html.escape(said)}." in kf.trace_page(results)
+    lost = [make(fact=fact, p_corrupted=0.7) for fact in facts_of(5)]
+    (said,) = doubts(lost)
+    assert said.startswith(
+        "5 of 5 facts: corruption takes nothing from the answer, so cells say nothing: 'Tower 0 is in'"
+    )
+    assert said.endswith("' Paris' 0.7, corrupted 0.7; and 2 more")
+    assert doubts(facts(2)) == []

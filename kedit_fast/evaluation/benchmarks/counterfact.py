@@ -213,6 +213,11 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
             did.append(f"other prompts on the subject that go on differently: {1 - float(same.nanmean()):.0%}")
     if edited is not None and any(f.target_new for f in facts) and not any(f.neighborhood for f in facts):
         know.append("other subjects: not measured, no fact has neighborhood prompts")
+    elif edited is not None and any(f.target_new for f in facts) and edited["neighborhood"].isnan().all():
+        know.append(
+            "other subjects: not measured, for no neighborhood prompt has an answer (its fact's target_true, or one of "
+            "its own)"
+        )
     return did, know + said_left_out(facts, int(base["neighborhood_left_out"].nansum()))
 
 

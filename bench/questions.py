@@ -73,6 +73,7 @@ _TOKENS = "each token the likeliest"
 _WRITTEN = "in what is written"
 _IN_WORDS = "P(new), paraphrases"
 _PARTS = ("moments", "trace", "memit", "evaluation")
+_MLP = "mlp, last subject token: largest effect, of the total"
 _IN_CHAT = "asked: chat, P(new)"
 
 QUESTIONS = (
@@ -195,6 +196,23 @@ QUESTIONS = (
         (
             Bars("time, as a multiple of that in memory", (Shown("streamed", "ratio"),)),
             Bars("share of a card's peak, predicted, %", (Shown("counts", "share of peak, predicted"),)),
+        ),
+    ),
+    Question(
+        "another-model", "What about another model?", ("second",),
+        (
+            Says("On Gemma-3-270M, whose MLPs end in a norm, one fact by ROME has an efficacy of {} and a neighborhood "
+                 "score of {} ({} before).",
+                 (Shown("second", "efficacy", "^Gemma.*, ROME"), Shown("second", "neighborhood", "^Gemma.*, ROME"),
+                  Shown("second", "neighborhood, base", "^Gemma.*, ROME"))),
+            Says("Ten and thirty facts by MEMIT have {}, and {}.",
+                 (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"))),
+            Says("Of the effect that corruption takes, the MLPs' best window at the last subject token gives back {}.",
+                 (Shown("second", _MLP),)),
+        ),
+        (
+            Bars("efficacy, %", (Shown("second", "efficacy"),)),
+            Bars("of the total effect, MLP windows at the last subject token, %", (Shown("second", _MLP),)),
         ),
     ),
     Question(

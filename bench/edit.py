@@ -135,22 +135,22 @@ def _asked(lm, n: int) -> list[Fact]:
     known: list[Fact] = []
     for first in range(0, len(drawn), ASKED):
         some = [fact for fact in drawn[first : first + ASKED] if not gives_away(fact)]
-        if any(fact.id not in told for fact in some):
+        if any(fact.label not in told for fact in some):
             told |= _right(lm, some)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(told))
-        known += [fact for fact in some if told[fact.id]]
+        known += [fact for fact in some if told[fact.label]]
         if len(known) >= n:
             break
     return kf.related(known, everything, phrasings=0, same_subject=N_OTHER)
 
 
 def _right(lm, facts: list[Fact]) -> dict[str, bool]:
-    """{id: whether each token of the true answer is the likeliest}."""
+    """{label: whether each token of the true answer is the likeliest}."""
     alone = {"paraphrases": (), "neighborhood": (), "same_subject": ()}
     asked = [dataclasses.replace(fact, target_new=fact.target_true, **alone) for fact in facts]
     right = kf.evaluate(lm, asked, both_forms=False).base["efficacy_exact"] == 1
-    return dict(zip((fact.id for fact in facts), right.tolist(), strict=True))
+    return dict(zip((fact.label for fact in facts), right.tolist(), strict=True))
 
 
 def gives_away(fact: Fact) -> bool:

@@ -126,8 +126,8 @@ def draw() -> list[Fact]:
 
 
 def _asked(lm, n: int) -> list[Fact]:
-    """The first n facts of one draw of which a model finds each token of the answer the likeliest; what it was asked is
-    kept."""
+    """The first facts of one draw of which a model finds each token of the answer the likeliest, n or somewhat more,
+    for it is asked ``ASKED`` at a time; what it said is kept."""
     path = cache_dir() / "bench" / "known" / f"{lm.fingerprint}.json"
     everything = kf.load_facts(DATA / COUNTERFACT)
     drawn = without_conflicts(random.Random(0).sample(everything, len(everything)))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench import claims
-from bench.common import RESULTS, Figure, read_rows
+from bench.common import Figure, read_rows
 from kedit_fast.basics.printing import columns
 
 FORMATS = {  # unit: how a value is shown
@@ -88,14 +88,6 @@ def as_markdown(figures: list[Figure]) -> str:
     """The table as Markdown."""
     head, *rows = pivot(figures)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def render(folder: Path = RESULTS) -> str:
-    """Markdown of every machine's newest run of each case. Raises ValueError where no results were kept."""
-    files = sorted(folder.glob("*.csv"))
-    if not files:
-        raise ValueError(f"no results in {folder}; run `python -m bench` first")
-    return "\n\n".join(run_table(rows) for path in files for rows in newest(path))
 
 
 def newest(path: Path) -> list[list[tuple[dict, Figure]]]:

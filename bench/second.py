@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import kedit_fast as kf
 from bench import edit as edit_bench
-from bench.common import CheckFailed, Figure, Measured, Skipped, peak_matmul, timed
+from bench.common import CheckFailed, Figure, Measured, Skipped, peak_matmul
 from kedit_fast.editors.located import Prompts
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_tokens
@@ -30,8 +30,9 @@ PLACES = {  # {kind of trace: the role of the token where it is looked at}
     "mlp": "last subject token",
     "attn": "last token",
 }
-SIZES = {1: 10, 10: 2, 30: 1}  # {facts a batch: batches}; of ROME the first, of MEMIT the others
-QUICK = {1: 2, 2: 1, 3: 1}
+SIZES = {"rome": {1: 10}, "memit": {10: 2, 30: 1}}  # {facts a batch: batches}
+QUICK = {"rome": {1: 2}, "memit": {2: 1, 3: 1}}
+STREAMED = 10  # facts
 MEMORY = {"smollm2": "400MB", "gemma3": "1GB"}  # less than 4/3 of the weights: layers come from disk
 APART = 1e-4  # of p_new, resident and streamed: fp32, layers in other packs
 
@@ -60,16 +61,16 @@ def run(options) -> Iterator[Measured]:
         if not parts:
             continue
         lm = kf.open_model(opened)
-        facts = edit_bench.known_to(lm, max(n * sets for n, sets in sizes.items()))
+        facts = edit_bench.known_to(lm, max(n * sets for of in sizes.values() for n, sets in of.items()))
         ground = Ground(lm, opened, name, facts)
         for part in parts:
             if part == "traces":
                 short = [fact for fact in facts if len(fact_tokens(lm.tokenizer, fact).ids) <= LONGEST]
                 yield traced(ground, short[:n_traced], samples)
             elif part == "disk":
-                yield streamed(ground, facts[: max(QUICK) if options.quick else 10])
+                yield streamed(ground, facts[: 3 if options.quick else STREAMED])
             else:
-                yield edited(ground, part, {n: sizes[n] for n in sizes if (n == 1) == (part == "rome")}, text)
+                yield edited(ground, part, sizes[part], text)
 
 
 def check_at_hand() -> None:
@@ -83,9 +84,9 @@ def traced(ground: Ground, facts: Sequence[Fact], samples: int) -> Measured:
     of the total one."""
     lm, name = ground.lm, f"{ground.name}, {len(facts)} traces"
     window = round(lm.n_layers * 10 / 48)  # as published, of GPT-2-XL
-    made = timed(kf.trace, lm, facts, kinds=tuple(PLACES), samples=samples, window=window)
+    averages = kf.average(kf.trace(lm, facts, kinds=tuple(PLACES), samples=samples, window=window))
     figures = []
-    for kind, average in kf.average(made.result).items():
+    for kind, average in averages.items():
         effect = average.mean[ROLES.index(PLACES[kind])] / average.total_effect
         where = f"{kind}, {PLACES[kind]}"
         figures += [
@@ -93,7 +94,8 @@ def traced(ground: Ground, facts: Sequence[Fact], samples: int) -> Measured:
             Figure(name, f"{where}: its layer, of the depth", 100 * int(effect.argmax()) / lm.n_layers, "%"),
             Figure(name, f"{kind}: reliability", average.reliability, "correlation", n=len(facts)),
         ]
-    figures.append(Figure(name, "total effect", average.total_effect, "probability", n=len(facts)))
+    total = averages["state"].total_effect  # corruption is the same for every kind
+    figures.append(Figure(name, "total effect", total, "probability", n=len(facts)))
     return Measured(figures, peak_matmul(), [f"{samples} draws, windows of {window} in {name.partition(',')[0]}."])
 
 

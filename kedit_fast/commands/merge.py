@@ -8,6 +8,7 @@ from kedit_fast.basics.folders import check_new_folder
 from kedit_fast.basics.words import counted
 from kedit_fast.commands.inputs import read_chain
 from kedit_fast.commands.outputs import note, say
+from kedit_fast.model.fingerprint import family_name
 from kedit_fast.model.opening import named_folder
 from kedit_fast.shipping import vllm
 from kedit_fast.shipping.adapter import export_peft
@@ -50,8 +51,8 @@ def _adapter(args, edits, out) -> None:
     if made.base:
         moved = "; an adapter for other machines wants a hub id, --model ORG/NAME" * Path(made.base).is_absolute()
         say(f"it names its base model: {made.base}{moved}")
-    family = edits[0].fingerprint.rsplit("-", 3)[0]
-    refused = vllm.why_not(family, {role for edit in edits for _, role in edit.weights}, made.rank)
+    roles = {role for edit in edits for _, role in edit.weights}
+    refused = vllm.why_not(family_name(edits[0].fingerprint), roles, made.rank)
     rank = f"--max-lora-rank {vllm.max_lora_rank(made.rank)}"
     served = f"does not load it ({vllm.RELEASE}): {refused}" if refused else rank
     say(f"PEFT: PeftModel.from_pretrained(model, {str(made.folder)!r}); vLLM: {served}")

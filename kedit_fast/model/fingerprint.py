@@ -36,6 +36,11 @@ def fingerprint(model: nn.Module, source: Source | None = None) -> str:
     return f"{model.config.model_type}-{len(source.layers)}-{embedding.weight.shape[1]}-{digest[:16]}"
 
 
+def family_name(made_for: str) -> str:
+    """The family (``model_type``) that a fingerprint names; "" of an empty one."""
+    return made_for.rsplit("-", 3)[0]
+
+
 def _add(parts: list[bytes | Tensor], root: nn.Module, name: str, read) -> None:
     """Adds the shape and the sample of one parameter; ``read(index)`` gives a part of it."""
     turned = is_conv1d(root.get_submodule(name.rpartition(".")[0]))

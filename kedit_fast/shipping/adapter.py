@@ -31,7 +31,7 @@ from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
 from kedit_fast.edits.edit import Edit, digest, edit_list
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection, refuse_experts, text_config
-from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.fingerprint import family_name, fingerprint
 from kedit_fast.model.lm import LM
 from kedit_fast.model.opening import named_folder
 from kedit_fast.shipping import vllm
@@ -245,7 +245,7 @@ def _skeleton(made_for: str) -> nn.Module:
     """A model of the family that a fingerprint names, with one layer and no weights: its modules tell their types."""
     import transformers
 
-    name = made_for.rsplit("-", 3)[0]
+    name = family_name(made_for)
     if not name:
         raise ValueError("this edit does not say for which model it was made: export_peft(edit, folder, model=...)")
     config = transformers.AutoConfig.for_model(name)

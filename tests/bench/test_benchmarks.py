@@ -687,8 +687,12 @@ def test_rows_of_a_gpu_stand_in_a_file_of_its_own(tmp_path, monkeypatch):
     assert path.name == "nvidia-h100-80gb-hbm3.csv"
     row = common.read_rows(path)[0][0]
     assert row["triton"] and row["cuda"] and row["driver"]
-    assert "NVIDIA H100 80GB HBM3 (driver " in report.render(tmp_path) and "700 TFLOP/s" in report.render(tmp_path)
-    assert names[0] in report.render(tmp_path) and names[1] not in report.render(tmp_path)
+    assert "NVIDIA H100 80GB HBM3 (driver " in every_table(tmp_path) and "700 TFLOP/s" in every_table(tmp_path)
+    assert names[0] in every_table(tmp_path) and names[1] not in every_table(tmp_path)
+
+
+def every_table(folder: Path) -> str:
+    return "\n\n".join(report.run_table(run) for path in sorted(folder.glob("*.csv")) for run in report.newest(path))
 
 
 def test_many_cases_are_lines_and_not_columns():
@@ -732,7 +736,7 @@ def test_the_table_of_editors_goes_by_facts_a_batch_and_by_score(tmp_path):
     cases = ("no edit", "MEMIT, n = 100", "MEMIT, n = 1", "ROME, n = 100", "ROME, n = 1", "ROME, n = 10")
     figures = [Figure(case, metric, 90.0 + i, "%") for i, case in enumerate(cases) for metric in ("PS", "S")]
     common.append_rows(tmp_path, "editors", "python -m bench editors", Measured(figures, 90.0, []))
-    shown = next(line for line in report.render(tmp_path).splitlines() if "MEMIT, n = 1 " in line)
+    shown = next(line for line in every_table(tmp_path).splitlines() if "MEMIT, n = 1 " in line)
     assert shown == "|  | no edit | ROME, n = 1 | MEMIT, n = 1 | ROME, n = 10 | ROME, n = 100 | MEMIT, n = 100 |"
 
 
@@ -740,7 +744,7 @@ def test_rows_that_share_their_settings_share_a_line_of_the_table_below(tmp_path
     notes = ["What it is.", "A, B, 1 x 100: layers (3, 4, 5), lr 0.1.", "A, B, 3 x 10: layers (3, 4, 5), lr 0.1."]
     for note in [*notes, "A, B, 10 x 1: layers (3, 5), lr 0.1."]:
         common.append_rows(tmp_path, "editors", "x", dataclasses.replace(measured_once(), notes=[note]))
-    assert report.render(tmp_path).endswith(
+    assert every_table(tmp_path).endswith(
         "\n\nWhat it is.\n\n| row | batches x facts | settings |\n| --- | --- | --- |\n"
         "| A, B | 1 x 100, 3 x 10 | layers 3-5, lr 0.1 |\n| A, B | 10 x 1 | layers (3, 5), lr 0.1 |"
     )
@@ -801,7 +805,7 @@ def test_parts_are_kept_as_they_come_and_are_one_run(monkeypatch, tmp_path, caps
     rows = [row for row, _ in common.read_rows(path)]
     assert len(rows) == 6 and len({row["date"] for row in rows}) == 1
     assert rows[0]["command"] == "python -m bench values --parts z rome"
-    assert "Two facts. Three facts." in report.render(tmp_path)
+    assert "Two facts. Three facts." in every_table(tmp_path)
 
 
 @pytest.mark.parametrize("module", [edit, values_bench, editors])

@@ -51,7 +51,7 @@ OPTIONS = {
     "strided": ["threads"],
     "replaced": ["threads"],
     "gradients": ["facts", "threads"],
-    "benchmarks": ["facts", "rows", "methods", "threads"],
+    "benchmarks": ["model", "facts", "rows", "methods", "threads"],
     "second": ["rows", "threads"],
     "scoring": ["facts", "threads"],
     "neurons": ["threads"],
@@ -114,7 +114,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD=FILE",
         help="editors, phrasings: the network of a trained editor",
     )
-    made.add_argument("--model", default="smollm2", metavar="PATH", help="editors: another model than SmolLM2")
+    made.add_argument(
+        "--model", default="smollm2", metavar="PATH", help="editors, benchmarks: another model than SmolLM2"
+    )
     return made
 
 

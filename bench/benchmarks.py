@@ -1,4 +1,4 @@
-"""Every benchmark of the field on SmolLM2: the model as it is, and edited by each method, on the same cases.
+"""Every benchmark of the field on SmolLM2, or ``--model``: as it is, and edited by each method, on the same cases.
 
 A report for each benchmark and method is kept in the cache folder, with their comparison as a file and a page. What is
 there is not made again, and work begun is gone on with: a run that was stopped goes on. The figures are what share of
@@ -59,18 +59,19 @@ def run(options) -> Iterator[Measured]:
     """The benchmark as the command line asks for it. Raises Skipped without the data sets."""
     edit_bench.check_data()
     n = QUICK if options.quick else options.facts or CASES
-    lm = kf.open_model("smollm2")
+    lm = kf.open_model(options.model)
+    whose = "" if options.model == "smollm2" else f"{lm.name}: "
     for name in options.rows or FILES:
         found = _compared(lm, name, n, options.methods or METHODS)
-        yield Measured(_figures(f"{name} ({n})", found), peak_matmul(), [NOTE])
+        yield Measured(_figures(f"{whose}{name} ({n})", found), peak_matmul(), [NOTE])
 
 
 def _compared(lm, name: str, n: int, methods) -> kf.Comparison:
     """These methods on the first n cases, and those whose reports are there, with the files of ``FOLDER``. Raises
     Skipped where that is one report."""
-    folder = FOLDER / f"{name.replace(', ', '-')}-{n}"
+    folder = FOLDER / ("" if lm.name == "smollm2" else lm.name) / f"{name.replace(', ', '-')}-{n}"
     benchmark, known = kf.BENCHMARKS[name.partition(",")[0]], Known()
-    cases = _cases(benchmark, name, n)
+    cases = _cases(lm, benchmark, name, n)
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}
     for method in dict.fromkeys((*METHODS, *methods)):
@@ -103,12 +104,13 @@ def _report(lm, benchmark, cases: list[Case], method: str, known: Known, folder:
     )  # fmt: skip
 
 
-def _cases(benchmark, name: str, n: int) -> list[Case]:
-    """The first n cases of the benchmark's file whose facts can be written; of CounterFact facts that are known."""
+def _cases(lm, benchmark, name: str, n: int) -> list[Case]:
+    """The first n cases of the benchmark's file whose facts can be written; of CounterFact facts that the model
+    knows."""
     if FILES[name]:
         cases = benchmark.load(edit_bench.DATA / FILES[name], n, skip_bad=True)
         return [case for case in cases if all(fact.target_new and fact.subject for fact in case.facts)]
-    facts = edit_bench.draw()[:n]
+    facts = edit_bench.known_to(lm, n)[:n]
     if name != TEXTS:
         facts = [_without_texts(fact) for fact in facts]
     return [Case((fact,)) for fact in facts]

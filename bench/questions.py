@@ -65,7 +65,7 @@ class Question:
 _AT_ONCE = {"cases": ", n = 100$", "short": ", n = 100$"}
 _ALONE = {"cases": ", n = 1$", "short": ", n = 1$"}
 _REPORT = {"cases": "^report: .*, n = 100$", "short": "^report: |, n = 100$"}
-_MEMIT = {"cases": r" \(\d+\), memit$", "short": r" \(\d+\), memit$"}
+_MEMIT = {"cases": r"^[^:]+ \(\d+\), memit$", "short": r" \(\d+\), memit$"}
 _TO_LOOP = "ratio to the published loop"
 _STRIDED = "mean rank correlation with the exact trace"
 _ADDMM = "native, {}: ratio to torch.addmm, fp32"

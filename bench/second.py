@@ -14,6 +14,7 @@ import kedit_fast as kf
 from bench import edit as edit_bench
 from bench.common import CheckFailed, Figure, Measured, Skipped, peak_matmul
 from kedit_fast.editors.located import Prompts
+from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import fact_tokens
 from kedit_fast.model.gemma3 import GEMMA3
@@ -111,12 +112,21 @@ def edited(ground: Ground, method: str, sizes: dict[int, int], text: str) -> Mea
 
 
 def left(lm, facts: list[Fact], edit: kf.Edit) -> dict[str, float]:
-    """{line: the mean of ||z - h|| behind each layer, in % of what it was before the first one}."""
-    before = [edit.provenance["layers"][str(layer)]["missing"] for layer in edit.layers]
-    view, site = lm.with_edit(edit), Site.layer_out
-    h = Prompts.of(view, facts, [["{}"]]).read(view, averaged={}, bare={site: edit.layers[-1]}).bare[site].cpu()
-    behind = [*before[1:], (edit.values.double() - h).norm(dim=1).mean().item()]
-    return {f"||z - h|| behind {i} of {len(behind)} layers": 100 * x / before[0] for i, x in enumerate(behind, 1)}
+    """{line: what is missing behind each layer, in % of what it was before the first one, as the mean over the facts:
+    ||z - h||, and ||norm(z) - norm(h)||, z and h as the model's last norm reads them}."""
+    z, norm = edit.values.double(), lm.model.get_submodule(lm.family.norm)
+    prompts, at = Prompts.of(lm, facts, [["{}"]]), {Site.layer_out: edit.layers[-1]}
+    missing: dict[str, list[float]] = {"||z - h||": [], "||norm(z) - norm(h)||": []}
+    for n in range(len(edit.layers) + 1):
+        view = edited_so_far(lm, {change.layer: change.delta for change in edit.changes[:n]}, facts, None)
+        h = prompts.read(view, averaged={}, bare=at).bare[Site.layer_out].cpu()
+        for line, apart in zip(missing, (z - h, norm(z.to(lm.dtype)) - norm(h.to(lm.dtype))), strict=True):
+            missing[line].append(apart.norm(dim=1).mean().item())
+    return {
+        f"{line} behind {n} of {len(edit.layers)} layers": 100 * each[n] / each[0]
+        for line, each in missing.items()
+        for n in range(1, len(each))
+    }
 
 
 def streamed(ground: Ground, facts: list[Fact]) -> Measured:

@@ -3,6 +3,7 @@
 The parser reads the names and may not load torch; the dicts ``EDITORS`` and ``BENCHMARKS`` are made of the same lines.
 """
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -63,9 +64,18 @@ BENCHMARKS = {
 }
 
 
-def loaded(catalog: dict[str, str]) -> dict[str, Any]:
+class Loaded(dict[str, Any]):
+    """{name: what stands there}; KeyError for a name that is none says which there are, and the one that is nearest."""
+
+    def __missing__(self, name):
+        near = get_close_matches(str(name), self, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"{name!r} is none of {', '.join(self)}{meant}")
+
+
+def loaded(catalog: dict[str, str]) -> Loaded:
     """{name: what stands there}, in their order; imports the modules."""
-    found = {}
+    found = Loaded()
     for name, place in catalog.items():
         module, _, attribute = place.rpartition(".")
         found[name] = getattr(import_module(f"kedit_fast.{module}"), attribute)

@@ -19,6 +19,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
+from kedit_fast.editors.located import derived_rate
 from kedit_fast.editors.spread import Spread, early_middle, fitted, solved
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
@@ -71,7 +72,8 @@ class AlphaEdit(Spread):
         C's scale differs from model to model.
         """
         source = f"derived for {lm.n_layers} layers"
-        derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source)
+        rate = derived_rate(lm)
+        derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source, **rate)
         return published(PUBLISHED, lm, cls) or derived
 
     def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:

@@ -4,7 +4,7 @@ optimized for it. Their hyper-parameters, and what is read at the lookup tokens 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Located(Editor):
 
     layers: edited
     v_num_grad_steps, v_lr, v_weight_decay, kl_factor: of the optimization of a fact's value (jobs/values.py);
+    v_lr_relative: whether v_lr is in units of the fact's own start, the median magnitude of its entries; published: no,
+    a step is as long whatever the state's size
     clamp_norm_factor: ||value - start|| <= this times ||start||
     v_loss_layer: whose hidden state MEMIT's loss reads (None: the last); ROME's loss is of the model's own output, so
     there the field is only read
@@ -63,6 +65,7 @@ class Located(Editor):
     source: str = "given"
     keep_factor: float = 0.0
     keeps: tuple[str, ...] = KEEPS
+    v_lr_relative: bool = False
 
     GENTLER: ClassVar[str] = "edit fewer facts at once, or with a smaller clamp_norm_factor or fewer v_num_grad_steps"
     CONTEXTS: ClassVar[Callable] = staticmethod(memit_contexts)
@@ -110,8 +113,18 @@ class Located(Editor):
         return ValueSettings(
             layer=layer, site=site, lr=self.v_lr, steps=self.v_num_grad_steps, weight_decay=self.v_weight_decay,
             kl_factor=self.kl_factor, clamp=self.clamp_norm_factor, loss_layer=loss_layer,
-            keep_factor=self.keep_factor,
+            keep_factor=self.keep_factor, relative=self.v_lr_relative,
         )  # fmt: skip
+
+
+def derived_rate(lm: LM) -> dict[str, Any]:
+    """``v_lr`` of derived settings: the published 0.5, or, where a norm stands behind the MLP, a quarter of the start.
+
+    Such a norm lets states and what MLPs write be of any size. In Gemma-3-270M the median magnitude is 9.8 in the
+    stream behind layer 6 and 0.11 at layer 3's MLP (SmolLM2-135M 2.2 and 0.9, so that 0.5 is 0.23 and 0.54 of it): with
+    0.5 P(new) at z was 0.32 after 20 steps (with this 0.96), and ROME lost 46 points of the neighborhood (12).
+    """
+    return {} if lm.family.post_norm is None else {"v_lr": 0.25, "v_lr_relative": True}
 
 
 WAIT = 8  # the share of ``lm.memory`` in which rows may wait on the device for the next layer's reading

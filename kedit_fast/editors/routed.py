@@ -81,7 +81,9 @@ def behind(lm: LM, edit: Edit, route: Route, about: dict) -> Edit:
 def _check(lm: LM, edit: Edit) -> None:
     """Raises ValueError for what is not to be put behind a route."""
     if edit.route is not None:
-        raise ValueError(f"this edit is routed already ({edit.route.kind}); make it again with independent=True")
+        raise ValueError(
+            f"this edit is routed already ({edit.route.kind}); make it again with independent=True (--independent)"
+        )
     if not edit.independent and len(edit.facts) > 1:
         raise ValueError(
             f"these {len(edit.facts)} facts were solved together, and a route takes one fact's part: make the edit "

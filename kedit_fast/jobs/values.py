@@ -73,6 +73,8 @@ class ValueSettings:
     nll_factor: of the target's loss; after a step that found each of its tokens the likeliest in every prompt it weighs
         ``relaxed`` times as much, and the fact is done where its KL term, kl_factor KL, is less than ``calm`` (PMET)
     beside: another site of the layer, with a δ of its own, bounded and weighed as the first; its value is not given
+    relative: whether lr is in units of each v_0: of the median of its entries' magnitudes, which a few large entries
+        do not move (published: no)
     """
 
     layer: int
@@ -89,6 +91,7 @@ class ValueSettings:
     relaxed: float = 1.0
     calm: float = 0.0
     beside: Site | None = None
+    relative: bool = False
 
     @property
     def counts(self) -> bool:
@@ -273,6 +276,8 @@ class _Pack:
         delta = torch.zeros_like(self.initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=settings.lr)
         longest = settings.clamp * self.initial.norm(dim=-1, keepdim=True)
+        size = self.initial.abs().median(dim=-1, keepdim=True).values
+        pace = size if settings.relative else torch.ones_like(size)
         steps = torch.zeros(n, dtype=torch.int64)
         loss, nll, hits = torch.zeros(n), torch.zeros(n), torch.zeros(n)
         active, still = torch.ones(n, dtype=torch.bool), There(torch.zeros(n, dtype=torch.bool))
@@ -307,7 +312,7 @@ class _Pack:
             adam.step()
             with torch.no_grad():
                 # done: Adam's momentum must not move it
-                delta.copy_(torch.where(still.on(delta.device)[:, None], kept, delta))
+                delta.copy_(kept.lerp(delta, pace.masked_fill(still.on(delta.device)[:, None], 0.0)))
                 delta *= (longest / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return Values((self.initial + delta.detach())[0], self.initial[0], steps, loss, nll)
 

@@ -29,6 +29,7 @@ from kedit_fast.model.disk import Disk, open_on_disk
 from kedit_fast.model.family import auto_class, family_of, is_conv1d, projection
 from kedit_fast.model.fingerprint import fingerprint
 from kedit_fast.model.folder import INDEX, Checkpoint, read_config
+from kedit_fast.model.opening import named_folder
 from kedit_fast.model.stored_tensors import DTYPES, StoredTensor, stored_tensors, write_parts
 from kedit_fast.shipping.history import check_words, now
 
@@ -79,7 +80,8 @@ def merge_checkpoint(
     The tensors are bit for bit those of ``edit.apply``, one edit after the other, on a model loaded in the
     checkpoint's dtype. Configuration and tokenizer files are copied.
 
-    source: a folder with safetensors weights, one file or shards with their index
+    source: a folder with safetensors weights, one file or shards with their index; or the name of a model that the
+    package index carries, as ``open_model`` takes it
     edits: one, or a chain in its order; out: a folder that is new or empty
     who, message: for the manifest; force: also for another base model than the edits', or edits out of their chain
 
@@ -90,7 +92,7 @@ def merge_checkpoint(
     """
     edits, force = tuple(edit_list(edits)), checks.flag("force", force)
     check_words(message, who)
-    source, out = checks.path("source", source), check_new_folder(out)
+    source, out = checks.path("source", named_folder(source)), check_new_folder(out)
     _check_edits(edits, force)
     model, disk, checkpoint = open_checkpoint(source)
     base = fingerprint(model, disk)

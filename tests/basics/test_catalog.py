@@ -24,3 +24,11 @@ def test_what_is_loaded_is_what_the_names_say():
 def test_a_place_where_nothing_stands_is_an_error():
     with pytest.raises(AttributeError, match="Nothing"):
         catalog.loaded({"none": "editors.rome.Nothing"})
+
+
+def test_a_name_that_is_none_is_told_what_there_is():
+    with pytest.raises(KeyError, match=r"'rom' is none of rome, memit.*did you mean 'rome'"):
+        kf.EDITORS["rom"]
+    with pytest.raises(KeyError, match=r"'zzz' is none of counterfact.*[^?]$"):
+        kf.BENCHMARKS["zzz"]
+    assert "rom" not in kf.EDITORS and kf.EDITORS.get("rom") is None

@@ -131,6 +131,7 @@ def test_too_little_memory_on_the_cpu_is_a_line(monkeypatch, capsys):
         ("the edit (on_top_of=) is another's", "the edit (--on-top-of) is"),
         ("samples = 0: expected a whole number", "error: --samples 0: expected"),
         ("previous= and corpus= are both given", "previous= and --corpus are both given"),
+        ("if meant, merge with force=True (--force)", "if meant, merge with --force"),
         ("x=3 and memory=8, not for a word=by itself", "x=3 and memory=8, not for a word=by itself"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import kedit_fast as kf
 from kedit_fast.editors import memit as memit_module
 from kedit_fast.editors import rome as rome_module
-from tests.conftest import refused
+from tests.conftest import refused, tiny_lm
 from tests.editors.cases import MODULE_PATHS, named, written
 
 COMMON = {"fact_token": "subject_last", "v_num_grad_steps": 20, "v_lr": 0.5, "v_loss_layer": 47, "v_weight_decay": 0.5}
@@ -94,6 +94,14 @@ def test_for_model_derives_the_rest_and_says_so(layers):
     for editor in (rome, memit):
         assert editor.v_loss_layer is None
         editor.check(lm)
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit", "emmet", "pmet", "encore", "memit-blue"])
+def test_behind_a_norm_the_rate_is_relative(method):
+    """Published settings and derived ones elsewhere have the published step."""
+    made = {family: kf.EDITORS[method].for_model(tiny_lm(family)) for family in ("llama", "gemma2", "gemma3")}
+    rates = {family: (one.v_lr, one.v_lr_relative) for family, one in made.items()}
+    assert rates == {"llama": (0.5, False), "gemma2": (0.25, True), "gemma3": (0.25, True)}
 
 
 def test_the_source_is_kept_with_an_edit():

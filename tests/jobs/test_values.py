@@ -107,6 +107,22 @@ def test_phrasings_and_keeps_equal_the_oracle(family, dtype, tolerance, monkeypa
     assert relative(phrased.values[3], plain.values[3]) > 1e-2 and relative(got.values, phrased.values) > 1e-2
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_a_relative_rate_is_each_facts_own(site, monkeypatch):
+    """What the oracle finds with the rate that is that share of the fact's own start; a few large entries are none."""
+    make_exact(monkeypatch)
+    lm = tiny_lm("gemma2", torch.float64)
+    plain = optimize_values(lm, tasks(lm), settings(lm, site, steps=1)).initial
+    size = plain.abs().median(dim=1).values
+    assert size.max() > 1.1 * size.min()
+    expected = [
+        oracle_values(lm.model, site, [fact], lr=0.5 * its.item(), steps=6)[0]
+        for fact, its in zip(FACTS, size, strict=True)
+    ]
+    got = optimize_values(lm, tasks(lm), settings(lm, site, lr=0.5, relative=True, steps=6))
+    compare(got, expected, 1e-8)
+
+
 @pytest.mark.parametrize("size, again", [(2, False), (1, True)])
 def test_phrasings_and_keeps_are_cut_by_memory_too(size, again):
     lm = tiny_lm("llama", torch.float64)

@@ -41,7 +41,10 @@ def memit_contexts(lm: LM, length_params: Lengths = ((10, 5),), *, seed: int = 0
 
 
 def _templates(lm, prompts, n_new: int, seed: int) -> list[str]:
-    made = generate(lm, prompts, max(1, n_new), temperature=1.0, top_k=TOP_K, seed=seed, label="sampling contexts")
+    made = generate(
+        lm, prompts, max(1, n_new), temperature=1.0, top_k=TOP_K, repetition_penalty=1, seed=seed,
+        label="sampling contexts",
+    )  # fmt: skip
     texts = [lm.tokenizer.decode(p + m, skip_special_tokens=True) for p, m in zip(prompts, made, strict=True)]
     return [_clean(text) + ". {}" for text in texts]
 

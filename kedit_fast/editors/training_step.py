@@ -132,7 +132,8 @@ def going_on(lm: LM, made: list[Example], n_tokens: int) -> list[Example]:
     there is nothing to read behind the prompt."""
     if n_tokens == 1:
         return made
-    texts = iter(generate(lm, [task.prompt for one in made for task in one.kept], n_tokens, label=GOING_ON))
+    prompts = [task.prompt for one in made for task in one.kept]
+    texts = iter(generate(lm, prompts, n_tokens, repetition_penalty=1, label=GOING_ON))
     return [one._replace(kept=[replace(task, target=next(texts) or task.target) for task in one.kept]) for one in made]
 
 

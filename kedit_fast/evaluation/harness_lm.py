@@ -235,7 +235,13 @@ class HarnessLM(TemplateLM):
         prompts = [self.tok_encode(str(text)) or [self.prefix_token_id] for text in texts]
         self._warn_of_cuts([len(ids) > room for ids in prompts])
         ended = lambda tokens: any(text in self.tokenizer.decode(tokens) for text in until)  # noqa: E731
-        how = sampling | {"seed": self._seed, "owners": owners, "until": ended, "nan_ends": bool(self.lm.edits)}
+        how = sampling | {
+            "repetition_penalty": 1,
+            "seed": self._seed,
+            "owners": owners,
+            "until": ended,
+            "nan_ends": bool(self.lm.edits),
+        }
         made = generate(view, [ids[-room:] for ids in prompts], n, **how)
         decoded = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made)
         return [postprocess_generated_text(text, until, None) for text in decoded]

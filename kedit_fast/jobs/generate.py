@@ -30,6 +30,7 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     draw: torch.Generator | None = None,
+    repetition_penalty: float | None = None,
     stop: bool = True,
     until: Callable[[list[int]], bool] | None = None,
     nan_ends: bool = False,
@@ -44,6 +45,8 @@ def generate(
 
     draw: a generator to sample from, in place of a seed; after: is given the tokens made so far, after each step, where
         all texts go in one batch
+    repetition_penalty: what the logits of tokens that are in the text already, its prompt included, are divided by, or
+        multiplied where they are negative (Keskar et al. 2019, CTRL); None: ``lm.repetition_penalty``, 1: none
     top_k: sample among the k likeliest tokens (None: all); stop: end a run at any of ``lm.stop_tokens``; until: ends a
         text where it says so of the tokens made of it so far, which are kept
     nan_ends: end a text where the model gives NaN, which an edit that overflows may bring about, in place of an error.
@@ -54,6 +57,8 @@ def generate(
     checks.whole("max_new_tokens", max_new_tokens, least=1, like=20)
     checks.number("temperature", temperature, least=0, like=1.0)
     checks.optional(checks.whole, "top_k", top_k, least=1, most=lm.n_vocab, like=5)
+    penalty = lm.repetition_penalty if repetition_penalty is None else repetition_penalty
+    checks.number("repetition_penalty", penalty, above=0, like=1.1)
     if until is not None and not callable(until):
         checks.refuse("until", until, "a function of the tokens made so far that says whether the text ends")
     if not prompts or not all(prompts):
@@ -76,7 +81,8 @@ def generate(
             choose = partial(_choose, temperature=temperature, top_k=top_k, draws=draws)
             tell = after if len(cuts) == 1 else None
             own = [(prompts[batch[i]], int(owners[batch[i]])) for i in mine]
-            texts = _written(lm, own, max_new_tokens, choose, ended, nan_ends, tell, bar)
+            read = partial(_logits, lm, nan_ends=nan_ends, penalty=penalty)
+            texts = _written(lm, own, max_new_tokens, read, choose, ended, tell, bar)
             for i, text in zip(batch, texts, strict=True):
                 made[i] = text
             bar.advance(number * max_new_tokens - bar.done)  # where all texts ended early
@@ -84,23 +90,23 @@ def generate(
 
 
 @ranks.joint()
-def _written(lm, prompts, max_new_tokens: int, choose, ended, nan_ends: bool, after, bar) -> list[list[int]]:
-    """What follows each of the prompts of one batch, of all ranks. prompts: this rank's, with the owner of each;
-    choose: logits [n, V] of its texts -> tokens [n]; ended: as ``_ended``
+def _written(lm, prompts, max_new_tokens: int, read, choose, ended, after, bar) -> list[list[int]]:
+    """What follows each of the prompts of one batch, of all ranks. prompts: this rank's, with the owner of each; read:
+    as ``_logits``; choose: logits [n, V] of its texts -> tokens [n]; ended: as ``_ended``
 
     All ranks take as many steps, for each of them draws for all texts.
     """
     cache = _Cache(lm, prompts, max_new_tokens) if prompts else None
     with prepared(lm.model, lm.family):  # once, not for each token: of a small model that is a tenth of the time
-        return _of_all(_steps(lm, cache, len(prompts), max_new_tokens, choose, ended, nan_ends, after, bar))
+        return _of_all(_steps(cache, len(prompts), max_new_tokens, read, choose, ended, after, bar))
 
 
-def _steps(lm, cache: "_Cache | None", n: int, max_new_tokens: int, choose, ended, nan_ends: bool, after, bar):
+def _steps(cache: "_Cache | None", n: int, max_new_tokens: int, read, choose, ended, after, bar):
     """What follows each of n texts, of this rank."""
     made: list[list[int]] = [[] for _ in range(n)]
     running = torch.ones(n, dtype=torch.bool)
     for _ in range(max_new_tokens):
-        tokens = choose(_logits(lm, cache, running, nan_ends) if cache is not None and running.any() else None)
+        tokens = choose(read(cache, running) if cache is not None and running.any() else None)
         for i in running.nonzero()[:, 0].tolist():
             running[i] = not ended(made[i], int(tokens[i]))
         if after is not None:
@@ -126,8 +132,9 @@ def _of_all(made: list[list[int]]) -> list[list[int]]:
     return [text for of_rank in ranks.gathered_json(made) for text in of_rank]
 
 
-def _logits(lm, cache: "_Cache", running: Tensor, nan_ends: bool) -> Tensor:
-    """[n, V] after each text. One where the model gives NaN does not run on, or is an error unless ``nan_ends``."""
+def _logits(lm, cache: "_Cache", running: Tensor, nan_ends: bool, penalty: float) -> Tensor:
+    """[n, V] after each text, those of its own tokens penalized. A text does not run on where the model gives NaN, or
+    that is an error unless ``nan_ends``."""
     logits = lm.head(cache.advance())
     largest = logits.amax(-1).cpu()
     if not nan_ends:
@@ -136,7 +143,14 @@ def _logits(lm, cache: "_Cache", running: Tensor, nan_ends: bool) -> Tensor:
     running &= ~broken
     if broken.any():  # its rows go on beside the others, and nobody reads them
         logits = logits.masked_fill(broken[:, None].to(logits.device), 0.0)
-    return logits
+    return logits if penalty == 1 else _penalized(logits, cache.tokens().to(logits.device), penalty)
+
+
+def _penalized(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
+    """Logits [n, V] in fp32, or wider, with those of ``said`` [n, tokens] divided by the penalty, or multiplied."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = logits.gather(1, said)
+    return logits.scatter(1, said, torch.where(own < 0, own * penalty, own / penalty))
 
 
 def batches(lm, lengths: list[int], max_new_tokens: int) -> Iterator[list[int]]:
@@ -203,6 +217,12 @@ class _Cache:
     def text(self, i: int) -> list[int]:
         """Token ids of text i so far."""
         return self._tokens[i, : self._length[i]].tolist()
+
+    def tokens(self) -> Tensor:
+        """[n, longest] token ids of the texts so far, the shorter ones filled up with their first."""
+        longest = int(self._length.max())
+        there = torch.arange(longest) < self._length[:, None]
+        return torch.where(there, self._tokens[:, :longest], self._tokens[:, :1])
 
     def append(self, tokens: Tensor) -> None:
         """One token behind each text."""

@@ -196,7 +196,7 @@ class LM(Around, Sizes, CarriesEdits):
     @own_state()
     def generate(self, prompts: str | Iterable[str], max_new_tokens: int = 20, **sampling: Any) -> str | list[str]:
         """Continuations of prompts (greedy; see ``jobs.generate.generate`` for sampling), without the prompts. A text
-        ends at any of ``stop_tokens``."""
+        ends at any of ``stop_tokens``; ``repetition_penalty`` is the model's own."""
         from kedit_fast.jobs.generate import generate
 
         single = isinstance(prompts, str)
@@ -219,6 +219,11 @@ class LM(Around, Sizes, CarriesEdits):
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ends = list(named) if isinstance(named, list | tuple) else [named]
         return frozenset(end for end in [*ends, self.tokenizer.eos_token_id] if end is not None)
+
+    @property
+    def repetition_penalty(self) -> float:
+        """The model's generation config's, for text that is written; 1.0, where it names none, is without one."""
+        return getattr(getattr(self.model, "generation_config", None), "repetition_penalty", None) or 1.0
 
     @own_state()
     def with_edit(self, edit: "Edit", written: torch.dtype | str | None = None) -> "LM":

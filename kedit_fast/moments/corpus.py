@@ -208,8 +208,8 @@ def sampled_windows(lm, n_tokens: int, length: int, seed: int, folder: Path | No
     left = length - 1 - kept.ids.shape[1]
     if left:
         made = generate(
-            lm, texts, left, temperature=1.0, draw=kept.draw, stop=False, after=kept.keep_now_and_then,
-            label="sampling text for statistics",
+            lm, texts, left, temperature=1.0, repetition_penalty=1, draw=kept.draw, stop=False,
+            after=kept.keep_now_and_then, label="sampling text for statistics",
         )  # fmt: skip
         kept.keep(made)
         texts = [text + more for text, more in zip(texts, made, strict=True)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kedit_fast as kf
+from kedit_fast.jobs import generate as generation
 from kedit_fast.jobs.generate import generate
 from kedit_fast.model.source import Resident
 from kedit_fast.sweep import plan
@@ -113,6 +114,31 @@ def test_texts_end_where_hugging_face_ends_them(family):
         theirs = hugging_faces(model, ids, eos=[*ends, lm.tokenizer.eos_token_id])
         assert text == (theirs[:-1] if theirs[-1] in lm.stop_tokens else theirs)
     assert any(len(text) < N_NEW for text in got)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "llama", "qwen2", "gemma3"])
+def test_the_models_own_repetition_penalty(family):
+    """Of prompt and text, as Hugging Face has it: each text of a ragged batch by itself; one of its own is had, too."""
+    model = copy.deepcopy(tiny_model(family))
+    lm = open_tiny(model)
+    assert lm.repetition_penalty == 1
+    free = generate(lm, PROMPT_IDS, N_NEW, stop=False)
+    for penalty in (1.3, 0.6):
+        model.generation_config.repetition_penalty = penalty
+        got = generate(lm, PROMPT_IDS, N_NEW, stop=False)
+        assert got == [hugging_faces(model, ids) for ids in PROMPT_IDS] != free
+        assert generate(lm, PROMPT_IDS, N_NEW, stop=False, repetition_penalty=1) == free
+    model.generation_config.repetition_penalty = None
+    assert generate(lm, PROMPT_IDS, N_NEW, stop=False, repetition_penalty=0.6) == got
+    with pytest.raises(ValueError, match=r"repetition_penalty = 0: expected a finite number above 0"):
+        generate(lm, PROMPT_IDS, N_NEW, repetition_penalty=0)
+
+
+def test_a_penalty_is_on_logits_in_fp32():
+    """bf16 logits are taken to fp32 first; a token that stands in the text twice is penalized once."""
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5], [0.5, 3.0, 0.0, -1.0]], dtype=torch.bfloat16)
+    got = generation._penalized(logits, torch.tensor([[0, 1, 0], [3, 2, 2]]), 1.1)
+    torch.testing.assert_close(got, torch.tensor([[2 / 1.1, -2.2, 1.0, 0.5], [0.5, 3.0, 0.0, -1.1]]))
 
 
 def test_the_tokenizers_end_token_ends_a_text():

@@ -207,6 +207,12 @@ QUESTIONS = (
                   Shown("second", "neighborhood, base", "^Gemma.*, ROME"))),
             Says("Ten and thirty facts by MEMIT have {}, and {}.",
                  (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"))),
+            Says("What is missing to z, as the model's last norm reads z and h, shrinks behind each layer; behind the "
+                 "fifth {} of it are left. ||z - h|| itself grows before the last one: two of 640 entries, thousands "
+                 "large, move with whatever lower layers write, and norms weigh them little.",
+                 (Shown("second", "||norm(z) - norm(h)|| behind 5 of 5 layers", "^Gemma.*, MEMIT"),)),
+            Says("With the layers read from disk P(new) is {} apart.",
+                 (Shown("second", "P(new), largest distance from the model in memory", "^Gemma"),)),
             Says("Of the effect that corruption takes, the MLPs' best window at the last subject token gives back {}.",
                  (Shown("second", _MLP),)),
         ),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench import claims
@@ -38,6 +38,7 @@ FORMATS = {  # unit: how a value is shown
     "share": "{:.2f}",
 }
 WIDEST = 8  # columns
+BAR = "\\|"
 HUGE = 1e9  # from here on figures are shown by their power of ten
 ABSOLUTE = {"s", "ms", "GFLOP/s", "TFLOP"}  # units that the tables leave out where a bench compares: machines differ
 TIMED = {"editors", "phrasings"}  # benches whose table has times all the same, one table of all runs of a machine
@@ -87,7 +88,12 @@ def as_text(figures: list[Figure]) -> str:
 def as_markdown(figures: list[Figure]) -> str:
     """The table as Markdown."""
     head, *rows = pivot(figures)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return _markdown([head, ["---"] * len(head), *rows])
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> str:
+    """Lines of a Markdown table; a bar within a cell is no end of it."""
+    return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows)
 
 
 def newest(path: Path) -> list[list[tuple[dict, Figure]]]:
@@ -118,7 +124,7 @@ def run_table(rows: list[tuple[dict, Figure]]) -> str:
     command = f"python -m bench {row['bench']}" if row["bench"] in TIMED else row["command"]
     parts = [f"**{row['bench']}**: `{command}`, {_where(*(one for one, _ in rows))}", as_markdown(shown)]
     if row["bench"] in TIMED and (beside := claims.held_against(shown)):
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in beside))
+        parts.append(_markdown(beside))
     if words:
         parts.append(f"Shown are {' and '.join(w.strip(' (') for w in words)}; all cases are in `bench/results`.")
     elif len(shown) < len(rows):
@@ -143,9 +149,9 @@ def _explained(notes: Iterable[str]) -> list[str]:
         else:
             settings = LAYERS.sub(_range, found["settings"])
             shared.setdefault((found["label"], settings), []).append(found["batches"])
-    lines = [f"| {label} | {', '.join(sizes)} | {settings} |" for (label, settings), sizes in shared.items()]
-    head = ["| row | batches x facts | settings |", "| --- | --- | --- |"]
-    return [" ".join(prose), *(["\n".join([*head, *lines])] if lines else [])]
+    head = [["row", "batches x facts", "settings"], ["---"] * 3]
+    rows = [[label, ", ".join(sizes), settings] for (label, settings), sizes in shared.items()]
+    return [" ".join(prose), *([_markdown([*head, *rows])] if rows else [])]
 
 
 def _range(numbers: re.Match) -> str:

@@ -709,6 +709,11 @@ def test_the_table_shows_marks_and_intervals():
     ]
 
 
+def test_a_bar_within_a_cell_is_no_end_of_it():
+    (*_, line) = report.as_markdown([Figure("one", "||z - h||", 0.5, "share")]).splitlines()
+    assert line == r"| \|\|z - h\|\| | 0.50 |"
+
+
 def test_the_tables_have_the_newest_run_of_each_case(tmp_path, monkeypatch):
     tables = tmp_path / "RESULTS.md"
     for second, value in enumerate((6.0, 7.0)):

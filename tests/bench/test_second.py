@@ -64,14 +64,21 @@ def test_what_is_left_is_measured_on_the_edited_model(ground):
     top = editor.layers[-1]
     places = [access.lookup(ground.lm.tokenizer, fact.prompt, fact.subject) for fact in FACTS[:2]]
 
-    def missing() -> float:
-        h = [access.read_value(ground.lm.model, *place, top, Site.layer_out) for place in places]
-        return (made.values - torch.stack(h)).norm(dim=1).mean().item()
+    def missing(changes) -> tuple[float, float]:
+        """||z - h||, and the same behind the model's last norm, with these changes written into the weights."""
+        with dataclasses.replace(made, changes=changes).apply(ground.lm.model):
+            h = torch.stack([access.read_value(ground.lm.model, *place, top, Site.layer_out) for place in places])
+        norm = ground.lm.model.get_submodule("model.norm")
+        return tuple(apart.norm(dim=1).mean().item() for apart in (made.values - h, norm(made.values) - norm(h)))
 
-    before = missing()
-    with made.apply(ground.lm.model):
-        behind = missing()
-    assert list(left.values())[-1] == pytest.approx(100 * behind / before, rel=1e-4)
+    first, *behind = (missing(made.changes[:n]) for n in range(len(editor.layers) + 1))
+    expected = [100 * after[i] / first[i] for i in (0, 1) for after in behind]
+    assert list(left.values()) == pytest.approx(expected, rel=1e-4)
+    n = len(editor.layers)
+    lines = [
+        f"{what} behind {i} of {n} layers" for what in ("||z - h||", "||norm(z) - norm(h)||") for i in range(1, n + 1)
+    ]
+    assert list(left) == lines
 
 
 def test_the_streamed_model_has_to_say_the_same(ground, monkeypatch, tmp_path):

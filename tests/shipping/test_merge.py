@@ -15,6 +15,7 @@ from kedit_fast.basics import folders
 from kedit_fast.edits.deltas import Dense, LowRank
 from kedit_fast.model import stored_tensors
 from kedit_fast.model.fingerprint import fingerprint
+from kedit_fast.model.smollm2 import SMOLLM2
 from kedit_fast.shipping import merge
 from kedit_fast.shipping.merge import KEPT, MANIFEST, merge_checkpoint
 from kedit_fast.shipping.unmerge import unmerge
@@ -67,6 +68,15 @@ def test_a_checkpoint_without_the_heads_prefix_and_with_a_tied_head(tmp_path):
     merged = merge_checkpoint(tmp_path / "base", edit, tmp_path / "out")
     assert merged.tensors == ("h.1.mlp.c_proj.weight", "h.2.mlp.c_proj.weight")
     assert same_bits(kf.open_model(tmp_path / "out").model, applied(model, [edit]))
+
+
+def test_the_demo_models_name_is_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_CACHE", str(tmp_path / "cache"))
+    edit = make_edit(save_checkpoint(SMOLLM2.folder))
+    named, folder = (
+        merge_checkpoint(base, edit, tmp_path / str(i)) for i, base in enumerate(("smollm2", SMOLLM2.folder))
+    )
+    assert named.fingerprint == folder.fingerprint
 
 
 def test_only_edited_tensors_differ_and_the_manifest_says_so(tmp_path):

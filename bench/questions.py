@@ -169,6 +169,8 @@ QUESTIONS = (
             Says("Asked whether it is A or B, in both orders, the edited model chooses it in {}; one that says the same "
                  "letter whatever it is asked has 50 %.",
                  (Shown("benchmarks", "chosen of A and B", **_MEMIT),)),
+            Says("In what Gemma-3-270M writes {} of MEMIT's answers stand.",
+                 (Shown("benchmarks", _WRITTEN, "^gemma3: .*, memit$"),)),
         ),
         (Bars("the new answer, MEMIT, %", (
             Shown("benchmarks", _TOKENS, **_MEMIT), Shown("benchmarks", _WRITTEN, **_MEMIT))),),

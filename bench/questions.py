@@ -166,8 +166,8 @@ QUESTIONS = (
             Says("Of the new answers that MEMIT wrote, {} of the tokens (by benchmark) are the likeliest behind the "
                  "right ones before them; what the model writes by itself has the answer in {}.",
                  (Shown("benchmarks", _TOKENS, **_MEMIT), Shown("benchmarks", _WRITTEN, **_MEMIT))),
-            Says("Asked whether it is A or B, in both orders, the edited model chooses it in {}; one that says the same "
-                 "letter whatever it is asked has 50 %.",
+            Says("Asked whether it is A or B, in both orders, the edited model chooses it in {}; one that says "
+                 "the same letter whatever it is asked has 50 %.",
                  (Shown("benchmarks", "chosen of A and B", **_MEMIT),)),
             Says("In what Gemma-3-270M writes {} of MEMIT's answers stand.",
                  (Shown("benchmarks", _WRITTEN, "^gemma3: .*, memit$"),)),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
+from statistics import median
 
 from kedit_fast.basics.progress import progress
 from kedit_fast.edits.deltas import growth
@@ -21,6 +22,7 @@ from kedit_fast.facts.tokens import asked, fact_tokens
 
 ASKING = "asking the edited model"  # as its progress calls it
 NAMED = 10  # facts that the warning names
+REACHED = 0.5  # P(new) at a value from which on it is not the value that fails
 # ‖Δ‖ / ‖W‖ of a layer. 100 facts by MEMIT move SmolLM2-135M's most changed layer by 0.38, and its perplexity by 1.9 %.
 MOST_GROWTH = 0.5
 
@@ -78,7 +80,8 @@ def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
         ]
         more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         warnings.warn(
-            f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}{_in_vain(lm, edit)}",
+            f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}"
+            f"{_in_vain(lm, edit) or _too_slow(edit, missing)}",
             NotWritten,
             stacklevel=stacklevel,
         )
@@ -108,6 +111,20 @@ def _in_vain(lm, edit: Edit) -> str:
     return (
         f". Layer {lm.n_layers - 1} is the model's last: what is written there at the subject reaches no token behind "
         "it; take lower layers"
+    )
+
+
+def _too_slow(edit: Edit, missing: Sequence[int]) -> str:
+    """What is to be said where the values of most of these facts do not say the new answer either: their optimization
+    ended too early, and a rate is a step in the units of the model's states."""
+    if edit.values is None or "v_lr" not in edit.hparams:
+        return ""
+    reached = median(edit.provenance["found"]["p_new"][i] for i in missing)
+    if reached >= REACHED:
+        return ""
+    return (
+        f". Their values themselves end at P {reached:.2f} (the median): take more v_num_grad_steps, a larger "
+        "clamp_norm_factor, or a v_lr that fits the size of this model's states (v_lr_relative=True: 0.25 of it)"
     )
 
 

@@ -92,6 +92,8 @@ def test_facts_that_are_not_written_are_named(recwarn):
         edit = editor.edit(lm, FACTS[:1], contexts=GROUPS)
     assert one[0].filename == __file__ and "the model says" in str(one[0].message)
     assert not_written(edit) == [FACTS[0]] and "the model's last" not in str(one[0].message)
+    reached = edit.provenance["found"]["p_new"][0]
+    assert f"values themselves end at P {reached:.2f} (the median): take more v_num_grad_steps" in str(one[0].message)
     with pytest.warns(NotWritten, match="Layer 3 is the model's last: .* reaches no token behind it; take lower"):
         replace(editor, layers=(lm.n_layers - 1,)).edit(lm, FACTS[:1], contexts=GROUPS)
     many = tuple(replace(FACTS[0], subject=f"Needle {i}", id="") for i in range(NAMED + 2))
@@ -101,6 +103,17 @@ def test_facts_that_are_not_written_are_named(recwarn):
     recwarn.clear()
     (done,) = list(edit_in_rounds(lm, FACTS[:1], editor, per_round=1, contexts=GROUPS))
     assert not done.new["efficacy_exact"].mean and not [w for w in recwarn if w.category is NotWritten]
+
+
+def test_where_the_values_came_as_far_as_they_are_to_the_rate_is_not_named(monkeypatch):
+    """Then it is the layers that fail: λ leaves nothing in the weights."""
+    lm, editor = tiny_lm("llama"), replace(EDITORS["memit"], mom2_update_weight=1e12)
+    with pytest.warns(NotWritten, match="values themselves end at P"):
+        edit = editor.edit(lm, FACTS[:1], contexts=GROUPS)
+    monkeypatch.setattr(written_module, "REACHED", edit.provenance["found"]["p_new"][0])
+    with pytest.warns(NotWritten) as one:
+        editor.edit(lm, FACTS[:1], contexts=GROUPS)
+    assert "values themselves" not in str(one[0].message)
 
 
 def test_an_edit_that_overflows_is_not_written():

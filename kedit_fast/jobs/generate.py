@@ -55,7 +55,6 @@ def generate(
     without a seed; later for a model that gives NaN.
     """
     checks.whole("max_new_tokens", max_new_tokens, least=1, like=20)
-    checks.number("temperature", temperature, least=0, like=1.0)
     checks.optional(checks.whole, "top_k", top_k, least=1, most=lm.n_vocab, like=5)
     penalty = lm.repetition_penalty if repetition_penalty is None else repetition_penalty
     checks.number("repetition_penalty", penalty, above=0, like=1.1)
@@ -63,11 +62,7 @@ def generate(
         checks.refuse("until", until, "a function of the tokens made so far that says whether the text ends")
     if not prompts or not all(prompts):
         raise ValueError("generate needs prompts of at least one token")
-    checks.optional(checks.seed, "seed", seed)
-    if temperature > 0 and seed is None and draw is None:
-        raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
-    if temperature > 0 and draw is None:
-        draw = torch.Generator().manual_seed(seed)
+    draw = _drawing(temperature, seed, draw)
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
     ended = partial(_ended, lm.stop_tokens if stop else frozenset(), until)
@@ -77,7 +72,7 @@ def generate(
     with progress(f"{label} (tokens)", max_new_tokens * len(cuts)) as bar:
         for number, batch in enumerate(cuts, 1):
             mine = ranks.mine([len(prompts[i]) for i in batch])
-            draws = partial(_draws, (len(batch), lm.n_vocab), mine, draw) if temperature > 0 else None
+            draws = None if draw is None else partial(_draws, (len(batch), lm.n_vocab), mine, draw)
             choose = partial(_choose, temperature=temperature, top_k=top_k, draws=draws)
             tell = after if len(cuts) == 1 else None
             own = [(prompts[batch[i]], int(owners[batch[i]])) for i in mine]
@@ -87,6 +82,17 @@ def generate(
                 made[i] = text
             bar.advance(number * max_new_tokens - bar.done)  # where all texts ended early
     return made
+
+
+def _drawing(temperature: float, seed: int | None, draw: torch.Generator | None) -> torch.Generator | None:
+    """The generator to sample from; None at temperature 0. Raises ValueError for sampling that nobody could repeat."""
+    checks.number("temperature", temperature, least=0, like=1.0)
+    checks.optional(checks.seed, "seed", seed)
+    if temperature == 0:
+        return None
+    if seed is None and draw is None:
+        raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
+    return torch.Generator().manual_seed(seed or 0) if draw is None else draw
 
 
 @ranks.joint()

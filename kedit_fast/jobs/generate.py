@@ -66,6 +66,7 @@ def generate(
     longest = max(map(len, prompts), default=0)
     lm.check_length(longest + max_new_tokens - 1, f"a prompt of {longest} and {max_new_tokens} new tokens")
     ended = partial(_ended, lm.stop_tokens if stop else frozenset(), until)
+    read = partial(_logits, lm, nan_ends=nan_ends, penalty=penalty)
     owners = lm.owners(prompts) if owners is None else owners
     cuts = list(batches(lm, [len(prompt) for prompt in prompts], max_new_tokens))
     made: list[list[int]] = [[] for _ in prompts]
@@ -76,9 +77,7 @@ def generate(
             choose = partial(_choose, temperature=temperature, top_k=top_k, draws=draws)
             tell = after if len(cuts) == 1 else None
             own = [(prompts[batch[i]], int(owners[batch[i]])) for i in mine]
-            read = partial(_logits, lm, nan_ends=nan_ends, penalty=penalty)
-            texts = _written(lm, own, max_new_tokens, read, choose, ended, tell, bar)
-            for i, text in zip(batch, texts, strict=True):
+            for i, text in zip(batch, _written(lm, own, max_new_tokens, read, choose, ended, tell, bar), strict=True):
                 made[i] = text
             bar.advance(number * max_new_tokens - bar.done)  # where all texts ended early
     return made
@@ -90,9 +89,11 @@ def _drawing(temperature: float, seed: int | None, draw: torch.Generator | None)
     checks.optional(checks.seed, "seed", seed)
     if temperature == 0:
         return None
-    if seed is None and draw is None:
+    if draw is not None:
+        return draw
+    if seed is None:
         raise ValueError("sampling (temperature > 0) needs a seed, so that the text can be made again")
-    return torch.Generator().manual_seed(seed or 0) if draw is None else draw
+    return torch.Generator().manual_seed(seed)
 
 
 @ranks.joint()

@@ -87,6 +87,10 @@ QUESTIONS = (
                  (Shown("strided", "rows x layers, share of the exact trace's"), Shown("strided", _STRIDED))),
             Says("An estimate from one backward pass is {} as fast as the loop, at a correlation of {}.",
                  (Shown("attribution", _TO_LOOP), Shown("attribution", "mean rank correlation"))),
+            Says("With another subject in the place of noise RelP ranks cells to {}, GradDrop to {}; every second layer, "
+                 "for half of the work, to {} for states and windows of ten.",
+                 (Shown("replaced", "RelP: mean rank correlation"), Shown("replaced", "GradDrop: mean rank correlation"),
+                  Shown("replaced", "one layer in 2: mean rank correlation", "^state|of 10$"))),
         ),
         (
             Bars("times as fast as the published loop", (Shown("trace", _TO_LOOP),)),

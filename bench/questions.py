@@ -68,6 +68,7 @@ _REPORT = {"cases": "^report: .*, n = 100$", "short": "^report: |, n = 100$"}
 _MEMIT = {"cases": r"^[^:]+ \(\d+\), memit$", "short": r" \(\d+\), memit$"}
 _TO_LOOP = "ratio to the published loop"
 _STRIDED = "mean rank correlation with the exact trace"
+_RANKED = "mean rank correlation"
 _ADDMM = "native, {}: ratio to torch.addmm, fp32"
 _TOKENS = "each token the likeliest"
 _WRITTEN = "in what is written"
@@ -86,17 +87,17 @@ QUESTIONS = (
             Says("Strided traces do {} of its work and rank cells as it does to a correlation of {}.",
                  (Shown("strided", "rows x layers, share of the exact trace's"), Shown("strided", _STRIDED))),
             Says("An estimate from one backward pass is {} as fast as the loop, at a correlation of {}.",
-                 (Shown("attribution", _TO_LOOP), Shown("attribution", "mean rank correlation"))),
-            Says("With another subject in the place of noise RelP ranks cells to {}, GradDrop to {}; every second layer, "
-                 "for half of the work, to {} for states and windows of ten.",
-                 (Shown("replaced", "RelP: mean rank correlation"), Shown("replaced", "GradDrop: mean rank correlation"),
-                  Shown("replaced", "one layer in 2: mean rank correlation", "^state|of 10$"))),
+                 (Shown("attribution", _TO_LOOP), Shown("attribution", _RANKED))),
+            Says("With another subject in place of noise RelP ranks cells to {}, GradDrop to {}; every second layer, for "
+                 "half of the work, to {} for states and windows of ten.",
+                 (Shown("replaced", f"RelP: {_RANKED}"), Shown("replaced", f"GradDrop: {_RANKED}"),
+                  Shown("replaced", f"one layer in 2: {_RANKED}", "^state|of 10$"))),
         ),
         (
             Bars("times as fast as the published loop", (Shown("trace", _TO_LOOP),)),
             Bars("the estimate, times as fast as it", (Shown("attribution", _TO_LOOP),)),
             Bars("strided traces, rank correlation with the exact trace", (Shown("strided", _STRIDED),)),
-            Bars("the estimate, the same", (Shown("attribution", "mean rank correlation"),)),
+            Bars("the estimate, the same", (Shown("attribution", _RANKED),)),
         ),
     ),
     Question(

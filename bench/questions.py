@@ -88,8 +88,8 @@ QUESTIONS = (
                  (Shown("strided", "rows x layers, share of the exact trace's"), Shown("strided", _STRIDED))),
             Says("An estimate from one backward pass is {} as fast as the loop, at a correlation of {}.",
                  (Shown("attribution", _TO_LOOP), Shown("attribution", _RANKED))),
-            Says("With another subject in place of noise RelP ranks cells to {}, GradDrop to {}; every second layer, for "
-                 "half of the work, to {} for states and windows of ten.",
+            Says("With another subject in place of noise RelP ranks cells to {}, GradDrop to {}; every second layer, "
+                 "for half of the work, to {} for states and windows of ten.",
                  (Shown("replaced", f"RelP: {_RANKED}"), Shown("replaced", f"GradDrop: {_RANKED}"),
                   Shown("replaced", f"one layer in 2: {_RANKED}", "^state|of 10$"))),
         ),

@@ -179,7 +179,7 @@ def in_options(text: str, args=None) -> str:
     """What a function says of its arguments, in options: one of ``args`` that the text begins with, or that it names as
     ``memory=``, is the option that it is here, or its place in the usage; of ``force=True (--force)`` the option."""
     known = vars(args) if args else {}
-    text = re.sub(r"\b\w+=\w+ \((--[a-z-]+)\)", r"\1", text)
+    text = re.sub(r"\b\w+=\w* \((--[a-z-]+( \w+)?)\)", r"\1", text)
     text = re.sub(r"\b(\w+)=(?=[\s,;:.)]|$)", lambda name: _option(name[1]) if name[1] in known else name[0], text)
     name = re.match(r"(\w+)( = | is empty)", text)
     if name is None or name[1] not in known:

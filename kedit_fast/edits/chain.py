@@ -20,7 +20,7 @@ def check_follows(edit: Edit, below: Sequence[Edit]) -> None:
         raise ValueError(
             f"this edit was made on top of {_listed(made_on)} and would stand on {_listed(found)}: its values would be "
             "wrong there. Make it on top of those (previous=history.current, kedit-fast edit --on-top-of FOLDER), or "
-            "add it all the same, check_chain=False (--force)"
+            "add it all the same with check_chain=False (--force)"
         )
 
 

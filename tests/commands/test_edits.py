@@ -96,13 +96,13 @@ def test_merge_as_an_adapter(work, said):
         (["--model", "base", "none.safetensors", "-o", "out"], "none.safetensors"),
         (["--model", "base", "empty", "-o", "out"], "holds no versions of edits"),
         (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "rank 2, over max_rank 1"),
-        (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "truncate=True (--truncate)"),
-        (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "(--max-rank none) suits PEFT"),
-        (["--model", "other", "one.safetensors", "-o", "out"], "merge with force=True (--force)"),
-        (["--model", "base", "owned.safetensors", "-o", "out"], "without independent=True (--independent)"),
-        (["owned.safetensors", "--peft", "-o", "out"], "without independent=True (--independent)"),
+        (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "; --truncate keeps the nearest"),
+        (["one.safetensors", "--peft", "--max-rank", "1", "-o", "out"], "--max-rank none suits PEFT"),
+        (["--model", "other", "one.safetensors", "-o", "out"], "merge with --force"),
+        (["--model", "base", "owned.safetensors", "-o", "out"], "without --independent"),
+        (["owned.safetensors", "--peft", "-o", "out"], "without --independent"),
         (["--model", "./typo", "one.safetensors", "--peft", "-o", "out"], "no model's folder"),
-        (["--model", "other", "one.safetensors", "--peft", "-o", "out"], "(--force)"),
+        (["--model", "other", "one.safetensors", "--peft", "-o", "out"], "pass --force"),
         (["--model", "base", *2 * ["one.safetensors"], "--force", "-o", "out"], "edits 1 and 2 of 2 are the"),
     ],
 )
@@ -286,11 +286,11 @@ def test_versions_of_edits(work, said):
 def test_versions_refuse(work, complaint):
     assert "no such folder" in complaint("history", "log", "nowhere")
     says = complaint("history", "add", "edits", "two.safetensors")
-    for text in ("would stand on no edit", "--on-top-of FOLDER", "check_chain=False, --force"):
+    for text in ("would stand on no edit", "--on-top-of FOLDER", "add it all the same with --force"):
         assert text in says
     owned_edit(tiny_model("llama")).save("owned.safetensors")
     says = complaint("history", "add", "edits", "owned.safetensors")
-    assert "without independent=True (--independent)" in says
+    assert "without --independent" in says
     assert run("history", "add", "edits", "two.safetensors", "--force") == 0
     says = complaint("history", "rollback", "edits", 7)
     assert "error: argument N: 7: expected a whole number from 0 to 1" in says

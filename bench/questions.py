@@ -215,6 +215,8 @@ QUESTIONS = (
                  "score of {} ({} before).",
                  (Shown("second", "efficacy", "^Gemma.*, ROME"), Shown("second", "neighborhood", "^Gemma.*, ROME"),
                   Shown("second", "neighborhood, base", "^Gemma.*, ROME"))),
+            Says("Gemma's rate was chosen on the first ten of these facts, which are all that ROME has here: on others "
+                 "the neighborhood loses more.", ()),
             Says("Ten and thirty facts by MEMIT have {}, and {}.",
                  (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"))),
             Says("What is missing to z, as the model's last norm reads z and h, shrinks behind each layer; behind the "

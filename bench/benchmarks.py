@@ -60,10 +60,9 @@ def run(options) -> Iterator[Measured]:
     edit_bench.check_data()
     n = QUICK if options.quick else options.facts or CASES
     lm = kf.open_model(options.model)
-    whose = "" if options.model == "smollm2" else f"{lm.name}: "
     for name in options.rows or FILES:
         found = _compared(lm, name, n, options.methods or METHODS)
-        yield Measured(_figures(f"{whose}{name} ({n})", found), peak_matmul(), [NOTE])
+        yield Measured(_figures(f"{edit_bench.whose(lm)}{name} ({n})", found), peak_matmul(), [NOTE])
 
 
 def _compared(lm, name: str, n: int, methods) -> kf.Comparison:

@@ -109,7 +109,7 @@ def run(options) -> Iterator[Measured]:
         contexts=memit_contexts(lm),
         text=edit_bench.perplexity_text(edit_bench.N_CHARACTERS // (20 if options.quick else 1)),
         steps=4 if options.quick else None,
-        whose="" if options.model == "smollm2" else f"{lm.name}: ",
+        whose=edit_bench.whose(lm),
         done=frozenset() if options.quick else done(options.results),
     )
     return measure(ground, rows)

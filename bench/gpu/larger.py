@@ -22,8 +22,7 @@ from bench.mass import random_edits
 from bench.phases import phase_times
 from kedit_fast.basics.words import sized
 from kedit_fast.editors.contexts import memit_contexts
-from kedit_fast.editors.located import Prompts
-from kedit_fast.editors.spread import early_middle
+from kedit_fast.editors.located import Prompts, early_middle
 from kedit_fast.experiments.forecast import Forecast, Rates, Step, edit_steps, trace_steps
 from kedit_fast.model.disk import open_on_disk
 from kedit_fast.model.host import Host
@@ -148,7 +147,7 @@ def measured_rates(lm: LM, watch: Stopwatch, dry: bool) -> Rates:
 
 def edit(session: Session, lm: LM, watch: Stopwatch, rates: Rates) -> None:
     """MEMIT of as many of the facts as there is time for, without statistics of their own (C = 1)."""
-    editor = kf.Memit(layers=early_middle(lm.n_layers), v_num_grad_steps=STEPS, mom2_adjustment=False)
+    editor = kf.Memit(layers=early_middle(lm), v_num_grad_steps=STEPS, mom2_adjustment=False)
     contexts = watch.once(lambda: memit_contexts(lm))
     facts = random_edits(DRY_EDITS if session.dry else EDITS, lm.n_vocab)
 

@@ -3,9 +3,10 @@
 The parser reads the names and may not load torch; the dicts ``EDITORS`` and ``BENCHMARKS`` are made of the same lines.
 """
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
+
+from kedit_fast.basics.words import did_you_mean
 
 EDITORS = {
     "rome": "editors.rome.Rome",
@@ -68,9 +69,7 @@ class Loaded(dict[str, Any]):
     """{name: what stands there}; KeyError for a name that is none says which there are, and the one that is nearest."""
 
     def __missing__(self, name):
-        near = get_close_matches(str(name), self, 1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"{name!r} is none of {', '.join(self)}{meant}")
+        raise KeyError(f"{name!r} is none of {', '.join(self)}{did_you_mean(str(name), self)}")
 
 
 def loaded(catalog: dict[str, str]) -> Loaded:

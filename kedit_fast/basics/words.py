@@ -1,7 +1,8 @@
 """Numbers in sentences, and what errors say."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def counted(n: int, noun: str) -> str:
@@ -15,6 +16,21 @@ def sized(n_bytes: float) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:,.0f} {unit}" if n_bytes >= 100 * size else f"{n_bytes / size:.3g} {unit}"
     return f"{n_bytes / 1e3:.3g} kB"
+
+
+def first_few(items: Iterable[str], most: int, between: str = "; ") -> str:
+    """The first of them, and how many there are besides: "a; b; and 3 more"."""
+    items = list(items)
+    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
+    return between.join(items[:most] + more)
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """What a message ends with where ``text`` is nearly one of the known names, or one of their words; else ""."""
+    known = list(known)
+    named = {word: name for name in reversed(known) for word in name.split()} | {name: name for name in known}
+    close = get_close_matches(text.lower(), named, n=1, cutoff=0.6)
+    return f"; did you mean {named[close[0]]}?" if close else ""
 
 
 def json_kind(value) -> str:

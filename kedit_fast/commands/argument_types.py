@@ -1,11 +1,11 @@
 """What options are made of: whole numbers, lists of layers and of names; torch-free."""
 
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from difflib import get_close_matches
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.words import did_you_mean
 
 
 def option_value(check: Callable, **limits) -> Callable[[str], object]:
@@ -85,11 +85,3 @@ def list_of(*known: str):
 def names(text: str) -> tuple[str, ...]:
     """Names with commas between."""
     return tuple(part.strip() for part in text.split(","))
-
-
-def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """What a message ends with where ``text`` is nearly one of the known names, or one of their words; else ""."""
-    known = list(known)
-    named = {word: name for name in reversed(known) for word in name.split()} | {name: name for name in known}
-    close = get_close_matches(text.lower(), named, n=1, cutoff=0.6)
-    return f"; did you mean {named[close[0]]}?" if close else ""

@@ -13,8 +13,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.catalog import SELF, TRAINED
 from kedit_fast.basics.files import existing_folder, reading
 from kedit_fast.basics.settings import statistics_folder
-from kedit_fast.basics.words import brief, not_text, ranges
-from kedit_fast.commands.argument_types import did_you_mean
+from kedit_fast.basics.words import brief, did_you_mean, not_text, ranges
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.commands.parser import EDIT
 from kedit_fast.edits.edit import Edit

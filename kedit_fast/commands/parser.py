@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from kedit_fast.basics import catalog
-from kedit_fast.commands.argument_types import count, did_you_mean, dtype, path, positive, size, text_such_as, words
+from kedit_fast.basics.words import did_you_mean
+from kedit_fast.commands.argument_types import count, dtype, path, positive, size, text_such_as, words
 from kedit_fast.commands.argument_types import seed as a_seed
 
 FACT_FILES = (

@@ -19,8 +19,8 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import derived_rate
-from kedit_fast.editors.spread import Spread, early_middle, fitted, solved
+from kedit_fast.editors.located import derived_rate, early_middle
+from kedit_fast.editors.spread import Spread, fitted, solved
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, gains
@@ -73,7 +73,7 @@ class AlphaEdit(Spread):
         """
         source = f"derived for {lm.n_layers} layers"
         rate = derived_rate(lm)
-        derived = cls(layers=early_middle(lm.n_layers), nullspace_threshold=0.0, L2=DERIVED_L2, source=source, **rate)
+        derived = cls(layers=early_middle(lm), nullspace_threshold=0.0, L2=DERIVED_L2, source=source, **rate)
         return published(PUBLISHED, lm, cls) or derived
 
     def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:

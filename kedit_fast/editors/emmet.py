@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import derived_rate
+from kedit_fast.editors.located import derived_rate, single_layer
 from kedit_fast.editors.spread import OF_UNIFIED_EDITING, Spread, fitted, identity, only_zero, ridged
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
@@ -49,9 +49,9 @@ class Emmet(Spread):
 
         Derived: the layer that ROME takes, and ε λ = d_ff, as MEMIT's weight.
         """
-        layer, weight = lm.n_layers // 6, lm.d_ff / cls.emmet_lambda
+        weight = lm.d_ff / cls.emmet_lambda
         derived = cls(
-            layers=(layer,), mom2_update_weight=weight,
+            layers=(single_layer(lm),), mom2_update_weight=weight,
             source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}", **derived_rate(lm),
         )  # fmt: skip
         return published(PUBLISHED, lm) or derived

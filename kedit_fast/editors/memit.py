@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import derived_rate
-from kedit_fast.editors.spread import Spread, early_middle, fitted, identity, solved
+from kedit_fast.editors.located import derived_rate, early_middle
+from kedit_fast.editors.spread import Spread, fitted, identity, solved
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, gains, system
 
@@ -45,10 +45,10 @@ class Memit(Spread):
     def for_model(cls, lm: LM) -> "Memit":
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 
-        Derived: five early-middle layers from a tenth of the depth on, λ = d_ff, clamp 0.75. On SmolLM2-135M later
+        Derived: early-middle layers (``early_middle``), λ = d_ff, clamp 0.75. On SmolLM2-135M later
         layers reach the same efficacy and lose the neighborhood, and λ = 15,000 fits nothing.
         """
-        layers = early_middle(lm.n_layers)
+        layers = early_middle(lm)
         derived = cls(
             layers=layers,
             mom2_update_weight=float(lm.d_ff),

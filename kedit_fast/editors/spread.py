@@ -15,7 +15,7 @@ from torch import Tensor
 from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.editors.editor import Found, Work, Written
-from kedit_fast.editors.located import Entered, Located, Prompts, check_finite
+from kedit_fast.editors.located import Entered, Located, Prompts, check_finite, ends_in_norm
 from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
@@ -230,12 +230,6 @@ def fitted(g: Tensor, against: float) -> dict:
     return {"g": mean, "against": against, "fit": mean / (mean + against)}
 
 
-def early_middle(n_layers: int) -> tuple[int, ...]:
-    """Five layers from a tenth of the depth on."""
-    first = round(0.1 * n_layers)
-    return tuple(i for i in range(first, first + 5) if i < n_layers)
-
-
 def identity(lm, layer: int) -> SecondMoment:
     """What takes the statistics' place without ``mom2_adjustment``."""
     return SecondMoment(torch.eye(lm.moment_shape[-1]).expand(lm.moment_shape), lm.d_ff, layer, corpus="identity")
@@ -245,18 +239,18 @@ def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     """What the down projection's output m [n, d] must change by, for the residual stream to change by ``residual``.
 
     The same (divided by the factor, where the family has one: granite), unless a norm stands between (gemma2, gemma3,
-    olmo2), which scales entry i by s_i = norm(m)_i / m_i. Then
+    olmo2, glm4), which scales entry i by s_i = norm(m)_i / m_i. Then
 
         r = residual ∘ s / (s² + μ mean(s²))                  minimizes |s ∘ r - residual|² + μ mean(s²) |r|²
 
     Undamped, entries whose norm weight is next to nothing take all: in Gemma-3-270M, whose weights go from 0 to 789, r
     is as long as m or infinite, and MEMIT of 5 facts moved a layer by 28 times its norm and said none of them. Of ten
     facts P(new) is 0.36, 0.81, 0.95, 0.96 with μ = 0.1, 0.03, 0.01, 0.001 (0.96 at z), and 5, 5, 6, 21 points of the
-    neighborhood are lost (with 0.01 15 and 17 of twenty others, which it was not chosen on, ten at a time). Keeping
-    m's length besides (the norm's own curvature), or weighing entries as the next norm does, gave no more. z at the
-    down projection's own output makes ||z - h|| grow.
+    neighborhood are lost (layers 2 to 6; facts that it was chosen on). Keeping m's length besides (the norm's own
+    curvature), or weighing entries as the next norm does, gave no more. z at the down projection's own output makes
+    ||z - h|| grow.
     """
-    if lm.family.post_norm is None:
+    if not ends_in_norm(lm):
         return residual / lm.into_stream(layer, torch.ones_like(residual))
     scale = torch.where(out == 0, 0.0, lm.into_stream(layer, out) / out)
     return residual * scale / (scale.square() + DAMPING * scale.square().mean(1, keepdim=True))

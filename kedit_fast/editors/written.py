@@ -13,6 +13,7 @@ from itertools import takewhile
 from statistics import median
 
 from kedit_fast.basics.progress import progress
+from kedit_fast.basics.words import first_few
 from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
@@ -76,11 +77,10 @@ def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
     if missing:
         named = [
             f"{fact.label} -> {_shown(fact)} (P {made['p_new'][i]:.3f}, the model says {made['says'][i]!r})"
-            for i, fact in ((i, edit.facts[i]) for i in missing[:NAMED])
+            for i, fact in ((i, edit.facts[i]) for i in missing)
         ]
-        more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         warnings.warn(
-            f"facts not written: {len(missing)} of {len(edit.facts)}: {'; '.join(named)}{more}"
+            f"facts not written: {len(missing)} of {len(edit.facts)}: {first_few(named, NAMED)}"
             f"{_in_vain(lm, edit) or _too_slow(edit, missing)}",
             NotWritten,
             stacklevel=stacklevel,
@@ -124,7 +124,8 @@ def _too_slow(edit: Edit, missing: Sequence[int]) -> str:
         return ""
     return (
         f". Their values themselves end at P {reached:.2f} (the median): take more v_num_grad_steps, a larger "
-        "clamp_norm_factor, or a v_lr that fits the size of this model's states (v_lr_relative=True: 0.25 of it)"
+        "clamp_norm_factor, or a v_lr that fits the size of this model's states (v_lr_relative=True counts it in shares "
+        "of them: 0.2 to 0.5)"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kedit_fast.basics.intervals import COUNT, Metrics
-from kedit_fast.basics.words import brief, counted
+from kedit_fast.basics.words import brief, counted, first_few
 from kedit_fast.evaluation.benchmarks.knowedit import KEPT, portability_of
 from kedit_fast.evaluation.easyedit import Columns
 from kedit_fast.evaluation.questions import LOCALITY, PARAPHRASE, REWRITE, SAME_SUBJECT
@@ -192,8 +192,7 @@ def _left_out(reports: Mapping[str, Report], metrics: Iterable[str]) -> list[str
         rest = [metric for metric, (kind, _) in one.metrics.items() if metric not in kept and kind != COUNT]
         measured = [metric for metric in rest if not (one.edited or one.base)[metric].isnan().all()]
         if measured:
-            more = f" and {len(measured) - NAMED} more" if len(measured) > NAMED else ""
-            said.append(f"left out, of {name} alone: {', '.join(measured[:NAMED])}{more}")
+            said.append(f"left out, of {name} alone: {first_few(measured, NAMED, ', ')}")
     return said
 
 

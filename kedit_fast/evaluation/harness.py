@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from kedit_fast import __version__
 from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.files import existing_folder
 from kedit_fast.basics.intervals import Interval, paired
+from kedit_fast.basics.words import did_you_mean
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.evaluate import about
@@ -146,10 +146,9 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
         if not unknown:
             break
     else:
-        close = get_close_matches(unknown[0], manager.all_tasks, n=1)
         raise ValueError(
             f"tasks = {unknown[0]!r}: neither the harness (`lm-eval ls tasks`) nor the task folder has it, where a "
-            "file that is no task is passed over" + "".join(f"; did you mean {one}?" for one in close)
+            f"file that is no task is passed over{did_you_mean(unknown[0], manager.all_tasks)}"
         )
     try:
         loaded = manager.load(list(names))

@@ -15,8 +15,8 @@ import torch
 from kedit_fast.basics.printing import columns
 from kedit_fast.basics.progress import duration
 from kedit_fast.basics.words import sized
+from kedit_fast.editors.located import early_middle
 from kedit_fast.editors.memit import Memit
-from kedit_fast.editors.spread import early_middle
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import batches
 from kedit_fast.jobs.values import ValueSettings, ValueTask, groups, upper_rows
@@ -217,7 +217,7 @@ def _some_cells(lm: Shape, task: Task, top: int) -> torch.Tensor:
 
 def _edit(lm: Shape, n_facts: int, measured: bool = False, sampled: bool = True, v_steps: int = 20) -> Iterator[Step]:
     """MEMIT, as ``Memit.for_model`` derives it."""
-    editor = Memit(layers=early_middle(lm.n_layers), v_num_grad_steps=v_steps)
+    editor = Memit(layers=early_middle(lm), v_num_grad_steps=v_steps)
     if not measured:
         yield from _stats(lm, n_facts, sampled)
         yield _generating(lm, "contexts", N_CONTEXTS, CONTEXT - 2)
@@ -273,7 +273,7 @@ def _stats(lm: Shape, n_facts: int, sampled: bool = True, share: float = 1.0) ->
     n_tokens = round(share * TOKENS_PER_FEATURE * lm.d_ff)
     if sampled:
         yield _generating(lm, "sampling text", -(-n_tokens // LENGTH), LENGTH - 1)
-    layers = early_middle(lm.n_layers)
+    layers = early_middle(lm)
     parts, last = list(layer_groups(lm, layers)), layers[-1] + 1
     passes = len(parts) * -(-n_tokens // batch_tokens(n_tokens))
     flop = len(parts) * n_tokens * last * lm.layer_flop + len(layers) * n_tokens * math.prod(lm.moment_shape)

@@ -12,7 +12,7 @@ from typing import Any
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.packed import unpacked
-from kedit_fast.basics.words import counted, json_kind, not_text
+from kedit_fast.basics.words import counted, first_few, json_kind, not_text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 NEARLY = 0.9  # of difflib's ratio: "paraphrase_prompt" and "neighbourhood" are, "attribute_prompts" is not
@@ -71,8 +71,7 @@ def _counted(counts: Counter, near: Callable[[str], str | None] = lambda name: N
 
 
 def _some(records: list[str]) -> str:
-    more = f"; and {len(records) - SHOWN:,} more" if len(records) > SHOWN else ""
-    return f"{counted(len(records), 'record')}: {'; '.join(records[:SHOWN])}{more}"
+    return f"{counted(len(records), 'record')}: {first_few(records, SHOWN)}"
 
 
 # ---- files

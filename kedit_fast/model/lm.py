@@ -216,14 +216,18 @@ class LM(Around, Sizes, CarriesEdits):
     @property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end a text: every end token of the model's generation config, and the tokenizer's."""
-        named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        named = self._of_generation("eos_token_id")
         ends = list(named) if isinstance(named, list | tuple) else [named]
         return frozenset(end for end in [*ends, self.tokenizer.eos_token_id] if end is not None)
 
     @property
     def repetition_penalty(self) -> float:
         """The model's generation config's, for text that is written; 1.0, where it names none, is without one."""
-        return getattr(getattr(self.model, "generation_config", None), "repetition_penalty", None) or 1.0
+        return self._of_generation("repetition_penalty") or 1.0
+
+    def _of_generation(self, name: str):
+        """What the model's generation config, if it has one, names; else None."""
+        return getattr(getattr(self.model, "generation_config", None), name, None)
 
     @own_state()
     def with_edit(self, edit: "Edit", written: torch.dtype | str | None = None) -> "LM":

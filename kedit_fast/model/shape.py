@@ -33,6 +33,9 @@ class Sizes:
         @property
         def dtype(self) -> torch.dtype: ...
 
+        @property
+        def family(self) -> "fam.Family | None": ...
+
     @property
     def n_heads(self) -> int:
         return self.config.num_attention_heads
@@ -96,6 +99,11 @@ class Shape(Sizes):
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def family(self) -> "fam.Family | None":
+        """Its entry; None for a family that cannot be opened."""
+        return FAMILIES.get(self.config.model_type)
 
 
 def shape_of(config, dtype: torch.dtype | None = None) -> Shape:

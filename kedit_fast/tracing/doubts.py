@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kedit_fast.basics.words import counted
+from kedit_fast.basics.words import counted, first_few
 
 if TYPE_CHECKING:
     from kedit_fast.tracing.results import TraceResult
@@ -35,6 +35,5 @@ def _begins(target: str, answer: str) -> bool:
 
 
 def _of(some: list[TraceResult], n: int, what: str, each: Callable[[TraceResult], str]) -> str:
-    named = "; ".join(f"{r.fact.label}: {each(r)}" for r in some[:NAMED])
-    more = f"; and {len(some) - NAMED} more" if len(some) > NAMED else ""
-    return f"{len(some)} of {counted(n, 'fact')}: {what} {named}{more}"
+    named = first_few((f"{r.fact.label}: {each(r)}" for r in some), NAMED)
+    return f"{len(some)} of {counted(n, 'fact')}: {what} {named}"

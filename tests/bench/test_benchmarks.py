@@ -555,9 +555,13 @@ def test_known_facts_of_another_model_are_those_that_it_says(monkeypatch, tmp_pa
     likeliest = [int(lm.model(torch.tensor([lm.encode(fact.text)])).logits[0, -1].argmax()) for fact in facts]
     answers = [fact_answer(lm.tokenizer, fact, fact.target_true) for fact in facts]
     right = {f.text for f, ids, top in zip(facts, answers, likeliest, strict=True) if ids == [top]}
-    assert {fact.text for fact in edit.known_to(lm, 4)} == right and 0 < len(right) < 4
+    monkeypatch.setattr(edit, "CHOSEN_ON", 0)
+    known = [fact.text for fact in edit.known_to(lm, 4)]
+    assert set(known) == right and 0 < len(right) < 4
     monkeypatch.setattr(edit, "_right", None)
-    assert {fact.text for fact in edit.known_to(lm, 4)} == right, "kept, and not asked again"
+    assert [fact.text for fact in edit.known_to(lm, 4)] == known, "kept, and not asked again"
+    monkeypatch.setattr(edit, "CHOSEN_ON", 1)
+    assert [fact.text for fact in edit.known_to(lm, 3)] == known[1:], "settings were chosen on the first"
 
 
 def test_phrasings_are_judged_on_facts_that_nothing_was_chosen_by(bed, monkeypatch):

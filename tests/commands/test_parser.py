@@ -10,7 +10,6 @@ import pytest
 
 from kedit_fast.basics.catalog import EDITORS
 from kedit_fast.commands import cli
-from kedit_fast.commands.argument_types import did_you_mean
 from kedit_fast.commands.edit_arguments import KINDS
 from tests.commands.cases import parsed, run
 
@@ -64,13 +63,6 @@ def test_a_slip_gets_a_suggestion(args, meant, complaint):
 @pytest.mark.parametrize("args", [["quantum"], ["trace", "--zzz"], ["edit", "e.json"], ["edit", "--method", "xyz"]])
 def test_nothing_alike_gets_none(args, complaint):
     assert "did you mean" not in complaint(*args)
-
-
-def test_suggestions_are_of_words_too():
-    known = ("merge", "merge undo", "history log", "edit")
-    assert did_you_mean("merg", known) == "; did you mean merge?"
-    assert did_you_mean("log", known) == "; did you mean history log?"
-    assert did_you_mean("quux", known) == ""
 
 
 def test_an_edit_file_with_the_name_of_an_action(tmp_path, monkeypatch):

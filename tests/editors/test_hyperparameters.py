@@ -9,6 +9,8 @@ import pytest
 import kedit_fast as kf
 from kedit_fast.editors import memit as memit_module
 from kedit_fast.editors import rome as rome_module
+from kedit_fast.editors.located import early_middle
+from kedit_fast.model.shape import shape_of
 from tests.conftest import refused, tiny_lm
 from tests.editors.cases import MODULE_PATHS, named, written
 
@@ -101,7 +103,23 @@ def test_behind_a_norm_the_rate_is_relative(method):
     """Published settings and derived ones elsewhere have the published step."""
     made = {family: kf.EDITORS[method].for_model(tiny_lm(family)) for family in ("llama", "gemma2", "gemma3")}
     rates = {family: (one.v_lr, one.v_lr_relative) for family, one in made.items()}
-    assert rates == {"llama": (0.5, False), "gemma2": (0.25, True), "gemma3": (0.25, True)}
+    assert rates == {"llama": (0.5, False), "gemma2": (0.35, True), "gemma3": (0.35, True)}
+
+
+@pytest.mark.parametrize(("family", "depth", "many", "one"), [
+    ("llama", 30, [3, 4, 5, 6, 7], 5),
+    ("llama", 3, [0, 1, 2], 0),
+    ("gemma2", 18, [0, 1, 2, 3], 2),
+    ("gemma2", 26, [0, 1, 2, 3, 4], 2),
+    ("gemma2", 42, [3, 4, 5, 6, 7], 5),
+    ("gemma2", 2, [0, 1], 1),
+    ("gemma2", 1, [0], 0),
+])  # fmt: skip
+def test_behind_a_norm_derived_layers_lie_lower(family, depth, many, one):
+    lm = named("somebody's", family, layers=depth)
+    assert [list(kf.EDITORS[name].for_model(lm).layers) for name in ("memit", "alphaedit", "pmet")] == 3 * [many]
+    assert [kf.EDITORS[name].for_model(lm).layers for name in ("rome", "emmet")] == 2 * [(one,)]
+    assert list(early_middle(shape_of(lm.config))) == many, "plans are of these layers, too"
 
 
 def test_the_source_is_kept_with_an_edit():

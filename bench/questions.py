@@ -215,14 +215,16 @@ QUESTIONS = (
                  "score of {} ({} before).",
                  (Shown("second", "efficacy", "^Gemma.*, ROME"), Shown("second", "neighborhood", "^Gemma.*, ROME"),
                   Shown("second", "neighborhood, base", "^Gemma.*, ROME"))),
-            Says("Gemma's rate was chosen on the first ten of these facts, which are all that ROME has here: on others "
-                 "the neighborhood loses more.", ()),
-            Says("Ten and thirty facts by MEMIT have {}, and {}.",
-                 (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"))),
-            Says("What is missing to z, as the model's last norm reads z and h, shrinks behind each layer; behind the "
-                 "fifth {} of it are left. ||z - h|| itself grows before the last one: two of 640 entries, thousands "
-                 "large, move with whatever lower layers write, and norms weigh them little.",
-                 (Shown("second", "||norm(z) - norm(h)|| behind 5 of 5 layers", "^Gemma.*, MEMIT"),)),
+            Says("Ten and thirty facts by MEMIT have {}, and {} ({} before); {} of paraphrases follow. Its layers and "
+                 "rate were chosen on other facts than these.",
+                 (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"),
+                  Shown("second", "neighborhood, base", "^Gemma.*, MEMIT"),
+                  Shown("second", "paraphrase", "^Gemma.*, MEMIT"))),
+            Says("What is missing to z grows behind the lower layers, to {} of what it was behind the second, for they "
+                 "move all that stands above; behind the last {} are left ({} as the model's last norm reads them).",
+                 (Shown("second", "||z - h|| behind 2 of 4 layers", "^Gemma.*, MEMIT"),
+                  Shown("second", "||z - h|| behind 4 of 4 layers", "^Gemma.*, MEMIT"),
+                  Shown("second", "||norm(z) - norm(h)|| behind 4 of 4 layers", "^Gemma.*, MEMIT"))),
             Says("With the layers read from disk P(new) is {} apart.",
                  (Shown("second", "P(new), largest distance from the model in memory", "^Gemma"),)),
             Says("Of the effect that corruption takes, the MLPs' best window at the last subject token gives back {}.",

@@ -245,7 +245,8 @@ def _limit_options(limits) -> None:
     option(limits, "--min-paraphrases N", positive, "paraphrases there must be (30)")
     lost = "of other prompts that lose their answer (0.02)"
     option(limits, "--max-drop SHARE", share, lost, dest="max_specificity_drop")
-    option(limits, "--min-specificity N", positive, "other prompts there must be (500)", dest="min_specificity_prompts")
+    others = "other prompts there must be (500); below 50 one that is lost is too many"
+    option(limits, "--min-specificity N", positive, others, dest="min_specificity_prompts")
     option(limits, "--max-drift SHARE", share, "by which perplexity may rise (0.005)", dest="max_perplexity_drift")
 
 

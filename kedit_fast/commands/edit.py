@@ -38,7 +38,7 @@ def run(args) -> int:
     check_network(args.network, [args.method])
     keeps = args.checkpoint is not None or "checkpoint" not in editor_class.UNREAD
     run = run_of(args, path) if keeps else None
-    below = read_chain(args.on_top_of or ())
+    below = read_chain(args.on_top_of or (), "this edit is the first")
     corpus = corpus_of(args)
     given = editor_class.from_file(args.hparams) if args.hparams else None
     lm = told_lm(args)

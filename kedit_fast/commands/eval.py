@@ -1,6 +1,6 @@
 """``kedit-fast eval``: what an edit changed, and what it should not have changed."""
 
-from kedit_fast.commands.inputs import benchmark_of, case_file, in_chat, open_lm, read_chain, read_text
+from kedit_fast.commands.inputs import NO_EDITS, benchmark_of, case_file, in_chat, open_lm, read_chain, read_text
 from kedit_fast.commands.outputs import check_outputs, fresh_log, say, say_written, write_reports
 from kedit_fast.commands.unfinished import kept, run_of
 from kedit_fast.edits.chain import facts_in_force
@@ -14,7 +14,7 @@ def run(args) -> None:
         raise ValueError("evaluate what? name an edit file, or give --facts FILE to ask the model as it is")
     benchmark = benchmark_of(args)
     report, page, log = check_outputs(args, "output", "html", "log")
-    edits = read_chain(args.edits)
+    edits = read_chain(args.edits, NO_EDITS)
     facts = in_chat(args, facts_in_force(edits)[: args.n]) if args.facts is None else case_file(args)
     if not facts:
         raise ValueError(f"the edits hold no facts; give --facts FILE (or --facts {BUILTIN}) with what is to be asked")

@@ -1,6 +1,6 @@
 """``kedit-fast generate``: what the model says, with or without edits; by smaller questions, with --hops."""
 
-from kedit_fast.commands.inputs import chat_of, open_lm, read_chain
+from kedit_fast.commands.inputs import NO_EDITS, chat_of, open_lm, read_chain
 from kedit_fast.commands.outputs import say
 from kedit_fast.edits.chain import with_edits
 from kedit_fast.experiments.mello import mello
@@ -10,7 +10,7 @@ from kedit_fast.facts.tokens import asked
 def run(args) -> None:
     """Prints what the model writes after each prompt."""
     chat = chat_of(args)
-    edits = read_chain(args.edits)
+    edits = read_chain(args.edits, NO_EDITS)
     if args.hops:
         return by_hops(args, edits)
     lm = with_edits(open_lm(args), edits, "the edits")

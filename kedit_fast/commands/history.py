@@ -3,7 +3,7 @@
 import os
 
 from kedit_fast.basics.words import counted
-from kedit_fast.commands.inputs import open_history, read_chain
+from kedit_fast.commands.inputs import note_failures, open_history, read_chain
 from kedit_fast.commands.outputs import say, say_table
 from kedit_fast.shipping.history import EditHistory
 
@@ -22,6 +22,7 @@ def log(args) -> None:
 def add(args) -> None:
     """Makes a version of each edit."""
     edits = read_chain(args.edits)
+    note_failures(edits)
     history = EditHistory(os.path.expanduser(args.folder))
     for edit in edits:
         new = history.add(edit, args.message, args.who, check_chain=not args.force)

@@ -16,6 +16,7 @@ from kedit_fast.basics.settings import statistics_folder
 from kedit_fast.basics.words import brief, did_you_mean, not_text, ranges
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.commands.parser import EDIT
+from kedit_fast.editors.written import failures
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation import BENCHMARKS, Benchmark, Case
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT, counterfact_with
@@ -46,8 +47,6 @@ def open_lm(args) -> LM:
     elif args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().is_dir():
         names = " or ".join(map(repr, PACKAGED))
         raise ValueError(f"model {args.model!r}: no such folder; give a model's folder, a hub id, or {names}")
-    elif (meant := did_you_mean(args.model.lower(), PACKAGED)) and not Path(args.model).is_dir():
-        raise ValueError(f"model {args.model!r}: no such folder, and no name of a model on the hub{meant}")
     model = str(Path(args.model).expanduser()) if args.model.startswith("~") else args.model
     return open_model(model, memory=args.memory, device=args.device, dtype=args.dtype)
 
@@ -137,8 +136,11 @@ def in_chat(args, facts: Sequence[Fact]) -> list[Fact]:
 # ---- edits
 
 
-def read_edits(name: str) -> tuple[Edit, ...]:
-    """The edit of a file, or those in force of a folder of versions (``kedit-fast history add``), in their order."""
+def read_edits(name: str, none: str | None = None) -> tuple[Edit, ...]:
+    """The edit of a file, or those in force of a folder of versions (``kedit-fast history add``), in their order.
+
+    none: what is noted where no edit is in force, as after a rollback to version 0; without it that is a ValueError
+    """
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.name.endswith(SUFFIXES):
@@ -148,8 +150,10 @@ def read_edits(name: str) -> tuple[Edit, ...]:
         return (Edit.load(path),)
     refuse_model(path, EDIT)
     edits = open_history(path).current
-    if not edits:
+    if not edits and none is None:
         raise ValueError(f"{path} has no edits in force; `kedit-fast history log {path}` shows its versions")
+    if not edits:
+        note(f"{path} has no edits in force: {none}")
     return edits
 
 
@@ -163,9 +167,19 @@ def open_history(folder) -> EditHistory:
     return history
 
 
-def read_chain(names: Sequence[str]) -> tuple[Edit, ...]:
-    """The edits of several files or folders of versions, in the order given."""
-    return tuple(edit for name in names for edit in read_edits(name))
+def read_chain(names: Sequence[str], none: str | None = None) -> tuple[Edit, ...]:
+    """The edits of several files or folders of versions, in the order given; none: see ``read_edits``."""
+    return tuple(edit for name in names for edit in read_edits(name, none))
+
+
+def note_failures(edits: Sequence[Edit]) -> None:
+    """Says of edits that are to be shipped what was found against them when they were made."""
+    for edit in edits:
+        if found := failures(edit):
+            note(f"{edit!r}: when it was made, {'; '.join(found)}")
+
+
+NO_EDITS = "the model answers as it is"  # without edits
 
 
 # ---- names and files

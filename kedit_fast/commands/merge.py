@@ -6,7 +6,7 @@ from pathlib import Path
 from kedit_fast.basics.files import existing_folder
 from kedit_fast.basics.folders import check_new_folder
 from kedit_fast.basics.words import counted
-from kedit_fast.commands.inputs import read_chain
+from kedit_fast.commands.inputs import note_failures, read_chain
 from kedit_fast.commands.outputs import note, say
 from kedit_fast.model.fingerprint import family_name
 from kedit_fast.model.opening import named_folder
@@ -28,6 +28,7 @@ def run(args) -> None:
     edits = read_chain(args.edits)
     for edit in edits:
         say(f"{edit!r}")
+    note_failures(edits)
     (_adapter if args.peft else _merged)(args, edits, out)
 
 

@@ -83,9 +83,8 @@ def run(args) -> None:
 def say_averages(results: list[TraceResult]) -> None:
     """Where the effect was, by kind."""
     for kind, mean in average(results).items():
-        where = mean.in_words(min(RECOMMENDED, mean.mean.shape[1]))
-        known = reliable(mean.reliability)
-        say(f"{kind}: {where}; total effect {mean.total_effect:.3f}, {counted(mean.n_facts, 'fact')}{known}")
+        facts = f"{counted(mean.n_facts, 'fact')}{reliable(mean.reliability)}"
+        say(f"{kind}: {mean.where(results, RECOMMENDED)}; total effect {mean.total_effect:.3f}, {facts}")
     if costs := [result.cost for result in results if result.cost is not None]:
         share = f"{fmean(costs):.0%} of an exact trace's rows x layers"
         say(f"strided: each noise draw at one layer in {results[0].stride}, {share}")

@@ -13,7 +13,7 @@ from itertools import takewhile
 from statistics import median
 
 from kedit_fast.basics.progress import progress
-from kedit_fast.basics.words import first_few
+from kedit_fast.basics.words import counted, first_few
 from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_edited
@@ -101,6 +101,22 @@ def counted_elsewhere():
 def not_written(edit: Edit) -> list[Fact]:
     """The facts that were not found written when the edit was made."""
     return [fact for fact, found in zip(edit.facts, edit.provenance["written"]["written"], strict=True) if not found]
+
+
+def failures(edit: Edit) -> list[str]:
+    """What was found when the edit was made that speaks against shipping it: facts that are not written, and a weight
+    that it moves too far. Empty where nothing was found, or nothing was recorded."""
+    said = []
+    made, grown = edit.provenance.get("written"), edit.provenance.get("growth")
+    flags = made.get("written") if isinstance(made, dict) else None
+    if isinstance(flags, list) and len(flags) == len(edit.facts) and (missing := not_written(edit)):
+        named = first_few((fact.label for fact in missing), NAMED)
+        said.append(f"{len(missing)} of {counted(len(edit.facts), 'fact')} not written: {named}")
+    if isinstance(grown, dict) and all(isinstance(moved, float | int) for moved in grown.values()):
+        layer, most = max(grown.items(), key=lambda each: each[1], default=("", 0))
+        if most > MOST_GROWTH:
+            said.append(f"it moves the weights of layer {layer} by {most:.0%} of their norm")
+    return said
 
 
 def _in_vain(lm, edit: Edit) -> str:

@@ -116,7 +116,7 @@ def load_suite(*paths: checks.AnyPath, skip_bad: bool = False) -> Suite:
         the fact need not be given
     skip_bad: records of facts that make none are passed over and counted
 
-    ``gating.draft_suite`` makes one of an edit, to be completed. Warns as ``load_facts`` does.
+    ``kedit-fast gate EDIT --init FILE`` writes one of an edit, to be completed. Warns as ``load_facts`` does.
 
     Raises ValueError, naming the file and the place, for anything else; OSError where a file cannot be opened.
     """

@@ -238,7 +238,7 @@ class LM(Around, Sizes, CarriesEdits):
         carries already, and for a routed one beside another or beside independent ones.
         """
         if not hasattr(edit, "acting_on"):
-            checks.refuse("edit", edit, "an Edit; Edit.load reads a file")
+            checks.refuse("edit", edit, "an Edit; Edit.load reads a file, and of several each goes on the view before")
         if written is not None:
             written = getattr(torch, checks.dtype("written", written))
         return replace(self, edits=(*self.edits, edit.acting_on(self, written)))

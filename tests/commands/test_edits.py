@@ -70,6 +70,27 @@ def test_merge_takes_a_folder_of_versions(work):
     assert (record["who"], record["message"], len(record["edits"])) == ("Ana", "why", 1)
 
 
+def test_a_folder_without_edits_in_force_is_the_model_as_it_is(work, said, complaint):
+    run("history", "add", "edits", "one.safetensors")
+    run("history", "rollback", "edits", 0)
+    ask = ["--prompt", "Big Ben is in", "--model", "base", "--tokens", 3]
+    assert said("generate", "edits", *ask) == said("generate", *ask)
+    assert "has no edits in force" in complaint("merge", "edits", "--model", "base", "-o", "out")
+
+
+def test_what_was_found_against_an_edit_is_said_where_it_ships(work, capsys):
+    one = Edit.load("one.safetensors")
+    found = {"written": {"written": [False] + [True] * (len(one.facts) - 1)}, "growth": {"1": 0.2, "2": 3.55}}
+    replace(one, provenance=one.provenance | found).save("failed.safetensors")
+    for words in (["history", "add", "edits"], ["merge", "--model", "base", "-o", "out"]):
+        run(*words, "failed.safetensors")
+        says = capsys.readouterr().err
+        assert f"1 of {len(one.facts)} facts not written: {one.facts[0].label}" in says, words
+        assert "it moves the weights of layer 2 by 355% of their norm" in says, words
+        run(*words[:-1], f"{words[-1]}-2", "one.safetensors")
+        assert "when it was made" not in capsys.readouterr().err, words
+
+
 def test_merge_as_an_adapter(work, said):
     shown = said("merge", "--model", "base", "one.safetensors", "-o", "adapter", "--peft")
     assert "LoRA adapter of rank 2, exact" in shown

@@ -147,7 +147,7 @@ def test_a_damaged_statistics_file_is_named(model, work):
         refused(r"cut\.safetensors is damaged", find_moments, lm, work, [1])
 
 
-def test_a_folder_of_versions_stands_for_its_edits(tmp_path):
+def test_a_folder_of_versions_stands_for_its_edits(tmp_path, capsys):
     made = make_edit(tiny_model("gpt2"))
     made.save(tmp_path / "edit.safetensors")
     history = kf.EditHistory(tmp_path / "versions")
@@ -156,6 +156,8 @@ def test_a_folder_of_versions_stands_for_its_edits(tmp_path):
         assert [digest(edit) for edit in read_edits(tmp_path / name)] == [digest(made)]
     history.rollback(0)
     refused(r"no edits in force; `kedit-fast history log .*versions` shows", read_edits, tmp_path / "versions")
+    assert read_edits(tmp_path / "versions", "nothing is asked of it") == ()
+    assert "versions has no edits in force: nothing is asked of it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smollm"])

@@ -9,7 +9,7 @@ import pytest
 
 import kedit_fast as kf
 from kedit_fast.shipping.merge import merge_checkpoint
-from tests.conftest import save_tiny
+from tests.conftest import refused, save_tiny
 from tests.make import TOWER, make_edit
 from tests.tiny import tiny_model
 
@@ -190,3 +190,8 @@ def test_own_code_that_is_passed_over_is_said(evil, file):
     changed(evil / file, auto_map=OWN if file == "config.json" else {"AutoTokenizer": ["own.Own", "own.Own"]})
     with pytest.warns(UserWarning, match=r"brings code of its own \(auto_map\), which is not run: transformers'"):
         assert kf.open_model(evil).n_layers == 2
+
+
+@pytest.mark.parametrize("name", ["smollm", "smolm2", "gemma-3"])
+def test_a_slip_in_a_models_name_asks_no_hub(name):
+    refused(f"model {name!r}: no such folder, and no name of a model on the hub; did you mean", kf.open_model, name)

@@ -194,6 +194,18 @@ def test_a_finding_is_told_from_noise(at_last_subject, at_last, total, says):
     assert says in averaged.in_words(2)
 
 
+def test_of_one_fact_the_strongest_cell_is_named():
+    """The mean of a role hides it: two tokens of the subject's middle are without effect."""
+    table = np.array(rows(0, 0, 0.4, 0, 0, 0))
+    one, other = result(table, (0, 5)), result(table, (0, 5), kind="mlp")
+    said = average([one])["state"].where([one, other], 2)
+    assert said.startswith("strongest at token 2 ('t2', of the subject), layer 1 (indirect effect 0.800); by roles: ")
+    assert said.endswith(average([one])["state"].in_words(2))
+    assert "token 2 ('t2'), layer 1" in result(table, (0, 1)).in_words()
+    many = average([one, one])["state"]
+    assert many.where([one, one, other], 9) == many.in_words(2)
+
+
 def test_what_differs_from_fact_to_fact_is_noise():
     """A mean effect of 0.1 with a standard error of 0.1."""
     up, down = (np.array([[0.0], [effect], [0.0]], dtype=np.float32) + 0.1 for effect in (0.2, 0.0))

@@ -90,12 +90,16 @@ class TraceResult:
         return self.indirect_effect / np.float32(total if total else np.nan)
 
     def in_words(self) -> str:
-        """The cell of the largest indirect effect: of one fact, whose roles stand for a token or two each."""
-        token, layer = np.unravel_index(int(self.p_restored.argmax()), self.p_restored.shape)
+        """The cell of the largest indirect effect, and where that is behind the subject, the largest within it."""
         begin, end = self.subject_span
-        of = ", of the subject" if begin <= token < end else ""
-        effect = f"{self.indirect_effect[token, layer]:.3f}"
-        return f"strongest at token {token} ({self.tokens[token]!r}{of}), layer {layer} (indirect effect {effect})"
+        n_layers = self.p_restored.shape[1]
+        token, layer = divmod(int(self.p_restored.argmax()), n_layers)
+        inside, within = divmod(int(self.p_restored[begin:end].argmax()), n_layers)
+        said = f"strongest at {self._cell(token, layer)}"
+        return said if begin <= token < end else f"{said}; within the subject at {self._cell(begin + inside, within)}"
+
+    def _cell(self, token: int, layer: int) -> str:
+        return f"token {token} ({self.tokens[token]!r}), layer {layer} ({self.indirect_effect[token, layer]:.3f})"
 
     def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map in the published conventions; writes a PNG where ``path`` is given. Gives the figure."""
@@ -216,9 +220,9 @@ class AverageTrace:
         """Where the effect is: at which n layers of the last subject token, and the strongest place where that is
         another; or that nothing stands out."""
         found = np.where(self.stands_out, self.mean, -np.inf)
-        role, layer = np.unravel_index(int(found.argmax()), found.shape)
+        role, layer = divmod(int(found.argmax()), found.shape[1])
         if not self.stands_out.any():
-            role, layer = np.unravel_index(int(np.nanargmax(self.mean)), found.shape)
+            role, layer = divmod(int(np.nanargmax(self.mean)), found.shape[1])
             largest = f"the largest mean indirect effect is {self.mean[role, layer]:.2g}, at the {ROLES[role]}"
             return f"no token and layer stands out ({largest}, layer {layer})"
         layers, last = self.recommend_layers(n), ROLES.index("last subject token")
@@ -231,13 +235,9 @@ class AverageTrace:
         return f"{strongest}; at the last subject token {at_subject}"
 
     def where(self, results: Iterable[TraceResult], n: int) -> str:
-        """``in_words`` of at most n layers; of one fact its strongest cell first, for a role's mean may hide a token.
-
-        results: that this is an average of, others among them
-        """
-        by_role = self.in_words(min(n, self.mean.shape[1]))
+        """``in_words`` of at most n layers; of one result of the kind its own, for a role's mean may hide a token."""
         mine = [result for result in results if result.kind == self.kind]
-        return f"{mine[0].in_words()}; by roles: {by_role}" if len(mine) == 1 else by_role
+        return mine[0].in_words() if len(mine) == 1 else self.in_words(min(n, self.mean.shape[1]))
 
     def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map of the six roles; writes a PNG where ``path`` is given. Gives the figure."""

@@ -97,7 +97,7 @@ def _averages(
     table = Table(("what is put back", "where the answer comes back", "total effect", "reliability"), rows)
     maps = [_average_map(kind, mean) for kind, mean in means.items()] if n_facts > 1 else []
     return Section(
-        "By the role of the token",
+        "By the role of the token" if n_facts > 1 else "Where it is strongest",
         [HOW, table, *(f"Note: {note}." for note in notes), f"Mind that {LOCALIZATION_WARNING}.", *maps, RELIABILITY],
     )
 

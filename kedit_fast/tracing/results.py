@@ -95,11 +95,11 @@ class TraceResult:
         n_layers = self.p_restored.shape[1]
         token, layer = divmod(int(self.p_restored.argmax()), n_layers)
         inside, within = divmod(int(self.p_restored[begin:end].argmax()), n_layers)
-        said = f"strongest at {self._cell(token, layer)}"
+        said = f"indirect effect strongest at {self._cell(token, layer)}"
         return said if begin <= token < end else f"{said}; within the subject at {self._cell(begin + inside, within)}"
 
     def _cell(self, token: int, layer: int) -> str:
-        return f"token {token} ({self.tokens[token]!r}), layer {layer} ({self.indirect_effect[token, layer]:.3f})"
+        return f"token {token} ({self.tokens[token]!r}), layer {layer}: {self.indirect_effect[token, layer]:.3f}"
 
     def plot(self, path: checks.AnyPath | None = None) -> "Figure":
         """Heat map in the published conventions; writes a PNG where ``path`` is given. Gives the figure."""

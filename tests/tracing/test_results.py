@@ -198,9 +198,10 @@ def test_of_one_fact_the_strongest_cells_are_named():
     """The mean of a role hides them: two tokens of the subject's middle are without effect."""
     table = np.array(rows(0, 0, 0.2, 0, 0, 0.4))
     one, other = result(table, (0, 5)), result(table, (0, 5), kind="mlp")
-    outside, inside = "token 5 ('t5'), layer 1 (0.800)", "token 2 ('t2'), layer 1 (0.400)"
-    assert average([one])["state"].where([one, other], 2) == f"strongest at {outside}; within the subject at {inside}"
-    assert result(table, (5, 6)).in_words() == f"strongest at {outside}"
+    outside, inside = "token 5 ('t5'), layer 1: 0.800", "token 2 ('t2'), layer 1: 0.400"
+    said = average([one])["state"].where([one, other], 2)
+    assert said == f"indirect effect strongest at {outside}; within the subject at {inside}"
+    assert result(table, (5, 6)).in_words() == f"indirect effect strongest at {outside}"
     many = average([one, one])["state"]
     assert many.where([one, one, other], 9) == many.in_words(2)
 

@@ -123,7 +123,8 @@ def early_middle(lm: LM | Shape) -> tuple[int, ...]:
 
     In Gemma-3-270M the neighborhood is lost the more, the later they end: of 80 % 2, 8, 16, 26 and 32 points where the
     last is layer 3 (a sixth), 4, 6, 7 and 8. These are twenty facts, ten at a time, at a rate of 0.25, and what layers
-    and rate were chosen on; of others, with what was chosen, 4 points, and 65 and 70 % of paraphrases follow.
+    and rate were chosen on; of others, with what was chosen, 4 points, and 65 and 70 % of paraphrases follow. Those
+    answers are a token or two. Longer ones pay: of ten of zsRE MEMIT writes 2 in full; with layers 2 to 6, at 0.25, 5.
     """
     if ends_in_norm(lm):
         last = max(lm.n_layers // 6, 3)

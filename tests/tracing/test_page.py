@@ -106,7 +106,7 @@ def test_a_page_of_nothing_and_of_what_cannot_be_averaged_is_refused(tmp_path):
 @pytest.mark.parametrize("changes", [{"p_corrupted": 0.7}, {"noise": None}, {"metric": "logprob", "p_clean": -0.3}])
 def test_a_trace_of_any_kind_has_a_page(changes):
     page = Page(make(**changes).to_html())
-    assert page.inside("h2") == ["By the role of the token", "The fact"] and len(page.all("input")) == 60
+    assert page.inside("h2") == ["Where it is strongest", "The fact"] and len(page.all("input")) == 60
 
 
 def test_what_must_be_known_of_the_facts_is_said():

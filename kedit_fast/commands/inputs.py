@@ -150,9 +150,9 @@ def read_edits(name: str, none: str | None = None) -> tuple[Edit, ...]:
         return (Edit.load(path),)
     refuse_model(path, EDIT)
     edits = open_history(path).current
-    if not edits and none is None:
-        raise ValueError(f"{path} has no edits in force; `kedit-fast history log {path}` shows its versions")
     if not edits:
+        if none is None:
+            raise ValueError(f"{path} has no edits in force; `kedit-fast history log {path}` shows its versions")
         note(f"{path} has no edits in force: {none}")
     return edits
 

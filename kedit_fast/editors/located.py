@@ -126,7 +126,7 @@ def early_middle(lm: LM | Shape) -> tuple[int, ...]:
     and rate were chosen on; of others, with what was chosen, 4 points, and 65 and 70 % of paraphrases follow. Those
     answers are a token or two. Longer ones pay: of ten of zsRE MEMIT writes 2 in full; with layers 2 to 6, at 0.25, 5.
     """
-    if ends_in_norm(lm):
+    if lm.ends_in_norm:
         last = max(lm.n_layers // 6, 3)
         first = max(last - 4, 0)
     else:
@@ -139,12 +139,7 @@ def single_layer(lm: LM) -> int:
     """The layer that derived settings of one layer edit: at a sixth of the depth; where a norm stands behind the MLP,
     the middle one of ``early_middle`` (ROME on Gemma-3-270M loses 2 points there, 17 at a sixth)."""
     layers = early_middle(lm)
-    return layers[len(layers) // 2] if ends_in_norm(lm) else lm.n_layers // 6
-
-
-def ends_in_norm(lm: LM | Shape) -> bool:
-    """Whether a norm stands between the MLP and the stream (gemma2, gemma3, olmo2, glm4)."""
-    return lm.family is not None and lm.family.post_norm is not None
+    return layers[len(layers) // 2] if lm.ends_in_norm else lm.n_layers // 6
 
 
 def derived_rate(lm: LM) -> dict[str, Any]:
@@ -155,10 +150,10 @@ def derived_rate(lm: LM) -> dict[str, Any]:
     0.5 P(new) at z was 0.32 after 20 steps, and ROME lost 46 points of the neighborhood. With 0.25, 0.35 and 0.5 of the
     start MEMIT has P(new) 0.82, 0.91 and 0.95, and loses 2, 4 and 6 points.
     """
-    return {"v_lr": RELATIVE, "v_lr_relative": True} if ends_in_norm(lm) else {}
+    return {"v_lr": RELATIVE, "v_lr_relative": True} if lm.ends_in_norm else {}
 
 
-RELATIVE = 0.35
+RELATIVE = 0.35  # of the median magnitude of a value's start
 WAIT = 8  # the share of ``lm.memory`` in which rows may wait on the device for the next layer's reading
 
 

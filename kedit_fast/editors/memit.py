@@ -45,8 +45,8 @@ class Memit(Spread):
     def for_model(cls, lm: LM) -> "Memit":
         """Published settings where there are some for this model, else derived ones; ``source`` says which.
 
-        Derived: early-middle layers (``early_middle``), λ = d_ff, clamp 0.75. On SmolLM2-135M later
-        layers reach the same efficacy and lose the neighborhood, and λ = 15,000 fits nothing.
+        Derived: early-middle layers (``early_middle``), λ = d_ff, clamp 0.75. On SmolLM2-135M later layers reach the
+        same efficacy and lose the neighborhood, and λ = 15,000 fits nothing.
         """
         layers = early_middle(lm)
         derived = cls(

@@ -15,7 +15,7 @@ from torch import Tensor
 from kedit_fast.basics.bits import json_of, json_tensor
 from kedit_fast.basics.progress import progress
 from kedit_fast.editors.editor import Found, Work, Written
-from kedit_fast.editors.located import Entered, Located, Prompts, check_finite, ends_in_norm
+from kedit_fast.editors.located import Entered, Located, Prompts, check_finite
 from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta, LowRank, as_smallest, storable
@@ -250,7 +250,7 @@ def through_post_norm(lm, layer: int, out: Tensor, residual: Tensor) -> Tensor:
     curvature), or weighing entries as the next norm does, gave no more. z at the down projection's own output makes
     ||z - h|| grow.
     """
-    if not ends_in_norm(lm):
+    if not lm.ends_in_norm:
         return residual / lm.into_stream(layer, torch.ones_like(residual))
     scale = torch.where(out == 0, 0.0, lm.into_stream(layer, out) / out)
     return residual * scale / (scale.square() + DAMPING * scale.square().mean(1, keepdim=True))

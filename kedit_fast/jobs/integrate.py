@@ -177,7 +177,7 @@ def _pack(lm, asked: list[Asked], layers: list[int], steps: int, recompute: bool
     run, pos = torch.cat(branches), last.repeat_interleave(m * steps)
     keys = ScaledKeys(run, pos, layer.repeat(n), share)
     top = GraphRows(lm.n_layers - 1, torch.cat([base, run]), torch.cat([last, pos]))
-    held = [] if lm.family.post_norm is None else [HeldNorm(lm, keys)]
+    held = [HeldNorm(lm, keys)] if lm.ends_in_norm else []
     sweep(lm, runs.runs(), [keys, *held, top], grad=True, recompute=recompute, advance=part_of(advance, FORTH))
     p = _descended(lm, top.take(), torch.cat([answer, answer.repeat_interleave(m * steps)]))
     check_answers(lm, p, lambda i: asked[i if i < n else (i - n) // (m * steps)].tokens)

@@ -60,6 +60,11 @@ class Sizes:
         return (self.n_experts, width, width) if self.n_experts > 1 else (width, width)
 
     @property
+    def ends_in_norm(self) -> bool:
+        """Whether a norm stands between the MLP and the stream (gemma2, gemma3, olmo2, glm4)."""
+        return self.family is not None and self.family.post_norm is not None
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 

@@ -65,6 +65,7 @@ TESTED_IN = {
     "commands/test_rounds.py": "commands/layers",
     "commands/test_scale.py": "commands/unfinished",
     "edits/test_retrieval.py": "edits/text_routes",
+    "evaluation/test_report.py": "evaluation/stored",
     "edits/test_routes.py": "model/edited",
     "editors/test_crispedit.py": "moments/gradient_moment",
     "editors/test_checks.py": "edits/chain moments/given",

@@ -20,7 +20,8 @@ from kedit_fast.basics.words import counted
 from kedit_fast.evaluation.aligned import aligned
 from kedit_fast.evaluation.benchmark import check_metrics
 from kedit_fast.evaluation.easyedit import Columns
-from kedit_fast.evaluation.report import MODE, EvalReport, columns_of, listed, shown
+from kedit_fast.evaluation.report import MODE, EvalReport, shown
+from kedit_fast.evaluation.stored import columns_of, listed
 from kedit_fast.facts.fact import Fact
 from kedit_fast.pictures.comparison import plot_comparison
 from kedit_fast.pictures.page import Cell, Details, Picture, Section, Table, fragment, write_report

@@ -12,7 +12,7 @@ from kedit_fast.basics.files import check_format, read_object, reading, write_te
 from kedit_fast.basics.intervals import COUNT, DIFFERENCE, PROBABILITY, SHARE, Interval, Metrics
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.basics.words import counted
-from kedit_fast.evaluation.report import as_float, finite
+from kedit_fast.evaluation.stored import as_float, finite
 from kedit_fast.pictures.page import Cell, Section, Table, fragment, write_report
 
 FORMAT, VERSION = "kedit_fast.moved", 1

@@ -4,9 +4,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kedit_fast.basics import checks
@@ -16,6 +16,8 @@ from kedit_fast.basics.intervals import COUNT, SCORE, Interval, Metrics, summari
 from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
+from kedit_fast.evaluation.stored import as_float, columns_of, finite, listed
+from kedit_fast.evaluation.weakest import weakest
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
 from kedit_fast.pictures.page import Cell, Section, Table, explained, fragment, write_report
@@ -89,10 +91,10 @@ class EvalReport:
         """One record a case, ready for JSON: its fact or facts, base and edited {metric: value or None}, generations,
         and the same metrics asked in the other form."""
         records, end = [], 0
-        for i, n in enumerate(self.cases or [1] * len(self.facts)):
-            mine = slice(end, end := end + n)
+        for i, facts in enumerate(self._cases()):
+            mine = slice(end, end := end + len(facts))
             other = self.other and self.other._values(i)
-            records.append(case_record(self.facts[mine], *self._values(i), self.generations[mine], other))
+            records.append(case_record(facts, *self._values(i), self.generations[mine], other))
         return records
 
     def _values(self, i: int) -> tuple[dict[str, float], dict[str, float] | None]:
@@ -148,12 +150,20 @@ class EvalReport:
             )
 
     def to_html(self, path: AnyPath | None = None) -> str:
-        """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, whole or not."""
+        """The tables as an HTML fragment without scripts or outside files; with ``path`` also a page, with the weakest
+        cases, whole or not."""
         blocks = self.blocks()
         if path is not None:
-            heading = "What the model answers" + ", before and after the edit" * (self.edited is not None)
-            write_report(path, "Evaluation", self._title(), [Section(heading, blocks)])
+            is_edited = self.edited is not None
+            sections = [Section("What the model answers" + ", before and after the edit" * is_edited, blocks)]
+            if each := weakest(self._cases(), self.base, self.edited, self.score_of):
+                sections.append(Section("Case by case" + ", the weakest first" * is_edited, each))
+            write_report(path, "Evaluation", self._title(), sections)
         return fragment(blocks)
+
+    def _cases(self) -> list[tuple[Fact, ...]]:
+        ends = [*accumulate(self.cases or [1] * len(self.facts))]
+        return [self.facts[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def blocks(self) -> list:
         sides = ["base", "edited"][: 1 + (self.edited is not None)]
@@ -255,30 +265,6 @@ def case_record(facts: Sequence[Fact], base, edited, generations: Sequence = (),
     return finite(record)
 
 
-def finite(value: Any) -> Any:
-    """Plain values as JSON has them: None for NaN and infinity, also in dicts and lists."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def summary_of_record(record: dict[str, list]) -> dict[str, Interval]:
-    """The summary of which ``finite`` gave the record; infinity has become NaN."""
-    return {name: Interval._make(map(as_float, one)) for name, one in record.items()}
-
-
-def as_float(value: float | None) -> float:
-    """What ``finite`` gave, with NaN for None. Raises BadArgument for what it never gives."""
-    return math.nan if value is None else checks.number("value", value)
-
-
-def listed(columns: dict[str, Tensor] | None) -> dict[str, list] | None:
-    """Columns as JSON has them; ``columns_of`` gives them back."""
-    return None if columns is None else finite({name: column.tolist() for name, column in columns.items()})
-
-
 def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> EvalReport:
     """The report of a file, or that of its other form (said), without what only the first has."""
     metrics = {name: tuple(one) for name, one in record.get("metrics", COUNTERFACT.metrics).items()}
@@ -295,16 +281,6 @@ def _loaded(record: dict, said: dict, facts: tuple[Fact, ...], meta: dict) -> Ev
         return EvalReport.of(COUNTERFACT, base, edited, facts, meta)
     verdict, notes = (tuple(map(str, said[name])) for name in ("verdict", "notes"))
     return EvalReport(base, edited, facts, meta, metrics, score_of, verdict, notes, cases=cases)
-
-
-def columns_of(listed: dict[str, list], metrics: Metrics, n: int) -> dict[str, Tensor]:
-    """Columns as they were saved, NaN of metrics that are missing. ValueError for others, or not n values each."""
-    if wrong := [name for name, values in listed.items() if name not in metrics or len(values) != n]:
-        raise ValueError(f"{wrong[0]!r}: expected one of its metrics, and {n} values")
-    return {
-        name: torch.tensor([as_float(value) for value in values], dtype=torch.float32)
-        for name, values in ({name: [None] * n for name in metrics} | listed).items()
-    }
 
 
 def _check_meta(meta) -> None:

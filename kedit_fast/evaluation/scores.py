@@ -11,7 +11,7 @@ from kedit_fast.basics.checks import AnyPath
 from kedit_fast.basics.files import check_format, read_object, reading, write_text
 from kedit_fast.basics.intervals import Interval
 from kedit_fast.basics.printing import columns, escaped
-from kedit_fast.evaluation.report import as_float, finite
+from kedit_fast.evaluation.stored import as_float, finite
 from kedit_fast.pictures.page import Section, Table, fragment, write_report
 
 FORMAT, VERSION = "kedit_fast.capability", 1

@@ -29,7 +29,7 @@ from kedit_fast.edits.edit import Edit, edit_list
 from kedit_fast.evaluation.evaluate import about
 from kedit_fast.evaluation.probes import Answer, Probe, probe, read_probes
 from kedit_fast.evaluation.readings import UNTIL, read
-from kedit_fast.evaluation.report import as_float, finite
+from kedit_fast.evaluation.stored import as_float, finite
 from kedit_fast.evaluation.written import write_probes
 from kedit_fast.experiments.implied import KINDS, Conflict, Derived, Implied, Tables, derive, read_table
 from kedit_fast.facts.fact import BUILTIN, Fact

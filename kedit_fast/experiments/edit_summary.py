@@ -34,8 +34,9 @@ from kedit_fast.evaluation.moved import what_moved
 from kedit_fast.evaluation.moved_questions import checked_texts
 from kedit_fast.evaluation.moved_report import Moved
 from kedit_fast.evaluation.questions import N_WRITTEN
-from kedit_fast.evaluation.report import EvalReport, finite
+from kedit_fast.evaluation.report import EvalReport
 from kedit_fast.evaluation.scores import Capability
+from kedit_fast.evaluation.stored import finite
 from kedit_fast.experiments.consistency import Consistency, consistency
 from kedit_fast.experiments.implied import Tables, read_table
 from kedit_fast.facts.fact import Fact

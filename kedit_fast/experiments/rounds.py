@@ -34,7 +34,7 @@ from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.evaluate import evaluate
 from kedit_fast.evaluation.known import Known
 from kedit_fast.evaluation.perplexity import MAX_TOKENS, text_windows
-from kedit_fast.evaluation.report import as_float, finite, summary_of_record
+from kedit_fast.evaluation.stored import as_float, finite, summary_of_record
 from kedit_fast.facts.fact import Fact, fact_list
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.corpus import AnyCorpus

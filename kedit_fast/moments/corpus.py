@@ -95,10 +95,9 @@ def check_corpus(corpus):
     return checks.listed("corpus", corpus, str, wanted)
 
 
-def known_id(corpus, seed: int) -> str | None:
-    """The id of a corpus, where it is known before the text is read (sampled text: with the model's fingerprint beside
-    it, seed and length say all)."""
-    return f"self-seed{seed}" if isinstance(corpus, str) and corpus == SELF else None
+def sampled_id(seed: int) -> str:
+    """The id of sampled text, before it is: with the model's fingerprint beside it, seed and length say all."""
+    return f"self-seed{seed}"
 
 
 def windows_of(lm, text: str) -> list[list[int]]:
@@ -189,7 +188,7 @@ def _sampled(lm, n_tokens: int, seed: int, keep_dir) -> Corpus:
     folder = None if keep_dir is None else Path(keep_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    return Corpus(str(known_id(SELF, seed)), sampled_windows(lm, n_tokens, lm.window(LENGTH), seed, folder))
+    return Corpus(sampled_id(seed), sampled_windows(lm, n_tokens, lm.window(LENGTH), seed, folder))
 
 
 def sampled_windows(lm, n_tokens: int, length: int, seed: int, folder: Path | None = None) -> list[list[int]]:

@@ -28,7 +28,7 @@ from kedit_fast.jobs.moments import Moments
 from kedit_fast.kernels.second_moment import fill_upper_
 from kedit_fast.kernels.solve import condition
 from kedit_fast.model.lm import LM, takes_lm
-from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, known_id, read_corpus
+from kedit_fast.moments.corpus import SELF, AnyCorpus, Corpus, check_corpus, read_corpus, sampled_id
 from kedit_fast.moments.published import read_published, refuse_pickled
 from kedit_fast.sweep.engine import Job, sweep
 from kedit_fast.sweep.kept import RunFolder, asked_of, begun, fitting
@@ -189,28 +189,28 @@ def second_moments(
     same = {"model": lm.fingerprint, "dtype": lm.dtype_name, "memory": lm.memory}
     ranks.agreed(same | {"layers": layers, "n_tokens": n_tokens, "seed": seed})
     asked = {"layers": layers, "corpus": digest(str(corpus)), "n_tokens": n_tokens, "seed": seed}
-    found = _finished(lm, layers, known_id(corpus, seed), n_tokens, cache_dir)
+    text = None if corpus == SELF else read_corpus(lm, corpus, n_tokens)  # its id says whether all is there
+    found = _finished(lm, layers, text.id if text else sampled_id(seed), n_tokens, cache_dir)
     if cache_dir is None:
         with stages(*STAGES), ranks.joint():
-            return fitting(lm, Held(), lambda lm: _measured(lm, layers, corpus, n_tokens, seed, None, Held()))
+            return fitting(lm, Held(), lambda lm: _measured(lm, layers, text, n_tokens, seed, None, Held()))
     run = Path(cache_dir, f"moments-{lm.fingerprint}-{lm.dtype_name}-{digest(asked)}{RUN}")
     if found is None:
         with (
             stages(*STAGES), folders_around(run),
             begun(RunFolder(run, {}, anew=True), lambda: asked_of(lm, "second moments", (), **asked)) as keep,
         ):  # fmt: skip
-            found = fitting(lm, keep, lambda lm: _measured(lm, layers, corpus, n_tokens, seed, Path(cache_dir), keep))
+            found = fitting(lm, keep, lambda lm: _measured(lm, layers, text, n_tokens, seed, Path(cache_dir), keep))
     if ranks.first():
         remove_parts(run)  # also of a run that was killed when all was saved
     return found
 
 
-def _measured(lm, layers, corpus, n_tokens: int, seed: int, cache_dir: Path | None, keep) -> dict[int, SecondMoment]:
-    """The statistics of all layers, of a text that has yet to be read or sampled."""
-    text = read_corpus(lm, corpus, n_tokens, seed=seed, keep_dir=getattr(keep.own, "folder", None))
-    found = _finished(lm, layers, text.id, n_tokens, cache_dir)
-    if found is not None:
-        return found
+def _measured(
+    lm, layers, text: Corpus | None, n_tokens: int, seed: int, cache_dir: Path | None, keep
+) -> dict[int, SecondMoment]:
+    """The statistics of all layers, of a text, or, for None, of one that has yet to be sampled."""
+    text = text or read_corpus(lm, SELF, n_tokens, seed=seed, keep_dir=getattr(keep.own, "folder", None))
     groups = list(layer_groups(lm, layers))
     made: dict[int, SecondMoment] = {}
     with progress("collecting second moments (tokens)", text.n_tokens * len(groups)) as bar:

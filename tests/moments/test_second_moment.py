@@ -275,6 +275,7 @@ def test_finished_statistics_are_found_again(corpus, tmp_path, monkeypatch):
     lm, cache = tiny_lm("gpt2"), tmp_path / "cache"
     made = measured(lm, LAYERS, corpus, cache_dir=cache)
     monkeypatch.setattr(moments_module, "sweep", None)
+    monkeypatch.setattr(moments_module, "begun", None)  # nor is the run's folder claimed: another process may read too
     if corpus == "self":
         monkeypatch.setattr(moments_module, "read_corpus", None)
     assert equal(measured(lm, LAYERS, corpus, cache_dir=cache), made)

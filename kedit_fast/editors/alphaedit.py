@@ -19,7 +19,7 @@ from torch import Tensor
 from kedit_fast.basics import checks
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import derived_rate, early_middle
+from kedit_fast.editors.located import derived_descent, early_middle
 from kedit_fast.editors.spread import Spread, fitted, solved
 from kedit_fast.kernels.solve import factor
 from kedit_fast.model.lm import LM, takes_lm
@@ -72,7 +72,7 @@ class AlphaEdit(Spread):
         C's scale differs from model to model.
         """
         source = f"derived for {lm.n_layers} layers"
-        rate = derived_rate(lm)
+        rate = derived_descent(lm)
         derived = cls(layers=early_middle(lm), nullspace_threshold=0.0, L2=DERIVED_L2, source=source, **rate)
         return published(PUBLISHED, lm, cls) or derived
 

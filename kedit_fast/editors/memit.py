@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import derived_rate, early_middle
+from kedit_fast.editors.located import derived_descent, early_middle
 from kedit_fast.editors.spread import Spread, fitted, identity, solved
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, gains, system
@@ -54,7 +54,7 @@ class Memit(Spread):
             mom2_update_weight=float(lm.d_ff),
             regularizer=EXPERTS_RIDGE if lm.n_experts > 1 else 0.0,
             source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}",
-            **derived_rate(lm),
+            **derived_descent(lm),
         )
         return published(PUBLISHED, lm, cls) or derived
 

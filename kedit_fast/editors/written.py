@@ -141,7 +141,7 @@ def _too_slow(edit: Edit, missing: Sequence[int]) -> str:
     return (
         f". Their values themselves end at P {reached:.2f} (the median): take more v_num_grad_steps, a larger "
         "clamp_norm_factor, or a v_lr that fits the size of this model's states (v_lr_relative=True counts it in "
-        "shares of them: 0.2 to 0.5)"
+        "shares of them: 0.1 to 0.5)"
     )
 
 

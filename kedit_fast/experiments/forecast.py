@@ -8,14 +8,14 @@ short texts, norms and noise are left out (under 3 % of a trace).
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from kedit_fast.basics.printing import columns
 from kedit_fast.basics.progress import duration
 from kedit_fast.basics.words import sized
-from kedit_fast.editors.located import early_middle
+from kedit_fast.editors.located import derived_descent, early_middle
 from kedit_fast.editors.memit import Memit
 from kedit_fast.facts.fact import Fact
 from kedit_fast.jobs.generate import batches
@@ -141,7 +141,7 @@ VARIATIONS: dict[str, tuple[tuple[str, dict], ...]] = {
         ("twice the memory", {"memory": 2}),
         ("statistics that are there (a model's first edit measures them)", {"measured": True}),
         ("a text of your own (corpus=FILE) in place of sampled text", {"sampled": False}),
-        ("half the steps (v_num_grad_steps=10)", {"v_steps": 10}),
+        ("half the steps (v_num_grad_steps)", {"v_share": 0.5}),
     ),
 }
 
@@ -215,9 +215,10 @@ def _some_cells(lm: Shape, task: Task, top: int) -> torch.Tensor:
 # ---- editing
 
 
-def _edit(lm: Shape, n_facts: int, measured: bool = False, sampled: bool = True, v_steps: int = 20) -> Iterator[Step]:
-    """MEMIT, as ``Memit.for_model`` derives it."""
-    editor = Memit(layers=early_middle(lm), v_num_grad_steps=v_steps)
+def _edit(lm: Shape, n_facts: int, measured: bool = False, sampled: bool = True, v_share: float = 1) -> Iterator[Step]:
+    """MEMIT, as ``Memit.for_model`` derives it, or with a share of the steps to z."""
+    editor = Memit(layers=early_middle(lm), **derived_descent(lm))
+    editor = replace(editor, v_num_grad_steps=round(v_share * editor.v_num_grad_steps))
     if not measured:
         yield from _stats(lm, n_facts, sampled)
         yield _generating(lm, "contexts", N_CONTEXTS, CONTEXT - 2)

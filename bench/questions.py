@@ -220,11 +220,13 @@ QUESTIONS = (
                  (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"),
                   Shown("second", "neighborhood, base", "^Gemma.*, MEMIT"),
                   Shown("second", "paraphrase", "^Gemma.*, MEMIT"))),
-            Says("What is missing to z grows behind the lower layers, to {} of what it was behind the second, for they "
-                 "move all that stands above; behind the last {} are left ({} as the model's last norm reads them).",
-                 (Shown("second", "||z - h|| behind 2 of 4 layers", "^Gemma.*, MEMIT"),
-                  Shown("second", "||z - h|| behind 4 of 4 layers", "^Gemma.*, MEMIT"),
-                  Shown("second", "||norm(z) - norm(h)|| behind 4 of 4 layers", "^Gemma.*, MEMIT"))),
+            Says("What is missing to z grows behind the lower layers, to {} of what it was behind the third, for they "
+                 "move all that stands above; behind the last {} are left. As the model's last norm reads them, {} are "
+                 "left behind the first, {} behind the third and {} behind the last.",
+                 (Shown("second", "||z - h|| behind 3 of 5 layers", "^Gemma.*, MEMIT"),
+                  Shown("second", "||z - h|| behind 5 of 5 layers", "^Gemma.*, MEMIT"),
+                  *(Shown("second", f"||norm(z) - norm(h)|| behind {n} of 5 layers", "^Gemma.*, MEMIT")
+                    for n in (1, 3, 5)))),
             Says("With the layers read from disk P(new) is {} apart.",
                  (Shown("second", "P(new), largest distance from the model in memory", "^Gemma"),)),
             Says("Of the effect that corruption takes, the MLPs' best window at the last subject token gives back {}.",

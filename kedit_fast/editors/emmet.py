@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kedit_fast.editors.editor import Work
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import derived_descent, single_layer
+from kedit_fast.editors.located import single_descent, single_layer
 from kedit_fast.editors.spread import OF_UNIFIED_EDITING, Spread, fitted, identity, only_zero, ridged
 from kedit_fast.model.lm import LM, takes_lm
 from kedit_fast.moments.given import described, factored, gains
@@ -52,7 +52,7 @@ class Emmet(Spread):
         weight = lm.d_ff / cls.emmet_lambda
         derived = cls(
             layers=(single_layer(lm),), mom2_update_weight=weight,
-            source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}", **derived_descent(lm),
+            source=f"derived for {lm.n_layers} layers, d_ff {lm.d_ff}", **single_descent(lm),
         )  # fmt: skip
         return published(PUBLISHED, lm) or derived
 

@@ -22,7 +22,7 @@ from kedit_fast.basics.progress import progress
 from kedit_fast.editors.contexts import rome_contexts
 from kedit_fast.editors.editor import Found, Work, Written
 from kedit_fast.editors.hyperparameters import published
-from kedit_fast.editors.located import Located, Prompts, check_finite, derived_descent, single_layer
+from kedit_fast.editors.located import Located, Prompts, check_finite, single_descent, single_layer
 from kedit_fast.edits.chain import edited_so_far
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import LowRank, as_smallest, storable
@@ -68,7 +68,7 @@ class Rome(Located):
     @takes_lm
     def for_model(cls, lm: LM) -> "Rome":
         """Published settings where there are some for this model, else a derived layer (``single_layer``)."""
-        derived = cls(layers=(single_layer(lm),), source=f"derived for {lm.n_layers} layers", **derived_descent(lm))
+        derived = cls(layers=(single_layer(lm),), source=f"derived for {lm.n_layers} layers", **single_descent(lm))
         return published(PUBLISHED, lm) or derived
 
     def write(self, work: Work) -> Written:

@@ -28,7 +28,8 @@ def first_few(items: Iterable[str], most: int, between: str = "; ") -> str:
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """What a message ends with where ``text`` is nearly one of the known names, or one of their words; else ""."""
     known = list(known)
-    named = {word: name for name in reversed(known) for word in name.split()} | {name: name for name in known}
+    named = {word: name for name in reversed(known) for word in name.lower().split()}
+    named |= {name.lower(): name for name in known}
     close = get_close_matches(text.lower(), named, n=1, cutoff=0.6)
     return f"; did you mean {named[close[0]]}?" if close else ""
 

@@ -29,6 +29,7 @@ def test_suggestions_are_of_words_too():
     known = ("merge", "merge undo", "history log", "edit")
     assert did_you_mean("merg", known) == "; did you mean merge?"
     assert did_you_mean("log", known) == "; did you mean history log?"
+    assert did_you_mean("arc_chalenge", ["ARC_Challenge"]) == did_you_mean("ARC_chalenge", ["ARC_Challenge"]) != ""
     assert did_you_mean("quux", known) == ""
 
 

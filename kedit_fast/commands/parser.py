@@ -52,7 +52,13 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, unknown: list[str]) -> str:
         options = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-        return next(filter(None, (did_you_mean(option, self._option_string_actions) for option in options)), "")
+        return next(filter(None, map(self._meant_by, options)), "")
+
+    def _meant_by(self, option: str) -> str:
+        for place in self._get_positional_actions():
+            if option in (f"--{place.dest}", f"--{place.dest.removesuffix('s')}"):
+                return f"; {place.metavar} stands without an option"
+        return did_you_mean(option, self._option_string_actions)
 
     def error(self, message):
         wrong = re.search(r"invalid choice: (.+?) \(choose from (.*)\)", message)

@@ -84,6 +84,12 @@ def test_the_beginning_of_an_option_is_not_the_option(complaint):
     assert "unrecognized arguments: --fact facts.json; did you mean --facts?" in says
 
 
+@pytest.mark.parametrize("option", ["--edit", "--edits", "--edit=a.safetensors"])
+def test_what_stands_without_an_option_is_said_to(option, complaint):
+    says = complaint("eval", option, "a.safetensors")
+    assert f"unrecognized arguments: {option}" in says and says.rstrip().endswith("; EDIT stands without an option")
+
+
 def test_an_option_that_is_given_twice_is_refused(complaint):
     """Of every command, but for those that gather a list; the first value would be lost in silence."""
     gathers = set()

@@ -215,8 +215,8 @@ QUESTIONS = (
                  "score of {} ({} before).",
                  (Shown("second", "efficacy", "^Gemma.*, ROME"), Shown("second", "neighborhood", "^Gemma.*, ROME"),
                   Shown("second", "neighborhood, base", "^Gemma.*, ROME"))),
-            Says("Ten and thirty facts by MEMIT have {}, and {} ({} before); {} of paraphrases follow. Its layers and "
-                 "rate were chosen on other facts than these.",
+            Says("Ten and thirty facts by MEMIT have {}, and {} ({} before); {} of paraphrases follow. Its "
+                 "steps were chosen on other facts than these.",
                  (Shown("second", "efficacy", "^Gemma.*, MEMIT"), Shown("second", "neighborhood", "^Gemma.*, MEMIT"),
                   Shown("second", "neighborhood, base", "^Gemma.*, MEMIT"),
                   Shown("second", "paraphrase", "^Gemma.*, MEMIT"))),

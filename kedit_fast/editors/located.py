@@ -149,8 +149,8 @@ def derived_descent(lm: LM | Shape) -> dict[str, Any]:
 
 
 def single_descent(lm: LM) -> dict[str, Any]:
-    """How derived settings of one layer go to v*: the published steps; where a norm stands behind the MLP, ``LONG``:
-    one layer takes all of it, and ROME on Gemma-3-270M has P(new) 0.82, with long answers too."""
+    """How derived settings of one layer go to v*: the published steps; where a norm stands behind the MLP, ``LONG``.
+    One layer takes all of it: ROME on Gemma-3-270M has P(new) 0.82, and writes 5 to 8 of ten longer answers."""
     return dict(LONG) if lm.ends_in_norm else {}
 
 

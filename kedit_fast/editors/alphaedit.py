@@ -72,8 +72,9 @@ class AlphaEdit(Spread):
         C's scale differs from model to model.
         """
         source = f"derived for {lm.n_layers} layers"
-        rate = derived_descent(lm)
-        derived = cls(layers=early_middle(lm), nullspace_threshold=0.0, L2=DERIVED_L2, source=source, **rate)
+        derived = cls(
+            layers=early_middle(lm), nullspace_threshold=0.0, L2=DERIVED_L2, source=source, **derived_descent(lm)
+        )
         return published(PUBLISHED, lm, cls) or derived
 
     def check_moments(self, moments: Mapping[int, SecondMoment]) -> None:

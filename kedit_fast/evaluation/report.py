@@ -17,7 +17,7 @@ from kedit_fast.basics.printing import columns, escaped
 from kedit_fast.evaluation.benchmark import Benchmark, check_metrics
 from kedit_fast.evaluation.benchmarks.counterfact import COUNTERFACT
 from kedit_fast.evaluation.stored import as_float, columns_of, finite, listed
-from kedit_fast.evaluation.weakest import weakest
+from kedit_fast.evaluation.weakest import before_after, weakest
 from kedit_fast.facts.fact import Fact
 from kedit_fast.facts.tokens import other_form
 from kedit_fast.pictures.page import Cell, Section, Table, explained, fragment, write_report
@@ -311,11 +311,7 @@ def _counted(both: dict[str, Interval | None]) -> str:
 
 
 def _means(both: dict[str, Interval | None] | None) -> str:
-    """ "0.12 -> 0.98" """
-    if both is None:
-        return "–"
-    sides = [f"{side.mean:.2f}" for side in both.values() if side is not None]
-    return " -> ".join(sides).replace("nan", "–")
+    return "–" if both is None else before_after(side.mean for side in both.values() if side is not None)
 
 
 def shown(value: Interval) -> str:

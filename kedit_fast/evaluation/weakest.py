@@ -1,7 +1,7 @@
 """The cases of a report one by one, the weakest first: what an edit did to which prompt."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,11 @@ def weakest(
     if edited is not None:
         worth = torch.stack([edited[name] for name in judged]).nanmean(0).nan_to_num(math.inf)
         order = torch.argsort(worth, stable=True).tolist()
-    rows = [(_asked(cases[i]), _answers(cases[i]), *_values(i, names, base, edited)) for i in order[:N_SHOWN]]
+    sides = [side for side in (base, edited) if side is not None]
+    rows = [
+        (_asked(cases[i]), _answers(cases[i]), *(before_after(float(side[n][i]) for side in sides) for n in names))
+        for i in order[:N_SHOWN]
+    ]
     table = Table(("prompt", "answer", *names), rows, "" if edited is None else "before -> after")
     if len(order) <= N_SHOWN:
         return [table]
@@ -45,8 +49,6 @@ def _answers(facts: Sequence[Fact]) -> str:
     return ", ".join((fact.target_new or f"not {fact.target_true}").strip() for fact in facts)
 
 
-def _values(i: int, names: Sequence[str], base, edited) -> Iterator[str]:
-    """ "0.01 -> 0.98" of one case."""
-    for name in names:
-        sides = [float(side[name][i]) for side in (base, edited) if side is not None]
-        yield " -> ".join("–" if math.isnan(value) else f"{value:.2f}" for value in sides)
+def before_after(values: Iterable[float]) -> str:
+    """ "0.12 -> 0.98"; a dash for NaN."""
+    return " -> ".join(f"{value:.2f}" for value in values).replace("nan", "–")

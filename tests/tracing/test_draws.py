@@ -13,7 +13,7 @@ from kedit_fast.pictures.labels import impact
 from kedit_fast.sweep.plan import CALL_ROWS, RowCost
 from kedit_fast.tracing import exact
 from kedit_fast.tracing import trace as tracing
-from kedit_fast.tracing.draws import anchors, between, reliability_of
+from kedit_fast.tracing.draws import anchors, between, filled, reliability_of
 from kedit_fast.tracing.exact import declared, row_layers
 from kedit_fast.tracing.results import read_log
 from kedit_fast.tracing.tasks import KINDS, Task, TraceSettings, tasks_of
@@ -21,7 +21,7 @@ from tests.conftest import disk_and_resident, refused, save_tiny, tiny_lm
 from tests.make import killed_at, watched
 from tests.tiny import tiny_model
 
-EIFFEL = kf.Fact(prompt="{} is located in the city of", subject="The Eiffel Tower")
+EIFFEL = kf.Fact("{} is located in the city of", "The Eiffel Tower", target_new="Rome")
 CAPITAL = kf.Fact(prompt="The capital of {} is", subject="France")
 HOW = {"samples": 5, "noise": 0.5, "window": 3}
 LAYERS = 7
@@ -39,32 +39,47 @@ def by_draw(facts, lm=None, **options) -> list[np.ndarray]:
     return [np.stack(np.diff(np.stack(each), axis=0, prepend=0), -1) for each in sums]
 
 
-def slow(values: np.ndarray, stride: int, last_is_known: bool) -> np.ndarray:
-    """[T, L] mean over draws of values [T, L, draws], each kept at its own layers and drawn as a line between them."""
-    length, n_layers, draws = values.shape
-    filled = np.empty_like(values)
-    for draw in range(draws):
-        at = [layer for layer in range(n_layers) if layer % stride == draw % stride]
-        at += [n_layers - 1] * (last_is_known and n_layers - 1 not in at)
-        for token in range(length):
-            filled[token, :, draw] = np.interp(range(n_layers), at, values[token, at, draw])
-    return filled.mean(-1)
+def slow(values: np.ndarray, stride: int, last_is_known: bool, metric: str = "prob") -> np.ndarray:
+    """[T, L] mean over draws of values [T, L, draws], each kept at its own layers; the rest lies where the steps from
+    layer to layer are likeliest, by least squares: of log odds, with covariance 1 + (draw = draw)."""
+    _, n_layers, draws = values.shape
+    known = np.array([[layer % stride == draw % stride for draw in range(draws)] for layer in range(n_layers)])
+    known[-1] |= last_is_known
+    odds = {
+        "prob": lambda p: np.log(p) - np.log1p(-p),
+        "logprob": lambda x: x - np.log1p(-np.exp(x)),
+        "logit_diff": lambda x: x,
+    }[metric](values)
+    step = np.kron(np.diff(np.eye(n_layers), axis=0), np.eye(draws))  # [(L - 1) draws, L draws]
+    whiten = np.kron(np.eye(n_layers - 1), np.linalg.inv(np.linalg.cholesky(np.eye(draws) + 1)))
+    equations, given = whiten @ step, known.reshape(-1)
+    found = odds.reshape(len(odds), -1).copy()
+    want = -equations[:, given] @ found[:, given].T
+    found[:, ~given] = np.linalg.lstsq(equations[:, ~given], want, rcond=None)[0].T
+    back = {
+        "prob": lambda x: 1 / (1 + np.exp(-x)),
+        "logprob": lambda x: -np.log1p(np.exp(-x)),
+        "logit_diff": lambda x: x,
+    }[metric](found)
+    return back.reshape(values.shape).mean(-1)
 
 
 # ---- against the exact trace
 
 
 @pytest.mark.parametrize("stride", [2, 3, 5])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_equals_a_slow_interpolation_of_exact_draws(family, stride):
+@pytest.mark.parametrize(
+    ("family", "metric", "noise"), [("gpt2", "logprob", 0.5), ("llama", "prob", 0.2), ("gemma2", "logit_diff", 0.5)]
+)
+def test_equals_slow_least_squares_over_exact_draws(family, metric, noise, stride):
     lm = tiny_lm(family, layers=LAYERS)
-    options = {"metric": "logprob"}  # gemma2's capped probabilities hardly move
+    options = {"metric": metric, "noise": noise}
     values = by_draw(EIFFEL, lm, **options)
     wholes, strided = traced(EIFFEL, lm, **options), traced(EIFFEL, lm, method="strided", stride=stride, **options)
     for got, whole, draws in zip(strided, wholes, values, strict=True):
-        size = abs(whole.p_corrupted)
+        size = max(abs(whole.p_clean), abs(whole.p_corrupted))
         assert np.abs(draws.mean(-1) - whole.p_restored).max() < 1e-5 * size
-        want = slow(draws, stride, got.kind == "state")
+        want = slow(draws, stride, got.kind == "state", metric)
         assert np.abs(got.p_restored - want).max() < 1e-5 * size
         assert np.abs(got.p_restored - whole.p_restored).max() > 1e-3  # the comparison sees something
         assert (got.p_clean, got.p_corrupted) == pytest.approx((whole.p_clean, whole.p_corrupted), abs=1e-5 * size)
@@ -134,6 +149,20 @@ def test_between_by_hand():
     torch.testing.assert_close(between(values.expand(3, 6, 2), known), want.expand(3, 6, 2))
 
 
+def test_filled_by_hand():
+    """Three layers, two draws; x is 0 and 2 where it is known, and one of them alone at the second layer: 6 and 7.
+
+    The first draw steps up by 6. Half of the variance of a step is shared: the other one's is half of that, with what
+    it needs to arrive. By the covariance [[2, 1], [1, 2]]: to expect of the other step, given 6, is 3; given that both
+    of its own add up to 0 as well: 3 - (3 + 0) / 2 = 1.5.
+    """
+    values = torch.tensor([[0.0, 2.0], [6.0, 99.0], [6.0, 2.0]], dtype=torch.float64)
+    known = torch.tensor([[1, 1], [1, 0], [1, 1]], dtype=torch.bool)
+    assert filled(values, known)[1].tolist() == pytest.approx([6.0, 3.5])
+    alone = torch.rand(4, 9, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(filled(alone, anchors(9, 1, 4)), between(alone, anchors(9, 1, 4)))  # one draw: lines
+
+
 def test_between_keeps_what_is_known_to_the_bit():
     values, known = torch.rand(4, 9, 6, generator=torch.Generator().manual_seed(0)), anchors(9, 6, 4)
     assert torch.equal(between(values, known)[:, known], values[:, known])
@@ -146,8 +175,8 @@ def test_reliability_by_hand():
     """Even draws rank four cells 1 2 3 4, odd ones 2 1 4 3: rho 0.6, for all draws 2 · 0.6 / 1.6."""
     even, odd = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 1.0, 4.0, 3.0])
     draws = torch.stack([even, odd, even + 1, 3 * odd], 1)
-    assert reliability_of(draws) == pytest.approx(0.75)
-    assert math.isnan(reliability_of(draws[:, :1])) and math.isnan(reliability_of(torch.ones(4, 4)))
+    assert reliability_of(draws[:, ::2].mean(1), draws[:, 1::2].mean(1), 4) == pytest.approx(0.75)
+    assert math.isnan(reliability_of(torch.ones(4), even, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)

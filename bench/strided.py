@@ -21,7 +21,7 @@ from kedit_fast.facts.tokens import fact_tokens
 from kedit_fast.tracing.trace import noise_level
 
 KNOWN = "smollm2_known.json.gz"
-KINDS, STRIDES = ("mlp", "state"), (3, 5, 6)
+KINDS, STRIDES = ("mlp", "state"), (3, 5, 6, 7)
 LONGEST = 7  # tokens of a fact: four exact traces of each are made
 SEEDS = 1, 2  # of the draws that are strided, and of others
 AGREES, LEAST = "mean rank correlation with the exact trace", "least rank correlation with the exact trace"

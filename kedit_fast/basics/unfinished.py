@@ -8,11 +8,12 @@ leftover.
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+
+from kedit_fast.basics.warn import warn
 
 try:
     import fcntl
@@ -147,7 +148,7 @@ def _warn_of_others(path: Path) -> None:
         if name != f".{path.name}{ENDING}" and is_unfinished(other) and other.is_dir():
             with suppress(OSError), _is_left(other) as left:
                 if left:
-                    warnings.warn(f"{other} is what a killed run left; delete it", stacklevel=2)
+                    warn(f"{other} is what a killed run left; delete it")
 
 
 def _claimed(unfinished: Path, path: Path, new: bool) -> int | None:

@@ -4,7 +4,6 @@ the ROME and MEMIT repositories have them, YAML as EasyEdit does).
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.files import existing_file
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import brief, json_kind, reason
 from kedit_fast.model.lm import LM
 
@@ -236,4 +236,4 @@ def check_known(path, given: Collection[str], fields: Collection[str], editor: s
     if said:
         said += ["module paths (they follow from the model)"] * any(name in MODULES for name in unused)
         projection = "; the projection of P_loc is computed from the statistics" * ("P_loc" in unused)
-        warnings.warn(f"{path}: not used: {', '.join(said)}{projection}", stacklevel=3)
+        warn(f"{path}: not used: {', '.join(said)}{projection}")

@@ -10,7 +10,6 @@ The result acts on every row of every text. Where the site lies at a matrix it b
     mlp_in    W, b of gate and up          ->  W P, b + W (I - P) μ            what they read
 """
 
-import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from kedit_fast import __version__
 from kedit_fast.basics import checks
 from kedit_fast.basics.progress import progress
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import chain
 from kedit_fast.edits.changes import Change, WeightChange
@@ -96,10 +96,9 @@ def leace(
             notes[layer] = {"rank": eraser.rank, "removed": _removed(fitter, eraser)}
             bar.advance(1)
     if not any(note["rank"] for note in notes.values()):
-        warnings.warn(
+        warn(
             f"no layer's rows tell the labels linearly at {where.value}, so this edit erases nothing; choose other "
             "layers, positions= or more prompts",
-            stacklevel=4,  # the line that called ``leace``
         )
     about = {"version": __version__, "n_rows": fitter.n, "classes": classes, "layers": notes}
     hparams = {"layers": layers, "site": where.value, "positions": positions} | how

@@ -75,7 +75,7 @@ def behind(lm: LM, edit: Edit, route: Route, about: dict) -> Edit:
     changes = tuple(change.owned() for change in edit.changes)
     kept = {name: said for name, said in edit.provenance.items() if name != "growth"}  # an edit of one fact has it
     made = replace(edit, changes=changes, route=route, provenance=kept | about)
-    return with_written(lm, made, stacklevel=7)  # the line that called ``routed``, by way of ``fitting``
+    return with_written(lm, made)
 
 
 def _check(lm: LM, edit: Edit) -> None:

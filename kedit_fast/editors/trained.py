@@ -1,11 +1,11 @@
 """What trained editors share: their one setting is a network, which was trained before; an edit is one sweep."""
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.editors.editor import Editor, Found, Work, Written
 from kedit_fast.editors.networks import Network
@@ -99,17 +99,15 @@ class Trained(Editor):
         lm, network = work.lm, self.network
         assert network is not None
         if phrased := sum(bool(fact.phrasings) for fact in work.facts):
-            warnings.warn(
+            warn(
                 f"phrasings of {counted(phrased, 'fact')} are not read: a trained editor reads a fact's prompt alone, "
                 "its network has learned what other wordings are",
-                stacklevel=6,  # the line that called ``edit``
             )
         seen = {subject_digest(fact) for fact in work.facts} & set(network.provenance.get("subjects", ()))
         if seen:
-            warnings.warn(
+            warn(
                 f"{counted(len(seen), 'subject')} of these facts: the network was trained on them, so how well they "
                 "are written says nothing of others",
-                stacklevel=6,  # the line that called ``edit``
             )
         tasks = [edit_task(lm, fact, i if work.independent else 0) for i, fact in enumerate(work.facts)]
         packs = gradient_packs(lm, tasks, network.places)

@@ -3,7 +3,6 @@
 What lies below the lowest matrix never changes, and is computed once a prompt (``jobs/below.py``).
 """
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,6 +16,7 @@ from kedit_fast.basics import catalog, checks, ranks
 from kedit_fast.basics.bits import digest, json_of, json_tensor
 from kedit_fast.basics.progress import progress, show_progress, stages
 from kedit_fast.basics.state import wide
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.editors.contexts import BARE
 from kedit_fast.editors.editor import check_lengths
@@ -101,17 +101,15 @@ def train_editor(
 def _warn_of_lacks(facts: Sequence[Fact], keeps: Sequence[str]) -> None:
     """Warns of facts without what a network learns from."""
     if bare := sum(not fact.paraphrases and not fact.phrasings for fact in facts):
-        warnings.warn(
+        warn(
             f"{counted(bare, 'fact')} without paraphrases or phrasings: asked by the edit's own prompt, so the network "
             "learns nothing of other wordings there, and figures of those held out are too good",
-            stacklevel=4,
         )
     asked_for = [name for name in keeps if name != ANSWER]
     if bare := sum(not any(fact.questions(name) for name in asked_for) for fact in facts) if asked_for else 0:
-        warnings.warn(
+        warn(
             f"{counted(bare, 'fact')} without {' or '.join(asked_for)} prompts: what an edit does to these is not "
             "learned there",
-            stacklevel=4,
         )
 
 
@@ -285,9 +283,8 @@ class _Trainer:
             "subjects": sorted({subject_digest(one.fact) for one in self.train}),
         }  # fmt: skip
         if best["success"] == 0:
-            warnings.warn(
+            warn(
                 "the trained network writes none of the facts held out; train it longer, or with another lr or cedit",
-                stacklevel=3,
             )
         return network
 

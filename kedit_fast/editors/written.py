@@ -13,6 +13,7 @@ from itertools import takewhile
 from statistics import median
 
 from kedit_fast.basics.progress import progress
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted, first_few
 from kedit_fast.edits.deltas import growth
 from kedit_fast.edits.edit import Edit
@@ -48,16 +49,15 @@ def with_growth(lm, edit: Edit, gentler: str) -> Edit:
         return edit
     layer = max(moved, key=moved.__getitem__)
     if moved[layer] > MOST_GROWTH:
-        warnings.warn(
+        warn(
             f"the edit moves the weights of layer {layer} by {moved[layer]:.0%} of their norm; beyond "
             f"{MOST_GROWTH:.0%} models collapse: evaluate it with a text before you use it, or {gentler}",
             Overgrown,
-            stacklevel=7,  # the line that called ``edit``
         )
     return replace(edit, provenance=edit.provenance | {"growth": {str(i): round(x, 6) for i, x in moved.items()}})
 
 
-def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
+def with_written(lm, edit: Edit) -> Edit:
     """The edit with ``provenance["written"]``: {"written": [n] bool, "p_new", "says", "attached": [n]}, by fact.
 
     written: each token of target_new is the likeliest one after the prompt and the target's tokens before it, so that a
@@ -67,10 +67,9 @@ def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
     A fact without target_new is one to be forgotten: all of this is of target_true, and written is that it is not said.
     An independent edit is asked under itself alone. Where the edit makes the model give NaN, p_new is 0 and says is "".
 
-    lm: the model that the edit was made on, with the edits below it; stacklevel: from here to the user's line. One
-    sweep for all facts: one weight pass for those that the memory holds, of a row for each token of their prompts and
-    targets. On SmolLM2 that is 1 % of the time of MEMIT (12 facts) and ROME (4). Warns (NotWritten) of the facts that
-    are not written.
+    lm: the model that the edit was made on, with the edits below it. One sweep for all facts: one weight pass for those
+    that the memory holds, of a row for each token of their prompts and targets. On SmolLM2 that is 1 % of the time of
+    MEMIT (12 facts) and ROME (4). Warns (NotWritten) of the facts that are not written.
     """
     made = _asked(lm, edit) | {"attached": [fact_tokens(lm.tokenizer, fact).attached for fact in edit.facts]}
     missing = [i for i, is_written in enumerate(made["written"]) if not is_written]
@@ -79,11 +78,10 @@ def with_written(lm, edit: Edit, stacklevel: int = 7) -> Edit:
             f"{fact.label} -> {_shown(fact)} (P {made['p_new'][i]:.3f}, the model says {made['says'][i]!r})"
             for i, fact in ((i, edit.facts[i]) for i in missing)
         ]
-        warnings.warn(
+        warn(
             f"facts not written: {len(missing)} of {len(edit.facts)}: {first_few(named, NAMED)}"
             f"{_in_vain(lm, edit) or _too_slow(edit, missing)}",
             NotWritten,
-            stacklevel=stacklevel,
         )
     return replace(edit, provenance=edit.provenance | {"written": made})
 

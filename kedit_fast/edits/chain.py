@@ -1,11 +1,11 @@
 """Edits on top of each other: what may stand where, what is in force, what a new edit must know of those below."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.changes import weight_changes
 from kedit_fast.edits.deltas import Delta
@@ -35,10 +35,9 @@ def check_chain(edits: Sequence[Edit]) -> None:
     edits = _changing(edits)
     apart = [i for i, edit in enumerate(edits, 1) if i > 1 and not _made_on(edit)]
     if apart:
-        warnings.warn(
+        warn(
             f"edit {', '.join(map(str, apart))} of {len(edits)} was made without those before it, so each may undo a "
             "part of the other: evaluate them together, or make the later one on top (--on-top-of, previous=)",
-            stacklevel=4,
         )
     digests = [digest(edit) for edit in edits]
     for i, edit in enumerate(edits):
@@ -118,7 +117,7 @@ def warn_of_overwritten(edits: Sequence[Edit], facts: Sequence[Fact]) -> None:
             pairs.append(f"{other.label} -> {other.target_new!r} by {fact.label} -> {fact.target_new!r}")
     if pairs:
         shown = "; ".join(pairs[:5]) + ("; ..." if len(pairs) > 5 else "")
-        warnings.warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}", stacklevel=4)
+        warn(f"{counted(len(pairs), 'fact')} of an earlier edit overwritten: {shown}")
 
 
 def _places(fact: Fact) -> list[tuple[str, str]]:

@@ -1,7 +1,6 @@
 """A benchmark: what is asked of facts, and what the answers are worth, in one file each (see ``benchmarks/``)."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import HIGHEST, SCORE, Metrics
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import brief, counted
 from kedit_fast.evaluation.probes import Answer, Probe, as_read, probe
 from kedit_fast.evaluation.readings import Judge
@@ -178,7 +178,7 @@ class Benchmark:
                     why.append(str(error))
             if not kept:
                 raise
-            warnings.warn(f"{path}: passed over, {counted(len(why), 'fact')}: {brief(why[0])}", stacklevel=3)
+            warn(f"{path}: passed over, {counted(len(why), 'fact')}: {brief(why[0])}")
             return kept
         return facts
 

@@ -8,7 +8,6 @@ that views, memories, texts before prompts and models read from disk are scored 
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kedit_fast.basics.progress import progress, scaled
+from kedit_fast.basics.warn import warn
 from kedit_fast.evaluation.probes import Answer, Probe, read_edited, read_probes
 from kedit_fast.facts.tokens import TEMPLATE_OPTIONS, ChatText, check_template, encode
 from kedit_fast.jobs.generate import generate
@@ -105,7 +105,7 @@ class HarnessLM(TemplateLM):
                 text = self._rendered(without, add_generation_prompt)
             except TemplateError:
                 raise ValueError(f"the model's chat template refuses a task's chat: {error}") from error
-            warnings.warn("the model's chat template takes no system messages: tasks are asked without", stacklevel=2)
+            warn("the model's chat template takes no system messages: tasks are asked without")
         asked = [turn["content"] for turn in chat_history if turn["role"] == "user"]
         self._chats[text] = ChatText(text, asked[-1] if asked else "")  # an edit puts its text into the last turn
         return text
@@ -144,10 +144,9 @@ class HarnessLM(TemplateLM):
 
     def _warn_of_cuts(self, cut: list[bool]) -> None:
         if any(cut):
-            warnings.warn(
+            warn(
                 f"{sum(cut)} of {len(cut)} requests are longer than the {self.max_length} tokens that the model reads, "
                 "and lose their beginning",
-                stacklevel=2,
             )
 
     def _read(self, probes: list[Probe]) -> Both:

@@ -12,12 +12,12 @@ Whatever an edit says stands above what is known. Two answers of a functional re
 with the reasons of both, nothing is built on it, and which of them holds is for people to say.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.experiments.claims import HOPS, INVERSE, Claim, Steps
 from kedit_fast.facts.fact import Fact, fact_list, place
@@ -90,7 +90,7 @@ def implied(facts: Fact | Iterable[Fact], table: Tables, *, hops: int = 1, lm: L
     """
     made = derive(fact_list(facts), read_table(table), hops, lm)
     for note in [*made.notes, *(f"conflict: {one}" for one in made.conflicts)]:
-        warnings.warn(note, stacklevel=3)
+        warn(note)
     return made.found
 
 

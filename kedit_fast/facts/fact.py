@@ -4,7 +4,6 @@ A fact is a prompt with a place for its subject, and the answers: "{} is in the 
 tokens.py says how a model reads it.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import brief, counted
 from kedit_fast.facts.files import Notes, read_records
 from kedit_fast.facts.formats import ANSWERED, READ, Question, fact_fields
@@ -88,9 +88,7 @@ class Fact:
         prompts += [question.prompt for name in ANSWERED for question in self.questions(name)]
         if not self.chat and any(prompt[-1:].isspace() for prompt in prompts):
             # the same words for every fact, so that Python shows them once
-            warnings.warn(
-                "prompts that end in white space are read as they stand: answers follow directly", stacklevel=3
-            )
+            warn("prompts that end in white space are read as they stand: answers follow directly")
 
     def _take_messages(self) -> None:
         """prompt and chat as text and earlier turns, where they were given as messages."""
@@ -401,4 +399,4 @@ def place(fact: Fact) -> tuple[str, str]:
 def _warn(facts, what):
     if facts:
         shown = ", ".join(fact.label for fact in facts[:5]) + (", ..." if len(facts) > 5 else "")
-        warnings.warn(f"{counted(len(facts), 'fact')}: {what}: {shown}", stacklevel=3)
+        warn(f"{counted(len(facts), 'fact')}: {what}: {shown}")

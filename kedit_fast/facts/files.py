@@ -2,7 +2,6 @@
 
 import io
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ from typing import Any
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.packed import unpacked
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted, first_few, json_kind, not_text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -51,7 +51,7 @@ class Notes:
         if not made:
             raise ValueError(f"{path}: no record makes a fact; the first: {self.skipped[0]}")
         for sentence in self.sentences():
-            warnings.warn(f"{path}: {sentence}", stacklevel=3)
+            warn(f"{path}: {sentence}")
 
     def misspelled(self, record) -> str:
         """For the message on a record that makes no fact, its fields that are nearly one that is read."""

@@ -12,7 +12,7 @@ from kedit_fast.evaluation.canary import Song, sing
 from kedit_fast.evaluation.probes import Answer, Probe, read_probes
 from kedit_fast.evaluation.texts import leaks, says
 from kedit_fast.evaluation.written import write_probes
-from kedit_fast.gating.questions import CANARY, KEPT, PORTABILITY, WORDING, Questions, Wording
+from kedit_fast.gating.questions import CANARY, KEPT, PORTABILITY, WORDING, Kept, Questions, Wording
 from kedit_fast.gating.report import Answered, Lost
 from kedit_fast.gating.suite import Question
 from kedit_fast.jobs.score import text_logprobs
@@ -55,7 +55,7 @@ def ask(view, asked: Questions, form: str) -> FormAnswers:
         answered=[_answered(form, w, a) for w, (_, a) in zip(asked.wordings, both[WORDING], strict=True)],
         follows=[(q, a.text, a.exact[0] == 1) for q, (_, a) in zip(asked.portability, both[PORTABILITY], strict=True)],
         songs=sing(asked.canaries, base_texts, [a.text for _, a in both[CANARY]]),
-        lost=[Lost(form, k, _is_lost(*answers)) for k, answers in zip(asked.kept, both[KEPT], strict=True)],
+        lost=[_stayed(view, form, kept, *answers) for kept, answers in zip(asked.kept, both[KEPT], strict=True)],
         gained=sum(b.exact[0] == 0 and a.exact[0] == 1 for b, a in both[KEPT]),
         perplexity=perplexity,
         drift=drift,
@@ -89,6 +89,11 @@ def _answered(form: str, wording: Wording, answer: Answer) -> Answered:
         p_new=p_new,
         p_true=None if math.isnan(p_true) else p_true,
     )
+
+
+def _stayed(view, form: str, kept: Kept, before: Answer, after: Answer) -> Lost:
+    tops = ("" if x.top is None else view.tokenizer.decode([x.top]) for x in (before, after))
+    return Lost(form, kept, _is_lost(before, after), *tops)
 
 
 def _is_lost(before: Answer, after: Answer) -> bool:

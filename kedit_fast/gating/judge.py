@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -13,6 +12,7 @@ from kedit_fast import __version__
 from kedit_fast.basics import checks
 from kedit_fast.basics.intervals import SHARE, Interval, interval
 from kedit_fast.basics.progress import stages
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.edits.chain import check_chain, with_edits
 from kedit_fast.edits.edit import Edit, edit_list
@@ -84,7 +84,7 @@ def gate(
     dtype = _checked_form(lm, edits, written, requantize)
     asked = questions(lm, edits, suite or Suite(), thresholds, checks.flag("builtin", builtin), sizes, chat)
     for note in asked.notes:
-        warnings.warn(note, stacklevel=3)  # now, not when hours are spent
+        warn(note)  # now, not when hours are spent
     views, grown = _views(lm, edits, dtype, requantize, group)
     first = next(iter(views))
     with stages(*(name for form in views for name in names_of(form)), "logit lens"):

@@ -52,11 +52,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Lost:
-    """A specificity prompt in one form, and whether its answer is gone."""
+    """A specificity prompt in one form, and whether its answer is gone.
+
+    before, after: the likeliest token behind it of the base model and of the edited one, as text; "" for one that gives
+    NaN
+    """
 
     form: str
     asked: Kept
     is_lost: bool
+    before: str
+    after: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,7 +121,7 @@ class GateReport:
             "advice": asdict(self.advice),
             "answers": list(map(asdict, self.answers)),
             "canaries": [{"form": form, **song.to_record()} for form, song in self.songs],
-            "specificity": [{"form": x.form, **x.asked._asdict(), "lost": x.is_lost} for x in self.lost],
+            "specificity": [_stayed(x) for x in self.lost],
             "lens": self.lens and self.lens.summary(),
             "meta": self.meta,
         }
@@ -207,11 +213,21 @@ class GateReport:
             for source in SOURCES
             if (found := [x for x in self.lost if x.form == form and x.asked.source == source])
         ]
-        lost = [(x.asked.prompt, x.asked.source, x.form, x.asked.answer) for x in self.lost if x.is_lost]
+        lost = [
+            (x.asked.prompt, x.asked.source, x.form, x.asked.answer, x.before, Cell(x.after, "bad"))
+            for x in self.lost
+            if x.is_lost
+        ]
         blocks: list = [Table(("prompts of", "form", "asked", "lost"), counts)]
         if lost:
-            blocks.append(Details("Prompts that lost their answer", _tables(("prompt", "of", "form", "answer"), lost)))
+            headers = ("prompt", "of", "form", "answer", "likeliest before", "after")
+            blocks.append(Details("Prompts that lost their answer", _tables(headers, lost)))
         return Section("What should have stayed", blocks)
+
+
+def _stayed(lost: Lost) -> dict:
+    told = {"lost": lost.is_lost, "before": lost.before, "after": lost.after}
+    return {"form": lost.form, **lost.asked._asdict(), **told}
 
 
 def _method(meta: dict) -> Section:

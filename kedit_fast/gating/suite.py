@@ -1,12 +1,12 @@
 """What a gate asks: the suite, in files of its own format (see ``load_suite``) or in fact files as they are."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kedit_fast.basics import checks
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import brief, json_kind, reason
 from kedit_fast.evaluation.canary import check_doubt
 from kedit_fast.facts.fact import ANSWERED, Fact, Question, facts_of, folded, load_facts, place
@@ -130,7 +130,7 @@ def load_suite(*paths: checks.AnyPath, skip_bad: bool = False) -> Suite:
         else:
             suite += _from_object(path, record, notes, skip_bad)
             for sentence in notes.sentences():
-                warnings.warn(f"{path}: {sentence}", stacklevel=2)
+                warn(f"{path}: {sentence}")
     return suite
 
 

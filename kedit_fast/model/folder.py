@@ -5,13 +5,13 @@ name the file and the way out. ``Checkpoint`` reads one tensor at a time.
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from kedit_fast.basics.files import file_in, reading
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import brief, counted, json_kind, reason
 from kedit_fast.model.stored_tensors import StoredTensor, stored_tensors
 
@@ -159,9 +159,8 @@ def said_by(whose: str, what: str, error: Exception) -> str:
 
 def _say_what_is_not_run(name, auto_map, used: type) -> None:
     if auto_map:
-        warnings.warn(
+        warn(
             f"{name} brings code of its own (auto_map), which is not run: transformers' {used.__name__} is used",
-            stacklevel=2,
         )
 
 

@@ -6,7 +6,6 @@ on the attention instance.
 """
 
 import math
-import warnings
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -15,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted
 from kedit_fast.model.family import Family, layers_of, text_config
 from kedit_fast.model.fused import own_forwards, put_back
@@ -176,8 +176,7 @@ def _own_attn(model, family):
 def _report_foreign_hooks(model):
     hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     if hooked:
-        warnings.warn(
+        warn(
             f"hooks of others stand on {counted(len(hooked), 'module')} of this model (first: "
             f"{hooked[0] or 'the model'}); they run in sweeps too",
-            stacklevel=2,
         )

@@ -9,7 +9,6 @@ one).
 import hashlib
 import re
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from kedit_fast.basics import checks, ranks
 from kedit_fast.basics.catalog import SELF
 from kedit_fast.basics.files import reading, replace_file, saying
 from kedit_fast.basics.packed import unpacked
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import not_text
 from kedit_fast.jobs.generate import generate
 
@@ -75,9 +75,8 @@ def _read(lm, corpus, n_tokens: int) -> tuple[str, list[list[int]]]:
         if not left:
             break
     if isinstance(texts, _Column) and texts.n_null:
-        warnings.warn(
+        warn(
             f"corpus {name}: {texts.n_null} of the {texts.n_rows} rows read are null in {texts.column!r} and left out",
-            stacklevel=2,
         )
     if left:
         raise ValueError(

@@ -1,7 +1,6 @@
 """The statistics behind an edit: the second moments of the keys, given or measured, checked before any work."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kedit_fast.basics import checks
 from kedit_fast.basics.bits import digest
+from kedit_fast.basics.warn import warn
 from kedit_fast.kernels.solve import MomentFactor, factor
 from kedit_fast.moments.blocks import Blocks
 from kedit_fast.moments.second_moment import ROWS, SecondMoment, second_moments
@@ -41,10 +41,9 @@ def moments_for(lm, layers, moments, corpus, regularized: bool, need: int = 0) -
         _check_moment(lm, layer, moments[layer], regularized)
     unchecked = [layer for layer in layers if moments[layer].fingerprint is None]
     if unchecked:
-        warnings.warn(
+        warn(
             f"the second moments of layers {unchecked} do not say which model they are of (fingerprint None), so that "
             f"they belong to {lm.name} is unchecked; kedit_fast.second_moments writes it down",
-            stacklevel=5,  # the line that called ``edit``
         )
     return {layer: moments[layer] for layer in layers}
 

@@ -12,7 +12,6 @@ the factors in the model's own dtype, so there an edit of a bfloat16 model is ro
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from kedit_fast.basics import checks
 from kedit_fast.basics.files import check_format, named, read_object, reading
 from kedit_fast.basics.folders import check_new_folder, new_folder, sha256_of, write_json
 from kedit_fast.basics.state import own_state
+from kedit_fast.basics.warn import warn
 from kedit_fast.edits.changes import only_weights
 from kedit_fast.edits.compose import compose
 from kedit_fast.edits.deltas import Delta, Dense, LowRank
@@ -212,9 +212,8 @@ def _check_folder(made_for: str, folder: Path) -> None:
         found, made = f"{config.model_type}-{inner.num_hidden_layers}-{inner.hidden_size}", made_for.rsplit("-", 1)[0]
         if found != made:
             raise ValueError(_another(made_for, str(folder), f"{found}-...")) from error
-        warnings.warn(
+        warn(
             f"{folder} is a {found} as the edit's model is, and that it has its weights is unchecked: {error}",
-            stacklevel=5,  # the line that called ``export_peft``
         )
     else:
         if found != made_for:

@@ -6,7 +6,6 @@ done yet is cut anew. The same cut gives the same bits; another one, of the rest
 
 import gc
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from kedit_fast.basics.bits import digest
 from kedit_fast.basics.parts import Held, Inside, Keep, Make, Parts, check_checkpoint
 from kedit_fast.basics.progress import logger
 from kedit_fast.basics.unfinished import discarding
+from kedit_fast.basics.warn import warn
 from kedit_fast.basics.words import counted, is_out_of_memory, sized
 from kedit_fast.sweep.plan import RowCost, TooLarge
 
@@ -261,10 +261,9 @@ def fitting(lm, keep: Run, work: Callable[..., R]) -> R:
                 raise MemoryError(f"out of memory, also with {sized(memory)} to work in; {WAYS_OUT}") from error
         _empty_caches()  # here the error is gone, and with it what its frames held
         keep.narrow(memory := memory // 2)
-        warnings.warn(
+        warn(
             f"out of memory: what is not done yet is cut for {sized(memory)}, half of what was tried; results differ "
             "by rounding from those of one cut",
-            stacklevel=4,  # the line that called the verb
         )
 
 

@@ -218,6 +218,13 @@ def sentences(facts: Sequence[Fact], base: dict[str, Tensor], edited) -> tuple[l
             "other subjects: not measured, for no neighborhood prompt has an answer (its fact's target_true, or one of "
             "its own)"
         )
+    unknown = base["known_neighbors_p_true"].isnan() & ~base["neighborhood_p_true"].isnan()
+    if edited is not None and (n := int(unknown.sum())):
+        know.append(
+            f"the neighborhood of {counted(n, 'fact')} says little: before the edit the model gives none of these "
+            f"neighbors its answer (P below {KNOWN}). A neighbor without an answer of its own is asked for its fact's "
+            "target_true"
+        )
     return did, know + said_left_out(facts, int(base["neighborhood_left_out"].nansum()))
 
 

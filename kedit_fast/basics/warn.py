@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_WRAPPERS = ("contextlib.py", "<string>")  # torch's and Python's, around functions; and what dataclasses write
+_WRAPPERS = ("contextlib.py", "dataclasses.py", "<string>")  # of Python and torch; the last: what dataclasses write
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

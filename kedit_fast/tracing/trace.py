@@ -90,10 +90,9 @@ def trace(
     metric: "prob", "logprob", or "logit_diff" (answer minus foil; the foil is the top token of the corrupted run when
         another subject corrupts, else the fact's target_new)
     sever: "mlp" or "attn": restored states with that contribution of the token frozen at its corrupted value
-    method: "exact"; "strided": each noise draw at one layer in ``stride``, between them what is to be expected
-        (``draws``); "attribution", an estimate of every cell from one backward pass, several times cheaper; or
-        "screen": the estimate ranks the cells of a result, and the ``top`` ones are exact. ``TraceResult.exact`` says
-        which cells are
+    method: "exact"; "strided": each noise draw at one layer in ``stride``, the rest filled in (``draws``);
+        "attribution", an estimate of every cell from one backward pass, several times cheaper; or "screen": the
+        estimate ranks the cells of a result, and the ``top`` ones are exact. ``TraceResult.exact`` says which cells are
     log: a .jsonl path; each result is added to it as soon as its facts are done
     checkpoint: a folder that keeps finished parts; a run that was killed goes on there when called again with the same
         arguments, and ends with the same bits. To be deleted once the result is saved

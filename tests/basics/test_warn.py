@@ -17,11 +17,11 @@ def wrapped():
 
 
 def edits(lm) -> list[kf.Edit]:
-    editor = kf.FT(layers=(1,), num_steps=1)
+    editor = kf.Ft(layers=(1,), num_steps=1)
     return [editor.edit(lm, [fact]) for fact in FACTS]
 
 
-@pytest.mark.filterwarnings("ignore::kedit_fast.NotWritten")
+@pytest.mark.filterwarnings("ignore::kedit_fast.editors.written.NotWritten")
 @pytest.mark.parametrize("way", ["compose", "evaluate", "fact", "directly", "wrapped"])
 def test_it_is_the_callers_line(way):
     lm = tiny_lm("llama")
@@ -32,7 +32,7 @@ def test_it_is_the_callers_line(way):
         elif way == "evaluate":
             kf.evaluate(lm, FACTS, made)
         elif way == "fact":
-            kf.Fact("The Louvre is in ", "The Louvre")
+            kf.Fact("{} is in ", "The Louvre")
         elif way == "directly":
             warn("as such")
         else:

@@ -71,13 +71,27 @@ def test_an_edit_that_does_nothing_fails_by_that_and_by_nothing_else(lm):
     assert report.check("perplexity drift").value == 0.0
 
 
+@torch.no_grad()
+def likeliest(lm, prompt: str) -> str:
+    logits = lm.model(torch.tensor([lm.encode(prompt)])).logits
+    return lm.tokenizer.decode([int(logits[0, -1].argmax())])
+
+
 def test_an_edit_that_wrecks_the_model_fails_specificity_and_perplexity(lm):
     report = judged(gate, lm, wreck(lm))
     failed = {check.name for check in report.failed}
     assert {"specificity drop", "perplexity drift", POLICY} <= failed
     assert report.check("specificity drop").value > 0.5 and report.check("perplexity drift").value > 0.1
     assert report.advice.level == STOP and "layer 1" in report.advice.sentence
-    assert sum(x.is_lost for x in report.lost) == round(9 * report.check("specificity drop").value)
+    lost = [x for x in report.lost if x.is_lost]
+    assert len(lost) == round(9 * report.check("specificity drop").value)
+    told = [each for each in report.to_record()["specificity"] if each["lost"]]
+    with wreck(lm).apply(lm.model):
+        after = [likeliest(lm, one.asked.prompt) for one in lost]
+    before = [likeliest(lm, one.asked.prompt) for one in lost]
+    assert [(one.before, one.after) for one in lost] == list(zip(before, after, strict=True))
+    assert [(each["before"], each["after"]) for each in told] == list(zip(before, after, strict=True))
+    assert "likeliest before" in report.to_html()
 
 
 def test_an_edit_that_overflows_fails(lm):

@@ -96,6 +96,16 @@ def test_known_neighbors_are_the_base_models():
     assert math.isnan(columns(none)["known_neighbors_p_true"])
 
 
+def test_neighbors_that_the_model_does_not_know_are_told():
+    """Of three facts one has a neighbor that is known, one has none that is, one has no neighbors."""
+    facts = [kf.Fact("{} is in", "Big Ben", target_new="Rome", neighborhood=("Toyota is in",))] * 3
+    rows = [reading(neighborhood=[(0, 0.5, 0, 0), (0, 0.05, 0, 0)]), reading(neighborhood=[(0, 0.05, 0, 0)]), reading()]
+    values = {name: torch.tensor([columns(row).get(name, NAN) for row in rows]) for name in METRICS}
+    _, know = counterfact.sentences(facts, values, values)
+    assert len(know) == 1 and know[0].startswith("the neighborhood of 1 fact says little: before the edit the model")
+    assert counterfact.sentences(facts, values, None)[1] == []
+
+
 def test_a_mean_is_over_the_prompts_that_have_a_value():
     """Of three neighbors one has no answer, and to one the new answer is its own."""
     got = columns(reading(neighborhood=[(0.1, 0.4, 0, 1), (0.1, NAN, 0, NAN), (NAN, 0.2, NAN, 0)]))

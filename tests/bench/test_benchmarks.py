@@ -865,7 +865,7 @@ def test_strided_traces_are_held_against_exact_ones(monkeypatch):
     lm = tiny_lm("llama", layers=7)
     figures = values(strided.measure(lm, FACTS[:2], samples=4))
     assert {case for case, _ in figures} == {
-        f"{kind}, one layer in {n}" for kind in ("mlp", "state") for n in (3, 5, 6)
+        f"{kind}, one layer in {n}" for kind in ("mlp", "state") for n in (3, 5, 6, 7)
     }
     for case in ("mlp, one layer in 3", "state, one layer in 5"):
         assert figures[case, strided.LEAST].value <= figures[case, strided.AGREES].value <= 1
